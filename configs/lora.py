@@ -1,0 +1,33 @@
+"""Fine-tune adapters of the embedded model on prompts and completions.
+
+    python -m jaxtrain.main --config=configs/lora.py --workdir=out/lora
+
+A few minutes on two CPU cores, no network. `training.lora.enabled = True` does the
+same to sft.py and dpo.py.
+"""
+
+import pathlib
+import runpy
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    base = runpy.run_path(str(pathlib.Path(__file__).with_name("base.py")))
+    config: ConfigDict = base["get_config"]()
+
+    config.data.max_length = 192
+
+    config.training.training_type = "lora"
+    config.training.lora.target_modules = ("q_proj", "k_proj", "v_proj", "o_proj")
+    config.training.max_steps = 120
+    config.training.per_device_train_batch_size = 16
+    config.training.per_device_eval_batch_size = 16
+    config.training.learning_rate = 5e-3  # for a million parameters; billions: 2e-4
+    config.training.lr_scheduler_type = "cosine"
+    config.training.warmup_ratio = 0.1
+    config.training.bf16 = False  # CPUs compute float32 faster
+    config.training.eval_steps = 40
+    config.training.save_steps = 40
+    config.training.eval_on_start = True
+    return config

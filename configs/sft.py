@@ -1,0 +1,33 @@
+"""Fine-tune the embedded model on prompts and completions; only completions count.
+
+    python -m jaxtrain.main --config=configs/sft.py --workdir=out/sft
+
+A few minutes on two CPU cores, no network. Another model and other data:
+
+    --config.model.name_or_path=Qwen/Qwen2.5-0.5B --config.data.train=train.jsonl
+"""
+
+import pathlib
+import runpy
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    base = runpy.run_path(str(pathlib.Path(__file__).with_name("base.py")))
+    config: ConfigDict = base["get_config"]()
+
+    config.data.max_length = 192
+
+    config.training.training_type = "sft"
+    config.training.max_steps = 120
+    config.training.per_device_train_batch_size = 16
+    config.training.per_device_eval_batch_size = 16
+    config.training.learning_rate = 1e-3  # for a million parameters; billions: 2e-5
+    config.training.lr_scheduler_type = "cosine"
+    config.training.warmup_ratio = 0.1
+    config.training.bf16 = False  # CPUs compute float32 faster
+    config.training.eval_steps = 40
+    config.training.save_steps = 40
+    config.training.eval_on_start = True
+    return config

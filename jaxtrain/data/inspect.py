@@ -1,0 +1,216 @@
+"""Look at data before training: what was detected, what is wrong, what is trained.
+
+    python -m jaxtrain.data.inspect --config=configs/sft.py
+    python -m jaxtrain.data.inspect train.jsonl --tokenizer=Qwen/Qwen2.5-0.5B
+
+It prints the format, the rows that cannot be used with their lines and reasons, the
+lengths, and some rows as the model sees them, the trained tokens between ⟦ and ⟧ (in
+green on a terminal). It exits with 1 if any row is bad.
+"""
+
+import collections
+import gzip
+import json
+import pathlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from jaxtrain import assets
+from jaxtrain.config import RunConfig, default_config, resolve
+from jaxtrain.data.cache import Rows
+from jaxtrain.data.dataset import TokenStore
+from jaxtrain.data.formats import RowProblems, detect_format
+from jaxtrain.data.loading import load_training_rows, prepare_options
+from jaxtrain.data.mixture import Mixture
+from jaxtrain.data.prepare import detect_row_format, prepare
+from jaxtrain.data.tokenize import PreTrainedTokenizerBase, load_tokenizer
+
+_GREEN, _PLAIN = "\x1b[32m", "\x1b[0m"
+_BAR = 40  # characters of the longest bar
+
+
+def report(
+    run: RunConfig,
+    rows: Rows,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    source: str = "",
+    shown: int = 3,
+    color: bool = False,
+) -> tuple[list[str], int]:
+    """The report on raw rows in lines, and how many rows are bad.
+
+    Args:
+        source: the file of the rows, if it is one: bad rows are then named by line.
+        shown: rows rendered, and bad rows listed in full (at least 10 of these).
+
+    Raises:
+        ValueError: the rows are of no known format, or none of them can be used.
+    """
+    options = prepare_options(run) | {"on_bad_row": "skip"}
+    objective = options["objective"]
+    row_format = detect_row_format(
+        rows, objective, run.data.format, run.data.text_column
+    )
+    problems = RowProblems("skip", shown=max(shown, 10))
+    prepared = prepare(rows, tokenizer, **options, problems=problems)
+    # Whole documents, a row each: their true lengths, and what is rendered.
+    whole = prepare(
+        rows, tokenizer, **options
+        | {"max_length": None, "max_prompt_length": None, "packing": None},
+    )  # fmt: skip
+    lines = [f"format: {row_format.describe()}"]
+    lines += _bad_rows(problems, len(rows), source)
+    duplicates = count_duplicates(rows)
+    lines += [f"duplicates: {duplicates} rows are copies of an earlier one", ""]
+    lines += [f"as trained: {prepared.stats.describe()}"]
+    trained, tokens = prepared.stats.trained_tokens, prepared.stats.tokens
+    lines.append(f"masked: {1 - trained / tokens:.1%} of the tokens are not trained")
+    lines += ["", *_lengths(whole.row_lengths(), run.data.max_length)]
+    for number in range(min(shown, len(whole))):
+        lines += ["", f"--- row {number}"]
+        for name, store in whole.stores.items():
+            text = render(store, number, tokenizer, color=color)
+            lines += [f"{name}: {text}" if name else text]
+    return lines, problems.count
+
+
+def render(
+    store: TokenStore, row: int, tokenizer: PreTrainedTokenizerBase, *, color: bool
+) -> str:
+    """A row's text as its tokens decode, those that the loss predicts marked."""
+    first, last = store.row_offsets[row], store.row_offsets[row + 1]
+    marks = (_GREEN, _PLAIN) if color else ("⟦", "⟧")
+    text = ""
+    for document in store.row_documents[first:last]:
+        start, length = int(store.starts[document]), int(store.lengths[document])
+        ids = np.asarray(store.tokens[start : start + length])
+        trained = np.array(store.trained[start : start + length])
+        trained[0] = False  # nothing predicts a document's first token
+        borders = np.flatnonzero(np.diff(trained)) + 1
+        for run in np.split(np.arange(length), borders):
+            piece = tokenizer.decode(ids[run].tolist())
+            text += f"{marks[0]}{piece}{marks[1]}" if trained[run[0]] else str(piece)
+    return text
+
+
+def count_duplicates(rows: Rows) -> int:
+    """Rows whose every column equals that of an earlier row."""
+    seen = collections.Counter(
+        json.dumps(row, sort_keys=True, default=repr) for row in rows
+    )
+    return sum(seen.values()) - len(seen)
+
+
+def line_numbers(source: str) -> list[int] | None:
+    """The line of each row of a jsonl file, from 1; None for anything else."""
+    path = pathlib.Path(source)
+    if not path.is_file() or not {".jsonl", ".ndjson"} & set(path.suffixes):
+        return None
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8") as lines:
+        return [number for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def _bad_rows(problems: RowProblems, total: int, source: str) -> Iterator[str]:
+    yield f"validation: {problems.count} of {total} rows cannot be used"
+    lines = line_numbers(source) if problems.count else None
+    for row, reason in problems.first:
+        where = f"line {lines[row]}" if lines and row < len(lines) else f"row {row}"
+        yield f"  {where}: {reason}"
+    if problems.count > len(problems.first):
+        yield f"  and {problems.count - len(problems.first)} more"
+
+
+def _lengths(lengths: np.ndarray, max_length: int) -> Iterator[str]:
+    """Quantiles, and a histogram in about ten bins."""
+    quantiles = np.quantile(lengths, [0, 0.5, 0.9, 0.99, 1]).astype(int)
+    names = ("least", "median", "90%", "99%", "most")
+    listed = ", ".join(f"{n} {q}" for n, q in zip(names, quantiles, strict=True))
+    longer = int((lengths > max_length).sum())
+    yield f"length in tokens: {listed}"
+    yield f"longer than max_length = {max_length}: {longer} of {len(lengths)} rows"
+    width = max(-(-int(lengths.max()) // 10), 1)
+    counts = np.bincount((lengths - 1) // width)
+    for index, count in enumerate(counts):
+        bar = "#" * int(np.ceil(_BAR * count / counts.max()))
+        yield f"  {index * width + 1:>7}-{(index + 1) * width:<7} {count:>8} {bar}"
+
+
+def _run_of_file(path: str, max_length: int | None) -> RunConfig:
+    """The configuration that trains on a file, of the kind that its rows are."""
+    config = default_config()
+    config.data.train = path
+    if max_length:
+        config.data.max_length = max_length
+    rows = load_training_rows(resolve(config))
+    first = rows.parts[0].rows if isinstance(rows, Mixture) else rows
+    kind = detect_format(first).kind
+    if kind == "preference":
+        config.training.training_type = "dpo"
+    elif kind == "prompt_completion" and "label" in first.column_names:
+        config.training.training_type = "dpo"
+        config.training.objective = "kto"
+    return resolve(config)
+
+
+def _tokenizer(run: RunConfig, given: str | None) -> PreTrainedTokenizerBase:
+    embedded = str(assets.asset_path(assets.TOKENIZER))
+    named = run.model.tokenizer_name_or_path or run.model.name_or_path
+    return load_tokenizer(
+        given or named or embedded,
+        revision=None if given else run.model.revision,
+        chat_template=run.data.chat_template,
+    )
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the report; 1 where a row is bad, 2 where nothing can be said."""
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file(
+        "config", None, "Configuration of the run.", flag_values=values,
+        sys_argv=list(argv),
+    )  # fmt: skip
+    flags.DEFINE_string("tokenizer", None, "Folder or hub name.", flag_values=values)
+    flags.DEFINE_integer("rows", 3, "Rows to print.", flag_values=values)
+    flags.DEFINE_integer("max_length", None, "In tokens.", flag_values=values)
+    flags.DEFINE_bool(
+        "color", sys.stdout.isatty(), "Mark by color.", flag_values=values
+    )
+    try:
+        (_, *paths) = values(list(argv))
+        config: ConfigDict | None = values.config
+        if (config is None) != (len(paths) == 1):
+            raise ValueError("give --config=FILE, or one path of data")
+        run = resolve(config) if config else _run_of_file(paths[0], values.max_length)
+        rows = load_training_rows(run)
+        tokenizer = _tokenizer(run, values.tokenizer)
+        bad = 0
+        for name, part in _parts(run, rows).items():
+            if isinstance(rows, Mixture):
+                print(f"===== {name}")
+            lines, count = report(
+                run, part, tokenizer,
+                source=name, shown=values.rows, color=values.color,
+            )  # fmt: skip
+            print("\n".join(lines))
+            bad += count
+    except (ValueError, OSError, flags.Error) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 1 if bad else 0
+
+
+def _parts(run: RunConfig, rows: Any) -> Mapping[str, Rows]:
+    if isinstance(rows, Mixture):
+        return {part.name: part.rows for part in rows.parts}
+    return {str(run.data.train): rows}
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

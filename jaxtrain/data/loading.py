@@ -1,0 +1,123 @@
+"""The rows that a run's configuration names, loaded and prepared as it says."""
+
+import logging
+import os
+from typing import Any
+
+import datasets
+
+from jaxtrain import assets
+from jaxtrain.config import RunConfig
+from jaxtrain.data.cache import Rows, prepare_cached
+from jaxtrain.data.dataset import PreparedDataset
+from jaxtrain.data.mixture import Mixture, Part, join, parse_mixture, rows_per_epoch
+from jaxtrain.data.prepare import prepare
+from jaxtrain.data.source import load_rows
+from jaxtrain.data.tokenize import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+
+def load_training_rows(
+    run: RunConfig, path: str | os.PathLike[str] | None = None
+) -> datasets.Dataset | Mixture:
+    """Raw rows of `path`, of `data.train`, or the embedded ones.
+
+    `data.max_train_rows` holds for each data set of a mixture.
+    """
+    data = run.data
+    parts = parse_mixture(os.fspath(path) if path else data.train)
+    if parts is None:
+        assert isinstance(data.train, str)
+        return _load(run, path or data.train, data.train_split, evaluation=False)
+    loaded = (
+        Part(name, _load(run, name, data.train_split, evaluation=False), weight)
+        for name, weight in parts
+    )
+    return Mixture(tuple(loaded))
+
+
+def load_evaluation_rows(
+    run: RunConfig, path: str | os.PathLike[str] | None = None
+) -> datasets.Dataset | None:
+    """The same of `data.eval`; None if training data are given and these not."""
+    source = path or run.data.eval
+    if not source and run.data.train:
+        if run.data.eval_split is None:
+            return None
+        if not isinstance(run.data.train, str) or parse_mixture(run.data.train):
+            raise ValueError(
+                f"data.eval_split = {run.data.eval_split!r}: data.train is a mixture, "
+                "so it is not clear of which data set; set data.eval"
+            )
+        source = run.data.train
+    return _load(run, source, run.data.eval_split or "eval", evaluation=True)
+
+
+def prepare_rows(
+    run: RunConfig, rows: Rows | Mixture, tokenizer: PreTrainedTokenizerBase
+) -> PreparedDataset:
+    """Check and tokenize raw rows for this run's objective; the log says the rest.
+
+    Raises:
+        ValueError: bad rows, each by number and reason (`data.on_bad_row: error`).
+    """
+    if isinstance(rows, Mixture):
+        return _prepare_mixture(run, rows, tokenizer)
+    options = prepare_options(run)
+    if run.data.cache:
+        return prepare_cached(rows, tokenizer, run.data.cache_dir, **options)
+    return prepare(rows, tokenizer, **options)
+
+
+def prepare_options(run: RunConfig) -> dict[str, Any]:
+    """The arguments of `prepare` that this configuration means."""
+    packing = "bfd_split" if run.training_type == "from_scratch" else "bfd"
+    by_column = run.curriculum.enabled and run.curriculum.column
+    return {
+        "objective": run.row_kind,
+        "max_length": run.data.max_length,
+        "max_prompt_length": run.dpo.max_prompt_length if run.dpo else None,
+        "packing": packing if run.data.packing else None,
+        "completion_only_loss": run.data.completion_only_loss,
+        "assistant_only_loss": run.data.assistant_only_loss,
+        "on_bad_row": run.data.on_bad_row,
+        "kind": run.data.format,
+        "text_column": run.data.text_column,
+        "difficulty_column": run.curriculum.column if by_column else None,
+    }
+
+
+def _prepare_mixture(
+    run: RunConfig, mixture: Mixture, tokenizer: PreTrainedTokenizerBase
+) -> PreparedDataset:
+    prepared = []
+    for part in mixture.parts:
+        try:
+            prepared.append(prepare_rows(run, part.rows, tokenizer))
+        except ValueError as error:
+            raise ValueError(f"{part.name}: {error}") from error
+    joined = join(prepared, [part.weight for part in mixture.parts])
+    quotas = rows_per_epoch(joined.parts)
+    for part, data, quota in zip(mixture.parts, prepared, quotas, strict=True):
+        logger.info(
+            "mixture: %s gives %d of %d rows of an epoch (%.1f%%), %.2f times its %d",
+            part.name, quota, len(joined), 100 * quota / len(joined),
+            quota / len(data), len(data),
+        )  # fmt: skip
+    return joined
+
+
+def _load(
+    run: RunConfig, path: str | os.PathLike[str], split: str, *, evaluation: bool
+) -> datasets.Dataset:
+    if not path:
+        path = assets.asset_path(assets.DATA[_embedded(run)][evaluation])
+    max_rows = run.data.max_eval_rows if evaluation else run.data.max_train_rows
+    return load_rows(os.fspath(path), split=split, max_rows=max_rows)
+
+
+def _embedded(run: RunConfig) -> str:
+    if run.row_kind != "next_token":
+        return "preference"  # for KTO, each as two completions
+    return "next_token" if run.training_type == "from_scratch" else "sft"

@@ -1,0 +1,100 @@
+"""What tells a sick step: gradient norms by group, loss spikes, the batch to look at.
+
+The first two are pure and traced inside the train step; `save_batch` is host code.
+"""
+
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from jaxtrain.types import Params
+
+# A spread smaller than this share of the mean is rounding, not the batches'.
+_LEAST_SPREAD = 1e-3
+
+GroupOf = Callable[[tuple[str, ...]], str]
+
+
+def parameter_group(path: tuple[str, ...]) -> str:
+    """embed, attention, mlp, norm, head, lora or other, by a parameter's path.
+
+    Adapters and norms are groups of their own, wherever they stand.
+    """
+    if any(name.startswith("lora_") for name in path):
+        return "lora"
+    if any("norm" in name for name in path):
+        return "norm"
+    for group, words in (
+        ("embed", ("embed",)),
+        ("head", ("lm_head",)),
+        ("attention", ("attn",)),
+        ("mlp", ("mlp", "moe", "experts")),
+    ):
+        if any(word in name for name in path for word in words):
+            return group
+    return "other"
+
+
+def sum_squares_by_group(grads: Params, group_of: GroupOf) -> dict[str, Array]:
+    """Each group's sum of squared gradients; their sum is the squared global norm."""
+    sums: dict[str, Array] = {}
+    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+        group = group_of(tuple(str(getattr(key, "key", key)) for key in path))
+        sums[group] = sums.get(group, jnp.float32(0)) + jnp.sum(grad * grad)
+    return sums
+
+
+# --- spikes -----------------------------------------------------------------------
+
+
+def init_loss_window(size: int) -> Float[Array, "W"]:
+    """The last `size` losses before any is known: NaN."""
+    return jnp.full((size,), jnp.nan, jnp.float32)
+
+
+def detect_spike(
+    window: Float[Array, "W"], loss: Float[Array, ""], threshold: float
+) -> tuple[Bool[Array, ""], Float[Array, "W"]]:
+    """Whether loss > mean + threshold * standard deviation of a full `window`.
+
+    Returns:
+        That, and the window with this loss in. A spike enters it cut to the limit: one
+        outlier then hides no other, and a level that has risen for good is soon normal.
+        A loss that is not finite does not enter.
+    """
+    mean = window.mean()
+    spread = jnp.maximum(window.std(), _LEAST_SPREAD * jnp.abs(mean))
+    limit = mean + threshold * spread
+    full = jnp.isfinite(window).all()
+    is_spike = full & (loss > limit)
+    entry = jnp.where(is_spike, limit, loss)
+    moved = jnp.roll(window, -1).at[-1].set(entry)
+    return is_spike, jnp.where(jnp.isfinite(loss), moved, window)
+
+
+# --- the batch --------------------------------------------------------------------
+
+
+def save_batch(
+    folder: pathlib.Path, step: int, arrays: Mapping[str, Any], process: str = ""
+) -> pathlib.Path:
+    """Write a step's rows on this process as step_N.npz; returns its path.
+
+    Arrays keep the pipeline's names and shapes [A, B, T]; of pairs, `chosen/tokens`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step_{step}{process}.npz"
+    flat: dict[str, np.ndarray] = {}
+    for name, value in arrays.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{name}/{below}": array for below, array in value.items()}
+        else:
+            flat[name] = value
+    with open(path, "wb") as file:  # a file object: savez would mend the name
+        np.savez_compressed(file, **flat)  # type: ignore[arg-type]
+    return path

@@ -1,0 +1,77 @@
+"""How hard each row is to the model before training, for a curriculum."""
+
+import logging
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxtrain.data.dataset import PreparedDataset
+from jaxtrain.data.pipeline import make_eval_iterator
+from jaxtrain.kto import LabeledBatch
+from jaxtrain.preference import row_sums
+from jaxtrain.reference import rows_on_host
+from jaxtrain.step import ScoreFn
+from jaxtrain.types import Batch, PairBatch, Params
+
+logger = logging.getLogger(__name__)
+
+
+def row_difficulty(
+    score: ScoreFn, params: Params, batch: Batch | PairBatch | LabeledBatch
+) -> Float[Array, "B"]:
+    """Mean -log p a trained token (nats); of a pair, the chosen's less the rejected's.
+
+    So a pair is hard where the model prefers the rejected completion.
+    """
+
+    def loss(side: Batch) -> Float[Array, "B"]:
+        sums = row_sums(-score(params, side).logps, side.loss_mask)
+        return sums / jnp.maximum(side.loss_mask.sum(-1), 1.0)
+
+    if isinstance(batch, PairBatch):
+        return loss(batch.chosen) - loss(batch.rejected)
+    return loss(batch.completions if isinstance(batch, LabeledBatch) else batch)
+
+
+def measure(
+    data: PreparedDataset,
+    score: ScoreFn,
+    params: Params,
+    place: Callable[[dict[str, Any]], Any],
+    *,
+    process_rows: int,
+    folder: str | os.PathLike[str],
+) -> PreparedDataset:
+    """The same rows with `difficulty`, measured once.
+
+    A resumed run finds the numbers in `folder`, so that its order is the same even
+    where another machine would round differently.
+    """
+    path = pathlib.Path(folder) / f"difficulty-{data.fingerprint}.npy"
+    if path.is_file():
+        return data.with_difficulty(np.load(path))
+    batches = make_eval_iterator(
+        data,
+        micro_batch_rows=process_rows,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    of_batch = jax.jit(lambda params, batch: row_difficulty(score, params, batch))
+    found = [rows_on_host(of_batch(params, place(arrays))) for arrays in batches]
+    difficulty = np.concatenate(found)[: len(data)].astype(np.float32)
+    logger.info(
+        "difficulty of %d rows: %.3f to %.3f nats a token",
+        len(data), difficulty.min(), difficulty.max(),
+    )  # fmt: skip
+    if jax.process_index() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f"new-{path.name}")
+        np.save(aside, difficulty)
+        os.replace(aside, path)
+    return data.with_difficulty(difficulty)

@@ -1,0 +1,131 @@
+"""Join the other processes of a run, as the launcher's environment tells of them.
+
+By hand or by a scheduler: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID.
+Slurm (`srun`), TPU pods on GKE, Open MPI up to 4: jax reads the launcher's variables.
+Open MPI 5: rank and size are the launcher's, JAX_COORDINATOR_ADDRESS is to be set.
+TPU pods by ssh: JAXTRAIN_DISTRIBUTED=1, and jax asks the metadata server.
+
+A process that never comes, or dies, is an error for all the others and not a hang:
+JAXTRAIN_INIT_TIMEOUT_SECS (300) and JAXTRAIN_HEARTBEAT_TIMEOUT_SECS (100) say how soon.
+"""
+
+import dataclasses
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+logger = logging.getLogger(__name__)
+
+_ADDRESS = "JAX_COORDINATOR_ADDRESS"
+_COUNT = "JAX_NUM_PROCESSES"
+_INDEX = "JAX_PROCESS_ID"
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """How several processes were started. None: jax finds that out by itself."""
+
+    launcher: str
+    coordinator_address: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+
+
+def detect(environ: Mapping[str, str]) -> Launch | None:
+    """The launch that the environment tells of; None for a process on its own.
+
+    Raises:
+        ValueError: the environment says it in part only, or not in numbers.
+    """
+    if _COUNT in environ or _INDEX in environ:
+        names = (_ADDRESS, _COUNT, _INDEX)
+        if missing := [name for name in names if not environ.get(name)]:
+            raise ValueError(
+                f"{' and '.join(missing)} missing from the environment: set"
+                f" {_ADDRESS}=HOST:PORT of process 0, {_COUNT} and {_INDEX} in every"
+                " process, or none of them"
+            )
+        count, index = _number(environ, _COUNT), _number(environ, _INDEX)
+        if not index < count:
+            raise ValueError(
+                f"{_INDEX} = {index} must be below {_COUNT} = {count}: number the"
+                " processes from 0"
+            )
+        return Launch("environment", environ[_ADDRESS], count, index)
+    if "OMPI_COMM_WORLD_SIZE" in environ:
+        if "OMPI_MCA_orte_hnp_uri" in environ:
+            return Launch("Open MPI")
+        # Open MPI 5 names no host; alone, a process needs none.
+        count = _number(environ, "OMPI_COMM_WORLD_SIZE")
+        if count == 1:
+            return None
+        if not environ.get(_ADDRESS):
+            raise ValueError(
+                f"Open MPI 5 tells no process where the first one runs: mpirun -x"
+                f" {_ADDRESS}=HOST:PORT, HOST being the first in the host file"
+            )
+        index = _number(environ, "OMPI_COMM_WORLD_RANK")
+        return Launch("Open MPI", environ[_ADDRESS], count, index)
+    if "SLURM_STEP_NODELIST" in environ:
+        return Launch("Slurm")
+    if len(environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1:
+        return Launch("GKE")
+    if "MEGASCALE_COORDINATOR_ADDRESS" in environ:
+        return Launch("TPU slices")
+    if environ.get("JAXTRAIN_DISTRIBUTED", "0") != "0":
+        return Launch("TPU pod")
+    if environ.get(_ADDRESS):
+        raise ValueError(f"{_ADDRESS} is set: set {_COUNT} and {_INDEX} too")
+    return None
+
+
+def initialize(environ: Mapping[str, str] = os.environ) -> None:
+    """Join the run's other processes, if there are any; once, before jax is used.
+
+    Raises:
+        ValueError: see `detect`.
+        RuntimeError: the others did not come in time.
+    """
+    launch = detect(environ)
+    if launch is None or jax.distributed.is_initialized():
+        return
+    timeout = _seconds(environ, "JAXTRAIN_INIT_TIMEOUT_SECS", 300)
+    heartbeat = _seconds(environ, "JAXTRAIN_HEARTBEAT_TIMEOUT_SECS", 100)
+    if environ.get("JAX_PLATFORMS", "").startswith("cpu"):
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    given: dict[str, Any] = dataclasses.asdict(launch)
+    given.pop("launcher")
+    try:
+        jax.distributed.initialize(
+            **given,
+            initialization_timeout=timeout,
+            heartbeat_timeout_seconds=heartbeat,
+        )
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"{launch.launcher}: the run's processes did not find each other within"
+            f" {timeout} s ({_ADDRESS} = {launch.coordinator_address}). Look whether"
+            " all were started, and whether a firewall lets them reach that port;"
+            f" JAXTRAIN_INIT_TIMEOUT_SECS waits longer. jax: {error}"
+        ) from error
+    logger.info(
+        "%s: process %d of %d, %d of %d devices here",
+        launch.launcher,
+        jax.process_index(),
+        jax.process_count(),
+        jax.local_device_count(),
+        jax.device_count(),
+    )
+
+
+def _number(environ: Mapping[str, str], name: str) -> int:
+    if not environ[name].isdecimal():
+        raise ValueError(f"{name} = {environ[name]!r} is no number: set 0 or more")
+    return int(environ[name])
+
+
+def _seconds(environ: Mapping[str, str], name: str, default: int) -> int:
+    return _number(environ, name) if name in environ else default

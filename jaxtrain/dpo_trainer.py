@@ -1,0 +1,72 @@
+"""DPOTrainer: the orchestrator with the preference objective and a model at hand."""
+
+import os
+from typing import Any
+
+from jaxtrain.data.dataset import PreparedDataset
+from jaxtrain.model_manager import LoadedModel
+from jaxtrain.trainer import Rows, TrainingOrchestrator
+
+
+class DPOTrainer(TrainingOrchestrator):
+    """Direct preference optimization (arXiv:2305.18290) of a loaded model."""
+
+    def __init__(
+        self,
+        model: LoadedModel | str | os.PathLike[str],
+        tokenizer: Any = None,
+        config: Any = None,
+        *,
+        workdir: str | os.PathLike[str] | None = None,
+    ) -> None:
+        """Prepare to train `model` on preferences.
+
+        Args:
+            model: a `ModelManager`'s model, a local directory or a hub name. Its
+                weights become the policy; the reference is a copy of them, or under
+                LoRA they themselves.
+            tokenizer: in place of the model's own.
+            config: see `TrainingOrchestrator`; `training_type` is dpo whatever it says.
+
+        Raises:
+            ValueError: the configuration or the model cannot be trained.
+        """
+        super().__init__(config, workdir=workdir)
+        if isinstance(model, LoadedModel):
+            self.prepare("dpo", model=model)
+        else:
+            self.prepare("dpo", os.fspath(model))
+        if tokenizer is not None:
+            self._loaded_model().tokenizer = tokenizer
+
+    def prepare_dataset(
+        self, preference_data: Rows | str | os.PathLike[str]
+    ) -> PreparedDataset:
+        """Check and tokenize preference rows: `{"prompt", "chosen", "rejected"}`.
+
+        Args:
+            preference_data: rows, a `datasets.Dataset`, or a path.
+
+        Raises:
+            ValueError: bad rows, each by its number and reason.
+        """
+        if isinstance(preference_data, str | os.PathLike):
+            preference_data = self.load_training_data(preference_data)
+        return self.prepare_rows(preference_data)
+
+    def train(
+        self,
+        train_dataset: Rows | PreparedDataset | None = None,
+        eval_dataset: Rows | PreparedDataset | None = None,
+    ) -> dict[str, Any]:
+        """As the orchestrator's; the results have `reward_margin` and `accuracy` too.
+
+        Both are those of the last evaluation, or of the last steps if there was none.
+        """
+        results = super().train(train_dataset, eval_dataset)
+        for name, metric in (
+            ("reward_margin", "rewards/margins"),
+            ("accuracy", "rewards/accuracies"),
+        ):
+            results[name] = results.get(f"eval_{metric}", results.get(metric))
+        return results

@@ -1,0 +1,97 @@
+"""The end of a run: Hugging Face directories of the last and of the best weights."""
+
+import dataclasses
+import logging
+import pathlib
+from typing import Any
+
+import jax
+
+from jaxtrain import lora
+from jaxtrain.checkpoint import CheckpointManager
+from jaxtrain.config import RunConfig
+from jaxtrain.model_manager import LoadedModel, lora_config
+from jaxtrain.models.hf_save import save_pretrained
+from jaxtrain.types import Params, TrainState
+
+logger = logging.getLogger(__name__)
+
+
+def export_models(
+    workdir: pathlib.Path,
+    model: LoadedModel,
+    run: RunConfig,
+    state: TrainState,
+    checkpoints: CheckpointManager,
+) -> dict[str, Any]:
+    """Write `model/`, under LoRA `adapter/` too, and `best_model/` if it is another.
+
+    With `load_best_model_at_end`, `model/` is the best. Every process calls this.
+
+    Returns:
+        `model_path` and `best_model_path`; equal where the last weights are the best.
+    """
+    last, best = int(state.step), checkpoints.best_step()
+    if best is None or best == last:
+        path = export_model(workdir / "model", model, run, state)
+        return {"model_path": path, "best_model_path": path}
+    if run.loop.load_best_model_at_end:
+        path = export_model(
+            workdir / "model", model, run, _restore_weights(state, checkpoints, best)
+        )
+        return {"model_path": path, "best_model_path": path}
+    last_path = export_model(workdir / "model", model, run, state)
+    best_path = export_model(
+        workdir / "best_model", model, run, _restore_weights(state, checkpoints, best)
+    )
+    return {"model_path": last_path, "best_model_path": best_path}
+
+
+def export_model(
+    directory: pathlib.Path, model: LoadedModel, run: RunConfig, state: TrainState
+) -> str:
+    """One directory that transformers loads, adapters merged; returns its path.
+
+    The adapter alone, in PEFT's format, goes beside it: `model/` and `adapter/`.
+    """
+    params = state.trainable
+    if run.lora is not None:
+        settings = lora_config(run)
+        base = _without_adapters(state.frozen)
+        adapter_directory = directory.with_name(
+            directory.name.replace("model", "adapter")
+        )
+        lora.save_adapter(
+            adapter_directory,
+            state.trainable,
+            settings,
+            model.directory,
+            tied_embeddings=model.config.tie_word_embeddings,
+            initial=state.frozen if settings.changes_base else None,
+        )
+        params = lora.merge_into_base(base, state.trainable, settings)
+        logger.info("adapter saved to %s", adapter_directory)
+    save_pretrained(directory, model.config, params, dtype=run.model.export_dtype)
+    if jax.process_index() == 0:
+        # As it was used: with the chat template of this run, if that was another.
+        model.tokenizer.save_pretrained(str(directory))
+    logger.info("model saved to %s", directory)
+    return str(directory)
+
+
+def _without_adapters(tree: Params) -> Params:
+    """The frozen tree may hold adapters: a DPO reference's, or the first ones."""
+    return {
+        name: _without_adapters(value) if isinstance(value, dict) else value
+        for name, value in tree.items()
+        if not name.startswith("lora_")
+    }
+
+
+def _restore_weights(
+    state: TrainState, checkpoints: CheckpointManager, step: int
+) -> TrainState:
+    """The same state with `trainable` of an earlier step."""
+    wanted = dataclasses.replace(state, opt_state=None, frozen={}, loss_scale=None)
+    restored = checkpoints.restore(wanted, step, partial=True)
+    return dataclasses.replace(state, trainable=restored.state.trainable)

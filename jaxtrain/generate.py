@@ -1,0 +1,268 @@
+"""Sampling with a key-value cache: sample outputs and generation metrics.
+
+`make_generate` compiles the whole loop; `generate_texts` feeds it prompts in batches
+of few static shapes.
+"""
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jaxtyping import Array, Bool, Float, Int, Int32, Key
+
+from jaxtrain.types import Params
+
+logger = logging.getLogger(__name__)
+
+Message = Mapping[str, Any]
+_SHORTEST_BUCKET = 16
+
+
+class CachedDecoder(Protocol):
+    """What generation needs of a model; `models.transformer.Decoder` has it."""
+
+    def init_cache(self, batch: int, max_len: int) -> Any:
+        """An empty cache for `max_len` tokens a row."""
+        ...
+
+    def decode(
+        self,
+        params: Params,
+        tokens: Int32[Array, "B T"],
+        positions: Int32[Array, "B T"],
+        cache: Any,
+        segment_ids: Int32[Array, "B T"],
+    ) -> tuple[Float[Array, "B V"], Any]:
+        """Append tokens (segment 0 = padding); logits after each row's last one."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Generator:
+    """A compiled generation loop and the settings it was made with."""
+
+    max_new_tokens: int
+    eos_ids: tuple[int, ...]
+    pad_id: int
+    compiled: Callable[[Params, Array, Array, Array], Array]
+
+    def __call__(
+        self,
+        params: Params,
+        prompt_tokens: Int[Array | np.ndarray, "B T"],
+        prompt_mask: Int[Array | np.ndarray, "B T"] | Bool[Array | np.ndarray, "B T"],
+        key: Key[Array, "..."],
+    ) -> Int32[Array, "B N"]:
+        """Continue each prompt by N = `max_new_tokens` tokens.
+
+        Args:
+            prompt_tokens: prompts, padded on either side.
+            prompt_mask: 1 for a prompt's tokens, 0 for padding; at least one a row.
+            key: one PRNG key, or one for each row: a row's text then does not depend
+                on the rows beside it.
+
+        Returns:
+            The new tokens; after a row's end token, `pad_id`.
+        """
+        if key.ndim == 0:
+            key = jax.random.split(key, len(prompt_tokens))
+        tokens = jnp.asarray(prompt_tokens, jnp.int32)
+        return self.compiled(params, tokens, jnp.asarray(prompt_mask, jnp.int32), key)
+
+
+def make_generate(
+    decoder: CachedDecoder,
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    eos_ids: Sequence[int] = (),
+    pad_id: int = 0,
+) -> Generator:
+    """A generator that stops once every row has met an end token.
+
+    Args:
+        temperature: divides the logits; 0 takes the most likely token.
+        top_k: sample among so many most likely tokens; 0 among all.
+        top_p: and among the fewest that hold this probability (arXiv:1904.09751),
+            after temperature and `top_k`, as transformers does.
+        eos_ids: the tokens that end a text.
+
+    Raises:
+        ValueError: a setting is out of its range.
+    """
+    for name, value, fits, wanted in (
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
+        ("temperature", temperature, temperature >= 0, "0 (greedy) or more"),
+        ("top_k", top_k, top_k >= 0, "0 (off) or more"),
+        ("top_p", top_p, 0 < top_p <= 1, "above 0, at most 1 (off)"),
+    ):
+        if not fits:
+            raise ValueError(f"{name}={value}: use {wanted}")
+    ends = jnp.asarray(tuple(eos_ids), jnp.int32)
+
+    def choose(logits: Array, keys: Array, index: Array | int) -> Array:
+        if temperature == 0:
+            return logits.argmax(axis=-1).astype(jnp.int32)
+        kept = filter_logits(logits / temperature, top_k=top_k, top_p=top_p)
+        keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, index)
+        return jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
+
+    def has_ended(tokens: Array) -> Array:
+        return (tokens[:, None] == ends).any(axis=1)
+
+    def generate(
+        params: Params, prompts: Array, mask: Array, keys: Array
+    ) -> Int32[Array, "B N"]:
+        batch, prompt_length = prompts.shape
+        cache = decoder.init_cache(batch, prompt_length + max_new_tokens)
+        positions = jnp.maximum(mask.cumsum(axis=1, dtype=jnp.int32) - 1, 0)
+        logits, cache = decoder.decode(params, prompts, positions, cache, mask)
+        tokens = choose(logits, keys, 0)
+        texts = jnp.full((batch, max_new_tokens), pad_id, jnp.int32)
+        lengths = mask.sum(axis=1, dtype=jnp.int32)
+        ones = jnp.ones((batch, 1), jnp.int32)
+        carry = (jnp.int32(1), tokens, has_ended(tokens), texts.at[:, 0].set(tokens))
+
+        def unfinished(state: Any) -> Array:
+            (index, _, ended, _), _ = state
+            return (index < max_new_tokens) & ~ended.all()
+
+        def extend(state: Any) -> Any:
+            (index, tokens, ended, texts), cache = state
+            at = (lengths + index - 1)[:, None]
+            logits, cache = decoder.decode(params, tokens[:, None], at, cache, ones)
+            tokens = jnp.where(ended, pad_id, choose(logits, keys, index))
+            texts = jax.lax.dynamic_update_index_in_dim(texts, tokens, index, axis=1)
+            return (index + 1, tokens, ended | has_ended(tokens), texts), cache
+
+        (_, _, _, texts), _ = jax.lax.while_loop(unfinished, extend, (carry, cache))
+        return texts
+
+    return Generator(max_new_tokens, tuple(eos_ids), pad_id, jax.jit(generate))
+
+
+def filter_logits(
+    logits: Float[Array, "*B V"], *, top_k: int = 0, top_p: float = 1.0
+) -> Float[Array, "*B V"]:
+    """Logits with all but the `top_k` and then the `top_p` most likely at -inf.
+
+    Kept for `top_p` is the smallest set of most likely tokens whose probability, among
+    what `top_k` left, reaches it: at least one. Ties with the last one are kept.
+    """
+    vocabulary = logits.shape[-1]
+    top_k = min(top_k, vocabulary) or vocabulary
+    if top_k == vocabulary and top_p == 1:
+        return logits
+    descending = jax.lax.top_k(logits, top_k)[0]
+    probabilities = jax.nn.softmax(descending.astype(jnp.float32), axis=-1)
+    more_likely = jnp.cumsum(probabilities, axis=-1) - probabilities
+    # The first stays whatever rounding does.
+    stays = (more_likely < top_p).at[..., 0].set(True) if top_p < 1 else True
+    least = jnp.where(stays, descending, jnp.inf).min(axis=-1, keepdims=True)
+    return jnp.where(logits < least, -jnp.inf, logits)
+
+
+def generate_texts(
+    generate: Generator,
+    params: Params,
+    tokenizer: Any,
+    prompts: Sequence[str | Sequence[Message] | Sequence[int]],
+    *,
+    key: Key[Array, ""],
+    batch_size: int = 8,
+    max_prompt_tokens: int | None = None,
+) -> list[str]:
+    """Continue each prompt; one text each, in their order, special tokens left out.
+
+    Prompts go by length into batches of `batch_size` rows, left-padded to powers of
+    two, so that few shapes are compiled. A prompt's text depends on `key` and its
+    index, not on its batch. With several processes, all call with the same prompts.
+
+    Args:
+        prompts: strings, lists of messages for the tokenizer's chat template, or
+            lists of token ids.
+        batch_size: a multiple of the mesh's data-parallel size.
+        max_prompt_tokens: longer prompts lose their beginning.
+
+    Raises:
+        ValueError: a prompt is empty and the tokenizer has no token to begin with.
+    """
+    encoded = [_encode(tokenizer, prompt, i) for i, prompt in enumerate(prompts)]
+    if max_prompt_tokens is not None:
+        cut = sum(len(ids) > max_prompt_tokens for ids in encoded)
+        if cut:
+            logger.warning("%d prompts cut to %d tokens", cut, max_prompt_tokens)
+        encoded = [ids[-max_prompt_tokens:] for ids in encoded]
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
+    texts = [""] * len(encoded)
+    for start in range(0, len(order), batch_size):
+        members = order[start : start + batch_size]
+        # The last batch is filled up with repetitions of its first prompt.
+        rows = members + members[:1] * (batch_size - len(members))
+        tokens, mask = _left_pad([encoded[i] for i in rows], generate.pad_id)
+        keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.asarray(rows))
+        new_tokens = _fetch(generate(params, tokens, mask, keys))
+        for index, row in zip(members, new_tokens, strict=False):
+            ids = _until_end(row, generate.eos_ids)
+            texts[index] = tokenizer.decode(ids, skip_special_tokens=True)
+    return texts
+
+
+def _encode(
+    tokenizer: Any, prompt: str | Sequence[Message] | Sequence[int], index: int
+) -> list[int]:
+    if not isinstance(prompt, str) and len(prompt) and isinstance(prompt[0], int):
+        return list(prompt)  # type: ignore[arg-type]
+    if isinstance(prompt, str):
+        ids = tokenizer(prompt)["input_ids"]
+    else:
+        text = tokenizer.apply_chat_template(
+            list(prompt), tokenize=False, add_generation_prompt=True
+        )
+        # The template writes the special tokens itself.
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        first = [tokenizer.bos_token_id, tokenizer.eos_token_id]
+        ids = [token for token in first if token is not None][:1]
+    if not ids:
+        raise ValueError(
+            f"prompt {index} is empty and the tokenizer has neither a bos nor an eos "
+            "token to begin with: give it a text"
+        )
+    return list(ids)
+
+
+def _left_pad(
+    rows: Sequence[Sequence[int]], pad_id: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and mask [B T], T a power of two."""
+    longest = max(len(row) for row in rows)
+    width = max(1 << (longest - 1).bit_length(), _SHORTEST_BUCKET)
+    tokens = np.full((len(rows), width), pad_id, np.int32)
+    mask = np.zeros((len(rows), width), np.int32)
+    for b, row in enumerate(rows):
+        tokens[b, width - len(row) :] = row
+        mask[b, width - len(row) :] = 1
+    return tokens, mask
+
+
+def _until_end(row: np.ndarray, eos_ids: Sequence[int]) -> list[int]:
+    ends = np.flatnonzero(np.isin(row, list(eos_ids)))
+    return row[: ends[0]].tolist() if ends.size else row.tolist()
+
+
+def _fetch(array: jax.Array) -> np.ndarray:
+    """The whole array on this host, wherever its shards are."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    if array.is_fully_replicated:
+        return np.asarray(array.addressable_data(0))
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))

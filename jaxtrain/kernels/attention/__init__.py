@@ -1,0 +1,10 @@
+"""Attention over packed rows: one call, several implementations."""
+
+from jaxtrain.kernels.attention.api import (
+    IMPLEMENTATIONS,
+    attention,
+    plan_attention,
+)
+from jaxtrain.kernels.attention.schedule import Schedule
+
+__all__ = ["IMPLEMENTATIONS", "Schedule", "attention", "plan_attention"]

@@ -1,0 +1,209 @@
+"""One `attention` for every platform; "auto" picks the implementation and logs it."""
+
+import functools
+import importlib
+import logging
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from jaxtrain.kernels.attention import blocked, cudnn
+from jaxtrain.kernels.attention.masks import Mask
+from jaxtrain.kernels.attention.reference import attention_reference
+from jaxtrain.kernels.attention.schedule import Schedule
+from jaxtrain.kernels.attention.xla import attention_xla
+
+_PALLAS = ("pallas_gpu", "pallas_triton", "pallas_tpu")
+IMPLEMENTATIONS = ("auto", "reference", "xla", "cudnn", *_PALLAS)
+_logger = logging.getLogger(__name__)
+
+
+def attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    *,
+    segment_ids: Int32[Array, "B T"] | None = None,
+    prompt_ids: Int32[Array, "B T"] | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    implementation: str = "auto",
+    schedule: Schedule | None = None,
+) -> Float[Array, "B T N H"]:
+    """Scaled dot-product attention over packed rows (arXiv 1706.03762, GQA 2305.13245).
+
+    Query t reads key s where their segment ids are equal and not 0, s <= t in index
+    order (causal) and t - s < window. `prompt_ids[t]` names a second segment that t
+    reads besides its own: a prompt that several responses of the row share; 0 names
+    none. Query head n reads key-value head n // (N // K). Logits are
+    `softcap * tanh(scale * q k / softcap)`; `scale` is H ** -0.5 unless given.
+
+    Rows of padding (segment id 0) give zeros, whatever their inputs hold.
+
+    `schedule` is what `plan_attention` gave for the same mask and implementation; the
+    Pallas kernels make their own where it is None.
+
+    Raises:
+        ValueError: shapes or options do not fit together, or the name is unknown.
+        NotImplementedError: the named implementation cannot serve this call.
+    """
+    mask = Mask(segment_ids, prompt_ids, causal, window)
+    _check_shapes(q, k, v, mask)
+    _check_options(mask, softcap, implementation)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if implementation == "auto":
+        implementation = _choose(q, mask, softcap)
+    if implementation == "reference":
+        return attention_reference(q, k, v, mask, softcap=softcap, scale=scale)
+    if implementation == "xla":
+        return attention_xla(q, k, v, mask, softcap=softcap, scale=scale)
+    reason = _REFUSALS[implementation](q, mask, softcap)
+    if reason is not None:
+        raise NotImplementedError(
+            f"attention implementation {implementation!r} refuses: {reason}; "
+            "use 'auto' or 'xla'"
+        )
+    if implementation == "cudnn":
+        return cudnn.attention_cudnn(q, k, v, mask, scale=scale)
+    return blocked.attention_blocked(
+        _load_kernels(implementation),
+        q,
+        k,
+        v,
+        mask,
+        softcap=softcap,
+        scale=scale,
+        schedule=schedule,
+    )
+
+
+def plan_attention(
+    segment_ids: Int32[Array, "B T"],
+    *,
+    prompt_ids: Int32[Array, "B T"] | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    implementation: str = "auto",
+) -> Schedule | None:
+    """The blocks that the layers of one batch visit, found once for all of them.
+
+    None for an implementation that visits no blocks. Layers with another window need
+    another schedule.
+    """
+    if implementation not in _PALLAS:
+        return None
+    mask = Mask(segment_ids, prompt_ids, causal, window)
+    return blocked.plan(_load_kernels(implementation), mask, *segment_ids.shape)
+
+
+def _load_kernels(name: str) -> blocked.Kernels:
+    """Only on demand: JAX has announced that the Triton lowering will go."""
+    try:
+        module = importlib.import_module(f"jaxtrain.kernels.attention.{name}")
+    except ImportError as error:
+        raise NotImplementedError(
+            f"attention implementation {name!r} refuses: this jax lacks it ({error})"
+        ) from error
+    return module.KERNELS
+
+
+def _choose(q: Array, mask: Mask, softcap: float | None) -> str:
+    """The fastest implementation measured on this platform that serves the call.
+
+    On Hopper our kernels win where documents leave blocks out, and serve the soft cap
+    that cuDNN lacks; on plain causal rows cuDNN wins (benchmarks/RESULTS.md).
+    """
+    ours = mask.segment_ids is not None or softcap is not None
+    for_hopper = ours and _refuse_pallas_gpu(q, mask, softcap) is None
+    if for_hopper:
+        name = "pallas_gpu"
+    else:
+        name = "xla" if cudnn.refusal(q, mask, softcap) else "cudnn"
+    _log_choice(name, q.shape, q.dtype.name, mask.segment_ids is not None)
+    return name
+
+
+def _refuse_pallas_gpu(q: Array, mask: Mask, softcap: float | None) -> str | None:
+    capability = cudnn.compute_capability()
+    if capability is None or not 9.0 <= capability < 10.0:
+        return "it needs a Hopper GPU (compute capability 9.0)"
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"it takes bfloat16 or float16, not {q.dtype.name}"
+    return _refuse_wide_heads(q)
+
+
+def _refuse_pallas_triton(q: Array, mask: Mask, softcap: float | None) -> str | None:
+    capability = cudnn.compute_capability()
+    if capability is None or capability < 8.0:
+        return "it needs an NVIDIA GPU of compute capability 8.0 or later"
+    return _refuse_wide_heads(q)
+
+
+def _refuse_pallas_tpu(q: Array, mask: Mask, softcap: float | None) -> str | None:
+    # The CPU backend passes: it compiles ahead of time for a TPU that is not here.
+    if jax.default_backend() == "gpu":
+        return "the backend is 'gpu', not a TPU"
+    return None
+
+
+def _refuse_wide_heads(q: Array) -> str | None:
+    return f"head width {q.shape[-1]} is above 256" if q.shape[-1] > 256 else None
+
+
+_REFUSALS: dict[str, Callable[[Array, Mask, float | None], str | None]] = {
+    "cudnn": cudnn.refusal,
+    "pallas_gpu": _refuse_pallas_gpu,
+    "pallas_triton": _refuse_pallas_triton,
+    "pallas_tpu": _refuse_pallas_tpu,
+}
+
+
+@functools.cache
+def _log_choice(name: str, shape: tuple[int, ...], dtype: str, packed: bool) -> None:
+    """One line for each new combination, not one for each layer or trace."""
+    what = "with segments" if packed else "without segments"
+    _logger.info("attention: auto chose %s for q %s %s %s", name, shape, dtype, what)
+
+
+def _check_shapes(q: Array, k: Array, v: Array, mask: Mask) -> None:
+    batch, length, heads, width = q.shape
+    if k.shape != v.shape or (k.shape[0], k.shape[3]) != (batch, width):
+        raise ValueError(
+            f"q {q.shape}, k {k.shape} and v {v.shape} do not fit: k and v need the "
+            "shape [B S K H] with q's B and H"
+        )
+    if heads % k.shape[2]:
+        raise ValueError(
+            f"{heads} query heads are no multiple of {k.shape[2]} key-value heads"
+        )
+    if (mask.causal or mask.segment_ids is not None) and k.shape[1] != length:
+        raise ValueError(
+            f"{length} queries and {k.shape[1]} keys: causal and segment_ids need as "
+            "many keys as queries; pass causal=False for cross attention"
+        )
+    ids = {"segment_ids": mask.segment_ids, "prompt_ids": mask.prompt_ids}
+    for name, value in ids.items():
+        if value is not None and value.shape != (batch, length):
+            raise ValueError(f"{name} {value.shape} must have shape {(batch, length)}")
+
+
+def _check_options(mask: Mask, softcap: float | None, implementation: str) -> None:
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"attention implementation {implementation!r} is unknown; "
+            f"use one of {', '.join(IMPLEMENTATIONS)}"
+        )
+    if mask.window is not None and (mask.window < 1 or not mask.causal):
+        raise ValueError(
+            f"window={mask.window} needs causal=True and at least 1; "
+            "pass None for no window"
+        )
+    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+        raise ValueError(f"softcap={softcap} must be above 0; pass None for no cap")
+    if mask.prompt_ids is not None and mask.segment_ids is None:
+        raise ValueError("prompt_ids need segment_ids: they name segments of the row")

@@ -1,0 +1,211 @@
+"""What the forward and backward Hopper kernels share: tiles, masks, small helpers.
+
+Every kernel runs three warpgroups a block of threads: two compute, each on 64 rows of
+a tile of 128, and one feeds them through a ring of buffers in shared memory by TMA.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array
+
+from jaxtrain.kernels.attention.blocked import LOG2_E, Options, scale_scores
+from jaxtrain.kernels.attention.schedule import Schedule
+
+Ref = Any  # a reference to memory of the kernel, or to a barrier
+
+BLOCK = 128  # of the schedule, queries and keys
+ROWS = 64  # of one warpgroup: the height of a wgmma tile
+GROUPS = BLOCK // ROWS  # computing warpgroups
+FEEDER = GROUPS  # index of the warpgroup that copies
+
+TILE = plgpu.Layout.WGMMA
+PER_ROW = plgpu.Layout.WGMMA.reduce(1)
+PER_COLUMN = plgpu.Layout.WGMMA.reduce(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Entries of a block taken in one turn, and buffers in the ring, of each kernel."""
+
+    forward_step: int = 128
+    forward_stages: int = 2
+    dq_step: int = 128
+    dq_stages: int = 2
+    dkv_step: int = 64
+    dkv_stages: int = 2
+    joint_dkv: bool = True  # dk and dv by one kernel: both accumulators in registers
+    take_turns: bool = True  # one group's softmax runs under the other's products
+
+
+def choose_tiles(width: int) -> Tiles:
+    """Tiles that fit 227 KiB of shared memory and 240 registers a thread."""
+    if width <= 128:
+        return Tiles()
+    # A step below 64 is no wgmma depth, so one buffer has to do in the backward pass.
+    return Tiles(
+        forward_step=64, dq_step=64, dq_stages=1, dkv_stages=1, joint_dkv=False
+    )
+
+
+def choose_blocks(length: int) -> tuple[int, int]:
+    """The blocks of the schedule, whatever the length."""
+    return BLOCK, BLOCK
+
+
+def choose_width(width: int) -> int:
+    """Head widths the 128-byte swizzle takes: 64, 128 or 256."""
+    for allowed in (64, 128, 256):
+        if width <= allowed:
+            return allowed
+    raise NotImplementedError(
+        f"pallas_gpu refuses head width {width}: at most 256; use 'xla'"
+    )
+
+
+def matrix_memory(shape: tuple[int, ...], dtype: jnp.dtype) -> Any:
+    """Shared memory for wgmma operands and TMA: 8 x 64 tiles, 128-byte swizzle."""
+    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def vector_memory(shape: tuple[int, ...], dtype: jnp.dtype) -> Any:
+    """Shared memory for one number a row or column of a tile."""
+    return plgpu.SMEM(shape, dtype)
+
+
+def call(
+    options: Options,
+    body: Callable[..., None],
+    *,
+    out_type: object,
+    scratch: list,
+    grid: tuple[int, int, int],
+) -> Callable:
+    """The compiled kernel over a grid of (heads, blocks, batch)."""
+    interpret = None
+    if options.interpret:
+        if not hasattr(plgpu, "InterpretGPUParams"):
+            raise NotImplementedError("this jax has no interpreter for Mosaic GPU")
+        interpret = plgpu.InterpretGPUParams()
+    return plgpu.kernel(
+        body,
+        out_type=out_type,
+        scratch_types=scratch,
+        grid=grid,
+        grid_names=("heads", "blocks", "batch"),
+        num_threads=GROUPS + 1,
+        thread_name="group",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=interpret,
+    )
+
+
+def lists(counts: Array, wholes: Array, blocks: Array) -> tuple[Array, Array, Array]:
+    """A schedule's lists, flat: kernels read single entries from device memory."""
+    return counts.reshape(-1), wholes.reshape(-1), blocks.reshape(-1)
+
+
+def product(
+    left: Ref, right: Ref, shape: tuple, issued: Callable[[], None] | None = None
+) -> Array:
+    """left @ right by wgmma into fresh float32 registers.
+
+    `issued` runs once the product is on its way, before it is waited for.
+    """
+
+    def compute(ref: Ref) -> Array:
+        plgpu.wgmma(ref, left, right)
+        if issued is not None:
+            issued()
+        return ref[...]
+
+    return pl.run_scoped(compute, plgpu.ACC(shape, jnp.float32))
+
+
+def add_product(options: Options, total: Array, left: Array, right: Ref) -> Array:
+    """total + left @ right, left and total in registers, right in shared memory."""
+    if options.interpret:  # the interpreter's wgmma reads shared memory only
+        dims = (((1,), (0,)), ((), ()))
+        return total + jax.lax.dot_general(
+            left, right[...], dims, preferred_element_type=jnp.float32
+        )
+    accumulate = pl.run_state(lambda ref: plgpu.wgmma(ref, left, right))
+    return accumulate(plgpu.ACC.init(total))
+
+
+def wait_for_slot(barriers: Ref, turn: Array, slot: Array, stages: int) -> None:
+    """Waits until the buffers of `slot` were read; its first use needs no wait."""
+    pl.when(turn >= stages)(lambda: plgpu.barrier_wait(barriers.at[slot]))
+
+
+def constant(options: Options, shape: tuple, value: float, layout: Any) -> Array:
+    """A float32 array in registers."""
+    return place(options, jnp.full(shape, value, jnp.float32), layout)
+
+
+def place(options: Options, x: Array, layout: Any) -> Array:
+    """`x` in the given register layout; the interpreter has none."""
+    return x if options.interpret else plgpu.layout_cast(x, layout)
+
+
+def over_rows(x: Array, shape: tuple) -> Array:
+    """One number a row, repeated along columns."""
+    return jax.lax.broadcast_in_dim(x, shape, [0])
+
+
+def over_columns(x: Array, shape: tuple) -> Array:
+    """One number a column, repeated along rows."""
+    return jax.lax.broadcast_in_dim(x, shape, [1])
+
+
+def iota(options: Options, shape: tuple, axis: int) -> Array:
+    """Row or column number of each entry of a tile."""
+    if options.interpret:
+        return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+    return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=TILE)
+
+
+def logit_factor(options: Options) -> float:
+    """What `unscaled_logits` leave out, above 0: applied where it costs nothing."""
+    plain = options.softcap is None and options.scale > 0
+    return options.scale * LOG2_E if plain else 1.0
+
+
+def unscaled_logits(options: Options, raw: Array) -> Array:
+    """Logits in units of log 2, divided by `logit_factor`."""
+    return raw if logit_factor(options) != 1.0 else scale_scores(options, raw)
+
+
+def within_reach(options: Options, distance: Array) -> Array | None:
+    """Where the causal rule and the window allow query index - key index."""
+    if not options.causal:
+        return None
+    near = distance >= 0
+    if options.window is not None:
+        near &= distance < options.window
+    return near
+
+
+def divide(x: Array, by: int) -> Array:
+    """x // by of non-negative integers, without floor's sign handling."""
+    return jax.lax.div(x, jnp.int32(by))
+
+
+def remainder(x: Array, by: int) -> Array:
+    """x % by of non-negative integers."""
+    return jax.lax.rem(x, jnp.int32(by))
+
+
+def check_schedule(schedule: Schedule) -> None:
+    """Refuses a schedule made for another implementation."""
+    if (schedule.block_q, schedule.block_k) != (BLOCK, BLOCK):
+        raise ValueError(
+            f"the schedule has blocks of {schedule.block_q} and {schedule.block_k}, "
+            f"pallas_gpu takes {BLOCK}: make it with implementation='pallas_gpu'"
+        )

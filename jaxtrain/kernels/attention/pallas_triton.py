@@ -1,0 +1,367 @@
+"""Flash attention for NVIDIA GPUs before Hopper, through Pallas' Triton lowering.
+
+FlashAttention-2 (arXiv 2307.08691) over the listed blocks: one program takes a block
+of queries (forward, dq) or of keys (dk, dv) and loops over the blocks on its list.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Float
+
+from jaxtrain.kernels.attention.blocked import (
+    NEVER,
+    Ids,
+    Kernels,
+    Options,
+    bend_slope,
+    id_rows,
+    scale_scores,
+)
+from jaxtrain.kernels.attention.schedule import Schedule
+
+Carry = TypeVar("Carry")
+_BLOCK = 64  # shared memory of the smallest cards holds the tiles of a 128-wide head
+
+
+def choose_blocks(length: int) -> tuple[int, int]:
+    """Tiles of 64 by 64 for any length."""
+    return _BLOCK, _BLOCK
+
+
+def choose_width(width: int) -> int:
+    """The next power of two: Triton has no other tiles."""
+    if width > 256:
+        raise NotImplementedError(
+            f"pallas_triton refuses head width {width}: at most 256; use 'xla'"
+        )
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def forward(
+    options: Options,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    ids: Ids,
+    schedule: Schedule,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+    """Attention and the base-2 log-sum-exp of each query's logits."""
+    batch, length, heads, width = q.shape
+    specs = _QuerySpecs(length, heads // k.shape[2], width, schedule)
+    return pl.pallas_call(
+        functools.partial(_forward_kernel, options),
+        grid=(length // _BLOCK, heads, batch),
+        in_specs=[specs.query, specs.keys, specs.keys, *specs.ids, *specs.lists],
+        out_specs=[specs.query, specs.stat],
+        out_shape=[
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
+        ],
+        compiler_params=_compiler_params(width),
+        interpret=options.interpret,
+        name="attention_forward",
+    )(q, k, v, *id_rows(ids), *_key_lists(schedule))
+
+
+class _QuerySpecs:
+    """Block specs of a program (i, n, b): query block i of head n of row b."""
+
+    def __init__(self, length: int, group: int, width: int, schedule: Schedule) -> None:
+        slots = schedule.key_blocks.shape[2]
+        row = pl.BlockSpec((None, _BLOCK), lambda i, n, b: (b, i))
+        keys = pl.BlockSpec((None, length), lambda i, n, b: (b, 0))
+        count = pl.BlockSpec((None, length // _BLOCK), lambda i, n, b: (b, 0))
+        self.query = pl.BlockSpec(
+            (None, _BLOCK, None, width), lambda i, n, b: (b, i, n, 0)
+        )
+        self.keys = pl.BlockSpec(
+            (None, length, None, width),
+            lambda i, n, b: (b, 0, jax.lax.div(n, jnp.int32(group)), 0),
+        )
+        self.stat = pl.BlockSpec((None, None, _BLOCK), lambda i, n, b: (b, n, i))
+        self.ids = (row, row, keys)
+        listed = pl.BlockSpec((None, None, slots), lambda i, n, b: (b, i, 0))
+        self.lists = (count, count, listed)
+
+
+def _forward_kernel(
+    options: Options,
+    q_ref: Array,
+    k_ref: Array,
+    v_ref: Array,
+    query_ids: Array,
+    prompt_ids: Array,
+    key_ids: Array,
+    counts: Array,
+    wholes: Array,
+    blocks: Array,
+    out_ref: Array,
+    lse_ref: Array,
+) -> None:
+    i = pl.program_id(0)
+    q = q_ref[...]
+
+    def visit(masked: bool, slot: Array, carry: tuple) -> tuple:
+        out, highest, total = carry
+        block = blocks[slot]
+        keys = pl.ds(block * _BLOCK, _BLOCK)
+        logits = scale_scores(options, _product(q, k_ref[keys, :].T))
+        if masked:
+            allowed = _allowed(
+                options, query_ids[...], prompt_ids[...], key_ids[keys], i, block
+            )
+            logits = jnp.where(allowed, logits, NEVER)
+        new_highest = jnp.maximum(highest, logits.max(axis=1))
+        fade = jnp.exp2(highest - new_highest)
+        weights = jnp.exp2(logits - new_highest[:, None])
+        total = total * fade + weights.sum(axis=1)
+        values = _product(weights.astype(v_ref.dtype), v_ref[keys, :])
+        return out * fade[:, None] + values, new_highest, total
+
+    carry = (
+        jnp.zeros(q.shape, jnp.float32),
+        # Above NEVER: a masked entry underflows even where all are masked.
+        jnp.full((_BLOCK,), NEVER / 2, jnp.float32),
+        jnp.zeros((_BLOCK,), jnp.float32),
+    )
+    out, highest, total = _walk(counts[i], wholes[i], visit, carry)
+    empty = total == 0
+    divisor = jnp.where(empty, 1.0, total)
+    out_ref[...] = (out / divisor[:, None]).astype(out_ref.dtype)
+    lse_ref[...] = jnp.where(empty, -NEVER, highest + jnp.log2(divisor))
+
+
+def backward(
+    options: Options,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    lse: Float[Array, "B N T"],
+    delta: Float[Array, "B N T"],
+    d_out: Float[Array, "B T N H"],
+    ids: Ids,
+    schedule: Schedule,
+) -> tuple[Array, Array, Array]:
+    """Gradients of q (walking over keys) and of k and v (walking over queries)."""
+    inputs = (q, k, v, d_out.astype(q.dtype), lse, delta, *id_rows(ids))
+    dk, dv = _key_gradients(options, inputs, schedule)
+    return _query_gradient(options, inputs, schedule), dk, dv
+
+
+def _query_gradient(
+    options: Options, inputs: tuple[Array, ...], schedule: Schedule
+) -> Array:
+    q, k = inputs[:2]
+    batch, length, heads, width = q.shape
+    specs = _QuerySpecs(length, heads // k.shape[2], width, schedule)
+    return pl.pallas_call(
+        functools.partial(_query_kernel, options),
+        grid=(length // _BLOCK, heads, batch),
+        in_specs=[
+            specs.query,
+            specs.keys,
+            specs.keys,
+            specs.query,
+            specs.stat,
+            specs.stat,
+            *specs.ids,
+            *specs.lists,
+        ],
+        out_specs=specs.query,
+        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        compiler_params=_compiler_params(width),
+        interpret=options.interpret,
+        name="attention_query_gradient",
+    )(*inputs, *_key_lists(schedule))
+
+
+def _query_kernel(
+    options: Options,
+    q_ref: Array,
+    k_ref: Array,
+    v_ref: Array,
+    d_out_ref: Array,
+    lse_ref: Array,
+    delta_ref: Array,
+    query_ids: Array,
+    prompt_ids: Array,
+    key_ids: Array,
+    counts: Array,
+    wholes: Array,
+    blocks: Array,
+    dq_ref: Array,
+) -> None:
+    i = pl.program_id(0)
+    q, d_out, lse, delta = q_ref[...], d_out_ref[...], lse_ref[...], delta_ref[...]
+
+    def visit(masked: bool, slot: Array, dq: Array) -> Array:
+        block = blocks[slot]
+        keys = pl.ds(block * _BLOCK, _BLOCK)
+        k = k_ref[keys, :]
+        logits = scale_scores(options, _product(q, k.T))
+        weights = jnp.exp2(logits - lse[:, None])
+        if masked:
+            allowed = _allowed(
+                options, query_ids[...], prompt_ids[...], key_ids[keys], i, block
+            )
+            weights = jnp.where(allowed, weights, 0.0)
+        d_weights = _product(d_out, v_ref[keys, :].T)
+        slope = bend_slope(options, logits, weights * (d_weights - delta[:, None]))
+        return dq + _product(slope.astype(k.dtype), k)
+
+    dq = jnp.zeros(q.shape, jnp.float32)
+    dq = _walk(counts[i], wholes[i], visit, dq) * options.scale
+    dq_ref[...] = dq.astype(dq_ref.dtype)
+
+
+def _key_gradients(
+    options: Options, inputs: tuple[Array, ...], schedule: Schedule
+) -> tuple[Array, Array]:
+    q, k = inputs[:2]
+    batch, length, heads, width = q.shape
+    kv_heads = k.shape[2]
+    group = heads // kv_heads
+    slots = schedule.query_blocks.shape[2]
+    # A program (j, h, b) takes key block j of key-value head h of row b.
+    key = pl.BlockSpec((None, _BLOCK, None, width), lambda j, h, b: (b, j, h, 0))
+    queries = pl.BlockSpec((None, length, group, width), lambda j, h, b: (b, 0, h, 0))
+    stat = pl.BlockSpec((None, group, length), lambda j, h, b: (b, h, 0))
+    row = pl.BlockSpec((None, length), lambda j, h, b: (b, 0))
+    key_row = pl.BlockSpec((None, _BLOCK), lambda j, h, b: (b, j))
+    count = pl.BlockSpec((None, length // _BLOCK), lambda j, h, b: (b, 0))
+    listed = pl.BlockSpec((None, None, slots), lambda j, h, b: (b, j, 0))
+    dk, dv = pl.pallas_call(
+        functools.partial(_key_kernel, options, group),
+        grid=(length // _BLOCK, kv_heads, batch),
+        in_specs=[
+            queries,
+            key,
+            key,
+            queries,
+            stat,
+            stat,
+            row,
+            row,
+            key_row,
+            count,
+            count,
+            listed,
+        ],
+        out_specs=[key, key],
+        out_shape=[jax.ShapeDtypeStruct(k.shape, k.dtype)] * 2,
+        compiler_params=_compiler_params(width),
+        interpret=options.interpret,
+        name="attention_key_gradients",
+    )(
+        *inputs,
+        schedule.query_counts,
+        schedule.query_wholes,
+        schedule.query_blocks,
+    )
+    return dk, dv
+
+
+def _key_kernel(
+    options: Options,
+    group: int,
+    q_ref: Array,
+    k_ref: Array,
+    v_ref: Array,
+    d_out_ref: Array,
+    lse_ref: Array,
+    delta_ref: Array,
+    query_ids: Array,
+    prompt_ids: Array,
+    key_ids: Array,
+    counts: Array,
+    wholes: Array,
+    blocks: Array,
+    dk_ref: Array,
+    dv_ref: Array,
+) -> None:
+    j = pl.program_id(0)
+    k, v = k_ref[...], v_ref[...]
+
+    def visit_head(g: Array, totals: tuple) -> tuple:
+        def visit(masked: bool, slot: Array, totals: tuple) -> tuple:
+            dk, dv = totals
+            block = blocks[slot]
+            queries = pl.ds(block * _BLOCK, _BLOCK)
+            q, d_out = q_ref[queries, g, :], d_out_ref[queries, g, :]
+            logits = scale_scores(options, _product(q, k.T))
+            weights = jnp.exp2(logits - lse_ref[g, queries][:, None])
+            if masked:
+                allowed = _allowed(
+                    options,
+                    query_ids[queries],
+                    prompt_ids[queries],
+                    key_ids[...],
+                    block,
+                    j,
+                )
+                weights = jnp.where(allowed, weights, 0.0)
+            dv += _product(weights.astype(d_out.dtype).T, d_out)
+            d_weights = _product(d_out, v.T)
+            delta = delta_ref[g, queries][:, None]
+            slope = bend_slope(options, logits, weights * (d_weights - delta))
+            dk += _product(slope.astype(q.dtype).T, q)
+            return dk, dv
+
+        return _walk(counts[j], wholes[j], visit, totals)
+
+    zero = jnp.zeros(k.shape, jnp.float32)
+    dk, dv = jax.lax.fori_loop(0, group, visit_head, (zero, zero))
+    dk_ref[...] = (dk * options.scale).astype(dk_ref.dtype)
+    dv_ref[...] = dv.astype(dv_ref.dtype)
+
+
+def _walk(
+    count: Array, wholes: Array, visit: Callable[..., Carry], carry: Carry
+) -> Carry:
+    """`visit(masked, slot, carry)` over a list, whole blocks first."""
+    carry = jax.lax.fori_loop(0, wholes, functools.partial(visit, False), carry)
+    return jax.lax.fori_loop(wholes, count, functools.partial(visit, True), carry)
+
+
+def _allowed(
+    options: Options,
+    query_ids: Array,
+    prompt_ids: Array,
+    key_ids: Array,
+    query_block: Array,
+    key_block: Array,
+) -> Array:
+    """The mask of one tile, [queries keys]."""
+    keys = key_ids[None, :]
+    allowed = (query_ids[:, None] == keys) | (prompt_ids[:, None] == keys)
+    if options.causal:
+        entry = jax.lax.iota(jnp.int32, _BLOCK)
+        distance = entry[:, None] - entry[None, :]
+        distance += (query_block - key_block) * _BLOCK
+        allowed &= distance >= 0
+        if options.window is not None:
+            allowed &= distance < options.window
+    return allowed
+
+
+def _product(left: Array, right: Array) -> Array:
+    """left @ right, accumulated in float32."""
+    precision = jax.lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
+    return jnp.dot(left, right, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _key_lists(schedule: Schedule) -> tuple[Array, Array, Array]:
+    return schedule.key_counts, schedule.key_wholes, schedule.key_blocks
+
+
+def _compiler_params(width: int) -> plgpu.CompilerParams:
+    return plgpu.CompilerParams(num_warps=4 if width <= 64 else 8, num_stages=2)
+
+
+KERNELS = Kernels("pallas_triton", forward, backward, choose_blocks, choose_width)

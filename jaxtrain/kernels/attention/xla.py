@@ -1,0 +1,116 @@
+"""Attention through plain XLA in query chunks: every platform, bounded memory."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxtrain.kernels.attention.masks import Mask, attends
+from jaxtrain.kernels.attention.reference import attend_block, zero_padding
+
+# Parts of a long row, each of which meets only the keys up to its own end.
+_PARTS = 4
+
+
+def attention_xla(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: Mask,
+    *,
+    softcap: float | None,
+    scale: float,
+    chunk: int = 512,
+) -> Float[Array, "B T N H"]:
+    """Attention with the scores of `chunk` queries a row at a time.
+
+    A scan walks over the chunks of each of four parts of a row, and the backward pass
+    computes the scores of a chunk again. Keys beyond the causal or the window bound of
+    a part are left out of its products.
+    """
+    q, k, v = zero_padding(mask.segment_ids, q, k, v)
+    attend = functools.partial(_attend_chunk, mask, softcap, scale)
+    length, keys = q.shape[1], k.shape[1]
+    if length <= chunk:
+        ids = mask.segment_ids
+        out = attend(q, k, v, ids, mask.prompt_ids, ids, 0, 0)
+        return zero_padding(mask.segment_ids, out)[0]
+    part = -(-length // _PARTS)
+    part = -(-part // chunk) * chunk
+    outputs = []
+    for start in range(0, length, part):
+        stop = min(start + part, length)
+        first = max(0, start - mask.window + 1) if mask.window is not None else 0
+        last = stop if mask.causal else keys
+        output = _scan_chunks(
+            attend,
+            q[:, start:stop],
+            k[:, first:last],
+            v[:, first:last],
+            _cut(mask.segment_ids, start, stop),
+            _cut(mask.prompt_ids, start, stop),
+            _cut(mask.segment_ids, first, last),
+            (start, first),
+            chunk,
+        )
+        outputs.append(output)
+    return zero_padding(mask.segment_ids, jnp.concatenate(outputs, axis=1))[0]
+
+
+def _attend_chunk(
+    mask: Mask,
+    softcap: float | None,
+    scale: float,
+    q: Array,
+    k: Array,
+    v: Array,
+    query_ids: Array | None,
+    prompt_ids: Array | None,
+    key_ids: Array | None,
+    query_start: Array | int,
+    key_start: int,
+) -> Array:
+    query_index = query_start + jnp.arange(q.shape[1], dtype=jnp.int32)
+    key_index = key_start + jnp.arange(k.shape[1], dtype=jnp.int32)
+    allowed = attends(mask, query_index, key_index, query_ids, prompt_ids, key_ids)
+    return attend_block(q, k, v, allowed, softcap=softcap, scale=scale)
+
+
+def _scan_chunks(
+    attend: Callable[..., Array],
+    q: Array,
+    k: Array,
+    v: Array,
+    query_ids: Array | None,
+    prompt_ids: Array | None,
+    key_ids: Array | None,
+    starts: tuple[int, int],
+    chunk: int,
+) -> Array:
+    """The chunks of `q`, whose rows start at `starts` (queries, keys), one by one."""
+    batch, length = q.shape[:2]
+    count = -(-length // chunk)
+
+    def split(x: Array) -> Array:
+        """[B T ...] -> [chunks B chunk ...], the tail filled with zeros."""
+        tail = [(0, count * chunk - length)] + [(0, 0)] * (x.ndim - 2)
+        x = jnp.pad(x, [(0, 0), *tail])
+        return jnp.moveaxis(x.reshape(batch, count, chunk, *x.shape[2:]), 1, 0)
+
+    per_query = jax.tree.map(split, (q, query_ids, prompt_ids))
+    offsets = starts[0] + jnp.arange(count, dtype=jnp.int32) * chunk
+
+    @jax.checkpoint
+    def body(_: None, inputs: tuple) -> tuple[None, Array]:
+        offset, (queries, ids, prompts) = inputs
+        return None, attend(queries, k, v, ids, prompts, key_ids, offset, starts[1])
+
+    _, out = jax.lax.scan(body, None, (offsets, per_query))
+    out = jnp.moveaxis(out, 0, 1).reshape(batch, count * chunk, *q.shape[2:])
+    return out[:, :length]
+
+
+def _cut(ids: Array | None, start: int, stop: int) -> Array | None:
+    return None if ids is None else ids[:, start:stop]

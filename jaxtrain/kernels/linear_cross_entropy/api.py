@@ -1,0 +1,305 @@
+"""Per-token log-probs of a linear head, without the logits of the whole batch.
+
+Forward and backward walk over slices of the vocabulary; each slice holds the logits
+of every token for a part of the entries, and is thrown away. The alternative, slices
+of tokens, would carry a float32 gradient of the whole unembedding through the loop,
+and add it up over devices in every turn.
+"""
+
+import functools
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Array, Float, Int32
+
+# Fewer entries a slice than this leave a matrix unit idle.
+_FEWEST_ENTRIES = 512
+_NEVER = -1e30  # finite: exp(_NEVER - _NEVER) is 1, not NaN
+
+
+class _Options(NamedTuple):
+    vocab_axis: int
+    softcap: float | None
+    logit_scale: float | None
+    slices: int
+    with_stats: bool
+    with_collision: bool
+
+
+def linear_log_probs(
+    hidden: Float[Array, "M D"],
+    unembedding: Float[Array, "V D"] | Float[Array, "D V"],
+    targets: Int32[Array, "M"],
+    *,
+    vocab_axis: Literal[0, 1] = 0,
+    softcap: float | None = None,
+    logit_scale: float | None = None,
+    chunk: int = 1024,
+    with_stats: bool = True,
+    with_collision: bool = False,
+) -> tuple[Float[Array, "M"], ...]:
+    """(logps, entropy, correct, mean_logit) of each token, float32.
+
+    Logits are `hidden @ unembedding` in float32, times `logit_scale`, then
+    `softcap * tanh(logits / softcap)`. `logps`: log softmax at the target (nats);
+    `entropy`: of the softmax (nats); `correct`: 1 where the first argmax is the
+    target; `mean_logit`: over the vocabulary. `with_collision` appends
+    log sum_v p_v^2. Without `with_stats` all but `logps` are zeros. Only `logps`
+    carries a gradient.
+
+    `vocab_axis` is 0 for an embedding table [V D] (tied), 1 for a kernel [D V].
+    `chunk` bounds memory: no more than about `chunk * V` logits are held at once. A
+    slice takes every n-th entry, so that a vocabulary sharded over devices has a part
+    of every slice on each of them.
+
+    Raises:
+        ValueError: shapes or options do not fit together.
+    """
+    _check(hidden, unembedding, targets, vocab_axis, softcap, chunk)
+    vocab, tokens = unembedding.shape[vocab_axis], hidden.shape[0]
+    wanted = -(-tokens // chunk)
+    options = _Options(
+        vocab_axis=vocab_axis,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        slices=_choose_slices(vocab, wanted),
+        with_stats=with_stats,
+        with_collision=with_collision,
+    )
+    outputs = _linear_log_probs(options, hidden, unembedding, targets)
+    return outputs if with_collision else outputs[:4]
+
+
+def _choose_slices(vocab: int, wanted: int) -> int:
+    """A number of slices near `wanted`, a divisor of `vocab` where one is near."""
+    wanted = max(1, min(wanted, vocab // _FEWEST_ENTRIES))
+    for count in range(wanted, 2 * wanted + 1):
+        if vocab % count == 0:
+            return count
+    return wanted
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _linear_log_probs(
+    options: _Options, hidden: Array, unembedding: Array, targets: Array
+) -> tuple[Array, ...]:
+    return _forward(options, hidden, unembedding, targets)[0]
+
+
+def _forward(
+    options: _Options, hidden: Array, unembedding: Array, targets: Array
+) -> tuple[tuple[Array, ...], Array]:
+    """The outputs, and the log of the softmax's denominator."""
+    tokens = hidden.shape[0]
+    vocab = unembedding.shape[options.vocab_axis]
+    table = _pad_to_slices(options, unembedding)
+
+    def body(turn: Array, carry: dict[str, Array]) -> dict[str, Array]:
+        entries = _entries(options, vocab, turn)
+        logits, _ = _slice_logits(options, hidden, table, turn)
+        real = entries < vocab
+        logits = jnp.where(real, logits, _NEVER)
+        new = dict(carry)
+        slice_max = logits.max(axis=-1)
+        new["max"] = highest = jnp.maximum(carry["max"], slice_max)
+        fade = jnp.exp(carry["max"] - highest)
+        weights = jnp.exp(logits - highest[:, None])
+        new["sum"] = carry["sum"] * fade + weights.sum(axis=-1)
+        hit = entries == targets[:, None]
+        new["target"] = carry["target"] + jnp.where(hit, logits, 0.0).sum(axis=-1)
+        if options.with_stats:
+            finite = jnp.where(real, logits, 0.0)
+            new["weighted"] = carry["weighted"] * fade + (weights * finite).sum(-1)
+            new["plain"] = carry["plain"] + finite.sum(axis=-1)
+            at_max = logits == slice_max[:, None]
+            first = jnp.where(at_max, entries, vocab).min(axis=-1)
+            tied = jnp.minimum(carry["best"], first)
+            new["best"] = jnp.where(
+                slice_max > carry["max"],
+                first,
+                jnp.where(slice_max == carry["max"], tied, carry["best"]),
+            )
+        if options.with_collision:
+            squares = (weights * weights).sum(axis=-1)
+            new["squares"] = carry["squares"] * fade * fade + squares
+        return new
+
+    zeros = jnp.zeros((tokens,), jnp.float32)
+    carry = {"max": jnp.full_like(zeros, _NEVER), "sum": zeros, "target": zeros}
+    if options.with_stats:
+        carry |= {"weighted": zeros, "plain": zeros}
+        carry["best"] = jnp.full((tokens,), vocab, jnp.int32)
+    if options.with_collision:
+        carry["squares"] = zeros
+    end = _walk(options.slices, body, carry)
+
+    log_total = end["max"] + jnp.log(end["sum"])
+    logps = end["target"] - log_total
+    entropy = correct = mean_logit = collision = zeros
+    if options.with_stats:
+        entropy = log_total - end["weighted"] / end["sum"]
+        correct = (end["best"] == targets).astype(jnp.float32)
+        mean_logit = end["plain"] / vocab
+    if options.with_collision:
+        collision = jnp.log(end["squares"]) - 2 * jnp.log(end["sum"])
+    return (logps, entropy, correct, mean_logit, collision), log_total
+
+
+def _forward_rule(
+    options: _Options, hidden: Any, unembedding: Any, targets: Any
+) -> tuple[tuple[Array, ...], tuple]:
+    """The outputs and what the backward pass needs; notes which inputs it serves."""
+    wanted = (hidden.perturbed or None, unembedding.perturbed or None)
+    inputs = (hidden.value, unembedding.value, targets.value)
+    outputs, log_total = _forward(options, *inputs)
+    # None and True differ in tree structure, so they stay static.
+    flags = tuple(None if flag is None else () for flag in wanted)
+    return outputs, (*inputs, log_total, flags)
+
+
+def _backward_rule(
+    options: _Options, residuals: tuple, cotangents: tuple[Any, ...]
+) -> tuple[Array | None, Array | None, None]:
+    """d logps / d logits is onehot(target) - softmax(logits)."""
+    hidden, unembedding, targets, log_total, flags = residuals
+    wants_hidden, wants_table = (flag is not None for flag in flags)
+    gradient = cotangents[0]
+    if isinstance(gradient, SymbolicZero) or not (wants_hidden or wants_table):
+        return None, None, None
+    vocab = unembedding.shape[options.vocab_axis]
+    table = _pad_to_slices(options, unembedding)
+
+    def body(turn: Array, carry: dict[str, Array]) -> dict[str, Array]:
+        entries = _entries(options, vocab, turn)
+        logits, chain = _slice_logits(options, hidden, table, turn)
+        hit = entries == targets[:, None]
+        slope = hit.astype(jnp.float32) - jnp.exp(logits - log_total[:, None])
+        slope = jnp.where(entries < vocab, slope * chain, 0.0) * gradient[:, None]
+        slope = slope.astype(hidden.dtype)
+        new = dict(carry)
+        if wants_hidden:
+            part = _take(options, table, turn).astype(hidden.dtype)
+            dims = (((1,), (options.vocab_axis,)), ((), ()))
+            new["hidden"] = carry["hidden"] + jax.lax.dot_general(
+                slope, part, dims, preferred_element_type=jnp.float32
+            )
+        if wants_table:
+            left, right = (
+                (slope, hidden) if options.vocab_axis == 0 else (hidden, slope)
+            )
+            part = jax.lax.dot_general(
+                left,
+                right,
+                (((0,), (0,)), ((), ())),
+                preferred_element_type=jnp.float32,
+            )
+            new["table"] = _put(options, carry["table"], part, turn)
+        return new
+
+    carry = {}
+    if wants_hidden:
+        carry["hidden"] = jnp.zeros(hidden.shape, jnp.float32)
+    if wants_table:
+        carry["table"] = jnp.zeros_like(table)
+    end = _walk(options.slices, body, carry)
+    d_hidden = d_table = None
+    if wants_hidden:
+        d_hidden = end["hidden"].astype(hidden.dtype)
+    if wants_table:
+        d_table = _unpad(options, end["table"], vocab)
+    return d_hidden, d_table, None
+
+
+_linear_log_probs.defvjp(_forward_rule, _backward_rule, symbolic_zeros=True)
+
+
+def _walk(slices: int, body: Any, carry: dict[str, Array]) -> dict[str, Array]:
+    """`body` over every slice; the only slice needs no loop."""
+    if slices == 1:
+        return body(jnp.int32(0), carry)
+
+    def step(carry: dict[str, Array], turn: Array) -> tuple[dict[str, Array], None]:
+        return body(turn, carry), None
+
+    return jax.lax.scan(step, carry, jnp.arange(slices, dtype=jnp.int32))[0]
+
+
+def _entries(options: _Options, vocab: int, turn: Array) -> Array:
+    """Vocabulary ids [1 W] of a slice: every n-th entry, from `turn`."""
+    width = -(-vocab // options.slices)
+    return (jnp.arange(width, dtype=jnp.int32) * options.slices + turn)[None]
+
+
+def _pad_to_slices(options: _Options, table: Array) -> Array:
+    """The table with its vocabulary axis split in two: [width slices]."""
+    axis, vocab = options.vocab_axis, table.shape[options.vocab_axis]
+    width = -(-vocab // options.slices)
+    if width * options.slices != vocab:
+        tail = [(0, 0), (0, 0)]
+        tail[axis] = (0, width * options.slices - vocab)
+        table = jnp.pad(table, tail)
+    shape = list(table.shape)
+    shape[axis : axis + 1] = [width, options.slices]
+    return table.reshape(shape)
+
+
+def _unpad(options: _Options, table: Array, vocab: int) -> Array:
+    axis = options.vocab_axis
+    shape = list(table.shape)
+    shape[axis : axis + 2] = [shape[axis] * shape[axis + 1]]
+    return jax.lax.slice_in_dim(table.reshape(shape), 0, vocab, axis=axis)
+
+
+def _take(options: _Options, table: Array, turn: Array) -> Array:
+    return jax.lax.dynamic_index_in_dim(
+        table, turn, axis=options.vocab_axis + 1, keepdims=False
+    )
+
+
+def _put(options: _Options, table: Array, part: Array, turn: Array) -> Array:
+    return jax.lax.dynamic_update_index_in_dim(
+        table, part.astype(table.dtype), turn, axis=options.vocab_axis + 1
+    )
+
+
+def _slice_logits(
+    options: _Options, hidden: Array, table: Array, turn: Array
+) -> tuple[Array, Array | float]:
+    """Logits [M W] of a slice in float32, and their derivative by the raw product."""
+    part = _take(options, table, turn).astype(hidden.dtype)
+    dims = (((1,), (1 - options.vocab_axis,)), ((), ()))
+    logits = jax.lax.dot_general(hidden, part, dims, preferred_element_type=jnp.float32)
+    chain: Array | float = 1.0
+    if options.logit_scale is not None:
+        logits *= options.logit_scale
+        chain = options.logit_scale
+    if options.softcap is not None:
+        bent = jnp.tanh(logits / options.softcap)
+        logits = options.softcap * bent
+        chain = chain * (1 - bent * bent)
+    return logits, chain
+
+
+def _check(
+    hidden: Array,
+    unembedding: Array,
+    targets: Array,
+    vocab_axis: int,
+    softcap: float | None,
+    chunk: int,
+) -> None:
+    if vocab_axis not in (0, 1):
+        raise ValueError(f"vocab_axis={vocab_axis} must be 0 ([V D]) or 1 ([D V])")
+    if hidden.ndim != 2 or unembedding.shape[1 - vocab_axis] != hidden.shape[-1]:
+        raise ValueError(
+            f"hidden {hidden.shape} and unembedding {unembedding.shape} do not fit "
+            f"with vocab_axis={vocab_axis}: flatten hidden to [M D], check the flag"
+        )
+    if targets.shape != hidden.shape[:1]:
+        raise ValueError(f"targets {targets.shape} must have shape {hidden.shape[:1]}")
+    if chunk < 1:
+        raise ValueError(f"chunk={chunk} must be at least 1")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"softcap={softcap} must be above 0; pass None for no cap")

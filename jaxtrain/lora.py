@@ -1,0 +1,230 @@
+"""LoRA: adapters beside frozen kernels, the trainable tree, merging.
+
+A kernel W [in out] with an adapter acts as W + (alpha / r) A B, with A [in r] and
+B [r out] (arXiv:2106.09685), or alpha / sqrt(r) under rsLoRA (arXiv:2312.03732). Under
+DoRA (arXiv:2402.09353) each column of that sum is brought to a trained length. The
+model applies it wherever it finds `lora_a` and `lora_b` beside a kernel. Names, rules
+and initial values are PEFT's.
+"""
+
+import functools
+import math
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxtrain.lora_targets import (
+    ADAPTER_LEAVES,
+    LoraConfig,
+    TreePath,
+    flatten,
+    full_names,
+    get_node,
+    is_within,
+    nest,
+    resolve_modules_to_save,
+    resolve_ranks,
+    resolve_targets,
+)
+from jaxtrain.peft_files import load_adapter, read_settings, save_adapter
+from jaxtrain.types import Params, overlay
+
+__all__ = [
+    "LoraConfig",
+    "init_adapters",
+    "load_adapter",
+    "merge_into_base",
+    "read_settings",
+    "resolve_ranks",
+    "resolve_targets",
+    "save_adapter",
+    "trainable_and_frozen",
+]
+
+
+def init_adapters(key: Array, base_tree: Mapping[str, Any], lora: LoraConfig) -> Params:
+    """The first adapters, float32, by `lora.init_lora_weights`.
+
+    default: A uniform in +-1/sqrt(in), B zero. gaussian: A normal with deviation 1/r.
+    pissa (arXiv:2404.02948): the r largest singular values of W, split between A and
+    B. olora (arXiv:2406.01775): the first r rows and columns of a QR factorization.
+    DoRA's magnitudes are the lengths of W's columns.
+
+    A module's draw depends on its name alone, not on the other targets. Traceable; for
+    the first two without DoRA, `base_tree` may be abstract.
+
+    Raises:
+        ValueError: a rank is too large for pissa or olora.
+    """
+    leaves: dict[TreePath, Array] = {}
+    for label, (rank, scaling) in sorted(resolve_ranks(lora, base_tree).items()):
+        path = ("layers", *label.split("."))
+        kernel = get_node(base_tree, path)["kernel"]
+        if lora.changes_base:
+            if rank > min(kernel.shape[1:]):
+                raise ValueError(
+                    f"lora.r = {rank}: {lora.init_lora_weights} needs a rank of at most"
+                    f" {min(kernel.shape[1:])} for {label}"
+                )
+            factorize = _pissa if lora.init_lora_weights == "pissa" else _olora
+            a, b = factorize(_on_device(kernel), rank=rank, scaling=scaling)
+        else:
+            draw_key = jax.random.fold_in(key, zlib.crc32(label.encode()))
+            shape = (kernel.shape[0], kernel.shape[1], rank)
+            a = _draw(draw_key, shape, lora.init_lora_weights)
+            b = jnp.zeros((kernel.shape[0], rank, kernel.shape[2]), jnp.float32)
+        leaves[*path, "lora_a"], leaves[*path, "lora_b"] = a, b
+        if lora.use_dora:
+            leaves[*path, "lora_magnitude"] = _column_lengths(_on_device(kernel))
+    return nest(leaves)
+
+
+def _draw(key: Array, shape: tuple[int, int, int], init: str) -> Float[Array, "L I R"]:
+    if init == "gaussian":
+        return jax.random.normal(key, shape, jnp.float32) / shape[2]
+    # kaiming_uniform_ with a = sqrt(5), as PEFT: sqrt(6 / ((1 + a^2) in)).
+    bound = 1 / math.sqrt(shape[1])
+    return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+
+
+@functools.partial(jax.jit, static_argnames=("rank", "scaling"))
+def _pissa(
+    kernel: Float[Array, "L I O"], *, rank: int, scaling: float
+) -> tuple[Float[Array, "L I R"], Float[Array, "L R O"]]:
+    """W ~ U S V: A = U sqrt(S / s), B = sqrt(S / s) V, of the r largest S."""
+
+    def factorize(w: Array) -> tuple[Array, Array]:
+        u, s, v = jnp.linalg.svd(w.astype(jnp.float32), full_matrices=False)
+        root = jnp.sqrt(s[:rank] / scaling)
+        return u[:, :rank] * root, root[:, None] * v[:rank]
+
+    return jax.lax.map(factorize, kernel)
+
+
+@functools.partial(jax.jit, static_argnames=("rank", "scaling"))
+def _olora(
+    kernel: Float[Array, "L I O"], *, rank: int, scaling: float
+) -> tuple[Float[Array, "L I R"], Float[Array, "L R O"]]:
+    """W' = Q R: A = R'[:, :r], B = Q'[:r]. W here is [in out], torch's W'."""
+    del scaling  # PEFT leaves it out of the factors
+
+    def factorize(w: Array) -> tuple[Array, Array]:
+        q, r = jnp.linalg.qr(w.astype(jnp.float32).T)
+        return r[:rank].T, q[:, :rank].T
+
+    return jax.lax.map(factorize, kernel)
+
+
+def _column_lengths(kernel: Float[Array, "L I O"]) -> Float[Array, "L O"]:
+    return jnp.linalg.norm(kernel.astype(jnp.float32), axis=1)
+
+
+def trainable_and_frozen(
+    base_params: Params, adapters: Params, lora: LoraConfig
+) -> tuple[Params, Params]:
+    """What trains (adapters, chosen biases, modules_to_save; float32) and the base.
+
+    The base stays complete, so that alone it is the DPO reference, except under
+    `lora.changes_base`: there it is W - s A B, and only with these adapters the model.
+    With tied embeddings, embed_tokens in `modules_to_save` trains the head as well.
+    """
+    saved = resolve_modules_to_save(lora, base_params)
+    labels = resolve_targets(lora, base_params)
+    targets = {("layers", *label.split(".")) for label in labels}
+    if both := [path for path in targets if is_within(path, saved)]:
+        raise ValueError(
+            f"lora.modules_to_save and target_modules both select {sorted(both)}:"
+            " leave them out of one"
+        )
+
+    def is_trained(path: TreePath) -> bool:
+        if is_within(path, saved):
+            return True
+        is_chosen = lora.bias == "all" or (
+            lora.bias == "lora_only" and path[:-1] in targets
+        )
+        return path[-1] == "bias" and is_chosen
+
+    copies = {
+        # A copy even where float32 already: the step donates what trains.
+        path: jnp.array(_on_device(leaf), jnp.float32, copy=True)
+        for path, leaf in flatten(base_params).items()
+        if is_trained(path)
+    }
+    frozen = base_params
+    if lora.changes_base:
+        frozen = _add_adapters(base_params, adapters, lora, sign=-1.0)
+    return overlay(adapters, nest(copies)), frozen
+
+
+def merge_into_base(frozen: Params, trainable: Params, lora: LoraConfig) -> Params:
+    """The plain model that acts as base and adapters together, in the base's dtypes.
+
+    Sums are float32 and rounded once.
+    """
+    return _add_adapters(frozen, trainable, lora, sign=1.0)
+
+
+def _add_adapters(
+    base: Params, adapters: Params, lora: LoraConfig, *, sign: float
+) -> Params:
+    """W + sign s A B, with DoRA's lengths if sign is 1; other leaves replace theirs."""
+    flat = flatten(adapters)
+    merged: dict[TreePath, Any] = {}
+    for path, leaf in flatten(base).items():
+        a, b, magnitude = (flat.get((*path[:-1], name)) for name in ADAPTER_LEAVES)
+        if path[-1] == "kernel" and a is not None:
+            _, scaling = lora.rank_and_scaling(full_names(path[:-1], leaf.shape[0]))
+            lengths = _on_device(magnitude) if sign > 0 else None
+            operands = map(_on_device, (leaf, a, b))
+            total = _add_product(*operands, lengths, scaling=sign * scaling)
+            merged[path] = _laid_out_as(leaf, total)
+        else:
+            merged[path] = jnp.asarray(_on_device(flat.get(path, leaf)), leaf.dtype)
+    return nest(merged)
+
+
+def _laid_out_as(leaf: Any, value: Array) -> Array:
+    """In the layout of the leaf that it replaces, unless that is in host memory."""
+    is_array = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
+    if not is_array or leaf.sharding.memory_kind == "pinned_host":
+        return value
+    return jax.device_put(value, leaf.sharding)
+
+
+def _on_device(leaf: Any) -> Any:
+    """Out of host memory, where offloading keeps parameters between steps."""
+    if isinstance(leaf, jax.core.Tracer) or not isinstance(leaf, jax.Array):
+        return leaf
+    if leaf.sharding.memory_kind != "pinned_host":
+        return leaf
+    return jax.device_put(leaf, leaf.sharding.with_memory_kind("device"))
+
+
+@functools.partial(jax.jit, static_argnames="scaling")
+def _add_product(
+    kernel: Float[Array, "L I O"],
+    lora_a: Float[Array, "L I R"],
+    lora_b: Float[Array, "L R O"],
+    lengths: Float[Array, "L O"] | None,
+    *,
+    scaling: float,
+) -> Float[Array, "L I O"]:
+    def add(layer: tuple[Array, Array, Array, Array | None]) -> Array:
+        w, a, b, length = layer
+        delta = scaling * jnp.matmul(
+            a.astype(jnp.float32),
+            b.astype(jnp.float32),
+            precision=jax.lax.Precision.HIGHEST,
+        )
+        total = w.astype(jnp.float32) + delta
+        if length is not None:
+            total *= length.astype(jnp.float32) / jnp.linalg.norm(total, axis=0)
+        return total.astype(w.dtype)
+
+    # Layer by layer: only one float32 kernel is held at a time.
+    return jax.lax.map(add, (kernel, lora_a, lora_b, lengths))

@@ -1,0 +1,107 @@
+"""Flax NNX at arm's length: a module is a static definition and a plain dict.
+
+A definition is made once, from shapes alone, without device or mesh. Within a trace
+`bind` fills it with the arrays at hand, so all else deals with plain dicts and with
+jax's own transformations only.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Key
+
+from jaxtrain.models.layers import LogicalAxes, Options
+from jaxtrain.types import Params
+
+
+def init_module(module: Any, options: Options, key: Key[Array, ""]) -> Params:
+    """Random weights of a module, as a plain dict."""
+    state = nnx.state(module(options, nnx.Rngs(params=key)))
+    return nnx.to_pure_dict(state)
+
+
+@functools.lru_cache(maxsize=256)
+def _definition(module: Any, options: Options) -> tuple[Any, Any]:
+    """The static graph of a module, and its variables as shapes with metadata."""
+    abstract = nnx.eval_shape(
+        lambda: module(options, nnx.Rngs(params=jax.random.key(0)))
+    )
+    return nnx.split(abstract)
+
+
+def bind(module: Any, options: Options, params: Params) -> Any:
+    """The module with these weights; for use within a trace.
+
+    Raises:
+        ValueError: `params` lacks a weight or has one too many; it names them.
+    """
+    graph, abstract = _definition(module, options)
+    expected = {path for path, _ in nnx.to_flat_state(abstract)}
+    given = set(flatten(params))
+    if expected != given:
+        missing, unexpected = (
+            sorted("/".join(map(str, path)) for path in paths)
+            for paths in (expected - given, given - expected)
+        )
+        raise ValueError(
+            f"{module.__name__}: the weights do not fit {options.config.model_type}:"
+            f" missing {missing}, unexpected {unexpected}"
+        )
+    state = jax.tree.map(lambda leaf: leaf, abstract)  # a copy: replacing mutates
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graph, state)
+
+
+def axes_of(module: Any, options: Options, leading: LogicalAxes = ()) -> Params:
+    """The logical axes of a module's weights, `leading` before each."""
+    _, state = _definition(module, options)
+    return nest(
+        {
+            path: leading + variable.get_metadata()["logical_axes"]
+            for path, variable in nnx.to_flat_state(state)
+        }
+    )
+
+
+def linear_paths(module: Any, options: Options) -> frozenset[str]:
+    """Paths of all modules within this one that have a kernel."""
+    _, state = _definition(module, options)
+    return frozenset(
+        ".".join(map(str, path[:-1]))
+        for path, _ in nnx.to_flat_state(state)
+        if path[-1] == "kernel"
+    )
+
+
+def adapted_paths(params: Params) -> frozenset[str]:
+    """Paths of all modules that have an adapter in this tree."""
+    return frozenset(
+        ".".join(map(str, path[:-1]))
+        for path in flatten(params)
+        if path[-1] == "lora_a"
+    )
+
+
+def flatten(tree: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
+    """Leaves of a nested dict by path."""
+    flat: dict[tuple[str, ...], Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= {(name, *path): leaf for path, leaf in flatten(value).items()}
+        else:
+            flat[(name,)] = value
+    return flat
+
+
+def nest(flat: Mapping[tuple[Any, ...], Any]) -> Params:
+    """The inverse of `flatten`."""
+    tree: Params = {}
+    for path, leaf in flat.items():
+        branch = tree
+        for name in path[:-1]:
+            branch = branch.setdefault(name, {})
+        branch[path[-1]] = leaf
+    return tree

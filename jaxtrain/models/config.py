@@ -1,0 +1,317 @@
+"""The sizes and options of a decoder, read from and written as Hugging Face configs."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from jaxtrain.models.families import (
+    BOOKKEEPING_KEYS,
+    FAMILIES,
+    REFUSED_UNLESS,
+    Family,
+)
+from jaxtrain.models.rope import RopeConfig
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+_ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """One decoder, completely: nothing about its maths is left to a default elsewhere.
+
+    `model_type` names the family (families.py), which fixes where norms stand and
+    which projections are fused; every size and option is a field. `layer_types` has
+    one of "full_attention" and "sliding_attention" for each layer; `sliding_window`
+    counts the tokens that a sliding layer reads, the query's own included.
+    `local_rope` is the rotary embedding of sliding layers where it differs (Gemma 3).
+
+    Raises:
+        ValueError: the fields contradict each other.
+    """
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rope: RopeConfig
+    layer_types: tuple[str, ...]
+    local_rope: RopeConfig | None = None
+    sliding_window: int | None = None
+    hidden_act: str = "silu"
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    query_pre_attn_scalar: float | None = None
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        family_of(self.model_type)
+        for name in _SIZES:
+            size = getattr(self, name)
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"model.{name} = {size!r}: must be a positive integer")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"model.num_attention_heads = {self.num_attention_heads} is no multiple"
+                f" of num_key_value_heads = {self.num_key_value_heads}"
+            )
+        if self.hidden_act not in _ACTIVATIONS:
+            raise ValueError(
+                f"model.hidden_act = {self.hidden_act!r} is unknown; use one of"
+                f" {', '.join(_ACTIVATIONS)}"
+            )
+        if len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"model.layer_types names {len(self.layer_types)} layers, but"
+                f" num_hidden_layers = {self.num_hidden_layers}"
+            )
+        unknown = sorted(set(self.layer_types) - {FULL, SLIDING})
+        if unknown:
+            raise ValueError(
+                f"model.layer_types has {unknown}; only {FULL!r} and {SLIDING!r} exist"
+            )
+        if SLIDING in self.layer_types and not self.sliding_window:
+            raise ValueError(
+                f"model.layer_types has {SLIDING!r}, so sliding_window must be a"
+                f" number of tokens, not {self.sliding_window!r}"
+            )
+        for rope in (self.rope, self.local_rope):
+            if rope is not None:
+                rope.check(self.head_dim)
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.model_type]
+
+    @property
+    def attention_scale(self) -> float:
+        """What query-key products are multiplied by."""
+        return (self.query_pre_attn_scalar or self.head_dim) ** -0.5
+
+    def window_of(self, layer_type: str) -> int | None:
+        """Tokens that a layer of this type reads at most; None is all of them."""
+        return self.sliding_window if layer_type == SLIDING else None
+
+    def rope_of(self, layer_type: str) -> RopeConfig:
+        """The rotary embedding of layers of this type."""
+        if layer_type == SLIDING and self.local_rope is not None:
+            return self.local_rope
+        return self.rope
+
+    def num_params(self) -> int:
+        """Number of weights; a tied embedding counts once."""
+        heads = self.num_attention_heads * self.head_dim
+        kv_heads = self.num_key_value_heads * self.head_dim
+        norms = 4 if self.family.sandwich_norms else 2
+        layer = self._layer_matmul_params() + norms * self.hidden_size
+        layer += self.qkv_bias * (heads + 2 * kv_heads) + self.o_bias * self.hidden_size
+        layer += self.mlp_bias * (2 * self.intermediate_size + self.hidden_size)
+        layer += 2 * self.head_dim if self.family.qk_norm else 0
+        embeddings = (1 if self.tie_word_embeddings else 2) * self.vocab_size
+        return (
+            self.num_hidden_layers * layer
+            + embeddings * self.hidden_size
+            + self.hidden_size
+        )
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Training FLOPs (forward and backward) a token in rows of `seq_len` tokens.
+
+        6 N + 12 sum_layers N_heads H min(S, window): each weight of a matrix product
+        costs a multiply and an add forward and twice that backward (arXiv:2001.08361);
+        N counts the projections and the unembedding once, not the embedding lookup.
+        Scores and weighted values cost 4 N_heads H S forward (arXiv:2204.02311,
+        appendix B). As there, causality is not discounted and rematerialization not
+        counted, so that an MFU from this can be compared with published ones.
+        """
+        matmul_params = (
+            self.num_hidden_layers * self._layer_matmul_params()
+            + self.vocab_size * self.hidden_size
+        )
+        keys_read = sum(
+            min(seq_len, self.window_of(kind) or seq_len) for kind in self.layer_types
+        )
+        attention = 12 * self.num_attention_heads * self.head_dim * keys_read
+        return float(6 * matmul_params + attention)
+
+    def _layer_matmul_params(self) -> int:
+        heads = self.num_attention_heads + self.num_key_value_heads
+        attention = 2 * self.hidden_size * heads * self.head_dim
+        return attention + 3 * self.hidden_size * self.intermediate_size
+
+    @classmethod
+    def from_hf(cls, options: Mapping[str, Any]) -> "ModelConfig":
+        """Read a Hugging Face config.json, of transformers 4 or 5.
+
+        A key that is absent has the default that transformers gives it.
+
+        Raises:
+            ValueError: the family is unknown, or an option would change the maths in a
+                way that this decoder has not; it names all such options.
+        """
+        family = family_of(options.get("model_type"))
+        _refuse_unknown(options, family)
+        given = {**family.defaults, **options}
+        num_layers, num_heads = given["num_hidden_layers"], given["num_attention_heads"]
+        layer_types, window = _attention_kinds(given, family)
+        local_rope = None
+        if family.local_rope:
+            local_rope = RopeConfig.from_hf(given, family, SLIDING)
+        attention_bias = bool(given.get("attention_bias", False))
+        eos = given["eos_token_id"]
+        return cls(
+            model_type=given["model_type"],
+            vocab_size=given["vocab_size"],
+            hidden_size=given["hidden_size"],
+            intermediate_size=given["intermediate_size"],
+            num_hidden_layers=num_layers,
+            num_attention_heads=num_heads,
+            num_key_value_heads=given.get("num_key_value_heads") or num_heads,
+            head_dim=given.get("head_dim") or given["hidden_size"] // num_heads,
+            max_position_embeddings=given["max_position_embeddings"],
+            rope=RopeConfig.from_hf(given, family, FULL),
+            local_rope=local_rope,
+            layer_types=layer_types,
+            sliding_window=window,
+            hidden_act=given[family.activation_key],
+            rms_norm_eps=given["rms_norm_eps"],
+            initializer_range=given["initializer_range"],
+            tie_word_embeddings=given["tie_word_embeddings"],
+            qkv_bias=attention_bias or family.always_qkv_bias,
+            o_bias=attention_bias,
+            mlp_bias=bool(given.get("mlp_bias", False)),
+            query_pre_attn_scalar=given.get("query_pre_attn_scalar"),
+            attn_logit_softcapping=given.get("attn_logit_softcapping"),
+            final_logit_softcapping=given.get("final_logit_softcapping"),
+            bos_token_id=given["bos_token_id"],
+            eos_token_id=tuple(eos) if isinstance(eos, list | tuple) else eos,
+            pad_token_id=given["pad_token_id"],
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        """The config.json that transformers 5 reads as the same model."""
+        family, eos = self.family, self.eos_token_id
+        values: dict[str, Any] = {
+            **{name: getattr(self, name) for name in _COMMON_KEYS},
+            "architectures": [family.architecture],
+            "head_dim": self.head_dim,
+            family.activation_key: self.hidden_act,
+            "eos_token_id": list(eos) if isinstance(eos, tuple) else eos,
+            "rope_parameters": self._rope_to_hf(),
+        }
+        optional = {
+            "attention_bias": self.o_bias,
+            "mlp_bias": self.mlp_bias,
+            "layer_types": list(self.layer_types),
+            "sliding_window": self.sliding_window,
+            "use_sliding_window": self.sliding_window is not None,
+            "max_window_layers": self._first_sliding_layer(),
+            "query_pre_attn_scalar": self.query_pre_attn_scalar,
+            "attn_logit_softcapping": self.attn_logit_softcapping,
+            "final_logit_softcapping": self.final_logit_softcapping,
+            "original_max_position_embeddings": (
+                self.rope.original_max_position_embeddings
+                or self.max_position_embeddings
+            ),
+        }
+        values |= {k: v for k, v in optional.items() if k in family.defaults}
+        return values
+
+    def _rope_to_hf(self) -> dict[str, Any]:
+        if self.local_rope is None:
+            return self.rope.to_hf()
+        return {FULL: self.rope.to_hf(), SLIDING: self.local_rope.to_hf()}
+
+    def _first_sliding_layer(self) -> int:
+        types = self.layer_types
+        return types.index(SLIDING) if SLIDING in types else len(types)
+
+
+_SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+    "num_attention_heads", "num_key_value_heads", "head_dim",
+)  # fmt: skip
+_COMMON_KEYS = (
+    "model_type", "vocab_size", "hidden_size", "intermediate_size",
+    "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "max_position_embeddings", "rms_norm_eps", "initializer_range",
+    "tie_word_embeddings", "bos_token_id", "pad_token_id",
+)  # fmt: skip
+
+
+def family_of(model_type: Any) -> Family:
+    """The family of this name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if model_type not in FAMILIES:
+        raise ValueError(
+            f"model_type = {model_type!r} is not a family this decoder knows; use one"
+            f" of {', '.join(FAMILIES)}"
+        )
+    return FAMILIES[model_type]
+
+
+def _refuse_unknown(options: Mapping[str, Any], family: Family) -> None:
+    """Refuse every option whose effect this decoder would silently leave out."""
+    refused = []
+    for name, value in options.items():
+        if name in REFUSED_UNLESS:
+            if value not in REFUSED_UNLESS[name]:
+                refused.append(f"{name} = {value!r} (only {REFUSED_UNLESS[name][0]!r})")
+            continue
+        known = name in family.defaults or name in BOOKKEEPING_KEYS
+        known |= name.startswith("_") or name in family.ignored_keys
+        # An option of another family that is off changes nothing.
+        if not known and value is not None and value is not False:
+            refused.append(f"{name} = {value!r}")
+    for name in family.must_be_none:
+        if options.get(name) is not None:
+            refused.append(f"{name} = {options[name]!r} (only None)")
+    if refused:
+        raise ValueError(
+            f"{options.get('model_type')} config has options that this decoder does not"
+            f" implement: {'; '.join(refused)}. Remove each that the weights do not"
+            " need, or train another model"
+        )
+
+
+def _attention_kinds(
+    given: Mapping[str, Any], family: Family
+) -> tuple[tuple[str, ...], int | None]:
+    """The kind of each layer, and the window of the sliding ones."""
+    num_layers, window = given["num_hidden_layers"], given.get("sliding_window")
+    if family.window_rule == "none":
+        window = None
+    if family.window_rule == "from_layer" and not given["use_sliding_window"]:
+        window = None
+    if given.get("layer_types") is not None:
+        layer_types = tuple(given["layer_types"])
+    elif family.window_rule == "pattern":
+        # Every p-th layer is full: Gemma 2 has p = 2, Gemma 3 p = 6.
+        pattern = given["sliding_window_pattern"]
+        layer_types = tuple(
+            SLIDING if (i + 1) % pattern else FULL for i in range(num_layers)
+        )
+    elif window is None:
+        layer_types = (FULL,) * num_layers
+    elif family.window_rule == "from_layer":
+        first = given["max_window_layers"]
+        layer_types = tuple(SLIDING if i >= first else FULL for i in range(num_layers))
+    else:
+        layer_types = (SLIDING,) * num_layers
+    return layer_types, window

@@ -1,0 +1,227 @@
+"""Hugging Face directories: where a model is, its config, its weights.
+
+`save_pretrained` (hf_save.py) writes what `load_params` reads.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Sharding, SingleDeviceSharding
+from safetensors import safe_open
+
+from jaxtrain.models.binding import flatten, nest
+from jaxtrain.models.config import ModelConfig
+from jaxtrain.models.hf_names import (
+    TOKENIZER_FILES,
+    WEIGHTS,
+    WEIGHTS_INDEX,
+    Leaf,
+    leaves_of,
+)
+from jaxtrain.models.hf_save import save_pretrained
+from jaxtrain.models.transformer import Decoder
+from jaxtrain.types import Params
+
+__all__ = ["load_config", "load_params", "resolve_model_path", "save_pretrained"]
+
+_NUMPY_TYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": jnp.dtype(jnp.bfloat16),
+}
+# Buffers that old checkpoints hold beside the weights; the config implies them.
+_IMPLIED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+
+
+def resolve_model_path(name: str, revision: str | None = None) -> pathlib.Path:
+    """The directory of a model: `name` itself, or what the hub has under that name.
+
+    Raises:
+        ValueError: it is neither a directory nor to be had from the hub.
+    """
+    directory = pathlib.Path(name).expanduser()
+    if directory.is_dir():
+        return directory
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ValueError(f"model path {name!r} is no directory; check the spelling")
+    import huggingface_hub  # needed only for names of the hub
+
+    try:
+        return pathlib.Path(
+            huggingface_hub.snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=["*.safetensors", "*.json", *TOKENIZER_FILES],
+            )
+        )
+    except Exception as error:  # the hub's client has no common base of its errors
+        raise ValueError(
+            f"model {name!r} is no local directory, and the hub did not give it"
+            f" ({type(error).__name__}: {error}). Offline, run `hf download {name}` on"
+            " a machine with network and give the directory it prints; for a gated"
+            " model log in with `hf auth login` first"
+        ) from error
+
+
+def load_config(path: str | os.PathLike[str]) -> ModelConfig:
+    """The ModelConfig of a directory's config.json.
+
+    Raises:
+        ValueError: there is none, or it asks for what the decoder has not.
+    """
+    file = pathlib.Path(path) / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{file} is missing: {path} is no Hugging Face model")
+    return ModelConfig.from_hf(json.loads(file.read_text()))
+
+
+def load_params(
+    path: str | os.PathLike[str],
+    model: Decoder,
+    shardings: Params | None = None,
+    dtype: str | None = None,
+) -> Params:
+    """The weights in a directory, each device reading only its own slices.
+
+    `shardings`: for every leaf where it goes (leaves for adapters are passed over);
+    None is the first local device. `dtype`: the type to convert to; None or "keep"
+    leaves each as stored.
+
+    Raises:
+        ValueError: there are no safetensors, or they are not the tensors of the
+            model's config; it names all that are missing, unexpected or misshapen.
+    """
+    targets = None if shardings is None else flatten(shardings)
+    keep = dtype is None or dtype == "keep"
+    with _open_checkpoint(pathlib.Path(path)) as tensors:
+        leaves = leaves_of(model.config)
+        _check_tensors(path, model.config, leaves, tensors)
+        loaded = {}
+        for leaf in leaves:
+            stored = tensors[leaf.tensor_name(leaf.layers[0])].get_dtype()
+            loaded[leaf.path] = _load_leaf(
+                leaf,
+                tensors,
+                SingleDeviceSharding(jax.local_devices()[0])
+                if targets is None
+                else targets[leaf.path],
+                _NUMPY_TYPES[stored] if keep else jnp.dtype(dtype),
+            )
+    return nest(loaded)
+
+
+@contextlib.contextmanager
+def _open_checkpoint(directory: pathlib.Path) -> Iterator[dict[str, Any]]:
+    """Every tensor of a directory by name, as a slice that is read when indexed."""
+    with contextlib.ExitStack() as stack:
+        tensors = {}
+        for file in _weight_files(directory):
+            opened = stack.enter_context(safe_open(str(file), framework="numpy"))
+            for name in opened.keys():  # noqa: SIM118 (no mapping)
+                tensors[name] = opened.get_slice(name)
+        yield tensors
+
+
+def _weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
+    if (directory / WEIGHTS).is_file():
+        return [directory / WEIGHTS]
+    index = directory / WEIGHTS_INDEX
+    if not index.is_file():
+        pickles = sorted(file.name for file in directory.glob("*.bin"))
+        if pickles:
+            raise ValueError(
+                f"{directory} has its weights only as pickles ({', '.join(pickles)}),"
+                " which can run code when read. Convert them to safetensors:"
+                " transformers' AutoModelForCausalLM.from_pretrained(...)"
+                ".save_pretrained(...) on a machine that may run them"
+            )
+        raise ValueError(f"{directory} has neither {WEIGHTS} nor {WEIGHTS_INDEX}")
+    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    for name in names:
+        # The index is input: it may not name files elsewhere.
+        if pathlib.PurePath(name).name != name or "\\" in name or name == "..":
+            raise ValueError(
+                f"{index} names the file {name!r}; shards must lie beside the index"
+            )
+    missing = [name for name in names if not (directory / name).is_file()]
+    if missing:
+        raise ValueError(
+            f"{index} names files that {directory} lacks: {', '.join(missing)};"
+            " download them again"
+        )
+    return [directory / name for name in names]
+
+
+def _check_tensors(
+    path: Any, config: ModelConfig, leaves: list[Leaf], tensors: Mapping[str, Any]
+) -> None:
+    expected = {
+        leaf.tensor_name(layer): leaf.tensor_shape
+        for leaf in leaves
+        for layer in leaf.layers
+    }
+    allowed = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    problems = [f"missing {name}" for name in expected if name not in tensors]
+    problems += [
+        f"unexpected {name}"
+        for name in tensors
+        if name not in expected and name not in allowed and not _IMPLIED.fullmatch(name)
+    ]
+    for name in expected.keys() & tensors.keys():
+        shape, kind = tuple(tensors[name].get_shape()), tensors[name].get_dtype()
+        if shape != expected[name]:
+            problems.append(f"{name} has shape {shape}, expected {expected[name]}")
+        if kind not in _NUMPY_TYPES:
+            problems.append(f"{name} has type {kind}, expected a float type")
+    if problems:
+        raise ValueError(
+            f"the weights in {path} are not those of its config"
+            f" ({config.model_type}): {'; '.join(sorted(problems))}"
+        )
+
+
+def _load_leaf(
+    leaf: Leaf, tensors: Mapping[str, Any], sharding: Sharding, dtype: np.dtype
+) -> jax.Array:
+    """One leaf, assembled from each layer's tensor, slice by slice."""
+    parts: dict[Any, np.ndarray] = {}
+
+    def read(index: Any) -> np.ndarray:
+        bounds = tuple(
+            range(size)[part] for part, size in zip(index, leaf.shape, strict=True)
+        )
+        if bounds not in parts:  # replicas share what was read once
+            parts[bounds] = _read_slice(leaf, tensors, bounds, dtype)
+        return parts[bounds]
+
+    return jax.make_array_from_callback(leaf.shape, sharding, read)
+
+
+def _read_slice(
+    leaf: Leaf,
+    tensors: Mapping[str, Any],
+    bounds: tuple[range, ...],
+    dtype: np.dtype,
+) -> np.ndarray:
+    out = np.empty([len(part) for part in bounds], dtype)
+    inner = [
+        slice(part.start, part.stop)
+        for part in (bounds[1:] if leaf.stacked else bounds)
+    ]
+    for place, layer in enumerate(bounds[0] if leaf.stacked else (None,)):
+        tensor = tensors[leaf.tensor_name(layer)]
+        if leaf.transposed:
+            values = tensor[tuple(inner[::-1])].T
+        else:
+            values = tensor[tuple(inner)]
+        out[place if leaf.stacked else ...] = values
+    return out

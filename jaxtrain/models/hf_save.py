@@ -1,0 +1,171 @@
+"""Writing a Hugging Face directory that transformers loads as the same model."""
+
+import json
+import os
+import pathlib
+import re
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from safetensors.numpy import save_file
+
+from jaxtrain.models.binding import flatten
+from jaxtrain.models.config import ModelConfig
+from jaxtrain.models.hf_names import (
+    TOKENIZER_FILES,
+    WEIGHTS,
+    WEIGHTS_INDEX,
+    Leaf,
+    Path,
+    leaves_of,
+)
+from jaxtrain.types import Params
+
+_OWN_WEIGHTS = re.compile(
+    r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+)
+
+
+def save_pretrained(
+    path: str | os.PathLike[str],
+    config: ModelConfig,
+    params: Params,
+    *,
+    dtype: str | None = None,
+    tokenizer_dir: str | os.PathLike[str] | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Write a directory that transformers.AutoModelForCausalLM loads as this model.
+
+    Every process must call it; process 0 writes. Weights are fetched one tensor at a
+    time and at most `max_shard_bytes` of them are held at once. `dtype` converts the
+    weights; None keeps them. `tokenizer_dir`: where to copy the tokenizer from.
+
+    Raises:
+        ValueError: `params` are not the weights of `config`, adapters included: merge
+            them first.
+    """
+    leaves = leaves_of(config)
+    flat = flatten(params)
+    _check_params(config, leaves, flat)
+    directory, writes = pathlib.Path(path), jax.process_index() == 0
+    if writes:
+        directory.mkdir(parents=True, exist_ok=True)
+        # A shard of an earlier export would be read in place of what is written now.
+        for file in directory.iterdir():
+            if _OWN_WEIGHTS.fullmatch(file.name):
+                file.unlink()
+    shards = _plan_shards(leaves, flat, dtype, max_shard_bytes)
+    weight_map: dict[str, str] = {}
+    total_bytes = 0
+    for number, shard in enumerate(shards, start=1):
+        file_name = WEIGHTS
+        if len(shards) > 1:
+            file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {}
+        for leaf, layer in shard:
+            tensor = _fetch_tensor(leaf, flat[leaf.path], layer, dtype, writes)
+            if tensor is not None:
+                tensors[leaf.tensor_name(layer)] = tensor
+        if writes:
+            save_file(tensors, str(directory / file_name), metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(tensors, file_name)
+            total_bytes += sum(tensor.nbytes for tensor in tensors.values())
+    if writes:
+        if len(shards) > 1:
+            index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+            _write_json(directory / WEIGHTS_INDEX, index)
+        stored = dtype or str(flat[("embed_tokens", "embedding")].dtype)
+        _write_json(directory / "config.json", {**config.to_hf(), "dtype": stored})
+        _write_companions(directory, config, tokenizer_dir)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("save_pretrained")
+
+
+def _check_params(
+    config: ModelConfig, leaves: list[Leaf], flat: Mapping[Path, Any]
+) -> None:
+    expected = {leaf.path: leaf.shape for leaf in leaves}
+    problems = [f"missing {'/'.join(p)}" for p in expected if p not in flat]
+    problems += [f"unexpected {'/'.join(p)}" for p in flat if p not in expected]
+    problems += [
+        f"{'/'.join(p)} has shape {flat[p].shape}, expected {expected[p]}"
+        for p in expected.keys() & flat.keys()
+        if tuple(flat[p].shape) != expected[p]
+    ]
+    if problems:
+        raise ValueError(
+            f"params are not the weights of this {config.model_type} config:"
+            f" {'; '.join(sorted(problems))}. Merge adapters before exporting"
+        )
+
+
+def _plan_shards(
+    leaves: list[Leaf],
+    flat: Mapping[Path, Any],
+    dtype: str | None,
+    max_bytes: int,
+) -> list[list[tuple[Leaf, int | None]]]:
+    """Which tensors go into which file, layer after layer."""
+    tensors = [(leaf, layer) for leaf in leaves for layer in leaf.layers]
+    tensors.sort(key=lambda t: (-1 if t[1] is None else t[1], t[0].path))
+    shards: list[list[tuple[Leaf, int | None]]] = [[]]
+    used = 0
+    for leaf, layer in tensors:
+        item_bytes = jnp.dtype(dtype or flat[leaf.path].dtype).itemsize
+        size = int(np.prod(leaf.tensor_shape)) * item_bytes
+        if shards[-1] and used + size > max_bytes:
+            shards.append([])
+            used = 0
+        shards[-1].append((leaf, layer))
+        used += size
+    return shards
+
+
+# The layer is an argument of the compiled program, so one serves all layers.
+_take_layer = jax.jit(
+    lambda stacked, layer: jax.lax.dynamic_index_in_dim(stacked, layer, keepdims=False)
+)
+
+
+def _fetch_tensor(
+    leaf: Leaf, array: Any, layer: int | None, dtype: str | None, writes: bool
+) -> np.ndarray | None:
+    """One tensor in host memory, where it is to be written; a collective call."""
+    if layer is not None:
+        array = _take_layer(array, layer)
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        array = multihost_utils.process_allgather(array, tiled=True)
+    if not writes:
+        return None
+    values = np.asarray(array)
+    values = values.T if leaf.transposed else values
+    return np.ascontiguousarray(values.astype(jnp.dtype(dtype or values.dtype)))
+
+
+def _write_companions(
+    directory: pathlib.Path,
+    config: ModelConfig,
+    tokenizer_dir: str | os.PathLike[str] | None,
+) -> None:
+    """The tokenizer's files, and the token ids that generation stops at."""
+    source = None if tokenizer_dir is None else pathlib.Path(tokenizer_dir)
+    if source is not None and source.resolve() != directory.resolve():
+        for name in TOKENIZER_FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, directory / name)
+    if source is not None and (source / "generation_config.json").is_file():
+        return
+    options = config.to_hf()
+    ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+    given = {name: options[name] for name in ids if options[name] is not None}
+    _write_json(directory / "generation_config.json", given)
+
+
+def _write_json(file: pathlib.Path, content: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,385 @@
+"""The modules of a decoder, in Flax NNX.
+
+A module declares its weights, their logical axes and how they start; binding.py splits
+it into a static definition and a plain dict of arrays. Weights may be of any float
+type: each is cast to the compute type where it is used.
+"""
+
+import dataclasses
+import math
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int32, Key
+
+from jaxtrain.models.config import ModelConfig
+from jaxtrain.models.rope import rotate
+
+LogicalAxes = tuple[str | None, ...]
+# (query, key, value) -> (what each query read, [B T N H]; whatever must be kept).
+Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
+Rotary = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]
+
+_ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraShape:
+    """The adapters of a decoder: y += dropout(x) A B * scaling (arXiv:2106.09685).
+
+    `targets` are module paths within a layer, such as "self_attn.q_proj". `dropout` is
+    the share of inputs that an adapter does not see in training. `own` has (path, rank,
+    scaling) of targets that differ from `r` and `scaling`. With `use_dora`, columns of
+    W + A B * scaling are brought to trained lengths (arXiv:2402.09353).
+    """
+
+    r: int
+    scaling: float
+    dropout: float = 0.0
+    targets: frozenset[str] = frozenset()
+    own: tuple[tuple[str, int, float], ...] = ()
+    use_dora: bool = False
+
+    def rank_and_scaling(self, path: str) -> tuple[int, float]:
+        """Of the adapter of this module."""
+        for own_path, rank, scaling in self.own:
+            if own_path == path:
+                return rank, scaling
+        return self.r, self.scaling
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise ValueError(f"lora.r = {self.r}: must be at least 1")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"lora.dropout = {self.dropout}: must be in [0, 1)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What every module of one decoder shares; static."""
+
+    config: ModelConfig
+    compute_dtype: str
+    param_dtype: str
+    constrain: Callable[[Array, LogicalAxes], Array]
+    lora: LoraShape | None = None
+
+
+class LoraParam(nnx.Param):
+    """A weight of an adapter."""
+
+
+class Linear(nnx.Module):
+    """y = x kernel + bias, and an adapter's part where it has one."""
+
+    def __init__(
+        self,
+        path: str,
+        sizes: tuple[int, int],
+        axes: tuple[str | None, str | None],
+        options: Options,
+        rngs: nnx.Rngs,
+        *,
+        bias: bool = False,
+    ) -> None:
+        self.path, self.options = path, options
+        dtype = jnp.dtype(options.param_dtype)
+        deviation = options.config.initializer_range
+        kernel = deviation * jax.random.normal(rngs.params(), sizes)
+        self.kernel = nnx.Param(kernel.astype(dtype), logical_axes=axes)
+        if bias:
+            self.bias = nnx.Param(jnp.zeros(sizes[1:], dtype), logical_axes=axes[1:])
+        lora = options.lora
+        if lora is not None and path in lora.targets:
+            # Kaiming-uniform with a = sqrt(5) has the bound 1 / sqrt(inputs).
+            bound = 1 / math.sqrt(sizes[0])
+            rank, self.scaling = lora.rank_and_scaling(path)
+            a = jax.random.uniform(
+                rngs.params(), (sizes[0], rank), minval=-bound, maxval=bound
+            )
+            self.lora_a = LoraParam(
+                a.astype(dtype), logical_axes=(axes[0], "lora_rank")
+            )
+            self.lora_b = LoraParam(
+                jnp.zeros((rank, sizes[1]), dtype),
+                logical_axes=("lora_rank", axes[1]),
+            )
+            if lora.use_dora:
+                lengths = jnp.linalg.norm(kernel, axis=0).astype(dtype)
+                self.lora_magnitude = LoraParam(lengths, logical_axes=axes[1:])
+
+    def __call__(
+        self, x: Float[Array, "B T I"], dropout_key: Key[Array, ""] | None = None
+    ) -> Float[Array, "B T O"]:
+        dtype = self.options.compute_dtype
+        kernel = self.kernel[...].astype(dtype)
+        y = x @ kernel
+        lora = self.options.lora
+        if lora is not None and hasattr(self, "lora_a"):
+            with jax.named_scope("lora"):
+                seen = _dropout(x, lora.dropout, _fold_in_name(dropout_key, self.path))
+                low = seen @ self.lora_a[...].astype(dtype) * self.scaling
+                added = low @ self.lora_b[...].astype(dtype)
+                if not lora.use_dora:
+                    y += added
+                elif seen is x:
+                    y = self._dora_gain().astype(dtype) * (y + added)
+                else:
+                    # As in PEFT, the base's change of length sees the dropout too.
+                    gain = self._dora_gain().astype(dtype)
+                    y += (gain - 1) * (seen @ kernel) + gain * added
+        if hasattr(self, "bias"):
+            y += self.bias[...].astype(dtype)
+        return y
+
+    def _dora_gain(self) -> Float[Array, "O"]:
+        """Trained lengths over those of the columns of W + A B * scaling.
+
+        These are taken as constants in the gradient (section 4.3 of the paper).
+        """
+        w, a, b = (
+            leaf[...].astype(jnp.float32)
+            for leaf in (self.kernel, self.lora_a, self.lora_b)
+        )
+        lengths = jnp.linalg.norm(w + (self.scaling * a) @ b, axis=0)
+        magnitude = self.lora_magnitude[...].astype(jnp.float32)
+        return magnitude / jax.lax.stop_gradient(lengths)
+
+
+def _fold_in_name(key: Key[Array, ""] | None, name: str) -> Key[Array, ""] | None:
+    """A key of this module's own, whatever the order in which modules run."""
+    return None if key is None else jax.random.fold_in(key, zlib.crc32(name.encode()))
+
+
+def _dropout(x: Array, rate: float, key: Key[Array, ""] | None) -> Array:
+    """Zero a share `rate` of x and scale the rest up; without a key, x itself."""
+    if key is None or rate == 0:
+        return x
+    kept = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(kept, x / (1 - rate), jnp.zeros((), x.dtype))
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale over the last axis, in float32 (arXiv:1910.07467)."""
+
+    def __init__(self, width: int, axis: str | None, options: Options) -> None:
+        self.options = options
+        self.offset = 1.0 if options.config.family.unit_offset_norm else 0.0
+        scale = jnp.full(width, 1.0 - self.offset, options.param_dtype)
+        self.scale = nnx.Param(scale, logical_axes=(axis,))
+
+    def __call__(self, x: Float[Array, "*dims W"]) -> Float[Array, "*dims W"]:
+        scale = self.scale[...].astype(jnp.float32) + self.offset
+        epsilon = self.options.config.rms_norm_eps
+
+        def normalize(x: Array, scale: Array) -> Array:
+            x32 = x.astype(jnp.float32)
+            mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
+            return (x32 * jax.lax.rsqrt(mean_square + epsilon) * scale).astype(x.dtype)
+
+        return _recomputed(normalize)(x, scale)
+
+
+def _recomputed(function: Callable[..., Array]) -> Callable[..., Array]:
+    """`function`, keeping only its inputs for the backward pass.
+
+    For elementwise work: its intermediates, some of them float32, cost far more memory
+    than computing them again costs time.
+    """
+    return jax.checkpoint(function, prevent_cse=False)
+
+
+class Attention(nnx.Module):
+    """Grouped-query self-attention (arXiv:2305.13245) with rotary positions."""
+
+    def __init__(self, options: Options, rngs: nnx.Rngs) -> None:
+        self.options = options
+        config = options.config
+        width, head_dim = config.hidden_size, config.head_dim
+        q_width = config.num_attention_heads * head_dim
+        kv_width = config.num_key_value_heads * head_dim
+
+        def project(name: str, outputs: int, axis: str) -> Linear:
+            sizes, axes = (width, outputs), ("embed", axis)
+            path = f"self_attn.{name}"
+            return Linear(path, sizes, axes, options, rngs, bias=config.qkv_bias)
+
+        if config.family.fused_projections:
+            self.qkv_proj = project("qkv_proj", q_width + 2 * kv_width, "heads")
+        else:
+            self.q_proj = project("q_proj", q_width, "heads")
+            self.k_proj = project("k_proj", kv_width, "kv_heads")
+            self.v_proj = project("v_proj", kv_width, "kv_heads")
+        self.o_proj = Linear(
+            "self_attn.o_proj",
+            (q_width, width),
+            ("heads", "embed"),
+            options,
+            rngs,
+            bias=config.o_bias,
+        )
+        if config.family.qk_norm:
+            self.q_norm = RMSNorm(head_dim, None, options)
+            self.k_norm = RMSNorm(head_dim, None, options)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        rotary: Rotary,
+        attend: Attend,
+        dropout_key: Key[Array, ""] | None,
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        config, constrain = self.options.config, self.options.constrain
+        q, k, v = (
+            y.reshape(*y.shape[:2], -1, config.head_dim)
+            for y in self._queries_keys_values(x, dropout_key)
+        )
+        if config.family.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, *rotary), rotate(k, *rotary)
+        q = constrain(q, ("batch", "sequence", "heads", None))
+        k = constrain(k, ("batch", "sequence", "kv_heads", None))
+        v = constrain(v, ("batch", "sequence", "kv_heads", None))
+        q = checkpoint_name(q, "query")
+        k, v = checkpoint_name(k, "key"), checkpoint_name(v, "value")
+        context, kept = attend(q, k, v)
+        context = checkpoint_name(context, "attention")
+        context = constrain(context, ("batch", "sequence", "heads", None))
+        return self.o_proj(context.reshape(*x.shape[:2], -1), dropout_key), kept
+
+    def _queries_keys_values(
+        self, x: Array, dropout_key: Key[Array, ""] | None
+    ) -> tuple[Array, Array, Array]:
+        config = self.options.config
+        if not config.family.fused_projections:
+            return (
+                self.q_proj(x, dropout_key),
+                self.k_proj(x, dropout_key),
+                self.v_proj(x, dropout_key),
+            )
+        q_width = config.num_attention_heads * config.head_dim
+        kv_width = config.num_key_value_heads * config.head_dim
+        fused = self.qkv_proj(x, dropout_key)
+        q, k, v = jnp.split(fused, [q_width, q_width + kv_width], axis=-1)
+        return q, k, v
+
+
+class Mlp(nnx.Module):
+    """down(activation(gate(x)) * up(x)), a gated linear unit (arXiv:2002.05202)."""
+
+    def __init__(self, options: Options, rngs: nnx.Rngs) -> None:
+        self.options = options
+        config = options.config
+        width, inner = config.hidden_size, config.intermediate_size
+
+        def project(name: str, sizes: tuple[int, int], axes: tuple[str, str]) -> Linear:
+            path = f"mlp.{name}"
+            return Linear(path, sizes, axes, options, rngs, bias=config.mlp_bias)
+
+        if config.family.fused_projections:
+            self.gate_up_proj = project(
+                "gate_up_proj", (width, 2 * inner), ("embed", "mlp")
+            )
+        else:
+            self.gate_proj = project("gate_proj", (width, inner), ("embed", "mlp"))
+            self.up_proj = project("up_proj", (width, inner), ("embed", "mlp"))
+        self.down_proj = project("down_proj", (inner, width), ("mlp", "embed"))
+
+    def __call__(
+        self, x: Float[Array, "B T D"], dropout_key: Key[Array, ""] | None
+    ) -> Float[Array, "B T D"]:
+        config, constrain = self.options.config, self.options.constrain
+        if config.family.fused_projections:
+            gate, up = jnp.split(self.gate_up_proj(x, dropout_key), 2, axis=-1)
+        else:
+            gate, up = self.gate_proj(x, dropout_key), self.up_proj(x, dropout_key)
+        gate = checkpoint_name(gate, "mlp_gate")
+        up = checkpoint_name(up, "mlp_up")
+        activation = _ACTIVATIONS[config.hidden_act]
+        inner = _recomputed(lambda gate, up: activation(gate) * up)(gate, up)
+        inner = constrain(inner, ("batch", "sequence", "mlp"))
+        return self.down_proj(inner, dropout_key)
+
+
+class DecoderLayer(nnx.Module):
+    """Attention, then the MLP, each added to the stream that it reads normalized.
+
+    Gemma also normalizes what is added; `post_attention_layernorm` is that norm there,
+    and the one before the MLP in every other family, as in the published weights.
+    """
+
+    def __init__(self, options: Options, rngs: nnx.Rngs) -> None:
+        self.options = options
+        width = options.config.hidden_size
+        self.input_layernorm = RMSNorm(width, "embed", options)
+        self.self_attn = Attention(options, rngs)
+        self.post_attention_layernorm = RMSNorm(width, "embed", options)
+        if options.config.family.sandwich_norms:
+            self.pre_feedforward_layernorm = RMSNorm(width, "embed", options)
+            self.post_feedforward_layernorm = RMSNorm(width, "embed", options)
+        self.mlp = Mlp(options, rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        rotary: Rotary,
+        attend: Attend,
+        dropout_key: Key[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """The stream after this layer, and whatever `attend` keeps."""
+        sandwich = self.options.config.family.sandwich_norms
+        with jax.named_scope("attention"):
+            added, kept = self.self_attn(
+                self.input_layernorm(x), rotary, attend, dropout_key
+            )
+            x += self.post_attention_layernorm(added) if sandwich else added
+        with jax.named_scope("mlp"):
+            if sandwich:
+                added = self.mlp(self.pre_feedforward_layernorm(x), dropout_key)
+                x += self.post_feedforward_layernorm(added)
+            else:
+                x += self.mlp(self.post_attention_layernorm(x), dropout_key)
+        return self.options.constrain(x, ("batch", "sequence", "embed")), kept
+
+
+class Embedding(nnx.Module):
+    """Token vectors; Gemma's are scaled by sqrt(width)."""
+
+    def __init__(self, options: Options, rngs: nnx.Rngs) -> None:
+        self.options = options
+        config = options.config
+        sizes = (config.vocab_size, config.hidden_size)
+        table = config.initializer_range * jax.random.normal(rngs.params(), sizes)
+        self.embedding = nnx.Param(
+            table.astype(options.param_dtype), logical_axes=("vocab", "embed")
+        )
+
+    def __call__(self, tokens: Int32[Array, "B T"]) -> Float[Array, "B T D"]:
+        config, dtype = self.options.config, self.options.compute_dtype
+        x = jnp.take(self.embedding[...], tokens, axis=0).astype(dtype)
+        if config.family.scale_embeddings:
+            # The factor itself is rounded to the compute type, as transformers does.
+            x *= jnp.asarray(math.sqrt(config.hidden_size), dtype)
+        return x
+
+
+class Ends(nnx.Module):
+    """The parts on either side of the layers: embedding, final norm, unembedding."""
+
+    def __init__(self, options: Options, rngs: nnx.Rngs) -> None:
+        config = options.config
+        self.embed_tokens = Embedding(options, rngs)
+        self.norm = RMSNorm(config.hidden_size, "embed", options)
+        if not config.tie_word_embeddings:
+            sizes = (config.hidden_size, config.vocab_size)
+            axes = ("embed", "vocab")
+            self.lm_head = Linear("lm_head", sizes, axes, options, rngs)

@@ -1,0 +1,307 @@
+"""Rotary position embeddings (arXiv:2104.09864) and their context extensions.
+
+A pair of features at frequency f turns by the angle f * position. The extensions slow
+frequencies down by `factor`: all alike ("linear", arXiv:2306.15595), only the slow
+ones ("llama3", arXiv:2407.21783), by a ramp between two rotation counts ("yarn",
+arXiv:2309.00071), or each by its own searched factor ("longrope", arXiv:2402.13753).
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int32
+
+from jaxtrain.models.families import Family
+
+# Kinds and the parameters each one understands, besides theta.
+_PARAMETERS: Mapping[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": (
+        "factor", "low_freq_factor", "high_freq_factor",
+        "original_max_position_embeddings",
+    ),
+    "yarn": (
+        "factor", "original_max_position_embeddings", "attention_factor",
+        "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate",
+    ),
+    "longrope": (
+        "factor", "original_max_position_embeddings", "attention_factor",
+        "short_factor", "long_factor",
+    ),
+}  # fmt: skip
+_REQUIRED: Mapping[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor",),
+    "longrope": ("short_factor", "long_factor"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+    """One rotary embedding. `kind` says which of the parameters count.
+
+    `theta` is the base of the frequencies theta ** (-2 i / rotary width);
+    `partial_rotary_factor` the share of a head's width that turns.
+    """
+
+    kind: str = "default"
+    theta: float = 10_000.0
+    partial_rotary_factor: float = 1.0
+    factor: float | None = None
+    original_max_position_embeddings: int | None = None
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    attention_factor: float | None = None
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool | None = None
+    short_factor: tuple[float, ...] | None = None
+    long_factor: tuple[float, ...] | None = None
+
+    @classmethod
+    def from_hf(
+        cls, options: Mapping[str, Any], family: Family, layer_type: str
+    ) -> "RopeConfig":
+        """Read `rope_parameters` (transformers 5) or `rope_theta`, `rope_scaling` (4).
+
+        Raises:
+            ValueError: the kind or one of its parameters is unknown or missing.
+        """
+        parameters, theta = _find_parameters(options, family, layer_type)
+        kind = parameters.pop("rope_type", parameters.pop("type", None)) or "default"
+        parameters.pop("type", None)
+        if family.partial_rotary and kind in ("su", "yarn"):
+            kind = "longrope"  # the names that early Phi-3 configs gave it
+        theta = parameters.pop("rope_theta", None) or theta
+        partial = parameters.pop("partial_rotary_factor", None)
+        partial = partial or options.get("partial_rotary_factor") or 1.0
+        if kind not in _PARAMETERS:
+            raise ValueError(
+                f"rope_type = {kind!r} is not implemented; this decoder has"
+                f" {', '.join(_PARAMETERS)}"
+            )
+        parameters = {k: v for k, v in parameters.items() if v is not None}
+        unknown = sorted(set(parameters) - set(_PARAMETERS[kind]))
+        if kind == "default":  # a length that nothing is scaled by
+            unknown = [k for k in unknown if k != "original_max_position_embeddings"]
+            parameters.pop("original_max_position_embeddings", None)
+        missing = [name for name in _REQUIRED[kind] if name not in parameters]
+        if unknown or missing:
+            raise ValueError(
+                f"rope_parameters of kind {kind!r}: unknown {unknown},"
+                f" missing {missing}"
+            )
+        if partial != 1.0 and not family.partial_rotary:
+            raise ValueError(
+                f"partial_rotary_factor = {partial} is not implemented for"
+                f" {options['model_type']}; only 1.0 is"
+            )
+        if "original_max_position_embeddings" in _PARAMETERS[kind]:
+            length = options["max_position_embeddings"]
+            # Phi-3 keeps the trained length outside of the rope parameters.
+            trained = options.get("original_max_position_embeddings")
+            trained = trained or parameters.get("original_max_position_embeddings")
+            parameters["original_max_position_embeddings"] = trained or length
+            parameters.setdefault("factor", length / (trained or length))
+        for name in ("short_factor", "long_factor"):
+            if name in parameters:
+                parameters[name] = tuple(parameters[name])
+        return cls(
+            kind=kind,
+            theta=float(theta),
+            partial_rotary_factor=float(partial),
+            **parameters,
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        """The `rope_parameters` of transformers 5."""
+        values: dict[str, Any] = {"rope_type": self.kind, "rope_theta": self.theta}
+        if self.partial_rotary_factor != 1.0:
+            values["partial_rotary_factor"] = self.partial_rotary_factor
+        for name in _PARAMETERS[self.kind]:
+            value = getattr(self, name)
+            if value is not None:
+                values[name] = list(value) if isinstance(value, tuple) else value
+        return values
+
+    def rotary_width(self, head_dim: int) -> int:
+        """How many features of a head turn; the others pass unchanged."""
+        return int(head_dim * self.partial_rotary_factor)
+
+    def check(self, head_dim: int) -> None:
+        """Raise ValueError if heads of this width can't be turned so."""
+        width = self.rotary_width(head_dim)
+        if width % 2 or width < 2:
+            raise ValueError(
+                f"model.head_dim = {head_dim} with partial_rotary_factor ="
+                f" {self.partial_rotary_factor} turns {width} features: rotary"
+                " embeddings need an even number, at least 2"
+            )
+        for name in ("short_factor", "long_factor"):
+            factors = getattr(self, name)
+            if factors is not None and len(factors) != width // 2:
+                raise ValueError(
+                    f"rope_parameters.{name} has {len(factors)} numbers; a rotary width"
+                    f" of {width} needs {width // 2}"
+                )
+
+
+def _find_parameters(
+    options: Mapping[str, Any], family: Family, layer_type: str
+) -> tuple[dict[str, Any], float]:
+    """The rope parameters of these layers and the base that holds if they name none."""
+    parameters = options.get("rope_parameters") or {}
+    nested = isinstance(parameters.get(layer_type), Mapping)
+    if nested and not family.local_rope:
+        raise ValueError(
+            f"rope_parameters for each layer type are not implemented for"
+            f" {options['model_type']}; give one set"
+        )
+    if nested:
+        parameters = parameters[layer_type]
+    if family.local_rope and layer_type == "sliding_attention":
+        # Gemma 3's local layers are never scaled.
+        theta = options.get("rope_local_base_freq") or 10_000.0
+        return (dict(parameters) if nested else {}), theta
+    scaling = options.get("rope_scaling") or {}
+    theta = options.get("rope_theta") or family.default_rope_theta
+    return {**parameters, **scaling}, theta
+
+
+def inverse_frequencies(
+    rope: RopeConfig, head_dim: int
+) -> tuple[Float[np.ndarray, "sets half"], float]:
+    """Radians a position for each pair of features, and the factor on cos and sin.
+
+    One row; longrope has two: within and beyond the trained length.
+    """
+    width = rope.rotary_width(head_dim)
+    base = rope.theta ** (-np.arange(0, width, 2, dtype=np.float64) / width)
+    scale = 1.0
+    if rope.kind == "linear":
+        base = base / _given(rope.factor)
+    elif rope.kind == "llama3":
+        base = _llama3(rope, base)
+    elif rope.kind == "yarn":
+        base, scale = _yarn(rope, base, width)
+    elif rope.kind == "longrope":
+        scale = _longrope_scale(rope)
+        factors = np.asarray([rope.short_factor, rope.long_factor], np.float64)
+        return (base / factors).astype(np.float32), scale
+    return base.astype(np.float32)[None], scale
+
+
+def _given(value: Any) -> Any:
+    assert value is not None  # from_hf refuses a config without it
+    return value
+
+
+def _llama3(rope: RopeConfig, base: np.ndarray) -> np.ndarray:
+    """Keep fast frequencies, divide slow ones by `factor`, interpolate between."""
+    low, high = _given(rope.low_freq_factor), _given(rope.high_freq_factor)
+    turns = _given(rope.original_max_position_embeddings) * base / (2 * math.pi)
+    share_kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return base * (share_kept + (1 - share_kept) / _given(rope.factor))
+
+
+def _yarn(rope: RopeConfig, base: np.ndarray, width: int) -> tuple[np.ndarray, float]:
+    """Interpolate by a ramp over feature pairs, from beta_fast to beta_slow turns."""
+    factor, length = (
+        _given(rope.factor),
+        _given(rope.original_max_position_embeddings),
+    )
+
+    def pair_that_turns(times: float) -> float:
+        ratio = math.log(length / (times * 2 * math.pi)) / math.log(rope.theta)
+        return width * ratio / 2
+
+    first = pair_that_turns(rope.beta_fast or 32)
+    last = pair_that_turns(rope.beta_slow or 1)
+    if rope.truncate is not False:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, width - 1)
+    span = (last - first) or 0.001
+    ramp = np.clip((np.arange(width // 2) - first) / span, 0.0, 1.0)
+    scale = rope.attention_factor
+    if scale is None and rope.mscale and rope.mscale_all_dim:
+        scale = _yarn_scale(factor, rope.mscale) / _yarn_scale(
+            factor, rope.mscale_all_dim
+        )
+    if scale is None:
+        scale = _yarn_scale(factor, 1.0)
+    return base * (ramp / factor + (1 - ramp)), float(scale)
+
+
+def _yarn_scale(factor: float, weight: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+
+def _longrope_scale(rope: RopeConfig) -> float:
+    if rope.attention_factor is not None:
+        return float(rope.attention_factor)
+    factor = _given(rope.factor)
+    if factor <= 1:
+        return 1.0
+    length = _given(rope.original_max_position_embeddings)
+    return math.sqrt(1 + math.log(factor) / math.log(length))
+
+
+def rotary_tables(
+    rope: RopeConfig,
+    head_dim: int,
+    positions: Int32[Array, "B T"],
+    segment_ids: Int32[Array, "B T"],
+) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
+    """Cosines and sines of every angle, float32.
+
+    Under longrope a document's own length chooses between the two sets of factors.
+    """
+    frequencies, scale = inverse_frequencies(rope, head_dim)
+    angles = positions.astype(jnp.float32)[..., None] * frequencies[0]
+    if len(frequencies) == 2:
+        long_angles = positions.astype(jnp.float32)[..., None] * frequencies[1]
+        lengths = _document_lengths(positions, segment_ids)
+        is_long = lengths > _given(rope.original_max_position_embeddings)
+        angles = jnp.where(is_long[..., None], long_angles, angles)
+    return jnp.cos(angles) * scale, jnp.sin(angles) * scale
+
+
+def _document_lengths(
+    positions: Int32[Array, "B T"], segment_ids: Int32[Array, "B T"]
+) -> Int32[Array, "B T"]:
+    """For each token the length of its document, in tokens."""
+
+    def row(positions: Array, segments: Array) -> Array:
+        last = jax.ops.segment_max(positions, segments, positions.shape[0] + 1)
+        return last[segments] + 1
+
+    return jax.vmap(row)(positions, segment_ids)
+
+
+def rotate(
+    x: Float[Array, "B T N H"],
+    cos: Float[Array, "B T half"],
+    sin: Float[Array, "B T half"],
+) -> Float[Array, "B T N H"]:
+    """Turn the first 2 * half features of every head, in float32.
+
+    Feature i is paired with feature i + half, as in the published weights.
+    """
+    half = cos.shape[-1]
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    first = x[..., :half].astype(jnp.float32)
+    second = x[..., half : 2 * half].astype(jnp.float32)
+    turned = jnp.concatenate(
+        [first * cos - second * sin, second * cos + first * sin], axis=-1
+    ).astype(x.dtype)
+    return jnp.concatenate([turned, x[..., 2 * half :]], axis=-1)

@@ -1,0 +1,475 @@
+"""The decoder: pure functions of a plain tree of weights.
+
+Layers are stacked on axis 0 and run under one `lax.scan`, so a deep model compiles as
+fast as a shallow one. Flax modules exist only within a trace (binding.py).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int32, Key
+
+from jaxtrain.kernels.attention.api import attention
+from jaxtrain.kernels.attention.reference import attend_block
+from jaxtrain.kernels.linear_cross_entropy.api import linear_log_probs
+from jaxtrain.models.binding import (
+    adapted_paths,
+    axes_of,
+    bind,
+    init_module,
+    linear_paths,
+)
+from jaxtrain.models.config import ModelConfig
+from jaxtrain.models.layers import (
+    Attend,
+    DecoderLayer,
+    Ends,
+    LogicalAxes,
+    LoraShape,
+    Options,
+    Rotary,
+)
+from jaxtrain.models.rope import rotary_tables
+from jaxtrain.types import Batch, Params, TokenLogProbs
+
+Cache = dict[str, Array]
+
+_policies = jax.checkpoint_policies
+# What a layer keeps for the backward pass; all else is computed again. "full" keeps
+# only the layer's input, "dots" every matrix product ("dots_no_batch" not those of
+# attention), "save_attention" what attention read, "minimal" that, its inputs and the
+# MLP's. An attention kernel runs again unless it names what its own backward pass needs
+# "attention_residuals".
+REMAT_POLICIES: Mapping[str, Callable[..., bool] | None] = {
+    "none": None,
+    "full": _policies.nothing_saveable,
+    "dots": _policies.dots_saveable,
+    "dots_no_batch": _policies.dots_with_no_batch_dims_saveable,
+    "save_attention": _policies.save_only_these_names(
+        "attention", "attention_residuals"
+    ),
+    "minimal": _policies.save_only_these_names(
+        "query", "key", "value", "attention", "attention_residuals", "mlp_gate",
+        "mlp_up",
+    ),
+}  # fmt: skip
+
+
+def _unconstrained(x: Array, logical_axes: LogicalAxes) -> Array:
+    return x
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """A decoder-only language model: static and hashable; it holds no arrays.
+
+    `params` is everywhere the nested dict that `init` makes and `load_params` reads. A
+    module applies an adapter only if `params` has its `lora_a` and `lora_b`, so the
+    same decoder without these leaves is the base model.
+
+    `compute_dtype` is the type of activations and matrix products; norms, rotary
+    angles, softmax and logits are float32. `param_dtype` is the type `init` makes.
+    `remat` names one of REMAT_POLICIES, `attention` an implementation of the kernel,
+    `loss_chunk` how many tokens' logits the loss head holds at once. `packed=False`
+    promises that each row is one document with its padding behind it: causality alone
+    then keeps padding out, and attention needs no segments. `constrain` pins an
+    activation's layout by its logical axes.
+
+    Raises:
+        ValueError: an option is unknown, or an adapter's target is no module.
+    """
+
+    config: ModelConfig
+    _: dataclasses.KW_ONLY
+    compute_dtype: str = "bfloat16"
+    param_dtype: str = "float32"
+    lora: LoraShape | None = None
+    remat: str = "none"
+    attention: str = "auto"
+    loss_chunk: int = 1024
+    packed: bool = True
+    constrain: Callable[[Array, LogicalAxes], Array] = _unconstrained
+
+    def __post_init__(self) -> None:
+        for name in ("compute_dtype", "param_dtype"):
+            object.__setattr__(self, name, jnp.dtype(getattr(self, name)).name)
+        if self.remat not in REMAT_POLICIES:
+            raise ValueError(
+                f"remat = {self.remat!r} is unknown; use one of"
+                f" {', '.join(REMAT_POLICIES)}"
+            )
+        if self.lora is not None:
+            modules = linear_paths(
+                DecoderLayer, dataclasses.replace(self._options, lora=None)
+            )
+            unknown = sorted(self.lora.targets - modules)
+            if unknown or not self.lora.targets:
+                raise ValueError(
+                    f"lora.targets: {unknown or 'none given'}; a layer's modules are"
+                    f" {', '.join(sorted(modules))}"
+                )
+
+    def describe(self) -> str:
+        """What the numbers depend on beside the weights, as one line."""
+        parts = [repr(self.config), self.compute_dtype]
+        if self.lora is not None:
+            ranks = sorted(
+                (path, *self.lora.rank_and_scaling(path)) for path in self.lora.targets
+            )
+            parts += [repr(ranks), f"use_dora={self.lora.use_dora}"]
+        return " ".join(parts)
+
+    # --- the tree of weights -----------------------------------------------------
+
+    def init(self, key: Key[Array, ""]) -> Params:
+        """Random weights: normal with the config's deviation; norms 1, biases 0.
+
+        Adapters start as in PEFT: A uniform within 1 / sqrt(inputs), B zero.
+        """
+        ends_key, layers_key = jax.random.split(key)
+        layer_keys = jax.random.split(layers_key, self.config.num_hidden_layers)
+        make_layer = functools.partial(init_module, DecoderLayer, self._options)
+        return {
+            **init_module(Ends, self._options, ends_key),
+            "layers": jax.vmap(make_layer)(layer_keys),
+        }
+
+    def abstract_params(self) -> Params:
+        """Shapes and types of `init`'s tree; needs no device."""
+        return jax.eval_shape(lambda: self.init(jax.random.key(0)))
+
+    def logical_axes(self) -> Params:
+        """The same tree with the name of each axis, or None, as leaves.
+
+        Names: "layers", "embed", "vocab", "heads", "kv_heads", "mlp", "lora_rank".
+        """
+
+        return {
+            **axes_of(Ends, self._options),
+            "layers": axes_of(DecoderLayer, self._options, ("layers",)),
+        }
+
+    # --- whole rows --------------------------------------------------------------
+
+    def hidden_states(
+        self,
+        params: Params,
+        tokens: Int32[Array, "B T"],
+        positions: Int32[Array, "B T"],
+        segment_ids: Int32[Array, "B T"],
+        *,
+        dropout_key: Key[Array, ""] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """What the unembedding reads: the last layer's output, normalized.
+
+        A token reads those before it, and itself, that have its own segment id, in
+        index order. Segment 0 is padding; its outputs mean nothing. Adapters drop
+        inputs only if given a `dropout_key`.
+        """
+        ends = self._ends(params)
+        windows = self._windows(tokens.shape[1])
+        choices = tuple(dict.fromkeys(windows))
+        branches = [
+            functools.partial(
+                attention,
+                segment_ids=segment_ids if self.packed else None,
+                window=window,
+                softcap=self.config.attn_logit_softcapping,
+                scale=self.config.attention_scale,
+                implementation=self.attention,
+            )
+            for window in choices
+        ]
+        choice_of_layer = jnp.asarray([choices.index(w) for w in windows])
+        rotary_of_layer = self._rotary(positions, segment_ids)
+        bind_layer = self._layer_binder(params)
+
+        def body(x: Array, inputs: tuple[Params, Array]) -> tuple[Array, None]:
+            layer_params, index = inputs
+
+            def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
+                if len(branches) == 1:
+                    return branches[0](q, k, v), None
+                return jax.lax.switch(choice_of_layer[index], branches, q, k, v), None
+
+            key = (
+                None if dropout_key is None else jax.random.fold_in(dropout_key, index)
+            )
+            layer = bind_layer(layer_params)
+            return layer(x, rotary_of_layer(index), attend, key)[0], None
+
+        policy = REMAT_POLICIES[self.remat]
+        if policy is not None:
+            # Inside a scan, nothing can be merged with the recomputation.
+            body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+        with jax.named_scope("embed"):
+            x = ends.embed_tokens(tokens)
+            x = self.constrain(x, ("batch", "sequence", "embed"))
+        with jax.named_scope("layers"):
+            layers = self._scanned_layers(params)
+            x, _ = jax.lax.scan(body, x, layers)
+        with jax.named_scope("final_norm"):
+            return ends.norm(x)
+
+    def logits(
+        self,
+        params: Params,
+        tokens: Int32[Array, "B T"],
+        positions: Int32[Array, "B T"],
+        segment_ids: Int32[Array, "B T"],
+    ) -> Float32[Array, "B T V"]:
+        """Scores of every next token, after the final soft cap; for short rows."""
+        hidden = self.hidden_states(params, tokens, positions, segment_ids)
+        return self._unembed(params, hidden)
+
+    def token_log_probs(
+        self,
+        params: Params,
+        batch: Batch,
+        *,
+        dropout_key: Key[Array, ""] | None = None,
+        with_stats: bool = True,
+        with_collision: bool = False,
+    ) -> TokenLogProbs:
+        """Log-probabilities of the batch's targets; never holds B x T x V logits.
+
+        Only `logps` carries a gradient. Without `with_stats` all else is zero.
+        """
+        hidden = self.hidden_states(
+            params,
+            batch.tokens,
+            batch.positions,
+            batch.segment_ids,
+            dropout_key=dropout_key,
+        )
+        table, vocab_axis = self._unembedding(params)
+        with jax.named_scope("loss_head"):
+            outputs = linear_log_probs(
+                hidden.reshape(-1, hidden.shape[-1]),
+                table,
+                batch.targets.reshape(-1),
+                vocab_axis=vocab_axis,
+                softcap=self.config.final_logit_softcapping,
+                chunk=self.loss_chunk,
+                with_stats=with_stats,
+                with_collision=with_collision,
+            )
+        return TokenLogProbs(*(x.reshape(batch.targets.shape) for x in outputs))
+
+    # --- one step at a time ------------------------------------------------------
+
+    def init_cache(self, batch: int, max_len: int) -> Cache:
+        """An empty cache for `decode`: room for `max_len` tokens in each row."""
+        config = self.config
+        sizes = (config.num_hidden_layers, batch, max_len)
+        heads = (config.num_key_value_heads, config.head_dim)
+        return {
+            "key": jnp.zeros(sizes + heads, self.compute_dtype),
+            "value": jnp.zeros(sizes + heads, self.compute_dtype),
+            "positions": jnp.zeros(sizes[1:], jnp.int32),
+            "segment_ids": jnp.zeros(sizes[1:], jnp.int32),
+            "length": jnp.zeros((), jnp.int32),
+        }
+
+    def decode(
+        self,
+        params: Params,
+        tokens: Int32[Array, "B T"],
+        positions: Int32[Array, "B T"],
+        cache: Cache,
+        segment_ids: Int32[Array, "B T"] | None = None,
+    ) -> tuple[Float32[Array, "B V"], Cache]:
+        """Append T tokens to the cache and score what follows each row's last one.
+
+        The first call takes the prompts (T tokens), each further one usually T = 1.
+        Prompts may be padded on either side: `segment_ids` is 1 for real tokens, 0 for
+        padding (all 1 if None), and `positions` count real tokens only. Every call
+        takes T places of each row, so they must sum to `max_len` at most: beyond it
+        the last places are overwritten.
+
+        Raises:
+            ValueError: this call alone has more tokens than the cache has places.
+        """
+        batch, length = tokens.shape
+        places = cache["positions"].shape[1]
+        if length > places:
+            raise ValueError(f"{length} tokens do not fit a cache of max_len={places}")
+        if segment_ids is None:
+            segment_ids = jnp.ones_like(tokens)
+        start = cache["length"]
+        cache = cache | {
+            name: jax.lax.dynamic_update_slice(cache[name], new, (0, start))
+            for name, new in (("positions", positions), ("segment_ids", segment_ids))
+        }
+        windows = self._windows(places)
+        choices = tuple(dict.fromkeys(windows))
+        choice_of_layer = jnp.asarray([choices.index(w) for w in windows])
+        readable = jnp.stack(
+            [_readable(cache, start, positions, segment_ids, w) for w in choices]
+        )
+        rotary_of_layer = self._rotary(positions, segment_ids)
+        bind_layer = self._layer_binder(params)
+
+        def body(
+            carry: tuple[Array, Array, Array], inputs: tuple[Params, Array]
+        ) -> tuple[tuple[Array, Array, Array], None]:
+            x, keys, values = carry
+            layer_params, index = inputs
+            allowed = readable[choice_of_layer[index]]
+            attend = self._attend_to_cache(keys, values, index, start, allowed)
+            layer = bind_layer(layer_params)
+            x, (keys, values) = layer(x, rotary_of_layer(index), attend)
+            return (x, keys, values), None
+
+        ends = self._ends(params)
+        layers = self._scanned_layers(params)
+        carry = (ends.embed_tokens(tokens), cache["key"], cache["value"])
+        (x, keys, values), _ = jax.lax.scan(body, carry, layers)
+        last = length - 1 - jnp.argmax(segment_ids[:, ::-1] != 0, axis=1)
+        hidden = ends.norm(x[jnp.arange(batch), last][:, None])
+        cache |= {"key": keys, "value": values, "length": start + length}
+        return self._unembed(params, hidden)[:, 0], cache
+
+    def _attend_to_cache(
+        self, keys: Array, values: Array, layer: Array, start: Array, allowed: Array
+    ) -> Attend:
+        """Write this layer's keys and values at `start`; read all that is allowed."""
+
+        def attend(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, Array]]:
+            at = (layer, 0, start, 0, 0)
+            written = (
+                jax.lax.dynamic_update_slice(keys, k[None], at),
+                jax.lax.dynamic_update_slice(values, v[None], at),
+            )
+            keys_read, values_read = (
+                jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in written
+            )
+            context = attend_block(
+                q,
+                keys_read,
+                values_read,
+                allowed,
+                softcap=self.config.attn_logit_softcapping,
+                scale=self.config.attention_scale,
+            )
+            return context, written
+
+        return attend
+
+    # --- shared ------------------------------------------------------------------
+
+    @property
+    def _options(self) -> Options:
+        return Options(
+            config=self.config,
+            compute_dtype=self.compute_dtype,
+            param_dtype=self.param_dtype,
+            constrain=self.constrain,
+            lora=self.lora,
+        )
+
+    def _ends(self, params: Params) -> Ends:
+        ends = {name: leaf for name, leaf in params.items() if name != "layers"}
+        return bind(Ends, self._options, ends)
+
+    def _layer_binder(self, params: Params) -> Callable[[Params], DecoderLayer]:
+        """A function from one layer's weights to its module, adapters where present."""
+        adapted = adapted_paths(params["layers"])
+        if adapted and self.lora is None:
+            raise ValueError(
+                f"params hold adapters of {sorted(adapted)}, but the decoder has no"
+                " LoraShape to scale them by; pass lora=LoraShape(...)"
+            )
+        lora = self.lora and dataclasses.replace(self.lora, targets=adapted)
+        options = dataclasses.replace(self._options, lora=lora)
+        return functools.partial(bind, DecoderLayer, options)
+
+    def _scanned_layers(self, params: Params) -> tuple[Params, Array]:
+        """What the scan runs over: each layer's weights and its number.
+
+        Weights of matrix products are cast here, all at once: cast within the scan,
+        a second copy of them would be stacked up for the backward pass.
+        """
+
+        def cast(path: tuple[Any, ...], leaf: Array) -> Array:
+            is_whole = path[-1].key in ("scale", "lora_magnitude")
+            return leaf if is_whole else leaf.astype(self.compute_dtype)
+
+        layers = jax.tree_util.tree_map_with_path(cast, params["layers"])
+        return layers, jnp.arange(self.config.num_hidden_layers)
+
+    def _windows(self, length: int) -> list[int | None]:
+        """Each layer's window; None where it reaches over all `length` tokens."""
+        windows = map(self.config.window_of, self.config.layer_types)
+        return [w if w is not None and w < length else None for w in windows]
+
+    def _rotary(
+        self, positions: Int32[Array, "B T"], segment_ids: Int32[Array, "B T"]
+    ) -> Callable[[Array], Rotary]:
+        """A function from a layer's number to its rotary tables, computed once."""
+        config = self.config
+        ropes = [config.rope_of(kind) for kind in config.layer_types]
+        choices = tuple(dict.fromkeys(ropes))
+        with jax.named_scope("rotary"):
+            tables = [
+                rotary_tables(rope, config.head_dim, positions, segment_ids)
+                for rope in choices
+            ]
+        if len(tables) == 1:
+            return lambda index: tables[0]
+        cos, sin = (jnp.stack(parts) for parts in zip(*tables, strict=True))
+        choice_of_layer = jnp.asarray([choices.index(rope) for rope in ropes])
+
+        def rotary_of_layer(index: Array) -> Rotary:
+            choice = choice_of_layer[index]
+            return cos[choice], sin[choice]
+
+        return rotary_of_layer
+
+    def _unembedding(self, params: Params) -> tuple[Array, Literal[0, 1]]:
+        """The unembedding, and which of its axes is the vocabulary."""
+        if self.config.tie_word_embeddings:
+            return params["embed_tokens"]["embedding"], 0
+        return params["lm_head"]["kernel"], 1
+
+    def _unembed(
+        self, params: Params, hidden: Float[Array, "B T D"]
+    ) -> Float32[Array, "B T V"]:
+        table, vocab_axis = self._unembedding(params)
+        with jax.named_scope("unembed"):
+            logits = jnp.einsum(
+                "BTD,VD->BTV" if vocab_axis == 0 else "BTD,DV->BTV",
+                hidden,
+                table.astype(self.compute_dtype),
+                preferred_element_type=jnp.float32,
+            )
+        logits = self.constrain(logits, ("batch", "sequence", "vocab"))
+        cap = self.config.final_logit_softcapping
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+def _readable(
+    cache: Cache,
+    start: Int32[Array, ""],
+    positions: Int32[Array, "B T"],
+    segment_ids: Int32[Array, "B T"],
+    window: int | None,
+) -> Array:
+    """Which places of the cache each new token reads: a mask [B T S].
+
+    The window counts positions, not places: padding between a prompt and what follows
+    it takes places.
+    """
+    place = jnp.arange(cache["positions"].shape[1])
+    own_place = start + jnp.arange(positions.shape[1])
+    own_segment, segment = segment_ids[:, :, None], cache["segment_ids"][:, None]
+    allowed = (segment == own_segment) & (segment != 0)
+    allowed &= place <= own_place[:, None]
+    if window is not None:
+        distance = positions[:, :, None] - cache["positions"][:, None]
+        allowed &= distance < window
+    return allowed

@@ -1,0 +1,102 @@
+"""Leave in good order: SIGTERM saves a checkpoint, and a hang becomes an error."""
+
+import contextlib
+import faulthandler
+import logging
+import os
+import signal
+import sys
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+logger = logging.getLogger(__name__)
+
+# EX_TEMPFAIL of sysexits.h: not failed, start it again.
+EXIT_CODE = 75
+
+
+class Preempted(SystemExit):
+    """A checkpoint is saved after SIGTERM; uncaught, the process exits with 75."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(EXIT_CODE)
+        self.step = step
+
+
+class PreemptionWatch(contextlib.AbstractContextManager["PreemptionWatch"]):
+    """Take note of SIGTERM while it is entered; `requested` asks after each step.
+
+    With several processes one signal to any of them is enough: all learn of it, and
+    agree on the step after which they leave. There jax itself listens.
+    """
+
+    def __init__(self) -> None:
+        self._requested = False
+        self._previous: Any = None
+        self._listens = False
+
+    def __enter__(self) -> "PreemptionWatch":
+        # Python allows handlers in the main thread only.
+        is_main = threading.current_thread() is threading.main_thread()
+        self._listens = is_main and jax.process_count() == 1
+        if self._listens:
+            self._previous = signal.signal(signal.SIGTERM, self._take_note)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._listens:
+            signal.signal(signal.SIGTERM, self._previous)
+
+    def requested(self, step: int) -> bool:
+        """Whether to leave after `step`: the same answer on every process."""
+        if jax.process_count() > 1:
+            return bool(multihost_utils.reached_preemption_sync_point(step))
+        return self._requested
+
+    def _take_note(self, number: int, frame: FrameType | None) -> None:
+        if not self._requested:
+            os.write(2, b"SIGTERM: saving after this step, then leaving\n")
+        self._requested = True
+
+
+class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
+    """End the process, every thread's stack on stderr, if `feed` stays out too long.
+
+    A collective that waits for a process that is stuck would wait for ever; the exit
+    code, 1, lets the launcher start all of them again. A thread of C does it, so it
+    works when Python itself is stuck.
+    """
+
+    def __init__(self, timeout_secs: float) -> None:
+        """`timeout_secs` 0 watches nothing."""
+        self._timeout_secs = timeout_secs
+
+    def __enter__(self) -> "Watchdog":
+        self.feed()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._timeout_secs:
+            faulthandler.cancel_dump_traceback_later()
+
+    def feed(self) -> None:
+        """Something was finished: count from now again."""
+        if self._timeout_secs:
+            # A notebook's sys.stderr is no file; the one Python started with is.
+            faulthandler.dump_traceback_later(
+                self._timeout_secs, exit=True, file=sys.__stderr__ or 2
+            )

@@ -1,0 +1,358 @@
+"""Preference losses: pure functions of the log-probs of whole completions.
+
+Notation, for a pair (x, y_c, y_r) of prompt, chosen and rejected completion:
+
+    rho(y) = log pi(y|x) - log pi_ref(y|x)    the log-ratio ("chosen_logratios", ...)
+    s(y)   = f'(pi / pi_ref)                  its f-divergence score; rho by default
+    Delta  = s(y_c) - s(y_r)                  the margin
+    |y|    = number of trained tokens of y
+
+`rho` times beta is the implicit reward of DPO (arXiv:2305.18290). All is in nats and
+float32. Values and gradients are those of TRL 1.16; the tests run it live.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+# TRL's bound: exp(80) leaves float32 room to add many of them.
+_LARGEST_EXPONENT = 80.0
+# 1 minus the largest float32 below 1: the surest a model can be without certainty.
+_SMALLEST_SURPRISE = 2.0**-24
+
+
+@dataclasses.dataclass(frozen=True)
+class LossOptions:
+    """What shapes a loss beside the pair: the temperature and the smoothings."""
+
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    conservative_smoothing: float = 0.0
+    discopop_tau: float = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class PairScores:
+    """What a preference loss may know of B pairs.
+
+    `*_logps`: completions' summed log-probs under the policy, `ref_*_logps` under the
+    reference. `*_scores`: f-divergence scores s. `*_tokens`: |y|, at least 1.
+    `chosen_nll`: -log pi per token, averaged over all chosen tokens of the batch.
+    `real`: 1, or 0 for a padding pair, whose loss the caller drops.
+    """
+
+    chosen_logps: Float[Array, "B"]
+    rejected_logps: Float[Array, "B"]
+    ref_chosen_logps: Float[Array, "B"]
+    ref_rejected_logps: Float[Array, "B"]
+    chosen_scores: Float[Array, "B"]
+    rejected_scores: Float[Array, "B"]
+    chosen_tokens: Float[Array, "B"]
+    rejected_tokens: Float[Array, "B"]
+    chosen_nll: Float[Array, ""]
+    real: Float[Array, "B"]
+
+    @property
+    def chosen_logratios(self) -> Float[Array, "B"]:
+        return self.chosen_logps - self.ref_chosen_logps
+
+    @property
+    def rejected_logratios(self) -> Float[Array, "B"]:
+        return self.rejected_logps - self.ref_rejected_logps
+
+    @property
+    def margin(self) -> Float[Array, "B"]:
+        return self.chosen_scores - self.rejected_scores
+
+    @property
+    def margin_per_token(self) -> Float[Array, "B"]:
+        return (
+            self.chosen_scores / self.chosen_tokens
+            - self.rejected_scores / self.rejected_tokens
+        )
+
+
+PairLoss = Callable[[PairScores, LossOptions], Float[Array, "B"]]
+
+
+# --- f-divergence scores ----------------------------------------------------------
+
+
+def f_divergence_scores(
+    logratios: Float[Array, "B"], kind: str, alpha: float
+) -> Float[Array, "B"]:
+    """s = f'(u), u = exp(rho), up to a constant that the margin cancels.
+
+    f-DPO, arXiv:2309.16240. reverse_kl: log u. forward_kl: 1 - 1/u. js_divergence:
+    log(2u / (1 + u)). alpha_divergence: (u^(alpha-1) - 1) / (alpha - 1), whose limit at
+    alpha = 1 is log u; its exponent is cut off at 80.
+
+    Raises:
+        ValueError: `kind` is none of these.
+    """
+    if kind == "reverse_kl":
+        return logratios
+    if kind == "forward_kl":
+        return 1.0 - jnp.exp(-logratios)
+    if kind == "js_divergence":
+        return jnp.log(2.0) + jax.nn.log_sigmoid(logratios)
+    if kind == "alpha_divergence":
+        order = alpha - 1.0
+        if abs(order) < 1e-6:
+            return logratios
+        return (
+            jnp.exp(jnp.minimum(order * logratios, _LARGEST_EXPONENT)) - 1.0
+        ) / order
+    raise ValueError(
+        f"f_divergence_type={kind!r} is unknown: use one of {', '.join(F_DIVERGENCES)}"
+    )
+
+
+F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+
+
+# --- losses of a pair, named as in TRL --------------------------------------------
+
+
+def smoothed_sigmoid(logits: Float[Array, "B"], smoothing: float) -> Float[Array, "B"]:
+    """-(1 - e) log sigma(z) - e log sigma(-z): cross-entropy with labels flipped by e.
+
+    Conservative DPO: Mitchell 2023, "A note on DPO with noisy preferences"; compared
+    with robust DPO in arXiv:2403.00409.
+    """
+    loss = -jax.nn.log_sigmoid(logits)
+    if smoothing:
+        loss = (1 - smoothing) * loss - smoothing * jax.nn.log_sigmoid(-logits)
+    return loss
+
+
+def sigmoid(pair: PairScores, options: LossOptions) -> Float[Array, "B"]:
+    """-log sigma(beta Delta). DPO, arXiv:2305.18290 eq. 7.
+
+    With `conservative_smoothing` e > 0 (ours, not TRL's): `smoothed_sigmoid`.
+    """
+    return smoothed_sigmoid(options.beta * pair.margin, options.conservative_smoothing)
+
+
+def sigmoid_norm(pair: PairScores, options: LossOptions) -> Float[Array, "B"]:
+    """-log sigma(beta (s_c/|y_c| - s_r/|y_r|)). arXiv:2411.15124."""
+    return -jax.nn.log_sigmoid(options.beta * pair.margin_per_token)
+
+
+def hinge(pair: PairScores, options: LossOptions) -> Float[Array, "B"]:
+    """max(0, 1 - beta Delta). SLiC, arXiv:2305.10425; RSO, arXiv:2309.06657."""
+    return jax.nn.relu(1.0 - options.beta * pair.margin)
+
+
+def ipo(pair: PairScores, options: LossOptions) -> Float[Array, "B"]:
+    """(s_c/|y_c| - s_r/|y_r| - 1/(2 beta))^2. arXiv:2310.12036 eq. 17.
+
+    Per token, as the paper's authors ran it; beta is the paper's tau.
+    """
+    return (pair.margin_per_token - 1.0 / (2.0 * options.beta)) ** 2
+
+
+def exo_pair(pair: PairScores, options: LossOptions) -> Float[Array, "B"]:
+    """KL(q || p), q = (sigma(z), sigma(-z)), p = (1-e, e). arXiv:2402.00856 eq. 16.
+
+    z = beta Delta; e is `label_smoothing`, which must be positive.
+    """
+    logits = options.beta * pair.margin
+    log_win, log_lose = jax.nn.log_sigmoid(logits), jax.nn.log_sigmoid(-logits)
+    smoothing = jnp.float32(options.label_smoothing)
+    return jnp.exp(log_win) * (log_win - jnp.log1p(-smoothing)) + jnp.exp(log_lose) * (
+        log_lose - jnp.log(smoothing)
+    )
+
+
+def robust(pair: PairScores, options: LossOptions) -> Float[Array, "B"]:
+    """[-(1-e) log sigma(z) + e log sigma(-z)] / (1 - 2e). arXiv:2403.00409.
+
+    z = beta Delta; unbiased where labels are flipped with probability e < 1/2.
+    """
+    logits = options.beta * pair.margin
+    smoothing = options.label_smoothing
+    kept = -(1 - smoothing) * jax.nn.log_sigmoid(logits)
+    flipped = -smoothing * jax.nn.log_sigmoid(-logits)
+    return (kept - flipped) / (1 - 2 * smoothing)
+
+
+def discopop(pair: PairScores, options: LossOptions) -> Float[Array, "B"]:
+    """(1-g)(-log sigma(z)) + g exp(-z), g = sigma(z/tau). arXiv:2406.08414 eq. 5."""
+    logits = options.beta * pair.margin
+    gate = jax.nn.sigmoid(logits / options.discopop_tau)
+    return -jax.nn.log_sigmoid(logits) * (1 - gate) + jnp.exp(-logits) * gate
+
+
+def nca_pair(pair: PairScores, options: LossOptions) -> Float[Array, "B"]:
+    """-log sigma(r_c) - (log sigma(-r_c) + log sigma(-r_r))/2, r = beta rho.
+
+    NCA for two completions, arXiv:2402.05369.
+    """
+    chosen = options.beta * pair.chosen_logratios
+    rejected = options.beta * pair.rejected_logratios
+    pull_back = jax.nn.log_sigmoid(-chosen) + jax.nn.log_sigmoid(-rejected)
+    return -jax.nn.log_sigmoid(chosen) - 0.5 * pull_back
+
+
+def bco_pair(pair: PairScores, options: LossOptions) -> Float[Array, "B"]:
+    """-log sigma(beta rho_c) - log sigma(-beta rho_r). arXiv:2404.04656.
+
+    As in TRL's pairwise form, without the paper's running reward shift.
+    """
+    chosen = options.beta * pair.chosen_logratios
+    rejected = options.beta * pair.rejected_logratios
+    return -jax.nn.log_sigmoid(chosen) - jax.nn.log_sigmoid(-rejected)
+
+
+def sppo_hard(pair: PairScores, options: LossOptions) -> Float[Array, "B"]:
+    """(rho_c - 1/(2 beta))^2 + (rho_r + 1/(2 beta))^2. arXiv:2405.00675 eq. 4.7.
+
+    With win probabilities of exactly 1 and 0.
+    """
+    target = 0.5 / options.beta
+    return (pair.chosen_logratios - target) ** 2 + (
+        pair.rejected_logratios + target
+    ) ** 2
+
+
+def apo_zero(pair: PairScores, options: LossOptions) -> Float[Array, "B"]:
+    """1 - sigma(beta rho_c) + sigma(beta rho_r). arXiv:2408.06266 eq. 7."""
+    chosen = options.beta * pair.chosen_logratios
+    rejected = options.beta * pair.rejected_logratios
+    return 1.0 - jax.nn.sigmoid(chosen) + jax.nn.sigmoid(rejected)
+
+
+def apo_down(pair: PairScores, options: LossOptions) -> Float[Array, "B"]:
+    """sigma(beta rho_c) + 1 - sigma(beta (rho_c - rho_r)). arXiv:2408.06266 eq. 8."""
+    chosen = options.beta * pair.chosen_logratios
+    difference = options.beta * (pair.chosen_logratios - pair.rejected_logratios)
+    return jax.nn.sigmoid(chosen) + 1.0 - jax.nn.sigmoid(difference)
+
+
+def sort_real(values: Float[Array, "B"], real: Float[Array, "B"]) -> Float[Array, "B"]:
+    """Sort the real pairs' values upwards; padding goes last and is 0."""
+    ordered = jnp.sort(jnp.where(real > 0, values, jnp.inf))
+    return jnp.where(jnp.arange(real.shape[0]) < real.sum(), ordered, 0.0)
+
+
+def _match_quantiles(
+    high: Float[Array, "B"],
+    low: Float[Array, "B"],
+    pair: PairScores,
+    options: LossOptions,
+) -> Float[Array, "B"]:
+    """AOT: first-order stochastic dominance of `high` over `low`, by sorted pairing.
+
+    Entry i of a sorted array is a quantile and belongs to no pair, so every row gets
+    the mean over quantiles.
+    """
+    difference = sort_real(high, pair.real) - sort_real(low, pair.real)
+    losses = smoothed_sigmoid(options.beta * difference, options.label_smoothing)
+    # Sorting gathered the real entries at the front, wherever the real rows stand.
+    front = jnp.arange(pair.real.shape[0]) < pair.real.sum()
+    mean = jnp.where(front, losses, 0.0).sum() / jnp.maximum(pair.real.sum(), 1.0)
+    return jnp.broadcast_to(mean, losses.shape)
+
+
+def aot(pair: PairScores, options: LossOptions) -> Float[Array, "B"]:
+    """Smoothed -log sigma(beta d), d: sorted policy minus sorted reference log-ratio.
+
+    Paired AOT, arXiv:2406.05882: the distribution over the micro-batch of
+    log pi(y_c) - log pi(y_r) shall dominate the reference's. Every row holds the mean.
+    """
+    policy = pair.chosen_logps - pair.rejected_logps
+    reference = pair.ref_chosen_logps - pair.ref_rejected_logps
+    return _match_quantiles(policy, reference, pair, options)
+
+
+def aot_unpaired(pair: PairScores, options: LossOptions) -> Float[Array, "B"]:
+    """Smoothed -log sigma(beta d), d: sorted rho_c minus sorted rho_r.
+
+    Unpaired AOT, arXiv:2406.05882, within the micro-batch. Every row holds
+    the mean.
+    """
+    return _match_quantiles(
+        pair.chosen_logratios, pair.rejected_logratios, pair, options
+    )
+
+
+def sft(pair: PairScores, options: LossOptions) -> Float[Array, "B"]:
+    """-log pi per chosen token, averaged over the micro-batch's tokens.
+
+    RPO's regularizer, arXiv:2404.19733: `loss_type=["sigmoid", "sft"]`.
+    """
+    del options
+    return jnp.broadcast_to(pair.chosen_nll, pair.real.shape)
+
+
+PAIR_LOSSES: dict[str, PairLoss] = {
+    "sigmoid": sigmoid,
+    "hinge": hinge,
+    "ipo": ipo,
+    "exo_pair": exo_pair,
+    "nca_pair": nca_pair,
+    "robust": robust,
+    "bco_pair": bco_pair,
+    "sppo_hard": sppo_hard,
+    "aot": aot,
+    "aot_unpaired": aot_unpaired,
+    "apo_zero": apo_zero,
+    "apo_down": apo_down,
+    "discopop": discopop,
+    "sft": sft,
+    "sigmoid_norm": sigmoid_norm,
+}
+
+# Losses of s_c - s_r alone (and sft). beta log Z(x) cancels only in that difference, so
+# the others have no f-divergence form.
+F_DIVERGENCE_LOSSES = frozenset(
+    {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
+)
+LABEL_SMOOTHING_LOSSES = frozenset({"robust", "exo_pair", "aot", "aot_unpaired"})
+SORTING_LOSSES = frozenset({"aot", "aot_unpaired"})
+
+
+# --- losses without a reference, and of single completions ------------------------
+
+
+def log_odds_ratio(
+    chosen_logps: Float[Array, "B"], rejected_logps: Float[Array, "B"]
+) -> Float[Array, "B"]:
+    """log(odds(y_c) / odds(y_r)), odds(p) = p / (1 - p). ORPO, arXiv:2403.07691.
+
+    Takes log-probs per token. A log-prob of 0, certainty, counts as -2^-24.
+    """
+
+    def log_odds(logps: Float[Array, "B"]) -> Float[Array, "B"]:
+        logps = jnp.minimum(logps, -_SMALLEST_SURPRISE)
+        # log(1 - exp(x)) in the form that keeps its digits on either side of log 1/2.
+        likely = logps > -jnp.log(2.0)
+        near = jnp.log(-jnp.expm1(jnp.where(likely, logps, -1.0)))
+        far = jnp.log1p(-jnp.exp(jnp.where(likely, -1.0, logps)))
+        return logps - jnp.where(likely, near, far)
+
+    return log_odds(chosen_logps) - log_odds(rejected_logps)
+
+
+def alpha_reward(logps: Float[Array, "B"], alpha: float) -> Float[Array, "B"]:
+    """(1 - p^-alpha) / alpha, and log p at alpha = 0. AlphaPO, arXiv:2501.03884."""
+    return logps if alpha == 0 else -jnp.expm1(-alpha * logps) / alpha
+
+
+def kto_losses(
+    logratios: Float[Array, "B"],
+    desirable: Float[Array, "B"],
+    kl: Float[Array, ""],
+    beta: float,
+) -> Float[Array, "B"]:
+    """1 - sigma(beta (rho - z)) where desirable, else 1 - sigma(beta (z - rho)).
+
+    KTO, arXiv:2402.01306 eq. 7, without its weights; z = `kl` is not differentiated.
+    With z = 0 this is the unpaired APO-zero of TRL (arXiv:2408.06266).
+    """
+    value = beta * (logratios - jax.lax.stop_gradient(kl))
+    return 1.0 - jax.nn.sigmoid(jnp.where(desirable > 0, value, -value))

@@ -1,0 +1,287 @@
+"""The train and evaluation steps: pure functions of state and batch. No I/O.
+
+One step serves every training type. What is trained is whatever `state.trainable`
+holds; what the loss is, an `Objective` says; how a model scores tokens, a `ScoreFn`.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from jaxtrain.diagnostics import GroupOf, detect_spike, sum_squares_by_group
+from jaxtrain.types import (
+    Batch,
+    LogProbsFn,
+    Metrics,
+    Objective,
+    Params,
+    TokenLogProbs,
+    TrainState,
+    WeightedSum,
+    overlay,
+)
+
+TrainStep = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
+EvalStep = Callable[[TrainState, Any], Metrics]
+
+
+class ScoreFn(Protocol):
+    """The model, seen by the step: log-probs of a batch's targets under `params`."""
+
+    def __call__(
+        self, params: Params, batch: Batch, *, dropout_key: Array | None = None
+    ) -> TokenLogProbs: ...
+
+
+class LossScaler(Protocol):
+    """Dynamic loss scaling for float16 (arXiv:1710.03740)."""
+
+    scale: Float[Array, ""]
+
+    def update(self, finite: Array) -> "LossScaler": ...
+
+
+def _identity(tree: Any) -> Any:
+    return tree
+
+
+def _never(name: str) -> bool:
+    return False
+
+
+def _closures(
+    score: ScoreFn,
+    trainable: Params,
+    frozen: Params,
+    key: Array | None,
+    *,
+    with_reference: bool,
+) -> tuple[LogProbsFn, LogProbsFn | None]:
+    """The policy, and the reference that is never differentiated."""
+
+    def policy(batch: Batch) -> TokenLogProbs:
+        return score(overlay(frozen, trainable), batch, dropout_key=key)
+
+    def reference(batch: Batch) -> TokenLogProbs:
+        return jax.lax.stop_gradient(score(frozen, batch))
+
+    return policy, reference if with_reference else None
+
+
+def make_train_step(
+    objective: Objective,
+    score: ScoreFn,
+    optimizer: optax.GradientTransformation,
+    schedule: Callable[[Array], Array],
+    *,
+    max_grad_norm: float | None = None,
+    with_reference: bool = False,
+    with_dropout: bool = False,
+    skip_nonfinite: bool = False,
+    spike_threshold: float | None = None,
+    skip_spikes: bool = False,
+    group_of: GroupOf | None = None,
+    is_micro_batch_mean: Callable[[str], bool] = _never,
+    fetch_params: Callable[[Any], Any] = _identity,
+    fetch_frozen: Callable[[Any], Any] = _identity,
+    fetch_optimizer: Callable[[Any], Any] = _identity,
+) -> TrainStep:
+    """Build `train_step(state, batch) -> (state, metrics)`, to be jitted by the caller.
+
+    The batch's leaves carry A accumulation micro-batches as their first axis. Totals
+    and weights are summed over them in float32 and divided once, so that A
+    micro-batches give the gradient of one large batch; `is_micro_batch_mean` names
+    the exceptions.
+
+    Args:
+        objective: loss and metrics from log-probs (`jaxtrain.objectives`).
+        score: the model.
+        optimizer: applied to clipped gradients; `schedule` is only logged here.
+        max_grad_norm: clip the global norm to this; None or 0 leaves it.
+        with_reference: give the objective `state.frozen` as a second model.
+        with_dropout: give the policy a key, a function of `state.rng` and the step.
+        skip_nonfinite: leave parameters and optimizer as they were when a gradient is
+            not finite. Always so under loss scaling.
+        spike_threshold: standard deviations of `state.loss_window` above its mean from
+            which a loss is a spike; `skip_spikes` leaves the state as it was there too.
+        group_of: a parameter's group by its path: report each group's gradient norm.
+        is_micro_batch_mean: true of a name ("loss" or a metric's) that is averaged
+            within each micro-batch first and over micro-batches then, so that a short
+            last one counts as much as the others. Empty ones count nowhere.
+        fetch_*: bring that part of the state from host to device memory.
+
+    Metrics: those of the objective, `loss`, `grad_norm` (before clipping),
+    `learning_rate` (of this step), `nonfinite` (1 where the gradient was not finite),
+    with `group_of` `grad_norm/<group>`, with a threshold `spike` (1 where it was one).
+    """
+
+    def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        trainable = fetch_params(state.trainable)
+        frozen = fetch_frozen(state.frozen)
+        step_key = jax.random.fold_in(state.rng, state.step)
+        scale = 1.0 if state.loss_scale is None else state.loss_scale.scale
+        accumulation_steps = jax.tree.leaves(batch)[0].shape[0]
+
+        def scaled_total(
+            trainable: Params, micro_batch: Any, index: Array
+        ) -> tuple[Array, Metrics]:
+            key = jax.random.fold_in(step_key, index) if with_dropout else None
+            policy, reference = _closures(
+                score, trainable, frozen, key, with_reference=with_reference
+            )
+            loss, metrics = objective(policy, reference, micro_batch)
+            sums = {
+                name: _as_one_vote(value) if is_micro_batch_mean(name) else value
+                for name, value in {"loss": loss, **metrics}.items()
+            }
+            return sums["loss"].total * scale, sums
+
+        def micro_step(micro_batch: Any, index: Array) -> tuple[Params, Metrics]:
+            grads, sums = jax.grad(scaled_total, has_aux=True)(
+                trainable, micro_batch, index
+            )
+            return jax.tree.map(lambda g: g.astype(jnp.float32), grads), sums
+
+        if accumulation_steps == 1:
+            grads, metrics = micro_step(
+                jax.tree.map(lambda x: x[0], batch), jnp.int32(0)
+            )
+        else:
+            grads, metrics = _sum_over_micro_batches(
+                micro_step, batch, accumulation_steps
+            )
+
+        weight = metrics["loss"].weight
+        # A step whose batch trains no token at all leaves a zero gradient, not NaN.
+        denominator = jnp.where(weight == 0, 1, weight) * scale
+        with jax.named_scope("clip"):
+            grads = jax.tree.map(lambda g: g / denominator, grads)
+            squares = sum_squares_by_group(grads, group_of or (lambda path: ""))
+            grad_norm = jnp.sqrt(sum(squares.values()))
+            finite = jnp.isfinite(grad_norm)
+            if max_grad_norm:
+                # PyTorch's clip_grad_norm_, with its 1e-6.
+                clip = jnp.minimum(1.0, max_grad_norm / (grad_norm + 1e-6))
+                grads = jax.tree.map(lambda g: g * clip, grads)
+        with jax.named_scope("optimizer"):
+            old_opt_state = fetch_optimizer(state.opt_state)
+            updates, opt_state = optimizer.update(grads, old_opt_state, trainable)
+            new_trainable = optax.apply_updates(trainable, updates)
+        loss_window, is_spike = state.loss_window, jnp.bool_(False)
+        if spike_threshold is not None:
+            assert loss_window is not None  # `init_state` gives one with a threshold
+            loss = metrics["loss"].mean()
+            is_spike, loss_window = detect_spike(loss_window, loss, spike_threshold)
+        skips_nonfinite = skip_nonfinite or state.loss_scale is not None
+        if skips_nonfinite or skip_spikes:
+            good = finite if skips_nonfinite else jnp.bool_(True)
+            good = good & ~is_spike if skip_spikes else good
+            keep = lambda new, old: jnp.where(good, new, old)  # noqa: E731
+            new_trainable = jax.tree.map(keep, new_trainable, trainable)
+            opt_state = jax.tree.map(keep, opt_state, old_opt_state)
+
+        one = jnp.float32(1)
+        metrics |= {
+            "grad_norm": WeightedSum(grad_norm, one),
+            "learning_rate": WeightedSum(
+                jnp.asarray(schedule(state.step), jnp.float32), one
+            ),
+            "nonfinite": WeightedSum(1.0 - finite.astype(jnp.float32), one),
+        }
+        if spike_threshold is not None:
+            metrics["spike"] = WeightedSum(is_spike.astype(jnp.float32), one)
+        if group_of is not None:
+            for group, square in squares.items():
+                metrics[f"grad_norm/{group}"] = WeightedSum(jnp.sqrt(square), one)
+        loss_scale = state.loss_scale
+        if loss_scale is not None:
+            metrics["loss_scale"] = WeightedSum(loss_scale.scale, one)
+            loss_scale = loss_scale.update(finite)
+        new_state = TrainState(
+            step=state.step + 1,
+            trainable=new_trainable,
+            frozen=state.frozen,
+            opt_state=opt_state,
+            rng=state.rng,
+            loss_scale=loss_scale,
+            loss_window=loss_window,
+        )
+        return new_state, metrics
+
+    return train_step
+
+
+def _as_one_vote(sums: WeightedSum) -> WeightedSum:
+    """The mean, with weight 1; nothing with weight 0 where nothing was counted."""
+    return WeightedSum(sums.mean(), (sums.weight != 0).astype(jnp.float32))
+
+
+def _sum_over_micro_batches(
+    micro_step: Callable[[Any, Array], tuple[Params, Metrics]], batch: Any, count: int
+) -> tuple[Params, Metrics]:
+    """Run `micro_step` on each micro-batch in turn and add gradients and metrics."""
+    first = jax.tree.map(lambda x: x[0], batch)
+    shapes = jax.eval_shape(micro_step, first, jnp.int32(0))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+    def body(sums: Any, xs: tuple[Any, Array]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, sums, micro_step(*xs)), None
+
+    sums, _ = jax.lax.scan(body, zeros, (batch, jnp.arange(count)))
+    return sums
+
+
+def make_eval_step(
+    objective: Objective,
+    score: ScoreFn,
+    *,
+    with_reference: bool = False,
+    fetch_params: Callable[[Any], Any] = _identity,
+    fetch_frozen: Callable[[Any], Any] = _identity,
+) -> EvalStep:
+    """Build `eval_step(state, batch) -> metrics`, one micro-batch, no dropout.
+
+    The sums of several batches add up to those of the whole set.
+    """
+
+    def eval_step(state: TrainState, batch: Any) -> Metrics:
+        policy, reference = _closures(
+            score,
+            fetch_params(state.trainable),
+            fetch_frozen(state.frozen),
+            None,
+            with_reference=with_reference,
+        )
+        loss, metrics = objective(policy, reference, batch)
+        return {"loss": loss, **metrics}
+
+    return eval_step
+
+
+def make_reference_sync(mixup: float) -> Callable[[TrainState], TrainState]:
+    """Build `sync(state) -> state`: reference <- mixup * policy + (1 - mixup) * it.
+
+    TR-DPO's soft update (arXiv:2404.09656). Under LoRA the reference's own adapters
+    move, which `state.frozen` then holds beside the base: A and B each, as they are.
+    """
+
+    def mix(old: Params, policy: Params) -> Params:
+        mixed = dict(old)
+        for name, value in policy.items():
+            if isinstance(value, dict):
+                mixed[name] = mix(old[name], value)
+            else:
+                blend = mixup * value.astype(jnp.float32)
+                blend += (1 - mixup) * old[name].astype(jnp.float32)
+                mixed[name] = blend.astype(old[name].dtype)
+        return mixed
+
+    def sync(state: TrainState) -> TrainState:
+        return dataclasses.replace(state, frozen=mix(state.frozen, state.trainable))
+
+    return sync

@@ -1,0 +1,203 @@
+"""Text metrics by name: how well generated texts match their references.
+
+`make_text_metric(name)` gives a function of predictions and acceptable references.
+The libraries are extras; one that is missing is named with its pip command.
+"""
+
+import importlib
+import json
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+# Each maps predictions [n] and their acceptable references [n][1..] to named scores.
+TextMetric = Callable[[list[str], list[list[str]]], dict[str, float]]
+
+
+def make_text_metric(name: str, *, bertscore_model: str | None = None) -> TextMetric:
+    """The metric called `name`, its library imported.
+
+    `name` may also be `module:function`, see `load_text_metric`.
+
+    Raises:
+        ValueError: the name is unknown, or BERTScore has no model.
+        ImportError: the library is missing; names the pip extra.
+    """
+    if ":" in name:
+        return load_text_metric(name)
+    if name not in TEXT_METRICS:
+        raise ValueError(
+            f"unknown text metric {name!r}: choose from {', '.join(TEXT_METRICS)}, or "
+            "write a function of your own as module:function"
+        )
+    if name == "bertscore":
+        return make_bertscore(bertscore_model)
+    return TEXT_METRICS[name]()
+
+
+def load_text_metric(path: str) -> TextMetric:
+    """A metric of your own, from `module:function`.
+
+    The module must be importable: installed, or in the working directory or on
+    PYTHONPATH. The function gets the texts and, for each, the list of its references;
+    it returns a number, which is then named as the function is, or a dict of numbers.
+
+    Raises:
+        ValueError: no such module or function.
+    """
+    module_name, _, function_name = path.partition(":")
+    try:
+        function = getattr(importlib.import_module(module_name), function_name, None)
+    except (ImportError, ValueError) as error:
+        raise ValueError(
+            f"text metric {path!r}: {error}; install the module, or put its folder on "
+            "PYTHONPATH"
+        ) from error
+    if not callable(function):
+        raise ValueError(
+            f"text metric {path!r}: {module_name} has no function {function_name!r}"
+        )
+
+    def custom(predictions: list[str], references: list[list[str]]) -> dict[str, float]:
+        result = function(predictions, references)
+        scores = result if isinstance(result, Mapping) else {function_name: result}
+        return {name: float(value) for name, value in scores.items()}
+
+    return custom
+
+
+def make_exact_match() -> TextMetric:
+    """`exact_match`: share of texts equal to a reference, but for outer whitespace."""
+
+    def exact_match(
+        predictions: list[str], references: list[list[str]]
+    ) -> dict[str, float]:
+        hits = [
+            text.strip() in {reference.strip() for reference in alternatives}
+            for text, alternatives in zip(predictions, references, strict=True)
+        ]
+        return {"exact_match": sum(hits) / len(hits)}
+
+    return exact_match
+
+
+def make_bleu() -> TextMetric:
+    """`bleu`, 0 to 100: corpus BLEU as sacrebleu computes it by default."""
+    sacrebleu = _import("sacrebleu", extra="metrics")
+
+    def bleu(predictions: list[str], references: list[list[str]]) -> dict[str, float]:
+        # sacrebleu wants one list for each reference; None fills the gaps.
+        most = max(len(alternatives) for alternatives in references)
+        columns = [
+            [texts[i] if i < len(texts) else None for texts in references]
+            for i in range(most)
+        ]
+        return {"bleu": sacrebleu.corpus_bleu(predictions, columns).score}
+
+    return bleu
+
+
+def make_rouge() -> TextMetric:
+    """`rouge1`, `rouge2`, `rougeL`, 0 to 1: mean F-measure, best over references."""
+    scorer_module = _import("rouge_score.rouge_scorer", extra="metrics")
+    kinds = ["rouge1", "rouge2", "rougeL"]
+    scorer = scorer_module.RougeScorer(kinds, use_stemmer=False)
+
+    def rouge(predictions: list[str], references: list[list[str]]) -> dict[str, float]:
+        totals = dict.fromkeys(kinds, 0.0)
+        for text, alternatives in zip(predictions, references, strict=True):
+            scores = scorer.score_multi(alternatives, text)
+            for kind in kinds:
+                totals[kind] += scores[kind].fmeasure
+        return {kind: total / len(predictions) for kind, total in totals.items()}
+
+    return rouge
+
+
+def make_bertscore(model: str | None = None) -> TextMetric:
+    """`bertscore_{precision,recall,f1}`: token similarity (arXiv:1904.09675).
+
+    The last layer of the encoder in directory `model` is used, and no rescaling. An
+    empty text or reference has no token to compare, and scores 0.
+    """
+    if model is None:
+        raise ValueError(
+            "text metric 'bertscore' needs an encoder: set bertscore_model to a local "
+            "Hugging Face directory"
+        )
+    config = pathlib.Path(model) / "config.json"
+    if not config.is_file():
+        raise ValueError(
+            f"bertscore_model={model!r} is no Hugging Face directory: it has no "
+            "config.json"
+        )
+    sizes = json.loads(config.read_text())
+    layers = sizes.get("num_hidden_layers") or sizes.get("num_layers")
+    library = _import("bert_score", extra="bertscore")
+    scorer = library.BERTScorer(model_type=model, num_layers=layers, device="cpu")
+    longest = sizes.get("max_position_embeddings", 512)
+    # Tokenizers with no length of their own overflow the encoder, and the truncation.
+    limit = min(scorer._tokenizer.model_max_length, longest)
+    scorer._tokenizer.model_max_length = limit
+
+    def bertscore(
+        predictions: list[str], references: list[list[str]]
+    ) -> dict[str, float]:
+        totals = np.zeros(3)
+        pairs = [
+            (text, [reference for reference in alternatives if reference.strip()])
+            for text, alternatives in zip(predictions, references, strict=True)
+        ]
+        full = [(text, refs) for text, refs in pairs if text.strip() and refs]
+        if full:
+            scores = scorer.score([text for text, _ in full], [r for _, r in full])
+            totals += [float(part.sum()) for part in scores]
+        names = ("precision", "recall", "f1")
+        means = totals / len(predictions)
+        return {
+            f"bertscore_{name}": float(mean)
+            for name, mean in zip(names, means, strict=True)
+        }
+
+    return bertscore
+
+
+TEXT_METRICS: dict[str, Callable[[], TextMetric]] = {
+    "exact_match": make_exact_match,
+    "bleu": make_bleu,
+    "rouge": make_rouge,
+    "bertscore": make_bertscore,
+}
+
+
+def _import(module: str, *, extra: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"this metric needs {module.split('.')[0]}, which is missing: "
+            f"pip install 'jaxtrain[{extra}]'"
+        ) from error
+
+
+def align_references(
+    predictions: Sequence[str], references: Sequence[str | Sequence[str]]
+) -> tuple[list[str], list[list[str]]]:
+    """Predictions, and for each the list of its references.
+
+    Raises:
+        ValueError: the numbers of texts differ, there are none, or a prediction has no
+            reference.
+    """
+    if len(predictions) != len(references) or not len(predictions):
+        raise ValueError(
+            f"{len(predictions)} predictions for {len(references)} references: pass "
+            "one reference, or one list of them, for each of at least one prediction"
+        )
+    alternatives = [[r] if isinstance(r, str) else list(r) for r in references]
+    for index, texts in enumerate(alternatives):
+        if not texts:
+            raise ValueError(f"references[{index}] is an empty list: give one or more")
+    return list(predictions), alternatives

@@ -1,0 +1,447 @@
+"""Writers: where a run's numbers, sample texts and config go.
+
+JSON lines (always), TensorBoard, Weights & Biases, and the console. Only process 0
+writes. A resumed run first takes back what was recorded after its checkpoint, so a
+step stands in each curve once.
+"""
+
+import importlib.util
+import json
+import math
+import os
+import pathlib
+import re
+import sys
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TextIO
+
+from tqdm import tqdm
+
+_MASK = "***"
+
+
+class Writer(Protocol):
+    """One destination. `step` never decreases."""
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record numbers at `step`."""
+        ...
+
+    def write_text(self, step: int, texts: Mapping[str, str]) -> None:
+        """Record texts at `step`, such as sample outputs."""
+        ...
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        """Record the run's config, secrets masked."""
+        ...
+
+    def close(self) -> None:
+        """Flush and release."""
+        ...
+
+
+class Writers:
+    """Several writers as one; none is a writer that drops everything."""
+
+    def __init__(self, writers: Sequence[Writer]) -> None:
+        self.writers = tuple(writers)
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Record numbers (floats or scalar arrays) at `step`."""
+        numbers = {name: float(value) for name, value in metrics.items()}
+        for writer in self.writers:
+            writer.write(step, numbers)
+
+    def write_text(self, step: int, texts: Mapping[str, str]) -> None:
+        """Record texts at `step`."""
+        for writer in self.writers:
+            writer.write_text(step, texts)
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        """Record the config, its secrets masked."""
+        masked = mask_secrets(config)
+        for writer in self.writers:
+            writer.write_config(masked)
+
+    def close(self) -> None:
+        """Close all."""
+        for writer in self.writers:
+            writer.close()
+
+    def __enter__(self) -> "Writers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def make_writers(
+    report_to: Sequence[str] | str,
+    workdir: str | os.PathLike[str],
+    run_name: str | None,
+    config_dict: Mapping[str, Any],
+    resume_step: int | None = None,
+    *,
+    process_index: int = 0,
+    total_steps: int | None = None,
+) -> Writers:
+    """JSON lines and the console, with what `report_to` names; the config is written.
+
+    Args:
+        report_to: of `tensorboard`, `wandb`, `jsonl` (which is always on), `none`.
+        workdir: holds metrics.jsonl, samples.jsonl, config.json, tensorboard/, wandb/.
+        run_name: the run's name in wandb; wandb makes one up for None.
+        config_dict: the run's config, JSON values.
+        resume_step: the checkpoint's step from which the run goes on; what was
+            recorded after it is dropped. None starts anew and drops all.
+        process_index: only process 0 gets writers.
+        total_steps: length of the progress bar.
+
+    Raises:
+        ValueError: an unknown name in `report_to`.
+        ImportError: wandb is not installed; names the pip extra.
+    """
+    names = [report_to] if isinstance(report_to, str) else list(report_to)
+    known = ("tensorboard", "wandb", "jsonl", "none")
+    for name in names:
+        if name not in known:
+            raise ValueError(f"report_to has {name!r}: choose from {', '.join(known)}")
+    if process_index != 0:
+        return Writers([])
+    folder = pathlib.Path(workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    writers: list[Writer] = [JsonlWriter(folder, resume_step)]
+    if "tensorboard" in names:
+        writers.append(TensorBoardWriter(folder / "tensorboard", resume_step))
+    if "wandb" in names:
+        writers.append(WandbWriter(folder, run_name, resume_step))
+    writers.append(ConsoleWriter(total_steps, resume_step))
+    combined = Writers(writers)
+    combined.write_config(config_dict)
+    return combined
+
+
+def check_installed(report_to: Sequence[str]) -> None:
+    """Refuse a tracker that is not installed, before any long work.
+
+    Raises:
+        ValueError: names the pip extra.
+    """
+    if "wandb" in report_to and importlib.util.find_spec("wandb") is None:
+        raise ValueError(
+            "training.report_to has 'wandb', which is not installed: pip install "
+            "'jaxtrain[wandb]', or take it out of report_to"
+        )
+
+
+# ----------------------------------------------------------------------- JSON lines
+
+
+class JsonlWriter:
+    """metrics.jsonl and samples.jsonl: one JSON object a line, with step and time.
+
+    `time` is seconds since 1970. A number that JSON cannot hold (NaN, infinity) is
+    null. Lines are flushed as they are written.
+    """
+
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        resume_step: int | None = None,
+        *,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._folder = folder
+        self._clock = clock
+        self._files: dict[str, TextIO] = {}
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            drop_lines_after(folder / name, resume_step)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append one line to metrics.jsonl."""
+        finite = {
+            name: value if math.isfinite(value) else None
+            for name, value in metrics.items()
+        }
+        self._append("metrics.jsonl", {"step": step, "time": self._clock(), **finite})
+
+    def write_text(self, step: int, texts: Mapping[str, str]) -> None:
+        """Append one line to samples.jsonl."""
+        self._append("samples.jsonl", {"step": step, "time": self._clock(), **texts})
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        """Write config.json."""
+        text = json.dumps(config, indent=2, default=str)
+        (self._folder / "config.json").write_text(f"{text}\n")
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self._files.values():
+            file.close()
+
+    def _append(self, name: str, record: Mapping[str, Any]) -> None:
+        if name not in self._files:
+            self._files[name] = open(self._folder / name, "a", encoding="utf-8")  # noqa: SIM115
+        line = json.dumps(record, ensure_ascii=False, allow_nan=False)
+        self._files[name].write(f"{line}\n")
+        self._files[name].flush()
+
+
+def drop_lines_after(path: pathlib.Path, step: int | None) -> None:
+    """Keep the lines up to `step` (None: no line) of a file of JSON lines.
+
+    The half line that a killed process left goes too. The file is replaced at once, so
+    a kill in between loses nothing.
+    """
+    if not path.exists():
+        return
+    kept = []
+    # Not splitlines, for which U+2028 in a text ends a line too.
+    for line in re.findall(r"[^\n]*\n|[^\n]+", path.read_text(encoding="utf-8")):
+        try:
+            recorded = json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError):
+            continue
+        if step is not None and recorded <= step and line.endswith("\n"):
+            kept.append(line)
+    scratch = path.with_name(f"{path.name}.tmp")
+    scratch.write_text("".join(kept), encoding="utf-8")
+    os.replace(scratch, path)
+
+
+# ----------------------------------------------------------------- TensorBoard, wandb
+
+
+class TensorBoardWriter:
+    """TensorBoard event files, through tensorboardX."""
+
+    def __init__(self, folder: pathlib.Path, resume_step: int | None = None) -> None:
+        from tensorboardX import SummaryWriter
+
+        # TensorBoard then hides what earlier files hold from this step on.
+        first_step = 0 if resume_step is None else resume_step + 1
+        self._writer = SummaryWriter(
+            str(folder),
+            purge_step=first_step,
+            # The name holds whole seconds: a quick restart would overwrite the file.
+            filename_suffix=f".{time.time_ns()}",
+        )
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record scalars."""
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def write_text(self, step: int, texts: Mapping[str, str]) -> None:
+        """Record texts, shown as they are and not as Markdown."""
+        for name, text in texts.items():
+            indented = "\n".join(f"    {line}" for line in text.splitlines())
+            self._writer.add_text(name, indented, step)
+        self._writer.flush()
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        """Record the config as a text."""
+        self.write_text(0, {"config": json.dumps(config, indent=2, default=str)})
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._writer.close()
+
+
+class WandbWriter:
+    """Weights & Biases. WANDB_PROJECT, WANDB_MODE and its other variables hold.
+
+    The run's id is kept in the workdir, so a resumed run goes on in the same curves;
+    wandb itself ignores steps that it has already.
+    """
+
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        run_name: str | None = None,
+        resume_step: int | None = None,
+    ) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ImportError(
+                "report_to has 'wandb', which is not installed: pip install "
+                "'jaxtrain[wandb]', or take it out of report_to"
+            ) from error
+        self._wandb = wandb
+        id_file = folder / "wandb_run_id.txt"
+        if resume_step is None or not id_file.exists():
+            id_file.write_text(uuid.uuid4().hex[:8])
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "jaxtrain"),
+            name=run_name,
+            dir=str(folder),
+            id=id_file.read_text().strip(),
+            resume="allow",
+        )
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record numbers."""
+        self._run.log(dict(metrics), step=step)
+
+    def write_text(self, step: int, texts: Mapping[str, str]) -> None:
+        """Record texts as a table."""
+        table = self._wandb.Table(columns=["step", "name", "text"])
+        for name, text in texts.items():
+            table.add_data(step, name, text)
+        self._run.log({"samples": table}, step=step)
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        """Record the config."""
+        self._run.config.update(dict(config), allow_val_change=True)
+
+    def close(self) -> None:
+        """Finish the run."""
+        self._run.finish()
+
+
+# -------------------------------------------------------------------------- console
+
+# Shown first, in this order, under these names; anything else follows as it is named.
+_CONSOLE_NAMES = {
+    "loss": "loss",
+    "eval_loss": "eval_loss",
+    "perplexity": "perplexity",
+    "eval_perplexity": "eval_perplexity",
+    "learning_rate": "lr",
+    "grad_norm": "grad_norm",
+    "tokens_per_sec": "tokens/s",
+    "samples_per_sec": "samples/s",
+    "mfu": "mfu",
+}
+# In the files and trackers only: a line on the console must fit one.
+_NOT_ON_CONSOLE = re.compile(
+    r"(eval_)?(entropy|mean_token_accuracy|num_tokens|logits/.*|logps/.*"
+    r"|rewards/(chosen|rejected)|nll/.*|grad_norm/.*|generated_words|data_wait_share"
+    r"|step_time_.*|host_memory_gib)"
+)
+
+
+class ConsoleWriter:
+    """A log line for each record, and a progress bar where a terminal shows it."""
+
+    def __init__(
+        self,
+        total_steps: int | None = None,
+        resume_step: int | None = None,
+        *,
+        stream: TextIO | None = None,
+        show_bar: bool | None = None,
+    ) -> None:
+        """Lines go to `stream` (stdout), the bar to stderr if that is a terminal."""
+        self._stream = stream or sys.stdout
+        self._total = total_steps
+        shown = sys.stderr.isatty() if show_bar is None else show_bar
+        self._bar = tqdm(
+            total=total_steps,
+            initial=resume_step or 0,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not shown,
+        )
+        self._last_step = resume_step or 0
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Advance the bar to `step` and print one line."""
+        self._bar.update(max(step - self._last_step, 0))
+        self._last_step = max(step, self._last_step)
+        if "loss" in metrics:
+            self._bar.set_postfix_str(f"loss {metrics['loss']:.4f}", refresh=False)
+        total = "" if self._total is None else f"/{self._total}"
+        shown = {k: v for k, v in metrics.items() if not _NOT_ON_CONSOLE.fullmatch(k)}
+        self._print(f"step {step}{total} | {format_metrics(shown)}")
+
+    def write_text(self, step: int, texts: Mapping[str, str]) -> None:
+        """Print each text under its name."""
+        for name, text in texts.items():
+            self._print(f"step {step} {name}: {text}")
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        """Nothing: config.json is the place to read it."""
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        self._bar.close()
+
+    def _print(self, line: str) -> None:
+        tqdm.write(line, file=self._stream)
+        self._stream.flush()
+
+
+def format_metrics(metrics: Mapping[str, float]) -> str:
+    """`loss 2.3026 | lr 1.00e-04 | tokens/s 81.2k`, the usual ones first."""
+    order = list(_CONSOLE_NAMES)
+    names = sorted(
+        metrics, key=lambda name: order.index(name) if name in order else len(order)
+    )
+    return " | ".join(
+        f"{_CONSOLE_NAMES.get(name, name)} {_format(name, metrics[name])}"
+        for name in names
+    )
+
+
+def _format(name: str, value: float) -> str:
+    if not math.isfinite(value):
+        return str(value)
+    if name == "learning_rate":
+        return f"{value:.2e}"
+    if name.endswith("_per_sec"):
+        for scale, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+            if value >= scale:
+                return f"{value / scale:.1f}{unit}"
+        return f"{value:.1f}"
+    if value == 0 or 1e-3 <= abs(value) < 1e5:
+        return f"{value:.4f}"
+    return f"{value:.3e}"
+
+
+# -------------------------------------------------------------------------- secrets
+
+_SECRET_WORDS = frozenset(
+    {"password", "passwd", "passphrase", "secret", "secrets", "credentials", "apikey"}
+)
+_MAYBE_SECRET_WORDS = frozenset({"token", "key"})
+# What stands before "token" where it is a token of the vocabulary.
+_VOCABULARY_WORDS = frozenset(
+    {"pad", "eos", "bos", "unk", "mask", "sep", "cls", "special", "stop", "image"}
+)
+_CREDENTIALS_IN_URL = re.compile(r"(?<=://)[^/@\s]+(?=@)")
+
+
+def mask_secrets(value: Any, name: str = "") -> Any:
+    """A copy of nested config values with the secrets replaced by `***`.
+
+    Secret are: anything under a key with the word password, secret or credentials; a
+    string under a key with the word token or key (`hf_token`, `apiKey`; but not
+    `tokenizer`, `max_tokens`, `eos_token`); user and password in a URL.
+    """
+    if isinstance(value, Mapping):
+        return {key: mask_secrets(below, str(key)) for key, below in value.items()}
+    if isinstance(value, list | tuple):
+        return [mask_secrets(below, name) for below in value]
+    if _is_secret(name, value):
+        return _MASK
+    if isinstance(value, str):
+        return _CREDENTIALS_IN_URL.sub(_MASK, value)
+    return value
+
+
+def _is_secret(name: str, value: Any) -> bool:
+    spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", name)
+    words = re.split(r"[^a-z0-9]+", spaced.lower())
+    if value is None or value == "":
+        return False
+    if _SECRET_WORDS & set(words):
+        return True
+    return isinstance(value, str) and any(
+        word in _MAYBE_SECRET_WORDS and before not in _VOCABULARY_WORDS
+        for before, word in zip(["", *words], words, strict=False)
+    )

@@ -1,0 +1,78 @@
+#!/usr/bin/env bash
+# Train on a Cloud TPU slice of any size: create it, install, run on all hosts.
+#
+#   export PROJECT=my-project ZONE=us-west4-a TYPE=v5litepod-16 BUCKET=my-bucket
+#   launch/tpu_pod.sh create
+#   launch/tpu_pod.sh run --config=configs/dpo.py --config.training.max_steps=100
+#   launch/tpu_pod.sh delete
+#
+# `run` goes on from the newest checkpoint, so run it again after a preemption (exit
+# code 75). Checkpoints have to be where every host sees them: BUCKET, mounted by
+# Cloud Storage FUSE. Make it with a hierarchical namespace: only there is the renaming
+# of a folder atomic, which a whole checkpoint relies on.
+set -euo pipefail
+
+: "${PROJECT:?the Google Cloud project}" "${ZONE:?such as us-west4-a}"
+: "${TYPE:=v5litepod-16}" "${NAME:=jaxtrain}" "${VERSION:=v2-alpha-tpuv5-lite}"
+: "${SPOT:=}" "${BUCKET:=}"
+SOURCE=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+WHERE=(--project="$PROJECT" --zone="$ZONE")
+
+# As cloud.google.com/storage/docs/cloud-storage-fuse/install says. It runs on the hosts.
+# shellcheck disable=SC2016
+INSTALL_GCSFUSE='
+  key=/usr/share/keyrings/cloud.google.asc
+  apt=https://packages.cloud.google.com/apt
+  curl -fsS $apt/doc/apt-key.gpg | sudo tee $key > /dev/null &&
+  echo "deb [signed-by=$key] $apt gcsfuse-$(lsb_release -c -s) main" |
+    sudo tee /etc/apt/sources.list.d/gcsfuse.list &&
+  sudo apt-get update -q && sudo apt-get install -q -y gcsfuse'
+
+on_all_hosts() {
+  gcloud compute tpus tpu-vm ssh "$NAME" "${WHERE[@]}" --worker=all --command="$1"
+}
+
+create() {
+  local options=()
+  if [[ -n "$SPOT" ]]; then options+=(--spot); fi
+  gcloud compute tpus queued-resources create "$NAME" "${WHERE[@]}" \
+    --node-id="$NAME" --accelerator-type="$TYPE" --runtime-version="$VERSION" \
+    "${options[@]}"
+  until [[ $(gcloud compute tpus queued-resources describe "$NAME" "${WHERE[@]}" \
+    --format='value(state.state)') == ACTIVE ]]; do
+    echo "waiting for $TYPE in $ZONE"
+    sleep 30
+  done
+  local archive
+  archive=$(mktemp --suffix=.tar.gz)
+  tar --exclude=.git --exclude=.cache --exclude=out -czf "$archive" -C "$SOURCE" .
+  gcloud compute tpus tpu-vm scp "$archive" "$NAME:jaxtrain.tar.gz" \
+    "${WHERE[@]}" --worker=all
+  rm "$archive"
+  on_all_hosts "$INSTALL_GCSFUSE"
+  on_all_hosts "mkdir -p jaxtrain && tar -xzf jaxtrain.tar.gz -C jaxtrain &&
+    pip install -q -U pip && pip install -q -e 'jaxtrain[tpu]'"
+}
+
+run() {
+  : "${BUCKET:?a Cloud Storage bucket that the hosts can write to}"
+  # Quoted once more: the arguments pass through the shells of the hosts.
+  local arguments
+  arguments=$(printf ' %q' "$@")
+  on_all_hosts "mkdir -p ~/bucket &&
+    { mountpoint -q ~/bucket || gcsfuse --implicit-dirs $BUCKET ~/bucket; } &&
+    cd jaxtrain && JAXTRAIN_DISTRIBUTED=1 python3 -m jaxtrain.main \
+    --workdir=\$HOME/bucket/$NAME$arguments"
+}
+
+delete() {
+  gcloud compute tpus queued-resources delete "$NAME" "${WHERE[@]}" --force --quiet
+}
+
+case "${1:-}" in
+  create | run | delete) "$@" ;;
+  *)
+    echo "usage: $0 create | run FLAGS... | delete" >&2
+    exit 2
+    ;;
+esac

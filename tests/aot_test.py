@@ -1,0 +1,263 @@
+"""Counting what a program costs, the abstract train state, and compiling for TPUs."""
+
+import functools
+import importlib.util
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxtrain import model_manager, trainer
+from jaxtrain.config import resolve
+from jaxtrain.hlo_cost import analyze, shape_bytes
+from jaxtrain.jaxpr_cost import count_flops
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+from runs import tiny_config
+
+REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="needs libtpu, the compiler: pip install 'jaxtrain[tpu]'; no TPU",
+)
+
+
+# --- FLOPs -------------------------------------------------------------------------
+
+
+def flops(function, *shapes):
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return count_flops(jax.make_jaxpr(function)(*arguments))
+
+
+def test_a_product_counts_twice_its_three_sizes():
+    assert flops(jnp.matmul, (3, 5), (5, 7)) == 2 * 3 * 5 * 7
+    assert flops(
+        lambda a, b: jnp.einsum("bij,bjk->bik", a, b), (4, 3, 5), (4, 5, 7)
+    ) == (4 * 2 * 3 * 5 * 7)
+
+
+def test_a_loop_counts_as_often_as_it_runs_and_recomputation_counts():
+    def layers(x, w):
+        body = jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None))
+        return jax.lax.scan(body, x, w)[0].sum()
+
+    one = 2 * 3 * 8 * 8
+    assert flops(layers, (3, 8), (6, 8, 8)) == 6 * one
+    # Forward, again in backward, and two products of the backward pass. The first
+    # pass of the last product's result is needed for tanh alone.
+    assert flops(jax.grad(layers, argnums=(0, 1)), (3, 8), (6, 8, 8)) == 6 * 4 * one
+
+
+def test_of_a_conditional_the_dearest_branch_counts():
+    def choose(x, w):
+        return jax.lax.cond(x[0, 0] > 0, lambda: x @ w @ w, lambda: x @ w)
+
+    assert flops(choose, (3, 8), (8, 8)) == 2 * 2 * 3 * 8 * 8
+
+
+def test_the_train_steps_flops_are_near_six_per_parameter_and_token():
+    """Against the usual 6 N, whose N has no embedding table that is only looked up."""
+    config = tiny_config("from_scratch")
+    run = resolve(config, device_count=1)
+    model = model_manager.load_abstract_model(run, jax.devices())
+    params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), model.params)
+    batch = model_batch(4, 64)
+
+    def loss(params):
+        return model.decoder.token_log_probs(params, batch).logps.sum()
+
+    counted = count_flops(jax.make_jaxpr(jax.grad(loss))(params))
+    expected = model.config.flops_per_token(64) * 4 * 64
+    assert counted == pytest.approx(expected, rel=0.35)  # the head is recomputed
+
+
+def model_batch(rows, length):
+    from jaxtrain.types import Batch
+
+    ids = jnp.ones((rows, length), jnp.int32)
+    return Batch(ids, ids, ids, ids * 0 + jnp.arange(length), ids.astype(jnp.float32))
+
+
+# --- bytes and collectives -----------------------------------------------------------
+
+
+def test_bytes_of_shapes_as_the_compiler_writes_them():
+    assert shape_bytes("bf16[2,3]{1,0}") == 12
+    assert shape_bytes("(f32[4]{0}, s8[2,2], pred[], u4[8])") == 16 + 4 + 1 + 4
+    on_chip = "f32[4]{0:T(128)S(1)}"
+    assert shape_bytes(on_chip) == 16
+    assert shape_bytes(on_chip, device_memory_only=True) == 0
+
+
+HLO = """\
+HloModule handmade
+
+%body (p: (s32[], f32[6,8,8], f32[8,8])) -> (s32[], f32[6,8,8], f32[8,8]) {
+  %p = (s32[], f32[6,8,8]{2,1,0}, f32[8,8]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %w = f32[6,8,8]{2,1,0} get-tuple-element(%p), index=1
+  %x = f32[8,8]{1,0} get-tuple-element(%p), index=2
+  %slice = f32[1,8,8]{2,1,0} dynamic-slice(%w, %i, %i, %i), dynamic_slice_sizes={1,8,8}
+  %gathered = f32[16,8]{1,0} all-gather(%x), channel_id=1, dimensions={0}
+  %again = f32[16,8]{1,0} all-gather(%x), channel_id=1, dimensions={0}
+  ROOT %t = (s32[], f32[6,8,8]{2,1,0}, f32[8,8]{1,0}) tuple(%i, %w, %x)
+}
+
+%test (p.1: (s32[], f32[6,8,8], f32[8,8])) -> pred[] {
+  %p.1 = (s32[], f32[6,8,8]{2,1,0}, f32[8,8]{1,0}) parameter(0)
+  %n = s32[] constant(6)
+  %i.1 = s32[] get-tuple-element(%p.1), index=0
+  ROOT %less = pred[] compare(%i.1, %n), direction=LT
+}
+
+ENTRY %main (a: f32[6,8,8], b: f32[8,8]) -> f32[8,8] {
+  %a = f32[6,8,8]{2,1,0} parameter(0)
+  %b = f32[8,8]{1,0} parameter(1)
+  %zero = s32[] constant(0)
+  %start = (s32[], f32[6,8,8], f32[8,8]) tuple(%zero, %a, %b)
+  %l = (s32[], f32[6,8,8], f32[8,8]) while(%start), condition=%test, body=%body
+  %out = f32[8,8]{1,0} get-tuple-element(%l), index=2
+  ROOT %sum = f32[8,8]{1,0} add(%out, %out)
+}
+"""
+
+
+def test_a_handmade_program_costs_what_it_should():
+    cost = analyze(HLO)
+    # One all-gather, though it stands in the text twice; six iterations.
+    assert cost.collectives == {"all-gather": (6.0, 6 * 16 * 8 * 4)}
+    matrix = 8 * 8 * 4
+    slices = 6 * 2 * matrix
+    gathers = 6 * 2 * (matrix + 2 * matrix)
+    assert cost.bytes_accessed == slices + gathers + 3 * matrix
+
+
+def test_a_compiled_sum_over_devices_is_one_all_reduce():
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    layout = NamedSharding(mesh, PartitionSpec("data"))
+    whole = NamedSharding(mesh, PartitionSpec())
+    function = jax.jit(lambda x: x.sum(0), in_shardings=layout, out_shardings=whole)
+    compiled = function.lower(jax.ShapeDtypeStruct((8, 1024), jnp.float32)).compile()
+    cost = analyze(compiled.as_text())
+    assert cost.collectives == {"all-reduce": (1.0, 4096.0)}
+
+
+# --- the abstract state --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("training_type", "settings"),
+    [
+        ("from_scratch", {"deepspeed__zero_stage": 3, "num_gpus": 4}),
+        ("sft", {"deepspeed__zero_stage": 1, "num_gpus": 4}),
+        ("sft", {"deepspeed__offload_optimizer": True, "fp16": True}),
+        ("lora", {"deepspeed__zero_stage": 3, "num_gpus": 4}),
+        ("dpo", {"deepspeed__zero_stage": 3, "num_gpus": 4}),
+        ("dpo", {"lora__enabled": True, "dpo__sync_ref_model": True}),
+        ("dpo", {"deepspeed__offload_param": True, "optimizer": "adafactor"}),
+        ("dpo", {"dpo__precompute_ref_log_probs": True}),
+    ],
+)
+def test_the_abstract_state_is_the_real_one_without_arrays(training_type, settings):
+    run = resolve(tiny_config(training_type, **settings), device_count=8)
+    _, optimizer = trainer.make_optimizer(run, 10)
+    model = model_manager.ModelManager(run).load_model()
+    state, layouts = model_manager.init_state(model, run, optimizer)
+    devices = jax.devices()[: run.devices.num_gpus]
+    abstract = model_manager.abstract_state(
+        model_manager.load_abstract_model(run, devices), run, optimizer
+    )
+    assert jax.tree.structure(abstract) == jax.tree.structure(state)
+    describe = functools.partial(jax.tree.map, lambda x: (x.shape, x.dtype, x.sharding))
+    assert jax.tree.leaves(describe(abstract)) == jax.tree.leaves(describe(state))
+    assert jax.tree.map(lambda x: x.sharding, abstract) == layouts
+
+
+# --- compiling for a TPU -------------------------------------------------------------
+
+
+def compile_for(topology, *arguments):
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    return subprocess.run(
+        [
+            sys.executable, "-m", "jaxtrain.aot", "--config=configs/base.py",
+            f"--topology={topology}", *arguments,
+        ],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=900,
+    )  # fmt: skip
+
+
+TINY = (
+    "--config.training.training_type=from_scratch",
+    "--config.data.max_length=128",
+    "--config.training.deepspeed.zero_stage=3",
+)
+
+
+@needs_libtpu
+def test_a_small_step_compiles_for_four_chips_and_is_accounted_for():
+    done = compile_for("v5e:2x2", *TINY)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "v5e:2x2: 4 devices of v5e, mesh data 1 x fsdp 4 x tensor 1" in done.stdout
+    assert "4096 tokens a step" in done.stdout
+    assert "FITS" in done.stdout.splitlines()
+    assert re.search(r"all-(gather|reduce) +[\d.]+ GB in [1-9]", done.stdout)
+
+
+@needs_libtpu
+def test_a_topology_that_is_none_is_refused_in_words():
+    done = compile_for("v5e:3x7", *TINY)
+    assert done.returncode == 2
+    assert "topology = 'v5e:3x7'" in done.stderr
+
+
+@needs_libtpu
+def test_a_step_that_does_not_fit_says_what_to_change():
+    done = compile_for(
+        "v5e:2x2",
+        *TINY,
+        "--config.model.architecture.hidden_size=16384",
+        "--config.model.architecture.intermediate_size=65536",
+    )
+    assert done.returncode == 3, done.stderr[-3000:]
+    assert "DOES NOT FIT" in done.stdout
+    assert "try training.gradient_checkpointing = True" in done.stdout
+    assert "zero_stage" not in done.stdout  # it is 3 already
+
+
+@needs_libtpu
+def test_a_kernel_that_can_not_be_split_here_is_refused_in_words():
+    done = compile_for("v5e:2x2", *TINY, "--config.model.attention=pallas_tpu")
+    assert done.returncode == 2, done.stdout + done.stderr[-3000:]
+    assert "model.attention = 'pallas_tpu' cannot compile here" in done.stderr
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_dpo_of_qwen_3b_fits_on_sixteen_v5e_chips():
+    done = compile_for(
+        "v5e:4x4",
+        "--config.model.name_or_path=configs/shapes/qwen2.5-3b",
+        "--config.training.training_type=dpo",
+        "--config.training.gradient_checkpointing=True",
+        "--config.training.deepspeed.zero_stage=3",
+        "--config.training.per_device_train_batch_size=1",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert "32768 tokens a step" in done.stdout
+    # 3.09e9 parameters of 12 bytes (AdamW) and a reference of 2, over 16 chips.
+    (state,) = re.findall(r"state and batch +([\d.]+) GiB", done.stdout)
+    assert float(state) == pytest.approx(3.086e9 * 14 / 16 / 2**30, rel=0.02)

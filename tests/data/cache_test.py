@@ -1,0 +1,112 @@
+import logging
+import os
+import subprocess
+import sys
+
+import datasets
+import numpy as np
+import pytest
+
+from jaxtrain.data import cache, dataset
+from jaxtrain.data.cache import cache_key, prepare_cached
+
+ROWS = [{"text": "the sky"}, {"text": "is blue"}, {"text": "and green"}]
+OPTIONS = {"objective": "next_token", "max_length": 64}
+
+
+@pytest.fixture
+def count_prepares(monkeypatch):
+    calls = []
+    original = cache.prepare
+
+    def counted(*args, **kwargs):
+        calls.append(kwargs)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(cache, "prepare", counted)
+    return calls
+
+
+def test_the_second_time_comes_from_disk_and_is_equal(
+    bpe, tmp_path, count_prepares, caplog
+):
+    caplog.set_level(logging.INFO, logger="jaxtrain")
+    made = prepare_cached(ROWS, bpe, tmp_path, **OPTIONS)
+    found = prepare_cached(ROWS, bpe, tmp_path, **OPTIONS)
+    assert len(count_prepares) == 1
+    assert isinstance(found.stores[""].tokens, np.memmap)
+    assert found.fingerprint == made.fingerprint and found.stats == made.stats
+    assert "token ids from" in caplog.text
+    # Nothing is left over, and nothing in it is pickled.
+    (entry,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    for file in entry.glob("*.npy"):
+        np.load(file, allow_pickle=False)
+
+
+def test_data_tokenizer_and_options_are_in_the_key(bpe, marked_template):
+    key = cache_key(ROWS, bpe, OPTIONS)
+    assert key == cache_key([dict(row) for row in ROWS], bpe, dict(OPTIONS))
+    assert key != cache_key(ROWS[::-1], bpe, OPTIONS)
+    assert key != cache_key(ROWS, bpe, OPTIONS | {"max_length": 65})
+    bpe.chat_template = marked_template
+    assert key != cache_key(ROWS, bpe, OPTIONS)
+    bpe.add_tokens(["sky"])
+    assert len({key, cache_key(ROWS, bpe, OPTIONS)}) == 2
+
+
+def test_files_have_the_key_of_their_content(bpe):
+    rows = datasets.Dataset.from_list(ROWS * 3)
+    key = cache_key(rows, bpe, OPTIONS)
+    assert key == cache_key(datasets.Dataset.from_list(ROWS * 3), bpe, OPTIONS)
+    assert key != cache_key(rows.select(range(8)), bpe, OPTIONS)
+    shuffled = rows.select([1, 0, *range(2, 9)])
+    assert key != cache_key(shuffled, bpe, OPTIONS)
+    assert cache_key(rows.select([1, 0, *range(2, 9)]), bpe, OPTIONS) == cache_key(
+        shuffled, bpe, OPTIONS
+    )
+
+
+def test_a_template_with_todays_date_is_not_cached(bpe, tmp_path, count_prepares):
+    bpe.chat_template = "{{ strftime_now('%d') }}"
+    for _ in range(2):
+        prepare_cached(ROWS, bpe, tmp_path, **OPTIONS)
+    assert len(count_prepares) == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_rows_are_refused_and_leave_nothing(bpe, tmp_path):
+    with pytest.raises(ValueError, match="row 1: text is empty"):
+        prepare_cached([*ROWS[:1], {"text": ""}], bpe, tmp_path, **OPTIONS)
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+
+
+def test_an_interrupted_write_is_not_taken_for_an_entry(bpe, tmp_path, monkeypatch):
+    def fail(self, folder):
+        np.save(os.path.join(folder, "tokens.npy"), np.zeros(3))
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(dataset.PreparedDataset, "save", fail)
+        assert len(prepare_cached(ROWS, bpe, tmp_path, **OPTIONS)) == 3
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+    assert len(prepare_cached(ROWS, bpe, tmp_path, **OPTIONS)) == 3
+
+
+@pytest.mark.slow
+def test_processes_prepare_once_and_share(bpe, tmp_path):
+    bpe.save_pretrained(tmp_path / "tokenizer")
+    program = (
+        "import logging, sys; logging.basicConfig(level=logging.INFO)\n"
+        "from jaxtrain.data.cache import prepare_cached\n"
+        "from jaxtrain.data.tokenize import load_tokenizer\n"
+        "prepare_cached([{'text': 'the sky'}] * 2000, load_tokenizer(sys.argv[1]),"
+        " sys.argv[2], objective='next_token', max_length=64)"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "tokenizer"),
+               str(tmp_path / "cache")]  # fmt: skip
+    running = [
+        subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    logs = [process.communicate()[1] for process in running]
+    assert [process.returncode for process in running] == [0, 0], logs
+    assert sorted("are kept in" in log for log in logs) == [False, True]

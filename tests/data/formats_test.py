@@ -1,0 +1,164 @@
+import datasets
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxtrain.data.formats import (
+    BadRow,
+    RowProblems,
+    detect_format,
+    extract_prompt,
+    read_row,
+)
+
+USER = {"role": "user", "content": "hi"}
+REPLY = {"role": "assistant", "content": "yo"}
+OTHER = {"role": "assistant", "content": "no"}
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "conversational", "implicit"),
+    [
+        ({"text": "a"}, "text", False, False),
+        ({"prompt": "a", "completion": "b"}, "prompt_completion", False, False),
+        ({"prompt": [USER], "completion": [REPLY]}, "prompt_completion", True, False),
+        ({"messages": [USER, REPLY]}, "messages", True, False),
+        ({"messages": [USER, REPLY], "prompt": "hi"}, "messages", True, False),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "preference", False, False),
+        ({"chosen": "ab", "rejected": "ac"}, "preference", False, True),
+        (
+            {"prompt": [USER], "chosen": [REPLY], "rejected": [OTHER]},
+            "preference", True, False,
+        ),
+        (
+            {"chosen": [USER, REPLY], "rejected": [USER, OTHER]},
+            "preference", True, True,
+        ),
+        (  # the prompt's string repeats the first turn
+            {"prompt": "hi", "chosen": [USER, REPLY], "rejected": [USER, OTHER]},
+            "preference", True, True,
+        ),
+        ({"prompt": "hi", "chosen": [REPLY], "rejected": [OTHER]},
+         "preference", True, False),
+        ({"instruction": "a", "input": "", "output": "b"},
+         "prompt_completion", True, False),
+    ],
+)  # fmt: skip
+def test_formats_are_told_from_the_columns(row, kind, conversational, implicit):
+    found = detect_format([row])
+    assert (found.kind, found.conversational) == (kind, conversational)
+    assert found.implicit_prompt == implicit
+
+
+def test_the_report_names_the_format_and_its_columns():
+    found = detect_format(
+        datasets.Dataset.from_list([{"chosen": "ab", "rejected": "c"}])
+    )
+    assert found.describe() == (
+        "plain preference rows from columns chosen, rejected, prompt implicit in "
+        "chosen/rejected"
+    )
+
+
+def test_unknown_columns_are_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"answer.*question.*column_map"):
+        detect_format([{"question": "a", "answer": "b"}])
+    with pytest.raises(ValueError, match="no rows"):
+        detect_format([])
+
+
+def read(row):
+    return read_row(row, detect_format([row]))
+
+
+def test_alpaca_rows_become_a_conversation_whose_output_is_the_completion():
+    row = {"instruction": "Add.", "input": "1 2", "output": "3", "system": "Count."}
+    assert read(row) == {
+        "prompt": [
+            {"role": "system", "content": "Count."},
+            {"role": "user", "content": "Add.\n\n1 2"},
+        ],
+        "completion": [{"role": "assistant", "content": "3"}],
+        "template_kwargs": {"tools": None},
+    }
+
+
+def test_sharegpt_roles_become_chat_roles():
+    turns = [("system", "s"), ("human", "h"), ("gpt", "g"), ("observation", "o")]
+    row = {"conversations": [{"from": f, "value": v} for f, v in turns]}
+    assert [(m["role"], m["content"]) for m in read(row)["messages"]] == [
+        ("system", "s"), ("user", "h"), ("assistant", "g"), ("tool", "o"),
+    ]  # fmt: skip
+
+
+def test_sharegpt_preference_rows_are_read():
+    row = {
+        "conversations": [{"from": "human", "value": "hi"}],
+        "chosen": {"from": "gpt", "value": "yo"},
+        "rejected": {"from": "gpt", "value": "no"},
+    }
+    read_back = read(row)
+    assert read_back["prompt"] == [USER]
+    assert (read_back["chosen"], read_back["rejected"]) == ([REPLY], [OTHER])
+
+
+def test_a_string_prompt_beside_conversations_is_their_first_turn():
+    full = {"prompt": "hi", "chosen": [USER, REPLY], "rejected": [USER, OTHER]}
+    bare = {"prompt": "hi", "chosen": [REPLY], "rejected": [OTHER]}
+    assert read(full) == read(bare)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "prompt"),
+    [
+        ("The sky is blue", "The sky is green", "The sky is"),  # the space moves
+        ("sunrise", "sunset", "sun"),
+        ("abc", "abcdef", "ab"),  # the last character stays in the completion
+        ("x ", "y", ""),
+    ],
+)
+def test_the_implicit_prompt_is_the_common_prefix(chosen, rejected, prompt):
+    assert chosen[: extract_prompt(chosen, rejected)] == prompt
+
+
+@given(st.text("ab ", min_size=1), st.text("ab ", min_size=1))
+def test_an_extracted_prompt_is_shared_and_leaves_completions(chosen, rejected):
+    cut = extract_prompt(chosen, rejected)
+    assert chosen[:cut] == rejected[:cut]
+    assert chosen[cut:] and rejected[cut:]
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "reason"),
+    [
+        ({"text": "a"}, {"text": None}, "text is None"),
+        ({"text": "a"}, {"text": ""}, "text is empty"),
+        ({"prompt": "a", "completion": "b"}, {"prompt": "a"}, "completion is None"),
+        ({"messages": [USER]}, {"messages": []}, "non-empty message list"),
+        ({"messages": [USER]}, {"messages": [{"role": "narrator", "content": "x"}]},
+         r"messages\[0\] has role 'narrator'"),
+        ({"messages": [USER]}, {"messages": [{"role": "user", "content": None}]},
+         "neither content nor tool_calls"),
+        ({"messages": [USER]},
+         {"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "only text"),
+        ({"messages": [USER]}, {"messages": [USER], "tools": "{"}, "tools is not JSON"),
+        ({"chosen": [USER, REPLY], "rejected": [USER, OTHER]},
+         {"chosen": [USER], "rejected": [REPLY]}, "share no first message"),
+        ({"chosen": "a", "rejected": "b"}, {"chosen": "", "rejected": "b"}, "is empty"),
+    ],
+)  # fmt: skip
+def test_bad_rows_are_told_with_a_reason(good, bad, reason):
+    with pytest.raises(BadRow, match=reason):
+        read_row(bad, detect_format([good]))
+
+
+def test_bad_rows_are_reported_together():
+    problems = RowProblems("error", shown=2)
+    for row in (3, 8, 9):
+        problems.add(row, "text is None")
+    with pytest.raises(
+        ValueError, match=r"3 of 10 rows.*row 3: text.*row 8:.*; \.\.\."
+    ):
+        problems.report(10)
+    with pytest.raises(ValueError, match="on_bad_row='ignore'"):
+        RowProblems("ignore")

@@ -1,0 +1,120 @@
+import json
+
+import numpy as np
+import pytest
+
+from jaxtrain.data.dataset import TokenStore
+from jaxtrain.data.inspect import count_duplicates, line_numbers, main, render
+
+PAIRS = [
+    {"prompt": "What color is the sky?", "completion": " It is blue."},
+    {"prompt": "Where is the sun?", "completion": " Here."},
+]
+
+
+@pytest.fixture
+def tokenizer_folder(bpe, tmp_path):
+    bpe.save_pretrained(tmp_path / "tokenizer")
+    return str(tmp_path / "tokenizer")
+
+
+def write(path, rows, between=""):
+    path.write_text(between + f"\n{between}".join(map(json.dumps, rows)) + "\n")
+    return str(path)
+
+
+def inspect(capsys, *arguments):
+    status = main(["inspect", "--nocolor", *arguments])
+    output = capsys.readouterr()
+    return status, output.out, output.err
+
+
+def test_a_file_is_shown_with_its_trained_tokens_marked(
+    tokenizer_folder, tmp_path, capsys
+):
+    path = write(tmp_path / "train.jsonl", [*PAIRS, PAIRS[0]])
+    status, out, _ = inspect(capsys, path, f"--tokenizer={tokenizer_folder}")
+    assert status == 0
+    assert "format: plain prompt_completion rows from columns prompt, completion" in out
+    assert "validation: 0 of 3 rows cannot be used" in out
+    assert "duplicates: 1 rows" in out
+    assert "What color is the sky?⟦ It is blue.<|eos|>⟧" in out
+    assert "Where is the sun?⟦ Here.<|eos|>⟧" in out
+
+
+def test_bad_rows_are_named_by_line_and_reason(tokenizer_folder, tmp_path, capsys):
+    rows = [PAIRS[0], {"prompt": "a", "completion": None}, PAIRS[1]]
+    path = write(tmp_path / "train.jsonl", rows, between="\n")  # blank lines between
+    status, out, _ = inspect(capsys, path, f"--tokenizer={tokenizer_folder}")
+    assert status == 1
+    assert "validation: 1 of 3 rows cannot be used" in out
+    assert "line 4: completion is None, expected a string" in out
+
+
+def test_preferences_show_both_sides_and_truncation(tokenizer_folder, tmp_path, capsys):
+    row = {"prompt": "the sky", "chosen": " is blue", "rejected": " is green" * 20}
+    path = write(tmp_path / "pairs.jsonl", [row])
+    status, out, _ = inspect(
+        capsys, path, f"--tokenizer={tokenizer_folder}", "--max_length=24"
+    )
+    assert status == 0
+    assert "chosen: <|bos|>the sky⟦ is blue<|eos|>⟧" in out
+    assert "rejected: <|bos|>the sky⟦ is green" in out
+    assert "1 truncated" in out
+    assert "longer than max_length = 24: 1 of 1 rows" in out
+
+
+def test_a_configuration_is_inspected_with_its_own_data(capsys):
+    status, out, _ = inspect(
+        capsys,
+        "--config=configs/dpo.py",
+        "--config.data.max_train_rows=5",
+        "--rows=1",
+    )
+    assert status == 0
+    assert "plain preference rows" in out
+    assert "of 5 rows" in out
+    assert out.count("--- row") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give --config=FILE, or one path"),
+        (["no_such.jsonl"], "does not exist"),
+        (["--config=no_such.yaml"], "no_such.yaml"),
+    ],
+)
+def test_what_cannot_be_read_is_said_with_status_2(arguments, message, capsys):
+    status, _, err = inspect(capsys, *arguments)
+    assert status == 2
+    assert message in err
+
+
+def test_the_first_token_of_each_packed_document_is_not_marked(bpe):
+    ids = bpe(" the sky the sky", add_special_tokens=False)["input_ids"]
+    half = len(ids) // 2
+    store = TokenStore(
+        np.array(ids, np.int32),
+        np.ones(len(ids), bool),
+        np.array([0, half]),
+        np.array([half, len(ids) - half]),
+        np.array([0, 1]),
+        np.array([0, 2]),
+    )
+    shown = render(store, 0, bpe, color=False)
+    assert shown.replace("⟦", "").replace("⟧", "") == " the sky the sky"
+    assert shown.count("⟦") == 2 and not shown.startswith("⟦")
+    assert "\x1b[32m" in render(store, 0, bpe, color=True)
+
+
+def test_duplicates_are_rows_equal_in_every_column():
+    rows = [{"text": "a", "n": 1}, {"n": 1, "text": "a"}, {"text": "a", "n": 2}]
+    assert count_duplicates(rows) == 1
+
+
+def test_only_jsonl_files_have_line_numbers(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("text\na\n")
+    assert line_numbers(str(path)) is None
+    assert line_numbers("owner/hub-name") is None

@@ -1,0 +1,139 @@
+import gzip
+import json
+
+import datasets
+import pytest
+
+from jaxtrain.data.source import load_rows
+
+ROWS = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "dé"}]
+
+
+@pytest.fixture
+def load(tmp_path):
+    def load_cached(path, **options):
+        return load_rows(str(path), cache_dir=str(tmp_path / "cache"), **options)
+
+    return load_cached
+
+
+def write(path, rows):
+    """Write rows in the format of the path's suffix."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(lines.encode()))
+    elif path.suffix == ".jsonl":
+        path.write_text(lines)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    else:
+        dataset = datasets.Dataset.from_list(rows)
+        getattr(dataset, f"to_{path.suffix[1:]}")(str(path))
+    return path
+
+
+@pytest.mark.parametrize(
+    "name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.parquet", "a.csv"]
+)
+def test_files_of_every_format_give_the_same_rows(name, load, tmp_path):
+    assert load(write(tmp_path / "data" / name, ROWS)).to_list() == ROWS
+
+
+def test_arrow_files_and_saved_data_sets_are_read(load, tmp_path):
+    folder = tmp_path / "saved"
+    datasets.Dataset.from_list(ROWS).save_to_disk(str(folder))
+    assert load(folder).to_list() == ROWS
+    (arrow,) = folder.glob("*.arrow")
+    arrow.rename(tmp_path / "a.arrow")
+    assert load(tmp_path / "a.arrow").to_list() == ROWS
+
+
+def test_saved_splits_are_chosen_by_name(load, tmp_path):
+    rows = datasets.Dataset.from_list(ROWS)
+    saved = datasets.DatasetDict({"train": rows, "test": rows.select([1])})
+    saved.save_to_disk(str(tmp_path / "saved"))
+    assert load(tmp_path / "saved", split="eval").to_list() == ROWS[1:]
+    with pytest.raises(ValueError, match=r"no split 'dpo'.*test.*train"):
+        load(tmp_path / "saved", split="dpo")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
+def test_plain_text_is_one_document_a_line_without_blank_ones(name, load, tmp_path):
+    text = b"first line\n\n  \nsecond line\n"
+    (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith("gz") else text)
+    assert load(tmp_path / name)["text"][:] == ["first line", "second line"]
+
+
+def test_csv_text_stays_text(load, tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,completion\nNA,\n")
+    assert load(tmp_path / "a.csv").to_list() == [{"prompt": "NA", "completion": ""}]
+
+
+def test_rows_are_memory_mapped(load, tmp_path):
+    rows = load(write(tmp_path / "a.jsonl", ROWS))
+    assert rows.cache_files
+
+
+@pytest.mark.parametrize(
+    ("train", "held_out"),
+    [
+        ("train/a.jsonl", "eval/a.jsonl"),
+        ("train.jsonl", "validation.jsonl"),
+        ("train-00000-of-00001.jsonl", "test-00000-of-00001.jsonl"),
+        ("my_train.jsonl", "my_dev.jsonl"),
+        ("data.jsonl", "eval.jsonl"),
+    ],
+)
+def test_a_folder_is_divided_by_split_names(train, held_out, load, tmp_path):
+    write(tmp_path / "data" / train, ROWS[:1])
+    write(tmp_path / "data" / held_out, ROWS[1:])
+    assert load(tmp_path / "data").to_list() == ROWS[:1]
+    assert load(tmp_path / "data", split="eval").to_list() == ROWS[1:]
+    with pytest.raises(ValueError, match="has no split 'dpo'"):
+        load(tmp_path / "data", split="dpo")
+
+
+def test_a_folder_without_split_names_is_taken_whole(load, tmp_path):
+    write(tmp_path / "data" / "1.jsonl", ROWS[:1])
+    write(tmp_path / "data" / "2.jsonl", ROWS[1:])
+    for split in ("train", "eval"):
+        assert load(tmp_path / "data", split=split).to_list() == ROWS
+
+
+def test_columns_are_renamed_and_rows_limited(load, tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"q": "a", "r": "b", "prompt": "old"}] * 3)
+    rows = load(path, column_map={"q": "prompt", "r": "completion"}, max_rows=2)
+    assert rows.to_list() == [{"prompt": "a", "completion": "b"}] * 2
+    with pytest.raises(ValueError, match=r"column_map names \['x'\]"):
+        load(path, column_map={"x": "text"})
+
+
+@pytest.mark.parametrize("name", ["./absent", "/tmp/absent/file", "absent.jsonl"])
+def test_an_absent_path_is_refused(name):
+    with pytest.raises(ValueError, match="does not exist"):
+        load_rows(name)
+
+
+def test_a_hub_name_without_network_says_to_give_a_local_path():
+    with pytest.raises(ValueError, match=r"no/such-data.*give a local path"):
+        load_rows("no/such-data")
+
+
+def test_a_malformed_line_is_named(load, tmp_path):
+    path = write(tmp_path / "a.jsonl", ROWS)
+    path.write_text(path.read_text() + '{"prompt": \n')
+    with pytest.raises(ValueError, match=r"a\.jsonl line 3 is not JSON"):
+        load(path)
+
+
+def test_unreadable_folders_are_refused(load, tmp_path):
+    with pytest.raises(ValueError, match="holds no data file"):
+        load(tmp_path)
+    write(tmp_path / "a.jsonl", ROWS)
+    write(tmp_path / "b.csv", ROWS)
+    with pytest.raises(ValueError, match="mixes formats"):
+        load(tmp_path)
+    (tmp_path / "c.bin").write_text("x")
+    with pytest.raises(ValueError, match="no known suffix"):
+        load(tmp_path / "c.bin")

@@ -1,0 +1,196 @@
+"""Sick steps: groups of gradients, spikes, and what a run does about them."""
+
+import itertools
+import json
+import logging
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxtrain import diagnostics, loop
+from jaxtrain.trainer import TrainingOrchestrator
+from jaxtrain.types import WeightedSum
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+from runs import tiny_config
+
+
+@pytest.mark.parametrize(
+    ("path", "group"),
+    [
+        ("embed_tokens/embedding", "embed"),
+        ("lm_head/kernel", "head"),
+        ("norm/scale", "norm"),
+        ("layers/post_attention_layernorm/scale", "norm"),
+        ("layers/self_attn/q_norm/scale", "norm"),
+        ("layers/self_attn/q_proj/kernel", "attention"),
+        ("layers/self_attn/q_proj/lora_a", "lora"),
+        ("layers/mlp/gate_proj/kernel", "mlp"),
+        ("layers/block_sparse_moe/experts/w1/kernel", "mlp"),
+        ("score/kernel", "other"),
+    ],
+)
+def test_a_parameter_belongs_to_the_group_its_path_says(path, group):
+    assert diagnostics.parameter_group(tuple(path.split("/"))) == group
+
+
+def test_a_spike_lies_above_the_mean_of_a_full_window():
+    window = diagnostics.init_loss_window(4)
+    spikes = []
+    # Mean 2 and standard deviation 1 once full: the limit at threshold 3 is 5.
+    for loss in (1.0, 3.0, 1.0, 3.0, 4.9, 99.0):
+        is_spike, window = diagnostics.detect_spike(window, jnp.float32(loss), 3.0)
+        spikes.append(bool(is_spike))
+    assert spikes == [False, False, False, False, False, True]
+    # It enters cut to its limit, mean + 3 * std of (3, 1, 3, 4.9).
+    before = np.array([3.0, 1.0, 3.0, 4.9])
+    np.testing.assert_allclose(window[-1], before.mean() + 3 * before.std(), rtol=1e-6)
+    _, same = diagnostics.detect_spike(window, jnp.float32(np.nan), 3.0)
+    np.testing.assert_array_equal(same, window)
+
+
+def test_a_level_that_rises_for_good_is_soon_normal():
+    window = jnp.asarray([1.0, 1.1, 0.9, 1.0, 1.05])
+    spikes = []
+    for _ in range(8):
+        is_spike, window = diagnostics.detect_spike(window, jnp.float32(3.0), 4.0)
+        spikes.append(bool(is_spike))
+    assert spikes[0] and not any(spikes[-3:])
+
+
+def test_a_pair_batch_is_saved_flat(tmp_path):
+    side = {"tokens": np.arange(4).reshape(1, 2, 2)}
+    path = diagnostics.save_batch(
+        tmp_path / "new", 7, {"chosen": side, "ref_chosen_logps": np.ones(2)}
+    )
+    assert path.name == "step_7.npz"
+    saved = np.load(path)
+    assert set(saved) == {"chosen/tokens", "ref_chosen_logps"}
+    np.testing.assert_array_equal(saved["chosen/tokens"], side["tokens"])
+
+
+# --- whole runs --------------------------------------------------------------------
+
+
+class Sabotaged(TrainingOrchestrator):
+    """Its loss is multiplied by `factor` in the steps whose batch is asked for.
+
+    The batch tells itself by its first token, so nothing outside the step is read.
+    """
+
+    factor = 1.0
+    first_token = -1
+
+    def make_objective(self):
+        objective = super().make_objective()
+
+        def sabotaged(policy, reference, batch):
+            loss, metrics = objective(policy, reference, batch)
+            hit = (batch.tokens[:, 0] == self.first_token).any() | (
+                self.first_token == -2
+            )
+            total = loss.total * jnp.where(hit, self.factor, 1.0)
+            return WeightedSum(total, loss.weight), metrics
+
+        return sabotaged
+
+
+def sabotaged_run(workdir, factor, step, **training):
+    """A run of 8 steps of which one is sabotaged; its first rows and its records."""
+    config = tiny_config(
+        "from_scratch",
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=1,
+        save_steps=0,
+        save_final_model=False,
+        **training,
+    )
+    trainer = Sabotaged(config, workdir=workdir)
+    trainer.prepare()
+    data = trainer.prepare_rows(trainer.load_training_data())
+    batches = list(itertools.islice(trainer._train_batches(data), 8))
+    firsts = [int(b["tokens"][0, 0, 0]) for b in batches]
+    if step is None:
+        trainer.first_token = -2
+    else:
+        assert firsts.count(firsts[step - 1]) == 1, "choose a step of its own token"
+        trainer.first_token = firsts[step - 1]
+    trainer.factor = factor
+    return trainer, data, batches
+
+
+def read_records(workdir):
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_a_nan_stops_the_run_names_the_step_and_saves_its_rows(tmp_path):
+    trainer, data, batches = sabotaged_run(tmp_path, np.nan, 4)
+    with pytest.raises(FloatingPointError, match=r"step 4: the gradient is not finite"):
+        trainer.train(data)
+    saved = np.load(tmp_path / "bad_batches" / "step_4.npz")
+    for name, array in batches[3].items():
+        np.testing.assert_array_equal(saved[name], array)
+
+
+def test_a_nan_is_skipped_and_leaves_no_trace_in_the_weights(tmp_path, caplog):
+    trainer, data, _ = sabotaged_run(
+        tmp_path, np.nan, 4, on_nonfinite="skip", log_grad_norm_by_group=True
+    )
+    with caplog.at_level(logging.WARNING):
+        results = trainer.train(data)
+    assert "step 4 skipped: the gradient is not finite" in caplog.text
+    assert results["global_step"] == 8 and np.isfinite(results["final_loss"])
+    found = read_records(tmp_path)
+    assert [r["step"] for r in found if "loss" not in r] == [4]
+    assert found[3]["skipped_steps"] == 1
+    assert (tmp_path / "bad_batches" / "step_4.npz").is_file()
+    for record in found[:3] + found[4:]:
+        groups = [v for k, v in record.items() if k.startswith("grad_norm/")]
+        assert len(groups) == 4  # embed (tied), attention, mlp, norm
+        norm = np.sqrt(sum(value**2 for value in groups))
+        assert record["grad_norm"] == pytest.approx(norm, rel=1e-5)
+
+
+def test_a_spike_is_skipped_or_stops_the_run(tmp_path):
+    spike = {"spike_threshold": 6.0, "spike_window": 3}
+    trainer, data, _ = sabotaged_run(tmp_path / "a", 50.0, 6, **spike)
+    with pytest.raises(FloatingPointError, match=r"step 6: the loss .*spike_threshold"):
+        trainer.train(data)
+    assert (tmp_path / "a" / "bad_batches" / "step_6.npz").is_file()
+    trainer, data, _ = sabotaged_run(tmp_path / "b", 50.0, 6, on_spike="skip", **spike)
+    trainer.train(data)
+    found = read_records(tmp_path / "b")
+    assert [r["step"] for r in found if "loss" not in r] == [6]
+    # The step after it starts from the weights before it.
+    assert found[6]["loss"] < 1.2 * found[4]["loss"]
+
+
+def test_a_run_that_only_skips_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "_MOST_SKIPS_IN_A_ROW", 3)
+    trainer, data, _ = sabotaged_run(tmp_path, np.nan, None, on_nonfinite="skip")
+    with pytest.raises(FloatingPointError, match=r"step 3: .* 3 steps in a row"):
+        trainer.train(data)
+
+
+def test_skipping_keeps_every_weight_bit_for_bit(tmp_path, monkeypatch):
+    trainer, data, _ = sabotaged_run(
+        tmp_path, np.nan, None, on_nonfinite="skip", max_steps=2
+    )
+    before = jax.tree.map(np.array, trainer.model.params)
+    kept = {}
+
+    original = loop.Loop.run_to_end
+
+    def run_to_end(self):
+        results = original(self)
+        kept["trainable"] = self.state.trainable
+        return results
+
+    monkeypatch.setattr(loop.Loop, "run_to_end", run_to_end)
+    trainer.train(data)
+    jax.tree.map(np.testing.assert_array_equal, before, kept["trainable"])

@@ -1,0 +1,93 @@
+"""What each launcher's environment is taken for; no process is started."""
+
+import jax
+import pytest
+
+from jaxtrain import distributed
+from jaxtrain.distributed import Launch, detect
+
+EXPLICIT = {
+    "JAX_COORDINATOR_ADDRESS": "host0:1234",
+    "JAX_NUM_PROCESSES": "4",
+    "JAX_PROCESS_ID": "3",
+}
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, None),
+        ({"PATH": "/bin", "TPU_WORKER_HOSTNAMES": "only-me"}, None),
+        ({"JAXTRAIN_DISTRIBUTED": "0"}, None),
+        ({"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"}, None),
+        (EXPLICIT, Launch("environment", "host0:1234", 4, 3)),
+        ({"SLURM_STEP_NODELIST": "node[01-04]"}, Launch("Slurm")),
+        # Given in full, the explicit variables win.
+        (
+            EXPLICIT | {"SLURM_STEP_NODELIST": "n1"},
+            Launch("environment", "host0:1234", 4, 3),
+        ),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, Launch("GKE")),
+        ({"JAXTRAIN_DISTRIBUTED": "1"}, Launch("TPU pod")),
+        ({"MEGASCALE_COORDINATOR_ADDRESS": "a"}, Launch("TPU slices")),
+        (
+            {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_MCA_orte_hnp_uri": "1.0;tcp://h:1"},
+            Launch("Open MPI"),
+        ),
+        (
+            {
+                "OMPI_COMM_WORLD_SIZE": "2",
+                "OMPI_COMM_WORLD_RANK": "1",
+                "JAX_COORDINATOR_ADDRESS": "h:1",
+            },
+            Launch("Open MPI", "h:1", 2, 1),
+        ),
+    ],
+)
+def test_each_launcher_is_recognised(environ, expected):
+    assert detect(environ) == expected
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}, "JAX_COORDINATOR_ADDRESS"),
+        ({"JAX_COORDINATOR_ADDRESS": "h:1"}, "set JAX_NUM_PROCESSES"),
+        (EXPLICIT | {"JAX_PROCESS_ID": "4"}, "must be below JAX_NUM_PROCESSES = 4"),
+        (EXPLICIT | {"JAX_NUM_PROCESSES": "two"}, "'two' is no number"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "mpirun -x"),
+    ],
+)
+def test_half_an_environment_is_refused(environ, message):
+    with pytest.raises(ValueError, match=message):
+        detect(environ)
+
+
+def test_the_launch_and_its_timeouts_reach_jax(monkeypatch):
+    calls = []
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: False)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **k: calls.append(k))
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    distributed.initialize(EXPLICIT | {"JAXTRAIN_INIT_TIMEOUT_SECS": "7"})
+    assert calls == [
+        {
+            "coordinator_address": "host0:1234",
+            "num_processes": 4,
+            "process_id": 3,
+            "initialization_timeout": 7,
+            "heartbeat_timeout_seconds": 100,
+        }
+    ]
+    distributed.initialize({})
+    assert len(calls) == 1
+
+
+def test_a_timeout_names_what_to_look_at(monkeypatch):
+    def never(**_):
+        raise RuntimeError("DEADLINE_EXCEEDED")
+
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: False)
+    monkeypatch.setattr(jax.distributed, "initialize", never)
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    with pytest.raises(RuntimeError, match=r"host0:1234.*firewall.*DEADLINE"):
+        distributed.initialize(EXPLICIT)

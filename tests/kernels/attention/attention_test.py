@@ -1,0 +1,475 @@
+"""One suite for every attention implementation; flags say what each one can do.
+
+The yardstick is float64 numpy. Pallas kernels run in interpret mode here; on a GPU
+machine (JAXTRAIN_TEST_PLATFORM=cuda) the `gpu` cases run the compiled ones.
+"""
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jaxtrain.kernels.attention import IMPLEMENTATIONS, attention, plan_attention
+from jaxtrain.kernels.attention.blocked import attention_blocked, plan
+from jaxtrain.kernels.attention.hopper import Tiles
+from jaxtrain.kernels.attention.masks import Mask
+from jaxtrain.kernels.attention.pallas_gpu import KERNELS as HOPPER
+from jaxtrain.kernels.attention.pallas_tpu import KERNELS as TPU
+from jaxtrain.kernels.attention.pallas_triton import KERNELS as TRITON
+from jaxtrain.kernels.attention.reference import attention_reference
+from jaxtrain.kernels.attention.xla import attention_xla
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """How to call one implementation here, and what it can do."""
+
+    call: Callable[..., jax.Array]
+    dtype: jnp.dtype = jnp.float32
+    softcap: bool = True
+    not_causal: bool = True
+    slow: bool = False
+
+
+def interpreted(kernels):
+    return functools.partial(attention_blocked, kernels, interpret=True)
+
+
+def through_api(name):
+    def call(q, k, v, mask, *, softcap, scale):
+        return attention(
+            q,
+            k,
+            v,
+            segment_ids=mask.segment_ids,
+            prompt_ids=mask.prompt_ids,
+            causal=mask.causal,
+            window=mask.window,
+            softcap=softcap,
+            scale=scale,
+            implementation=name,
+        )
+
+    return call
+
+
+CPU = {
+    "reference": Implementation(attention_reference),
+    "xla": Implementation(attention_xla),
+    "xla_chunked": Implementation(functools.partial(attention_xla, chunk=11)),
+    "pallas_tpu": Implementation(interpreted(TPU)),
+    "pallas_triton": Implementation(interpreted(TRITON)),
+    "pallas_gpu": Implementation(interpreted(HOPPER), dtype=jnp.bfloat16, slow=True),
+}
+GPU = {
+    "cudnn": Implementation(through_api("cudnn"), jnp.bfloat16, softcap=False),
+    "pallas_triton": Implementation(through_api("pallas_triton"), jnp.bfloat16),
+    "pallas_gpu": Implementation(through_api("pallas_gpu"), jnp.bfloat16),
+    "auto": Implementation(through_api("auto"), jnp.bfloat16),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Shapes and options of one call; `lengths` are documents, `padding` follows."""
+
+    heads: int = 4
+    kv_heads: int = 2
+    width: int = 16
+    lengths: tuple[int, ...] | None = None
+    padding: int = 0
+    length: int = 200
+    shared_prompt: bool = False
+    causal: bool = True
+    window: int | None = None
+    softcap: float | None = None
+
+    def mask(self):
+        if self.lengths is None:
+            return Mask(None, None, self.causal, self.window)
+        numbers = np.repeat(np.arange(1, len(self.lengths) + 1), self.lengths)
+        row = np.pad(numbers, (0, self.padding))
+        other = row.copy()
+        other[: self.lengths[0] // 2] = 0  # padding in front as well
+        segments = jnp.asarray(np.stack([row, other]), jnp.int32)
+        prompts = None
+        if self.shared_prompt:  # documents 1, 2, 3: a prompt and its two responses
+            prompts = jnp.where((segments == 2) | (segments == 3), 1, 0)
+        return Mask(segments, prompts, self.causal, self.window)
+
+    def row_length(self):
+        if self.lengths is None:
+            return self.length
+        return sum(self.lengths) + self.padding
+
+
+CASES = {
+    "causal": Case(),
+    "all_to_all": Case(causal=False, heads=2, kv_heads=1, length=130),
+    "window": Case(window=37, kv_heads=4),
+    "packed_softcap": Case(lengths=(70, 3, 90), padding=30, softcap=4.0, width=24),
+    "shared_prompt": Case(lengths=(64, 50, 40, 20), padding=5, shared_prompt=True),
+    "packed_window": Case(lengths=(100, 60), window=20, heads=3, kv_heads=1),
+}
+
+
+def make_inputs(case, dtype, seed=0):
+    """(q, k, v, cotangent) of two rows."""
+    rng = np.random.default_rng(seed)
+    length = case.row_length()
+
+    def draw(heads):
+        return jnp.asarray(rng.normal(size=(2, length, heads, case.width)), dtype)
+
+    return (
+        draw(case.heads),
+        draw(case.kv_heads),
+        draw(case.kv_heads),
+        draw(case.heads),
+    )
+
+
+def allowed_pairs(mask, length):
+    """The rule of masks.py once more, in numpy."""
+    t, s = np.ogrid[:length, :length]
+    allowed = np.ones((2, length, length), bool)
+    if mask.causal:
+        allowed &= s <= t
+    if mask.window is not None:
+        allowed &= t - s < mask.window
+    if mask.segment_ids is not None:
+        keys = mask.segment_ids[:, None, :]
+        queries = mask.segment_ids[:, :, None]
+        same = queries == keys
+        if mask.prompt_ids is not None:
+            same |= mask.prompt_ids[:, :, None] == keys
+        allowed &= same & (queries > 0) & (keys > 0)
+    return allowed
+
+
+def attend_in_float64(q, k, v, d_out, mask, softcap, scale):
+    """(out, dq, dk, dv) by the textbook, in float64."""
+    mask = jax.tree.map(np.asarray, mask)
+    q, k, v, d_out = (np.asarray(x, np.float64) for x in (q, k, v, d_out))
+    group = q.shape[2] // k.shape[2]
+    wide_k, wide_v = (np.repeat(x, group, axis=2) for x in (k, v))
+    raw = np.einsum("btnh,bsnh->bnts", q, wide_k) * scale
+    chain = np.full_like(raw, scale)
+    logits = raw
+    if softcap is not None:
+        logits = softcap * np.tanh(raw / softcap)
+        chain *= 1 - np.tanh(raw / softcap) ** 2
+    allowed = allowed_pairs(mask, q.shape[1])[:, None]
+    p = np.where(allowed, np.exp(logits - logits.max(-1, keepdims=True)), 0.0)
+    total = p.sum(-1, keepdims=True)
+    p /= np.where(total == 0, 1.0, total)
+    out = np.einsum("bnts,bsnh->btnh", p, wide_v)
+    dp = np.einsum("btnh,bsnh->bnts", d_out, wide_v)
+    ds = p * (dp - (p * dp).sum(-1, keepdims=True)) * chain
+    dq = np.einsum("bnts,bsnh->btnh", ds, wide_k)
+    dk = np.einsum("bnts,btnh->bsnh", ds, q)
+    dv = np.einsum("bnts,btnh->bsnh", p, d_out)
+    shape = (*k.shape[:3], group, k.shape[3])
+    return out, dq, *(x.reshape(shape).sum(3) for x in (dk, dv))
+
+
+def run_with_gradients(implementation, case, inputs):
+    """(out, dq, dk, dv) in float32 numpy."""
+    mask = case.mask()
+    call = functools.partial(
+        implementation.call, softcap=case.softcap, scale=case.width**-0.5
+    )
+
+    @jax.jit
+    def run(q, k, v, d_out, mask):
+        out, pull = jax.vjp(lambda q, k, v: call(q, k, v, mask), q, k, v)
+        return out, *pull(d_out)
+
+    return [np.asarray(x, np.float32) for x in run(*inputs, mask)]
+
+
+def compare_with_float64(implementation, case, inputs):
+    want = attend_in_float64(*inputs, case.mask(), case.softcap, scale=case.width**-0.5)
+    got = run_with_gradients(implementation, case, inputs)
+    # Rounding to bfloat16 (8 bits) of values up to a few units.
+    tolerance = 2e-5 if implementation.dtype == jnp.float32 else 2e-2
+    for name, have, expected in zip(("out", "dq", "dk", "dv"), got, want, strict=True):
+        bound = tolerance * max(1.0, np.abs(expected).max())
+        np.testing.assert_allclose(have, expected, rtol=0, atol=bound, err_msg=name)
+
+
+def serves(implementation, case):
+    if case.softcap is not None and not implementation.softcap:
+        return False
+    return case.causal or implementation.not_causal
+
+
+def cases_of(implementations):
+    for name, implementation in implementations.items():
+        for case_name, case in CASES.items():
+            if not serves(implementation, case):
+                continue
+            quick = not implementation.slow or case_name == "shared_prompt"
+            marks = [] if quick else [pytest.mark.slow]
+            yield pytest.param(
+                implementation, case, id=f"{name}-{case_name}", marks=marks
+            )
+
+
+def skip_without_interpreter(implementation):
+    if implementation is CPU["pallas_gpu"] and not hasattr(plgpu, "InterpretGPUParams"):
+        pytest.skip("this jax has no interpreter for Mosaic GPU")
+
+
+@pytest.mark.parametrize(("implementation", "case"), list(cases_of(CPU)))
+def test_output_and_gradients_equal_float64(implementation, case):
+    skip_without_interpreter(implementation)
+    compare_with_float64(implementation, case, make_inputs(case, implementation.dtype))
+
+
+@pytest.mark.parametrize(
+    "tiles",
+    [Tiles(take_turns=False), Tiles(forward_step=64, forward_stages=3)],
+    ids=["no_turns", "three_stages"],
+)
+def test_hopper_tiles_change_no_output(tiles):
+    skip_without_interpreter(CPU["pallas_gpu"])
+    case = dataclasses.replace(CASES["shared_prompt"], heads=2, kv_heads=1)
+    q, k, v, _ = make_inputs(case, jnp.bfloat16)
+    kernels = dataclasses.replace(
+        HOPPER, forward=functools.partial(HOPPER.forward, tiles=tiles)
+    )
+    options = {"softcap": None, "scale": 0.25}
+    got = interpreted(kernels)(q, k, v, case.mask(), **options)
+    want = attention_reference(q, k, v, case.mask(), **options)
+    np.testing.assert_allclose(
+        got.astype(jnp.float32), want.astype(jnp.float32), rtol=0, atol=3e-2
+    )
+
+
+GPU_WIDTHS = [(name, 128) for name in CASES]
+GPU_WIDTHS += [("shared_prompt", width) for width in (64, 80, 96, 256)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("case_name", "width"), GPU_WIDTHS)
+@pytest.mark.parametrize("name", list(GPU))
+def test_on_gpu_output_and_gradients_equal_float64(name, case_name, width):
+    implementation = GPU[name]
+    case = dataclasses.replace(CASES[case_name], width=width)
+    if not serves(implementation, case):
+        pytest.skip(f"{name} has no soft cap")
+    inputs = make_inputs(case, implementation.dtype)
+    try:
+        compare_with_float64(implementation, case, inputs)
+    except NotImplementedError as refusal:
+        pytest.skip(str(refusal))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["pallas_triton", "pallas_gpu"])
+def test_on_gpu_two_runs_agree_to_the_bit(name):
+    case = dataclasses.replace(CASES["shared_prompt"], width=128)
+    inputs = make_inputs(case, jnp.bfloat16)
+    try:
+        once = run_with_gradients(GPU[name], case, inputs)
+    except NotImplementedError as refusal:
+        pytest.skip(str(refusal))
+    again = run_with_gradients(GPU[name], case, inputs)
+    for first, second in zip(once, again, strict=True):
+        np.testing.assert_array_equal(first, second)
+
+
+@pytest.mark.parametrize("name", ["reference", "xla", "xla_chunked", "pallas_tpu"])
+def test_nan_in_padding_reaches_no_output_and_no_gradient(name):
+    case = Case(lengths=(70, 30), padding=60, heads=2, kv_heads=1)
+    inputs = make_inputs(case, jnp.float32)
+    padding = (case.mask().segment_ids == 0)[:, :, None, None]
+    clean = [jnp.where(padding, 0.0, x) for x in inputs]
+    poisoned = [jnp.where(padding, jnp.nan, x) for x in inputs]
+    want = run_with_gradients(CPU[name], case, clean)
+    got = run_with_gradients(CPU[name], case, poisoned)
+    for have, expected in zip(got, want, strict=True):
+        np.testing.assert_array_equal(have, expected)
+        assert not have[np.broadcast_to(padding, have.shape)].any()
+
+
+@functools.cache
+def compiled_xla(window):
+    """Chunks of 16 in a row of 70, jitted once for all examples."""
+
+    def run(q, k, v, d_out, segments, prompts):
+        mask = Mask(segments, prompts, True, window)
+        call = functools.partial(attention_xla, softcap=None, scale=0.5, chunk=16)
+        out, pull = jax.vjp(lambda q, k, v: call(q, k, v, mask), q, k, v)
+        return out, *pull(d_out)
+
+    return jax.jit(run)
+
+
+@given(st.data(), st.sampled_from([None, 1, 20]))
+def test_xla_agrees_with_float64_for_any_ids(data, window):
+    """Ids in no order, segments of one token, rows that are all padding."""
+    ids = st.lists(st.integers(0, 3), min_size=70, max_size=70)
+    segments = jnp.asarray([data.draw(ids), [0] * 70], jnp.int32)
+    prompts = jnp.asarray([data.draw(ids), data.draw(ids)], jnp.int32)
+    inputs = make_inputs(Case(length=70, heads=2, kv_heads=1, width=4), jnp.float32)
+    mask = Mask(segments, prompts, True, window)
+    want = attend_in_float64(*inputs, mask, None, 0.5)
+    got = compiled_xla(window)(*inputs, segments, prompts)
+    for have, expected in zip(got, want, strict=True):
+        np.testing.assert_allclose(have, expected, rtol=0, atol=2e-5)
+
+
+RANDOM_LENGTH = 150
+
+
+@functools.cache
+def compiled_pair(name):
+    """A kernel and the reference, jitted once: only ids differ between examples."""
+
+    def run(call, q, k, v, d_out, segments, prompts):
+        mask = Mask(segments, prompts)
+        out, pull = jax.vjp(
+            lambda q, k, v: call(q, k, v, mask, softcap=None, scale=0.25), q, k, v
+        )
+        return out, *pull(d_out)
+
+    calls = (CPU[name].call, attention_reference)
+    return [jax.jit(functools.partial(run, call)) for call in calls]
+
+
+@pytest.mark.parametrize("name", ["pallas_tpu", "pallas_triton"])
+@settings(max_examples=8)
+@given(st.integers(0, 2**31))
+def test_kernels_agree_with_the_reference_for_random_masks(name, seed):
+    rng = np.random.default_rng(seed)
+    case = Case(length=RANDOM_LENGTH, heads=2, kv_heads=1)
+    inputs = make_inputs(case, jnp.float32, seed)
+    cuts = rng.integers(1, 40, size=(2, RANDOM_LENGTH))
+    segments = _random_segments(rng, cuts)
+    prompts = np.where(rng.random(segments.shape) < 0.5, segments - 1, 0)
+    kernel, reference = compiled_pair(name)
+    arrays = (*inputs, jnp.asarray(segments), jnp.asarray(prompts.clip(0)))
+    for have, expected in zip(kernel(*arrays), reference(*arrays), strict=True):
+        np.testing.assert_allclose(have, expected, rtol=0, atol=5e-5)
+
+
+def _random_segments(rng, cuts):
+    """Documents of random lengths, some of them padding."""
+    rows = []
+    for row in cuts:
+        ids = np.repeat(np.arange(1, len(row) + 1), row)[:RANDOM_LENGTH]
+        rows.append(np.where(rng.random(len(row) + 1)[ids] < 0.2, 0, ids))
+    return np.stack(rows).astype(np.int32)
+
+
+def test_a_packed_row_equals_its_documents_alone():
+    case = Case(lengths=(30, 50), padding=10)
+    q, k, v, _ = make_inputs(case, jnp.float32)
+    packed = attention(q, k, v, segment_ids=case.mask().segment_ids)
+    for start, stop in ((0, 30), (30, 80)):
+        alone = attention(q[:1, start:stop], k[:1, start:stop], v[:1, start:stop])
+        np.testing.assert_allclose(packed[:1, start:stop], alone, atol=1e-6)
+
+
+def test_a_shared_prompt_equals_two_rows_that_repeat_it():
+    prompt, chosen, rejected = 20, 14, 9
+    case = Case(lengths=(prompt, chosen, rejected), shared_prompt=True)
+    q, k, v, _ = make_inputs(case, jnp.float32)
+    q, k, v = q[:1], k[:1], v[:1]
+    segments = jnp.asarray(np.repeat([[1, 2, 3]], [20, 14, 9], axis=1), jnp.int32)
+    prompts = jnp.where(segments > 1, 1, 0)
+    shared = attention(q, k, v, segment_ids=segments, prompt_ids=prompts)
+    first = attention(*(x[:, : prompt + chosen] for x in (q, k, v)))
+    np.testing.assert_allclose(shared[:, : prompt + chosen], first, atol=1e-6)
+    keep = np.r_[0:prompt, prompt + chosen : prompt + chosen + rejected]
+    second = attention(*(x[:, keep] for x in (q, k, v)))
+    np.testing.assert_allclose(shared[:, 34:], second[:, prompt:], atol=1e-6)
+
+
+def test_one_token_attends_to_itself():
+    q, k, v, _ = make_inputs(Case(length=1), jnp.float32)
+    np.testing.assert_allclose(attention(q, k, v), jnp.repeat(v, 2, axis=2))
+
+
+def test_xla_memory_grows_with_the_chunk_not_with_the_row_squared():
+    shape = jax.ShapeDtypeStruct((1, 4096, 2, 16), jnp.float32)
+    loss = lambda q, k, v: attention(q, k, v, implementation="xla").sum()  # noqa: E731
+    compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(shape, shape, shape).compile()
+    scores = 2 * 4096 * 4096 * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < scores
+
+
+@pytest.mark.parametrize("name", ["pallas_tpu", "pallas_triton"])
+def test_a_schedule_made_once_gives_the_same_output(name):
+    kernels = {"pallas_tpu": TPU, "pallas_triton": TRITON}[name]
+    case = CASES["shared_prompt"]
+    q, k, v, _ = make_inputs(case, jnp.float32)
+    mask = case.mask()
+    call = functools.partial(
+        attention_blocked, kernels, q, k, v, mask, softcap=None, scale=0.25
+    )
+    schedule = plan(kernels, mask, *mask.segment_ids.shape)
+    once = call(schedule=schedule, interpret=True)
+    np.testing.assert_array_equal(once, call(interpret=True))
+    planned = plan_attention(
+        mask.segment_ids, prompt_ids=mask.prompt_ids, implementation=name
+    )
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, schedule, planned))
+    assert plan_attention(mask.segment_ids) is None
+
+
+def test_auto_logs_its_choice_once(caplog):
+    q, k, v, _ = make_inputs(Case(length=7, width=6), jnp.float32)
+    with caplog.at_level(logging.INFO):
+        attention(q, k, v)
+        attention(q, k, v)
+    lines = [r.message for r in caplog.records if "auto chose" in r.message]
+    assert len(lines) == 1 and "xla" in lines[0]
+
+
+@pytest.mark.parametrize("name", ["cudnn", "pallas_gpu", "pallas_triton"])
+def test_a_gpu_implementation_refuses_the_cpu(name):
+    if jax.default_backend() == "gpu":
+        pytest.skip("a GPU is here")
+    q, k, v, _ = make_inputs(Case(), jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match=name):
+        attention(q, k, v, implementation=name)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"implementation": "flash"}, "'flash' is unknown"),
+        ({"window": 0}, "window=0"),
+        ({"window": 3, "causal": False}, "window=3"),
+        ({"softcap": -1.0}, "softcap=-1.0"),
+        ({"segment_ids": jnp.ones((2, 3), jnp.int32)}, "segment_ids"),
+        ({"prompt_ids": jnp.ones((2, 200), jnp.int32)}, "need segment_ids"),
+    ],
+)
+def test_bad_options_are_refused_by_name(options, words):
+    q, k, v, _ = make_inputs(Case(), jnp.float32)
+    with pytest.raises(ValueError, match=words):
+        attention(q, k, v, **options)
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    q, k, v, _ = make_inputs(Case(), jnp.float32)
+    with pytest.raises(ValueError, match="no multiple"):
+        attention(q[:, :, :3], k, v)
+    with pytest.raises(ValueError, match="do not fit"):
+        attention(q, k, v[:, :, :1])
+    with pytest.raises(ValueError, match="as many keys"):
+        attention(q[:, :5], k, v)
+    assert attention(q[:, :5], k, v, causal=False).shape == q[:, :5].shape
+    assert set(IMPLEMENTATIONS) >= {"auto", "xla", "pallas_gpu", "pallas_tpu"}

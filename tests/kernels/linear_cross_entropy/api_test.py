@@ -1,0 +1,237 @@
+"""The loss head against float64 numpy, and its memory, sharding and refusals."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxtrain.kernels.linear_cross_entropy import linear_log_probs
+
+
+def make_inputs(tokens, width, vocab, seed=0, dtype=jnp.float32):
+    rng = np.random.default_rng(seed)
+    hidden = jnp.asarray(rng.normal(size=(tokens, width)), dtype)
+    table = jnp.asarray(rng.normal(size=(vocab, width)), dtype)
+    targets = jnp.asarray(rng.integers(0, vocab, tokens), jnp.int32)
+    return hidden, table, targets
+
+
+def compute_in_float64(hidden, table, targets, softcap=None, logit_scale=None):
+    logits = np.asarray(hidden, np.float64) @ np.asarray(table, np.float64).T
+    if logit_scale is not None:
+        logits = logits * logit_scale
+    if softcap is not None:
+        logits = softcap * np.tanh(logits / softcap)
+    top = logits.max(-1, keepdims=True)
+    log_p = logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
+    p = np.exp(log_p)
+    rows = np.arange(len(targets))
+    return (
+        log_p[rows, targets],
+        -(p * log_p).sum(-1),
+        (logits.argmax(-1) == np.asarray(targets)).astype(np.float64),
+        logits.mean(-1),
+        np.log((p * p).sum(-1)),
+    )
+
+
+def differentiate_in_float64(hidden, table, targets, cotangent, softcap, logit_scale):
+    """d(sum cotangent * logps) by hand: onehot - softmax, through cap and scale."""
+    hidden, table = np.asarray(hidden, np.float64), np.asarray(table, np.float64)
+    raw = (hidden @ table.T) * (logit_scale or 1.0)
+    chain = np.full_like(raw, logit_scale or 1.0)
+    logits = raw
+    if softcap is not None:
+        logits = softcap * np.tanh(raw / softcap)
+        chain *= 1 - np.tanh(raw / softcap) ** 2
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    slope = -p
+    slope[np.arange(len(targets)), targets] += 1
+    slope *= chain * np.asarray(cotangent, np.float64)[:, None]
+    return slope @ table, slope.T @ hidden
+
+
+OPTIONS = [
+    pytest.param({}, id="plain"),
+    pytest.param({"softcap": 5.0}, id="softcap"),
+    pytest.param({"logit_scale": 0.25}, id="scale"),
+    pytest.param({"softcap": 5.0, "logit_scale": 0.25}, id="both"),
+]
+
+
+def test_two_entries_give_the_logistic_value():
+    hidden = jnp.array([[2.0]])
+    table = jnp.array([[1.0], [0.0]])
+    logps, entropy, correct, mean = linear_log_probs(hidden, table, jnp.array([0]))
+    p = 1 / (1 + np.exp(-2.0))
+    np.testing.assert_allclose(logps, [np.log(p)], rtol=1e-6)
+    np.testing.assert_allclose(
+        entropy, [-(p * np.log(p) + (1 - p) * np.log(1 - p))], rtol=1e-6
+    )
+    assert correct[0] == 1 and mean[0] == 1.0
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("vocab_axis", [0, 1])
+@pytest.mark.parametrize("chunk", [1000, 9])
+def test_outputs_and_gradients_equal_float64(options, vocab_axis, chunk):
+    hidden, table, targets = make_inputs(37, 8, 1543)
+    cotangent = jax.random.normal(jax.random.key(1), (37,))
+    given_table = table if vocab_axis == 0 else table.T
+
+    def head(hidden, table):
+        return linear_log_probs(
+            hidden,
+            table,
+            targets,
+            vocab_axis=vocab_axis,
+            chunk=chunk,
+            with_collision=True,
+            **options,
+        )
+
+    outputs = jax.jit(head)(hidden, given_table)
+    expected = compute_in_float64(hidden, table, targets, **options)
+    for got, want in zip(outputs, expected, strict=True):
+        assert got.dtype == jnp.float32
+        np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5)
+
+    _, pull = jax.vjp(lambda h, t: head(h, t)[0], hidden, given_table)
+    d_hidden, d_table = jax.jit(pull)(cotangent)
+    want_hidden, want_table = differentiate_in_float64(
+        hidden,
+        table,
+        targets,
+        cotangent,
+        options.get("softcap"),
+        options.get("logit_scale"),
+    )
+    if vocab_axis == 1:
+        want_table = want_table.T
+    np.testing.assert_allclose(d_hidden, want_hidden, rtol=1e-4, atol=2e-5)
+    np.testing.assert_allclose(d_table, want_table, rtol=1e-4, atol=2e-5)
+
+
+@settings(max_examples=8)
+@given(st.integers(1, 40), st.integers(2, 3000), st.integers(1, 50), st.integers(0, 99))
+def test_any_size_and_chunk_gives_the_same_log_probs(tokens, vocab, chunk, seed):
+    hidden, table, targets = make_inputs(tokens, 4, vocab, seed)
+    got = linear_log_probs(hidden, table, targets, chunk=chunk)
+    want = compute_in_float64(hidden, table, targets)[:4]
+    for have, expected in zip(got, want, strict=True):
+        np.testing.assert_allclose(have, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [100, 1])
+def test_ties_count_for_the_first_entry_only(chunk):
+    hidden = jnp.ones((3, 2))
+    table = jnp.zeros((2048, 2)).at[jnp.array([700, 701, 1999])].set(3.0)
+    targets = jnp.array([701, 700, 1999])
+    correct = linear_log_probs(hidden, table, targets, chunk=chunk)[2]
+    np.testing.assert_array_equal(correct, [0, 1, 0])
+
+
+def test_only_log_probs_carry_a_gradient():
+    hidden, table, targets = make_inputs(5, 4, 600)
+
+    def total(hidden, index):
+        return linear_log_probs(hidden, table, targets)[index].sum()
+
+    assert jnp.any(jax.grad(total)(hidden, 0) != 0)
+    for index in (1, 2, 3):
+        assert not jnp.any(jax.grad(total)(hidden, index))
+
+
+def test_large_logits_stay_finite():
+    hidden = jnp.array([[300.0], [-300.0]])
+    table = jnp.array([[1.0], [-1.0], [0.5]])
+    targets = jnp.array([1, 1])
+    logps, pull = jax.vjp(lambda h: linear_log_probs(h, table, targets)[0], hidden)
+    np.testing.assert_allclose(logps, [-600.0, 0.0])
+    np.testing.assert_allclose(pull(jnp.ones(2))[0], [[-2.0], [0.0]])
+
+
+def test_a_frozen_unembedding_costs_no_gradient_product():
+    hidden, table, targets = make_inputs(8, 4, 2048)
+
+    def total(hidden, table):
+        return linear_log_probs(hidden, table, targets, chunk=2)[0].sum()
+
+    def products(arguments):
+        return str(jax.make_jaxpr(jax.grad(total, arguments))(hidden, table)).count(
+            "dot_general["
+        )
+
+    assert products(0) == 3  # logits twice and the gradient of the hidden states
+    assert products((0, 1)) == 4
+
+
+def test_memory_stays_far_below_the_logits_in_both_passes():
+    tokens, width, vocab = 2048, 32, 16384
+    hidden = jax.ShapeDtypeStruct((tokens, width), jnp.float32)
+    table = jax.ShapeDtypeStruct((vocab, width), jnp.float32)
+    targets = jax.ShapeDtypeStruct((tokens,), jnp.int32)
+
+    def total(hidden, table, targets):
+        return linear_log_probs(hidden, table, targets, chunk=128)[0].sum()
+
+    step = jax.jit(jax.grad(total, (0, 1)))
+    memory = step.lower(hidden, table, targets).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < tokens * vocab * 4 / 4
+
+
+def test_bfloat16_hidden_with_float32_unembedding_keeps_both_dtypes():
+    hidden, table, targets = make_inputs(16, 8, 1024)
+    hidden = hidden.astype(jnp.bfloat16)
+
+    def total(hidden, table):
+        return linear_log_probs(hidden, table, targets, chunk=8)[0].sum()
+
+    d_hidden, d_table = jax.grad(total, (0, 1))(hidden, table)
+    assert d_hidden.dtype == jnp.bfloat16 and d_table.dtype == jnp.float32
+    want = compute_in_float64(hidden, table.astype(jnp.bfloat16), targets)[0]
+    got = linear_log_probs(hidden, table, targets, chunk=8)[0]
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_sharded_head_gives_the_same_values_and_gathers_no_table():
+    devices = np.array(jax.devices()[:8]).reshape(4, 2)
+    mesh = Mesh(devices, ("data", "tensor"))
+    hidden, table, targets = make_inputs(64, 16, 4096)
+
+    def place(x, *names):
+        return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*names)))
+
+    def total(hidden, table, targets):
+        return linear_log_probs(hidden, table, targets, chunk=16)[0].sum()
+
+    step = jax.jit(jax.value_and_grad(total, (0, 1)))
+    sharded = (place(hidden, "data"), place(table, "tensor"), place(targets, "data"))
+    value, gradients = step(*sharded)
+    want_value, want = step(hidden, table, targets)
+    np.testing.assert_allclose(value, want_value, rtol=1e-5)
+    for got, expected in zip(gradients, want, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+    program = step.lower(*sharded).compile().as_text()
+    assert "all-gather" not in program
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"vocab_axis": 2}, "vocab_axis=2"),
+        ({"vocab_axis": 1}, "do not fit"),
+        ({"chunk": 0}, "chunk=0"),
+        ({"softcap": -1.0}, "softcap=-1.0"),
+        ({"targets": jnp.zeros(4, jnp.int32)}, "targets"),
+    ],
+)
+def test_bad_arguments_are_refused_by_name(change, words):
+    hidden, table, targets = make_inputs(5, 4, 600)
+    arguments = {"targets": targets} | change
+    with pytest.raises(ValueError, match=words):
+        linear_log_probs(hidden, table, **arguments)

@@ -1,0 +1,186 @@
+"""Tiny models of every family, as transformers 5 would write their configs."""
+
+import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxtrain.models import Decoder, ModelConfig
+from jaxtrain.models.hf import load_config, load_params
+from jaxtrain.types import Params
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+def _options(model_type: str, **options: Any) -> dict[str, Any]:
+    return {"model_type": model_type, **_SIZES, **options}
+
+
+# Each option of a family is on in at least one row, with a value that is not the
+# default, so that leaving it out shows.
+FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
+    "llama": _options(
+        "llama",
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 5000.0,
+            "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+        attention_bias=True,
+        mlp_bias=True,
+    ),
+    "llama_tied_linear": _options(
+        "llama",
+        rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+        tie_word_embeddings=True,
+        head_dim=24,
+        rms_norm_eps=1e-3,
+    ),
+    "mistral": _options("mistral", sliding_window=5, head_dim=24),
+    "qwen2": _options(
+        "qwen2",
+        use_sliding_window=True,
+        sliding_window=4,
+        max_window_layers=1,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    ),
+    "qwen2_tied": _options("qwen2", tie_word_embeddings=True, rope_parameters=None),
+    "qwen3": _options("qwen3", head_dim=24, attention_bias=True),
+    "gemma2": _options(
+        "gemma2",
+        head_dim=24,
+        sliding_window=4,
+        query_pre_attn_scalar=20,
+        attn_logit_softcapping=3.0,
+        final_logit_softcapping=4.0,
+    ),
+    "gemma3": _options(
+        "gemma3_text",
+        head_dim=24,
+        num_hidden_layers=3,
+        sliding_window=4,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        query_pre_attn_scalar=20,
+        final_logit_softcapping=6.0,
+        rope_parameters={
+            "full_attention": {
+                "rope_type": "linear",
+                "rope_theta": 1e5,
+                "factor": 8.0,
+            },
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        },
+    ),
+    "phi3": _options("phi3", sliding_window=6),
+    "phi3_longrope": _options(
+        "phi3",
+        original_max_position_embeddings=10,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "partial_rotary_factor": 0.75,
+            "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+            "long_factor": [2.0, 2.5, 3.0, 3.5, 4.0, 4.5],
+        },
+    ),
+}
+
+
+class TorchModel(NamedTuple):
+    """A model of transformers with random weights, and what we read from its files."""
+
+    torch_model: Any
+    directory: pathlib.Path
+    model: Decoder
+    params: Params
+
+    def torch_logits(self, tokens: np.ndarray) -> np.ndarray:
+        """Logits [T V] of one document, alone in its row."""
+        return torch_logits(self.torch_model, tokens)
+
+
+def torch_logits(torch_model: Any, tokens: np.ndarray) -> np.ndarray:
+    import torch
+
+    with torch.no_grad():
+        return torch_model(torch.tensor(tokens[None].tolist())).logits[0].numpy()
+
+
+@pytest.fixture(scope="session", params=list(FAMILY_OPTIONS))
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def torch_model(family: str, tmp_path_factory: pytest.TempPathFactory) -> TorchModel:
+    torch = pytest.importorskip("torch")
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(**FAMILY_OPTIONS[family])
+    torch_model = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager", dtype=torch.float32
+    ).eval()
+    with torch.no_grad():
+        for name, weight in torch_model.named_parameters():
+            # As large as a trained model's, and no norm or bias left at its start.
+            deviation = 0.2 if weight.ndim == 1 or "embed" in name else 0.125
+            weight.add_(deviation * torch.randn_like(weight))
+    directory = tmp_path_factory.mktemp(family)
+    torch_model.save_pretrained(directory)
+    model = Decoder(load_config(directory), compute_dtype="float32")
+    return TorchModel(torch_model, directory, model, load_params(directory, model))
+
+
+@pytest.fixture(scope="session")
+def config(family: str) -> ModelConfig:
+    return ModelConfig.from_hf(FAMILY_OPTIONS[family])
+
+
+MakeModel = Callable[..., tuple[Decoder, Params]]
+
+
+@pytest.fixture(scope="session")
+def make_model() -> MakeModel:
+    """A function from a family's name and options to a decoder and random weights.
+
+    The weights, adapters' too, are of a size that makes every part matter. In float32
+    unless asked otherwise.
+    """
+
+    def make(family: str, **options: Any) -> tuple[Decoder, Params]:
+        config = ModelConfig.from_hf(FAMILY_OPTIONS[family])
+        model = Decoder(config, **{"compute_dtype": "float32", **options})
+        leaves, tree = jax.tree.flatten(model.abstract_params())
+        rng = np.random.default_rng(0)
+        values = [
+            0.15 * rng.standard_normal(leaf.shape) + 0.5 * (len(leaf.shape) == 1)
+            for leaf in leaves
+        ]
+        arrays = map(jnp.asarray, values, [leaf.dtype for leaf in leaves])
+        return model, tree.unflatten(arrays)
+
+    return make

@@ -1,0 +1,59 @@
+"""One process of a tiny run over several processes, for multihost_test.
+
+    python tests/multihost_run.py TYPE WORKDIR [what happens: EVENT RANK STEP]
+
+The environment says which process of how many this is, as on a real cluster.
+"""
+
+import os
+import pathlib
+import signal
+import sys
+import time
+
+import jax
+
+REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
+
+from runs import tiny_config, train  # noqa: E402
+
+from jaxtrain import distributed  # noqa: E402
+from jaxtrain.loop import Loop  # noqa: E402
+
+
+def happen(event: str, rank: int, step: int) -> None:
+    """Let `event` strike process `rank` as it logs `step`."""
+    log = Loop.log
+
+    def log_and_suffer(self: Loop) -> None:
+        log(self)
+        if (self.step, jax.process_index()) == (step, rank):
+            if event == "hang":
+                time.sleep(600)
+            os.kill(os.getpid(), signal.Signals[event])
+
+    Loop.log = log_and_suffer  # type: ignore[method-assign]
+
+
+def main(training_type: str, workdir: str, *event: str) -> None:
+    jax.config.update("jax_compilation_cache_dir", str(REPOSITORY / ".cache" / "jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    distributed.initialize()
+    expected = int(os.environ.get("JAX_NUM_PROCESSES", "1"))
+    assert jax.process_count() == expected
+    if event:
+        happen(event[0], int(event[1]), int(event[2]))
+    # Four devices in all, whatever the number of processes: the same global batch.
+    config = tiny_config(
+        training_type,
+        num_gpus=None,
+        per_device_train_batch_size=1,
+        step_timeout_secs=60.0 if event and event[0] == "hang" else 300.0,
+        deepspeed__zero_stage=3,
+    )
+    train(config, pathlib.Path(workdir))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

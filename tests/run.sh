@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Set up a virtual environment and pass the tests: format, lint, types, pytest.
+#   bash tests/run.sh [pytest arguments]
+# PYTHON: interpreter (python3). VENV: environment to make or reuse (.venv).
+# PEERS=0: without torch, transformers' models, peft and trl; their parity tests skip.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+PYTHON=${PYTHON:-python3}
+VENV=${VENV:-.venv}
+PEERS=${PEERS:-1}
+
+"$PYTHON" -m venv "$VENV"
+if [ "$PEERS" = 1 ]; then
+    # First and by exact version: other requests for torch pull gigabytes of CUDA.
+    "$VENV/bin/pip" install --quiet torch==2.13.0
+    "$VENV/bin/pip" install --quiet -e '.[metrics,test,peers]'
+else
+    "$VENV/bin/pip" install --quiet -e '.[metrics,test]'
+fi
+
+"$VENV/bin/ruff" format --check .
+"$VENV/bin/ruff" check .
+"$VENV/bin/mypy"
+# Two workers for two cores; a file stays on one, with what its tests share.
+"$VENV/bin/python" -m pytest --numprocesses=2 --dist=loadfile "$@"

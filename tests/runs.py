@@ -1,0 +1,71 @@
+"""Tiny runs for the tests of the trainer: two layers, width 64, the embedded data."""
+
+import os
+import pathlib
+import signal
+import sys
+from typing import Any
+
+from jaxtrain.config import default_config
+from jaxtrain.loop import Loop
+from jaxtrain.trainer import TrainingOrchestrator
+
+STEPS = 8
+
+
+def tiny_config(training_type: str, model: str = "", **training: Any) -> Any:
+    """A config of `STEPS` steps in float32 on one device."""
+    config = default_config()
+    config.training.training_type = training_type
+    config.model.name_or_path = model
+    if training_type == "from_scratch":
+        config.model.architecture.hidden_size = 64
+        config.model.architecture.intermediate_size = 96
+        config.model.architecture.num_hidden_layers = 2
+    config.data.max_train_rows, config.data.max_eval_rows = 48, 12
+    config.data.max_length = 64
+    defaults = {
+        "num_gpus": 1,
+        "bf16": False,
+        "learning_rate": 1e-3,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_steps": STEPS,
+        "logging_steps": 1,
+        "save_steps": 3,
+        "eval_steps": 0,
+        "report_to": ("jsonl",),
+    }
+    for name, value in (defaults | training).items():
+        section = config.training
+        *path, last = name.split("__")
+        for part in path:
+            section = section[part]
+        setattr(section, last, value)
+    if training_type == "lora":
+        config.training.lora.lora_dropout = 0.1  # a resumed run must repeat its draws
+    return config
+
+
+def train(config: Any, workdir: pathlib.Path, **datasets: Any) -> dict[str, Any]:
+    """Prepare and train; the results."""
+    orchestrator = TrainingOrchestrator(config, workdir=workdir)
+    orchestrator.prepare()
+    return orchestrator.train(**datasets)
+
+
+def _train_and_die(training_type: str, model: str, workdir: str) -> None:
+    """Run as a subprocess: a run that SIGKILLs itself as it logs step 6."""
+    log = Loop.log
+
+    def log_or_die(self: Loop) -> None:
+        log(self)
+        if self.step == 6:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Loop.log = log_or_die  # type: ignore[method-assign]
+    train(tiny_config(training_type, model), pathlib.Path(workdir))
+
+
+if __name__ == "__main__":
+    _train_and_die(*sys.argv[1:])

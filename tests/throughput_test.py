@@ -1,0 +1,192 @@
+"""Rates, percentiles and MFU on an injected clock; device figures."""
+
+import os
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from jaxtrain import throughput
+from jaxtrain.throughput import (
+    ThroughputMeter,
+    device_memory,
+    host_memory,
+    peak_flops,
+)
+
+
+class Clock:
+    """A clock that a test moves."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def make_meter(**options) -> tuple[ThroughputMeter, Clock]:
+    clock = Clock()
+    return ThroughputMeter(clock=clock, **options), clock
+
+
+def test_rates_count_steps_and_data_but_no_pauses():
+    meter, clock = make_meter(
+        flops_per_token=6e9, device_count=4, peak_flops_per_device=1e12
+    )
+    clock.now += 50  # compiling
+    meter.start()
+    for compute in (2.0, 4.0):
+        with meter.waiting_for_data():
+            clock.now += 1
+        clock.now += compute
+        meter.step(tokens=1000, samples=8)
+        with meter.paused():
+            clock.now += 100
+    report = meter.report()
+    assert report["tokens_per_sec"] == pytest.approx(2000 / 8)
+    assert report["samples_per_sec"] == pytest.approx(16 / 8)
+    assert report["data_wait_share"] == pytest.approx(2 / 8)
+    assert report["mfu"] == pytest.approx(250 * 6e9 / 4e12)
+    for percent in (50, 90, 99):
+        expected = np.percentile([3.0, 5.0], percent)
+        assert report[f"step_time_p{percent}_secs"] == pytest.approx(expected)
+
+
+def test_each_report_starts_anew_and_loses_no_time_between():
+    meter, clock = make_meter()
+    clock.now += 2
+    meter.step(tokens=10, samples=1)
+    with meter.paused():
+        clock.now += 7
+    clock.now += 1
+    assert meter.report()["tokens_per_sec"] == pytest.approx(10 / 2)
+    assert meter.report() == {}
+    clock.now += 3
+    meter.step(tokens=30, samples=1)
+    assert meter.report()["tokens_per_sec"] == pytest.approx(30 / 4)
+
+
+@pytest.mark.parametrize(
+    "known", [{}, {"flops_per_token": 1.0}, {"peak_flops_per_device": 1.0}]
+)
+def test_mfu_is_left_out_where_it_would_be_a_guess(known):
+    meter, clock = make_meter(**known)
+    clock.now += 1
+    meter.step(tokens=1, samples=1)
+    assert "mfu" not in meter.report()
+
+
+def test_a_clock_that_stands_still_gives_no_rate_and_no_error():
+    meter, _ = make_meter()
+    meter.step(tokens=1, samples=1)
+    report = meter.report()
+    assert "tokens_per_sec" not in report and report["step_time_p50_secs"] == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA A100-SXM4-40GB", 312e12),
+        ("NVIDIA A100-PCIE-40GB", 312e12),
+        ("NVIDIA A10G", 125e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40S", 362e12),
+        ("Tesla T4", 65e12),
+        ("Tesla V100-SXM2-16GB", 125e12),
+        ("TPU v4", 275e12),
+        ("TPU v5 lite", 197e12),
+        ("TPU v5e", 197e12),
+        ("TPU v5", 459e12),
+        ("TPU v5p", 459e12),
+        ("TPU v6 lite", 918e12),
+        ("TPU v6e", 918e12),
+        ("cpu", None),
+        ("NVIDIA L40", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("TPU v4 lite", None),
+    ],
+)
+def test_peak_flops_by_device_kind(kind, expected):
+    assert peak_flops(kind) == expected
+
+
+class FakeDevice:
+    """A device with memory statistics, as a GPU gives them."""
+
+    def __init__(self, statistics) -> None:
+        self.statistics = statistics
+
+    def memory_stats(self):
+        return self.statistics
+
+
+def test_device_memory_is_what_the_backend_tells():
+    full = FakeDevice({"bytes_in_use": 2**30, "peak_bytes_in_use": 3 * 2**30})
+    assert device_memory(full) == {
+        "device_memory_gib": 1.0,
+        "device_memory_peak_gib": 3.0,
+    }
+    assert device_memory(FakeDevice({"bytes_in_use": 0})) == {"device_memory_gib": 0.0}
+    assert device_memory(FakeDevice(None)) == {}
+    assert device_memory(jax.devices("cpu")[0]) == {}
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs Linux")
+def test_host_memory_grows_by_what_is_allocated():
+    before = host_memory()["host_memory_gib"]
+    block = np.ones(2**27 // 8)  # 128 MiB, touched
+    grown = host_memory()["host_memory_gib"] - before
+    assert block.size and 0.1 < grown < 0.3
+
+
+class FakeNvml:
+    """Two GPUs: the second is a MIG slice, which tells no utilization."""
+
+    class NVMLError(Exception):
+        pass
+
+    def nvmlDeviceGetCount(self):
+        return 2
+
+    def nvmlDeviceGetHandleByIndex(self, index):
+        return index
+
+    def nvmlDeviceGetHandleByUUID(self, uuid):
+        if uuid != "GPU-abc":
+            raise self.NVMLError
+        return 0
+
+    def nvmlDeviceGetUtilizationRates(self, handle):
+        if handle == 1:
+            raise self.NVMLError
+        return types.SimpleNamespace(gpu=80)
+
+    def nvmlDeviceGetPowerUsage(self, handle):
+        return 300_000 + 100_000 * handle
+
+
+def test_gpu_utilization_is_of_the_visible_devices(monkeypatch):
+    monkeypatch.setattr(throughput, "_open_nvml", FakeNvml)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert throughput.device_utilization() == {
+        "gpu_utilization": 0.8,
+        "gpu_power_watts": 350.0,
+    }
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert throughput.device_utilization() == {"gpu_power_watts": 400.0}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-abc,GPU-gone")
+    assert throughput.device_utilization() == {
+        "gpu_utilization": 0.8,
+        "gpu_power_watts": 300.0,
+    }
+
+
+def test_without_a_driver_nothing_is_said_of_gpus(monkeypatch):
+    monkeypatch.setattr(throughput, "_open_nvml", lambda: None)
+    assert throughput.device_utilization() == {}

@@ -1,0 +1,319 @@
+"""Whole trainings against TRL's, live: every logged number and the final weights.
+
+Both start from one directory and, under LoRA, from the adapter that TRL made. There are
+17 rows in micro-batches of 3, 4 to a step: each epoch's second step has two micro-
+batches, the last of 2 rows. Everything is float32 without dropout.
+"""
+
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from jaxtrain.config import default_config
+from jaxtrain.trainer import TrainingOrchestrator
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+trl = pytest.importorskip("trl")
+pytestmark = [pytest.mark.torch, pytest.mark.slow]
+
+ROWS, EVAL_ROWS, STEPS = 17, 12, 20
+FAMILIES = ("llama", "qwen2")
+METHODS = ("sft", "lora-sft", "dpo", "lora-dpo")
+# By the names that the two trainers share. What else they log are clocks and, of ours,
+# what TRL does not have.
+SFT_METRICS = (
+    "loss", "grad_norm", "learning_rate", "entropy", "mean_token_accuracy",
+    "num_tokens", "epoch",
+)  # fmt: skip
+DPO_METRICS = (
+    *SFT_METRICS, "rewards/chosen", "rewards/rejected", "rewards/margins",
+    "rewards/accuracies", "logps/chosen", "logps/rejected", "logits/chosen",
+    "logits/rejected",
+)  # fmt: skip
+NOT_EVALUATED = ("grad_norm", "learning_rate", "num_tokens", "epoch")
+
+
+def byte_tokenizer() -> Any:
+    """One byte, one token: the text of a row fixes its lengths."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = ["<pad>", "</s>", *alphabet]
+    tokenizer = Tokenizer(
+        models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[])
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>"
+    )
+
+
+def make_rows(objective: str, count: int = ROWS, seed: int = 0) -> list[dict[str, str]]:
+    """Rows of many lengths, some cut at max_length."""
+    draw = np.random.default_rng(seed)
+
+    def letters(low: int, high: int) -> str:
+        return "".join(chr(i) for i in draw.integers(97, 123, draw.integers(low, high)))
+
+    sides = ("chosen", "rejected") if objective == "dpo" else ("completion",)
+    return [
+        {"prompt": letters(2, 8), **{side: letters(1, 18) for side in sides}}
+        for _ in range(count)
+    ]
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def base(request: Any, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A directory with a tiny random model, its logits wide, and its tokenizer."""
+    import transformers
+
+    torch.set_num_threads(1)  # more cost tiny matrices more than they bring
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(
+        request.param,
+        vocab_size=272,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.12,
+        tie_word_embeddings=request.param == "qwen2",
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    path = tmp_path_factory.mktemp(request.param)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    return path
+
+
+SETTINGS: dict[str, Any] = {
+    "learning_rate": 1e-3,
+    "weight_decay": 0.01,
+    "warmup_steps": 3,
+    "lr_scheduler_type": "cosine",
+    "max_grad_norm": 1.0,
+    "per_device_train_batch_size": 3,
+    "per_device_eval_batch_size": EVAL_ROWS,
+    "gradient_accumulation_steps": 4,
+    "max_steps": STEPS,
+    "logging_steps": 1,
+}
+LORA: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
+# Adapters start at zero; after small steps, rewards would be log-probs' rounding.
+LORA_SETTINGS = SETTINGS | {"learning_rate": 1e-2}
+MAX_LENGTH = 20
+
+
+class Trained(NamedTuple):
+    """A trainer's logs, final tensors by PyTorch's names, and last evaluation."""
+
+    logs: list[dict[str, float]]
+    weights: dict[str, np.ndarray]
+    evaluated: dict[str, float]
+
+
+def train_with_trl(
+    method: str, base: Any, out: pathlib.Path, **options: Any
+) -> Trained:
+    """Train a directory's model, or a PEFT model as it is.
+
+    Under LoRA, the adapter before the first step goes to `out/start`.
+    """
+    from datasets import Dataset
+
+    objective = method.removeprefix("lora-")
+    config_class, trainer_class = (
+        (trl.DPOConfig, trl.DPOTrainer)
+        if objective == "dpo"
+        else (trl.SFTConfig, trl.SFTTrainer)
+    )
+    with_lora = method.startswith("lora-")
+    settings = LORA_SETTINGS if with_lora else SETTINGS
+    adapter = peft.LoraConfig(task_type="CAUSAL_LM", **LORA)
+    eval_rows = make_rows(objective, EVAL_ROWS, seed=1)
+    trainer = trainer_class(
+        model=str(base) if isinstance(base, pathlib.Path) else base,
+        args=config_class(
+            **settings | options,
+            output_dir=str(out),
+            max_length=MAX_LENGTH,
+            train_sampling_strategy="sequential",
+            bf16=False,
+            gradient_checkpointing=False,
+            use_cpu=True,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        ),
+        train_dataset=Dataset.from_list(make_rows(objective)),
+        eval_dataset=Dataset.from_list(eval_rows),
+        processing_class=byte_tokenizer(),
+        peft_config=adapter if with_lora and isinstance(base, pathlib.Path) else None,
+    )
+    if with_lora:
+        trainer.model.save_pretrained(out / "start")
+    trainer.train()
+    trainer.model.save_pretrained(out / "end")
+    name = "adapter_model" if with_lora else "model"
+    return Trained(
+        [log for log in trainer.state.log_history if "loss" in log],
+        safetensors.numpy.load_file(out / "end" / f"{name}.safetensors"),
+        trainer.evaluate(),
+    )
+
+
+def train_with_jaxtrain(
+    method: str, base: pathlib.Path, start: pathlib.Path, out: pathlib.Path,
+    **options: Any,
+) -> Trained:  # fmt: skip
+    objective = method.removeprefix("lora-")
+    config = default_config()
+    config.model.name_or_path = str(base)
+    config.data.shuffle = False
+    config.data.max_length = MAX_LENGTH
+    with_lora = method.startswith("lora-")
+    settings = LORA_SETTINGS if with_lora else SETTINGS
+    training = config.training
+    training.training_type = objective
+    for name, value in (settings | options).items():
+        training[name] = value
+    training.num_gpus = 1
+    training.bf16 = False
+    training.save_steps = 0
+    training.eval_steps = training.max_steps
+    training.report_to = ("jsonl",)
+    if with_lora:
+        training.lora.enabled = True
+        training.lora.init_from = str(start)
+    trainer = TrainingOrchestrator(config, workdir=out)
+    trainer.prepare()
+    trainer.train(make_rows(objective), make_rows(objective, EVAL_ROWS, seed=1))
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    file = "model/model.safetensors"
+    if with_lora:
+        file = "adapter/adapter_model.safetensors"
+    return Trained(
+        [record for record in records if "loss" in record],
+        safetensors.numpy.load_file(out / file),
+        next(record for record in records if "eval_loss" in record),
+    )
+
+
+def assert_equal_trainings(ours: Trained, theirs: Trained, objective: str) -> None:
+    names = DPO_METRICS if objective == "dpo" else SFT_METRICS
+    for name in names:
+        assert_equal(
+            name, [log[name] for log in ours.logs], [log[name] for log in theirs.logs]
+        )
+    assert ours.weights.keys() == theirs.weights.keys()
+    for name, tensor in theirs.weights.items():
+        np.testing.assert_allclose(
+            ours.weights[name], tensor, atol=1e-4, rtol=0, err_msg=name
+        )
+    # In one batch. Of several, TRL takes the mean of means; we, that of all rows.
+    for name in set(names) - set(NOT_EVALUATED):
+        key = f"eval_{name}"
+        assert_equal(name, ours.evaluated[key], theirs.evaluated[key])
+
+
+def assert_equal(name: str, ours: Any, theirs: Any) -> None:
+    np.testing.assert_allclose(
+        np.asarray(ours, float),
+        np.asarray(theirs, float),
+        rtol=1e-4,
+        # Means of logits of either sign and size 1: they may cancel to nearly 0.
+        atol=1e-6 if name.startswith("logits/") else 0,
+        err_msg=name,
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_twenty_steps_log_and_learn_what_trl_does(
+    method: str, base: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    theirs = train_with_trl(method, base, tmp_path / "trl")
+    ours = train_with_jaxtrain(
+        method, base, tmp_path / "trl" / "start", tmp_path / "ours"
+    )
+    assert len(ours.logs) == len(theirs.logs) == STEPS
+    assert_equal_trainings(ours, theirs, method.removeprefix("lora-"))
+
+
+@pytest.mark.parametrize("base", ["llama"], indirect=True)
+@pytest.mark.parametrize("method", ["lora-dpo", "lora-sft"])
+def test_an_adapter_trains_on_as_in_trl(
+    method: str, base: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """DPO: it is its own reference. SFT: DoRA, with ranks and alphas by module.
+
+    The logs are of three steps, which differ in their number of micro-batches.
+    """
+    import transformers
+
+    variants: dict[str, Any] = {
+        "use_dora": True,
+        "rank_pattern": {"down_proj": 6},
+        "alpha_pattern": {"q_proj": 3},
+    }
+    adapter = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        init_lora_weights=False,
+        **LORA,
+        **(variants if method == "lora-sft" else {}),
+    )
+    model = peft.get_peft_model(
+        transformers.AutoModelForCausalLM.from_pretrained(base), adapter
+    )
+    options = {"max_steps": 6, "logging_steps": 3, "learning_rate": 1e-3}
+    theirs = train_with_trl(method, model, tmp_path / "trl", **options)
+    ours = train_with_jaxtrain(
+        method, base, tmp_path / "trl" / "start", tmp_path / "ours", **options
+    )
+    assert len(ours.logs) == len(theirs.logs) == 2
+    assert_equal_trainings(ours, theirs, method.removeprefix("lora-"))
+
+
+@pytest.mark.parametrize("base", ["llama"], indirect=True)
+def test_a_pissa_run_exports_an_adapter_of_the_original_base(
+    base: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """DPO with DoRA too: step 1 has no margin, and `model` is base and `adapter`."""
+    import transformers
+
+    config = default_config()
+    config.model.name_or_path = str(base)
+    config.data.max_length = MAX_LENGTH
+    config.training.training_type = "dpo"
+    for name, value in (LORA_SETTINGS | {"max_steps": 3}).items():
+        config.training[name] = value
+    config.training.update({"num_gpus": 1, "bf16": False, "save_steps": 0})
+    config.training.update({"eval_steps": 0, "report_to": ("jsonl",)})
+    config.training.lora.enabled = True
+    config.training.lora.update({"r": 4, "init_lora_weights": "pissa"})
+    config.training.lora.use_dora = True
+    trainer = TrainingOrchestrator(config, workdir=tmp_path)
+    trainer.prepare()
+    trainer.train(make_rows("dpo"))
+    first = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["loss"] == pytest.approx(np.log(2), abs=1e-6)
+
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    adapted = peft.PeftModel.from_pretrained(load(base), tmp_path / "adapter")
+    tokens = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        expected, start = (m.eval()(tokens).logits for m in (adapted, load(base)))
+        merged = load(tmp_path / "model").eval()(tokens).logits
+    assert (expected - start).abs().max() > 0.05
+    np.testing.assert_allclose(merged, expected, atol=1e-5)
