@@ -63,23 +63,30 @@ def model_config(shape: str) -> ModelConfig:
     )
 
 
-def make_rows(rows: int, length: int, prompt: int, seed: int) -> Batch:
-    """Rows [1, B, T] of one document each; the prompt is not counted."""
+def make_rows(
+    rows: int, length: int, prompt: int, seed: int, document: int | None = None
+) -> Batch:
+    """Rows [1, B, T] of documents of one length; the prompt is not counted."""
     rng = np.random.default_rng(seed)
     shape = (1, rows, length)
     mask = np.ones(shape, np.float32)
     mask[..., :prompt] = 0
-    positions = np.broadcast_to(np.arange(length, dtype=np.int32), shape)
+    place = np.arange(length, dtype=np.int32)
+    document = length if document is None else document
+    positions = np.broadcast_to(place % document, shape)
+    segments = np.broadcast_to(place // document + 1, shape)
     return Batch(
         tokens=rng.integers(0, 151936, shape, np.int32),
         targets=rng.integers(0, 151936, shape, np.int32),
-        segment_ids=np.ones(shape, np.int32),
+        segment_ids=segments.copy(),
         positions=positions.copy(),
         loss_mask=mask,
     )
 
 
-def run_case(name: str, steps: int, attention: str, chunk: int) -> dict[str, Any]:
+def run_case(
+    name: str, steps: int, attention: str, chunk: int, document: int | None
+) -> dict[str, Any]:
     """Time `steps` steps after three to warm up."""
     shape, objective_name, with_lora, remat, rows, length, peer = CASES[name]
     config = model_config(shape)
@@ -94,7 +101,7 @@ def run_case(name: str, steps: int, attention: str, chunk: int) -> dict[str, Any
         remat=remat,
         attention=attention,
         loss_chunk=chunk,
-        packed=False,
+        packed=document is not None,
     )
     params = jax.jit(decoder.init)(jax.random.key(0))
     frozen: Any = {}
@@ -138,7 +145,7 @@ def run_case(name: str, steps: int, attention: str, chunk: int) -> dict[str, Any
         rng=jax.random.key(2),
     )
     del params, trainable, frozen
-    batch: Any = make_rows(rows, length, 0, 0)
+    batch: Any = make_rows(rows, length, 0, 0, document)
     if pairs:
         batch = PairBatch(
             make_rows(rows, length, 512, 0), make_rows(rows, length, 512, 1)
@@ -176,6 +183,7 @@ def run_case(name: str, steps: int, attention: str, chunk: int) -> dict[str, Any
         "warmup_secs": round(warmup_secs, 1),
         "attention": attention,
         "chunk": chunk,
+        "document": document,
     }
 
 
@@ -185,12 +193,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--chunk", type=int, default=4096)
+    parser.add_argument(
+        "--document", type=int, help="next-token rows of packed documents this long"
+    )
     arguments = parser.parse_args()
     run = functools.partial(
         run_case,
         steps=arguments.steps,
         attention=arguments.attention,
         chunk=arguments.chunk,
+        document=arguments.document,
     )
     device = jax.devices()[0].device_kind
     print(json.dumps({"device": device, "jax": jax.__version__}), flush=True)

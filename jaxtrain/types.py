@@ -56,8 +56,9 @@ class PairBatch:
 class WeightedSum:
     """A sum and its weight; added over micro-batches and devices, divided once.
 
-    Averages of averages depend on how rows fall into batches. Sums do not, so
-    accumulation, mesh shape and padding never change a reported number.
+    Averages of averages depend on how rows fall into batches. Sums do not, so mesh
+    shape and padding never change a number, nor does accumulation, but where the step
+    is told to weigh micro-batches alike, as TRL does for pairs.
     """
 
     total: Float[Array, ""]

@@ -1,0 +1,88 @@
+"""The command line: every config runs to the end, shortened; bad input ends it early."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def run_main(*arguments, cwd=ROOT):
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "",
+        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
+    }
+    return subprocess.run(
+        [sys.executable, "-m", "jaxtrain.main", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=environment,
+        check=False,
+    )
+
+
+SHORT = (
+    "--config.training.max_steps=2",
+    "--config.training.eval_on_start=False",
+    "--config.training.logging_steps=1",
+    "--config.data.max_train_rows=64",
+    "--config.data.max_eval_rows=16",
+)
+
+
+@pytest.mark.parametrize("name", ["from_scratch", "sft", "lora", "dpo"])
+def test_every_config_runs_to_the_end(name, tmp_path):
+    finished = run_main(f"--config=configs/{name}.py", f"--workdir={tmp_path}", *SHORT)
+    assert finished.returncode == 0, finished.stderr[-3000:] + finished.stdout[-3000:]
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert [r["step"] for r in records if "loss" in r] == [1, 2]
+    assert any("eval_loss" in r for r in records)
+    assert (tmp_path / "model" / "model.safetensors").is_file()
+    assert (tmp_path / "adapter").is_dir() == (name == "lora")
+
+
+def test_a_yaml_file_in_the_documented_form_runs(tmp_path):
+    (tmp_path / "run.yaml").write_text(
+        """\
+training:
+  training_type: "sft"
+  num_gpus: 1
+  bf16: false
+  max_steps: 1
+  report_to: []
+  sft:
+    per_device_train_batch_size: 2
+    learning_rate: 2e-5
+    warmup_ratio: 0.1
+    lr_scheduler_type: "cosine"
+data:
+  max_train_rows: 8
+  max_eval_rows: 4
+"""
+    )
+    finished = run_main(
+        f"--config=configs/from_yaml.py:{tmp_path / 'run.yaml'}",
+        f"--workdir={tmp_path / 'out'}",
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:] + finished.stdout[-3000:]
+    assert (tmp_path / "out" / "model" / "config.json").is_file()
+
+
+def test_bad_values_end_with_code_2_and_all_the_reasons(tmp_path):
+    finished = run_main(
+        "--config=configs/dpo.py",
+        f"--workdir={tmp_path / 'out'}",
+        "--config.training.dpo.beta=-1.0",
+        "--config.training.warmup_ratio=2.0",
+    )
+    assert finished.returncode == 2
+    assert "training.dpo.beta = -1.0" in finished.stdout
+    assert "training.warmup_ratio = 2.0" in finished.stdout
+    assert not (tmp_path / "out").exists()
