@@ -39,10 +39,11 @@ def main(argv: list[str]) -> None:
     try:
         orchestrator = trainer.TrainingOrchestrator(config, workdir=_WORKDIR.value)
         orchestrator.prepare()
+        train_data, eval_data = orchestrator.prepare_data()
     except ValueError as error:
         logger.error("%s", error)
         sys.exit(2)
-    orchestrator.train()
+    orchestrator.train(train_data, eval_data)
 
 
 def _set_up_logging() -> None:

@@ -309,6 +309,25 @@ class TrainingOrchestrator:
 
     # --- train -----------------------------------------------------------------------
 
+    def prepare_data(
+        self,
+        train_dataset: Rows | PreparedDataset | None = None,
+        eval_dataset: Rows | PreparedDataset | None = None,
+    ) -> tuple[PreparedDataset, PreparedDataset | None]:
+        """Rows to train and to evaluate on, checked and tokenized; see `train`.
+
+        Raises:
+            ValueError: no such data, or bad rows.
+        """
+        if train_dataset is None:
+            train_dataset = self.load_training_data()
+            if eval_dataset is None:
+                eval_dataset = self.load_evaluation_data()
+        return (
+            self.prepare_rows(train_dataset),
+            None if eval_dataset is None else self.prepare_rows(eval_dataset),
+        )
+
     def train(
         self,
         train_dataset: Rows | PreparedDataset | None = None,
@@ -329,12 +348,7 @@ class TrainingOrchestrator:
         run, model = self._prepared_run(), self._loaded_model()
         if not model.params:
             raise ValueError("this model is trained already: call prepare() again")
-        if train_dataset is None:
-            train_dataset = self.load_training_data()
-            if eval_dataset is None:
-                eval_dataset = self.load_evaluation_data()
-        train_data = self.prepare_rows(train_dataset)
-        eval_data = None if eval_dataset is None else self.prepare_rows(eval_dataset)
+        train_data, eval_data = self.prepare_data(train_dataset, eval_dataset)
         packed = train_data.packed or (eval_data is not None and eval_data.packed)
         model.decoder = dataclasses.replace(model.decoder, packed=packed)
 

@@ -1,4 +1,4 @@
-"""The command line: every config runs to the end, shortened; bad input ends it early."""
+"""The command line: every config runs to the end; bad input ends it early."""
 
 import json
 import os
@@ -86,3 +86,17 @@ def test_bad_values_end_with_code_2_and_all_the_reasons(tmp_path):
     assert "training.dpo.beta = -1.0" in finished.stdout
     assert "training.warmup_ratio = 2.0" in finished.stdout
     assert not (tmp_path / "out").exists()
+
+
+def test_a_bad_row_ends_with_code_2_its_number_and_the_reason(tmp_path):
+    rows = [{"prompt": "a", "completion": " b"}, {"prompt": "c", "completion": None}]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    finished = run_main(
+        "--config=configs/sft.py",
+        f"--workdir={tmp_path / 'out'}",
+        f"--config.data.train={data}",
+    )
+    assert finished.returncode == 2, finished.stderr[-2000:]
+    assert "1 of 2 rows" in finished.stdout
+    assert "completion" in finished.stdout
