@@ -67,7 +67,7 @@ def measure(
     difficulty = np.concatenate(found)[: len(data)].astype(np.float32)
     logger.info(
         "difficulty of %d rows: %.3f to %.3f nats a token",
-        len(data), difficulty.min(), difficulty.max(),
+        len(data), np.min(difficulty), np.max(difficulty),
     )  # fmt: skip
     if jax.process_index() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -138,7 +138,7 @@ def _lengths(lengths: np.ndarray, max_length: int) -> Iterator[str]:
     width = max(-(-int(lengths.max()) // 10), 1)
     counts = np.bincount((lengths - 1) // width)
     for index, count in enumerate(counts):
-        bar = "#" * int(np.ceil(_BAR * count / counts.max()))
+        bar = "#" * int(np.ceil(_BAR * count / np.max(counts)))
         yield f"  {index * width + 1:>7}-{(index + 1) * width:<7} {count:>8} {bar}"
 
 

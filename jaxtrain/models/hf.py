@@ -32,7 +32,7 @@ from jaxtrain.types import Params
 
 __all__ = ["load_config", "load_params", "resolve_model_path", "save_pretrained"]
 
-_NUMPY_TYPES = {
+_NUMPY_TYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from jaxtrain.kernels.attention.blocked import LOG2_E, Options, scale_scores
@@ -68,13 +69,16 @@ def choose_width(width: int) -> int:
     )
 
 
-def matrix_memory(shape: tuple[int, ...], dtype: jnp.dtype) -> Any:
+def matrix_memory(shape: tuple[int, ...], dtype: DTypeLike) -> Any:
     """Shared memory for wgmma operands and TMA: 8 x 64 tiles, 128-byte swizzle."""
-    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    # Any: from jax 0.12 on their annotations claim that they are abstract.
+    tiling: Any = plgpu.TilingTransform
+    swizzle: Any = plgpu.SwizzleTransform
+    transforms = (tiling((8, 64)), swizzle(128))
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
-def vector_memory(shape: tuple[int, ...], dtype: jnp.dtype) -> Any:
+def vector_memory(shape: tuple[int, ...], dtype: DTypeLike) -> Any:
     """Shared memory for one number a row or column of a tile."""
     return plgpu.SMEM(shape, dtype)
 
