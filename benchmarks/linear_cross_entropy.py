@@ -32,7 +32,6 @@ SHAPES = [  # tokens, width, vocabulary
     (8192, 4096, 262144),
 ]
 SMOKE = [(256, 64, 2048)]
-CHUNKS = (256, 1024, 2048)
 ROUNDS, CALLS = 5, 5
 
 
@@ -121,6 +120,7 @@ def measure_liger(inputs: tuple) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="tiny shapes")
+    parser.add_argument("--chunks", default="256,1024,2048", help="of ours")
     arguments = parser.parse_args()
     print(jax.devices()[0].device_kind, "jax", jax.__version__)
     rows = []
@@ -132,7 +132,8 @@ def main() -> None:
                 h, w, t, chunk=chunk, with_stats=False
             )[0]
 
-        found = [measure_jax(f"ours, chunk {c}", ours(c), inputs) for c in CHUNKS]
+        chunks = map(int, arguments.chunks.split(","))
+        found = [measure_jax(f"ours, chunk {c}", ours(c), inputs) for c in chunks]
         found.append(measure_jax("naive", naive_log_probs, inputs))
         found.append(measure_liger(inputs))
         for row in found:

@@ -5,10 +5,12 @@
 Each case is the step that `jaxtrain.trainer` runs: bfloat16 compute, float32 master
 weights, AdamW, on random weights of Qwen2.5's shapes and rows without padding. The
 peers' figures beside it, of TRL 1.16 with Liger on one H200, are those of the design.
+`dpo_0.5b_shared` and its like hold each prompt once (data.share_prompts).
 One line of JSON a case; where a case fails, its error.
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import time
@@ -25,7 +27,7 @@ from jaxtrain.objectives import make_objective
 from jaxtrain.schedules import make_schedule
 from jaxtrain.step import make_train_step
 from jaxtrain.throughput import peak_flops
-from jaxtrain.types import Batch, PairBatch, TrainState
+from jaxtrain.types import Batch, PairBatch, TrainState, share_prompts
 
 SHAPES = {
     "0.5b": {
@@ -48,6 +50,9 @@ CASES: dict[str, tuple[str, str, bool, str, int, int, float]] = {
     "dpo_3b": ("3b", "preference", False, "full", 8, 1024, 8.1),
     "dpo_lora_3b": ("3b", "preference", True, "full", 8, 1024, 9.1),
 }
+
+PROMPT = 512  # tokens of each pair's
+SHARED = "_shared"  # behind a case of pairs: their prompts are computed once
 
 
 def model_config(shape: str) -> ModelConfig:
@@ -84,11 +89,30 @@ def make_rows(
     )
 
 
+def make_shared_rows(rows: int, length: int) -> Batch:
+    """The same pairs of `length` a side, in rows that hold the prompt once."""
+    response = length - PROMPT
+    apart = make_rows(rows, PROMPT + 2 * response, PROMPT, 0)
+    segments = np.repeat([1, 2, 3], [PROMPT, response, response])
+    place = np.arange(PROMPT + 2 * response)
+    positions = np.where(segments == 3, place - response, place)
+    prompts = np.where(segments > 1, 1, 0)
+    ids = [
+        np.broadcast_to(values, apart.tokens.shape).astype(np.int32)
+        for values in (segments, positions, prompts)
+    ]
+    return dataclasses.replace(
+        apart, segment_ids=ids[0], positions=ids[1], prompt_ids=ids[2]
+    )
+
+
 def run_case(
     name: str, steps: int, attention: str, chunk: int, document: int | None
 ) -> dict[str, Any]:
     """Time `steps` steps after three to warm up."""
-    shape, objective_name, with_lora, remat, rows, length, peer = CASES[name]
+    shared = name.endswith(SHARED)
+    case = CASES[name.removesuffix(SHARED)]
+    shape, objective_name, with_lora, remat, rows, length, peer = case
     config = model_config(shape)
     pairs = objective_name == "preference"
     settings = lora.LoraConfig(
@@ -110,14 +134,7 @@ def run_case(
         adapters = lora.init_adapters(jax.random.key(1), params, settings)
         trainable, frozen = lora.trainable_and_frozen(params, adapters, settings)
         lora_shape = LoraShape(16, settings.scaling, 0.0, frozenset(targets))
-        scorer = Decoder(
-            **{
-                f: getattr(decoder, f)
-                for f in decoder.__dataclass_fields__
-                if f != "lora"
-            },
-            lora=lora_shape,
-        )
+        scorer = dataclasses.replace(decoder, lora=lora_shape)
     else:
         trainable, scorer = params, decoder
         if pairs:
@@ -148,8 +165,10 @@ def run_case(
     batch: Any = make_rows(rows, length, 0, 0, document)
     if pairs:
         batch = PairBatch(
-            make_rows(rows, length, 512, 0), make_rows(rows, length, 512, 1)
+            make_rows(rows, length, PROMPT, 0), make_rows(rows, length, PROMPT, 1)
         )
+    if pairs and shared:
+        batch = share_prompts(make_shared_rows(rows, length))
     batch = jax.device_put(batch)
     start = time.perf_counter()
     for _ in range(3):
@@ -166,7 +185,7 @@ def run_case(
     device = jax.devices()[0]
     rate = (rows if pairs else rows * length) / secs
     forwards = (2 if with_lora else 3) + pairs
-    tokens = rows * length * (2 if pairs else 1)
+    tokens = batch.shared.tokens.size if shared else rows * length * (1 + pairs)
     flops = config.flops_per_token(length) / 3 * forwards * tokens
     peak = peak_flops(device.device_kind)
     memory = (device.memory_stats() or {}).get("peak_bytes_in_use", 0) / 2**30

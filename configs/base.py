@@ -57,7 +57,8 @@ def model() -> Section:
         "loss_chunk_tokens": 1024,
         # Sizes for from_scratch, by the names of a Hugging Face config.json.
         "architecture": {
-            # llama | qwen2 | qwen3 | mistral | gemma2 | gemma3_text | phi3
+            # llama | qwen2 | qwen3 | mistral | gemma2 | gemma3_text | phi3 | mixtral |
+            # qwen3_moe
             "model_type": "llama",
             "vocab_size": unset(int),  # unset: the tokenizer's
             "hidden_size": 128,
@@ -89,6 +90,12 @@ def model() -> Section:
             "attn_logit_softcapping": unset(float),  # Gemma 2
             "final_logit_softcapping": unset(float),  # Gemma 2
             "query_pre_attn_scalar": unset(float),  # Gemma: attention scale ** -2
+            "num_experts": unset(int),  # mixtral, qwen3_moe: MLPs in each layer
+            "num_experts_per_tok": unset(int),  # of these, how many a token goes to
+            "moe_intermediate_size": unset(int),  # qwen3_moe: width of one expert
+            # qwen3_moe: let the weights of a token's experts sum to 1
+            "norm_topk_prob": unset(bool),
+            "router_aux_loss_coef": unset(float),  # training's, where that is unset
             "initializer_range": 0.02,  # standard deviation of new weights
         },
     }
@@ -117,6 +124,10 @@ def data() -> Section:
         # Several documents or pairs a row, each blind to the others. Unset: only
         # from_scratch.
         "packing": unset(bool),
+        # Preference rows: compute each prompt once, its two completions behind it in
+        # one row, each blind to the other. The same numbers with fewer tokens; packed,
+        # a row holds up to 2 * max_length of them.
+        "share_prompts": False,
         "shuffle": True,  # anew each epoch, from training.seed
         # error | skip: a row that is malformed, or has nothing to train on.
         "on_bad_row": "error",
@@ -127,8 +138,19 @@ def data() -> Section:
         "chat_template": unset(str),
         "max_train_rows": unset(int),  # the first so many; unset: all
         "max_eval_rows": unset(int),  # the first so many; unset: all
+        # Read training rows as they are needed, never all of them: for data larger than
+        # the disk's or the hub's patience. Rows are checked as they come; max_steps
+        # must be given; rows are as long as max_length, so pack where you can.
+        # Evaluation rows are not streamed.
+        "streaming": False,
+        # Streaming: rows shuffled together, over all devices; at least a window on
+        # each.
+        "shuffle_buffer_size": 10_000,
+        # Streaming: rows tokenized, and packed best-fit, together.
+        "stream_window_rows": 1000,
         # Keep token ids on disk, by a hash of data, tokenizer and options, and map
-        # them into memory: later runs and other processes need not tokenize.
+        # them into memory: later runs and other processes need not tokenize. Streamed
+        # rows are never kept.
         "cache": True,
         "cache_dir": unset(str),  # unset: $JAXTRAIN_CACHE, or ~/.cache/jaxtrain
     }
@@ -230,6 +252,9 @@ def hyperparameters() -> Section:
         # one | never: refuse to write over it.
         "resume_from_checkpoint": "auto",
         "use_auxiliary_loss": False,  # add a TrainingOrchestrator subclass's loss
+        # Weight of a mixture of experts' load-balancing loss (the metric aux_loss);
+        # unset: the model's own config says. 0: off. Refused for other models.
+        "router_aux_loss_coef": unset(float),
         # auto (next_token; dpo: preference) | orpo | cpo | simpo | kto, all of
         # training_type dpo | module:function, your own: see jaxtrain.objectives.
         "objective": "auto",
@@ -314,7 +339,8 @@ def lora() -> Section:
         "lora_alpha": 32,  # adapters count lora_alpha / r
         "lora_dropout": 0.0,  # in [0, 1), of the adapter's input
         # "all-linear", a regular expression of whole module names, or a list of
-        # names such as ["q_proj", "v_proj"].
+        # names such as ["q_proj", "v_proj"]. embed_tokens and lm_head may be among
+        # them; all-linear leaves them out, as PEFT does.
         "target_modules": several("all-linear"),
         "bias": "none",  # none | all | lora_only: biases that train too
         "use_rslora": False,  # count lora_alpha / sqrt(r) (arXiv:2312.03732)
@@ -330,6 +356,18 @@ def lora() -> Section:
         # {"down_proj": 32}. Regular expressions of a name's end, alike in all layers.
         "rank_pattern": several(None),
         "alpha_pattern": several(None),
+        # Where the head is the embedding: one adapter for both, if either is a target.
+        # False: each its own, and the merged model's head is a matrix of its own.
+        "ensure_weight_tying": False,
+        # QLoRA (arXiv:2305.14314): keep the frozen layers' kernels as nf4 (4.5 bits a
+        # weight) or int8 (8.5 bits). Needs jaxtrain[qlora]. Unset: in the compute
+        # dtype.
+        "quantization": unset(str),
+        "quantization_block_size": 64,  # inputs that share a scale; even
+        # The same by transformers' names: nf4, int8, and the only 4-bit type.
+        "load_in_4bit": False,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": "nf4",
         # A directory with a PEFT adapter to start from, such as an earlier run's
         # adapter/. It brings its own settings; of the keys here, only lora_dropout
         # and enabled are read. The DPO reference is the base with that adapter.
@@ -381,7 +419,15 @@ def mesh() -> Section:
         # under deepspeed.zero_stage 3, what remains.
         "fsdp": unset(int),
         "tensor": 1,  # devices that split heads, MLP and vocabulary of one row
-        "context": 1,  # only 1: rows are not split over devices
+        # Devices that share the tokens of one row, for rows too long for one; each
+        # reads the keys of the whole row. 1, 2, 4, 8, 16 or 32.
+        "context": 1,
+        "expert": 1,  # reserved: a mixture's experts are split over fsdp
+        "stage": 1,  # reserved: a pipeline of layers
+        # Slices (devices joined by fast links) that data goes over, as part of its
+        # size. Both unset: all slices present, over data as far as that divides.
+        "dcn_data": unset(int),
+        "dcn_fsdp": unset(int),  # the same for fsdp: slower links gather weights
     }
 
 

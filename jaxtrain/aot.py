@@ -3,14 +3,18 @@
     python -m jaxtrain.aot --config=configs/dpo.py --topology=v5e:4x4 \\
         --config.model.name_or_path=configs/shapes/qwen2.5-3b
 
-Needs `jax[tpu]` (it brings libtpu, the compiler) and no TPU; of a model its config.json
-is enough. Exits with 3 where the step does not fit.
+`--search` tries mesh shapes, rematerialization and batch sizes in place of the
+config's. Needs `jax[tpu]` (it brings libtpu, the compiler) and no TPU; of a model its
+config.json is enough. Exits with 3 where the step does not fit.
 """
 
 import dataclasses
+import functools
+import math
 import os
 import sys
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from absl import app, flags
@@ -25,108 +29,34 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from jaxtrain import model_manager, trainer
+from jaxtrain import aot_search, model_manager, trainer
+from jaxtrain.aot_report import CHIPS, Chip, Report, describe
 from jaxtrain.config import RunConfig, resolve
 from jaxtrain.hlo_cost import analyze
 from jaxtrain.jaxpr_cost import count_flops
 from jaxtrain.types import Batch, PairBatch
 
-_GIB = 2.0**30
 DOES_NOT_FIT = 3
 
 
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """Public figures of one jax device of a TPU generation.
-
-    `flops`: dense bfloat16 FLOP/s. `memory_bytes`, `memory_rate`: HBM and bytes/s.
-    `link_rate`: bytes/s that all its inter-chip links bring in together.
-    """
-
-    name: str
-    flops: float
-    memory_bytes: float
-    memory_rate: float
-    link_rate: float
-
-
-# By the makers' documentation (cloud.google.com/tpu/docs). A v7x chip is two devices.
-CHIPS = {
-    "TPU v4": Chip("v4", 275e12, 32 * _GIB, 1.23e12, 270e9),
-    "TPU v5 lite": Chip("v5e", 197e12, 16 * _GIB, 0.82e12, 180e9),
-    "TPU v5": Chip("v5p", 459e12, 95 * _GIB, 2.77e12, 540e9),
-    "TPU v6 lite": Chip("v6e", 918e12, 32 * _GIB, 1.64e12, 360e9),
-    "TPU7x": Chip("v7x core", 1153e12, 96 * _GIB, 3.69e12, 300e9),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """One step of one run on one topology; bytes and FLOPs are of one device.
-
-    `flops` counts what is computed (recomputation too), `model_flops` what the model
-    needs. A step that does not fit has no more than `refusal`.
-    """
-
-    topology: str
-    device_count: int
-    chip: Chip
-    tokens: int
-    run: RunConfig
-    compile_secs: float
-    refusal: str | None = None
-    argument_bytes: float = 0.0
-    temporary_bytes: float = 0.0
-    code_bytes: float = 0.0
-    host_bytes: float = 0.0
-    flops: float = 0.0
-    model_flops: float = 0.0
-    bytes_accessed: float = 0.0
-    collectives: dict[str, tuple[float, float]] = dataclasses.field(
-        default_factory=dict
-    )
-
-    @property
-    def device_bytes(self) -> float:
-        """Peak of device memory: arguments (outputs take their place) and the rest."""
-        return self.argument_bytes + self.temporary_bytes + self.code_bytes
-
-    @property
-    def fits(self) -> bool:
-        return self.refusal is None and self.device_bytes <= self.chip.memory_bytes
-
-    @property
-    def secs(self) -> dict[str, float]:
-        """The least time for each resource, were the others free."""
-        received = sum(size for _, size in self.collectives.values())
-        return {
-            "compute": self.flops / self.chip.flops,
-            "memory": self.bytes_accessed / self.chip.memory_rate,
-            "links": received / self.chip.link_rate,
-        }
-
-    @property
-    def step_secs(self) -> float:
-        """No step is faster: all resources at their peak, fully overlapped."""
-        return max(self.secs.values())
-
-    @property
-    def mfu(self) -> float:
-        """No step has a higher model FLOPs utilization (arXiv:2204.02311)."""
-        return self.model_flops / self.chip.flops / self.step_secs
-
-
-def compile_step(config: Any, topology: str) -> Report:
+def compile_step(config: Any, topology: str, num_slices: int = 1) -> Report:
     """Compile the train step of `config` for `topology`, such as "v5e:4x4".
 
     Args:
         config: what `TrainingOrchestrator` takes. Its mesh spans the topology.
-        topology: generation and shape: v4, v5e, v5p, v6e, tpu7x.
+        topology: generation and shape of a slice: v4, v5e, v5p, v6e, tpu7x.
+        num_slices: how many of them, joined by the data centre's network.
 
     Raises:
         ValueError: libtpu knows no such topology, or is not installed; the config.
     """
-    devices = _describe(topology)
+    return compile_for(config, describe_devices(topology, num_slices), topology)
+
+
+def compile_for(
+    config: Any, devices: Sequence[Any], topology: str, *, chip: Chip | None = None
+) -> Report:
+    """`compile_step` for devices that `describe_devices` made; `topology` is a name."""
     run = resolve(config, device_count=len(devices))
     model = model_manager.load_abstract_model(run, devices)
     model.decoder = dataclasses.replace(model.decoder, packed=run.data.packing)
@@ -144,7 +74,7 @@ def compile_step(config: Any, topology: str) -> Report:
     report = Report(
         topology=topology,
         device_count=len(devices),
-        chip=CHIPS[devices[0].device_kind],
+        chip=chip or CHIPS[devices[0].device_kind],
         tokens=sum(
             leaf.size
             for path, leaf in jax.tree.leaves_with_path(batch)
@@ -158,12 +88,6 @@ def compile_step(config: Any, topology: str) -> Report:
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        if "CustomSPMDPartitioning" in str(error):
-            raise ValueError(
-                f"model.attention = {run.model.attention!r} cannot compile here: jax"
-                " gives the rule by which a kernel is split over devices to TPUs that"
-                " are present only. Set 'xla' to see what fits"
-            ) from error
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return dataclasses.replace(report, refusal=_first_lines(str(error)))
@@ -185,80 +109,162 @@ def compile_step(config: Any, topology: str) -> Report:
         flops=count_flops(traced.jaxpr) / len(devices),
         model_flops=per_token * report.tokens / len(devices),
         bytes_accessed=cost.bytes_accessed,
-        collectives=dict(cost.collectives),
+        collectives=cost.collectives,
+        between_slices=cost.between_slices,
+        kernels=cost.kernels,
     )
 
 
-def describe(report: Report) -> str:
-    """What `main` prints."""
-    run, chip = report.run, report.chip
-    mesh = " x ".join(f"{name} {size}" for name, size in run.mesh.sizes.items())
-    lines = [
-        f"{report.topology}: {report.device_count} devices of {chip.name}, mesh {mesh}",
-        f"{run.training_type}, {report.tokens} tokens a step, rematerialization"
-        f" {run.precision.remat!r}, attention {run.model.attention!r}",
-    ]
-    if report.refusal:
-        lines += ["DOES NOT FIT:", report.refusal, *advise(run)]
-        return "\n".join(lines)
-    share = report.device_bytes / chip.memory_bytes
-    lines += [
-        f"compiled in {report.compile_secs:.0f} s",
-        "memory a device:",
-        f"  state and batch    {report.argument_bytes / _GIB:9.2f} GiB",
-        f"  temporaries        {report.temporary_bytes / _GIB:9.2f} GiB",
-        f"  program            {report.code_bytes / _GIB:9.2f} GiB",
-        f"  sum                {report.device_bytes / _GIB:9.2f} GiB of"
-        f" {chip.memory_bytes / _GIB:.0f} ({share:.0%})",
-        f"  pinned host        {report.host_bytes / _GIB:9.2f} GiB",
-        "work a device and step:",
-        f"  FLOPs              {report.flops / 1e12:9.2f} T"
-        f" ({report.model_flops / 1e12:.2f} T without recomputation)",
-        f"  device memory      {report.bytes_accessed / 1e9:9.2f} GB read and written",
-    ]
-    for kind, (count, size) in sorted(report.collectives.items()):
-        lines.append(f"  {kind:18s} {size / 1e9:9.2f} GB in {count:.0f} calls")
-    times = ", ".join(f"{name} {secs:.3f} s" for name, secs in report.secs.items())
-    lines += [
-        f"roofline: {times}",
-        f"bound: no step under {report.step_secs:.3f} s"
-        f" ({report.tokens / report.step_secs:,.0f} tokens/s), MFU at most"
-        f" {report.mfu:.0%}",
-    ]
-    if report.fits:
-        return "\n".join([*lines, "FITS"])
-    return "\n".join([*lines, "DOES NOT FIT:", *advise(run)])
+def search_settings(
+    config: Any,
+    devices: Sequence[Any],
+    topology: str,
+    *,
+    chip: Chip | None = None,
+    num_slices: int = 1,
+    max_compiles: int = 12,
+    log: Callable[[str], None] = print,
+) -> tuple[list[aot_search.Outcome], aot_search.Outcome | None]:
+    """Mesh shapes, rematerialization and rows of a device: what was tried, the best.
 
+    `config`'s own settings of these are not read. The best is the one of the highest
+    bound on tokens a second among those that fit. `log` hears of each compilation.
 
-def advise(run: RunConfig) -> list[str]:
-    """What would make a step smaller, the cheapest first; only what is left to do."""
-    advice = []
-    if not run.precision.gradient_checkpointing:
-        advice.append("training.gradient_checkpointing = True")
-    elif run.precision.remat_policy != "full":
-        advice.append("training.remat_policy = 'full'")
-    if run.mesh.fsdp == 1 and run.mesh.data > 1:
-        advice.append("training.deepspeed.zero_stage = 3 (splits weights over devices)")
-    rows = run.loop.per_device_train_batch_size
-    if rows > 1:
-        advice.append(
-            f"training.per_device_train_batch_size = {rows // 2},"
-            " gradient_accumulation_steps doubled: the same update"
+    Raises:
+        ValueError: the config cannot run with any of them.
+    """
+    chip = chip or CHIPS[devices[0].device_kind]
+    run = resolve(config, device_count=len(devices))
+    model = model_manager.load_abstract_model(run, devices)
+    candidates = aot_search.make_candidates(
+        len(devices),
+        heads=model.config.num_attention_heads,
+        row_tokens=run.data.max_length,
+        num_slices=num_slices,
+    )
+
+    @functools.cache
+    def state_bytes(mesh: tuple[tuple[str, int], ...]) -> float:
+        smallest = aot_search.Candidate(mesh, "full", 1)
+        run = resolve(_with_settings(config, smallest), device_count=len(devices))
+        model = model_manager.load_abstract_model(run, devices)
+        _, optimizer = trainer.make_optimizer(run, total_steps=1000)
+        return _bytes_on_device(model_manager.abstract_state(model, run, optimizer))
+
+    def bound(candidate: aot_search.Candidate) -> aot_search.Bound:
+        tokens, least = _count_inputs(run, model, candidate)
+        return aot_search.Bound(
+            state_bytes(candidate.mesh) + least,
+            _least_secs(run, model, candidate, tokens, chip) / (tokens * len(devices)),
         )
-    if model_manager.needs_reference(run) and run.lora is None:
-        advice.append("training.dpo.precompute_ref_log_probs = True (no second model)")
-    if run.lora is None:
-        advice.append("training.lora.enabled = True (no optimizer state of the base)")
-    if not run.devices.deepspeed.offload_optimizer:
-        advice.append("training.deepspeed.offload_optimizer = True (pinned host)")
-    advice += ["mesh.tensor = 2 or more, within a host", "a larger topology"]
-    return [f"  try {line}" for line in advice]
+
+    def compile_candidate(candidate: aot_search.Candidate) -> Report:
+        flags = aot_search.as_flags(candidate)
+        log("compiling " + " ".join(f"--config.{k}={v}" for k, v in flags.items()))
+        chosen = _with_settings(config, candidate)
+        return compile_for(chosen, devices, topology, chip=chip)
+
+    outcomes = aot_search.search(
+        candidates,
+        bound,
+        compile_candidate,
+        memory_bytes=chip.memory_bytes,
+        max_compiles=max_compiles,
+    )
+    return outcomes, aot_search.choose_best(outcomes)
 
 
-def _describe(topology: str) -> list[Any]:
+def _with_settings(config: Any, candidate: aot_search.Candidate) -> Any:
+    """The config with the candidate's keys in place of its own."""
+    config = config.copy_and_resolve_references()
+    flags = aot_search.as_flags(candidate)
+    with config.unlocked():
+        own = config.training.get(config.training.training_type, {})
+        for axis in ("data", "fsdp", "context", "tensor"):
+            config.mesh[axis] = dict(candidate.mesh)[axis]
+        for key, text in flags.items():
+            if not key.startswith("mesh."):
+                _set_key(config, key.split("."), text)
+                # A key of the training type's own section would win.
+                last = key.split(".")[-1]
+                if last in own and own[last] is not None:
+                    _set_key(own, [last], text)
+    return config
+
+
+def _set_key(section: Any, path: Sequence[str], text: str) -> None:
+    *above, name = path
+    for part in above:
+        section = section[part]
+    literal = {"True": True, "False": False}.get(text, text)
+    section[name] = int(text) if text.isdecimal() else literal
+
+
+def _bytes_on_device(state: Any) -> float:
+    """Of one device's memory, without what rests in host memory."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(state)
+        if leaf.sharding.memory_kind != "pinned_host"
+        and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    )
+
+
+def _count_inputs(
+    run: RunConfig, model: model_manager.LoadedModel, candidate: aot_search.Candidate
+) -> tuple[float, float]:
+    """Tokens of a device in a step (its share of a row's), and the least they take.
+
+    The inputs of all layers of one micro-batch: no policy of rematerialization keeps
+    less.
+    """
+    sides = 1 if run.dpo is None else 2
+    sizes = dict(candidate.mesh)
+    width = jnp.dtype(run.precision.compute_dtype).itemsize
+    micro = candidate.rows * sides * run.data.max_length / sizes["context"]
+    inputs = micro * model.config.num_hidden_layers * model.config.hidden_size * width
+    tokens = micro * run.loop.gradient_accumulation_steps / sizes["tensor"]
+    return tokens, inputs
+
+
+def _least_secs(
+    run: RunConfig,
+    model: model_manager.LoadedModel,
+    candidate: aot_search.Candidate,
+    tokens: float,
+    chip: Chip,
+) -> float:
+    """Of a step whose products run at peak, and whose links gather all weights twice.
+
+    Under tensor parallelism the links also bring four sums of activations a layer.
+    """
+    sizes, length = dict(candidate.mesh), run.data.max_length
+    flops = trainer.flops_per_token(run, model, length)
+    if candidate.remat == "full":
+        head = 2 * model.config.hidden_size * model.config.vocab_size
+        flops += model.config.flops_per_token(length) / 3 - head
+    width = jnp.dtype(run.precision.compute_dtype).itemsize
+    passes = 2 + model_manager.needs_reference(run)
+    received = 0.0
+    if sizes["fsdp"] > 1:
+        gathered = model.config.num_params() * width / sizes["tensor"]
+        received += passes * gathered * run.loop.gradient_accumulation_steps
+    if sizes["tensor"] > 1:
+        layers = model.config.num_hidden_layers * model.config.hidden_size
+        received += 4 * layers * tokens * sizes["tensor"] * width
+    return max(tokens * flops / chip.flops, received / chip.link_rate)
+
+
+def describe_devices(topology: str, num_slices: int = 1) -> list[Any]:
+    """The devices of `num_slices` slices that need not be present.
+
+    Raises:
+        ValueError: libtpu knows no such topology, or is not installed.
+    """
     try:
+        several = {"num_slices": num_slices} if num_slices > 1 else {}
         description = topologies.get_topology_desc(
-            platform="tpu", topology_name=topology
+            platform="tpu", topology_name=topology, **several
         )
     except Exception as error:  # libtpu raises several kinds
         raise ValueError(
@@ -271,22 +277,25 @@ def _describe(topology: str) -> list[Any]:
 def _abstract_batch(model: model_manager.LoadedModel, run: RunConfig) -> Any:
     rows = run.loop.per_device_train_batch_size * model.plan.batch_shards
     length = -(-run.data.max_length // 64) * 64  # as `prepare` pads
-    shape = (run.loop.gradient_accumulation_steps, rows, length)
+    shares = run.data.share_prompts
+    # A pair in one row is at most as long as both sides.
+    shape = (run.loop.gradient_accumulation_steps, rows, length * (1 + shares))
     layout = model.plan.batch(1)
 
     def side() -> Batch:
         ids: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=layout)
         mask: Any = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=layout)
         return Batch(
-            tokens=ids, targets=ids, segment_ids=ids, positions=ids, loss_mask=mask
-        )
+            tokens=ids, targets=ids, segment_ids=ids, positions=ids, loss_mask=mask,
+            prompt_ids=ids if shares else None,
+        )  # fmt: skip
 
     if run.dpo is None:
         return side()
-    if not run.dpo.precompute_ref_log_probs:
-        return PairBatch(side(), side())
-    logps: Any = jax.ShapeDtypeStruct(shape[:2], jnp.float32, sharding=layout)
-    return PairBatch(side(), side(), logps, logps)
+    logps: Any = None
+    if run.dpo.precompute_ref_log_probs:
+        logps = jax.ShapeDtypeStruct(shape[:2], jnp.float32, sharding=layout)
+    return PairBatch(side(), side(), logps, logps, shared=side() if shares else None)
 
 
 def _first_lines(text: str, count: int = 6) -> str:
@@ -298,8 +307,11 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     config: ConfigDict = _CONFIG.value
+    topology, num_slices = str(_TOPOLOGY.value), _NUM_SLICES.value
     try:
-        report = compile_step(config, str(_TOPOLOGY.value))
+        if _SEARCH.value:
+            _search_and_exit(config, topology, num_slices, _MAX_COMPILES.value)
+        report = compile_step(config, topology, num_slices)
     except ValueError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
@@ -307,10 +319,32 @@ def main(argv: list[str]) -> None:
     sys.exit(0 if report.fits else DOES_NOT_FIT)
 
 
+def _search_and_exit(
+    config: ConfigDict, topology: str, num_slices: int, max_compiles: int
+) -> None:
+    devices = describe_devices(topology, num_slices)
+    outcomes, best = search_settings(
+        config, devices, topology, num_slices=num_slices, max_compiles=max_compiles
+    )
+    memory = CHIPS[devices[0].device_kind].memory_bytes
+    print(aot_search.format_table(outcomes, memory))
+    if best is None:
+        print("NOTHING FITS")
+        sys.exit(DOES_NOT_FIT)
+    flags = aot_search.as_flags(best.candidate)
+    print("BEST:", " ".join(f"--config.{key}={value}" for key, value in flags.items()))
+    sys.exit(0)
+
+
 if __name__ == "__main__":
     _CONFIG = config_flags.DEFINE_config_file(
         "config", None, "Configuration file.", lock_config=True
     )
     _TOPOLOGY = flags.DEFINE_string("topology", None, "Such as v5e:4x4.")
+    _NUM_SLICES = flags.DEFINE_integer("num_slices", 1, "Slices of this topology.")
+    _SEARCH = flags.DEFINE_bool(
+        "search", False, "Try mesh shapes, rematerialization and rows; print the best."
+    )
+    _MAX_COMPILES = flags.DEFINE_integer("max_compiles", 12, "At most, of --search.")
     flags.mark_flags_as_required(["config", "topology"])
     app.run(main)

@@ -218,7 +218,8 @@ def _explain(run: RunConfig) -> list[str]:
         f"training.distributed = {devices.distributed}: one mesh spans the devices of"
         " every process; the launcher's environment says how many there are",
         f"training.num_gpus = {devices.num_gpus}: {used} devices in a mesh of"
-        f" data {mesh.data} x fsdp {mesh.fsdp} x tensor {mesh.tensor} (-1: the rest)",
+        f" {' x '.join(f'{axis} {size}' for axis, size in mesh.sizes.items())}"
+        " (-1: the rest)",
         f"training.per_device_train_batch_size = {loop.per_device_train_batch_size},"
         f" gradient_accumulation_steps = {loop.gradient_accumulation_steps}:"
         f" {_rows_per_step(run)} rows an optimizer step",

@@ -18,6 +18,7 @@ from jaxtrain.config_sections import (
     SCHEDULE_KWARGS,
     SCHEMA,
     TEXT_METRIC_NAMES,
+    TEXT_METRIC_SCORES,
     TRAINING_SECTIONS,
     TYPE_DEFAULTS,
     CurriculumSection,
@@ -26,6 +27,7 @@ from jaxtrain.config_sections import (
     LoraSection,
     TrainingType,
 )
+from jaxtrain.mesh_shape import nearest_mesh_shape
 
 # DPO keys that only some losses read; elsewhere a value would do nothing.
 _LOSSES_READING: Mapping[str, frozenset[str]] = {
@@ -34,7 +36,10 @@ _LOSSES_READING: Mapping[str, frozenset[str]] = {
     "discopop_tau": frozenset({"discopop"}),
 }
 # LoRA keys that count beside the settings of an adapter that is read.
-_BESIDE_AN_ADAPTER = ("enabled", "init_from", "lora_dropout")
+_BESIDE_AN_ADAPTER = (
+    "enabled", "init_from", "lora_dropout", "quantization", "quantization_block_size",
+    "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type",
+)  # fmt: skip
 _F_DIVERGENCE_LOSSES = frozenset({
     "sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft",
 })  # fmt: skip
@@ -207,6 +212,9 @@ class Resolver:
         if not self.generates():
             for key in SCHEMA["training"]["generation"]:
                 unread[f"training.generation.{key}"] = "generation.enabled is false"
+        if not self.data["streaming"]:
+            for key in ("shuffle_buffer_size", "stream_window_rows"):
+                unread[f"data.{key}"] = "data.streaming is false"
         usual = config_schema.defaults(SCHEMA)
         for key, reason in unread.items():
             value = _lookup(self.values, key)
@@ -237,7 +245,7 @@ class Resolver:
                 "no module would get an adapter",
                 'set "all-linear" or names such as ["q_proj", "v_proj"]',
             )  # fmt: skip
-
+        self.resolve_quantization()
         if (
             self.lora["enabled"]
             and self.lora["init_lora_weights"] in ("pissa", "olora")
@@ -249,6 +257,41 @@ class Resolver:
                 "the reference holds the first adapters, which sync_ref_model moves",
                 "set it to default or gaussian, or sync_ref_model to false",
             )  # fmt: skip
+
+    def resolve_quantization(self) -> None:
+        """One of the base's kinds, by our key or by transformers' names."""
+        lora = self.lora
+        kinds = {"load_in_4bit": lora["bnb_4bit_quant_type"], "load_in_8bit": "int8"}
+        named = [(f"training.lora.{k}", kind) for k, kind in kinds.items() if lora[k]]
+        if lora["quantization"]:
+            named.insert(0, ("training.lora.quantization", lora["quantization"]))
+        if not named:
+            return
+        key, kind = named[0]
+        if others := [name for name, other in named if other != kind]:
+            self.problem(
+                key, kind, f"{others[0]} asks for another", "set one of them only"
+            )
+        if not lora["enabled"]:
+            self.problem(
+                key, kind, "a quantized base does not train, only adapters beside it",
+                "set training.lora.enabled = True (or training_type lora), or unset it",
+            )  # fmt: skip
+        if lora["quantization_block_size"] % 2:
+            self.problem(
+                "training.lora.quantization_block_size",
+                lora["quantization_block_size"], "two codes make a byte",
+                "set an even number that divides the model's widths, such as 64",
+            )  # fmt: skip
+        init = lora["init_lora_weights"]
+        if init in ("pissa", "olora") and not lora["init_from"]:
+            self.problem(
+                "training.lora.init_lora_weights", init,
+                "it takes the first adapters out of the base, and the base's codes"
+                " cannot hold the difference",
+                f"set it to default or gaussian, or unset {key}",
+            )  # fmt: skip
+        lora["quantization"] = kind
 
     def resolve_warmup(self) -> None:
         general = self.general
@@ -395,6 +438,17 @@ class Resolver:
                 "generation.metrics", metrics, "bertscore needs an encoder",
                 "set generation.bertscore_model to a local Hugging Face directory",
             )  # fmt: skip
+        best = general["metric_for_best_model"]
+        # A function of the user's own may give a score of any name.
+        has_own = any(":" in metric for metric in metrics)
+        for name, scores in TEXT_METRIC_SCORES.items():
+            is_one = best.removeprefix("eval_") in scores
+            if is_one and name not in metrics and not has_own:
+                self.problem(
+                    "metric_for_best_model", best,
+                    f"generation.metrics = {metrics} does not compute it",
+                    f"add {name!r} to generation.metrics",
+                )  # fmt: skip
 
     # --- devices ----------------------------------------------------------------------
 
@@ -435,13 +489,8 @@ class Resolver:
                     "set a positive integer, or -1 for the rest of the devices",
                 )  # fmt: skip
                 return
-        if mesh["context"] != 1:
-            self.problem(
-                "mesh.context", mesh["context"],
-                "sequences are not split over devices: attention sees a whole row",
-                "set 1, and split memory by mesh.fsdp or mesh.tensor",
-            )  # fmt: skip
-        axes = ("data", "fsdp", "tensor")
+        axes = ("data", "fsdp", "context", "tensor")
+        self.check_reserved_axes()
         rest = ("fsdp", "data") if stage == 3 else ("data", "fsdp")
         for axis in rest:
             if mesh[axis] is None:
@@ -457,6 +506,8 @@ class Resolver:
             )  # fmt: skip
             return
         self.fill_mesh(axes)
+        self.check_context()
+        self.check_slices()
         self.check_zero_stage()
 
     def fill_mesh(self, axes: tuple[str, ...]) -> None:
@@ -471,15 +522,63 @@ class Resolver:
         free = next((axis for axis in axes if mesh[axis] == -1), None)
         if free and count % fixed == 0:
             mesh[free] = count // fixed
-        elif free:
+            return
+        nearest = nearest_mesh_shape({axis: mesh[axis] for axis in axes}, count)
+        near = " x ".join(f"{axis} {size}" for axis, size in nearest.items())
+        if free:
             self.problem(
                 "mesh", shape, f"{source} is {count}, not divisible by {fixed}",
-                "choose sizes that divide it",
+                f"set sizes that divide it; the nearest are {near or 'all 1'}",
             )  # fmt: skip
         elif fixed != count:
             self.problem(
                 "mesh", shape, f"uses {fixed} devices, but {source} is {count}",
-                "set one axis to -1, or training.num_gpus to the mesh's size",
+                "set one axis to -1, or training.num_gpus to the mesh's size; the"
+                f" nearest for {count} is {near or 'all 1'}",
+            )  # fmt: skip
+
+    def check_reserved_axes(self) -> None:
+        """Axes that the mesh names and nothing is split over yet."""
+        reasons = {
+            "expert": (
+                "every device applies its part of all experts",
+                "set 1: mesh.fsdp splits a mixture's weights, mesh.tensor its work",
+            ),
+            "stage": (
+                "layers are not split into stages: one scan runs them all",
+                "set 1, and split layers' weights by mesh.fsdp or mesh.tensor",
+            ),
+        }
+        for axis, (problem, fix) in reasons.items():
+            if self.mesh[axis] != 1:
+                self.problem(f"mesh.{axis}", self.mesh[axis], problem, fix)
+
+    def check_slices(self) -> None:
+        """An axis goes over whole slices."""
+        for axis in ("data", "fsdp"):
+            slices, size = self.mesh[f"dcn_{axis}"], self.mesh[axis]
+            if slices is not None and size != -1 and size % slices:
+                self.problem(
+                    f"mesh.dcn_{axis}", slices,
+                    f"mesh.{axis} = {size} does not divide over so many slices",
+                    f"set {math.gcd(size, slices)}, or another mesh.{axis}",
+                )  # fmt: skip
+
+    def check_context(self) -> None:
+        """Rows are padded to 64 tokens, and a device takes two parts of a row."""
+        context, attention = self.mesh["context"], self.values["model"]["attention"]
+        if context != -1 and 32 % context:
+            nearest = 1 << min(5, max(0, context.bit_length() - 1))
+            self.problem(
+                "mesh.context", context,
+                "rows are multiples of 64 tokens, cut into two parts for each device",
+                f"set 1, 2, 4, 8, 16 or 32: the nearest is {nearest}",
+            )  # fmt: skip
+        if context != 1 and attention in ("pallas_gpu", "pallas_triton"):
+            self.problem(
+                "model.attention", attention,
+                f"it takes whole rows, and mesh.context = {context} cuts them",
+                "set 'auto', or mesh.context = 1",
             )  # fmt: skip
 
     def check_zero_stage(self) -> None:
@@ -668,6 +767,10 @@ class Resolver:
             data["packing"] = self.type == "from_scratch"
         elif data["packing"] and self.type == "dpo":
             self.check_packed_pairs()
+        if data["share_prompts"]:
+            self.check_shared_prompts()
+        if data["streaming"]:
+            self.check_streaming()
         if data["assistant_only_loss"] and (
             self.type == "dpo" or data["format"] in ("text", "prompt_completion")
         ):
@@ -680,6 +783,57 @@ class Resolver:
                 "data.completion_only_loss", True, "plain text has no completion",
                 "set it false, or data.format = 'prompt_completion'",
             )  # fmt: skip
+
+    def check_streaming(self) -> None:
+        """Refuse what needs all rows, or their number, before training."""
+        general, dpo = self.general, self.dpo
+        if general["max_steps"] == -1:
+            self.problem(
+                "data.streaming", True,
+                "the length of a stream is not known, and the schedule needs the number"
+                " of steps (num_train_epochs is not read)",
+                f"set {self.origin['max_steps']}",
+            )  # fmt: skip
+        if general["curriculum.enabled"]:
+            self.problem(
+                "curriculum.enabled", True,
+                "a curriculum chooses among all rows, which a stream never holds",
+                "set it false, or data.streaming = false",
+            )  # fmt: skip
+        if self.type == "dpo" and dpo["precompute_ref_log_probs"]:
+            self.problem(
+                "training.dpo.precompute_ref_log_probs", True,
+                "it scores all rows before training, which a stream never holds",
+                "set it false, or data.streaming = false",
+            )  # fmt: skip
+        if general["early_stopping_patience"] and general["eval_steps"] is None:
+            self.problem(
+                "eval_steps", None,
+                "a stream has no known epoch after which to evaluate, and"
+                " early_stopping_patience is set",
+                "set a number of steps",
+            )  # fmt: skip
+        for key in ("eval_steps", "save_steps"):
+            if general[key] is None:
+                self.notes.append(
+                    f"{self.origin[key]} is unset: with data.streaming only at the end,"
+                    " for a stream has no known epoch"
+                )
+        if self.data["cache"]:
+            self.notes.append(
+                "data.cache = True keeps evaluation rows only: data.streaming tokenizes"
+                " training rows as they come"
+            )
+
+    def check_shared_prompts(self) -> None:
+        """Only pairs have a prompt to share."""
+        problem = None
+        if self.type != "dpo":
+            problem = f"training_type {self.type!r} has single texts, not pairs"
+        elif self.general["objective"] == "kto":
+            problem = "objective 'kto' takes single completions, not pairs"
+        if problem:
+            self.problem("data.share_prompts", True, problem, "set it false")
 
     def check_packed_pairs(self) -> None:
         """Several pairs a row: only what sums by pair can read them."""

@@ -39,8 +39,9 @@ class ArchitectureSection:
     """Sizes of a model made from scratch, by their Hugging Face names."""
 
     model_type: Literal[
-        "llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3"
-    ] = "llama"
+        "llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3",
+        "mixtral", "qwen3_moe",
+    ] = "llama"  # fmt: skip
     vocab_size: PositiveInt | None = None
     hidden_size: PositiveInt = 128
     intermediate_size: PositiveInt = 384
@@ -70,6 +71,11 @@ class ArchitectureSection:
     attn_logit_softcapping: Positive | None = None
     final_logit_softcapping: Positive | None = None
     query_pre_attn_scalar: Positive | None = None
+    num_experts: PositiveInt | None = None
+    num_experts_per_tok: PositiveInt | None = None
+    moe_intermediate_size: PositiveInt | None = None
+    norm_topk_prob: bool | None = None
+    router_aux_loss_coef: NonNegative | None = None
     initializer_range: Positive = 0.02
 
 
@@ -104,6 +110,7 @@ class DataSection:
     text_column: str = "text"
     max_length: Annotated[int, Bound(2)] = DERIVED
     packing: bool = DERIVED
+    share_prompts: bool = False
     shuffle: bool = True
     on_bad_row: Literal["error", "skip"] = "error"
     completion_only_loss: bool | None = None
@@ -111,6 +118,9 @@ class DataSection:
     chat_template: str | None = None
     max_train_rows: PositiveInt | None = None
     max_eval_rows: PositiveInt | None = None
+    streaming: bool = False
+    shuffle_buffer_size: PositiveInt = 10_000
+    stream_window_rows: PositiveInt = 1000
     cache: bool = True
     cache_dir: str | None = None
 
@@ -235,6 +245,7 @@ class LoopSection:
     early_stopping_threshold: NonNegative = 0.0
     resume_from_checkpoint: Literal["auto", "never"] = "auto"
     use_auxiliary_loss: bool = False
+    router_aux_loss_coef: NonNegative | None = None
     objective: str = "auto"
     objective_kwargs: dict[str, Any] | None = None
     step_timeout_secs: NonNegative = 1800.0
@@ -317,6 +328,12 @@ class LoraSection:
     init_lora_weights: Literal["default", "gaussian", "pissa", "olora"] = "default"
     rank_pattern: dict[str, Any] | None = None
     alpha_pattern: dict[str, Any] | None = None
+    ensure_weight_tying: bool = False
+    quantization: Literal["nf4", "int8"] | None = None
+    quantization_block_size: Annotated[int, Bound(2)] = 64
+    load_in_4bit: bool = False
+    load_in_8bit: bool = False
+    bnb_4bit_quant_type: Literal["nf4"] = "nf4"
     init_from: str = ""
     task_type: Literal["CAUSAL_LM"] = "CAUSAL_LM"
 
@@ -354,15 +371,37 @@ class MeshSection:
     fsdp: int = DERIVED
     tensor: int = 1
     context: int = 1
+    expert: int = 1
+    stage: int = 1
+    dcn_data: PositiveInt | None = None
+    dcn_fsdp: PositiveInt | None = None
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Axis sizes by axis name; `context` is always 1 and left out."""
-        return {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+        """Axis sizes by axis name; `expert` and `stage` are always 1 and left out."""
+        return {
+            "data": self.data,
+            "fsdp": self.fsdp,
+            "context": self.context,
+            "tensor": self.tensor,
+        }
+
+    @property
+    def slices(self) -> dict[str, int]:
+        """Over how many slices an axis goes, where that is set."""
+        named = {"data": self.dcn_data, "fsdp": self.dcn_fsdp}
+        return {axis: count for axis, count in named.items() if count is not None}
 
 
 # What `generation.metrics` may name, beside functions of one's own.
-TEXT_METRIC_NAMES = ("exact_match", "bleu", "rouge", "bertscore")
+# Text metrics, and what each is recorded as behind `eval_`.
+TEXT_METRIC_SCORES = {
+    "exact_match": ("exact_match",),
+    "bleu": ("bleu",),
+    "rouge": ("rouge1", "rouge2", "rougeL"),
+    "bertscore": ("bertscore_precision", "bertscore_recall", "bertscore_f1"),
+}
+TEXT_METRIC_NAMES = tuple(TEXT_METRIC_SCORES)
 
 # The sections whose keys stand directly under `training`.
 TRAINING_SECTIONS: Mapping[str, type] = {

@@ -1,5 +1,6 @@
 """How hard each row is to the model before training, for a curriculum."""
 
+import functools
 import logging
 import os
 import pathlib
@@ -14,10 +15,10 @@ from jaxtyping import Array, Float
 from jaxtrain.data.dataset import PreparedDataset
 from jaxtrain.data.pipeline import make_eval_iterator
 from jaxtrain.kto import LabeledBatch
-from jaxtrain.preference import row_sums
+from jaxtrain.preference import row_sums, score_pairs
 from jaxtrain.reference import rows_on_host
 from jaxtrain.step import ScoreFn
-from jaxtrain.types import Batch, PairBatch, Params
+from jaxtrain.types import Batch, PairBatch, Params, TokenLogProbs
 
 logger = logging.getLogger(__name__)
 
@@ -30,13 +31,15 @@ def row_difficulty(
     So a pair is hard where the model prefers the rejected completion.
     """
 
-    def loss(side: Batch) -> Float[Array, "B"]:
-        sums = row_sums(-score(params, side).logps, side.loss_mask)
+    def loss(scored: TokenLogProbs, side: Batch) -> Float[Array, "B"]:
+        sums = row_sums(-scored.logps, side.loss_mask)
         return sums / jnp.maximum(side.loss_mask.sum(-1), 1.0)
 
     if isinstance(batch, PairBatch):
-        return loss(batch.chosen) - loss(batch.rejected)
-    return loss(batch.completions if isinstance(batch, LabeledBatch) else batch)
+        chosen, rejected = score_pairs(functools.partial(score, params), batch)
+        return loss(chosen, batch.chosen) - loss(rejected, batch.rejected)
+    side = batch.completions if isinstance(batch, LabeledBatch) else batch
+    return loss(score(params, side), side)
 
 
 def measure(
@@ -46,12 +49,14 @@ def measure(
     place: Callable[[dict[str, Any]], Any],
     *,
     process_rows: int,
+    readers: tuple[int, int] = (0, 1),
     folder: str | os.PathLike[str],
 ) -> PreparedDataset:
     """The same rows with `difficulty`, measured once.
 
     A resumed run finds the numbers in `folder`, so that its order is the same even
-    where another machine would round differently.
+    where another machine would round differently. `process_rows`: rows of a batch on
+    this process; `readers`: which share of the rows it reads, and of how many.
     """
     path = pathlib.Path(folder) / f"difficulty-{data.fingerprint}.npy"
     if path.is_file():
@@ -59,8 +64,8 @@ def measure(
     batches = make_eval_iterator(
         data,
         micro_batch_rows=process_rows,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=readers[0],
+        process_count=readers[1],
     )
     of_batch = jax.jit(lambda params, batch: row_difficulty(score, params, batch))
     found = [rows_on_host(of_batch(params, place(arrays))) for arrays in batches]

@@ -5,7 +5,7 @@ from typing import Any
 
 from jaxtrain.data.dataset import PreparedDataset
 from jaxtrain.model_manager import LoadedModel
-from jaxtrain.trainer import Rows, TrainingOrchestrator
+from jaxtrain.trainer import Prepared, Rows, TrainingOrchestrator
 
 
 class DPOTrainer(TrainingOrchestrator):
@@ -41,7 +41,7 @@ class DPOTrainer(TrainingOrchestrator):
 
     def prepare_dataset(
         self, preference_data: Rows | str | os.PathLike[str]
-    ) -> PreparedDataset:
+    ) -> Prepared:
         """Check and tokenize preference rows: `{"prompt", "chosen", "rejected"}`.
 
         Args:
@@ -56,7 +56,7 @@ class DPOTrainer(TrainingOrchestrator):
 
     def train(
         self,
-        train_dataset: Rows | PreparedDataset | None = None,
+        train_dataset: Rows | Prepared | None = None,
         eval_dataset: Rows | PreparedDataset | None = None,
     ) -> dict[str, Any]:
         """As the orchestrator's; the results have `reward_margin` and `accuracy` too.

@@ -1,6 +1,6 @@
 """Held-out loss, perplexity and the objective's metrics over a whole evaluation set."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -31,6 +31,7 @@ def evaluate(
     batches: Iterable[Any],
     *,
     with_perplexity: bool,
+    added_losses: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
     """Metrics of `batches`, named `eval_*`: sums over all rows, divided once.
 
@@ -39,6 +40,8 @@ def evaluate(
         batches: placed batches; padding rows carry a loss mask of 0.
         with_perplexity: add `eval_perplexity` = exp(eval_loss), which is right where
             the loss is a mean over tokens.
+        added_losses: metrics that are in the loss beside it, and their weights; they
+            are no part of the perplexity.
 
     Raises:
         ValueError: no batch, or no counted prediction in any of them.
@@ -51,5 +54,14 @@ def evaluate(
     total.pop("num_tokens", None)  # counts what was trained on
     result = {f"eval_{name}": value for name, value in to_floats(total).items()}
     if with_perplexity:
-        result["eval_perplexity"] = perplexity(result["eval_loss"])
+        likelihood = without_added(result, added_losses or {}, prefix="eval_")
+        result["eval_perplexity"] = perplexity(likelihood)
     return result
+
+
+def without_added(
+    metrics: Mapping[str, float], added: Mapping[str, float], *, prefix: str = ""
+) -> float:
+    """The loss less what was added to it: metrics by name, times their weights."""
+    parts = (weight * metrics[prefix + name] for name, weight in added.items())
+    return metrics[f"{prefix}loss"] - sum(parts)

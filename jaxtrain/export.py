@@ -54,7 +54,7 @@ def export_model(
 
     The adapter alone, in PEFT's format, goes beside it: `model/` and `adapter/`.
     """
-    params = state.trainable
+    params, config = state.trainable, model.config
     if run.lora is not None:
         settings = lora_config(run)
         base = _without_adapters(state.frozen)
@@ -70,8 +70,14 @@ def export_model(
             initial=state.frozen if settings.changes_base else None,
         )
         params = lora.merge_into_base(base, state.trainable, settings)
+        if config.tie_word_embeddings and "lm_head" in params:
+            config = dataclasses.replace(config, tie_word_embeddings=False)
+            logger.warning(
+                "an adapter of embed_tokens or lm_head made two matrices of one: the"
+                " merged model has tie_word_embeddings = False"
+            )
         logger.info("adapter saved to %s", adapter_directory)
-    save_pretrained(directory, model.config, params, dtype=run.model.export_dtype)
+    save_pretrained(directory, config, params, dtype=run.model.export_dtype)
     if jax.process_index() == 0:
         # As it was used: with the chat template of this run, if that was another.
         model.tokenizer.save_pretrained(str(directory))
@@ -81,11 +87,13 @@ def export_model(
 
 def _without_adapters(tree: Params) -> Params:
     """The frozen tree may hold adapters: a DPO reference's, or the first ones."""
-    return {
+    kept = {
         name: _without_adapters(value) if isinstance(value, dict) else value
         for name, value in tree.items()
         if not name.startswith("lora_")
     }
+    # A tied head is nothing but its adapter.
+    return {k: v for k, v in kept.items() if not isinstance(v, dict) or v}
 
 
 def _restore_weights(

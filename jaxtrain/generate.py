@@ -201,19 +201,38 @@ def generate_texts(
         if cut:
             logger.warning("%d prompts cut to %d tokens", cut, max_prompt_tokens)
         encoded = [ids[-max_prompt_tokens:] for ids in encoded]
-    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
-    texts = [""] * len(encoded)
+    rows = generate_tokens(generate, params, encoded, key=key, batch_size=batch_size)
+    return [
+        tokenizer.decode(_until_end(row, generate.eos_ids), skip_special_tokens=True)
+        for row in rows
+    ]
+
+
+def generate_tokens(
+    generate: Generator,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    *,
+    key: Key[Array, ""],
+    batch_size: int = 8,
+) -> list[np.ndarray]:
+    """The new tokens [N] of each prompt of token ids, in their order.
+
+    An end token is among them, and `generate.pad_id` after it. For the rest see
+    `generate_texts`.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    results = [np.empty(0, np.int32)] * len(prompts)
     for start in range(0, len(order), batch_size):
         members = order[start : start + batch_size]
         # The last batch is filled up with repetitions of its first prompt.
         rows = members + members[:1] * (batch_size - len(members))
-        tokens, mask = _left_pad([encoded[i] for i in rows], generate.pad_id)
+        tokens, mask = _left_pad([prompts[i] for i in rows], generate.pad_id)
         keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.asarray(rows))
         new_tokens = _fetch(generate(params, tokens, mask, keys))
         for index, row in zip(members, new_tokens, strict=False):
-            ids = _until_end(row, generate.eos_ids)
-            texts[index] = tokenizer.decode(ids, skip_special_tokens=True)
-    return texts
+            results[index] = row
+    return results
 
 
 def _encode(

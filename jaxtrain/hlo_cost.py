@@ -50,15 +50,14 @@ class ProgramCost:
     """Of one device and one run of the program.
 
     `bytes_accessed`: read from and written to device memory. `collectives`: by kind,
-    (times it runs, bytes of its results).
+    (times it runs, bytes of its results). `between_slices`: the same of what comes
+    over the network from other slices. `kernels`: calls of our own in the program.
     """
 
     bytes_accessed: float
     collectives: Mapping[str, tuple[float, float]]
-
-    @property
-    def collective_bytes(self) -> float:
-        return sum(size for _, size in self.collectives.values())
+    between_slices: Mapping[str, tuple[float, float]]
+    kernels: int
 
 
 def shape_bytes(text: str, *, device_memory_only: bool = False) -> float:
@@ -79,6 +78,7 @@ def analyze(text: str) -> ProgramCost:
     counts = _execution_counts(computations, entry)
     traffic = 0.0
     found: dict[str, list[float]] = collections.defaultdict(lambda: [0.0, 0.0])
+    network: dict[str, list[float]] = collections.defaultdict(lambda: [0.0, 0.0])
     # The compiler may spread one collective over the fusions it overlaps with.
     seen: set[tuple[str, str]] = set()
     for name, count in counts.items():
@@ -92,9 +92,19 @@ def analyze(text: str) -> ProgramCost:
                     seen.add(key)
                     found[kind][0] += abs(count)
                     found[kind][1] += abs(count) * _received_bytes(instruction)
+            between = re.search(r'_megascale_transfer_type="(\w+)"', instruction.rest)
+            if between and instruction.opcode == "recv":
+                kind = between.group(1).lower().replace("_", "-")
+                network[kind][0] += abs(count)
+                network[kind][1] += abs(count) * _received_bytes(instruction)
             if not is_fused:
                 traffic += count * _traffic(instruction, name, computations)
-    return ProgramCost(traffic, {kind: (n, b) for kind, (n, b) in found.items()})
+    return ProgramCost(
+        traffic,
+        {kind: (n, b) for kind, (n, b) in found.items()},
+        {kind: (n, b) for kind, (n, b) in network.items()},
+        kernels=text.count('custom_call_target="tpu_custom_call"'),
+    )
 
 
 def _parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
@@ -155,6 +165,8 @@ def _trip_count(
 
 def _received_bytes(collective: Instruction) -> float:
     """Bytes of the result: the second part of an asynchronous one's shape."""
+    if collective.opcode == "recv":
+        return shape_bytes(collective.shape.split(", u32[]")[0])
     if not collective.opcode.endswith("-start"):
         return shape_bytes(collective.shape)
     sizes = [shape_bytes(m.group()) for m in _SHAPE.finditer(collective.shape)]

@@ -8,7 +8,7 @@ import numpy as np
 
 
 def count_flops(jaxpr: Any) -> float:
-    """2 M N K of every `dot_general`, of all devices together.
+    """2 M N K of every `dot_general` and `ragged_dot`, of all devices together.
 
     Of a conditional the dearest branch counts; a loop of unknown length counts once; a
     Pallas kernel as it estimates itself, or its body at every grid point.
@@ -18,6 +18,8 @@ def count_flops(jaxpr: Any) -> float:
         name, parameters = equation.primitive.name, equation.params
         if name == "dot_general":
             total += _dot_flops(equation)
+        elif name == "ragged_dot_general":
+            total += _ragged_dot_flops(equation)
         elif name == "scan":
             total += parameters["length"] * count_flops(parameters["jaxpr"])
         elif name == "cond":
@@ -37,6 +39,16 @@ def _dot_flops(equation: Any) -> float:
     left = equation.invars[0].aval.shape
     depth = math.prod(left[axis] for axis in contracted)
     return 2.0 * depth * float(np.prod(equation.outvars[0].aval.shape, dtype=float))
+
+
+def _ragged_dot_flops(equation: Any) -> float:
+    """Each row meets one group's matrix, or adds to one group's gradient."""
+    numbers = equation.params["ragged_dot_dimension_numbers"]
+    left, right = (operand.aval.shape for operand in equation.invars[:2])
+    flops = 2.0 * math.prod(left)
+    (_, contracted), _ = numbers.dot_dimension_numbers
+    whole = {*contracted, *numbers.rhs_group_dimensions}
+    return flops * math.prod(n for axis, n in enumerate(right) if axis not in whole)
 
 
 def _kernel_flops(parameters: Any) -> float:

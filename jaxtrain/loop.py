@@ -1,6 +1,7 @@
 """The training loop: steps, logging, evaluation, checkpoints, early stopping."""
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -16,8 +17,9 @@ import numpy as np
 from jaxtrain.checkpoint import CheckpointManager
 from jaxtrain.config import LoopSection, RunConfig, diff
 from jaxtrain.data.pipeline import BatchIterator
+from jaxtrain.data.stream_batches import StreamIterator, join_states
 from jaxtrain.diagnostics import save_batch
-from jaxtrain.evaluate import add_metrics, evaluate, to_floats
+from jaxtrain.evaluate import add_metrics, evaluate, to_floats, without_added
 from jaxtrain.goodput import Goodput
 from jaxtrain.metrics import perplexity
 from jaxtrain.preemption import Preempted, PreemptionWatch, Watchdog
@@ -73,7 +75,7 @@ class Loop:
     state: TrainState
     train_step: TrainStep
     eval_step: EvalStep
-    train_batches: BatchIterator
+    train_batches: BatchIterator | StreamIterator
     eval_batches: Callable[[], Iterator[Any]] | None
     place: Callable[..., Any]
     checkpoints: CheckpointManager
@@ -85,6 +87,8 @@ class Loop:
         None  # generation metrics and sample texts
     )
     bad_batches: pathlib.Path = pathlib.Path("bad_batches")
+    readers: int = 1  # processes, or groups of them, that read rows of their own
+    added_losses: Mapping[str, float] = dataclasses.field(default_factory=dict)
     writer: Any = None
     step: int = 0
 
@@ -137,9 +141,9 @@ class Loop:
         self.state = dataclasses.replace(
             restored.state, frozen=overlay(self.state.frozen, restored.state.frozen)
         )
-        data_state = restored.data_state
-        assert data_state is not None  # `save` always gives one
-        self.train_batches.set_state(data_state["batches"])
+        data_states = [state or {} for state in restored.data_states]
+        data_state = data_states[0]  # all but the position is the same for all
+        self.train_batches.set_state(join_states([s["batches"] for s in data_states]))
         self.step = restored.step
         self.num_tokens = data_state["num_tokens"]
         self.goodput.set_state(restored.clock)
@@ -164,7 +168,7 @@ class Loop:
             self._saved_part(self.state),
             data_state={
                 # Batches are read ahead; what counts is what was trained on.
-                "batches": self.train_batches.get_state() | {"next_step": self.step},
+                "batches": self.train_batches.get_state(self.step),
                 "num_tokens": self.num_tokens,
                 "best": {name: getattr(self.best, name) for name in best},
             },
@@ -188,7 +192,11 @@ class Loop:
         Raises:
             Preempted: SIGTERM came; a checkpoint is saved.
         """
-        with self._watchdog, PreemptionWatch() as preemption:
+        with (
+            self._watchdog,
+            PreemptionWatch() as preemption,
+            contextlib.closing(self.train_batches),  # whatever ends the run
+        ):
             return self._run_to_end(preemption)
 
     def _run_to_end(self, preemption: PreemptionWatch) -> dict[str, Any]:
@@ -204,7 +212,7 @@ class Loop:
                 self._report_compilation(metrics)
             else:
                 self._wait_for_the_device()
-                tokens, samples = _count(arrays)
+                tokens, samples = _count(arrays, self.readers)
                 self.goodput.add(self.meter.step(tokens=tokens, samples=samples))
             self._watchdog.feed()
             if self._is_due(settings.logging_steps):
@@ -315,7 +323,7 @@ class Loop:
         if skipped:
             means["skipped_steps"] = skipped
         if self.run.objective == "next_token":
-            means["perplexity"] = perplexity(means["loss"])
+            means["perplexity"] = perplexity(without_added(means, self.added_losses))
         self.logged = means
         device = jax.local_devices()[0]
         self.writer.write(
@@ -324,7 +332,7 @@ class Loop:
             | self.meter.report()
             | {"goodput_share": self.goodput.share()}
             | device_memory(device)
-            | device_utilization()
+            | device_utilization(device)
             | host_memory(),
         )
 
@@ -388,6 +396,7 @@ class Loop:
                 self.state,
                 self._placed_eval_batches(self.eval_batches()),
                 with_perplexity=self.run.objective == "next_token",
+                added_losses=self.added_losses,
             )
             if self.sampler is not None:
                 self._watchdog.feed()
@@ -412,10 +421,10 @@ class Loop:
             yield self.place(arrays)
 
 
-def _count(arrays: Mapping[str, Any]) -> tuple[float, float]:
+def _count(arrays: Mapping[str, Any], readers: int) -> tuple[float, float]:
     """(tokens, rows) of a global batch; other processes' are taken to be like ours."""
     sides = [side for side in arrays.values() if isinstance(side, Mapping)]
     segment_ids = [side["segment_ids"] for side in sides or [arrays]]
     tokens = sum(np.count_nonzero(ids) for ids in segment_ids)
     rows = np.count_nonzero(segment_ids[0].any(-1))
-    return float(tokens * jax.process_count()), float(rows * jax.process_count())
+    return float(tokens * readers), float(rows * readers)

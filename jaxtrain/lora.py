@@ -10,27 +10,36 @@ and initial values are PEFT's.
 import functools
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import Array, Float
 
 from jaxtrain.lora_targets import (
     ADAPTER_LEAVES,
+    EMBEDDING,
+    HEAD,
     LoraConfig,
     TreePath,
     flatten,
     full_names,
     get_node,
+    is_tied,
     is_within,
+    label_path,
+    matrix_shape,
     nest,
     resolve_modules_to_save,
     resolve_ranks,
     resolve_targets,
+    ties_adapters,
 )
 from jaxtrain.peft_files import load_adapter, read_settings, save_adapter
+from jaxtrain.quantization import CODES, SCALES, dequantize_on_device
 from jaxtrain.types import Params, overlay
 
 __all__ = [
@@ -42,6 +51,7 @@ __all__ = [
     "resolve_ranks",
     "resolve_targets",
     "save_adapter",
+    "ties_adapters",
     "trainable_and_frozen",
 ]
 
@@ -52,7 +62,8 @@ def init_adapters(key: Array, base_tree: Mapping[str, Any], lora: LoraConfig) ->
     default: A uniform in +-1/sqrt(in), B zero. gaussian: A normal with deviation 1/r.
     pissa (arXiv:2404.02948): the r largest singular values of W, split between A and
     B. olora (arXiv:2406.01775): the first r rows and columns of a QR factorization.
-    DoRA's magnitudes are the lengths of W's columns.
+    DoRA's magnitudes are the lengths of W's columns. The embedding's A starts at zero
+    and its B normal with deviation 1, by any of these.
 
     A module's draw depends on its name alone, not on the other targets. Traceable; for
     the first two without DoRA, `base_tree` may be abstract.
@@ -62,32 +73,65 @@ def init_adapters(key: Array, base_tree: Mapping[str, Any], lora: LoraConfig) ->
     """
     leaves: dict[TreePath, Array] = {}
     for label, (rank, scaling) in sorted(resolve_ranks(lora, base_tree).items()):
-        path = ("layers", *label.split("."))
-        kernel = get_node(base_tree, path)["kernel"]
-        if lora.changes_base:
-            if rank > min(kernel.shape[1:]):
-                raise ValueError(
-                    f"lora.r = {rank}: {lora.init_lora_weights} needs a rank of at most"
-                    f" {min(kernel.shape[1:])} for {label}"
-                )
+        path = label_path(label)
+        *layers, width_in, width_out = matrix_shape(base_tree, path)
+        draw_key = jax.random.fold_in(key, zlib.crc32(label.encode()))
+        if path == EMBEDDING:
+            a = jnp.zeros((width_in, rank), jnp.float32)
+            b = jax.random.normal(draw_key, (rank, width_out), jnp.float32)
+        elif lora.changes_base:
+            _check_factors(lora, label, rank, base_tree)
             factorize = _pissa if lora.init_lora_weights == "pissa" else _olora
-            a, b = factorize(_on_device(kernel), rank=rank, scaling=scaling)
+            kernel = _matrix(base_tree, path)
+            a, b = factorize(_stacked(kernel), rank=rank, scaling=scaling)
+            a, b = (a, b) if layers else (a[0], b[0])
         else:
-            draw_key = jax.random.fold_in(key, zlib.crc32(label.encode()))
-            shape = (kernel.shape[0], kernel.shape[1], rank)
-            a = _draw(draw_key, shape, lora.init_lora_weights)
-            b = jnp.zeros((kernel.shape[0], rank, kernel.shape[2]), jnp.float32)
+            a = _draw(draw_key, (*layers, width_in, rank), lora.init_lora_weights)
+            b = jnp.zeros((*layers, rank, width_out), jnp.float32)
         leaves[*path, "lora_a"], leaves[*path, "lora_b"] = a, b
         if lora.use_dora:
-            leaves[*path, "lora_magnitude"] = _column_lengths(_on_device(kernel))
+            leaves[*path, "lora_magnitude"] = _column_lengths(_matrix(base_tree, path))
     return nest(leaves)
 
 
-def _draw(key: Array, shape: tuple[int, int, int], init: str) -> Float[Array, "L I R"]:
+def _check_factors(
+    lora: LoraConfig, label: str, rank: int, base_tree: Mapping[str, Any]
+) -> None:
+    """Whether a matrix can be factorized, and its residual take its place."""
+    init, shape = lora.init_lora_weights, matrix_shape(base_tree, label_path(label))
+    if rank > min(shape[-2:]):
+        raise ValueError(
+            f"lora.r = {rank}: {init} needs a rank of at most {min(shape[-2:])} for"
+            f" {label}"
+        )
+    if label == "lm_head" and is_tied(base_tree):
+        raise ValueError(
+            f"lora.init_lora_weights = {init!r} takes the head's first adapter out of"
+            " the embedding, which this head is: set it to default or gaussian, or"
+            " leave lm_head out of target_modules"
+        )
+
+
+def _matrix(base_tree: Mapping[str, Any], path: TreePath) -> Array:
+    """What an adapter adds to, [L in out] or [in out]."""
+    if path == HEAD and is_tied(base_tree):
+        return _matrix(base_tree, EMBEDDING).T
+    leaves = get_node(base_tree, path)
+    if CODES in leaves:
+        codes, scales = (_on_device(leaves[name]) for name in (CODES, SCALES))
+        return dequantize_on_device(codes, scales)
+    return _on_device(leaves["kernel" if "kernel" in leaves else "embedding"])
+
+
+def _stacked(matrix: Array) -> Float[Array, "L I O"]:
+    return matrix if matrix.ndim == 3 else matrix[None]
+
+
+def _draw(key: Array, shape: tuple[int, ...], init: str) -> Float[Array, "*L I R"]:
     if init == "gaussian":
-        return jax.random.normal(key, shape, jnp.float32) / shape[2]
+        return jax.random.normal(key, shape, jnp.float32) / shape[-1]
     # kaiming_uniform_ with a = sqrt(5), as PEFT: sqrt(6 / ((1 + a^2) in)).
-    bound = 1 / math.sqrt(shape[1])
+    bound = 1 / math.sqrt(shape[-2])
     return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
 
@@ -119,8 +163,8 @@ def _olora(
     return jax.lax.map(factorize, kernel)
 
 
-def _column_lengths(kernel: Float[Array, "L I O"]) -> Float[Array, "L O"]:
-    return jnp.linalg.norm(kernel.astype(jnp.float32), axis=1)
+def _column_lengths(matrix: Float[Array, "*L I O"]) -> Float[Array, "*L O"]:
+    return jnp.linalg.norm(matrix.astype(jnp.float32), axis=-2)
 
 
 def trainable_and_frozen(
@@ -134,11 +178,25 @@ def trainable_and_frozen(
     """
     saved = resolve_modules_to_save(lora, base_params)
     labels = resolve_targets(lora, base_params)
-    targets = {("layers", *label.split(".")) for label in labels}
+    targets = {label_path(label) for label in labels}
     if both := [path for path in targets if is_within(path, saved)]:
         raise ValueError(
             f"lora.modules_to_save and target_modules both select {sorted(both)}:"
             " leave them out of one"
+        )
+    if HEAD in targets and EMBEDDING in saved and is_tied(base_params):
+        raise ValueError(
+            "lora.modules_to_save trains embed_tokens, which is the head that"
+            " target_modules adapts: leave lm_head out"
+        )
+
+    whole = [path[:-1] for path in flatten(base_params) if path[-1] == CODES]
+    if frozen_only := [path for path in whole if is_within(path, saved)]:
+        names = sorted({".".join(path[1:]) for path in frozen_only})
+        raise ValueError(
+            f"lora.modules_to_save trains {names} in full, which the quantized base"
+            " keeps as codes: give them adapters (target_modules), or unset"
+            " training.lora.quantization"
         )
 
     def is_trained(path: TreePath) -> bool:
@@ -164,9 +222,21 @@ def trainable_and_frozen(
 def merge_into_base(frozen: Params, trainable: Params, lora: LoraConfig) -> Params:
     """The plain model that acts as base and adapters together, in the base's dtypes.
 
-    Sums are float32 and rounded once.
+    Sums are float32 and rounded once; kernels kept in few bits take the embedding's
+    type, and are left in host memory. Where the head was the embedding and only one of
+    them, or each its own, has an adapter, they are two matrices afterwards: the tree
+    then has `lm_head` (PEFT's merge would change both).
     """
-    return _add_adapters(frozen, trainable, lora, sign=1.0)
+    merged = _add_adapters(frozen, trainable, lora, sign=1.0)
+    adapted = {
+        path for path in (EMBEDDING, HEAD) if "lora_a" in trainable.get(path[0], {})
+    }
+    if not adapted or not is_tied(frozen) or ties_adapters(lora, frozen):
+        return merged
+    table = frozen["embed_tokens"]["embedding"]
+    head: Params = {"lm_head": {"kernel": jnp.asarray(_on_device(table)).T}}
+    adapters = {"lm_head": trainable["lm_head"]} if HEAD in adapted else {}
+    return merged | _add_adapters(head, adapters, lora, sign=1.0)
 
 
 def _add_adapters(
@@ -175,17 +245,38 @@ def _add_adapters(
     """W + sign s A B, with DoRA's lengths if sign is 1; other leaves replace theirs."""
     flat = flatten(adapters)
     merged: dict[TreePath, Any] = {}
-    for path, leaf in flatten(base).items():
+    for path, leaf, from_codes in _plain_leaves(base):
         a, b, magnitude = (flat.get((*path[:-1], name)) for name in ADAPTER_LEAVES)
-        if path[-1] == "kernel" and a is not None:
+        if path[-1] in ("kernel", "embedding") and a is not None:
             _, scaling = lora.rank_and_scaling(full_names(path[:-1], leaf.shape[0]))
-            lengths = _on_device(magnitude) if sign > 0 else None
-            operands = map(_on_device, (leaf, a, b))
-            total = _add_product(*operands, lengths, scaling=sign * scaling)
-            merged[path] = _laid_out_as(leaf, total)
+            operands = [_on_device(x) for x in (leaf, a, b)]
+            operands.append(_on_device(magnitude) if sign > 0 else None)
+            if leaf.ndim == 2:
+                operands = [x if x is None else x[None] for x in operands]
+            total = _add_product(*operands, scaling=sign * scaling)
+            merged[path] = _laid_out_as(leaf, total.reshape(leaf.shape))
         else:
             merged[path] = jnp.asarray(_on_device(flat.get(path, leaf)), leaf.dtype)
+        if from_codes:
+            dtype = base["embed_tokens"]["embedding"].dtype
+            merged[path] = _on_host(merged[path].astype(dtype))
     return nest(merged)
+
+
+def _plain_leaves(base: Params) -> Iterator[tuple[TreePath, Any, bool]]:
+    """Leaves by path; a kernel kept in few bits as float32, and whether it was one."""
+    for path, leaf in flatten(base).items():
+        if path[-1] == CODES:
+            yield (*path[:-1], "kernel"), _matrix(base, path[:-1]), True
+        elif path[-1] != SCALES:
+            yield path, leaf, False
+
+
+def _on_host(array: Array) -> np.ndarray:
+    """All of it in host memory: a model kept in few bits may fit no device whole."""
+    if not array.is_fully_addressable:
+        return multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)
 
 
 def _laid_out_as(leaf: Any, value: Array) -> Array:

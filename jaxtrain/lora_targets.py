@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from jaxtrain.quantization import CODES, kernel_shape
 from jaxtrain.types import Params
 
 ADAPTER_LEAVES = ("lora_a", "lora_b", "lora_magnitude")
@@ -26,12 +27,15 @@ TreePath = tuple[str, ...]
 class LoraConfig:
     """PEFT's LoraConfig, the part of it that is supported.
 
-    `target_modules`: "all-linear", a regular expression that must match the whole
-    module name ("model.layers.0.self_attn.q_proj"), or names that end it. `bias`: which
-    biases train too: "none", "all", "lora_only" (of the targets). `modules_to_save`:
+    `target_modules`: "all-linear" (of a mixture of experts: attention), a regular
+    expression that must match the whole module name
+    ("model.layers.0.self_attn.q_proj"), or names that end it. `bias`: which biases
+    train too: "none", "all", "lora_only" (of the targets). `modules_to_save`:
     endings of module names that train in full. `use_dora`: a magnitude for each output.
     `init_lora_weights`: one of INITS. `rank_pattern`, `alpha_pattern`: a module's own
     rank and alpha, by a regular expression of its name's end; the first match counts.
+    `ensure_weight_tying`: where the head is the embedding, the adapter of embed_tokens
+    (or of lm_head, which is then the same) acts in both.
     """
 
     r: int = 16
@@ -45,6 +49,7 @@ class LoraConfig:
     init_lora_weights: str = "default"
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    ensure_weight_tying: bool = False
 
     def __post_init__(self) -> None:
         if self.r < 1:
@@ -138,6 +143,11 @@ def _check_patterns(key: str, patterns: tuple[str, ...] | str) -> None:
 
 # --- modules and their names -------------------------------------------------------
 
+EMBEDDING: TreePath = ("embed_tokens",)
+HEAD: TreePath = ("lm_head",)
+# Leaves that hold a matrix that an adapter may stand beside, or its codes.
+_MATRICES = frozenset({"kernel", CODES})
+
 
 @dataclasses.dataclass(frozen=True)
 class Module:
@@ -148,8 +158,13 @@ class Module:
     leaves: Mapping[str, Any]  # empty for a group
 
     @property
+    def is_inner_linear(self) -> bool:
+        """Whether "all-linear" means it: PEFT leaves the head out."""
+        return self.path[0] == "layers" and not _MATRICES.isdisjoint(self.leaves)
+
+    @property
     def takes_adapter(self) -> bool:
-        return self.path[0] == "layers" and "kernel" in self.leaves
+        return self.is_inner_linear or self.path in (EMBEDDING, HEAD)
 
     @property
     def label(self) -> str:
@@ -168,6 +183,37 @@ def iterate_modules(tree: Mapping[str, Any], path: TreePath = ()) -> Iterator[Mo
             layers = jax.tree.leaves(child)[0].shape[0]
             yield Module(child_path, full_names(child_path, layers), leaves)
         yield from iterate_modules(child, child_path)
+
+
+def is_tied(tree: Mapping[str, Any]) -> bool:
+    """Whether the head is the embedding: then only adapters stand at `lm_head`."""
+    return "kernel" not in tree.get("lm_head", {})
+
+
+def ties_adapters(lora: "LoraConfig", tree: Mapping[str, Any]) -> bool:
+    """Whether one adapter acts in the embedding and in the head."""
+    return (
+        lora.ensure_weight_tying
+        and is_tied(tree)
+        and "embed_tokens" in resolve_targets(lora, tree)
+    )
+
+
+def label_path(label: str) -> TreePath:
+    """Where a module stands; the inverse of `Module.label`."""
+    path = tuple(label.split("."))
+    return path if path in (EMBEDDING, HEAD) else ("layers", *path)
+
+
+def matrix_shape(tree: Mapping[str, Any], path: TreePath) -> tuple[int, ...]:
+    """The shape [L in out] of what an adapter adds to; outside the layers [in out]."""
+    if path == HEAD and is_tied(tree):
+        return matrix_shape(tree, EMBEDDING)[::-1]
+    leaves = get_node(tree, path)
+    for name in ("kernel", "embedding"):
+        if name in leaves:
+            return tuple(leaves[name].shape)
+    return kernel_shape(leaves[CODES])
 
 
 def full_names(path: TreePath, layers: int) -> tuple[str, ...]:
@@ -206,23 +252,28 @@ def _in_every_layer(key: str, module: Module, matched: list[bool]) -> bool:
 
 
 def resolve_targets(lora: LoraConfig, base_tree: Mapping[str, Any]) -> set[str]:
-    """Modules of a layer that get an adapter, such as "self_attn.q_proj".
+    """Modules that get an adapter: "self_attn.q_proj" of layers, and the ends.
+
+    These are "embed_tokens" and "lm_head". Where one adapter shall act in both, it is
+    embed_tokens' alone.
 
     Args:
         base_tree: parameters, or anything with their structure and shapes.
 
     Raises:
-        ValueError: an entry matches nothing, only some layers, or no linear layer of
-            the decoder's blocks.
+        ValueError: an entry matches nothing, only some layers, or what takes no
+            adapter.
     """
     modules = list(iterate_modules(base_tree))
+    if "embed_tokens" in base_tree and "lm_head" not in base_tree:
+        modules.append(Module(HEAD, ("lm_head",), {}))
     targets = lora.target_modules
     available = sorted(module.label for module in modules if module.takes_adapter)
 
     def select(target: tuple[str, ...] | str) -> set[str]:
         found = set()
         for module in modules:
-            if target == "all-linear" and not module.takes_adapter:
+            if target == "all-linear" and not module.is_inner_linear:
                 continue
             matched = [
                 not _is_excluded(lora, name)
@@ -230,7 +281,8 @@ def resolve_targets(lora: LoraConfig, base_tree: Mapping[str, Any]) -> set[str]:
                 for name in module.names
             ]
             if _in_every_layer(f"lora.target_modules = {target!r}", module, matched):
-                found.add(_check_takes_adapter(module, target, available))
+                _check_takes_adapter(module, target, available, base_tree)
+                found.add(module.label)
         return found
 
     if isinstance(targets, str):
@@ -246,9 +298,13 @@ def resolve_targets(lora: LoraConfig, base_tree: Mapping[str, Any]) -> set[str]:
             raise ValueError(
                 f"lora.target_modules: {entry!r} matches no module of this model"
                 f"{' outside modules_to_save' if lora.modules_to_save else ''}:"
-                f" choose from {available}, or all-linear"
+                f" choose from {available}, or all-linear{_why_not_experts(base_tree)}"
             )
-    return set().union(*selections.values())
+    found = set().union(*selections.values())
+    ends = {"embed_tokens", "lm_head"}
+    if lora.ensure_weight_tying and is_tied(base_tree) and found & ends:
+        return found - ends | {"embed_tokens"}
+    return found
 
 
 def resolve_ranks(
@@ -261,6 +317,7 @@ def resolve_ranks(
     """
     targets = resolve_targets(lora, base_tree)
     modules = {m.label: m.names for m in iterate_modules(base_tree)}
+    modules.setdefault("lm_head", ("lm_head",))  # no module of its own where tied
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(lora, key):
             matcher = re.compile(rf"(.*\.)?({pattern})$")
@@ -270,21 +327,38 @@ def resolve_ranks(
                     f"lora.{key}: {pattern!r} matches no module with an adapter:"
                     f" choose from {sorted(targets)}"
                 )
-    return {label: lora.rank_and_scaling(modules[label]) for label in targets}
+    ranks = {label: lora.rank_and_scaling(modules[label]) for label in targets}
+    if ties_adapters(lora, base_tree):
+        head = lora.rank_and_scaling(("lm_head",))
+        if lora.use_dora or head != ranks["embed_tokens"]:
+            raise ValueError(
+                "lora.ensure_weight_tying = True: the adapter of embed_tokens is the"
+                " head's too, so use_dora, and a rank_pattern or alpha_pattern that"
+                " tells them apart, have no meaning there: unset one of these"
+            )
+    return ranks
 
 
-def _check_takes_adapter(module: Module, target: Any, available: list[str]) -> str:
+def _why_not_experts(tree: Mapping[str, Any]) -> str:
+    """A sentence for trees that hold experts."""
+    if "experts" not in tree.get("layers", {}).get("mlp", {}):
+        return ""
+    return (
+        ". A router and experts take none: they are no linear layers but plain arrays,"
+        " PEFT's target_parameters, which are not supported here; all-linear means the"
+        " attention's layers. To train experts, set training.lora.enabled = False"
+    )
+
+
+def _check_takes_adapter(
+    module: Module, target: Any, available: list[str], tree: Mapping[str, Any]
+) -> None:
     if not module.takes_adapter:
-        fix = (
-            f"name it in modules_to_save ([{module.label!r}]) to train it in full"
-            if module.label in ("lm_head", "embed_tokens")
-            else f"choose from {available}"
-        )
         raise ValueError(
-            f"lora.target_modules = {target!r} selects {module.label}, which is not a"
-            f" linear layer of a block and takes no adapter: {fix}"
+            f"lora.target_modules = {target!r} selects {module.label}, which is neither"
+            " a linear layer nor the embedding and takes no adapter: choose from"
+            f" {available}{_why_not_experts(tree)}"
         )
-    return module.label
 
 
 def resolve_modules_to_save(
@@ -316,6 +390,13 @@ def resolve_modules_to_save(
             raise ValueError(
                 f"lora.modules_to_save: {entry!r} matches no module of this model:"
                 f" choose from {names}"
+            )
+        whole = {path for path in found if "experts" in get_node(base_tree, path)}
+        if whole or any("experts" in path for path in found):
+            raise ValueError(
+                f"lora.modules_to_save = {entry!r} selects the experts, which PEFT and"
+                " the hub store in different forms; to train them set lora.enabled ="
+                " False. Their router can be saved: name mlp.gate"
             )
         paths |= found
     return paths

@@ -30,6 +30,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     # Imported here so that --help and usage errors need not wait for jax.
     from jaxtrain import distributed, trainer
+    from jaxtrain.data.stream_batches import BadRowsError
 
     _set_up_logging()
     distributed.initialize()
@@ -43,7 +44,11 @@ def main(argv: list[str]) -> None:
     except ValueError as error:
         logger.error("%s", error)
         sys.exit(2)
-    orchestrator.train(train_data, eval_data)
+    try:
+        orchestrator.train(train_data, eval_data)
+    except BadRowsError as error:  # of a stream, whose rows are checked as they come
+        logger.error("%s", error)
+        sys.exit(2)
 
 
 def _set_up_logging() -> None:

@@ -15,10 +15,18 @@ from jaxtrain import assets, diagnostics, lora, optim, sharding
 from jaxtrain.config import LoraSection, RunConfig, resolve
 from jaxtrain.data.tokenize import load_tokenizer
 from jaxtrain.generate import Generator, generate_texts, make_generate
+from jaxtrain.kernels.attention import Layout
 from jaxtrain.models import hf
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.transformer import Decoder, LoraShape
 from jaxtrain.objectives import next_token
+from jaxtrain.quantization import (
+    Quantization,
+    check_installed,
+    is_kept,
+    is_quantized,
+    quantize_tree,
+)
 from jaxtrain.types import Batch, Metrics, Params, TrainState, overlay, select
 
 logger = logging.getLogger(__name__)
@@ -69,12 +77,12 @@ class LoadedModel:
         """Sums of loss (nats), accuracy and entropy over one batch of numpy [B, T].
 
         Arrays are named as `types.Batch`'s fields; of preference rows the chosen side
-        is scored. B is filled up with empty rows to a multiple of the data-parallel
-        devices.
+        is scored (rows that share prompts have no sides: give them apart). B is filled
+        up with empty rows to a multiple of the data-parallel devices.
         """
-        fields = Batch.__dataclass_fields__
         arrays = batch.get("chosen", batch)
-        rows: dict[str, Any] = {n: np.asarray(arrays[n]) for n in fields}
+        names = [n for n in Batch.__dataclass_fields__ if n in arrays]
+        rows: dict[str, Any] = {n: np.asarray(arrays[n]) for n in names}
         missing = -len(rows["tokens"]) % self.plan.batch_shards
         if missing:
             rows = {n: np.pad(x, ((0, missing), (0, 0))) for n, x in rows.items()}
@@ -186,6 +194,15 @@ class ModelManager:
             config.num_params() / 1e6,
             source,
         )
+        if decoder.quantization is not None:
+            logger.info(
+                "its layers' kernels are kept as %s: the frozen base takes %.1f MiB"
+                " instead of %.1f in %s",
+                decoder.quantization.kind,
+                sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / 2**20,
+                config.num_params() * jnp.dtype(dtype).itemsize / 2**20,
+                dtype,
+            )
         self.model = LoadedModel(decoder, params, self.tokenizer, plan, directory)
         return self.model
 
@@ -208,12 +225,31 @@ def adopt(model: LoadedModel, run: RunConfig) -> LoadedModel:
     base = dataclasses.replace(decoder, lora=None)
     dtype = run.precision.compute_dtype if run.lora else run.model.param_dtype
     abstract = base.abstract_params()
+    taken = _in_few_bits(model.params, model.decoder, decoder.quantization)
     params = jax.device_put(
-        jax.tree.map(lambda leaf: leaf.astype(dtype), model.params),
+        jax.tree_util.tree_map_with_path(
+            lambda path, leaf: leaf if is_kept(path) else leaf.astype(dtype), taken
+        ),
         plan.parameters(abstract, base.logical_axes()),
     )
     model.params = {}
     return LoadedModel(decoder, params, model.tokenizer, plan, model.directory)
+
+
+def _in_few_bits(
+    params: Params, decoder: Decoder, wanted: Quantization | None
+) -> Params:
+    """Weights that `decoder` computes with, their kernels kept as `wanted` says."""
+    found = decoder.quantization if is_quantized(params) else None
+    if found == wanted:
+        return params
+    if found is not None:
+        raise ValueError(
+            f"this model's base is kept as {found}, the run asks for"
+            f" {wanted or 'whole weights'}: load the model anew by this configuration"
+        )
+    assert wanted is not None
+    return quantize_tree(params, decoder.linear_kernels(), wanted)
 
 
 def make_plan(
@@ -223,7 +259,7 @@ def make_plan(
     devices = (jax.devices() if devices is None else devices)[: run.devices.num_gpus]
     zero = run.devices.deepspeed
     return sharding.ShardingPlan(
-        sharding.make_mesh(run.mesh.sizes, devices),
+        sharding.make_mesh(run.mesh.sizes, devices, slices=run.mesh.slices),
         zero_stage=zero.zero_stage,
         offload_optimizer=zero.offload_optimizer,
         offload_params=zero.offload_param,
@@ -247,8 +283,10 @@ def load_abstract_model(run: RunConfig, devices: Sequence[jax.Device]) -> Loaded
     dtype = run.precision.compute_dtype if run.lora else run.model.param_dtype
     base = dataclasses.replace(decoder, lora=None)
     abstract = base.abstract_params()
-    params = jax.tree.map(
-        lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=layout),
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, leaf, layout: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype if is_kept(path) else dtype, sharding=layout
+        ),
         abstract,
         plan.parameters(abstract, base.logical_axes()),
     )
@@ -258,7 +296,12 @@ def load_abstract_model(run: RunConfig, devices: Sequence[jax.Device]) -> Loaded
 def make_decoder(
     run: RunConfig, config: ModelConfig, plan: sharding.ShardingPlan
 ) -> Decoder:
-    """The decoder as this run computes it: dtype, remat, kernels, LoRA's shape."""
+    """The decoder as this run computes it: dtype, remat, kernels, LoRA's shape.
+
+    Raises:
+        ValueError: the run asks for what the model has not.
+    """
+    router_loss_coefficient(run, config)
     decoder = Decoder(
         config,
         compute_dtype=run.precision.compute_dtype,
@@ -267,11 +310,20 @@ def make_decoder(
         attention=run.model.attention,
         loss_chunk=run.model.loss_chunk_tokens,
         constrain=plan.constrain,
+        map_shards=plan.map_shards,
+        quantization=_quantization(run),
+        layout=Layout(
+            plan.mesh,
+            rows=sharding.ACTIVATION_RULES["batch"],
+            heads=sharding.ACTIVATION_RULES["heads"],
+            tokens=sharding.ACTIVATION_RULES["sequence"],
+        ),
     )
     if run.lora is None:
         return decoder
     settings = lora_config(run)
-    ranks = lora.resolve_ranks(settings, decoder.abstract_params())
+    base = decoder.abstract_params()
+    ranks = lora.resolve_ranks(settings, base)
     shape = LoraShape(
         r=settings.r,
         scaling=settings.scaling,
@@ -279,8 +331,22 @@ def make_decoder(
         targets=frozenset(ranks),
         own=tuple((path, *rank) for path, rank in sorted(ranks.items())),
         use_dora=settings.use_dora,
+        ties_head=lora.ties_adapters(settings, base),
     )
+    if run.lora.ensure_weight_tying and not run.lora.init_from and not shape.ties_head:
+        raise ValueError(
+            "training.lora.ensure_weight_tying = True: this run gives no adapter to an"
+            " embedding that is the head too; unset it, or name embed_tokens in"
+            " target_modules of a model with tie_word_embeddings"
+        )
     return dataclasses.replace(decoder, lora=shape)
+
+
+def _quantization(run: RunConfig) -> Quantization | None:
+    if run.lora is None or run.lora.quantization is None:
+        return None
+    check_installed()
+    return Quantization(run.lora.quantization, run.lora.quantization_block_size)
 
 
 def lora_config(run: RunConfig) -> lora.LoraConfig:
@@ -307,7 +373,26 @@ def lora_config(run: RunConfig) -> lora.LoraConfig:
         init_lora_weights=section.init_lora_weights,
         rank_pattern=section.rank_pattern or {},
         alpha_pattern=section.alpha_pattern or {},
+        ensure_weight_tying=section.ensure_weight_tying,
     )
+
+
+def router_loss_coefficient(run: RunConfig, config: ModelConfig) -> float:
+    """What the router's loss is multiplied by; 0 where there is no router.
+
+    As in TRL, a model's own coefficient acts, whether or not its config has
+    `output_router_logits`, unless the run gives another.
+
+    Raises:
+        ValueError: the run gives one, and the model has no experts.
+    """
+    given = run.loop.router_aux_loss_coef
+    if not config.num_experts and given:
+        raise ValueError(
+            f"training.router_aux_loss_coef = {given}: a {config.model_type} has no"
+            " experts, so nothing to weigh; unset it, or train a mixture of experts"
+        )
+    return config.router_aux_loss_coef if given is None else given
 
 
 def needs_reference(run: RunConfig) -> bool:
@@ -340,10 +425,11 @@ def init_state(
     trainable = jax.device_put(trainable, shardings)
     if run.lora is not None and _keeps_first_adapters(run, run.lora):
         frozen = overlay(frozen, jax.device_put(trainable, shardings, may_alias=False))
+    # Made where it is kept: moments in host memory may not fit the device at once.
+    opt_shardings = plan.store_optimizer(opt_shardings)
     opt_state = jax.jit(optimizer.init, out_shardings=opt_shardings)(
         jax.device_put(trainable, sharding.on_device(shardings))
     )
-    opt_shardings = plan.store_optimizer(opt_shardings)
     scale = optim.init_loss_scale() if run.precision.fp16 else None
     window = None
     if run.loop.spike_threshold is not None:
@@ -352,7 +438,7 @@ def init_state(
         step=jax.device_put(jnp.int32(0), plan.replicated),
         trainable=trainable,
         frozen=frozen,
-        opt_state=jax.device_put(opt_state, opt_shardings),
+        opt_state=opt_state,
         # device_put refuses keys where a device belongs to another process.
         rng=jax.jit(jax.random.key, out_shardings=plan.replicated)(run.loop.seed),
         loss_scale=jax.device_put(scale, plan.replicated),
@@ -461,7 +547,7 @@ def _in_compute_dtype(params: Params, compute_dtype: str) -> Params:
     """
 
     def copy(path: Any, leaf: jax.Array) -> jax.Array:
-        is_matrix = path[-1].key in ("kernel", "embedding")
+        is_matrix = path[-1].key not in ("scale", "bias")
         # jnp.array copies; a mere cast to the same dtype would share the buffer, which
         # the train step donates.
         return jnp.array(leaf, dtype=compute_dtype if is_matrix else leaf.dtype)

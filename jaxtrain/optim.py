@@ -1,8 +1,9 @@
 """Optimizers, weight-decay mask, gradient clipping, float16 loss scaling.
 
 Weight decay follows transformers' Trainer, AdamW, SGD and Muon follow torch.optim, so
-a recipe carries over number for number. Kernels arrive stacked over layers,
-`[L in out]`; every optimizer treats them as L separate matrices.
+a recipe carries over number for number. Kernels arrive stacked over layers, `[L in
+out]`, and those of experts over these too, `[L E in out]`; every optimizer treats them
+as L or L E separate matrices.
 
 State is float32, so with float32 master parameters the optimizer adds, per trainable
 parameter: adamw 8 bytes; lion, muon and sgd with momentum 4; adafactor and plain sgd
@@ -41,7 +42,7 @@ def _is_stacked(path: Path) -> bool:
 
 
 def _matrix_rank(path: Path, leaf: Any) -> int:
-    """Axes of one layer's array."""
+    """Axes of one layer's array; 3 of a stack of experts' matrices."""
     return leaf.ndim - _is_stacked(path)
 
 
@@ -187,7 +188,7 @@ def _adafactor(*_: Any) -> optax.GradientTransformation:
                 u = u * jax.lax.rsqrt(moment.column)[..., None, :]
             else:
                 u = g * jax.lax.rsqrt(moment)
-            axes = tuple(range(int(_is_stacked(path)), g.ndim))
+            axes = tuple(range(-min(_matrix_rank(path, g), 2), 0))
             rms = jnp.sqrt(jnp.mean(u * u, axes, keepdims=True))
             return u / jnp.maximum(1.0, rms)
 
@@ -209,8 +210,8 @@ def _muon(
 
     def label(path: Path, leaf: Array) -> str:
         names = _names(path)
-        is_table = "embedding" in names or "lm_head" in names
-        return "adamw" if is_table or _matrix_rank(path, leaf) != 2 else "muon"
+        is_table = "embed_tokens" in names or "lm_head" in names
+        return "adamw" if is_table or _matrix_rank(path, leaf) < 2 else "muon"
 
     def orthogonalize(m: Array) -> Array:
         return orthogonal_factor(m) * (0.2 * math.sqrt(max(m.shape[-2:])))

@@ -20,32 +20,38 @@ from jax.experimental import multihost_utils
 
 from jaxtrain.lora_targets import (
     ADAPTER_LEAVES,
+    EMBEDDING,
     LoraConfig,
-    TreePath,
     flatten,
     full_names,
-    get_node,
+    is_tied,
     is_within,
-    iterate_modules,
     nest,
     resolve_modules_to_save,
     resolve_ranks,
 )
+from jaxtrain.peft_tensors import (
+    PREFIX,
+    TRANSPOSED,
+    WEIGHTS_FILE,
+    fit_to_base,
+    read_stacks,
+)
 from jaxtrain.types import Params
 
 CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
 _TORCH_LEAVES = {
     "lora_a": "lora_A.weight",
     "lora_b": "lora_B.weight",
     "lora_magnitude": "lora_magnitude_vector",
     "bias": "bias",
     "kernel": "weight",
+    "weight": "weight",  # a router's
     "embedding": "weight",
     "scale": "weight",
 }
-_TRANSPOSED = ("lora_a", "lora_b", "kernel")  # ours are [in out], torch's [out in]
+# Beside the embedding, PEFT's adapter has other names and is no module of its own.
+_EMBEDDING_LEAVES = {"lora_a": "lora_embedding_A", "lora_b": "lora_embedding_B"}
 
 
 def save_adapter(
@@ -83,18 +89,28 @@ def save_adapter(
     tensors: dict[str, np.ndarray] = {}
     for key, value in flat.items():
         leaf = _TORCH_LEAVES[key[-1]]
+        if key[:-1] == EMBEDDING:
+            leaf = _EMBEDDING_LEAVES.get(key[-1], leaf)
         if key[-1] == "bias" and key[:-1] in targets:
             leaf = "base_layer.bias"
-        if key[-1] in _TRANSPOSED:
+        if key[-1] in TRANSPOSED:
             value = value.swapaxes(-1, -2)
         names = full_names(key[:-1], value.shape[0])
         layers = value if key[0] == "layers" else [value]
         for name, array in zip(names, layers, strict=True):
-            tensors[f"{_PREFIX}{name}.{leaf}"] = np.ascontiguousarray(array)
+            tensors[f"{PREFIX}{name}.{leaf}"] = np.ascontiguousarray(array)
+    tied_adapters = tied_embeddings and lora.ensure_weight_tying
+    if tied_adapters and (*EMBEDDING, "lora_a") in flat:
+        for head, below in (
+            ("lora_A", "lora_embedding_B"),
+            ("lora_B", "lora_embedding_A"),
+        ):
+            values = tensors[f"{PREFIX}model.embed_tokens.{below}"]
+            tensors[f"{PREFIX}lm_head.{head}.weight"] = np.ascontiguousarray(values.T)
     ties = tied_embeddings and ("embed_tokens", "embedding") in flat
     if ties:
-        table = tensors[f"{_PREFIX}model.embed_tokens.weight"]
-        tensors[f"{_PREFIX}lm_head.weight"] = table.copy()
+        table = tensors[f"{PREFIX}model.embed_tokens.weight"]
+        tensors[f"{PREFIX}lm_head.weight"] = table.copy()
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -111,7 +127,7 @@ def save_adapter(
         "alpha_pattern": dict(lora.alpha_pattern),
         "modules_to_save": list(lora.modules_to_save) or None,
         "inference_mode": True,
-    } | ({"ensure_weight_tying": True} if ties else {})
+    } | ({"ensure_weight_tying": True} if ties or tied_adapters else {})
     if jax.process_index() == 0:
         path = pathlib.Path(path)
         path.mkdir(parents=True, exist_ok=True)
@@ -184,8 +200,8 @@ def load_adapter(
     path = pathlib.Path(path)
     lora = read_settings(path)
     config = _read_config(path)
-    ties = "lm_head" not in base_tree and bool(config.get("ensure_weight_tying"))
-    stacks = _read_stacks(path, base_tree, drop_head=ties)
+    ties = is_tied(base_tree) and bool(config.get("ensure_weight_tying"))
+    stacks = read_stacks(path, base_tree, drop_head=ties)
     having = {
         leaf: {key[:-1] for key in stacks if key[-1] == leaf} for leaf in ADAPTER_LEAVES
     }
@@ -199,8 +215,8 @@ def load_adapter(
             f"adapter {path}: use_dora = {lora.use_dora}, but it holds magnitudes of"
             f" {sorted(having['lora_magnitude'])}: save it anew with PEFT"
         )
-    resolve_ranks(lora, base_tree)  # refuses an adapter on the head
-    trainable = nest(_fit_to_base(path, stacks, base_tree, lora))
+    resolve_ranks(lora, base_tree)  # refuses what takes no adapter
+    trainable = nest(fit_to_base(path, stacks, base_tree, lora))
     _check_saved_modules(path, trainable, lora, base_tree, ties=ties)
     return trainable, lora
 
@@ -216,7 +232,13 @@ def read_settings(path: str | pathlib.Path) -> LoraConfig:
     _refuse_variants(path, config)
     with safetensors.safe_open(path / WEIGHTS_FILE, "numpy") as file:
         keys = file.keys()
-    names = [key.split(".lora_A.")[0] for key in keys if ".lora_A." in key]
+    ties = bool(config.get("ensure_weight_tying"))
+    names = [
+        re.split(r"\.lora_(?:A\.|embedding_A)", key)[0]
+        for key in keys
+        if ".lora_A." in key or ".lora_embedding_A" in key
+    ]
+    has_embedding = any(name.endswith("embed_tokens") for name in names)
     return LoraConfig(
         r=int(config.get("r", 8)),  # PEFT's defaults, here and below
         alpha=config.get("lora_alpha", 8),
@@ -226,10 +248,26 @@ def read_settings(path: str | pathlib.Path) -> LoraConfig:
         bias=config.get("bias", "none"),
         use_rslora=bool(config.get("use_rslora", False)),
         use_dora=bool(config.get("use_dora", False)),
-        rank_pattern=config.get("rank_pattern") or {},
-        alpha_pattern=config.get("alpha_pattern") or {},
+        rank_pattern=_that_match(config.get("rank_pattern"), names),
+        alpha_pattern=_that_match(config.get("alpha_pattern"), names),
         modules_to_save=_own_entries(config.get("modules_to_save")),
+        ensure_weight_tying=ties and has_embedding,
     )
+
+
+def _that_match(patterns: Mapping[str, Any] | None, names: list[str]) -> dict[str, Any]:
+    """Those that match an adapter's name.
+
+    PEFT itself writes patterns of a mixture's stacked experts, adapted or not.
+    """
+    return {
+        pattern: value
+        for pattern, value in (patterns or {}).items()
+        if any(
+            re.match(rf"(.*\.)?({pattern})$", name.removeprefix(PREFIX))
+            for name in names
+        )
+    }
 
 
 def _read_config(path: pathlib.Path) -> dict[str, Any]:
@@ -279,101 +317,6 @@ def _refuse_variants(path: pathlib.Path, config: Mapping[str, Any]) -> None:
         )
 
 
-_LAYER_NAME = re.compile(r"(?:model\.)?layers\.(\d+)\.(.+)")
-
-
-def _read_stacks(
-    path: pathlib.Path, base_tree: Mapping[str, Any], *, drop_head: bool
-) -> dict[TreePath, dict[int, np.ndarray]]:
-    """Leaf path -> layer -> array; layer 0 alone outside the layers."""
-    modules = {module.path: module.leaves for module in iterate_modules(base_tree)}
-    stacks: dict[TreePath, dict[int, np.ndarray]] = {}
-    tensors = safetensors.numpy.load_file(path / WEIGHTS_FILE)
-    for key, value in tensors.items():
-        name = key.removeprefix(_PREFIX)
-        if ".modules_to_save." in name or ".original_module." in name:
-            continue  # PEFT's own duplicates of a saved module's bias
-        if drop_head and name == "lm_head.weight":
-            continue  # the embedding again
-        match = re.fullmatch(
-            r"(.+?)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector(?:\.weight)?"
-            r"|(?:base_layer\.)?bias|weight)",
-            name,
-        )
-        module, leaf = match.groups() if match else (name, "")
-        in_layer = _LAYER_NAME.fullmatch(module)
-        layer = int(in_layer[1]) if in_layer else 0
-        module_path: TreePath = (
-            ("layers", *in_layer[2].split("."))
-            if in_layer
-            else tuple(module.removeprefix("model.").split("."))
-        )
-        leaves = modules.get(module_path)
-        own_leaf = _own_leaf(leaf, leaves or {})
-        if own_leaf is None:
-            raise ValueError(
-                f"adapter {path}: {key} has no place in this model: load the base that"
-                " the adapter was trained on"
-            )
-        if own_leaf in _TRANSPOSED:
-            value = value.swapaxes(-1, -2)
-        stacks.setdefault((*module_path, own_leaf), {})[layer] = value
-    return stacks
-
-
-def _own_leaf(torch_leaf: str, leaves: Mapping[str, Any]) -> str | None:
-    """Our name of a module's tensor, or None where the module has no such."""
-    if torch_leaf.startswith("lora_"):
-        kind = torch_leaf.removesuffix(".weight").removesuffix("_vector")
-        own = kind.lower()
-        return own if "kernel" in leaves else None
-    if torch_leaf.endswith("bias"):
-        return "bias" if "bias" in leaves else None
-    names = [name for name in ("kernel", "embedding", "scale") if name in leaves]
-    return names[0] if torch_leaf == "weight" and names else None
-
-
-def _fit_to_base(
-    path: pathlib.Path,
-    stacks: Mapping[TreePath, Mapping[int, np.ndarray]],
-    base_tree: Mapping[str, Any],
-    lora: LoraConfig,
-) -> dict[TreePath, np.ndarray]:
-    """Stack each leaf's layers; its shape must be the one that the base calls for."""
-    fitted = {}
-    for key, by_layer in stacks.items():
-        module = get_node(base_tree, key[:-1])
-        if key[-1] in ADAPTER_LEAVES:
-            layers, width_in, width_out = module["kernel"].shape
-            rank, _ = lora.rank_and_scaling(full_names(key[:-1], layers))
-            inner = {
-                "lora_a": (width_in, rank),
-                "lora_b": (rank, width_out),
-                "lora_magnitude": (width_out,),
-            }
-            shape = (layers, *inner[key[-1]])
-        else:
-            shape = module[key[-1]].shape
-        stacked = key[0] == "layers"
-        count, layer_shape = (shape[0], shape[1:]) if stacked else (1, shape)
-        if sorted(by_layer) != list(range(count)):
-            raise ValueError(
-                f"adapter {path}: {'.'.join(key)} is given for layers"
-                f" {sorted(by_layer)} of {count} only, but layers are stacked and"
-                " train alike: merge the adapter with PEFT and load the merged model"
-            )
-        for array in by_layer.values():
-            if array.shape != layer_shape:
-                raise ValueError(
-                    f"adapter {path}: {'.'.join(key)} has shape {array.shape}, the base"
-                    f" calls for {layer_shape}: load the base that the adapter was"
-                    " trained on"
-                )
-        arrays = [by_layer[i].astype(np.float32) for i in range(count)]
-        fitted[key] = np.stack(arrays) if stacked else arrays[0]
-    return fitted
-
-
 def _check_saved_modules(
     path: pathlib.Path,
     trainable: Params,
@@ -383,8 +326,8 @@ def _check_saved_modules(
     ties: bool,
 ) -> None:
     """Whole weights must be those that modules_to_save names, and tied as ours are."""
-    is_tied_base = "lm_head" not in base_tree
-    if "embed_tokens" in trainable and is_tied_base and not ties:
+    trains_table = "embedding" in trainable.get("embed_tokens", {})
+    if trains_table and is_tied(base_tree) and not ties:
         raise ValueError(
             f"adapter {path}: it trains embed_tokens apart from the head, but here they"
             " are one array: save it with ensure_weight_tying=True, or untie the base"

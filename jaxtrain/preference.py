@@ -55,7 +55,10 @@ def pair_sums(
     """Each pair's weighted sum: a row's, or by `PairBatch.pair_ids` [B P] N = B P."""
     if ids is None:
         return row_sums(values, weights)
-    inside = (side.segment_ids[:, None, :] == ids[:, :, None]) & (ids[:, :, None] > 0)
+    # Three segments a pair where prompts are shared.
+    shares = side.prompt_ids is not None
+    pair_of_token = (side.segment_ids + 2) // 3 if shares else side.segment_ids
+    inside = (pair_of_token[:, None, :] == ids[:, :, None]) & (ids[:, :, None] > 0)
     weighed = weigh(values, weights)
     return jnp.where(inside, weighed[:, None, :], 0.0).sum(-1).reshape(-1)
 
@@ -79,14 +82,17 @@ def count_tokens(real: Float[Array, "B"], *batches: Batch) -> WeightedSum:
 # --- pairs ------------------------------------------------------------------------
 
 
-def _score_pairs(
+def score_pairs(
     score: LogProbsFn, batch: PairBatch
 ) -> tuple[TokenLogProbs, TokenLogProbs]:
-    """Score chosen and rejected by one call on 2B rows.
+    """Score chosen and rejected by one call, on 2B rows, or on B that share prompts.
 
-    The rows alternate, chosen and rejected: a device that holds pairs then holds both
-    their rows, and stacking moves nothing between devices.
+    The 2B rows alternate, chosen and rejected: a device that holds pairs then holds
+    both their rows, and stacking moves nothing between devices.
     """
+    if batch.shared is not None:
+        scored = score(batch.shared)
+        return scored, scored
     rows, width = batch.chosen.tokens.shape
 
     def interleave(chosen: Array, rejected: Array) -> Array:
@@ -240,7 +246,7 @@ def preference(
             "ld_alpha and precompute_ref_log_probs take a pair a row, and these rows "
             "are packed: unset them, or set data.packing = false"
         )
-    chosen, rejected = _score_pairs(policy, batch)
+    chosen, rejected = score_pairs(policy, batch)
     masks = (batch.chosen.loss_mask, batch.rejected.loss_mask)
     weights = _completion_weights(batch, ld_alpha)
     real = _real_pairs(batch)
@@ -278,7 +284,7 @@ def preference(
                 "reference=None: this loss compares with a reference model; give one, "
                 "or set reference_free or precompute_ref_log_probs"
             )
-        ref_chosen, ref_rejected = jax.lax.stop_gradient(_score_pairs(reference, batch))
+        ref_chosen, ref_rejected = jax.lax.stop_gradient(score_pairs(reference, batch))
         ref_logps = sums(ref_chosen.logps, ref_rejected.logps, weights)
         extra_metrics["kl"] = _kl_from_reference(
             chosen.logps - ref_chosen.logps, masks[0]
@@ -344,7 +350,7 @@ def orpo(
     micro-batch and, as in the authors' code and TRL's, over prompt and completion.
     """
     del reference
-    chosen, rejected = _score_pairs(policy, batch)
+    chosen, rejected = score_pairs(policy, batch)
     real = _real_pairs(batch)
     # All predictions up to the completion's last one: the prompt's come before it.
     to_the_end = jax.lax.cummax(batch.chosen.loss_mask, axis=1, reverse=True) > 0
@@ -395,7 +401,7 @@ def cpo(
     micro-batch.
     """
     del reference
-    chosen, rejected = _score_pairs(policy, batch)
+    chosen, rejected = score_pairs(policy, batch)
     masks = (batch.chosen.loss_mask, batch.rejected.loss_mask)
     reduce = _mean_logps if loss_type in ("ipo", "simpo") else _sum_logps
     logps = (reduce(chosen, masks[0]), reduce(rejected, masks[1]))

@@ -4,6 +4,7 @@ They are streamed to `<workdir>/reference/<name>/`, so that a run that was stopp
 on where it was, and a second run on the same model and data computes nothing.
 """
 
+import functools
 import hashlib
 import json
 import logging
@@ -19,8 +20,9 @@ from jaxtyping import Array, UInt32
 
 from jaxtrain.data.dataset import PreparedDataset
 from jaxtrain.data.pipeline import make_eval_iterator
+from jaxtrain.preference import row_sums, score_pairs
 from jaxtrain.step import ScoreFn
-from jaxtrain.types import Batch, PairBatch, Params
+from jaxtrain.types import PairBatch, Params
 
 logger = logging.getLogger(__name__)
 
@@ -38,24 +40,30 @@ class ReferenceScorer:
         process_rows: int,
         directory: pathlib.Path,
         identity: Mapping[str, str],
+        readers: tuple[int, int] = (0, 1),
     ) -> None:
         """Score by `params`, `process_rows` pairs a batch on each process.
 
         Args:
+            readers: which share of the pairs this process reads, and of how many.
             directory: where the sums are kept, shared by all processes.
             identity: what they depend on beside the weights and the data, by name.
         """
         self._params = params
         self._place = place
         self._process_rows = process_rows
+        self._readers = readers
         self._directory = directory
         self._identity = {"weights": fingerprint(params), **identity}
 
         def sums(params: Params, batch: PairBatch) -> tuple[jax.Array, jax.Array]:
-            def completion(side: Batch) -> jax.Array:
-                return (score(params, side).logps * side.loss_mask).sum(-1)
-
-            return completion(batch.chosen), completion(batch.rejected)
+            scored = score_pairs(functools.partial(score, params), batch)
+            sides = (batch.chosen, batch.rejected)
+            chosen, rejected = (
+                row_sums(of_side.logps, side.loss_mask)
+                for of_side, side in zip(scored, sides, strict=True)
+            )
+            return chosen, rejected
 
         self._sums = jax.jit(sums)
 
@@ -71,7 +79,7 @@ class ReferenceScorer:
         cache = _Cache(
             self._directory / name, {**self._identity, "data": data.fingerprint}
         )
-        global_rows = self._process_rows * jax.process_count()
+        global_rows = self._process_rows * self._readers[1]
         first = len(data)
         if cache.rows() < first:
             # Every process starts where the first one, which writes, will.
@@ -92,10 +100,10 @@ class ReferenceScorer:
         batches = make_eval_iterator(
             data,
             micro_batch_rows=self._process_rows,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            process_index=self._readers[0],
+            process_count=self._readers[1],
         )
-        global_rows = self._process_rows * jax.process_count()
+        global_rows = self._process_rows * self._readers[1]
         batches.set_state({"next_step": first // global_rows})
         cache.truncate(first)
         for arrays in batches:

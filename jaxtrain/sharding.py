@@ -6,6 +6,7 @@ optimizer state, stages 1 and 2 only the optimizer state (gradients never outliv
 step, so XLA scatters them where stage 2 would), stage 0 nothing (arXiv:1910.02054).
 """
 
+import collections
 import dataclasses
 import functools
 import logging
@@ -15,11 +16,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxtrain.mesh_shape import MESH_AXES, resolve_mesh_shape
 
 logger = logging.getLogger(__name__)
 
-MESH_AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
 LogicalAxes = tuple[str | None, ...]
@@ -27,20 +30,26 @@ MeshAxes = tuple[str, ...]
 
 # Parameters: which mesh axes split each logical axis.
 PARAMETER_RULES: Mapping[str, MeshAxes] = {
-    "embed": ("fsdp",),
+    # Devices that share rows would hold the same weights otherwise.
+    "embed": ("fsdp", "context"),
     "vocab": ("tensor",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
+    # Where their number divides; else "embed" of the same array is split instead.
+    "experts": ("fsdp",),
 }
 # Optimizer state under ZeRO 1 and 2, whose parameters are whole on every device.
 OPTIMIZER_RULES: Mapping[str, MeshAxes] = {
     **PARAMETER_RULES,
-    "embed": ("data", "fsdp"),
+    "embed": ("data", "fsdp", "context"),
 }
-# Activations: rows over every data-parallel device; their width stays whole.
+# Activations: rows over every data-parallel device, tokens over `context`; their width
+# stays whole. "tokens" are those of all rows in one axis.
 ACTIVATION_RULES: Mapping[str, MeshAxes] = {
     "batch": BATCH_AXES,
+    "sequence": ("context",),
+    "tokens": (*BATCH_AXES, "context"),
     "vocab": ("tensor",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
@@ -48,49 +57,34 @@ ACTIVATION_RULES: Mapping[str, MeshAxes] = {
 }
 
 
-def resolve_mesh_shape(sizes: Mapping[str, int], device_count: int) -> dict[str, int]:
-    """Sizes of every mesh axis; one size of -1 takes the devices that remain.
-
-    Raises:
-        ValueError: the sizes do not multiply to `device_count`; it names the nearest
-            sizes that do.
-    """
-    shape = {axis: sizes.get(axis, 1) for axis in MESH_AXES}
-    wildcards = [axis for axis, size in shape.items() if size == -1]
-    if len(wildcards) > 1:
-        raise ValueError(f"mesh.{wildcards} = -1: only one axis may be -1 (the rest)")
-    fixed = math.prod(size for size in shape.values() if size != -1)
-    if wildcards and device_count % fixed == 0:
-        shape[wildcards[0]] = device_count // fixed
-    elif wildcards or fixed != device_count:
-        raise ValueError(
-            f"mesh = {dict(sizes)} needs a multiple of {fixed} devices"
-            f"{'' if wildcards else ' (exactly that many)'}, but {device_count} are"
-            f" present; the nearest that divides is {_nearest(shape, device_count)}"
-        )
-    return shape
-
-
-def _nearest(shape: Mapping[str, int], device_count: int) -> dict[str, int]:
-    """Shrink each axis to the largest size that still divides what is left."""
-    nearest, left = {}, device_count
-    for axis in reversed(MESH_AXES):  # keep tensor parallelism: it is chosen for fit
-        wanted = left if shape[axis] == -1 else min(shape[axis], left)
-        nearest[axis] = next(n for n in range(wanted, 0, -1) if left % n == 0)
-        left //= nearest[axis]
-    nearest["fsdp"] *= left
-    return {axis: nearest[axis] for axis in MESH_AXES}
-
-
 def make_mesh(
-    sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None
+    sizes: Mapping[str, int],
+    devices: Sequence[jax.Device] | None = None,
+    *,
+    slices: Mapping[str, int] | None = None,
 ) -> Mesh:
     """The mesh of `devices` (all of them by default) with axes `MESH_AXES`.
 
-    Devices that are not present serve to compile for them (jaxtrain/aot.py).
+    Devices that are not present serve to compile for them (jaxtrain/aot.py). `slices`:
+    over how many slices an axis goes, by its name; where several slices are present
+    and nothing is said, all of them by `data` and `fsdp`.
+
+    Raises:
+        ValueError: the sizes do not fit the devices, or `slices` not their slices.
     """
     devices = list(jax.devices() if devices is None else devices)
     shape = resolve_mesh_shape(sizes, len(devices))
+    over = _axes_over_slices(shape, devices, slices or {})
+    if math.prod(over.values()) > 1:
+        return Mesh(
+            mesh_utils.create_hybrid_device_mesh(
+                tuple(shape[axis] // over.get(axis, 1) for axis in MESH_AXES),
+                tuple(over.get(axis, 1) for axis in MESH_AXES),
+                devices,
+                process_is_granule=not _have_slices(devices),
+            ),
+            MESH_AXES,
+        )
     dimensions = tuple(shape.values())
     present = jax.devices()
     if len(devices) == len(present) or devices[0] not in present:
@@ -98,10 +92,43 @@ def make_mesh(
         return jax.make_mesh(
             dimensions,
             MESH_AXES,
-            axis_types=(jax.sharding.AxisType.Auto,) * 3,
+            axis_types=(jax.sharding.AxisType.Auto,) * len(MESH_AXES),
             devices=devices,
         )
     return Mesh(np.asarray(devices).reshape(dimensions), MESH_AXES)
+
+
+def _have_slices(devices: Sequence[jax.Device]) -> bool:
+    """Whether devices say which slice they are in; else a process stands for one."""
+    return len({getattr(device, "slice_index", 0) for device in devices}) > 1
+
+
+def _axes_over_slices(
+    shape: Mapping[str, int], devices: Sequence[jax.Device], wanted: Mapping[str, int]
+) -> dict[str, int]:
+    """Over how many slices each axis goes; together over all of them."""
+    attribute = "slice_index" if _have_slices(devices) else "process_index"
+    count = len({getattr(device, attribute) for device in devices})
+    if not wanted and attribute == "process_index":
+        return {}  # jax.make_mesh keeps the devices of a process together
+    over = dict(wanted)
+    if not over:
+        over["data"] = math.gcd(shape["data"], count)
+        over["fsdp"] = math.gcd(shape["fsdp"], count // over["data"])
+    for axis, slices in over.items():
+        if shape[axis] % slices:
+            raise ValueError(
+                f"mesh.dcn_{axis} = {slices} does not divide mesh.{axis} ="
+                f" {shape[axis]}; set {math.gcd(shape[axis], slices)}"
+            )
+    if math.prod(over.values()) != count:
+        named = " x ".join(f"{axis} {slices}" for axis, slices in over.items())
+        kind = "slices" if attribute == "slice_index" else "processes"
+        raise ValueError(
+            f"mesh.dcn_*: {named} is not the number of {kind}, {count}: let mesh.data"
+            f" or mesh.fsdp be a multiple of {count}, or unset mesh.dcn_*"
+        )
+    return over
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +148,29 @@ class ShardingPlan:
     def batch_shards(self) -> int:
         """Number of data-parallel shards that a batch's rows are split into."""
         return math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
+
+    @property
+    def readers(self) -> tuple[int, int]:
+        """Which share of a batch's rows this process reads, and of how many.
+
+        Processes whose devices split the same rows (`context`, `tensor`) read the same.
+
+        Raises:
+            ValueError: two processes share some of their rows only.
+        """
+        rows_of = collections.defaultdict(set)
+        for place, device in np.ndenumerate(self.mesh.devices):
+            at = dict(zip(MESH_AXES, place, strict=True))
+            rows_of[device.process_index].add(tuple(at[axis] for axis in BATCH_AXES))
+        shares = list(dict.fromkeys(frozenset(rows_of[p]) for p in sorted(rows_of)))
+        if sum(map(len, shares)) != self.batch_shards or len({*map(len, shares)}) > 1:
+            raise ValueError(
+                f"mesh = {dict(self.mesh.shape)}: {len(rows_of)} processes would share"
+                " parts of their rows; let mesh.data x mesh.fsdp be a multiple or a"
+                " divisor of their number"
+            )
+        own = frozenset(rows_of[jax.process_index()])
+        return shares.index(own), len(shares)
 
     @property
     def replicated(self) -> NamedSharding:
@@ -155,11 +205,52 @@ class ShardingPlan:
         spec = _partition_spec(x.shape, logical_axes, ACTIVATION_RULES, self.mesh)
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
 
+    def map_shards(
+        self,
+        function: Callable[..., jax.Array],
+        arguments: tuple[LogicalAxes, ...],
+        result: LogicalAxes,
+        summed: str,
+    ) -> Callable[..., jax.Array]:
+        """`function` on each device's own part of its arguments, by their logical axes.
+
+        For what the compiler would not see to be local, such as sorting each row. Axes
+        of the result are split as the arguments' of the same name. `function` sums over
+        the axis named `summed`; where that is split, the parts are added up.
+        """
+        if self.mesh.size == 1:
+            return function
+
+        def mapped(*arrays: jax.Array) -> jax.Array:
+            specs = [
+                _partition_spec(array.shape, axes, ACTIVATION_RULES, self.mesh)
+                for array, axes in zip(arrays, arguments, strict=True)
+            ]
+            split = {
+                name: entry
+                for axes, spec in zip(arguments, specs, strict=True)
+                for name, entry in zip(axes, spec, strict=True)
+            }
+
+            def add_up(*parts: jax.Array) -> jax.Array:
+                partial = function(*parts)
+                over = split[summed]
+                return partial if over is None else jax.lax.psum(partial, over)
+
+            return jax.shard_map(
+                add_up,
+                mesh=self.mesh,
+                in_specs=tuple(specs),
+                out_specs=PartitionSpec(*(split[name] for name in result)),
+            )(*arrays)
+
+        return mapped
+
     @property
     def _parameter_rules(self) -> Mapping[str, MeshAxes]:
         if self.zero_stage >= 3:
             return PARAMETER_RULES
-        return {**PARAMETER_RULES, "embed": ()}
+        return {**PARAMETER_RULES, "embed": (), "experts": ()}
 
     def _tree(
         self, abstract: Any, logical_axes: Any, rules: Mapping[str, MeshAxes]
@@ -177,7 +268,7 @@ def _partition_spec(
     rules: Mapping[str, MeshAxes],
     mesh: Mesh,
 ) -> PartitionSpec:
-    """Split each axis by its rule, each mesh axis once; else keep it whole."""
+    """Split each axis by its rule, each mesh axis once, over as many as divide it."""
     if len(shape) != len(logical_axes):
         raise ValueError(f"shape {tuple(shape)} has not the axes {logical_axes}")
     used: set[str] = set()
@@ -188,9 +279,9 @@ def _partition_spec(
             for axis in rules.get(name or "", ())
             if axis not in used and mesh.shape[axis] > 1
         )
-        if size % math.prod(mesh.shape[axis] for axis in axes):
+        while size % math.prod(mesh.shape[axis] for axis in axes):
             _log_whole(name, size, axes)
-            axes = ()
+            axes = axes[:-1]
         used.update(axes)
         entries.append(axes or None)
     return PartitionSpec(*entries)

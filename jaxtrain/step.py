@@ -26,6 +26,8 @@ from jaxtrain.types import (
     overlay,
 )
 
+# (gradients, optimizer state, parameters, whether to: None is yes) -> both, updated
+UpdateFn = Callable[[Params, Any, Params, Array | None], tuple[Params, Any]]
 TrainStep = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 EvalStep = Callable[[TrainState, Any], Metrics]
 
@@ -89,7 +91,7 @@ def make_train_step(
     is_micro_batch_mean: Callable[[str], bool] = _never,
     fetch_params: Callable[[Any], Any] = _identity,
     fetch_frozen: Callable[[Any], Any] = _identity,
-    fetch_optimizer: Callable[[Any], Any] = _identity,
+    update: UpdateFn | None = None,
 ) -> TrainStep:
     """Build `train_step(state, batch) -> (state, metrics)`, to be jitted by the caller.
 
@@ -114,6 +116,8 @@ def make_train_step(
             within each micro-batch first and over micro-batches then, so that a short
             last one counts as much as the others. Empty ones count nowhere.
         fetch_*: bring that part of the state from host to device memory.
+        update: applies `optimizer` in place of `make_whole_update(optimizer)`, to
+            parameters and state as they are stored.
 
     Metrics: those of the objective, `loss`, `grad_norm` (before clipping),
     `learning_rate` (of this step), `nonfinite` (1 where the gradient was not finite),
@@ -168,22 +172,24 @@ def make_train_step(
                 # PyTorch's clip_grad_norm_, with its 1e-6.
                 clip = jnp.minimum(1.0, max_grad_norm / (grad_norm + 1e-6))
                 grads = jax.tree.map(lambda g: g * clip, grads)
-        with jax.named_scope("optimizer"):
-            old_opt_state = fetch_optimizer(state.opt_state)
-            updates, opt_state = optimizer.update(grads, old_opt_state, trainable)
-            new_trainable = optax.apply_updates(trainable, updates)
         loss_window, is_spike = state.loss_window, jnp.bool_(False)
         if spike_threshold is not None:
             assert loss_window is not None  # `init_state` gives one with a threshold
             loss = metrics["loss"].mean()
             is_spike, loss_window = detect_spike(loss_window, loss, spike_threshold)
         skips_nonfinite = skip_nonfinite or state.loss_scale is not None
-        if skips_nonfinite or skip_spikes:
-            good = finite if skips_nonfinite else jnp.bool_(True)
-            good = good & ~is_spike if skip_spikes else good
-            keep = lambda new, old: jnp.where(good, new, old)  # noqa: E731
-            new_trainable = jax.tree.map(keep, new_trainable, trainable)
-            opt_state = jax.tree.map(keep, opt_state, old_opt_state)
+        good = finite if skips_nonfinite else None
+        if skip_spikes:
+            good = ~is_spike if good is None else good & ~is_spike
+        with jax.named_scope("optimizer"):
+            if update is None:
+                new_trainable, opt_state = make_whole_update(optimizer)(
+                    grads, state.opt_state, trainable, good
+                )
+            else:
+                new_trainable, opt_state = update(
+                    grads, state.opt_state, state.trainable, good
+                )
 
         one = jnp.float32(1)
         metrics |= {
@@ -214,6 +220,23 @@ def make_train_step(
         return new_state, metrics
 
     return train_step
+
+
+def make_whole_update(optimizer: optax.GradientTransformation) -> UpdateFn:
+    """Build the update of everything at once, on the device."""
+
+    def update(
+        grads: Params, opt_state: Any, params: Params, good: Array | None
+    ) -> tuple[Params, Any]:
+        updates, new_opt_state = optimizer.update(grads, opt_state, params)
+        new = (optax.apply_updates(params, updates), new_opt_state)
+        if good is None:
+            return new
+        return jax.tree.map(
+            lambda new, old: jnp.where(good, new, old), new, (params, opt_state)
+        )
+
+    return update
 
 
 def _as_one_vote(sums: WeightedSum) -> WeightedSum:

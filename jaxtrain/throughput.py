@@ -73,7 +73,43 @@ def _open_nvml() -> Any:
     return pynvml
 
 
-def device_utilization() -> dict[str, float]:
+@functools.cache
+def _open_tpu_monitoring() -> Any:
+    """The monitoring part of libtpu, or None where this one has none."""
+    try:
+        return importlib.import_module("libtpu.sdk").tpumonitoring
+    except Exception:  # its own kinds, and AttributeError of an old one
+        return None
+
+
+def device_utilization(device: Any = None) -> dict[str, float]:
+    """How busy this host's accelerators of `device`'s kind are; see the two below."""
+    if getattr(device, "platform", None) == "tpu":
+        return tpu_utilization()
+    return gpu_utilization()
+
+
+def tpu_utilization() -> dict[str, float]:
+    """`tpu_utilization` and `tpu_duty_cycle` (0 to 1): means over this host's TPUs.
+
+    The TensorCores' share of their peak, and the share of time in which a program ran,
+    over libtpu's last sample period. Without what this libtpu does not tell. Call it
+    with TPUs only: elsewhere libtpu asks a metadata server for a minute.
+    """
+    monitoring = _open_tpu_monitoring()
+    if monitoring is None:
+        return {}
+    names = {"tpu_utilization": "tensorcore_util", "tpu_duty_cycle": "duty_cycle_pct"}
+    found = {}
+    for name, metric in names.items():
+        with contextlib.suppress(Exception):  # of libtpu's own kinds
+            percents = [float(text) for text in monitoring.get_metric(metric).data()]
+            if percents:
+                found[name] = sum(percents) / len(percents) / 100
+    return found
+
+
+def gpu_utilization() -> dict[str, float]:
     """`gpu_utilization` (0 to 1) and `gpu_power_watts`: means over this host's GPUs.
 
     Those that CUDA_VISIBLE_DEVICES names, as NVML sees them over its last sample

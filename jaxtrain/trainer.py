@@ -26,6 +26,7 @@ from jaxtrain import (
     export,
     model_manager,
     objectives,
+    offload,
     optim,
     reference,
     samples,
@@ -46,6 +47,8 @@ from jaxtrain.data.pipeline import (
     make_train_iterator,
     steps_per_epoch,
 )
+from jaxtrain.data.stream_batches import StreamDataset, StreamIterator, StreamRows
+from jaxtrain.data.stream_source import HubSource
 from jaxtrain.kto import LabeledBatch
 from jaxtrain.loop import Loop
 from jaxtrain.text_metrics import make_text_metric
@@ -60,11 +63,19 @@ from jaxtrain.types import (
     TrainState,
     WeightedSum,
     overlay,
+    share_prompts,
 )
 
 logger = logging.getLogger(__name__)
 
-Rows: TypeAlias = datasets.Dataset | Sequence[Mapping[str, Any]] | Mixture
+Rows: TypeAlias = (
+    datasets.Dataset
+    | datasets.IterableDataset
+    | Sequence[Mapping[str, Any]]
+    | Mixture
+    | StreamRows
+)
+Prepared: TypeAlias = PreparedDataset | StreamDataset
 
 # Keys of `training.dpo` that act on the data or on the reference model.
 _NOT_OF_THE_LOSS = (
@@ -221,28 +232,36 @@ class TrainingOrchestrator:
 
     # --- data ------------------------------------------------------------------------
 
-    def load_training_data(
-        self, path: str | os.PathLike[str] | None = None
-    ) -> datasets.Dataset | Mixture:
+    def load_training_data(self, path: str | os.PathLike[str] | None = None) -> Rows:
         """Raw rows of `path`, of `data.train`, or the embedded ones."""
         return loading.load_training_rows(self._prepared_run(), path)
 
     def load_evaluation_data(
         self, path: str | os.PathLike[str] | None = None
-    ) -> datasets.Dataset | None:
+    ) -> Rows | None:
         """The same for `data.eval`; None if training data are given and these not."""
         return loading.load_evaluation_rows(self._prepared_run(), path)
 
-    def prepare_rows(self, rows: Rows | PreparedDataset) -> PreparedDataset:
+    def prepare_rows(self, rows: Rows | Prepared) -> Prepared:
         """Check and tokenize raw rows for this run's objective; the log says the rest.
+
+        The rows of a stream are checked and tokenized as they come, in training.
 
         Raises:
             ValueError: bad rows, each by number and reason (`data.on_bad_row: error`).
         """
-        if isinstance(rows, PreparedDataset):
+        if isinstance(rows, PreparedDataset | StreamDataset):
             return rows
-        tokenizer = self._loaded_model().tokenizer
-        return loading.prepare_rows(self._prepared_run(), rows, tokenizer)
+        run = self._prepared_run()
+        if isinstance(rows, datasets.IterableDataset):
+            if not run.data.streaming:
+                raise ValueError(
+                    "data.streaming = False: an IterableDataset is a stream; set it"
+                    " true, and training.max_steps"
+                )
+            source = HubSource("train_dataset", rows, run.data.max_train_rows)
+            rows = StreamRows((source,))
+        return loading.prepare_rows(run, rows, self._loaded_model().tokenizer)
 
     def _loaded_model(self) -> model_manager.LoadedModel:
         self._prepared_run()
@@ -282,6 +301,29 @@ class TrainingOrchestrator:
 
     auxiliary_loss_weight = 0.1
 
+    def _objective_with_added_losses(self) -> Objective:
+        """`make_objective`'s, the subclass's and the router's losses added to it."""
+        objective = self._objective_with_auxiliary_loss()
+        coefficient = self._router_loss_coefficient
+        if not coefficient:
+            return objective
+        return objectives.with_router_loss(objective, coefficient)
+
+    @property
+    def _router_loss_coefficient(self) -> float:
+        config = self._loaded_model().config
+        return model_manager.router_loss_coefficient(self._prepared_run(), config)
+
+    @property
+    def _added_losses(self) -> dict[str, float]:
+        """The weights of what is added to the objective, by the metrics' names."""
+        names, added = ["aux_loss", "router_aux_loss"], {}
+        if self._prepared_run().loop.use_auxiliary_loss:
+            added[names.pop(0)] = self.auxiliary_loss_weight
+        if self._router_loss_coefficient:
+            added[names[0]] = self._router_loss_coefficient
+        return added
+
     def _objective_with_auxiliary_loss(self) -> Objective:
         objective = self.make_objective()
         if not self._prepared_run().loop.use_auxiliary_loss:
@@ -311,9 +353,9 @@ class TrainingOrchestrator:
 
     def prepare_data(
         self,
-        train_dataset: Rows | PreparedDataset | None = None,
+        train_dataset: Rows | Prepared | None = None,
         eval_dataset: Rows | PreparedDataset | None = None,
-    ) -> tuple[PreparedDataset, PreparedDataset | None]:
+    ) -> tuple[Prepared, PreparedDataset | None]:
         """Rows to train and to evaluate on, checked and tokenized; see `train`.
 
         Raises:
@@ -323,14 +365,18 @@ class TrainingOrchestrator:
             train_dataset = self.load_training_data()
             if eval_dataset is None:
                 eval_dataset = self.load_evaluation_data()
-        return (
-            self.prepare_rows(train_dataset),
-            None if eval_dataset is None else self.prepare_rows(eval_dataset),
-        )
+        prepared = self.prepare_rows(train_dataset)
+        evaluation = None if eval_dataset is None else self.prepare_rows(eval_dataset)
+        if isinstance(evaluation, StreamDataset):
+            raise ValueError(
+                "the evaluation rows are a stream, which has no end: give a list of"
+                " rows, or their path in data.eval"
+            )
+        return prepared, evaluation
 
     def train(
         self,
-        train_dataset: Rows | PreparedDataset | None = None,
+        train_dataset: Rows | Prepared | None = None,
         eval_dataset: Rows | PreparedDataset | None = None,
     ) -> dict[str, Any]:
         """Run to the end, resuming where an earlier run in this workdir stopped.
@@ -351,6 +397,8 @@ class TrainingOrchestrator:
         train_data, eval_data = self.prepare_data(train_dataset, eval_dataset)
         packed = train_data.packed or (eval_data is not None and eval_data.packed)
         model.decoder = dataclasses.replace(model.decoder, packed=packed)
+        if run.data.share_prompts:
+            self._check_shared_prompts(train_data, eval_data)
 
         train_data = self._with_difficulty(train_data)
         total_steps = self._train_batches(train_data).num_steps
@@ -359,6 +407,7 @@ class TrainingOrchestrator:
         model.params = {}  # they live in the state now, which the step donates
         score = self.make_score()
         if run.dpo and run.dpo.precompute_ref_log_probs:
+            assert isinstance(train_data, PreparedDataset)  # config_rules sees to it
             # Nothing has trained yet, so without adapters the policy is the reference.
             start = state.frozen or state.trainable
             scorer = reference.ReferenceScorer(
@@ -371,11 +420,14 @@ class TrainingOrchestrator:
                     "model": model.decoder.describe(),
                     "tokenizer": reference.tokenizer_fingerprint(model.tokenizer),
                 },
+                model.plan.readers,
             )
             train_data = scorer.attach(train_data, "train")
             eval_data = None if eval_data is None else scorer.attach(eval_data, "eval")
         train_step, eval_step = self.make_steps(score, schedule, optimizer, layouts)
         config = run.to_dict()
+        train_batches = self._train_batches(train_data)
+        epoch_steps, epochs = self._epochs(train_data, train_batches)
         with contextlib.ExitStack() as stack:
             checkpoints = stack.enter_context(
                 CheckpointManager(
@@ -391,18 +443,18 @@ class TrainingOrchestrator:
                 state=state,
                 train_step=train_step,
                 eval_step=eval_step,
-                train_batches=self._train_batches(train_data),
+                train_batches=train_batches,
                 eval_batches=self._eval_batches(eval_data),
                 place=self._place,
                 checkpoints=checkpoints,
-                steps_per_epoch=steps_per_epoch(*self._epoch_sizes(train_data)),
-                epochs_done=lambda step: epochs_done(
-                    step, *self._epoch_sizes(train_data)
-                ),
+                steps_per_epoch=epoch_steps,
+                epochs_done=epochs,
+                readers=model.plan.readers[1],
                 meter=self._meter(train_data),
                 sync_reference=self._make_reference_sync(layouts),
                 sampler=self._make_sampler(eval_data),
                 bad_batches=self.workdir / "bad_batches",
+                added_losses=self._added_losses,
             )
             loop.restore()
             loop.writer = stack.enter_context(
@@ -423,25 +475,59 @@ class TrainingOrchestrator:
                 )
         return results
 
-    def _train_batches(self, data: PreparedDataset) -> BatchIterator:
+    def _check_shared_prompts(self, *prepared: Prepared | None) -> None:
+        for data in prepared:
+            if data is None:
+                continue
+            why = self._loaded_model().decoder.why_no_shared_prompts(data.row_length)
+            if why is not None:
+                raise ValueError(
+                    f"data.share_prompts = True: {why} ({data.row_length} tokens); set"
+                    " it false"
+                )
+
+    def _train_batches(self, data: Prepared) -> BatchIterator | StreamIterator:
         loop = self._prepared_run().loop
         by_steps = loop.max_steps > 0
+        reader, readers = self._loaded_model().plan.readers
+        common: dict[str, Any] = {
+            "micro_batch_rows": self._process_rows(loop.per_device_train_batch_size),
+            "accumulation_steps": loop.gradient_accumulation_steps,
+            "seed": loop.seed,
+            "shuffle": self._prepared_run().data.shuffle,
+            "process_index": reader,
+            "process_count": readers,
+            "num_workers": self._prepared_run().devices.dataloader_num_workers,
+        }
+        if isinstance(data, StreamDataset):
+            shards = self._loaded_model().plan.batch_shards
+            # By devices, where these divide, so that other processes can resume.
+            shares = shards if shards % readers == 0 else readers
+            return StreamIterator(
+                data, num_steps=loop.max_steps, shares=shares, **common
+            )
         return make_train_iterator(
             data,
-            micro_batch_rows=self._process_rows(loop.per_device_train_batch_size),
-            accumulation_steps=loop.gradient_accumulation_steps,
-            seed=loop.seed,
-            shuffle=self._prepared_run().data.shuffle,
             num_epochs=None if by_steps else loop.num_train_epochs,
             num_steps=loop.max_steps if by_steps else None,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            num_workers=self._prepared_run().devices.dataloader_num_workers,
             curriculum=self._prepared_run().curriculum,
+            **common,
         )
 
-    def _with_difficulty(self, data: PreparedDataset) -> PreparedDataset:
+    def _epochs(
+        self, data: Prepared, batches: BatchIterator | StreamIterator
+    ) -> tuple[int, Callable[[int], float]]:
+        """Steps of an epoch, all of them for a stream; and epochs done at a step."""
+        if isinstance(batches, StreamIterator):
+            return batches.num_steps, batches.epochs_done
+        assert isinstance(data, PreparedDataset)
+        sizes = self._epoch_sizes(data)
+        return steps_per_epoch(*sizes), lambda step: epochs_done(step, *sizes)
+
+    def _with_difficulty(self, data: Prepared) -> Prepared:
         """Measured by the model as it is now, where the curriculum wants it."""
+        if isinstance(data, StreamDataset):
+            return data
         curriculum, model = self._prepared_run().curriculum, self._loaded_model()
         by_difficulty = curriculum.strategy == "difficulty_based"
         if not curriculum.enabled or not by_difficulty or data.difficulty is not None:
@@ -453,6 +539,7 @@ class TrainingOrchestrator:
             jax.device_put(model.params, sharding.on_device(_layouts(model.params))),
             self._place,
             process_rows=self._eval_rows,
+            readers=model.plan.readers,
             folder=self.workdir,
         )
 
@@ -461,12 +548,13 @@ class TrainingOrchestrator:
     ) -> Callable[[], BatchIterator] | None:
         if data is None:
             return None
+        reader, readers = self._loaded_model().plan.readers
         return functools.partial(
             make_eval_iterator,
             data,
             micro_batch_rows=self._eval_rows,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            process_index=reader,
+            process_count=readers,
         )
 
     @property
@@ -476,20 +564,14 @@ class TrainingOrchestrator:
 
     def _process_rows(self, per_device: int) -> int:
         """Rows of a micro-batch on this process."""
-        rows = per_device * self._loaded_model().plan.batch_shards
-        if rows % jax.process_count():
-            raise ValueError(
-                f"a micro-batch of {rows} rows does not divide over"
-                f" {jax.process_count()} processes: change the per-device batch size,"
-                " or mesh.data and mesh.fsdp"
-            )
-        return rows // jax.process_count()
+        plan = self._loaded_model().plan
+        return per_device * plan.batch_shards // plan.readers[1]
 
     def _epoch_sizes(self, data: PreparedDataset) -> tuple[int, int, int]:
         """Rows, rows of a global micro-batch, micro-batches of a step."""
         loop = self._prepared_run().loop
         rows = self._process_rows(loop.per_device_train_batch_size)
-        global_rows = rows * jax.process_count()
+        global_rows = rows * self._loaded_model().plan.readers[1]
         return len(data), global_rows, loop.gradient_accumulation_steps
 
     def _place(self, arrays: dict[str, Any], leading_axes: int = 0) -> Any:
@@ -502,7 +584,11 @@ class TrainingOrchestrator:
         """How the decoder scores tokens, with what this run's objective needs."""
         run, decoder = self._prepared_run(), self._loaded_model().decoder
         with_collision = run.dpo is not None and run.dpo.use_weighting
-        return functools.partial(decoder.token_log_probs, with_collision=with_collision)
+        return functools.partial(
+            decoder.token_log_probs,
+            with_collision=with_collision,
+            with_router_loss=self._router_loss_coefficient > 0,
+        )
 
     def make_steps(
         self,
@@ -513,7 +599,7 @@ class TrainingOrchestrator:
     ) -> tuple[step.TrainStep, step.EvalStep]:
         """The jitted steps, laid out over the mesh, with a donated state."""
         run, plan = self._prepared_run(), self._loaded_model().plan
-        objective = self._objective_with_auxiliary_loss()
+        objective = self._objective_with_added_losses()
         transfers: dict[str, Any] = {}
         if plan.offload_params:
             transfers["fetch_params"] = _fetch(layouts.trainable)
@@ -522,8 +608,10 @@ class TrainingOrchestrator:
         eval_step = step.make_eval_step(
             objective, score, with_reference=with_reference, **transfers
         )
-        if plan.offload_optimizer:
-            transfers["fetch_optimizer"] = _fetch(layouts.opt_state)
+        if plan.offload_optimizer or plan.offload_params:
+            transfers["update"] = offload.make_streamed_update(
+                optimizer, layouts.trainable, layouts.opt_state
+            )
         train_step = step.make_train_step(
             objective,
             score,
@@ -614,7 +702,7 @@ class TrainingOrchestrator:
 
         return sample
 
-    def _meter(self, data: PreparedDataset) -> ThroughputMeter:
+    def _meter(self, data: Prepared) -> ThroughputMeter:
         model = self._loaded_model()
         devices = list(model.plan.mesh.devices.flat)
         return ThroughputMeter(
@@ -667,6 +755,9 @@ def _to_batch(arrays: dict[str, Any]) -> Batch | PairBatch | LabeledBatch:
     sides = {
         name: Batch(**side) for name, side in arrays.items() if isinstance(side, dict)
     }
+    if "shared" in sides:
+        fields = {name: array for name, array in arrays.items() if name not in sides}
+        return share_prompts(sides["shared"], **fields)
     if "chosen" in sides:
         return PairBatch(**(arrays | sides))
     return LabeledBatch(**(arrays | sides)) if sides else Batch(**arrays)

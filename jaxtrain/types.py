@@ -24,6 +24,8 @@ class Batch:
     `targets[b, t]` is the token that position t predicts. `segment_ids` number the
     documents packed into a row from 1; 0 marks padding. `positions` restart at 0 in
     each document. `loss_mask` weighs each prediction; 0 leaves it out of the loss.
+    `prompt_ids` name a second segment that a token reads beside its own: the prompt
+    that the two completions of a pair share (0: none). None: no row shares any.
     """
 
     tokens: Int32[Array, "*A B T"]
@@ -31,6 +33,7 @@ class Batch:
     segment_ids: Int32[Array, "*A B T"]
     positions: Int32[Array, "*A B T"]
     loss_mask: Float[Array, "*A B T"]
+    prompt_ids: Int32[Array, "*A B T"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -42,6 +45,9 @@ class PairBatch:
     `ref_*_logps` are precomputed summed reference log-probs (nats), where given.
     `pair_ids`: packed rows hold up to P pairs, pair p of row b in the segments
     `pair_ids[b, p]` of both sides; 0 is no pair. None: a row is a pair.
+    `shared`: rows that hold both sides and each prompt once, as `share_prompts` lays
+    them out; `chosen` and `rejected` are then these rows less the other completion, so
+    scoring `shared` alone scores both.
     """
 
     chosen: Batch
@@ -49,6 +55,25 @@ class PairBatch:
     ref_chosen_logps: Float[Array, "*A B"] | None = None
     ref_rejected_logps: Float[Array, "*A B"] | None = None
     pair_ids: Int32[Array, "*A B P"] | None = None
+    shared: Batch | None = None
+
+
+def share_prompts(rows: Batch, **fields: Any) -> PairBatch:
+    """The pairs of rows that hold a prompt once and then both completions.
+
+    Pair p of a row has its prompt in segment 3 p - 2, the chosen completion in 3 p - 1
+    and the rejected one in 3 p. Takes numpy arrays as well. `fields`: of the result.
+    """
+
+    def less(other: int) -> Batch:
+        kept = (rows.segment_ids % 3 != other) | (rows.segment_ids == 0)
+        return dataclasses.replace(
+            rows,
+            segment_ids=rows.segment_ids * kept,
+            loss_mask=rows.loss_mask * kept,
+        )
+
+    return PairBatch(chosen=less(0), rejected=less(2), shared=rows, **fields)
 
 
 @jax.tree_util.register_dataclass
@@ -81,6 +106,8 @@ class TokenLogProbs:
     distribution (nats). `correct`: 1 where the target is the first argmax.
     `mean_logit`: logits averaged over the vocabulary. `collision`: log sum_v p_v^2
     (nats), computed only for objectives that ask for it (WPO). All float32.
+    `router_loss`: how unevenly a mixture of experts used them, over all tokens of the
+    batch (models/moe.py); objectives never see it, `with_router_loss` adds it to them.
     """
 
     logps: Float[Array, "B T"]
@@ -88,6 +115,7 @@ class TokenLogProbs:
     correct: Float[Array, "B T"]
     mean_logit: Float[Array, "B T"]
     collision: Float[Array, "B T"] | None = None
+    router_loss: Float[Array, ""] | None = None
 
 
 LogProbsFn = Callable[[Batch], TokenLogProbs]

@@ -14,10 +14,11 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 ALLOWED = {
     "types": set(),
     "config": {"config_rules", "config_schema", "config_sections"},
-    "config_rules": {"config_schema", "config_sections"},
+    "mesh_shape": set(),
+    "config_rules": {"config_schema", "config_sections", "mesh_shape"},
     "config_sections": {"config_schema"},
     "config_schema": set(),
-    "sharding": set(),
+    "sharding": {"mesh_shape"},
     "kernels": {"kernels"},
     "data": {"data", "config", "assets"},
     "assets": {"assets", "data"},
@@ -29,10 +30,12 @@ ALLOWED = {
     "diagnostics": {"types"},
     "optim": {"types", "schedules"},
     "schedules": set(),
-    "lora": {"types", "lora_targets", "peft_files"},
-    "lora_targets": {"types"},
-    "peft_files": {"types", "lora_targets"},
-    "models": {"models", "kernels", "types", "sharding"},
+    "lora": {"types", "lora_targets", "peft_files", "quantization"},
+    "lora_targets": {"types", "quantization"},
+    "peft_files": {"types", "lora_targets", "peft_tensors"},
+    "peft_tensors": {"types", "lora_targets", "quantization"},
+    "quantization": set(),
+    "models": {"models", "kernels", "types", "sharding", "quantization"},
     "checkpoint": {"types"},
     "metrics": {"types", "text_metrics"},
     "text_metrics": set(),
@@ -41,11 +44,21 @@ ALLOWED = {
     "throughput": set(),
     "distributed": set(),
     "goodput": set(),
+    "aot_search": set(),
     "hlo_cost": set(),
     "jaxpr_cost": set(),
     "preemption": set(),
     "tracking": set(),
     "generate": {"types", "models"},
+    "lm_eval": {"distributed", "lm_eval_model"},
+    "lm_eval_model": {
+        "assets",
+        "config",
+        "generate",
+        "model_manager",
+        "models",
+        "types",
+    },
 }
 ONLY_IN = {"flax": {"models"}, "torch": set(), "pickle": set()}
 NO_JAX = {
@@ -55,6 +68,7 @@ NO_JAX = {
     "config_rules",
     "config_schema",
     "config_sections",
+    "mesh_shape",
 }
 NEVER_IN = {"jax": NO_JAX, "orbax": {"step", "objectives"}}
 ORCHESTRATION = {

@@ -132,7 +132,7 @@ def test_the_documented_high_performance_file_means_what_it_says(
     tmp_path: pathlib.Path,
 ) -> None:
     run = resolve(load_yaml(write(tmp_path, HIGH_PERFORMANCE)), device_count=8)
-    assert run.mesh.sizes == {"data": 1, "fsdp": 8, "tensor": 1}
+    assert run.mesh.sizes == {"data": 1, "fsdp": 8, "context": 1, "tensor": 1}
     assert run.devices.deepspeed.zero_stage == 3
     assert run.devices.deepspeed.offload_optimizer
     assert run.devices.deepspeed.offload_param
@@ -143,7 +143,7 @@ def test_the_documented_high_performance_file_means_what_it_says(
     log = "\n".join(run.explain())
     assert "zero_stage = 3: parameters and optimizer split over devices" in log
     assert "optimizer state and parameters in pinned host memory" in log
-    assert "data 1 x fsdp 8 x tensor 1" in log
+    assert "data 1 x fsdp 8 x context 1 x tensor 1" in log
 
 
 def test_the_documented_memory_efficient_file_means_what_it_says(
@@ -209,7 +209,7 @@ def test_the_documented_python_assignments_work() -> None:
         "steps": 1000,
     }
     run = config.resolve(device_count=8)
-    assert run.mesh.sizes == {"data": 4, "fsdp": 1, "tensor": 1}
+    assert run.mesh.sizes == {"data": 4, "fsdp": 1, "context": 1, "tensor": 1}
     assert run.devices.deepspeed.zero_stage == 2
     assert run.devices.deepspeed.offload_param
     assert run.curriculum.end_length == 2048
@@ -386,7 +386,7 @@ def test_flags_override_keys_of_every_kind() -> None:
     assert run.loop.run_name == "a"
     assert run.loop.eval_steps == 0
     assert run.lora.target_modules == "all-linear"
-    assert run.mesh.sizes == {"data": 2, "fsdp": 4, "tensor": 1}
+    assert run.mesh.sizes == {"data": 2, "fsdp": 4, "context": 1, "tensor": 1}
 
 
 def test_flags_set_lists_and_mappings_of_the_architecture() -> None:
@@ -579,7 +579,7 @@ def test_all_problems_are_reported_at_once() -> None:
                 "adam_epsilon": float("nan"),
                 "dpo": {"loss_type": "sigmod", "max_prompt_length": 4096},
             },
-            "mesh": {"context": 2},
+            "mesh": {"context": 3},
             "optimiser": {},
         }
     )
@@ -594,7 +594,7 @@ def test_all_problems_are_reported_at_once() -> None:
         "did you mean 'sigmoid'?",
         "optimiser = {}: unknown key; did you mean training.optimizer?",
         "training.fp16 = True: bf16 is true too",
-        "mesh.context = 2",
+        "mesh.context = 3",
         "training.dpo.max_prompt_length = 4096: leaves no room",
     ]
     assert len(problems) == len(expected)
@@ -668,6 +668,16 @@ _SCRATCH = {"training_type": "from_scratch"}
         ({"mesh": {"data": 2}, "training": {"num_gpus": 4}},
          "uses 2 devices, but training.num_gpus is 4"),
         ({"mesh": {"tensor": 3}, "training": {"num_gpus": 4}}, "not divisible by 3"),
+        ({"mesh": {"tensor": 3}, "training": {"num_gpus": 4}},
+         "the nearest are data 2 x tensor 2"),
+        ({"mesh": {"data": 3, "context": 2}, "training": {"num_gpus": 8}},
+         "the nearest for 8 is data 4 x context 2"),
+        ({"mesh": {"context": 12}}, "the nearest is 8"),
+        ({"mesh": {"context": 2}, "model": {"attention": "pallas_gpu"}},
+         "model.attention = 'pallas_gpu': it takes whole rows"),
+        ({"mesh": {"stage": 2}}, "mesh.stage = 2: layers are not split"),
+        ({"mesh": {"expert": 2}}, "mesh.expert = 2: every device applies"),
+        ({"mesh": {"data": 4, "dcn_data": 3}}, "mesh.dcn_data = 3: mesh.data = 4"),
         # curriculum and lengths
         ({"training": {"curriculum": {"enabled": True, "start_length": 64,
                                       "end_length": 32}}},
@@ -832,6 +842,8 @@ def test_the_better_direction_is_read_off_the_metrics_name(
     metric: str, greater: bool
 ) -> None:
     keys = {"metric_for_best_model": metric}
+    if metric == "eval_bleu":
+        keys["generation"] = {"enabled": True, "metrics": ["bleu"]}
     assert resolve(training(**keys)).loop.greater_is_better == greater
     keys |= {"greater_is_better": not greater}
     assert resolve(training(**keys)).loop.greater_is_better != greater

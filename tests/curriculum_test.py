@@ -50,7 +50,8 @@ def run(config, workdir, rows=None):
     return trainer
 
 
-@pytest.mark.parametrize("training_type", ["from_scratch", "sft", "dpo"])
+@pytest.mark.slow
+@pytest.mark.parametrize("training_type", ["from_scratch", "dpo"])
 def test_the_step_compiles_at_most_once_a_bucket(training_type, tmp_path):
     config = config_of(training_type)
     trainer = run(config, tmp_path)
@@ -67,6 +68,7 @@ def test_without_a_curriculum_there_is_one_length(tmp_path):
     assert trainer.step._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_the_models_own_loss_puts_easy_rows_first(tmp_path):
     """Half the rows are what the embedded model knows, half are noise to it."""
     known = "In the beginning God created the heaven and the earth"
@@ -94,6 +96,7 @@ def test_the_models_own_loss_puts_easy_rows_first(tmp_path):
     assert difficulty[1::2].max() < difficulty[0::2].min()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_takes_its_difficulties_from_the_work_directory(tmp_path):
     config = config_of("dpo", strategy="difficulty_based", start_length=32)
     config.training.save_steps = 5

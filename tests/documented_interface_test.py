@@ -360,6 +360,7 @@ def loaded(text: str, **settings) -> ConfigManager:
     return config
 
 
+@pytest.mark.slow
 def test_the_orchestrator_example(project, capsys):
     text = quickly(YAML["dpo"], logging_steps=1).replace("max_steps: 2", "max_steps: 1")
     (project / "config.yaml").write_text(text)
@@ -440,6 +441,7 @@ class Accelerator:
         self.log_with = [types.SimpleNamespace(value=log_with)]
 
 
+@pytest.mark.slow
 def test_the_distributed_memory_and_curriculum_examples(project, monkeypatch, caplog):
     """All three on one run: four devices, float16, offloaded, short rows first."""
     module = types.ModuleType("accelerate")
@@ -488,6 +490,7 @@ def test_a_torch_training_step_is_refused_with_what_to_override(project):
         run_snippet(CUSTOM, TrainingOrchestrator=TrainingOrchestrator)
 
 
+@pytest.mark.slow
 def test_the_custom_trainer_in_its_jax_form(project):
     """The documented loss + 0.1 * auxiliary loss, as one pure method."""
 
@@ -508,6 +511,7 @@ def test_the_custom_trainer_in_its_jax_form(project):
     assert results["final_loss"] == results["loss"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", YAML)
 def test_a_yaml_example_trains(name, project):
     """It resolves as it stands; then two steps of it on few short rows."""

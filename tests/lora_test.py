@@ -17,6 +17,7 @@ from jaxtrain.lora import (
     resolve_ranks,
     resolve_targets,
     save_adapter,
+    ties_adapters,
     trainable_and_frozen,
 )
 from jaxtrain.models.config import ModelConfig
@@ -154,6 +155,7 @@ def our_logits(config, params, lora=None):
             targets=frozenset(ranks),
             own=tuple((path, *rank) for path, rank in ranks.items()),
             use_dora=lora.use_dora,
+            ties_head=ties_adapters(lora, params),
         )
     decoder = Decoder(
         ModelConfig.from_hf(config.to_dict()), compute_dtype="float32", lora=shape
@@ -208,10 +210,8 @@ def test_targets_are_those_that_peft_adapts(family, options):
         (("proj",), "'proj' matches no module"),  # whole names between dots only
         (("layers.0.self_attn.q_proj",), r"in layers \[0\] of 2 only.*every layer"),
         (r".*\.1\.mlp\.up_proj", r"in layers \[1\] of 2 only"),
-        (("lm_head",), "lm_head.*no adapter: name it in modules_to_save"),
-        (("embed_tokens",), "embed_tokens.*modules_to_save"),
-        (r".*self_attn.*", "selects self_attn, which is not a linear layer"),
-        (("input_layernorm",), "input_layernorm, which is not a linear layer"),
+        (r".*self_attn.*", "selects self_attn, which is neither a linear layer"),
+        (("input_layernorm",), "input_layernorm, which is neither a linear layer"),
         (r"*_proj", "is no regular expression"),
         ((), "target_modules is empty"),
     ],
@@ -883,10 +883,10 @@ Q_PROJ = "base_model.model.model.layers.1.self_attn.q_proj"
                 t
                 | {
                     "base_model.model.lm_head.lora_A.weight": np.zeros((RANK, WIDTH)),
-                    "base_model.model.lm_head.lora_B.weight": np.zeros((VOCAB, RANK)),
+                    "base_model.model.lm_head.lora_B.weight": np.zeros((VOCAB, 3)),
                 }
             ),
-            "selects lm_head.*takes no adapter",
+            r"lm_head.lora_b has shape \(3, 128\), the base calls for \(4, 128\)",
         ),
         (
             lambda t: {k.replace("q_proj", "c_attn"): v for k, v in t.items()},

@@ -8,13 +8,14 @@ import sys
 
 import pytest
 
+SLOW = pytest.mark.slow
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 def run_main(*arguments, cwd=ROOT):
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
         "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
     }
     return subprocess.run(
@@ -36,7 +37,10 @@ SHORT = (
 )
 
 
-@pytest.mark.parametrize("name", ["from_scratch", "sft", "lora", "dpo"])
+@pytest.mark.parametrize(
+    "name",
+    ["dpo", *(pytest.param(n, marks=SLOW) for n in ("from_scratch", "sft", "lora"))],
+)
 def test_every_config_runs_to_the_end(name, tmp_path):
     finished = run_main(f"--config=configs/{name}.py", f"--workdir={tmp_path}", *SHORT)
     assert finished.returncode == 0, finished.stderr[-3000:] + finished.stdout[-3000:]
@@ -48,6 +52,7 @@ def test_every_config_runs_to_the_end(name, tmp_path):
     assert (tmp_path / "adapter").is_dir() == (name == "lora")
 
 
+@SLOW
 def test_a_yaml_file_in_the_documented_form_runs(tmp_path):
     (tmp_path / "run.yaml").write_text(
         """\

@@ -1,6 +1,8 @@
 """One process of a tiny run over several processes, for multihost_test.
 
-    python tests/multihost_run.py TYPE WORKDIR [what happens: EVENT RANK STEP]
+    python tests/multihost_run.py TYPE WORKDIR [EVENT RANK STEP | "split rows"]
+
+EVENT is what happens to a process. With "split rows" all devices share each row.
 
 The environment says which process of how many this is, as on a real cluster.
 """
@@ -42,16 +44,19 @@ def main(training_type: str, workdir: str, *event: str) -> None:
     distributed.initialize()
     expected = int(os.environ.get("JAX_NUM_PROCESSES", "1"))
     assert jax.process_count() == expected
-    if event:
+    splits_rows = event == ("split rows",)
+    if event and not splits_rows:
         happen(event[0], int(event[1]), int(event[2]))
     # Four devices in all, whatever the number of processes: the same global batch.
     config = tiny_config(
         training_type,
         num_gpus=None,
-        per_device_train_batch_size=1,
+        per_device_train_batch_size=4 if splits_rows else 1,
         step_timeout_secs=60.0 if event and event[0] == "hang" else 300.0,
-        deepspeed__zero_stage=3,
+        deepspeed__zero_stage=None if splits_rows else 3,
     )
+    if splits_rows:
+        config.mesh.context = 4
     train(config, pathlib.Path(workdir))
 
 

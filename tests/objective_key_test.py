@@ -41,6 +41,7 @@ def own_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("JAXTRAIN_CACHE", str(tmp_path / "cache"))
     (tmp_path / "my_losses.py").write_text(MY_LOSSES)
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "my_losses", raising=False)
 
 
 def config_of(training_type, objective, **kwargs):
@@ -50,6 +51,7 @@ def config_of(training_type, objective, **kwargs):
     return config
 
 
+@pytest.mark.slow
 def test_an_own_loss_is_named_with_its_arguments(tmp_path):
     plain = train(config_of("sft", "auto"), tmp_path / "plain")
     focal = train(config_of("sft", "my_losses:focal", gamma=0.0), tmp_path / "zero")
@@ -59,6 +61,7 @@ def test_an_own_loss_is_named_with_its_arguments(tmp_path):
     assert 0 < focal["final_loss"] < plain["final_loss"]
 
 
+@pytest.mark.slow
 def test_an_own_loss_of_pairs_gets_the_reference(tmp_path):
     config = config_of("dpo", "my_losses:pair_margin")
     config.training.max_steps = 1
@@ -66,6 +69,7 @@ def test_an_own_loss_of_pairs_gets_the_reference(tmp_path):
     assert train(config, tmp_path)["final_loss"] == pytest.approx(1.0, abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("objective", "metric"), [("orpo", "log_odds_ratio"), ("simpo", "nll_loss")]
 )
@@ -76,6 +80,7 @@ def test_objectives_without_a_reference_train(objective, metric, tmp_path):
     assert "kl" not in results
 
 
+@pytest.mark.slow
 def test_kto_trains_on_labeled_rows_and_on_preferences(tmp_path):
     rows = [
         {"prompt": f"What is {n} and {n}?", "completion": f" {2 * n}.", "label": True}

@@ -122,6 +122,7 @@ def test_options_that_need_a_pair_a_row_are_refused(options):
         objective(lambda b: score(table, b), lambda b: score(table, b), batch)
 
 
+@pytest.mark.slow
 def test_a_packed_run_trains_on_every_pair(tmp_path, monkeypatch):
     """Steps over all pairs: in fewer rows, the losses are those of pairs alone."""
     monkeypatch.setenv("JAXTRAIN_CACHE", str(tmp_path / "cache"))

@@ -35,6 +35,7 @@ def losses(workdir):
     return [(r["step"], r["loss"]) for r in map(json.loads, lines)]
 
 
+@pytest.mark.slow
 def test_sigterm_saves_whatever_save_steps_says_and_the_next_start_goes_on(
     monkeypatch, tmp_path
 ):
@@ -55,6 +56,7 @@ def test_sigterm_saves_whatever_save_steps_says_and_the_next_start_goes_on(
     assert losses(tmp_path / "left") == losses(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_the_log_has_the_goodput_and_it_survives_a_restart(monkeypatch, tmp_path):
     config = tiny_config("from_scratch")
     with monkeypatch.context() as patch:

@@ -14,7 +14,8 @@ PEERS=${PEERS:-1}
 if [ "$PEERS" = 1 ]; then
     # First and by exact version: other requests for torch pull gigabytes of CUDA.
     "$VENV/bin/pip" install --quiet torch==2.13.0
-    "$VENV/bin/pip" install --quiet -e '.[metrics,test,peers]'
+    # tpu: libtpu compiles for TPUs that are not here (200 MB, seconds to install).
+    "$VENV/bin/pip" install --quiet -e '.[metrics,test,peers,tpu]'
 else
     "$VENV/bin/pip" install --quiet -e '.[metrics,test]'
 fi
@@ -23,4 +24,4 @@ fi
 "$VENV/bin/ruff" check .
 "$VENV/bin/mypy"
 # Two workers for two cores; a file stays on one, with what its tests share.
-"$VENV/bin/python" -m pytest --numprocesses=2 --dist=loadfile "$@"
+"$VENV/bin/python" -m pytest --numprocesses=2 --dist=loadfile --durations=40 "$@"

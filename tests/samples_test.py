@@ -104,6 +104,16 @@ def test_what_cannot_be_generated_is_refused_with_the_config():
     config = tiny_config("sft", eval_steps=1, generation__metrics=("bertscore",))
     with pytest.raises(ConfigError, match="bertscore_model"):
         resolve(config)
+    config = tiny_config(
+        "sft",
+        eval_steps=1,
+        generation__metrics=("bleu",),
+        metric_for_best_model="eval_rougeL",
+    )
+    with pytest.raises(ConfigError, match=r"add 'rouge' to generation\.metrics"):
+        resolve(config)
+    config.training.metric_for_best_model = "bleu"
+    assert resolve(config).loop.best_metric == "eval_bleu"
     config = tiny_config("sft", eval_steps=1, generation__top_k=3)
     assert any("generation.top_k" in note for note in resolve(config).notes)
 
@@ -112,6 +122,7 @@ def read_lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_texts_are_of_the_policy_and_drive_the_best_model(tmp_path, monkeypatch):
     """A LoRA run whose metric falls: its first evaluation stays the best and stops it.
 
@@ -162,6 +173,7 @@ def test_texts_are_of_the_policy_and_drive_the_best_model(tmp_path, monkeypatch)
     assert again == [logged[-1][f"sample_{n}/output"] for n in (1, 2)]
 
 
+@pytest.mark.slow
 def test_a_model_split_over_devices_scores_and_generates_the_same(tokenizer):
     prompts = ["And God said,", "The LORD is", "In the"]
     data = prepared([{"text": text} for text in prompts], tokenizer)

@@ -1,42 +1,13 @@
-"""Mesh shapes, logical-axis rules and where they put arrays."""
+"""Meshes over slices, logical-axis rules and where they put arrays."""
+
+import dataclasses
 
 import jax
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
 from jaxtrain import sharding
-
-
-def test_a_size_of_minus_one_takes_the_rest():
-    shape = sharding.resolve_mesh_shape({"fsdp": -1, "tensor": 2}, 8)
-    assert shape == {"data": 1, "fsdp": 4, "tensor": 2}
-
-
-@pytest.mark.parametrize(
-    ("sizes", "count", "words"),
-    [
-        ({"data": 3}, 8, ["3", "8 are present", "'data': 2"]),
-        ({"tensor": 3, "fsdp": -1}, 8, ["multiple of 3", "'tensor': 2", "'fsdp': 4"]),
-        ({"data": -1, "fsdp": -1}, 8, ["only one axis"]),
-    ],
-)
-def test_a_mesh_that_does_not_divide_names_the_nearest_that_does(sizes, count, words):
-    with pytest.raises(ValueError) as error:
-        sharding.resolve_mesh_shape(sizes, count)
-    for word in words:
-        assert word in str(error.value)
-
-
-@given(
-    data=st.integers(1, 8), tensor=st.integers(1, 8), count=st.sampled_from([1, 6, 8])
-)
-def test_every_suggested_mesh_is_accepted(data, tensor, count):
-    nearest = sharding._nearest({"data": data, "fsdp": -1, "tensor": tensor}, count)
-    assert sharding.resolve_mesh_shape(nearest, count) == nearest
-
 
 AXES = {"kernel": ("layers", "embed", "heads"), "scale": ("layers", "embed")}
 TREE = {
@@ -77,6 +48,21 @@ def test_an_axis_that_does_not_divide_is_kept_whole_and_logged(caplog):
     assert "size 12 does not divide" in caplog.text
 
 
+def test_devices_that_share_rows_split_weights_too_as_far_as_that_divides():
+    sizes = {"fsdp": 2, "context": 4}
+    plan = sharding.ShardingPlan(sharding.make_mesh(sizes), zero_stage=3)
+    tree = {"a": jax.ShapeDtypeStruct((16,), np.float32)}
+    tree["b"] = jax.ShapeDtypeStruct((10,), np.float32)
+    result = specs(plan.parameters(tree, {"a": ("embed",), "b": ("embed",)}))
+    assert result["a"] == P(("fsdp", "context"))
+    assert result["b"] == P("fsdp")
+    batch = jax.ShapeDtypeStruct((4, 64), np.int32)
+    layout = sharding._partition_spec(
+        batch.shape, ("batch", "sequence"), sharding.ACTIVATION_RULES, plan.mesh
+    )
+    assert layout == P("fsdp", "context")
+
+
 def test_offloaded_state_lies_in_host_memory_and_comes_back_bit_equal():
     mesh = sharding.make_mesh({"fsdp": 8})
     plan = sharding.ShardingPlan(mesh, offload_params=True, offload_optimizer=True)
@@ -95,3 +81,93 @@ def test_a_wrong_number_of_axis_names_is_an_error():
     plan = sharding.ShardingPlan(sharding.make_mesh({"fsdp": 8}))
     with pytest.raises(ValueError, match="has not the axes"):
         plan.parameters({"w": TREE["scale"]}, {"w": ("embed",)})
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeDevice:
+    """What a mesh over slices asks of a device."""
+
+    id: int
+    process_index: int
+    slice_index: int = 0
+    platform: str = "fake"
+    device_kind: str = "fake"
+
+
+def fakes(processes, slices):
+    """Four devices for each process, or for each slice."""
+    count = max(processes, slices)
+    groups = [i // 4 for i in range(4 * count)]
+    return [
+        FakeDevice(i, group * processes // count, group * slices // count)
+        for i, group in enumerate(groups)
+    ]
+
+
+def granules(mesh, axis, attribute):
+    """For each place on the axis, the slices (or processes) of its devices."""
+    index = sharding.MESH_AXES.index(axis)
+    devices = np.moveaxis(mesh.devices, index, 0)
+    return [{getattr(d, attribute) for d in part.flat} for part in devices]
+
+
+def test_data_goes_over_slices_and_nothing_else_does():
+    mesh = sharding.make_mesh({"data": 4, "fsdp": 2}, fakes(1, 2))
+    assert granules(mesh, "data", "slice_index") == [{0}, {0}, {1}, {1}]
+    mesh = sharding.make_mesh({"fsdp": -1}, fakes(1, 4))
+    assert granules(mesh, "fsdp", "slice_index") == [{i // 4} for i in range(16)]
+
+
+def test_slices_are_shared_out_as_the_keys_say():
+    slices = {"data": 2, "fsdp": 2}
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 8}, fakes(1, 4), slices=slices)
+    assert granules(mesh, "data", "slice_index") == [{0, 1}, {2, 3}]
+    assert granules(mesh, "fsdp", "slice_index") == [{0, 2}] * 4 + [{1, 3}] * 4
+
+
+def test_processes_stand_for_slices_where_a_key_says_so():
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 4}, fakes(2, 1), slices={"data": 2})
+    assert granules(mesh, "data", "process_index") == [{0}, {1}]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "slices", "words"),
+    [
+        ({"tensor": 8}, None, "number of slices, 2"),
+        ({"data": 8}, {"data": 4}, "number of slices, 2"),
+        ({"data": 2, "fsdp": 4}, {"data": 4}, "mesh.dcn_data = 4 does not divide"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_the_slices_says_what_would(sizes, slices, words):
+    with pytest.raises(ValueError, match=words):
+        sharding.make_mesh(sizes, fakes(1, 2), slices=slices)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "processes", "of_process"),
+    [
+        ({"data": 8}, 2, [(0, 2), (1, 2)]),
+        ({"fsdp": 2, "context": 4}, 2, [(0, 2), (1, 2)]),
+        ({"context": 8}, 2, [(0, 1), (0, 1)]),
+        ({"data": 2, "tensor": 8}, 4, [(0, 2), (0, 2), (1, 2), (1, 2)]),
+    ],
+)
+def test_processes_whose_devices_split_the_same_rows_read_the_same(
+    sizes, processes, of_process, monkeypatch
+):
+    devices = np.array(fakes(processes, 1)).reshape(
+        [sizes.get(axis, 1) for axis in sharding.MESH_AXES]
+    )
+    plan = sharding.ShardingPlan(jax.sharding.Mesh(devices, sharding.MESH_AXES))
+    for process, expected in enumerate(of_process):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        assert plan.readers == expected
+
+
+def test_processes_that_share_some_rows_only_are_refused():
+    devices = np.array(fakes(2, 1)).reshape(1, 1, 4, 1, 2, 1)
+    # Each row's two devices are neighbours but for the second and the third.
+    devices = devices.reshape(-1)[[0, 1, 2, 4, 3, 5, 6, 7]].reshape(devices.shape)
+    plan = sharding.ShardingPlan(jax.sharding.Mesh(devices, sharding.MESH_AXES))
+    with pytest.raises(ValueError, match="2 processes would share parts"):
+        print(plan.readers)

@@ -190,3 +190,34 @@ def test_gpu_utilization_is_of_the_visible_devices(monkeypatch):
 def test_without_a_driver_nothing_is_said_of_gpus(monkeypatch):
     monkeypatch.setattr(throughput, "_open_nvml", lambda: None)
     assert throughput.device_utilization() == {}
+
+
+class FakeTpuMonitoring:
+    """libtpu.sdk.tpumonitoring: a list of percents as text, one a chip."""
+
+    def __init__(self, **metrics):
+        self.metrics = metrics
+
+    def get_metric(self, name):
+        if name not in self.metrics:
+            raise RuntimeError(f"unknown metric {name}")
+        return types.SimpleNamespace(data=lambda: self.metrics[name])
+
+
+def test_tpu_utilization_is_the_mean_of_what_libtpu_tells(monkeypatch):
+    tpu = types.SimpleNamespace(platform="tpu")
+    monkeypatch.setattr(throughput, "_open_nvml", lambda: None)
+    monitoring = FakeTpuMonitoring(
+        tensorcore_util=["40.00", "60.00"], duty_cycle_pct=["90.00", "100.00"]
+    )
+    monkeypatch.setattr(throughput, "_open_tpu_monitoring", lambda: monitoring)
+    assert throughput.device_utilization(tpu) == {
+        "tpu_utilization": 0.5,
+        "tpu_duty_cycle": 0.95,
+    }
+    # Libtpu must not be asked on a machine without TPUs.
+    assert throughput.device_utilization(types.SimpleNamespace(platform="cpu")) == {}
+    monitoring.metrics = {"duty_cycle_pct": [], "tensorcore_util": ["n/a"]}
+    assert throughput.device_utilization(tpu) == {}
+    monkeypatch.setattr(throughput, "_open_tpu_monitoring", lambda: None)
+    assert throughput.device_utilization(tpu) == {}

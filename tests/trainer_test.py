@@ -202,9 +202,9 @@ def test_evaluation_picks_the_best_and_stops_early(base_model, tmp_path):
 
 def test_an_unknown_best_metric_is_named_with_those_there_are(base_model, tmp_path):
     config = tiny_config(
-        "sft", base_model, eval_steps=1, metric_for_best_model="eval_bleu"
+        "sft", base_model, eval_steps=1, metric_for_best_model="eval_quality"
     )
-    with pytest.raises(ValueError, match=r"'eval_bleu'.*eval_loss"):
+    with pytest.raises(ValueError, match=r"'eval_quality'.*eval_loss"):
         train(config, tmp_path)
 
 

@@ -5,10 +5,12 @@ import functools
 import hashlib
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+
+from jaxtrain.data import shared_prompt
 
 _ARRAYS = ("tokens", "trained", "starts", "lengths", "row_documents", "row_offsets")
 
@@ -94,7 +96,9 @@ class PreparedDataset:
     preference rows, "completions" and "mismatched" for labeled ones.
     `reference_logps` (float32[rows] a side) and `row_values` (float32[rows] a name)
     ride along in batches. `difficulty` (float32[rows]) orders a curriculum. `parts`
-    are the (rows, weight) of the data sets of a mixture, in order.
+    are the (rows, weight) of the data sets of a mixture, in order. `shares_prompts`:
+    a preference row holds each prompt once, then both completions (`shared_prompt`).
+    `most_pairs`: batches have room for so many pairs a row; 0: as many as there are.
     """
 
     objective: str
@@ -106,6 +110,8 @@ class PreparedDataset:
     row_values: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     difficulty: np.ndarray | None = None
     parts: tuple[tuple[int, float], ...] = ()
+    shares_prompts: bool = False
+    most_pairs: int = 0
 
     def __len__(self) -> int:
         return len(next(iter(self.stores.values())))
@@ -119,7 +125,9 @@ class PreparedDataset:
         )
 
     def row_lengths(self) -> np.ndarray:
-        """int64[rows]: tokens in each row; of a pair, the longer side's."""
+        """int64[rows]: tokens in each row; of a pair in two rows, the longer side's."""
+        if self.shares_prompts:
+            return shared_prompt.row_lengths(self.stores)
         sides = [store.row_lengths() for store in self.stores.values()]
         return functools.reduce(np.maximum, sides)
 
@@ -131,13 +139,20 @@ class PreparedDataset:
         `row_length` overrides T; it must hold the longest of these rows.
         """
         length = self.row_length if row_length is None else row_length
-        sides = {
-            name: self._side(store, rows, length) for name, store in self.stores.items()
-        }
+        if self.shares_prompts:
+            write = functools.partial(
+                shared_prompt.write_row, self.stores, self._prompt_lengths
+            )
+            sides = {"shared": self._fill(write, rows, length, "prompt_ids")}
+        else:
+            sides = {
+                name: self._fill(store.write_row, rows, length)
+                for name, store in self.stores.items()
+            }
         if self.objective == "next_token":
             return sides[""]
         batch: dict[str, Any] = sides
-        if self.objective == "preference" and self.packed:
+        if self.objective == "preference" and (self.most_pairs or self.packed):
             batch["pair_ids"] = self._pair_ids(rows)
         values = dict(self.row_values)
         for side, logps in (self.reference_logps or {}).items():
@@ -152,8 +167,12 @@ class PreparedDataset:
         """int32[*rows.shape, P]: 1, 2, ... for the pairs of a row, 0 behind them."""
         counts = np.diff(self.stores["chosen"].row_offsets)
         held = np.where(rows < 0, 0, counts[rows])[..., None]
-        numbers = np.arange(1, counts.max() + 1)
+        numbers = np.arange(1, (self.most_pairs or counts.max()) + 1)
         return np.where(numbers <= held, numbers, 0).astype(np.int32)
+
+    @functools.cached_property
+    def _prompt_lengths(self) -> np.ndarray:
+        return shared_prompt.prompt_lengths(self.stores)
 
     def with_reference_logps(
         self, chosen: np.ndarray, rejected: np.ndarray
@@ -219,6 +238,7 @@ class PreparedDataset:
             "row_values": list(self.row_values),
             "has_difficulty": self.difficulty is not None,
             "parts": self.parts,
+            "shares_prompts": self.shares_prompts,
         }
         (folder / "prepared.json").write_text(json.dumps(described))
 
@@ -249,9 +269,16 @@ class PreparedDataset:
             {name: read(f"{name}.row") for name in described["row_values"]},
             read("difficulty") if described["has_difficulty"] else None,
             tuple((rows, weight) for rows, weight in described["parts"]),
+            described["shares_prompts"],
         )
 
-    def _side(self, store: TokenStore, rows: np.ndarray, length: int) -> dict[str, Any]:
+    def _fill(
+        self,
+        write_row: Callable[[int, Mapping[str, np.ndarray]], None],
+        rows: np.ndarray,
+        length: int,
+        *more_ids: str,
+    ) -> dict[str, Any]:
         shape = (*rows.shape, length)
         out = {
             "tokens": np.full(shape, self.pad_id, np.int32),
@@ -259,9 +286,10 @@ class PreparedDataset:
             "segment_ids": np.zeros(shape, np.int32),
             "positions": np.zeros(shape, np.int32),
             "loss_mask": np.zeros(shape, np.float32),
+            **{name: np.zeros(shape, np.int32) for name in more_ids},
         }
         for index in np.ndindex(rows.shape):
             if rows[index] >= 0:
                 views = {name: array[index] for name, array in out.items()}
-                store.write_row(int(rows[index]), views)
+                write_row(int(rows[index]), views)
         return out

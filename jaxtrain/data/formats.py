@@ -8,6 +8,7 @@ as conversations.
 """
 
 import dataclasses
+import itertools
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,6 +32,7 @@ ROLE_ALIASES = {
     "function_call": "assistant",
     "observation": "tool",
 }
+_DETECTED_ROWS = 100
 _ACCEPTED = (
     "'text', 'prompt' + 'completion' (with 'label' for KTO), 'messages', 'chosen' + "
     "'rejected' (with or without 'prompt'), Alpaca's 'instruction' + 'output', or "
@@ -40,6 +42,14 @@ _ACCEPTED = (
 
 class BadRow(Exception):
     """One row that cannot be trained on; the message is the reason."""
+
+
+class UnreadableRow(dict[str, Any]):
+    """Stands for a line that holds no row; reading it raises BadRow."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__()
+        self.reason = reason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,14 +72,24 @@ class RowFormat:
 
 
 class RowProblems:
-    """Collects bad rows; raises or logs them together once every row was read."""
+    """Collects bad rows; raises or logs them together once every row was read.
 
-    def __init__(self, on_bad_row: str, *, shown: int = 5) -> None:
+    `name_rows` tells where rows stand, by their numbers.
+    """
+
+    def __init__(
+        self,
+        on_bad_row: str,
+        *,
+        shown: int = 5,
+        name_rows: Callable[[Sequence[int]], Sequence[str]] | None = None,
+    ) -> None:
         if on_bad_row not in ("error", "skip"):
             raise ValueError(f"on_bad_row={on_bad_row!r}: use 'error' or 'skip'")
         self.on_bad_row = on_bad_row
         self.count = 0
         self._shown = shown
+        self._name_rows = name_rows
         self.first: list[tuple[int, str]] = []
 
     def add(self, row: int, reason: str) -> None:
@@ -77,11 +97,20 @@ class RowProblems:
         if len(self.first) < self._shown:
             self.first.append((row, reason))
 
+    def listed(self) -> list[str]:
+        """The first bad rows, each with where it stands and the reason."""
+        numbers = [row for row, _ in self.first]
+        names = [f"row {row}" for row in numbers]
+        if self._name_rows is not None:
+            names = list(self._name_rows(numbers))
+        reasons = [reason for _, reason in self.first]
+        return [f"{n}: {why}" for n, why in zip(names, reasons, strict=True)]
+
     def report(self, total: int) -> None:
         """Raise ValueError (on_bad_row='error') or log a warning, if any row is bad."""
         if not self.count:
             return
-        listed = "; ".join(f"row {row}: {reason}" for row, reason in self.first)
+        listed = "; ".join(self.listed())
         more = "; ..." if self.count > len(self.first) else ""
         summary = f"{self.count} of {total} rows cannot be used: {listed}{more}"
         if self.on_bad_row == "error":
@@ -92,7 +121,9 @@ class RowProblems:
 def detect_format(
     rows: Iterable[Row], *, kind: str = "auto", text_column: str = "text"
 ) -> RowFormat:
-    """Tell the format from the columns and the values of the first row.
+    """Tell the format from the columns and values of the first row that has one.
+
+    That is the first row but where it is bad: up to `_DETECTED_ROWS` are tried.
 
     Args:
         kind: read the rows as this kind, where their columns would allow several.
@@ -102,13 +133,15 @@ def detect_format(
         ValueError: no rows, or columns that form none of the known formats, or not
             the one asked for.
     """
-    first = next(iter(rows), None)
-    if first is None:
+    tried = list(itertools.islice(rows, _DETECTED_ROWS))
+    if not tried:
         raise ValueError("the data set has no rows: give at least one")
+    first = tried[0]
     names = list(getattr(rows, "column_names", None) or first)
-    for row_format in _possible_formats(first, names, text_column):
-        if kind in ("auto", row_format.kind):
-            return row_format
+    for row in tried:
+        for row_format in _possible_formats(row, [*names, *row], text_column):
+            if kind in ("auto", row_format.kind):
+                return row_format
     filled = sorted(name for name in names if first.get(name) is not None)
     wanted = "a known format" if kind == "auto" else f"format={kind!r}"
     raise ValueError(
@@ -159,6 +192,8 @@ def read_row(row: Row, row_format: RowFormat) -> dict[str, Any]:
     Raises:
         BadRow: the row lacks a value, or one has the wrong form.
     """
+    if isinstance(row, UnreadableRow):
+        raise BadRow(row.reason)
     if row_format.kind == "text":
         (column,) = row_format.columns
         text = _string(row, column)

@@ -9,13 +9,14 @@ green on a terminal). It exits with 1 if any row is bad.
 """
 
 import collections
-import gzip
+import functools
 import json
-import pathlib
+import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import datasets
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -27,11 +28,15 @@ from jaxtrain.data.dataset import TokenStore
 from jaxtrain.data.formats import RowProblems, detect_format
 from jaxtrain.data.loading import load_training_rows, prepare_options
 from jaxtrain.data.mixture import Mixture
+from jaxtrain.data.places import name_rows
 from jaxtrain.data.prepare import detect_row_format, prepare
+from jaxtrain.data.stream_batches import StreamRows
+from jaxtrain.data.stream_source import head
 from jaxtrain.data.tokenize import PreTrainedTokenizerBase, load_tokenizer
 
 _GREEN, _PLAIN = "\x1b[32m", "\x1b[0m"
 _BAR = 40  # characters of the longest bar
+_STREAM_ROWS = 10_000  # shown of a stream, which may have no end
 
 
 def report(
@@ -39,14 +44,12 @@ def report(
     rows: Rows,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    source: str = "",
     shown: int = 3,
     color: bool = False,
 ) -> tuple[list[str], int]:
     """The report on raw rows in lines, and how many rows are bad.
 
     Args:
-        source: the file of the rows, if it is one: bad rows are then named by line.
         shown: rows rendered, and bad rows listed in full (at least 10 of these).
 
     Raises:
@@ -57,7 +60,9 @@ def report(
     row_format = detect_row_format(
         rows, objective, run.data.format, run.data.text_column
     )
-    problems = RowProblems("skip", shown=max(shown, 10))
+    problems = RowProblems(
+        "skip", shown=max(shown, 10), name_rows=functools.partial(name_rows, rows)
+    )
     prepared = prepare(rows, tokenizer, **options, problems=problems)
     # Whole documents, a row each: their true lengths, and what is rendered.
     whole = prepare(
@@ -65,7 +70,7 @@ def report(
         | {"max_length": None, "max_prompt_length": None, "packing": None},
     )  # fmt: skip
     lines = [f"format: {row_format.describe()}"]
-    lines += _bad_rows(problems, len(rows), source)
+    lines += _bad_rows(problems, len(rows))
     duplicates = count_duplicates(rows)
     lines += [f"duplicates: {duplicates} rows are copies of an earlier one", ""]
     lines += [f"as trained: {prepared.stats.describe()}"]
@@ -107,22 +112,10 @@ def count_duplicates(rows: Rows) -> int:
     return sum(seen.values()) - len(seen)
 
 
-def line_numbers(source: str) -> list[int] | None:
-    """The line of each row of a jsonl file, from 1; None for anything else."""
-    path = pathlib.Path(source)
-    if not path.is_file() or not {".jsonl", ".ndjson"} & set(path.suffixes):
-        return None
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as lines:
-        return [number for number, line in enumerate(lines, 1) if line.strip()]
-
-
-def _bad_rows(problems: RowProblems, total: int, source: str) -> Iterator[str]:
+def _bad_rows(problems: RowProblems, total: int) -> Iterator[str]:
     yield f"validation: {problems.count} of {total} rows cannot be used"
-    lines = line_numbers(source) if problems.count else None
-    for row, reason in problems.first:
-        where = f"line {lines[row]}" if lines and row < len(lines) else f"row {row}"
-        yield f"  {where}: {reason}"
+    for line in problems.listed():
+        yield f"  {line}"
     if problems.count > len(problems.first):
         yield f"  and {problems.count - len(problems.first)} more"
 
@@ -148,12 +141,12 @@ def _run_of_file(path: str, max_length: int | None) -> RunConfig:
     config.data.train = path
     if max_length:
         config.data.max_length = max_length
-    rows = load_training_rows(resolve(config))
-    first = rows.parts[0].rows if isinstance(rows, Mixture) else rows
+    run = resolve(config)
+    first = next(iter(_parts(run, load_training_rows(run)).values()))
     kind = detect_format(first).kind
     if kind == "preference":
         config.training.training_type = "dpo"
-    elif kind == "prompt_completion" and "label" in first.column_names:
+    elif kind == "prompt_completion" and "label" in first[0]:
         config.training.training_type = "dpo"
         config.training.objective = "kto"
     return resolve(config)
@@ -192,12 +185,11 @@ def main(argv: Sequence[str]) -> int:
         tokenizer = _tokenizer(run, values.tokenizer)
         bad = 0
         for name, part in _parts(run, rows).items():
-            if isinstance(rows, Mixture):
+            if isinstance(rows, Mixture | StreamRows):
                 print(f"===== {name}")
             lines, count = report(
-                run, part, tokenizer,
-                source=name, shown=values.rows, color=values.color,
-            )  # fmt: skip
+                run, part, tokenizer, shown=values.rows, color=values.color
+            )
             print("\n".join(lines))
             bad += count
     except (ValueError, OSError, flags.Error) as error:
@@ -209,8 +201,19 @@ def main(argv: Sequence[str]) -> int:
 def _parts(run: RunConfig, rows: Any) -> Mapping[str, Rows]:
     if isinstance(rows, Mixture):
         return {part.name: part.rows for part in rows.parts}
+    if isinstance(rows, StreamRows):
+        return {
+            f"{source.name} (of a stream, the first {_STREAM_ROWS} rows)": head(
+                source, _STREAM_ROWS
+            )
+            for source in rows.sources
+        }
     return {str(run.data.train): rows}
 
 
 if __name__ == "__main__":
+    # The report says it all: no progress bars and no warnings beside it.
+    datasets.disable_progress_bars()
+    for library in ("datasets", "jaxtrain"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     sys.exit(main(sys.argv))

@@ -2,9 +2,8 @@
 
 import logging
 import os
+import pathlib
 from typing import Any
-
-import datasets
 
 from jaxtrain import assets
 from jaxtrain.config import RunConfig
@@ -12,7 +11,9 @@ from jaxtrain.data.cache import Rows, prepare_cached
 from jaxtrain.data.dataset import PreparedDataset
 from jaxtrain.data.mixture import Mixture, Part, join, parse_mixture, rows_per_epoch
 from jaxtrain.data.prepare import prepare
-from jaxtrain.data.source import load_rows
+from jaxtrain.data.source import load_rows, looks_local
+from jaxtrain.data.stream_batches import StreamDataset, StreamRows, prepare_stream
+from jaxtrain.data.stream_source import head, open_stream
 from jaxtrain.data.tokenize import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
@@ -20,13 +21,22 @@ logger = logging.getLogger(__name__)
 
 def load_training_rows(
     run: RunConfig, path: str | os.PathLike[str] | None = None
-) -> datasets.Dataset | Mixture:
+) -> Rows | Mixture | StreamRows:
     """Raw rows of `path`, of `data.train`, or the embedded ones.
 
     `data.max_train_rows` holds for each data set of a mixture.
     """
     data = run.data
     parts = parse_mixture(os.fspath(path) if path else data.train)
+    if data.streaming:
+        if parts is None:
+            name = os.fspath(path or str(data.train)) or str(_embedded(run, False))
+            parts = ((name, 1.0),)
+        sources = (
+            open_stream(name, split=data.train_split, max_rows=data.max_train_rows)
+            for name, _ in parts
+        )
+        return StreamRows(tuple(sources), tuple(weight for _, weight in parts))
     if parts is None:
         assert isinstance(data.train, str)
         return _load(run, path or data.train, data.train_split, evaluation=False)
@@ -39,8 +49,11 @@ def load_training_rows(
 
 def load_evaluation_rows(
     run: RunConfig, path: str | os.PathLike[str] | None = None
-) -> datasets.Dataset | None:
-    """The same of `data.eval`; None if training data are given and these not."""
+) -> Rows | None:
+    """The same of `data.eval`; None if training data are given and these not.
+
+    They are held, not streamed: of a hub's stream, the first `data.max_eval_rows`.
+    """
     source = path or run.data.eval
     if not source and run.data.train:
         if run.data.eval_split is None:
@@ -55,13 +68,45 @@ def load_evaluation_rows(
 
 
 def prepare_rows(
-    run: RunConfig, rows: Rows | Mixture, tokenizer: PreTrainedTokenizerBase
-) -> PreparedDataset:
+    run: RunConfig,
+    rows: Rows | Mixture | StreamRows,
+    tokenizer: PreTrainedTokenizerBase,
+) -> PreparedDataset | StreamDataset:
     """Check and tokenize raw rows for this run's objective; the log says the rest.
+
+    Of a stream only the format is told here; its rows are checked as they come.
 
     Raises:
         ValueError: bad rows, each by number and reason (`data.on_bad_row: error`).
     """
+    if isinstance(rows, StreamRows):
+        return _prepare_stream(run, rows, tokenizer)
+    return _prepare_all(run, rows, tokenizer)
+
+
+def _prepare_stream(
+    run: RunConfig, rows: StreamRows, tokenizer: PreTrainedTokenizerBase
+) -> StreamDataset:
+    options = prepare_options(run)
+    del options["difficulty_column"]  # no curriculum over a stream
+    if options["packing"] is None:
+        logger.info(
+            "data.packing = False: rows of a stream are padded to data.max_length = %d "
+            "tokens, for the longest is not known",
+            run.data.max_length,
+        )
+    return prepare_stream(
+        rows,
+        tokenizer,
+        **options,
+        window_rows=run.data.stream_window_rows,
+        shuffle_buffer_size=run.data.shuffle_buffer_size,
+    )
+
+
+def _prepare_all(
+    run: RunConfig, rows: Rows | Mixture, tokenizer: PreTrainedTokenizerBase
+) -> PreparedDataset:
     if isinstance(rows, Mixture):
         return _prepare_mixture(run, rows, tokenizer)
     options = prepare_options(run)
@@ -85,6 +130,7 @@ def prepare_options(run: RunConfig) -> dict[str, Any]:
         "kind": run.data.format,
         "text_column": run.data.text_column,
         "difficulty_column": run.curriculum.column if by_column else None,
+        "share_prompts": run.data.share_prompts,
     }
 
 
@@ -94,7 +140,7 @@ def _prepare_mixture(
     prepared = []
     for part in mixture.parts:
         try:
-            prepared.append(prepare_rows(run, part.rows, tokenizer))
+            prepared.append(_prepare_all(run, part.rows, tokenizer))
         except ValueError as error:
             raise ValueError(f"{part.name}: {error}") from error
     joined = join(prepared, [part.weight for part in mixture.parts])
@@ -110,14 +156,20 @@ def _prepare_mixture(
 
 def _load(
     run: RunConfig, path: str | os.PathLike[str], split: str, *, evaluation: bool
-) -> datasets.Dataset:
+) -> Rows:
     if not path:
-        path = assets.asset_path(assets.DATA[_embedded(run)][evaluation])
+        path = _embedded(run, evaluation)
     max_rows = run.data.max_eval_rows if evaluation else run.data.max_train_rows
-    return load_rows(os.fspath(path), split=split, max_rows=max_rows)
+    name = os.fspath(path)
+    local = pathlib.Path(name).expanduser().exists() or looks_local(name)
+    if run.data.streaming and not local:
+        source = open_stream(name, split=split, max_rows=max_rows)
+        return head(source, max_rows)
+    return load_rows(name, split=split, max_rows=max_rows)
 
 
-def _embedded(run: RunConfig) -> str:
+def _embedded(run: RunConfig, evaluation: bool) -> os.PathLike[str]:
+    kind = "next_token" if run.training_type == "from_scratch" else "sft"
     if run.row_kind != "next_token":
-        return "preference"  # for KTO, each as two completions
-    return "next_token" if run.training_type == "from_scratch" else "sft"
+        kind = "preference"  # for KTO, each as two completions
+    return assets.asset_path(assets.DATA[kind][evaluation])

@@ -124,6 +124,7 @@ def join(
         parts=tuple(
             (len(data), weight) for data, weight in zip(prepared, weights, strict=True)
         ),
+        shares_prompts=first.shares_prompts,
     )
 
 

@@ -51,6 +51,15 @@ def pack_best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.nd
     return np.concatenate([[0], np.cumsum(counts)]), order[by_row]
 
 
+def limit_documents(offsets: np.ndarray, most: int) -> np.ndarray:
+    """The same documents in rows of at most `most`; fuller rows are cut in several."""
+    cut = [
+        np.arange(first, last, most)
+        for first, last in itertools.pairwise(offsets.tolist())
+    ]
+    return np.concatenate([*cut, offsets[-1:]])
+
+
 def split_documents(
     starts: np.ndarray, lengths: np.ndarray, capacity: int
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -10,7 +10,7 @@ import dataclasses
 import math
 import pathlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import grain
@@ -163,6 +163,24 @@ class BatchReader:
         return self.__dict__ | ({"_dataset": None} if self._folder else {})
 
 
+def check_identity(saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
+    """Raise ValueError where a saved state is of other data, seed or batch shape."""
+    differing = {
+        key: (saved.get(key), present.get(key))
+        for key in saved.keys() | present.keys()
+        if saved.get(key) != present.get(key)
+    }
+    if differing:
+        listed = ", ".join(
+            f"{key} was {old!r} and is {new!r}"
+            for key, (old, new) in sorted(differing.items())
+        )
+        raise ValueError(
+            f"cannot resume the data order: {listed}. Restore these values, or start "
+            "in a fresh workdir"
+        )
+
+
 class BatchIterator(Iterator[Arrays]):
     """Batches of steps [step, num_steps), read ahead; its state is the next step.
 
@@ -207,8 +225,10 @@ class BatchIterator(Iterator[Arrays]):
         """Steps still to come."""
         return max(self.num_steps - self.step, 0)
 
-    def get_state(self) -> dict[str, Any]:
-        return {"next_step": self.step, **self._identity}
+    def get_state(self, step: int | None = None) -> dict[str, Any]:
+        """The state behind a step, the last one given if None."""
+        step = self.step if step is None else step
+        return {"next_step": step, **self._identity}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continue at a saved state.
@@ -216,21 +236,9 @@ class BatchIterator(Iterator[Arrays]):
         Raises:
             ValueError: the state was saved with other data, seed or batch shape.
         """
-        saved = {key: value for key, value in state.items() if key != "next_step"}
-        differing = {
-            key: (saved.get(key), self._identity.get(key))
-            for key in saved.keys() | self._identity.keys()
-            if saved.get(key) != self._identity.get(key)
-        }
-        if differing:
-            listed = ", ".join(
-                f"{key} was {old!r} and is {new!r}"
-                for key, (old, new) in sorted(differing.items())
-            )
-            raise ValueError(
-                f"cannot resume the data order: {listed}. Restore these values, or "
-                "start in a fresh workdir"
-            )
+        own = ("next_step", "lanes")  # a stream's state has lanes
+        saved = {key: value for key, value in state.items() if key not in own}
+        check_identity(saved, self._identity)
         self._close_source()
         self.step = int(state["next_step"])
 

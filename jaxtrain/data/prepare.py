@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from jaxtrain.data import pack
+from jaxtrain.data import pack, shared_prompt
 from jaxtrain.data.dataset import DataStats, PreparedDataset, TokenStore
 from jaxtrain.data.formats import (
     BadRow,
@@ -20,6 +20,7 @@ from jaxtrain.data.formats import (
     detect_format,
     read_row,
 )
+from jaxtrain.data.places import HeldRows, name_rows
 from jaxtrain.data.tokenize import (
     Example,
     check_tokenizer,
@@ -54,6 +55,7 @@ def prepare(
     batch_size: int = 1000,
     difficulty_column: str | None = None,
     problems: RowProblems | None = None,
+    share_prompts: bool = False,
 ) -> PreparedDataset:
     """Check, tokenize, truncate and pack rows into a data set of one static length.
 
@@ -73,19 +75,71 @@ def prepare(
         batch_size: rows tokenized at once.
         difficulty_column: a column of numbers to order a curriculum by.
         problems: collects the bad rows, in place of `on_bad_row`.
+        share_prompts: a preference row holds its prompt once, then both completions;
+            packed ones, up to 2 * max_length tokens of such pairs.
 
     Raises:
         ValueError: an option that does not fit the rows; bad rows (with their count,
             first numbers and reasons); nothing left to train on.
     """
-    _check_options(objective, max_length, max_prompt_length, packing, pad_to)
+    check_options(objective, max_length, max_prompt_length, packing, pad_to)
     check_tokenizer(tokenizer)
-    if not isinstance(rows, datasets.Dataset):
+    if not isinstance(rows, datasets.Dataset | HeldRows):
         rows = list(rows)
     row_format = detect_row_format(rows, objective, kind, text_column)
     logger.info("detected %s", row_format.describe())
-    problems = RowProblems(on_bad_row) if problems is None else problems
+    if problems is None:
+        problems = RowProblems(on_bad_row, name_rows=functools.partial(name_rows, rows))
     counts = {"dropped": 0, "truncated": 0}
+    prepared = prepare_as(
+        row_format, rows, tokenizer, problems, counts,
+        objective=objective, max_length=max_length,
+        max_prompt_length=max_prompt_length, packing=packing,
+        completion_only_loss=completion_only_loss,
+        assistant_only_loss=assistant_only_loss, pad_to=pad_to,
+        pad_to_multiple=pad_to_multiple, batch_size=batch_size,
+        difficulty_column=difficulty_column, share_prompts=share_prompts,
+    )  # fmt: skip
+    problems.report(len(rows))
+    if prepared is None:
+        raise ValueError(
+            f"nothing to train on: of {len(rows)} rows {problems.count} are bad and "
+            f"{counts['dropped']} have no trained token within "
+            f"max_length={max_length}; raise max_length, or set max_prompt_length"
+        )
+    logger.info("%s", prepared.stats.describe())
+    return prepared
+
+
+def prepare_as(
+    row_format: RowFormat,
+    rows: datasets.Dataset | Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    problems: RowProblems,
+    counts: dict[str, int],
+    *,
+    objective: str,
+    max_length: int | None,
+    max_prompt_length: int | None = None,
+    packing: str | None = None,
+    completion_only_loss: bool | None = None,
+    assistant_only_loss: bool = False,
+    pad_to: str = "longest",
+    pad_to_multiple: int = 64,
+    batch_size: int = 1000,
+    difficulty_column: str | None = None,
+    share_prompts: bool = False,
+    most_pairs: int = 0,
+) -> PreparedDataset | None:
+    """`prepare` of rows whose format is known; None where nothing is left to train on.
+
+    The options are `prepare`'s, and were checked by `check_options`.
+    Bad rows go to `problems`, which nobody reports here; `counts` gets how many rows
+    were dropped and truncated.
+
+    Args:
+        most_pairs: so many preference pairs share a packed row at most; 0: any number.
+    """
     difficulties = _Difficulties(difficulty_column)
     batches = _canonical_batches(rows, row_format, problems, batch_size, difficulties)
     row_values: dict[str, np.ndarray] = {}
@@ -117,29 +171,26 @@ def prepare(
             assistant_only_loss=assistant_only_loss,
         )  # fmt: skip
         documents = {"": _join(examples)}
-    problems.report(len(rows))
     if not len(next(iter(documents.values()))[2]):
-        raise ValueError(
-            f"nothing to train on: of {len(rows)} rows {problems.count} are bad and "
-            f"{counts['dropped']} have no trained token within "
-            f"max_length={max_length}; raise max_length, or set max_prompt_length"
-        )
+        return None
     stores = {
         side: _store(*parts, packing, max_length) for side, parts in documents.items()
     }
     if objective == "preference" and packing is not None:
-        stores = _pack_together(stores, max_length)
+        stores = _pack_together(stores, max_length, share_prompts, most_pairs)
     if packing == "bfd_split":
         sources = _split_sources(sources, documents[""][2], max_length)
     prepared = _finish(
         stores, objective, tokenizer, len(rows), problems.count, counts,
         max_length if pad_to == "max_length" else None, pad_to_multiple, max_length,
+        share_prompts and objective == "preference",
     )  # fmt: skip
-    prepared = dataclasses.replace(prepared, row_values=row_values)
+    prepared = dataclasses.replace(
+        prepared, row_values=row_values, most_pairs=most_pairs
+    )
     if difficulty_column is not None:
         store = next(iter(stores.values()))
         prepared = prepared.with_difficulty(difficulties.of_rows(store, sources))
-    logger.info("%s", prepared.stats.describe())
     return prepared
 
 
@@ -255,13 +306,14 @@ def _unpaired(batches: Iterable[Numbered], row_format: RowFormat) -> Iterator[Nu
         yield [number for number in numbers for _ in sides], rows
 
 
-def _check_options(
+def check_options(
     objective: str,
     max_length: int | None,
     max_prompt_length: int | None,
     packing: str | None,
     pad_to: str,
 ) -> None:
+    """Raise ValueError where options of `prepare` do not fit one another."""
     if objective not in OBJECTIVES:
         raise ValueError(f"objective={objective!r}: use one of {OBJECTIVES}")
     if packing is not None and packing not in pack.STRATEGIES:
@@ -446,12 +498,23 @@ def _store(
 
 
 def _pack_together(
-    stores: dict[str, TokenStore], max_length: int | None
+    stores: dict[str, TokenStore],
+    max_length: int | None,
+    share_prompts: bool,
+    most_pairs: int = 0,
 ) -> dict[str, TokenStore]:
-    """Pairs packed by their longer side, so that both sides' rows hold the same."""
+    """Pairs packed by their longer side, so that both sides' rows hold the same.
+
+    With shared prompts a row is as long as those two together.
+    """
     assert max_length is not None
-    lengths = functools.reduce(np.maximum, [s.lengths for s in stores.values()])
+    if share_prompts:
+        lengths, max_length = shared_prompt.pair_lengths(stores), 2 * max_length
+    else:
+        lengths = functools.reduce(np.maximum, [s.lengths for s in stores.values()])
     offsets, documents = pack.pack_best_fit(lengths, max_length)
+    if most_pairs:
+        offsets = pack.limit_documents(offsets, most_pairs)
     return {
         side: dataclasses.replace(store, row_documents=documents, row_offsets=offsets)
         for side, store in stores.items()
@@ -468,16 +531,23 @@ def _finish(
     fixed_length: int | None,
     pad_to_multiple: int,
     max_length: int | None,
+    share_prompts: bool,
 ) -> PreparedDataset:
-    row_lengths = functools.reduce(
-        np.maximum, [store.row_lengths() for store in stores.values()]
-    )
+    if share_prompts:
+        row_lengths = shared_prompt.row_lengths(stores)
+        fixed_length = fixed_length and 2 * fixed_length
+    else:
+        row_lengths = functools.reduce(
+            np.maximum, [store.row_lengths() for store in stores.values()]
+        )
     # KTO's mismatched completions are only measured on, so they count nowhere.
     sides = [store for name, store in stores.items() if name != "mismatched"]
     document_lengths = functools.reduce(np.maximum, [s.lengths for s in sides])
     longest = int(row_lengths.max()) if fixed_length is None else fixed_length
     row_length = -(-longest // pad_to_multiple) * pad_to_multiple
     tokens = sum(len(s.tokens) for s in sides)
+    if share_prompts:
+        tokens = int(row_lengths.sum())
     slots = len(sides) * len(row_lengths) * (max_length or int(row_lengths.max()))
     stats = DataStats(
         rows=rows,
@@ -492,7 +562,9 @@ def _finish(
         packing_efficiency=tokens / slots,
     )
     pad_id = tokenizer.pad_token_id
-    return PreparedDataset(objective, stores, row_length, pad_id, stats)
+    return PreparedDataset(
+        objective, stores, row_length, pad_id, stats, shares_prompts=share_prompts
+    )
 
 
 def _predicted(store: TokenStore) -> int:

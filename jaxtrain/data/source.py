@@ -5,29 +5,19 @@ line), each also as `.gz`, or is a folder of such files, or one that
 `Dataset.save_to_disk` wrote. Any other name is a data set of the hub.
 """
 
-import gzip
-import json
 import logging
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import IO, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import datasets
 
+from jaxtrain.data.formats import UnreadableRow
+from jaxtrain.data.places import HeldRows, hold, remember_files, same_files
+from jaxtrain.data.stream_files import READERS
+
 logger = logging.getLogger(__name__)
 
-# Suffix of a file (without .gz) -> reader in `datasets`.
-READERS = {
-    ".jsonl": "json",
-    ".ndjson": "json",
-    ".json": "json",
-    ".parquet": "parquet",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".arrow": "arrow",
-    ".txt": "text",
-    ".text": "text",
-}
 SPLITS = {
     "train": ("train", "training"),
     "eval": ("eval", "evaluation", "validation", "valid", "val", "dev", "test"),
@@ -43,8 +33,11 @@ def load_rows(
     column_map: Mapping[str, str] | None = None,
     max_rows: int | None = None,
     cache_dir: str | None = None,
-) -> datasets.Dataset:
+) -> datasets.Dataset | HeldRows:
     """Load the rows of one split as a memory-mapped `datasets.Dataset`.
+
+    Where lines of a jsonl or csv file are malformed, rows are held in memory, these
+    lines as `UnreadableRow`s.
 
     Args:
         path_or_name: a file, a folder, or a data set's name on the hub.
@@ -64,14 +57,16 @@ def load_rows(
     path = pathlib.Path(path_or_name).expanduser()
     if path.exists():
         rows = _load_local(path, split, cache_dir)
-    elif _looks_local(path_or_name):
+    elif looks_local(path_or_name):
         raise ValueError(f"data path {path_or_name!r} does not exist")
     else:
         rows = _load_hub(path_or_name, split, name, revision, cache_dir)
+    if isinstance(rows, HeldRows):
+        return rows.first(max_rows).renamed(column_map or {})
     if column_map:
         rows = _rename(rows, column_map)
     if max_rows is not None and max_rows < len(rows):
-        rows = rows.select(range(max_rows))
+        rows = same_files(rows.select(range(max_rows)), rows)
     logger.info(
         "loaded %d rows of split %r from %s, columns %s",
         len(rows), split, path_or_name, rows.column_names,
@@ -81,14 +76,14 @@ def load_rows(
 
 def _load_local(
     path: pathlib.Path, split: str, cache_dir: str | None
-) -> datasets.Dataset:
+) -> datasets.Dataset | HeldRows:
     if path.is_dir():
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             return _choose_split(datasets.load_from_disk(str(path)), split, str(path))
-        files = _split_files(path, split)
+        files = split_files(path, split)
     else:
         files = [path]
-    readers = {_reader(file) for file in files}
+    readers = {reader_of(file) for file in files}
     if len(readers) != 1:
         names = sorted(file.name for file in files)[:5]
         raise ValueError(
@@ -106,7 +101,7 @@ def _load_local(
 
 def _read_files(
     reader: str, files: Sequence[pathlib.Path], cache_dir: str | None
-) -> datasets.Dataset:
+) -> datasets.Dataset | HeldRows:
     options: dict[str, Any] = {}
     if reader == "csv" and ".tsv" in files[0].suffixes:
         options["sep"] = "\t"
@@ -121,11 +116,9 @@ def _read_files(
             **options,
         )
     except Exception as error:  # `datasets` raises its readers' own kinds
-        problems = list(_json_problems(files)) if reader == "json" else []
-        cause = "; ".join(problems[:5]) or f"{error.__cause__ or error}"
-        raise ValueError(
-            f"cannot read {', '.join(map(str, files[:3]))}: {cause}"
-        ) from error
+        if reader in ("json", "csv"):
+            return _hold(files, error)
+        raise _unreadable(files, error) from error
     if reader == "text":
         count = len(rows)
         rows = rows.filter(
@@ -135,39 +128,46 @@ def _read_files(
         )
         if len(rows) < count:
             logger.info("left out %d blank lines", count - len(rows))
+    remember_files(rows, files)
     return rows
 
 
-def _json_problems(files: Sequence[pathlib.Path]) -> Iterator[str]:
-    """Name the lines of jsonl files that are not JSON objects."""
-    for file in files:
-        if ".json" in file.suffixes:
-            continue
-        with _open_text(file) as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    yield f"{file.name} line {number} is not JSON ({error})"
-                    continue
-                if not isinstance(row, dict):
-                    yield f"{file.name} line {number} is not an object"
+def _hold(files: Sequence[pathlib.Path], error: Exception) -> HeldRows:
+    """Rows line by line, so that each bad one can be told from the others.
+
+    Raises:
+        ValueError: no line is a row.
+    """
+    try:
+        rows = hold(files)
+    except ValueError:
+        raise _unreadable(files, error) from error
+    bad = [
+        f"{place}: {row.reason}"
+        for place, row in zip(rows.places, rows, strict=True)
+        if isinstance(row, UnreadableRow)
+    ]
+    if len(bad) == len(rows):
+        raise _unreadable(files, "; ".join(bad[:5]) or error) from error
+    logger.warning(
+        "%s: %d of %d lines hold no row, so all are held in memory",
+        files[0], len(bad), len(rows),
+    )  # fmt: skip
+    return rows
 
 
-def _open_text(file: pathlib.Path) -> IO[str]:
-    if file.suffix == ".gz":
-        return gzip.open(file, "rt", encoding="utf-8")
-    return file.open(encoding="utf-8")
+def _unreadable(files: Sequence[pathlib.Path], cause: object) -> ValueError:
+    if isinstance(cause, Exception):
+        cause = cause.__cause__ or cause
+    return ValueError(f"cannot read {', '.join(map(str, files[:3]))}: {cause}")
 
 
-def _split_files(folder: pathlib.Path, split: str) -> list[pathlib.Path]:
+def split_files(folder: pathlib.Path, split: str) -> list[pathlib.Path]:
     """The data files of a split; the whole folder where nothing is named by split."""
     files = sorted(
         file
         for file in folder.rglob("*")
-        if _reader(file) and not _hidden(file.relative_to(folder))
+        if reader_of(file) and not _hidden(file.relative_to(folder))
     )
     if not files:
         raise ValueError(
@@ -179,7 +179,7 @@ def _split_files(folder: pathlib.Path, split: str) -> list[pathlib.Path]:
         by_split.setdefault(_split_of(file.relative_to(folder)), []).append(file)
     if set(by_split) == {None}:
         return files
-    for alias in _aliases(split):
+    for alias in split_aliases(split):
         if alias in by_split:
             return by_split[alias]
     if split in SPLITS["train"] and None in by_split:
@@ -187,7 +187,7 @@ def _split_files(folder: pathlib.Path, split: str) -> list[pathlib.Path]:
     found = sorted(name for name in by_split if name)
     raise ValueError(
         f"{folder} has no split {split!r}, only {found}: name a folder or file "
-        f"{' or '.join(_aliases(split))}, or point at one file"
+        f"{' or '.join(split_aliases(split))}, or point at one file"
     )
 
 
@@ -212,7 +212,7 @@ def _choose_split(
 ) -> datasets.Dataset:
     if isinstance(loaded, datasets.Dataset):
         return loaded
-    for alias in _aliases(split):
+    for alias in split_aliases(split):
         if alias in loaded:
             return loaded[alias]
     raise ValueError(f"{origin} has no split {split!r}, only {sorted(loaded)}")
@@ -247,25 +247,28 @@ def _rename(rows: datasets.Dataset, column_map: Mapping[str, str]) -> datasets.D
     # A column that stands where a renamed one goes would clash.
     clash = [new for new in column_map.values() if new in rows.column_names]
     clash = [column for column in clash if column not in column_map]
-    return rows.remove_columns(clash).rename_columns(dict(column_map))
+    renamed = rows.remove_columns(clash).rename_columns(dict(column_map))
+    return same_files(renamed, rows)
 
 
-def _aliases(split: str) -> tuple[str, ...]:
+def split_aliases(split: str) -> tuple[str, ...]:
+    """Every name that a split goes by, the one asked for first."""
     for aliases in SPLITS.values():
         if split in aliases:
             return (split, *(alias for alias in aliases if alias != split))
     return (split,)
 
 
-def _reader(file: pathlib.Path) -> str | None:
+def reader_of(file: pathlib.Path) -> str | None:
+    """What reads a file, told by its suffix; None for other files."""
     name = file.name.lower().removesuffix(".gz")
     return READERS.get(pathlib.PurePath(name).suffix)
 
 
-def _looks_local(name: str) -> bool:
+def looks_local(name: str) -> bool:
     """Whether a name cannot be a hub repository (`name` or `owner/name`)."""
     return (
         name.startswith((".", "/", "~", "\\"))
         or name.count("/") > 1
-        or _reader(pathlib.Path(name)) is not None
+        or reader_of(pathlib.Path(name)) is not None
     )

@@ -25,6 +25,8 @@ class ModelConfig:
     one of "full_attention" and "sliding_attention" for each layer; `sliding_window`
     counts the tokens that a sliding layer reads, the query's own included.
     `local_rope` is the rotary embedding of sliding layers where it differs (Gemma 3).
+    A mixture of experts has `num_experts` MLPs in each layer (0: one plain MLP), of
+    width `expert_width`; `intermediate_size` then acts only where it is that width.
 
     Raises:
         ValueError: the fields contradict each other.
@@ -53,6 +55,12 @@ class ModelConfig:
     query_pre_attn_scalar: float | None = None
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int | None = None
+    norm_topk_prob: bool = True
+    router_aux_loss_coef: float = 0.0
+    output_router_logits: bool = False
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
@@ -91,10 +99,46 @@ class ModelConfig:
         for rope in (self.rope, self.local_rope):
             if rope is not None:
                 rope.check(self.head_dim)
+        self._check_experts()
+
+    def _check_experts(self) -> None:
+        chosen = self.num_experts_per_tok
+        if self.family.expert_width_key is None and (self.num_experts or chosen):
+            raise ValueError(
+                f"model.num_experts = {self.num_experts}: a {self.model_type} has no"
+                " experts; use a model_type of mixtral or qwen3_moe"
+            )
+        if self.family.expert_width_key is None:
+            return
+        for name in ("num_experts", "num_experts_per_tok", "expert_width"):
+            size = getattr(self, name)
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"model.{name} = {size!r}: must be a positive integer")
+        if chosen > self.num_experts:
+            raise ValueError(
+                f"model.num_experts_per_tok = {chosen} exceeds num_experts ="
+                f" {self.num_experts}"
+            )
+        if self.model_type == "mixtral" and not self.norm_topk_prob:
+            raise ValueError(
+                "model.norm_topk_prob = False: a mixtral's weights always sum to 1; use"
+                " model_type = 'qwen3_moe'"
+            )
+        if self.router_aux_loss_coef < 0:
+            raise ValueError(
+                f"model.router_aux_loss_coef = {self.router_aux_loss_coef}: must be at"
+                " least 0"
+            )
 
     @property
     def family(self) -> Family:
         return FAMILIES[self.model_type]
+
+    @property
+    def expert_width(self) -> int | None:
+        """Inner width of one expert; None without experts."""
+        key = self.family.expert_width_key
+        return None if key is None else getattr(self, key)
 
     @property
     def attention_scale(self) -> float:
@@ -116,7 +160,7 @@ class ModelConfig:
         heads = self.num_attention_heads * self.head_dim
         kv_heads = self.num_key_value_heads * self.head_dim
         norms = 4 if self.family.sandwich_norms else 2
-        layer = self._layer_matmul_params() + norms * self.hidden_size
+        layer = self._layer_matmul_params(self.num_experts) + norms * self.hidden_size
         layer += self.qkv_bias * (heads + 2 * kv_heads) + self.o_bias * self.hidden_size
         layer += self.mlp_bias * (2 * self.intermediate_size + self.hidden_size)
         layer += 2 * self.head_dim if self.family.qk_norm else 0
@@ -132,13 +176,14 @@ class ModelConfig:
 
         6 N + 12 sum_layers N_heads H min(S, window): each weight of a matrix product
         costs a multiply and an add forward and twice that backward (arXiv:2001.08361);
-        N counts the projections and the unembedding once, not the embedding lookup.
+        N counts the projections and the unembedding once, not the embedding lookup, and
+        of the experts those that a token is sent to.
         Scores and weighted values cost 4 N_heads H S forward (arXiv:2204.02311,
         appendix B). As there, causality is not discounted and rematerialization not
         counted, so that an MFU from this can be compared with published ones.
         """
         matmul_params = (
-            self.num_hidden_layers * self._layer_matmul_params()
+            self.num_hidden_layers * self._layer_matmul_params(self.num_experts_per_tok)
             + self.vocab_size * self.hidden_size
         )
         keys_read = sum(
@@ -147,10 +192,14 @@ class ModelConfig:
         attention = 12 * self.num_attention_heads * self.head_dim * keys_read
         return float(6 * matmul_params + attention)
 
-    def _layer_matmul_params(self) -> int:
+    def _layer_matmul_params(self, experts: int) -> int:
+        """Weights of one layer's matrix products, with so many of its experts."""
         heads = self.num_attention_heads + self.num_key_value_heads
         attention = 2 * self.hidden_size * heads * self.head_dim
-        return attention + 3 * self.hidden_size * self.intermediate_size
+        if self.expert_width is None:
+            return attention + 3 * self.hidden_size * self.intermediate_size
+        router = self.hidden_size * self.num_experts
+        return attention + router + experts * 3 * self.hidden_size * self.expert_width
 
     @classmethod
     def from_hf(cls, options: Mapping[str, Any]) -> "ModelConfig":
@@ -171,6 +220,7 @@ class ModelConfig:
         if family.local_rope:
             local_rope = RopeConfig.from_hf(given, family, SLIDING)
         attention_bias = bool(given.get("attention_bias", False))
+        mixture = _mixture_options(given, family)
         eos = given["eos_token_id"]
         return cls(
             model_type=given["model_type"],
@@ -199,6 +249,7 @@ class ModelConfig:
             bos_token_id=given["bos_token_id"],
             eos_token_id=tuple(eos) if isinstance(eos, list | tuple) else eos,
             pad_token_id=given["pad_token_id"],
+            **mixture,
         )
 
     def to_hf(self) -> dict[str, Any]:
@@ -222,12 +273,22 @@ class ModelConfig:
             "query_pre_attn_scalar": self.query_pre_attn_scalar,
             "attn_logit_softcapping": self.attn_logit_softcapping,
             "final_logit_softcapping": self.final_logit_softcapping,
+            "num_experts_per_tok": self.num_experts_per_tok,
+            "moe_intermediate_size": self.moe_intermediate_size,
+            "norm_topk_prob": self.norm_topk_prob,
+            "router_aux_loss_coef": self.router_aux_loss_coef,
+            "output_router_logits": self.output_router_logits,
             "original_max_position_embeddings": (
                 self.rope.original_max_position_embeddings
                 or self.max_position_embeddings
             ),
         }
         values |= {k: v for k, v in optional.items() if k in family.defaults}
+        if self.num_experts:
+            # Mixtral's key is num_local_experts, Qwen's num_experts.
+            is_mixtral = self.model_type == "mixtral"
+            key = "num_local_experts" if is_mixtral else "num_experts"
+            values[key] = self.num_experts
         return values
 
     def _rope_to_hf(self) -> dict[str, Any]:
@@ -290,6 +351,35 @@ def _refuse_unknown(options: Mapping[str, Any], family: Family) -> None:
         )
 
 
+def _mixture_options(given: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """The fields of a mixture of experts; none for other families.
+
+    Raises:
+        ValueError: some layers have no experts.
+    """
+    if family.expert_width_key is None:
+        return {}
+    layers = given["num_hidden_layers"]
+    dense = set(given.get("mlp_only_layers") or ())
+    dense |= {i for i in range(layers) if (i + 1) % given.get("decoder_sparse_step", 1)}
+    if dense:
+        raise ValueError(
+            f"decoder_sparse_step = {given.get('decoder_sparse_step', 1)} and"
+            f" mlp_only_layers = {given.get('mlp_only_layers') or []} leave layers"
+            f" {sorted(dense)} without experts. Layers are stacked here and must be"
+            " alike: only decoder_sparse_step = 1 with no mlp_only_layers can be loaded"
+        )
+    return {
+        "num_experts": given["num_experts"] or given["num_local_experts"],
+        "num_experts_per_tok": given["num_experts_per_tok"],
+        "moe_intermediate_size": given.get("moe_intermediate_size"),
+        # Mixtral always does, and has no key for it.
+        "norm_topk_prob": bool(given.get("norm_topk_prob", True)),
+        "router_aux_loss_coef": given["router_aux_loss_coef"],
+        "output_router_logits": bool(given["output_router_logits"]),
+    }
+
+
 def _attention_kinds(
     given: Mapping[str, Any], family: Family
 ) -> tuple[tuple[str, ...], int | None]:
@@ -297,7 +387,7 @@ def _attention_kinds(
     num_layers, window = given["num_hidden_layers"], given.get("sliding_window")
     if family.window_rule == "none":
         window = None
-    if family.window_rule == "from_layer" and not given["use_sliding_window"]:
+    if "use_sliding_window" in family.defaults and not given["use_sliding_window"]:
         window = None
     if given.get("layer_types") is not None:
         layer_types = tuple(given["layer_types"])

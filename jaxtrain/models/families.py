@@ -16,7 +16,8 @@ class Family:
     `unit_offset_norm`: a norm multiplies by 1 + scale (Gemma stores scale - 1).
     `window_rule`: which layers slide when `layer_types` is absent: "none", "all" of
     them if a window is given, those "from_layer" max_window_layers on, or all but
-    each p-th ("pattern").
+    each p-th ("pattern"); none in a family with `use_sliding_window` unless that is on.
+    `expert_width_key`: of a mixture of experts, the config key of an expert's width.
     """
 
     architecture: str
@@ -32,6 +33,7 @@ class Family:
     local_rope: bool = False
     default_rope_theta: float = 10_000.0
     window_rule: Literal["none", "all", "from_layer", "pattern"] = "none"
+    expert_width_key: str | None = None
     ignored_keys: frozenset[str] = frozenset()
     must_be_none: tuple[str, ...] = ()
 
@@ -64,6 +66,13 @@ _QWEN: dict[str, Any] = {
     "sliding_window": 4096,
     "max_window_layers": 28,
     "layer_types": None,
+}
+# An absent `num_experts` is read under its other name: see ModelConfig.from_hf.
+_MIXTURE: dict[str, Any] = {
+    "num_local_experts": None,
+    "num_experts": None,
+    "output_router_logits": False,
+    "router_aux_loss_coef": 0.001,
 }
 _GEMMA: dict[str, Any] = {
     **{key: value for key, value in _COMMON.items() if key != "hidden_act"},
@@ -132,6 +141,57 @@ FAMILIES: Mapping[str, Family] = {
         defaults={**_QWEN, "head_dim": 128, "attention_bias": False},
         qk_norm=True,
         window_rule="from_layer",
+    ),
+    "mixtral": Family(
+        architecture="MixtralForCausalLM",
+        defaults={
+            **_COMMON,
+            **_MIXTURE,
+            "vocab_size": 32000,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5,
+            "sliding_window": None,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+        default_rope_theta=1_000_000.0,
+        window_rule="all",
+        expert_width_key="intermediate_size",
+    ),
+    "qwen3_moe": Family(
+        architecture="Qwen3MoeForCausalLM",
+        defaults={
+            **_COMMON,
+            **_MIXTURE,
+            "vocab_size": 151936,
+            "hidden_size": 2048,
+            "intermediate_size": 6144,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 32768,
+            "attention_bias": False,
+            "use_sliding_window": False,
+            "sliding_window": 4096,
+            "num_local_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+            "norm_topk_prob": False,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": None,
+        },
+        qk_norm=True,
+        window_rule="all",
+        expert_width_key="moe_intermediate_size",
+        # Every layer has the same window here, whatever this key says.
+        ignored_keys=frozenset({"max_window_layers"}),
     ),
     "gemma2": Family(
         architecture="Gemma2ForCausalLM",
@@ -203,6 +263,7 @@ REFUSED_UNLESS: Mapping[str, tuple[Any, ...]] = {
     "embd_pdrop": (0.0, None),
     "use_bidirectional_attention": (False, None),
     "is_encoder_decoder": (False, None),
+    "router_jitter_noise": (0, None),
     "quantization_config": (None,),
 }
 

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import itertools
 import json
 import os
 import pathlib
@@ -19,15 +20,18 @@ from safetensors import safe_open
 
 from jaxtrain.models.binding import flatten, nest
 from jaxtrain.models.config import ModelConfig
+from jaxtrain.models.hf_experts import split_fused
 from jaxtrain.models.hf_names import (
     TOKENIZER_FILES,
     WEIGHTS,
     WEIGHTS_INDEX,
     Leaf,
+    Path,
     leaves_of,
 )
 from jaxtrain.models.hf_save import save_pretrained
 from jaxtrain.models.transformer import Decoder
+from jaxtrain.quantization import CODES, SCALES, quantize_on_device
 from jaxtrain.types import Params
 
 __all__ = ["load_config", "load_params", "resolve_model_path", "save_pretrained"]
@@ -94,7 +98,8 @@ def load_params(
 
     `shardings`: for every leaf where it goes (leaves for adapters are passed over);
     None is the first local device. `dtype`: the type to convert to; None or "keep"
-    leaves each as stored.
+    leaves each as stored. Where `model.quantization` is set, kernels are quantized as
+    they come, one at a time.
 
     Raises:
         ValueError: there are no safetensors, or they are not the tensors of the
@@ -102,12 +107,18 @@ def load_params(
     """
     targets = None if shardings is None else flatten(shardings)
     keep = dtype is None or dtype == "keep"
-    with _open_checkpoint(pathlib.Path(path)) as tensors:
+    with _open_checkpoint(pathlib.Path(path)) as stored_tensors:
+        tensors = split_fused(model.config.model_type, stored_tensors)
         leaves = leaves_of(model.config)
         _check_tensors(path, model.config, leaves, tensors)
-        loaded = {}
+        loaded: dict[Path, jax.Array] = {}
+        few_bits = model.quantization and model.linear_kernels()
         for leaf in leaves:
-            stored = tensors[leaf.tensor_name(leaf.layers[0])].get_dtype()
+            stored = tensors[leaf.tensor_name(leaf.places[0])].get_dtype()
+            is_kernel = leaf.path[-1] == "kernel"
+            if few_bits and is_kernel and ".".join(leaf.path[1:-1]) in few_bits:
+                loaded |= _load_in_few_bits(leaf, tensors, targets, model, stored)
+                continue
             loaded[leaf.path] = _load_leaf(
                 leaf,
                 tensors,
@@ -165,9 +176,9 @@ def _check_tensors(
     path: Any, config: ModelConfig, leaves: list[Leaf], tensors: Mapping[str, Any]
 ) -> None:
     expected = {
-        leaf.tensor_name(layer): leaf.tensor_shape
+        leaf.tensor_name(place): leaf.tensor_shape
         for leaf in leaves
-        for layer in leaf.layers
+        for place in leaf.places
     }
     allowed = {"lm_head.weight"} if config.tie_word_embeddings else set()
     problems = [f"missing {name}" for name in expected if name not in tensors]
@@ -192,7 +203,7 @@ def _check_tensors(
 def _load_leaf(
     leaf: Leaf, tensors: Mapping[str, Any], sharding: Sharding, dtype: np.dtype
 ) -> jax.Array:
-    """One leaf, assembled from each layer's tensor, slice by slice."""
+    """One leaf, assembled from each layer's and expert's tensor, slice by slice."""
     parts: dict[Any, np.ndarray] = {}
 
     def read(index: Any) -> np.ndarray:
@@ -206,6 +217,35 @@ def _load_leaf(
     return jax.make_array_from_callback(leaf.shape, sharding, read)
 
 
+def _load_in_few_bits(
+    leaf: Leaf,
+    tensors: Mapping[str, Any],
+    targets: Mapping[Path, Any] | None,
+    model: Decoder,
+    stored: str,
+) -> dict[Path, jax.Array]:
+    """The codes and scales of one kernel, from the values as stored.
+
+    No other kernel is on the device as a whole at the same time.
+    """
+    assert model.quantization is not None
+    paths = [(*leaf.path[:-1], name) for name in (CODES, SCALES)]
+    dtype = _NUMPY_TYPES[stored]
+    first = SingleDeviceSharding(jax.local_devices()[0])
+    layouts = [first if targets is None else targets[path] for path in paths]
+    whole = _load_leaf(
+        leaf,
+        tensors,
+        layouts[0].with_memory_kind("device"),
+        np.dtype(np.float32) if dtype.itemsize > 4 else dtype,
+    )
+    parts = quantize_on_device(whole, model.quantization)
+    return {
+        path: jax.device_put(part, layout)
+        for path, part, layout in zip(paths, parts, layouts, strict=True)
+    }
+
+
 def _read_slice(
     leaf: Leaf,
     tensors: Mapping[str, Any],
@@ -213,15 +253,14 @@ def _read_slice(
     dtype: np.dtype,
 ) -> np.ndarray:
     out = np.empty([len(part) for part in bounds], dtype)
-    inner = [
-        slice(part.start, part.stop)
-        for part in (bounds[1:] if leaf.stacked else bounds)
-    ]
-    for place, layer in enumerate(bounds[0] if leaf.stacked else (None,)):
-        tensor = tensors[leaf.tensor_name(layer)]
+    stacked = bounds[: leaf.stacked_axes]
+    inner = [slice(part.start, part.stop) for part in bounds[leaf.stacked_axes :]]
+    for place in itertools.product(*stacked):
+        tensor = tensors[leaf.tensor_name(place)]
         if leaf.transposed:
             values = tensor[tuple(inner[::-1])].T
         else:
             values = tensor[tuple(inner)]
-        out[place if leaf.stacked else ...] = values
+        at = tuple(i - part.start for i, part in zip(place, stacked, strict=True))
+        out[at or ...] = values
     return out

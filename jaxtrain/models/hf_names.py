@@ -1,14 +1,16 @@
 """How leaves of the tree and tensors of a Hugging Face checkpoint correspond.
 
 A tensor's name is the path of its leaf with "model." before and ".weight" behind, once
-for each layer; kernels are [in, out] in the tree and [out, in] in the file.
+for each layer; matrices are [in, out] in the tree and [out, in] in the file. Of a
+mixture of experts each expert's matrices are tensors of their own (hf_experts.py).
 """
 
 import dataclasses
-from collections.abc import Sequence
+import itertools
 
 from jaxtrain.models.binding import flatten
 from jaxtrain.models.config import ModelConfig
+from jaxtrain.models.hf_experts import expert_tensor, is_expert, mixture_module
 from jaxtrain.models.transformer import Decoder
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -19,6 +21,8 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 
 Path = tuple[str, ...]
+# Which part of a leaf a tensor is: (), (layer,) or (layer, expert).
+Place = tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,34 +31,47 @@ class Leaf:
 
     path: Path
     shape: tuple[int, ...]
+    model_type: str
 
     @property
     def stacked(self) -> bool:
         return self.path[0] == "layers"
 
     @property
-    def transposed(self) -> bool:
-        return self.path[-1] == "kernel"
+    def stacked_axes(self) -> int:
+        """How many axes count tensors: layers, then experts."""
+        return self.stacked + is_expert(self.path)
 
     @property
-    def layers(self) -> Sequence[int | None]:
-        return range(self.shape[0]) if self.stacked else (None,)
+    def transposed(self) -> bool:
+        return self.path[-1] in ("kernel", "weight") or is_expert(self.path)
 
-    def tensor_name(self, layer: int | None) -> str:
+    @property
+    def places(self) -> list[Place]:
+        """One of each tensor."""
+        return list(itertools.product(*map(range, self.shape[: self.stacked_axes])))
+
+    def tensor_name(self, place: Place) -> str:
         modules = self.path[:-1]
-        if layer is not None:
-            modules = ("layers", str(layer), *modules[1:])
+        if self.stacked:
+            modules = ("layers", str(place[0]), *modules[1:])
+        if modules[-1] == "gate":
+            modules = (*modules[:-2], mixture_module(self.model_type), "gate")
+        if is_expert(self.path):
+            modules = (*modules[:2], *expert_tensor(self.model_type, self.path, place))
         if modules[0] != "lm_head":
             modules = ("model", *modules)
         return ".".join((*modules, "bias" if self.path[-1] == "bias" else "weight"))
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
-        shape = self.shape[1:] if self.stacked else self.shape
+        shape = self.shape[self.stacked_axes :]
         return shape[::-1] if self.transposed else shape
 
 
 def leaves_of(config: ModelConfig) -> list[Leaf]:
     """Every leaf of a model without adapters."""
     abstract = flatten(Decoder(config).abstract_params())
-    return [Leaf(path, leaf.shape) for path, leaf in abstract.items()]
+    return [
+        Leaf(path, leaf.shape, config.model_type) for path, leaf in abstract.items()
+    ]

@@ -22,6 +22,7 @@ from jaxtrain.models.hf_names import (
     WEIGHTS_INDEX,
     Leaf,
     Path,
+    Place,
     leaves_of,
 )
 from jaxtrain.types import Params
@@ -68,10 +69,10 @@ def save_pretrained(
         if len(shards) > 1:
             file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {}
-        for leaf, layer in shard:
-            tensor = _fetch_tensor(leaf, flat[leaf.path], layer, dtype, writes)
+        for leaf, place in shard:
+            tensor = _fetch_tensor(leaf, flat[leaf.path], place, dtype, writes)
             if tensor is not None:
-                tensors[leaf.tensor_name(layer)] = tensor
+                tensors[leaf.tensor_name(place)] = tensor
         if writes:
             save_file(tensors, str(directory / file_name), metadata={"format": "pt"})
             weight_map |= dict.fromkeys(tensors, file_name)
@@ -110,35 +111,38 @@ def _plan_shards(
     flat: Mapping[Path, Any],
     dtype: str | None,
     max_bytes: int,
-) -> list[list[tuple[Leaf, int | None]]]:
+) -> list[list[tuple[Leaf, Place]]]:
     """Which tensors go into which file, layer after layer."""
-    tensors = [(leaf, layer) for leaf in leaves for layer in leaf.layers]
-    tensors.sort(key=lambda t: (-1 if t[1] is None else t[1], t[0].path))
-    shards: list[list[tuple[Leaf, int | None]]] = [[]]
+    tensors = [(leaf, place) for leaf in leaves for place in leaf.places]
+    tensors.sort(key=lambda t: (t[1][:1], t[0].path, t[1]))
+    shards: list[list[tuple[Leaf, Place]]] = [[]]
     used = 0
-    for leaf, layer in tensors:
+    for leaf, place in tensors:
         item_bytes = jnp.dtype(dtype or flat[leaf.path].dtype).itemsize
         size = int(np.prod(leaf.tensor_shape)) * item_bytes
         if shards[-1] and used + size > max_bytes:
             shards.append([])
             used = 0
-        shards[-1].append((leaf, layer))
+        shards[-1].append((leaf, place))
         used += size
     return shards
 
 
-# The layer is an argument of the compiled program, so one serves all layers.
-_take_layer = jax.jit(
-    lambda stacked, layer: jax.lax.dynamic_index_in_dim(stacked, layer, keepdims=False)
+# The number is an argument of the compiled program, so one serves all layers.
+_take = jax.jit(
+    lambda stacked, number: jax.lax.dynamic_index_in_dim(
+        stacked, number, keepdims=False
+    )
 )
 
 
 def _fetch_tensor(
-    leaf: Leaf, array: Any, layer: int | None, dtype: str | None, writes: bool
+    leaf: Leaf, array: Any, place: Place, dtype: str | None, writes: bool
 ) -> np.ndarray | None:
     """One tensor in host memory, where it is to be written; a collective call."""
-    if layer is not None:
-        array = _take_layer(array, layer)
+    for number in place:
+        on_host = isinstance(array, np.ndarray)
+        array = array[number] if on_host else _take(array, number)
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         array = multihost_utils.process_allgather(array, tiled=True)
     if not writes:

@@ -19,13 +19,20 @@ from jaxtyping import Array, Float, Int32, Key
 
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.rope import rotate
+from jaxtrain.quantization import Quantization, dequantize, multiply, quantize
 
 LogicalAxes = tuple[str | None, ...]
 # (query, key, value) -> (what each query read, [B T N H]; whatever must be kept).
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 Rotary = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]
+# (function, axes of each argument, axes of the result, axis summed over) -> the same
+# function, run on each device's own part; see sharding.ShardingPlan.map_shards.
+MapShards = Callable[
+    [Callable[..., Array], tuple[LogicalAxes, ...], LogicalAxes, str],
+    Callable[..., Array],
+]
 
-_ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
+ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
@@ -36,10 +43,12 @@ _ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
 class LoraShape:
     """The adapters of a decoder: y += dropout(x) A B * scaling (arXiv:2106.09685).
 
-    `targets` are module paths within a layer, such as "self_attn.q_proj". `dropout` is
-    the share of inputs that an adapter does not see in training. `own` has (path, rank,
-    scaling) of targets that differ from `r` and `scaling`. With `use_dora`, columns of
-    W + A B * scaling are brought to trained lengths (arXiv:2402.09353).
+    `targets` are module paths within a layer, such as "self_attn.q_proj", and
+    "embed_tokens" and "lm_head". `dropout` is the share of inputs that an adapter does
+    not see in training; embeddings see all. `own` has (path, rank, scaling) of targets
+    that differ from `r` and `scaling`. With `use_dora`, columns of W + A B * scaling
+    are brought to trained lengths (arXiv:2402.09353). `ties_head`: where the head is
+    the embedding, the adapter of embed_tokens is the head's too.
     """
 
     r: int
@@ -48,6 +57,7 @@ class LoraShape:
     targets: frozenset[str] = frozenset()
     own: tuple[tuple[str, int, float], ...] = ()
     use_dora: bool = False
+    ties_head: bool = False
 
     def rank_and_scaling(self, path: str) -> tuple[int, float]:
         """Of the adapter of this module."""
@@ -63,6 +73,17 @@ class LoraShape:
             raise ValueError(f"lora.dropout = {self.dropout}: must be in [0, 1)")
 
 
+def on_one_device(
+    function: Callable[..., Array],
+    arguments: tuple[LogicalAxes, ...],
+    result: LogicalAxes,
+    summed: str,
+) -> Callable[..., Array]:
+    """The MapShards of a single device: the function itself."""
+    del arguments, result, summed
+    return function
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
     """What every module of one decoder shares; static."""
@@ -71,7 +92,9 @@ class Options:
     compute_dtype: str
     param_dtype: str
     constrain: Callable[[Array, LogicalAxes], Array]
+    map_shards: MapShards = on_one_device
     lora: LoraShape | None = None
+    quantization: Quantization | None = None
 
 
 class LoraParam(nnx.Param):
@@ -79,7 +102,10 @@ class LoraParam(nnx.Param):
 
 
 class Linear(nnx.Module):
-    """y = x kernel + bias, and an adapter's part where it has one."""
+    """y = x kernel + bias, and an adapter's part where it has one.
+
+    The kernel may be kept in few bits, but for that of the head.
+    """
 
     def __init__(
         self,
@@ -95,7 +121,12 @@ class Linear(nnx.Module):
         dtype = jnp.dtype(options.param_dtype)
         deviation = options.config.initializer_range
         kernel = deviation * jax.random.normal(rngs.params(), sizes)
-        self.kernel = nnx.Param(kernel.astype(dtype), logical_axes=axes)
+        if options.quantization is None or path == "lm_head":
+            self.kernel = nnx.Param(kernel.astype(dtype), logical_axes=axes)
+        else:
+            codes, scales = quantize(kernel, options.quantization)
+            self.kernel_codes = nnx.Param(codes, logical_axes=axes)
+            self.kernel_scales = nnx.Param(scales, logical_axes=axes)
         if bias:
             self.bias = nnx.Param(jnp.zeros(sizes[1:], dtype), logical_axes=axes[1:])
         lora = options.lora
@@ -121,12 +152,13 @@ class Linear(nnx.Module):
         self, x: Float[Array, "B T I"], dropout_key: Key[Array, ""] | None = None
     ) -> Float[Array, "B T O"]:
         dtype = self.options.compute_dtype
-        kernel = self.kernel[...].astype(dtype)
-        y = x @ kernel
+        y = self._multiply(x)
         lora = self.options.lora
         if lora is not None and hasattr(self, "lora_a"):
             with jax.named_scope("lora"):
-                seen = _dropout(x, lora.dropout, _fold_in_name(dropout_key, self.path))
+                seen = drop_inputs(
+                    x, lora.dropout, fold_in_name(dropout_key, self.path)
+                )
                 low = seen @ self.lora_a[...].astype(dtype) * self.scaling
                 added = low @ self.lora_b[...].astype(dtype)
                 if not lora.use_dora:
@@ -136,31 +168,54 @@ class Linear(nnx.Module):
                 else:
                     # As in PEFT, the base's change of length sees the dropout too.
                     gain = self._dora_gain().astype(dtype)
-                    y += (gain - 1) * (seen @ kernel) + gain * added
+                    y += (gain - 1) * self._multiply(seen) + gain * added
         if hasattr(self, "bias"):
             y += self.bias[...].astype(dtype)
         return y
 
+    def _multiply(self, x: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
+        """x kernel, in the compute type."""
+        if hasattr(self, "kernel"):
+            return x @ self.kernel[...].astype(self.options.compute_dtype)
+        return multiply(x, self.kernel_codes[...], self.kernel_scales[...])
+
     def _dora_gain(self) -> Float[Array, "O"]:
-        """Trained lengths over those of the columns of W + A B * scaling.
-
-        These are taken as constants in the gradient (section 4.3 of the paper).
-        """
-        w, a, b = (
-            leaf[...].astype(jnp.float32)
-            for leaf in (self.kernel, self.lora_a, self.lora_b)
+        return dora_gain(
+            self.kernel[...]
+            if hasattr(self, "kernel")
+            else dequantize(self.kernel_codes[...], self.kernel_scales[...]),
+            self.lora_a[...],
+            self.lora_b[...],
+            self.lora_magnitude[...],
+            self.scaling,
         )
-        lengths = jnp.linalg.norm(w + (self.scaling * a) @ b, axis=0)
-        magnitude = self.lora_magnitude[...].astype(jnp.float32)
-        return magnitude / jax.lax.stop_gradient(lengths)
 
 
-def _fold_in_name(key: Key[Array, ""] | None, name: str) -> Key[Array, ""] | None:
+def dora_gain(
+    weight: Float[Array, "I O"],
+    lora_a: Float[Array, "I R"],
+    lora_b: Float[Array, "R O"],
+    magnitude: Float[Array, "O"],
+    scaling: float,
+) -> Float[Array, "O"]:
+    """Trained lengths over those of the columns of W + A B * scaling, in float32.
+
+    The latter are taken as constants in the gradient (arXiv:2402.09353, section 4.3).
+    """
+    w, a, b = (
+        jax.lax.stop_gradient(leaf).astype(jnp.float32)
+        for leaf in (weight, lora_a, lora_b)
+    )
+    lengths = jnp.linalg.norm(w + (scaling * a) @ b, axis=0)
+    return magnitude.astype(jnp.float32) / lengths
+
+
+def fold_in_name(key: Key[Array, ""] | None, name: str) -> Key[Array, ""] | None:
     """A key of this module's own, whatever the order in which modules run."""
     return None if key is None else jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
-def _dropout(x: Array, rate: float, key: Key[Array, ""] | None) -> Array:
+def drop_inputs(x: Array, rate: float, key: Key[Array, ""] | None) -> Array:
     """Zero a share `rate` of x and scale the rest up; without a key, x itself."""
     if key is None or rate == 0:
         return x
@@ -304,82 +359,91 @@ class Mlp(nnx.Module):
             gate, up = self.gate_proj(x, dropout_key), self.up_proj(x, dropout_key)
         gate = checkpoint_name(gate, "mlp_gate")
         up = checkpoint_name(up, "mlp_up")
-        activation = _ACTIVATIONS[config.hidden_act]
+        activation = ACTIVATIONS[config.hidden_act]
         inner = _recomputed(lambda gate, up: activation(gate) * up)(gate, up)
         inner = constrain(inner, ("batch", "sequence", "mlp"))
         return self.down_proj(inner, dropout_key)
 
 
-class DecoderLayer(nnx.Module):
-    """Attention, then the MLP, each added to the stream that it reads normalized.
-
-    Gemma also normalizes what is added; `post_attention_layernorm` is that norm there,
-    and the one before the MLP in every other family, as in the published weights.
-    """
-
-    def __init__(self, options: Options, rngs: nnx.Rngs) -> None:
-        self.options = options
-        width = options.config.hidden_size
-        self.input_layernorm = RMSNorm(width, "embed", options)
-        self.self_attn = Attention(options, rngs)
-        self.post_attention_layernorm = RMSNorm(width, "embed", options)
-        if options.config.family.sandwich_norms:
-            self.pre_feedforward_layernorm = RMSNorm(width, "embed", options)
-            self.post_feedforward_layernorm = RMSNorm(width, "embed", options)
-        self.mlp = Mlp(options, rngs)
-
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        rotary: Rotary,
-        attend: Attend,
-        dropout_key: Key[Array, ""] | None = None,
-    ) -> tuple[Float[Array, "B T D"], Any]:
-        """The stream after this layer, and whatever `attend` keeps."""
-        sandwich = self.options.config.family.sandwich_norms
-        with jax.named_scope("attention"):
-            added, kept = self.self_attn(
-                self.input_layernorm(x), rotary, attend, dropout_key
-            )
-            x += self.post_attention_layernorm(added) if sandwich else added
-        with jax.named_scope("mlp"):
-            if sandwich:
-                added = self.mlp(self.pre_feedforward_layernorm(x), dropout_key)
-                x += self.post_feedforward_layernorm(added)
-            else:
-                x += self.mlp(self.post_attention_layernorm(x), dropout_key)
-        return self.options.constrain(x, ("batch", "sequence", "embed")), kept
-
-
 class Embedding(nnx.Module):
-    """Token vectors; Gemma's are scaled by sqrt(width)."""
+    """Token vectors, with an adapter's part; Gemma's are scaled by sqrt(width)."""
 
     def __init__(self, options: Options, rngs: nnx.Rngs) -> None:
         self.options = options
-        config = options.config
+        config, dtype = options.config, jnp.dtype(options.param_dtype)
         sizes = (config.vocab_size, config.hidden_size)
         table = config.initializer_range * jax.random.normal(rngs.params(), sizes)
-        self.embedding = nnx.Param(
-            table.astype(options.param_dtype), logical_axes=("vocab", "embed")
-        )
+        self.embedding = nnx.Param(table.astype(dtype), logical_axes=("vocab", "embed"))
+        lora = options.lora
+        if lora is not None and "embed_tokens" in lora.targets:
+            rank, self.scaling = lora.rank_and_scaling("embed_tokens")
+            # As in PEFT, the other way round than beside a kernel.
+            b = jax.random.normal(rngs.params(), (rank, sizes[1]))
+            self.lora_a = LoraParam(
+                jnp.zeros((sizes[0], rank), dtype), logical_axes=("vocab", "lora_rank")
+            )
+            self.lora_b = LoraParam(
+                b.astype(dtype), logical_axes=("lora_rank", "embed")
+            )
+            if lora.use_dora:
+                lengths = jnp.linalg.norm(table, axis=0).astype(dtype)
+                self.lora_magnitude = LoraParam(lengths, logical_axes=("embed",))
 
     def __call__(self, tokens: Int32[Array, "B T"]) -> Float[Array, "B T D"]:
         config, dtype = self.options.config, self.options.compute_dtype
         x = jnp.take(self.embedding[...], tokens, axis=0).astype(dtype)
+        lora = self.options.lora
+        if lora is not None and hasattr(self, "lora_a"):
+            with jax.named_scope("lora"):
+                low = jnp.take(self.lora_a[...], tokens, axis=0).astype(dtype)
+                x += low * self.scaling @ self.lora_b[...].astype(dtype)
+                if lora.use_dora:
+                    x *= dora_gain(
+                        self.embedding[...],
+                        self.lora_a[...],
+                        self.lora_b[...],
+                        self.lora_magnitude[...],
+                        self.scaling,
+                    ).astype(dtype)
         if config.family.scale_embeddings:
             # The factor itself is rounded to the compute type, as transformers does.
             x *= jnp.asarray(math.sqrt(config.hidden_size), dtype)
         return x
 
 
+class TiedHead(nnx.Module):
+    """The adapter of a head that is the embedding, E^T [D V]; head.py applies it."""
+
+    def __init__(
+        self, table: Float[Array, "V D"], options: Options, rngs: nnx.Rngs
+    ) -> None:
+        assert options.lora is not None  # `Ends` makes it for an adapter only
+        rank, _ = options.lora.rank_and_scaling("lm_head")
+        dtype = jnp.dtype(options.param_dtype)
+        (vocab, width), bound = table.shape, 1 / math.sqrt(table.shape[1])
+        a = jax.random.uniform(
+            rngs.params(), (width, rank), minval=-bound, maxval=bound
+        )
+        self.lora_a = LoraParam(a.astype(dtype), logical_axes=("embed", "lora_rank"))
+        self.lora_b = LoraParam(
+            jnp.zeros((rank, vocab), dtype), logical_axes=("lora_rank", "vocab")
+        )
+        if options.lora.use_dora:
+            lengths = jnp.linalg.norm(table.astype(jnp.float32), axis=1).astype(dtype)
+            self.lora_magnitude = LoraParam(lengths, logical_axes=("vocab",))
+
+
 class Ends(nnx.Module):
     """The parts on either side of the layers: embedding, final norm, unembedding."""
 
     def __init__(self, options: Options, rngs: nnx.Rngs) -> None:
-        config = options.config
+        config, lora = options.config, options.lora
         self.embed_tokens = Embedding(options, rngs)
         self.norm = RMSNorm(config.hidden_size, "embed", options)
+        self.lm_head: Linear | TiedHead
         if not config.tie_word_embeddings:
             sizes = (config.hidden_size, config.vocab_size)
             axes = ("embed", "vocab")
             self.lm_head = Linear("lm_head", sizes, axes, options, rngs)
+        elif lora is not None and "lm_head" in lora.targets:
+            self.lm_head = TiedHead(self.embed_tokens.embedding[...], options, rngs)

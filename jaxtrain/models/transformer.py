@@ -7,13 +7,14 @@ fast as a shallow one. Flax modules exist only within a trace (binding.py).
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32, Key
 
 from jaxtrain.kernels.attention.api import attention
+from jaxtrain.kernels.attention.partition import Layout
 from jaxtrain.kernels.attention.reference import attend_block
 from jaxtrain.kernels.linear_cross_entropy.api import linear_log_probs
 from jaxtrain.models.binding import (
@@ -24,16 +25,26 @@ from jaxtrain.models.binding import (
     linear_paths,
 )
 from jaxtrain.models.config import ModelConfig
+from jaxtrain.models.decoder_layer import DecoderLayer
+from jaxtrain.models.head import (
+    END_TARGETS,
+    add_to_logits,
+    get_unembedding,
+    make_head_adapter,
+)
 from jaxtrain.models.layers import (
     Attend,
-    DecoderLayer,
     Ends,
     LogicalAxes,
     LoraShape,
+    MapShards,
     Options,
     Rotary,
+    on_one_device,
 )
+from jaxtrain.models.moe import RouterLoad, load_balancing_loss
 from jaxtrain.models.rope import rotary_tables
+from jaxtrain.quantization import CODES, SCALES, Quantization, is_quantized
 from jaxtrain.types import Batch, Params, TokenLogProbs
 
 Cache = dict[str, Array]
@@ -69,7 +80,8 @@ class Decoder:
 
     `params` is everywhere the nested dict that `init` makes and `load_params` reads. A
     module applies an adapter only if `params` has its `lora_a` and `lora_b`, so the
-    same decoder without these leaves is the base model.
+    same decoder without these leaves is the base model. So with kernels: with
+    `quantization` `init` makes codes in their place, and either serves.
 
     `compute_dtype` is the type of activations and matrix products; norms, rotary
     angles, softmax and logits are float32. `param_dtype` is the type `init` makes.
@@ -77,7 +89,8 @@ class Decoder:
     `loss_chunk` how many tokens' logits the loss head holds at once. `packed=False`
     promises that each row is one document with its padding behind it: causality alone
     then keeps padding out, and attention needs no segments. `constrain` pins an
-    activation's layout by its logical axes.
+    activation's layout by its logical axes, `map_shards` runs a function of rows on
+    each device's own, `layout` is how attention's arrays are split.
 
     Raises:
         ValueError: an option is unknown, or an adapter's target is no module.
@@ -88,11 +101,14 @@ class Decoder:
     compute_dtype: str = "bfloat16"
     param_dtype: str = "float32"
     lora: LoraShape | None = None
+    quantization: Quantization | None = None
     remat: str = "none"
     attention: str = "auto"
     loss_chunk: int = 1024
     packed: bool = True
     constrain: Callable[[Array, LogicalAxes], Array] = _unconstrained
+    map_shards: MapShards = on_one_device
+    layout: Layout | None = None
 
     def __post_init__(self) -> None:
         for name in ("compute_dtype", "param_dtype"):
@@ -103,14 +119,19 @@ class Decoder:
                 f" {', '.join(REMAT_POLICIES)}"
             )
         if self.lora is not None:
-            modules = linear_paths(
-                DecoderLayer, dataclasses.replace(self._options, lora=None)
-            )
+            modules = self.linear_kernels() | END_TARGETS
             unknown = sorted(self.lora.targets - modules)
             if unknown or not self.lora.targets:
                 raise ValueError(
                     f"lora.targets: {unknown or 'none given'}; a layer's modules are"
                     f" {', '.join(sorted(modules))}"
+                )
+            drops = self.lora.use_dora and self.lora.dropout > 0
+            if drops and "lm_head" in self.lora.targets:
+                raise ValueError(
+                    "lora.use_dora with lora_dropout on lm_head would compute all"
+                    " logits twice, with and without dropout: set lora_dropout = 0, or"
+                    " leave lm_head out of target_modules"
                 )
 
     def describe(self) -> str:
@@ -121,6 +142,9 @@ class Decoder:
                 (path, *self.lora.rank_and_scaling(path)) for path in self.lora.targets
             )
             parts += [repr(ranks), f"use_dora={self.lora.use_dora}"]
+            parts += ["ties_head"] * self.lora.ties_head
+        if self.quantization is not None:
+            parts.append(repr(self.quantization))
         return " ".join(parts)
 
     # --- the tree of weights -----------------------------------------------------
@@ -142,10 +166,16 @@ class Decoder:
         """Shapes and types of `init`'s tree; needs no device."""
         return jax.eval_shape(lambda: self.init(jax.random.key(0)))
 
+    def linear_kernels(self) -> frozenset[str]:
+        """The modules of a layer that `quantization` acts on, such as "mlp.up_proj"."""
+        plain = dataclasses.replace(self._options, lora=None, quantization=None)
+        return linear_paths(DecoderLayer, plain)
+
     def logical_axes(self) -> Params:
         """The same tree with the name of each axis, or None, as leaves.
 
-        Names: "layers", "embed", "vocab", "heads", "kv_heads", "mlp", "lora_rank".
+        Names: "layers", "embed", "vocab", "heads", "kv_heads", "mlp", "experts",
+        "lora_rank".
         """
 
         return {
@@ -162,25 +192,50 @@ class Decoder:
         positions: Int32[Array, "B T"],
         segment_ids: Int32[Array, "B T"],
         *,
+        prompt_ids: Int32[Array, "B T"] | None = None,
         dropout_key: Key[Array, ""] | None = None,
     ) -> Float[Array, "B T D"]:
         """What the unembedding reads: the last layer's output, normalized.
 
         A token reads those before it, and itself, that have its own segment id, in
-        index order. Segment 0 is padding; its outputs mean nothing. Adapters drop
-        inputs only if given a `dropout_key`.
+        index order, and those of the segment that its `prompt_ids` name. Segment 0 is
+        padding; its outputs mean nothing. Adapters drop inputs only if given a
+        `dropout_key`.
+
+        Raises:
+            ValueError: `prompt_ids`, and a layer's window or rope forbids them.
         """
+        return self._hidden_states_and_load(
+            params, tokens, positions, segment_ids, prompt_ids, dropout_key
+        )[0]
+
+    def _hidden_states_and_load(
+        self,
+        params: Params,
+        tokens: Array,
+        positions: Array,
+        segment_ids: Array,
+        prompt_ids: Array | None,
+        dropout_key: Array | None,
+    ) -> tuple[Array, RouterLoad | None]:
+        """`hidden_states`, and the load of each layer's router, where there is one."""
+        reason = self.why_no_shared_prompts(tokens.shape[1])
+        if prompt_ids is not None and reason:
+            raise ValueError(f"prompt_ids: {reason}; give each completion a row")
         ends = self._ends(params)
         windows = self._windows(tokens.shape[1])
         choices = tuple(dict.fromkeys(windows))
+        by_segments = self.packed or prompt_ids is not None
         branches = [
             functools.partial(
                 attention,
-                segment_ids=segment_ids if self.packed else None,
+                segment_ids=segment_ids if by_segments else None,
+                prompt_ids=prompt_ids,
                 window=window,
                 softcap=self.config.attn_logit_softcapping,
                 scale=self.config.attention_scale,
                 implementation=self.attention,
+                layout=self.layout,
             )
             for window in choices
         ]
@@ -188,7 +243,11 @@ class Decoder:
         rotary_of_layer = self._rotary(positions, segment_ids)
         bind_layer = self._layer_binder(params)
 
-        def body(x: Array, inputs: tuple[Params, Array]) -> tuple[Array, None]:
+        is_token = segment_ids != 0
+
+        def body(
+            x: Array, inputs: tuple[Params, Array]
+        ) -> tuple[Array, RouterLoad | None]:
             layer_params, index = inputs
 
             def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
@@ -200,7 +259,8 @@ class Decoder:
                 None if dropout_key is None else jax.random.fold_in(dropout_key, index)
             )
             layer = bind_layer(layer_params)
-            return layer(x, rotary_of_layer(index), attend, key)[0], None
+            x, _, load = layer(x, rotary_of_layer(index), attend, is_token, key)
+            return x, load
 
         policy = REMAT_POLICIES[self.remat]
         if policy is not None:
@@ -211,9 +271,23 @@ class Decoder:
             x = self.constrain(x, ("batch", "sequence", "embed"))
         with jax.named_scope("layers"):
             layers = self._scanned_layers(params)
-            x, _ = jax.lax.scan(body, x, layers)
+            x, load = jax.lax.scan(body, x, layers)
         with jax.named_scope("final_norm"):
-            return ends.norm(x)
+            return ends.norm(x), load
+
+    def why_no_shared_prompts(self, length: int) -> str | None:
+        """Why rows of `length` tokens can't share prompts; None where they can.
+
+        A window counts places in the row, where the second completion is further from
+        the prompt than its positions say. Longrope goes by a whole document's length.
+        """
+        windows = [window for window in self._windows(length) if window is not None]
+        if windows:
+            return f"the model's window of {min(windows)} is shorter than a row"
+        ropes = map(self.config.rope_of, self.config.layer_types)
+        if any(rope.kind == "longrope" for rope in ropes):
+            return "under longrope a token's rotation depends on its document's length"
+        return None
 
     def logits(
         self,
@@ -234,31 +308,57 @@ class Decoder:
         dropout_key: Key[Array, ""] | None = None,
         with_stats: bool = True,
         with_collision: bool = False,
+        with_router_loss: bool = False,
     ) -> TokenLogProbs:
         """Log-probabilities of the batch's targets; never holds B x T x V logits.
 
-        Only `logps` carries a gradient. Without `with_stats` all else is zero.
+        Only `logps` and `router_loss` carry a gradient. Without `with_stats` all else
+        is zero.
+
+        Raises:
+            ValueError: `with_router_loss`, and the model has no router.
         """
-        hidden = self.hidden_states(
+        hidden, load = self._hidden_states_and_load(
             params,
             batch.tokens,
             batch.positions,
             batch.segment_ids,
-            dropout_key=dropout_key,
+            batch.prompt_ids,
+            dropout_key,
         )
-        table, vocab_axis = self._unembedding(params)
+        router_loss = None
+        if with_router_loss:
+            if load is None:
+                raise ValueError(
+                    f"with_router_loss: a {self.config.model_type} has no router"
+                )
+            router_loss = load_balancing_loss(load)
+        table, vocab_axis = get_unembedding(self.config, params)
+        layout = self.layout or Layout()
         with jax.named_scope("loss_head"):
-            outputs = linear_log_probs(
+            adapter = make_head_adapter(
+                self.config,
+                params,
+                self.lora,
                 hidden.reshape(-1, hidden.shape[-1]),
+                dropout_key,
+            )
+            if adapter is not None:
+                low = adapter.low.reshape(*hidden.shape[:2], -1)
+                adapter = adapter._replace(low=layout.join_tokens(low))
+            outputs = linear_log_probs(
+                self.constrain(layout.join_tokens(hidden), ("tokens", "embed")),
                 table,
-                batch.targets.reshape(-1),
+                layout.join_tokens(batch.targets),
                 vocab_axis=vocab_axis,
                 softcap=self.config.final_logit_softcapping,
                 chunk=self.loss_chunk,
                 with_stats=with_stats,
                 with_collision=with_collision,
+                adapter=adapter,
             )
-        return TokenLogProbs(*(x.reshape(batch.targets.shape) for x in outputs))
+        rows = (layout.split_tokens(x, batch.targets.shape) for x in outputs)
+        return dataclasses.replace(TokenLogProbs(*rows), router_loss=router_loss)
 
     # --- one step at a time ------------------------------------------------------
 
@@ -322,7 +422,9 @@ class Decoder:
             allowed = readable[choice_of_layer[index]]
             attend = self._attend_to_cache(keys, values, index, start, allowed)
             layer = bind_layer(layer_params)
-            x, (keys, values) = layer(x, rotary_of_layer(index), attend)
+            x, (keys, values), _ = layer(
+                x, rotary_of_layer(index), attend, segment_ids != 0
+            )
             return (x, keys, values), None
 
         ends = self._ends(params)
@@ -369,24 +471,31 @@ class Decoder:
             compute_dtype=self.compute_dtype,
             param_dtype=self.param_dtype,
             constrain=self.constrain,
+            map_shards=self.map_shards,
             lora=self.lora,
+            quantization=self.quantization,
         )
 
     def _ends(self, params: Params) -> Ends:
         ends = {name: leaf for name, leaf in params.items() if name != "layers"}
-        return bind(Ends, self._options, ends)
+        return bind(Ends, self._adapted_options(ends), ends)
 
     def _layer_binder(self, params: Params) -> Callable[[Params], DecoderLayer]:
         """A function from one layer's weights to its module, adapters where present."""
-        adapted = adapted_paths(params["layers"])
+        options = self._adapted_options(params["layers"])
+        return functools.partial(bind, DecoderLayer, options)
+
+    def _adapted_options(self, part: Params) -> Options:
+        """The options of a part of the model: adapters where its weights have them."""
+        adapted = adapted_paths(part)
         if adapted and self.lora is None:
             raise ValueError(
                 f"params hold adapters of {sorted(adapted)}, but the decoder has no"
                 " LoraShape to scale them by; pass lora=LoraShape(...)"
             )
         lora = self.lora and dataclasses.replace(self.lora, targets=adapted)
-        options = dataclasses.replace(self._options, lora=lora)
-        return functools.partial(bind, DecoderLayer, options)
+        quantization = self.quantization if is_quantized(part) else None
+        return dataclasses.replace(self._options, lora=lora, quantization=quantization)
 
     def _scanned_layers(self, params: Params) -> tuple[Params, Array]:
         """What the scan runs over: each layer's weights and its number.
@@ -396,7 +505,7 @@ class Decoder:
         """
 
         def cast(path: tuple[Any, ...], leaf: Array) -> Array:
-            is_whole = path[-1].key in ("scale", "lora_magnitude")
+            is_whole = path[-1].key in ("scale", "lora_magnitude", CODES, SCALES)
             return leaf if is_whole else leaf.astype(self.compute_dtype)
 
         layers = jax.tree_util.tree_map_with_path(cast, params["layers"])
@@ -430,16 +539,11 @@ class Decoder:
 
         return rotary_of_layer
 
-    def _unembedding(self, params: Params) -> tuple[Array, Literal[0, 1]]:
-        """The unembedding, and which of its axes is the vocabulary."""
-        if self.config.tie_word_embeddings:
-            return params["embed_tokens"]["embedding"], 0
-        return params["lm_head"]["kernel"], 1
-
     def _unembed(
         self, params: Params, hidden: Float[Array, "B T D"]
     ) -> Float32[Array, "B T V"]:
-        table, vocab_axis = self._unembedding(params)
+        table, vocab_axis = get_unembedding(self.config, params)
+        rows = hidden.reshape(-1, hidden.shape[-1])
         with jax.named_scope("unembed"):
             logits = jnp.einsum(
                 "BTD,VD->BTV" if vocab_axis == 0 else "BTD,DV->BTV",
@@ -447,6 +551,8 @@ class Decoder:
                 table.astype(self.compute_dtype),
                 preferred_element_type=jnp.float32,
             )
+            adapter = make_head_adapter(self.config, params, self.lora, rows)
+            logits = add_to_logits(logits, adapter)
         logits = self.constrain(logits, ("batch", "sequence", "vocab"))
         cap = self.config.final_logit_softcapping
         return logits if cap is None else cap * jnp.tanh(logits / cap)

@@ -6,6 +6,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from jaxtrain import assets
+
 TEXTS = [
     "In the beginning God created the heaven and the earth.",
     "And the earth was without form, and void; and darkness was upon the face.",
@@ -81,6 +83,12 @@ def bpe() -> PreTrainedTokenizerBase:
 
 
 @pytest.fixture(scope="session")
+def small() -> PreTrainedTokenizerBase:
+    """The small tokenizer with BOS and pad, one for all tests: leave it as it is."""
+    return train_tokenizer(bos=True, pad=True)
+
+
+@pytest.fixture(scope="session")
 def qwen3(shared_directory: pathlib.Path) -> PreTrainedTokenizerBase:
     folder = shared_directory / "tokenizers" / "qwen3"
     if not folder.is_dir():
@@ -88,11 +96,14 @@ def qwen3(shared_directory: pathlib.Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(str(folder))
 
 
-@pytest.fixture(params=["bos", "no bos, no pad", "qwen3"])
+@pytest.fixture(params=["bos", "no bos, no pad", "embedded", "qwen3"])
 def any_tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
-    """The small tokenizers, and Qwen3's."""
+    """The small tokenizers, the embedded one, and Qwen3's."""
     if request.param == "qwen3":
         return request.getfixturevalue("qwen3")
+    if request.param == "embedded":
+        folder = assets.asset_path(assets.TOKENIZER)
+        return AutoTokenizer.from_pretrained(str(folder))
     has_both = request.param == "bos"
     return train_tokenizer(bos=has_both, pad=has_both)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxtrain.data.dataset import TokenStore
-from jaxtrain.data.inspect import count_duplicates, line_numbers, main, render
+from jaxtrain.data.inspect import count_duplicates, main, render
 
 PAIRS = [
     {"prompt": "What color is the sky?", "completion": " It is blue."},
@@ -77,6 +77,19 @@ def test_a_configuration_is_inspected_with_its_own_data(capsys):
     assert out.count("--- row") == 1
 
 
+def test_of_streams_the_first_rows_are_shown_by_source(tmp_path, capsys):
+    one = write(tmp_path / "one.jsonl", [*PAIRS, {"prompt": "a"}])
+    two = write(tmp_path / "two.jsonl", PAIRS)
+    status, out, _ = inspect(
+        capsys, "--config=configs/sft.py", "--config.data.streaming=true",
+        f"--config.data.train={one}:1,{two}:2", "--rows=1",
+    )  # fmt: skip
+    assert status == 1
+    assert f"===== {two} (of a stream, the first 10000 rows)" in out
+    assert "one.jsonl line 3: completion is None, expected a string" in out
+    assert out.count("--- row") == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -111,10 +124,3 @@ def test_the_first_token_of_each_packed_document_is_not_marked(bpe):
 def test_duplicates_are_rows_equal_in_every_column():
     rows = [{"text": "a", "n": 1}, {"n": 1, "text": "a"}, {"text": "a", "n": 2}]
     assert count_duplicates(rows) == 1
-
-
-def test_only_jsonl_files_have_line_numbers(tmp_path):
-    path = tmp_path / "rows.csv"
-    path.write_text("text\na\n")
-    assert line_numbers(str(path)) is None
-    assert line_numbers("owner/hub-name") is None

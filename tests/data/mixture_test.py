@@ -155,5 +155,7 @@ def test_a_bad_row_names_its_data_set(bpe, tmp_path):
     config.data.train = f"{tmp_path}/good.jsonl:1,{tmp_path}/bad.jsonl:1"
     config.data.cache = False
     run = resolve(config)
-    with pytest.raises(ValueError, match=r"bad\.jsonl: 1 of 2 rows.*row 1: text is em"):
+    with pytest.raises(
+        ValueError, match=r"bad\.jsonl: 1 of 2 rows.*line 2: text is em"
+    ):
         prepare_rows(run, load_training_rows(run), bpe)

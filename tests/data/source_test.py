@@ -4,6 +4,8 @@ import json
 import datasets
 import pytest
 
+from jaxtrain.data.formats import BadRow, detect_format, read_row
+from jaxtrain.data.places import name_rows
 from jaxtrain.data.source import load_rows
 
 ROWS = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "dé"}]
@@ -120,11 +122,38 @@ def test_a_hub_name_without_network_says_to_give_a_local_path():
         load_rows("no/such-data")
 
 
-def test_a_malformed_line_is_named(load, tmp_path):
+def test_malformed_lines_are_rows_that_cannot_be_read(load, tmp_path):
     path = write(tmp_path / "a.jsonl", ROWS)
-    path.write_text(path.read_text() + '{"prompt": \n')
-    with pytest.raises(ValueError, match=r"a\.jsonl line 3 is not JSON"):
+    path.write_text(path.read_text() + '{"prompt": \n[1]\n')
+    rows = load(path)
+    assert list(rows)[: len(ROWS)] == ROWS
+    assert name_rows(rows, [0, 2]) == ["a.jsonl line 1", "a.jsonl line 3"]
+    with pytest.raises(BadRow, match="is not JSON"):
+        read_row(rows[2], detect_format(rows))
+    assert len(load(path, max_rows=3)) == 3
+    assert load(path, column_map={"prompt": "q"})[0]["q"] == ROWS[0]["prompt"]
+    (tmp_path / "a.csv").write_text("prompt,completion\na,b\nc,d,e\n")
+    held = load(tmp_path / "a.csv")
+    assert name_rows(held, [1]) == ["a.csv line 3"]
+    assert held[1].reason == "has 3 cells, the header has 2"
+    path.write_text("no\njson\n")
+    with pytest.raises(ValueError, match=r"cannot read .*a\.jsonl line 1: is not JSON"):
         load(path)
+
+
+def test_rows_know_their_lines(load, tmp_path):
+    """Through blank lines, further files, compression and a limit on rows."""
+    write(tmp_path / "data" / "1.jsonl", ROWS)
+    path = write(tmp_path / "data" / "2.jsonl", ROWS)
+    text = path.read_text().replace("\n", "\n\n").encode()
+    path.with_suffix(".jsonl.gz").write_bytes(gzip.compress(text))
+    path.unlink()
+    rows = load(tmp_path / "data", max_rows=4)
+    names = ["1.jsonl line 2", "2.jsonl.gz line 1", "2.jsonl.gz line 3"]
+    assert name_rows(rows, [1, 2, 3]) == names
+    (tmp_path / "array.json").write_text(json.dumps(ROWS))
+    assert name_rows(load(tmp_path / "array.json"), [1]) == ["row 1"]
+    assert name_rows(ROWS, [1]) == ["row 1"]
 
 
 def test_unreadable_folders_are_refused(load, tmp_path):

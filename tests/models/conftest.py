@@ -69,6 +69,22 @@ FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
     ),
     "qwen2_tied": _options("qwen2", tie_word_embeddings=True, rope_parameters=None),
     "qwen3": _options("qwen3", head_dim=24, attention_bias=True),
+    "mixtral": _options(
+        "mixtral",
+        num_local_experts=5,
+        num_experts_per_tok=3,
+        sliding_window=6,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    ),
+    "qwen3_moe": _options(
+        "qwen3_moe",
+        head_dim=24,
+        attention_bias=True,
+        num_experts=6,
+        num_experts_per_tok=2,
+        moe_intermediate_size=40,
+        norm_topk_prob=True,
+    ),
     "gemma2": _options(
         "gemma2",
         head_dim=24,

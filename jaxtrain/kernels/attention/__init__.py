@@ -5,6 +5,7 @@ from jaxtrain.kernels.attention.api import (
     attention,
     plan_attention,
 )
+from jaxtrain.kernels.attention.partition import Layout
 from jaxtrain.kernels.attention.schedule import Schedule
 
-__all__ = ["IMPLEMENTATIONS", "Schedule", "attention", "plan_attention"]
+__all__ = ["IMPLEMENTATIONS", "Layout", "Schedule", "attention", "plan_attention"]

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int32
 
 from jaxtrain.kernels.attention import blocked, cudnn
 from jaxtrain.kernels.attention.masks import Mask
+from jaxtrain.kernels.attention.partition import Layout, attend_on_shards
 from jaxtrain.kernels.attention.reference import attention_reference
 from jaxtrain.kernels.attention.schedule import Schedule
 from jaxtrain.kernels.attention.xla import attention_xla
@@ -34,6 +35,7 @@ def attention(
     scale: float | None = None,
     implementation: str = "auto",
     schedule: Schedule | None = None,
+    layout: Layout | None = None,
 ) -> Float[Array, "B T N H"]:
     """Scaled dot-product attention over packed rows (arXiv 1706.03762, GQA 2305.13245).
 
@@ -48,6 +50,8 @@ def attention(
     `schedule` is what `plan_attention` gave for the same mask and implementation; the
     Pallas kernels make their own where it is None.
 
+    `layout` says how a mesh splits the arrays, where there is one.
+
     Raises:
         ValueError: shapes or options do not fit together, or the name is unknown.
         NotImplementedError: the named implementation cannot serve this call.
@@ -56,18 +60,40 @@ def attention(
     _check_shapes(q, k, v, mask)
     _check_options(mask, softcap, implementation)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    shards = 1 if layout is None else layout.token_shards(q.shape[1])
     if implementation == "auto":
-        implementation = _choose(q, mask, softcap)
-    if implementation == "reference":
-        return attention_reference(q, k, v, mask, softcap=softcap, scale=scale)
-    if implementation == "xla":
-        return attention_xla(q, k, v, mask, softcap=softcap, scale=scale)
-    reason = _REFUSALS[implementation](q, mask, softcap)
+        implementation = _choose(q, mask, softcap, layout, shards)
+    attend = functools.partial(_attend, implementation, softcap, scale)
+    reason = None
+    if implementation in _REFUSALS:
+        reason = _REFUSALS[implementation](q, mask, softcap)
+        if reason is None and shards > 1:
+            reason = _refuse_parts(implementation)
     if reason is not None:
         raise NotImplementedError(
             f"attention implementation {implementation!r} refuses: {reason}; "
             "use 'auto' or 'xla'"
         )
+    if layout is None:
+        return attend(q, k, v, mask, schedule)
+    return attend_on_shards(attend, layout, q, k, v, mask, schedule)
+
+
+def _attend(
+    implementation: str,
+    softcap: float | None,
+    scale: float,
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Mask,
+    schedule: Schedule | None,
+) -> Array:
+    """By the implementation named, on one device."""
+    if implementation == "reference":
+        return attention_reference(q, k, v, mask, softcap=softcap, scale=scale)
+    if implementation == "xla":
+        return attention_xla(q, k, v, mask, softcap=softcap, scale=scale)
     if implementation == "cudnn":
         return cudnn.attention_cudnn(q, k, v, mask, scale=scale)
     return blocked.attention_blocked(
@@ -112,20 +138,39 @@ def _load_kernels(name: str) -> blocked.Kernels:
     return module.KERNELS
 
 
-def _choose(q: Array, mask: Mask, softcap: float | None) -> str:
+def _choose(
+    q: Array,
+    mask: Mask,
+    softcap: float | None,
+    layout: Layout | None,
+    shards: int,
+) -> str:
     """The fastest implementation measured on this platform that serves the call.
 
     On Hopper our kernels win where documents leave blocks out, and serve the soft cap
-    that cuDNN lacks; on plain causal rows cuDNN wins (benchmarks/RESULTS.md).
+    that cuDNN lacks; on plain causal rows cuDNN wins (benchmarks/RESULTS.md). For TPUs
+    there is one kernel; a mesh of TPUs need not be present.
     """
+    platform = jax.default_backend()
+    if layout is not None and layout.mesh is not None:
+        platform = layout.mesh.devices.flat[0].platform
     ours = mask.segment_ids is not None or softcap is not None
     for_hopper = ours and _refuse_pallas_gpu(q, mask, softcap) is None
-    if for_hopper:
+    if platform == "tpu":
+        name = "pallas_tpu"
+    elif for_hopper and shards == 1:
         name = "pallas_gpu"
     else:
         name = "xla" if cudnn.refusal(q, mask, softcap) else "cudnn"
     _log_choice(name, q.shape, q.dtype.name, mask.segment_ids is not None)
     return name
+
+
+def _refuse_parts(implementation: str) -> str | None:
+    """Why an implementation can't serve rows whose tokens are split over devices."""
+    if implementation == "cudnn" or _load_kernels(implementation).takes_parts:
+        return None
+    return "it takes whole rows, and mesh.context splits them"
 
 
 def _refuse_pallas_gpu(q: Array, mask: Mask, softcap: float | None) -> str | None:

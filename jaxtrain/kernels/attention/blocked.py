@@ -11,14 +11,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from jaxtrain.kernels.attention.masks import Mask
-from jaxtrain.kernels.attention.partition import (
-    IDS,
-    KEY,
-    QUERY,
-    SCHEDULE,
-    STAT,
-    run_on_shards,
-)
 from jaxtrain.kernels.attention.reference import zero_padding
 from jaxtrain.kernels.attention.schedule import Schedule, make_schedule
 
@@ -29,20 +21,25 @@ NEVER = -1e30
 
 
 class Options(NamedTuple):
-    """What a kernel is compiled for, beside shapes."""
+    """What a kernel is compiled for, beside shapes.
+
+    `offset`: index of the first query among the keys.
+    """
 
     causal: bool
     window: int | None
     softcap: float | None
     scale: float
     interpret: bool
+    offset: int = 0
 
 
 class Ids(NamedTuple):
-    """Segment of each token, and the prompt's segment it reads besides (0: none)."""
+    """Segment of each query, the prompt's it reads besides (0: none), of each key."""
 
     segments: Int32[Array, "B T"]
     prompts: Int32[Array, "B T"] | None
+    keys: Int32[Array, "B S"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,15 +57,15 @@ class Kernels:
     backward: Callable[..., tuple[Array, Array, Array]]
     choose_blocks: Callable[[int], tuple[int, int]]
     choose_width: Callable[[int], int]
-    # Whether the interpreter calls back to the host, which no mesh can cut.
-    interpreted_on_host: bool = False
+    # Whether the queries may be a part of the row whose keys they read.
+    takes_parts: bool = False
 
 
 def attention_blocked(
     kernels: Kernels,
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
     mask: Mask,
     *,
     softcap: float | None,
@@ -77,21 +74,38 @@ def attention_blocked(
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
     """Attention by `kernels`, rows and heads padded to whole tiles."""
-    batch, length, _, width = q.shape
-    if k.shape[1] != length:
+    length, keys, width = q.shape[1], k.shape[1], q.shape[3]
+    is_part = bool(mask.offset) or mask.key_ids is not None
+    if keys != length and not is_part:
         raise NotImplementedError(f"{kernels.name} refuses cross attention; use 'xla'")
-    padded = padded_mask(kernels, mask, batch, length)
+    if is_part and not kernels.takes_parts:
+        raise NotImplementedError(f"{kernels.name} refuses parts of rows; use 'xla'")
+    if is_part and mask.key_ids is None:
+        ones = jnp.ones((q.shape[0], keys), jnp.int32)
+        mask = dataclasses.replace(mask, key_ids=ones)
+    padded = padded_mask(kernels, mask, q.shape[0], length)
     if schedule is None:
-        schedule = plan(kernels, mask, batch, length)
-    assert padded.segment_ids is not None
-    full_length = padded.segment_ids.shape[1]
-    q, k, v = zero_padding(mask.segment_ids, q, k, v)
-    tail = [(0, 0), (0, full_length - length), (0, 0)]
-    tail.append((0, kernels.choose_width(width) - width))
-    q, k, v = (jnp.pad(x, tail) for x in (q, k, v))
-    options = Options(mask.causal, mask.window, softcap, scale, interpret)
-    ids = Ids(padded.segment_ids, padded.prompt_ids)
-    out = _attend(kernels, options, q, k, v, ids, schedule)
+        schedule = plan(kernels, mask, q.shape[0], length)
+    assert padded.segment_ids is not None and padded.key_ids is not None
+    (q,) = zero_padding(mask.segment_ids, q)
+    k, v = zero_padding(mask.keys, k, v)
+    width_tail = (0, kernels.choose_width(width) - width)
+
+    def fill(x: Array, ids: Array) -> Array:
+        tail = (0, ids.shape[1] - x.shape[1])
+        return jnp.pad(x, [(0, 0), tail, (0, 0), width_tail])
+
+    options = Options(mask.causal, mask.window, softcap, scale, interpret, mask.offset)
+    ids = Ids(padded.segment_ids, padded.prompt_ids, padded.key_ids)
+    out = _attend(
+        kernels,
+        options,
+        fill(q, ids.segments),
+        fill(k, ids.keys),
+        fill(v, ids.keys),
+        ids,
+        schedule,
+    )
     # Rows of padding are zeros here: no key answers their ids.
     return out[:, :length, :, :width]
 
@@ -99,23 +113,37 @@ def attention_blocked(
 def plan(kernels: Kernels, mask: Mask, batch: int, length: int) -> Schedule:
     """The schedule of a batch, to be shared by the layers that use the same mask."""
     padded = padded_mask(kernels, mask, batch, length)
-    assert padded.segment_ids is not None
-    block_q, block_k = kernels.choose_blocks(length)
-    return make_schedule(
-        padded, batch, padded.segment_ids.shape[1], block_q=block_q, block_k=block_k
-    )
+    assert padded.segment_ids is not None and padded.key_ids is not None
+    block_q, block_k = _choose_blocks(kernels, mask, length)
+    lengths = (padded.segment_ids.shape[1], padded.key_ids.shape[1])
+    return make_schedule(padded, batch, *lengths, block_q=block_q, block_k=block_k)
 
 
 def padded_mask(kernels: Kernels, mask: Mask, batch: int, length: int) -> Mask:
     """The mask with explicit segments, its rows filled up to whole blocks."""
-    tail = -length % math.lcm(*kernels.choose_blocks(length))
-    segments, prompts = mask.segment_ids, mask.prompt_ids
+    block_q, block_k = _choose_blocks(kernels, mask, length)
+    segments, prompts, keys = mask.segment_ids, mask.prompt_ids, mask.key_ids
     if segments is None:
         segments = jnp.ones((batch, length), jnp.int32)
-    segments = jnp.pad(segments, [(0, 0), (0, tail)])
-    if prompts is not None:
-        prompts = jnp.pad(prompts, [(0, 0), (0, tail)])
-    return dataclasses.replace(mask, segment_ids=segments, prompt_ids=prompts)
+    if keys is None:
+        keys = segments
+        block_q = block_k = math.lcm(block_q, block_k)
+
+    def fill(ids: Array, block: int) -> Array:
+        return jnp.pad(ids, [(0, 0), (0, -ids.shape[1] % block)])
+
+    return dataclasses.replace(
+        mask,
+        segment_ids=fill(segments, block_q),
+        prompt_ids=None if prompts is None else fill(prompts, block_q),
+        key_ids=fill(keys, block_k),
+    )
+
+
+def _choose_blocks(kernels: Kernels, mask: Mask, length: int) -> tuple[int, int]:
+    """Of queries, and of keys, which may be more."""
+    keys = length if mask.key_ids is None else mask.key_ids.shape[1]
+    return kernels.choose_blocks(length)[0], kernels.choose_blocks(keys)[1]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -140,93 +168,22 @@ def _attend_forward(
     ids: Ids,
     schedule: Schedule,
 ) -> tuple[Array, tuple]:
-    lists, rest, structure = _flatten(ids, schedule)
-
-    def forward(q: Array, k: Array, v: Array, *lists: Array) -> tuple[Array, ...]:
-        ids, schedule = jax.tree.unflatten(structure, lists)
-        out, lse = kernels.forward(options, _join(q), k, v, ids, schedule)
-        return _split(out, k), _split(lse, k, axis=1)
-
-    out, lse = _run(
-        forward,
-        ("forward", kernels, options, structure),
-        (_split(q, k), k, v, *lists),
-        (QUERY, KEY, KEY, *rest),
-        (QUERY, STAT),
-    )
-    return _join(out), (q, k, v, out, lse, ids, schedule)
+    out, lse = kernels.forward(options, q, k, v, ids, schedule)
+    return out, (q, k, v, out, lse, ids, schedule)
 
 
 def _attend_backward(
     kernels: Kernels, options: Options, residuals: tuple, d_out: Array
 ) -> tuple[Array, Array, Array, None, None]:
     q, k, v, out, lse, ids, schedule = residuals
-    lists, rest, structure = _flatten(ids, schedule)
     # What padding sends back may be NaN, and 0 * NaN would leak it.
-    d_out = _split(zero_padding(ids.segments, d_out)[0], k)
-    delta = jnp.einsum(
-        "BTKGH,BTKGH->BKGT", out, d_out, preferred_element_type=jnp.float32
-    )
-
-    def backward(
-        q: Array,
-        k: Array,
-        v: Array,
-        lse: Array,
-        delta: Array,
-        d_out: Array,
-        *lists: Array,
-    ) -> tuple[Array, ...]:
-        ids, schedule = jax.tree.unflatten(structure, lists)
-        stats = (_join(lse, axis=1), _join(delta, axis=1))
-        dq, dk, dv = kernels.backward(
-            options, _join(q), k, v, *stats, _join(d_out), ids, schedule
-        )
-        return _split(dq, k), dk, dv
-
-    dq, dk, dv = _run(
-        backward,
-        ("backward", kernels, options, structure),
-        (_split(q, k), k, v, lse, delta, d_out, *lists),
-        (QUERY, KEY, KEY, STAT, STAT, QUERY, *rest),
-        (QUERY, KEY, KEY),
-    )
-    return _join(dq), dk, dv, None, None
+    (d_out,) = zero_padding(ids.segments, d_out)
+    delta = jnp.einsum("BTNH,BTNH->BNT", out, d_out, preferred_element_type=jnp.float32)
+    dq, dk, dv = kernels.backward(options, q, k, v, lse, delta, d_out, ids, schedule)
+    return dq, dk, dv, None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
-
-
-def _run(
-    kernel: Callable[..., tuple[Array, ...]],
-    key: tuple,
-    operands: tuple[Array, ...],
-    axes: tuple[str, ...],
-    result_axes: tuple[str, ...],
-) -> tuple[Array, ...]:
-    _, kernels, options, _ = key
-    if options.interpret and kernels.interpreted_on_host:
-        return kernel(*operands)
-    return run_on_shards(kernel, key, operands, axes, result_axes)
-
-
-def _flatten(
-    ids: Ids, schedule: Schedule
-) -> tuple[list[Array], tuple[str, ...], jax.tree_util.PyTreeDef]:
-    """The arrays of both, the names of their axes, and how to put them together."""
-    arrays, structure = jax.tree.flatten((ids, schedule))
-    return arrays, (IDS,) * (len(arrays) - len(SCHEDULE)) + SCHEDULE, structure
-
-
-def _split(x: Array, k: Array, axis: int = 2) -> Array:
-    """N query heads as K groups of N // K: the groups of a device follow its keys."""
-    shape = (*x.shape[:axis], k.shape[2], -1, *x.shape[axis + 1 :])
-    return x.reshape(shape)
-
-
-def _join(x: Array, axis: int = 2) -> Array:
-    """K groups of query heads as N heads."""
-    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 
 
 def id_rows(ids: Ids) -> tuple[Array, Array, Array]:
@@ -239,7 +196,7 @@ def id_rows(ids: Ids) -> tuple[Array, Array, Array]:
     prompts = segments if ids.prompts is None else ids.prompts
     padding = segments == 0
     prompts = jnp.where(padding | (prompts == 0), -1, prompts)
-    return jnp.where(padding, -1, segments), prompts, segments
+    return jnp.where(padding, -1, segments), prompts, ids.keys
 
 
 def scale_scores(options: Options, raw: Array) -> Array:

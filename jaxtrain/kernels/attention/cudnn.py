@@ -48,7 +48,7 @@ def attention_cudnn(
     scale: float,
 ) -> Float[Array, "B T N H"]:
     """Fused attention; segments become one mask [B 1 T S] in device memory."""
-    if mask.segment_ids is None:
+    if mask.segment_ids is None and not mask.offset:
         return jax.nn.dot_product_attention(
             q,
             k,
@@ -58,7 +58,8 @@ def attention_cudnn(
             local_window_size=None if mask.window is None else (mask.window - 1, 0),
             implementation="cudnn",
         )
-    q, k, v = zero_padding(mask.segment_ids, q, k, v)
+    (q,) = zero_padding(mask.segment_ids, q)
+    k, v = zero_padding(mask.keys, k, v)
     allowed = whole_mask(mask, q.shape[1], k.shape[1])
     assert allowed is not None
     out = jax.nn.dot_product_attention(

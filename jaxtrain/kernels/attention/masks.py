@@ -18,12 +18,23 @@ from jaxtyping import Array, Bool, Int32
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Mask:
-    """The rule above for one batch; without segments every key is in one document."""
+    """The rule above for one batch; without segments every key is in one document.
+
+    The queries may be a part of the row: `offset` is the index of the first of them
+    among the keys, and `key_ids` are the segments of all keys (None: `segment_ids`).
+    """
 
     segment_ids: Int32[Array, "B T"] | None = None
     prompt_ids: Int32[Array, "B T"] | None = None
     causal: bool = dataclasses.field(default=True, metadata={"static": True})
     window: int | None = dataclasses.field(default=None, metadata={"static": True})
+    key_ids: Int32[Array, "B S"] | None = None
+    offset: int = dataclasses.field(default=0, metadata={"static": True})
+
+    @property
+    def keys(self) -> Int32[Array, "B S"] | None:
+        """Segments of the keys."""
+        return self.segment_ids if self.key_ids is None else self.key_ids
 
 
 def attends(
@@ -57,12 +68,12 @@ def attends(
 
 
 def whole_mask(mask: Mask, queries: int, keys: int) -> Bool[Array, "_ T S"] | None:
-    """`attends` for whole rows."""
+    """`attends` for all queries and keys of `mask`."""
     return attends(
         mask,
-        jnp.arange(queries, dtype=jnp.int32),
+        mask.offset + jnp.arange(queries, dtype=jnp.int32),
         jnp.arange(keys, dtype=jnp.int32),
         mask.segment_ids,
         mask.prompt_ids,
-        mask.segment_ids,
+        mask.keys,
     )

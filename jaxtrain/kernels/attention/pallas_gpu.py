@@ -6,10 +6,5 @@ from jaxtrain.kernels.attention.hopper_backward import backward
 from jaxtrain.kernels.attention.hopper_forward import forward
 
 KERNELS = Kernels(
-    "pallas_gpu",
-    forward,
-    backward,
-    hopper.choose_blocks,
-    hopper.choose_width,
-    interpreted_on_host=True,
+    "pallas_gpu", forward, backward, hopper.choose_blocks, hopper.choose_width
 )

@@ -23,7 +23,8 @@ from jaxtrain.kernels.attention.blocked import (
     id_rows,
     scale_scores,
 )
-from jaxtrain.kernels.attention.schedule import Schedule
+from jaxtrain.kernels.attention.masks import Mask
+from jaxtrain.kernels.attention.schedule import Schedule, count_visits
 
 _BLOCK = 512
 
@@ -37,8 +38,8 @@ def choose_blocks(length: int) -> tuple[int, int]:
 def forward(
     options: Options,
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
     ids: Ids,
     schedule: Schedule,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
@@ -94,6 +95,7 @@ def forward(
             jax.ShapeDtypeStruct((batch, heads, 1, length), jnp.float32),
         ],
         compiler_params=_compiler_params(parallel=3, sequential=1),
+        cost_estimate=_estimate(options, q, k, schedule, products=2),
         interpret=options.interpret,
         name="attention_forward",
     )(
@@ -167,8 +169,8 @@ def _forward_kernel(
 def backward(
     options: Options,
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
     lse: Float[Array, "B N T"],
     delta: Float[Array, "B N T"],
     d_out: Float[Array, "B T N H"],
@@ -231,6 +233,7 @@ def _query_gradient(
         ),
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
         compiler_params=_compiler_params(parallel=3, sequential=1),
+        cost_estimate=_estimate(options, q, k, schedule, products=3),
         interpret=options.interpret,
         name="attention_query_gradient",
     )(
@@ -290,8 +293,8 @@ def _key_gradients(
     options: Options, inputs: tuple[Array, ...], ids: Ids, schedule: Schedule
 ) -> tuple[Array, Array]:
     q, k = inputs[:2]
-    batch, heads, length, width = q.shape
-    kv_heads = k.shape[1]
+    batch, heads, _, width = q.shape
+    kv_heads, length = k.shape[1:3]
     group = heads // kv_heads
     block_q, block_k = schedule.block_q, schedule.block_k
     slots = schedule.query_blocks.shape[2]
@@ -352,6 +355,7 @@ def _key_gradients(
         ),
         out_shape=[jax.ShapeDtypeStruct(k.shape, k.dtype)] * 2,
         compiler_params=_compiler_params(parallel=3, sequential=2),
+        cost_estimate=_estimate(options, q, k, schedule, products=4),
         interpret=options.interpret,
         name="attention_key_gradients",
     )(
@@ -449,7 +453,8 @@ def _allowed(
         block_k, block_q = shape
         key = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
         query = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-        distance = (query - key) + (query_block * block_q - key_block * block_k)
+        start = query_block * block_q + options.offset
+        distance = (query - key) + (start - key_block * block_k)
         allowed &= distance >= 0
         if options.window is not None:
             allowed &= distance < options.window
@@ -476,9 +481,37 @@ def _rows_and_column(ids: Ids) -> tuple[Array, Array, Array]:
     return queries[:, None], prompts[:, None], keys[:, :, None]
 
 
+def _estimate(
+    options: Options, q: Array, k: Array, schedule: Schedule, *, products: int
+) -> pl.CostEstimate:
+    """What a pass costs where nothing but causality and the window leaves blocks out.
+
+    `q` [B N T H] and `k` [B K S H] of one device; `products` of a tile, by it.
+    """
+    batch, heads, length, width = q.shape
+    rule = Mask(causal=options.causal, window=options.window, offset=options.offset)
+    visits = count_visits(
+        rule, (length, k.shape[2]), (schedule.block_q, schedule.block_k)
+    )
+    entries = batch * heads * visits * schedule.block_q * schedule.block_k
+    moved = (q.size + k.size) * products * q.dtype.itemsize
+    return pl.CostEstimate(
+        flops=2 * products * entries * width,
+        transcendentals=entries,
+        bytes_accessed=moved,
+    )
+
+
 def _compiler_params(*, parallel: int, sequential: int) -> pltpu.CompilerParams:
     order = [pltpu.PARALLEL] * parallel + [pltpu.ARBITRARY] * sequential
     return pltpu.CompilerParams(dimension_semantics=order)
 
 
-KERNELS = Kernels("pallas_tpu", forward, backward, choose_blocks, lambda width: width)
+KERNELS = Kernels(
+    "pallas_tpu",
+    forward,
+    backward,
+    choose_blocks,
+    lambda width: width,
+    takes_parts=True,
+)

@@ -1,91 +1,125 @@
-"""Runs a kernel on each device of a mesh for the rows and heads that lie there.
+"""Attention on a mesh: each device works on its rows, heads and tokens.
 
-The compiler cannot cut a kernel by itself: it would gather every input on every
-device. Rows (B) and key-value heads (K) are independent, so along these two a kernel
-runs where its inputs are; anything else an input is sharded over is gathered.
+The compiler cannot cut a kernel by itself, so the call stands in a `jax.shard_map`:
+rows (B) and heads (N, K) are independent, and a device needs nothing of the others'.
+Tokens are not: see context.py.
 """
 
+import dataclasses
 import functools
+import logging
+import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
-from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float
 
-# Letters of the axes: b rows, k key-value heads, g query heads of a group, t tokens,
-# h head width, i query blocks, j key blocks.
-QUERY, KEY, STAT, IDS = "b t k g h", "b t k h", "b k g t", "b t"
-SCHEDULE = ("b i", "b i", "b i j", "b j", "b j", "b j i")
-_CUT = ("b", "k")
+from jaxtrain.kernels.attention import context
+from jaxtrain.kernels.attention.masks import Mask
+from jaxtrain.kernels.attention.schedule import Schedule
+
+_logger = logging.getLogger(__name__)
+Axes = tuple[str, ...]
 
 
-def run_on_shards(
-    kernel: Callable[..., tuple[Array, ...]],
-    key: Any,
-    operands: tuple[Array, ...],
-    axes: tuple[str, ...],
-    result_axes: tuple[str, ...],
-) -> tuple[Array, ...]:
-    """`kernel(*operands)`, on each device for its rows and key-value heads.
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Which axes of a mesh split attention's rows, heads and tokens. None: one device.
 
-    `axes` name the axes of each operand. `key` is hashable, and equal keys mean equal
-    kernels: one partitioned function is kept for each.
+    A size that does not divide is kept whole on every device, as activations are.
     """
-    return _partitioned(_Kernel(kernel, key), axes, result_axes)(*operands)
 
+    mesh: Mesh | None = None
+    rows: Axes = ()
+    heads: Axes = ()
+    tokens: Axes = ()
 
-class _Kernel:
-    """A kernel that compares by its key: closures over options are made anew."""
+    def count(self, axes: Axes) -> int:
+        """Devices along these axes."""
+        if self.mesh is None:
+            return 1
+        return math.prod(self.mesh.shape[axis] for axis in axes)
 
-    def __init__(self, call: Callable[..., tuple[Array, ...]], key: Any) -> None:
-        self.call, self.key = call, key
+    def fitting(self, axes: Axes, size: int) -> Axes:
+        """As many of the axes, from the first, as divide `size`."""
+        while size % self.count(axes):
+            _log_whole(size, axes)
+            axes = axes[:-1]
+        return axes
 
-    def __hash__(self) -> int:
-        return hash(self.key)
+    def token_shards(self, length: int) -> int:
+        """Devices that share a row of so many tokens: 1 where it can't be cut."""
+        shards = self.count(self.tokens)
+        if length % (2 * shards):
+            _log_whole(length, self.tokens)
+            return 1
+        return shards
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Kernel) and self.key == other.key
+    def join_tokens(self, x: Array) -> Array:
+        """[B T ...] -> [B * T ...], the tokens of one device together."""
+        batch, length, *rest = x.shape
+        rows = self.count(self.fitting(self.rows, batch))
+        shards = self.token_shards(length)
+        if shards > 1:
+            x = x.reshape(rows, batch // rows, shards, length // shards, *rest)
+            x = x.swapaxes(1, 2)
+        return x.reshape(batch * length, *rest)
+
+    def split_tokens(self, x: Array, shape: tuple[int, ...]) -> Array:
+        """What `join_tokens` joined, [B T] of this shape again."""
+        (batch, length), rest = shape, x.shape[1:]
+        rows = self.count(self.fitting(self.rows, batch))
+        shards = self.token_shards(length)
+        if shards > 1:
+            x = x.reshape(rows, shards, batch // rows, length // shards, *rest)
+            x = x.swapaxes(1, 2)
+        return x.reshape(batch, length, *rest)
 
 
 @functools.cache
-def _partitioned(
-    kernel: _Kernel, axes: tuple[str, ...], result_axes: tuple[str, ...]
-) -> Callable[..., tuple[Array, ...]]:
-    function = custom_partitioning(kernel.call)
-
-    def shardings(
-        mesh: Mesh, arguments: tuple[jax.ShapeDtypeStruct, ...], wanted: tuple[str, ...]
-    ) -> tuple[NamedSharding, ...]:
-        """As the keys are cut (operand 1, `KEY`): the queries have to follow them."""
-        spec = arguments[1].sharding.spec
-        names = dict(zip(KEY.split(), tuple(spec) + (None,) * 4, strict=False))
-        return tuple(
-            NamedSharding(
-                mesh,
-                PartitionSpec(*(names[a] if a in _CUT else None for a in one.split())),
-            )
-            for one in wanted
-        )
-
-    def partition(mesh: Mesh, arguments: tuple, results: tuple) -> tuple:
-        return (
-            mesh,
-            kernel.call,
-            shardings(mesh, arguments, result_axes),
-            shardings(mesh, arguments, axes),
-        )
-
-    def infer(mesh: Mesh, arguments: tuple, results: tuple) -> tuple:
-        return shardings(mesh, arguments, result_axes)
-
-    # In the order of their first appearance, as the compiler numbers them.
-    letters = dict.fromkeys(" ".join(axes + result_axes).split())
-    function.def_partition(
-        partition,
-        infer_sharding_from_operands=infer,
-        sharding_rule=f"{', '.join(axes)} -> {', '.join(result_axes)}",
-        need_replication_factors=tuple(a for a in letters if a not in _CUT),
+def _log_whole(size: int, axes: Axes) -> None:
+    _logger.info(
+        "attention: a size of %d does not divide over %s: whole there", size, axes
     )
-    return function
+
+
+def attend_on_shards(
+    attend: Callable[..., Float[Array, "B T N H"]],
+    layout: Layout,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    mask: Mask,
+    schedule: Schedule | None = None,
+) -> Float[Array, "B T N H"]:
+    """`attend(q, k, v, mask, schedule)` on each device for what lies there."""
+    if layout.mesh is None or layout.mesh.size == 1:
+        return attend(q, k, v, mask, schedule)
+    rows = layout.fitting(layout.rows, q.shape[0])
+    heads = layout.fitting(layout.heads, q.shape[2])
+    shards = layout.token_shards(q.shape[1])
+    tokens = layout.tokens if shards > 1 else ()
+    # Where devices outnumber key-value heads, several have the same one.
+    copies = math.lcm(k.shape[2], layout.count(heads)) // k.shape[2]
+    if copies > 1:
+        k, v = (jnp.repeat(x, copies, axis=2) for x in (k, v))
+    if shards > 1:
+        if schedule is not None:
+            raise ValueError("schedule: it is of whole rows, and the layout cuts them")
+        attend = functools.partial(
+            context.attend_to_gathered, attend, context.Ring(tokens, shards)
+        )
+    # Axes that a spec does not name cost a sum of gradients, be they of size 1.
+    idle = (axis for axis, size in layout.mesh.shape.items() if size == 1)
+    rows += tuple(axis for axis in idle if axis not in (*rows, *heads, *tokens))
+    of_heads = PartitionSpec(rows or None, tokens or None, heads or None)
+    of_rows = PartitionSpec(rows or None, tokens or None)
+    return jax.shard_map(
+        attend,
+        mesh=layout.mesh,
+        in_specs=(of_heads, of_heads, of_heads, of_rows, PartitionSpec(rows or None)),
+        out_specs=of_heads,
+        check_vma=False,  # a kernel does not say over which axes its outputs vary
+    )(q, k, v, mask, schedule)

@@ -18,7 +18,8 @@ def attention_reference(
 ) -> Float[Array, "B T N H"]:
     """softmax(softcap * tanh(scale * q k^T / softcap)) v, all scores in memory."""
     dtype = q.dtype
-    q, k, v = zero_padding(mask.segment_ids, q, k, v)
+    (q,) = zero_padding(mask.segment_ids, q)
+    k, v = zero_padding(mask.keys, k, v)
     q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
     allowed = whole_mask(mask, q.shape[1], k.shape[1])
     out = attend_block(q, k, v, allowed, softcap=softcap, scale=scale)

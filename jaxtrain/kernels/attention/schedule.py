@@ -10,6 +10,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Int32
 
 from jaxtrain.kernels.attention.masks import Mask
@@ -37,34 +38,62 @@ class Schedule:
 
 
 def make_schedule(
-    mask: Mask, batch: int, length: int, *, block_q: int, block_k: int
+    mask: Mask,
+    batch: int,
+    length: int,
+    keys: int | None = None,
+    *,
+    block_q: int,
+    block_k: int,
 ) -> Schedule:
     """The blocks that `mask` leaves, from the smallest and largest ids of each block.
 
+    Of `length` queries and `keys` keys (None: as many), whole blocks both.
+
     Never leaves out a block that holds an allowed entry, and never calls a block whole
     that holds a masked one, whatever the order of the ids; for ids that ascend along
-    the row, as in packed data, it lists no empty block. `length` is a multiple of both
-    block sizes.
+    the row, as in packed data, it lists no empty block.
+
+    Raises:
+        ValueError: the blocks do not cut the rows.
     """
-    if length % block_q or length % block_k:
+    keys = length if keys is None else keys
+    if length % block_q or keys % block_k:
         raise ValueError(
             f"a row of {length} is not cut by blocks of {block_q} and {block_k}; "
             "pad the row"
         )
-    visit, whole = _compare_blocks(mask, batch, length, block_q, block_k)
+    visit, whole = _compare_blocks(mask, batch, (length, keys), (block_q, block_k))
     by_query = _list_blocks(visit, whole)
     by_key = _list_blocks(visit.swapaxes(1, 2), whole.swapaxes(1, 2))
     return Schedule(*by_query, *by_key, block_q, block_k)
 
 
+def count_visits(mask: Mask, lengths: tuple[int, int], blocks: tuple[int, int]) -> int:
+    """Blocks of one row that causality and the window leave, its ids apart.
+
+    `lengths`, `blocks`: of queries and of keys.
+    """
+    first_query = np.arange(0, lengths[0], blocks[0])[:, None] + mask.offset
+    first_key = np.arange(0, lengths[1], blocks[1])[None, :]
+    visit = np.ones((first_query.size, first_key.size), bool)
+    if mask.causal:
+        visit &= first_key <= first_query + blocks[0] - 1
+    if mask.window is not None:
+        visit &= first_query - (first_key + blocks[1] - 1) < mask.window
+    return int(visit.sum())
+
+
 def _compare_blocks(
-    mask: Mask, batch: int, length: int, block_q: int, block_k: int
+    mask: Mask, batch: int, lengths: tuple[int, int], blocks: tuple[int, int]
 ) -> tuple[Bool[Array, "B I J"], Bool[Array, "B I J"]]:
     """Whether each block may hold an allowed entry, and whether it holds no other."""
+    (length, keys), (block_q, block_k) = lengths, blocks
     first_query = jnp.arange(0, length, block_q, dtype=jnp.int32)[:, None]
-    first_key = jnp.arange(0, length, block_k, dtype=jnp.int32)[None, :]
+    first_query += mask.offset
+    first_key = jnp.arange(0, keys, block_k, dtype=jnp.int32)[None, :]
     last_query, last_key = first_query + block_q - 1, first_key + block_k - 1
-    shape = (batch, length // block_q, length // block_k)
+    shape = (batch, length // block_q, keys // block_k)
     visit = whole = jnp.ones(shape, bool)
     if mask.causal:
         visit &= first_key <= last_query
@@ -77,7 +106,8 @@ def _compare_blocks(
 
     ids = mask.segment_ids
     low_q, high_q, real_q = _id_range(ids, block_q)
-    low_k, high_k, real_k = _id_range(ids, block_k)
+    key_ids = ids if mask.key_ids is None else mask.key_ids
+    low_k, high_k, real_k = _id_range(key_ids, block_k)
     low_q, high_q, real_q = (x[:, :, None] for x in (low_q, high_q, real_q))
     low_k, high_k, real_k = (x[:, None, :] for x in (low_k, high_k, real_k))
     meets = (low_q <= high_k) & (low_k <= high_q)

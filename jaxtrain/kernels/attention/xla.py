@@ -30,20 +30,24 @@ def attention_xla(
     computes the scores of a chunk again. Keys beyond the causal or the window bound of
     a part are left out of its products.
     """
-    q, k, v = zero_padding(mask.segment_ids, q, k, v)
+    (q,) = zero_padding(mask.segment_ids, q)
+    k, v = zero_padding(mask.keys, k, v)
     attend = functools.partial(_attend_chunk, mask, softcap, scale)
     length, keys = q.shape[1], k.shape[1]
     if length <= chunk:
-        ids = mask.segment_ids
-        out = attend(q, k, v, ids, mask.prompt_ids, ids, 0, 0)
+        queries = (mask.segment_ids, mask.prompt_ids)
+        out = attend(q, k, v, *queries, mask.keys, mask.offset, 0)
         return zero_padding(mask.segment_ids, out)[0]
     part = -(-length // _PARTS)
     part = -(-part // chunk) * chunk
     outputs = []
     for start in range(0, length, part):
         stop = min(start + part, length)
-        first = max(0, start - mask.window + 1) if mask.window is not None else 0
-        last = stop if mask.causal else keys
+        first, last = 0, keys
+        if mask.window is not None:
+            first = max(0, mask.offset + start - mask.window + 1)
+        if mask.causal:
+            last = mask.offset + stop
         output = _scan_chunks(
             attend,
             q[:, start:stop],
@@ -51,8 +55,8 @@ def attention_xla(
             v[:, first:last],
             _cut(mask.segment_ids, start, stop),
             _cut(mask.prompt_ids, start, stop),
-            _cut(mask.segment_ids, first, last),
-            (start, first),
+            _cut(mask.keys, first, last),
+            (mask.offset + start, first),
             chunk,
         )
         outputs.append(output)

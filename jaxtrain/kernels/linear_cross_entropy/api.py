@@ -19,6 +19,18 @@ _FEWEST_ENTRIES = 512
 _NEVER = -1e30  # finite: exp(_NEVER - _NEVER) is 1, not NaN
 
 
+class HeadAdapter(NamedTuple):
+    """What is added to a head's logits: `(h W + low up) * gain`, all before any cap.
+
+    `low`: the hidden states in the adapter's rank, scaled (h A s). `gain`: DoRA's
+    change of each entry's length, or None for 1.
+    """
+
+    low: Float[Array, "M R"]
+    up: Float[Array, "R V"]
+    gain: Float[Array, "V"] | None = None
+
+
 class _Options(NamedTuple):
     vocab_axis: int
     softcap: float | None
@@ -39,15 +51,16 @@ def linear_log_probs(
     chunk: int = 1024,
     with_stats: bool = True,
     with_collision: bool = False,
+    adapter: HeadAdapter | None = None,
 ) -> tuple[Float[Array, "M"], ...]:
     """(logps, entropy, correct, mean_logit) of each token, float32.
 
-    Logits are `hidden @ unembedding` in float32, times `logit_scale`, then
-    `softcap * tanh(logits / softcap)`. `logps`: log softmax at the target (nats);
-    `entropy`: of the softmax (nats); `correct`: 1 where the first argmax is the
-    target; `mean_logit`: over the vocabulary. `with_collision` appends
+    Logits are `hidden @ unembedding` in float32, with what `adapter` adds, times
+    `logit_scale`, then `softcap * tanh(logits / softcap)`. `logps`: log softmax at the
+    target (nats); `entropy`: of the softmax (nats); `correct`: 1 where the first argmax
+    is the target; `mean_logit`: over the vocabulary. `with_collision` appends
     log sum_v p_v^2. Without `with_stats` all but `logps` are zeros. Only `logps`
-    carries a gradient.
+    carries a gradient, to an adapter's parts too.
 
     `vocab_axis` is 0 for an embedding table [V D] (tied), 1 for a kernel [D V].
     `chunk` bounds memory: no more than about `chunk * V` logits are held at once. A
@@ -68,7 +81,7 @@ def linear_log_probs(
         with_stats=with_stats,
         with_collision=with_collision,
     )
-    outputs = _linear_log_probs(options, hidden, unembedding, targets)
+    outputs = _linear_log_probs(options, hidden, unembedding, targets, adapter)
     return outputs if with_collision else outputs[:4]
 
 
@@ -83,22 +96,31 @@ def _choose_slices(vocab: int, wanted: int) -> int:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _linear_log_probs(
-    options: _Options, hidden: Array, unembedding: Array, targets: Array
+    options: _Options,
+    hidden: Array,
+    unembedding: Array,
+    targets: Array,
+    adapter: HeadAdapter | None,
 ) -> tuple[Array, ...]:
-    return _forward(options, hidden, unembedding, targets)[0]
+    return _forward(options, hidden, unembedding, targets, adapter)[0]
 
 
 def _forward(
-    options: _Options, hidden: Array, unembedding: Array, targets: Array
+    options: _Options,
+    hidden: Array,
+    unembedding: Array,
+    targets: Array,
+    adapter: HeadAdapter | None,
 ) -> tuple[tuple[Array, ...], Array]:
     """The outputs, and the log of the softmax's denominator."""
     tokens = hidden.shape[0]
     vocab = unembedding.shape[options.vocab_axis]
     table = _pad_to_slices(options, unembedding)
+    added = _adapter_in_slices(options, adapter)
 
     def body(turn: Array, carry: dict[str, Array]) -> dict[str, Array]:
         entries = _entries(options, vocab, turn)
-        logits, _ = _slice_logits(options, hidden, table, turn)
+        logits, _, _ = _slice_logits(options, hidden, table, added, turn)
         real = entries < vocab
         logits = jnp.where(real, logits, _NEVER)
         new = dict(carry)
@@ -148,37 +170,52 @@ def _forward(
 
 
 def _forward_rule(
-    options: _Options, hidden: Any, unembedding: Any, targets: Any
+    options: _Options, hidden: Any, unembedding: Any, targets: Any, adapter: Any
 ) -> tuple[tuple[Array, ...], tuple]:
     """The outputs and what the backward pass needs; notes which inputs it serves."""
     wanted = (hidden.perturbed or None, unembedding.perturbed or None)
     inputs = (hidden.value, unembedding.value, targets.value)
-    outputs, log_total = _forward(options, *inputs)
+    added = adapter and HeadAdapter(*(leaf and leaf.value for leaf in adapter))
+    outputs, log_total = _forward(options, *inputs, added)
     # None and True differ in tree structure, so they stay static.
     flags = tuple(None if flag is None else () for flag in wanted)
-    return outputs, (*inputs, log_total, flags)
+    return outputs, (*inputs, added, log_total, flags)
 
 
 def _backward_rule(
     options: _Options, residuals: tuple, cotangents: tuple[Any, ...]
-) -> tuple[Array | None, Array | None, None]:
+) -> tuple[Array | None, Array | None, None, HeadAdapter | None]:
     """d logps / d logits is onehot(target) - softmax(logits)."""
-    hidden, unembedding, targets, log_total, flags = residuals
+    hidden, unembedding, targets, adapter, log_total, flags = residuals
     wants_hidden, wants_table = (flag is not None for flag in flags)
     gradient = cotangents[0]
-    if isinstance(gradient, SymbolicZero) or not (wants_hidden or wants_table):
-        return None, None, None
+    wants_any = wants_hidden or wants_table or adapter is not None
+    if isinstance(gradient, SymbolicZero) or not wants_any:
+        return None, None, None, None
     vocab = unembedding.shape[options.vocab_axis]
     table = _pad_to_slices(options, unembedding)
+    added = _adapter_in_slices(options, adapter)
+    by_column = options._replace(vocab_axis=1)
 
     def body(turn: Array, carry: dict[str, Array]) -> dict[str, Array]:
         entries = _entries(options, vocab, turn)
-        logits, chain = _slice_logits(options, hidden, table, turn)
+        logits, chain, plain = _slice_logits(options, hidden, table, added, turn)
         hit = entries == targets[:, None]
         slope = hit.astype(jnp.float32) - jnp.exp(logits - log_total[:, None])
         slope = jnp.where(entries < vocab, slope * chain, 0.0) * gradient[:, None]
-        slope = slope.astype(hidden.dtype)
         new = dict(carry)
+        if added is not None and added.gain is not None:
+            own = (slope * plain).sum(axis=0)
+            new["gain"] = _put_row(carry["gain"], own, turn)
+            slope *= _take_row(added.gain, turn)
+        slope = slope.astype(hidden.dtype)
+        if added is not None:
+            up = _take(by_column, added.up, turn).astype(hidden.dtype)
+            new["low"] = carry["low"] + jnp.matmul(
+                slope, up.T, preferred_element_type=jnp.float32
+            )
+            d_up = jnp.matmul(added.low.T, slope, preferred_element_type=jnp.float32)
+            new["up"] = _put(by_column, carry["up"], d_up, turn)
         if wants_hidden:
             part = _take(options, table, turn).astype(hidden.dtype)
             dims = (((1,), (options.vocab_axis,)), ((), ()))
@@ -203,13 +240,24 @@ def _backward_rule(
         carry["hidden"] = jnp.zeros(hidden.shape, jnp.float32)
     if wants_table:
         carry["table"] = jnp.zeros_like(table)
+    if added is not None:
+        carry["low"] = jnp.zeros(added.low.shape, jnp.float32)
+        carry["up"] = jnp.zeros_like(added.up)
+        if added.gain is not None:
+            carry["gain"] = jnp.zeros_like(added.gain)
     end = _walk(options.slices, body, carry)
-    d_hidden = d_table = None
+    d_hidden = d_table = d_adapter = None
     if wants_hidden:
         d_hidden = end["hidden"].astype(hidden.dtype)
     if wants_table:
         d_table = _unpad(options, end["table"], vocab)
-    return d_hidden, d_table, None
+    if adapter is not None:
+        d_adapter = HeadAdapter(
+            low=end["low"].astype(adapter.low.dtype),
+            up=_unpad(by_column, end["up"], vocab),
+            gain=None if adapter.gain is None else end["gain"].reshape(-1)[:vocab],
+        )
+    return d_hidden, d_table, None, d_adapter
 
 
 _linear_log_probs.defvjp(_forward_rule, _backward_rule, symbolic_zeros=True)
@@ -237,12 +285,26 @@ def _pad_to_slices(options: _Options, table: Array) -> Array:
     axis, vocab = options.vocab_axis, table.shape[options.vocab_axis]
     width = -(-vocab // options.slices)
     if width * options.slices != vocab:
-        tail = [(0, 0), (0, 0)]
+        tail = [(0, 0)] * table.ndim
         tail[axis] = (0, width * options.slices - vocab)
         table = jnp.pad(table, tail)
     shape = list(table.shape)
     shape[axis : axis + 1] = [width, options.slices]
     return table.reshape(shape)
+
+
+def _adapter_in_slices(
+    options: _Options, adapter: HeadAdapter | None
+) -> HeadAdapter | None:
+    """The adapter with the vocabulary axes of `up` and `gain` split as the table's."""
+    if adapter is None:
+        return None
+    gain = adapter.gain
+    return HeadAdapter(
+        adapter.low,
+        _pad_to_slices(options._replace(vocab_axis=1), adapter.up),
+        None if gain is None else _pad_to_slices(options._replace(vocab_axis=0), gain),
+    )
 
 
 def _unpad(options: _Options, table: Array, vocab: int) -> Array:
@@ -264,13 +326,37 @@ def _put(options: _Options, table: Array, part: Array, turn: Array) -> Array:
     )
 
 
+def _take_row(gain: Array, turn: Array) -> Array:
+    return jax.lax.dynamic_index_in_dim(gain, turn, axis=1, keepdims=False)
+
+
+def _put_row(gain: Array, part: Array, turn: Array) -> Array:
+    part = part.astype(gain.dtype)
+    return jax.lax.dynamic_update_index_in_dim(gain, part, turn, axis=1)
+
+
 def _slice_logits(
-    options: _Options, hidden: Array, table: Array, turn: Array
-) -> tuple[Array, Array | float]:
-    """Logits [M W] of a slice in float32, and their derivative by the raw product."""
+    options: _Options,
+    hidden: Array,
+    table: Array,
+    adapter: HeadAdapter | None,
+    turn: Array,
+) -> tuple[Array, Array | float, Array]:
+    """Logits [M W] of a slice in float32, and what their derivatives need.
+
+    That is their derivative by the product, and the product before any gain.
+    """
     part = _take(options, table, turn).astype(hidden.dtype)
     dims = (((1,), (1 - options.vocab_axis,)), ((), ()))
     logits = jax.lax.dot_general(hidden, part, dims, preferred_element_type=jnp.float32)
+    if adapter is not None:
+        up = _take(options._replace(vocab_axis=1), adapter.up, turn)
+        logits += jnp.matmul(
+            adapter.low, up.astype(hidden.dtype), preferred_element_type=jnp.float32
+        )
+    plain = logits
+    if adapter is not None and adapter.gain is not None:
+        logits = logits * _take_row(adapter.gain, turn)
     chain: Array | float = 1.0
     if options.logit_scale is not None:
         logits *= options.logit_scale
@@ -279,7 +365,7 @@ def _slice_logits(
         bent = jnp.tanh(logits / options.softcap)
         logits = options.softcap * bent
         chain = chain * (1 - bent * bent)
-    return logits, chain
+    return logits, chain, plain
 
 
 def _check(

@@ -1,6 +1,5 @@
 """Kernels compiled for machines that are not here: CUDA code, TPU executables."""
 
-import functools
 import importlib.util
 import os
 
@@ -13,15 +12,19 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtrain.kernels.attention.blocked import attention_blocked
 from jaxtrain.kernels.attention.masks import Mask
+from jaxtrain.kernels.attention.partition import Layout, attend_on_shards
 
 
-def make_step(kernels, window=None, softcap=None):
+def make_step(kernels, window=None, softcap=None, layout=None):
     """Gradients of attention over packed rows with a shared prompt."""
+
+    def call(q, k, v, mask, schedule):
+        options = {"softcap": softcap, "scale": q.shape[-1] ** -0.5}
+        return attention_blocked(kernels, q, k, v, mask, schedule=schedule, **options)
 
     def loss(q, k, v, segment_ids, prompt_ids):
         mask = Mask(segment_ids, prompt_ids, True, window)
-        call = functools.partial(attention_blocked, kernels)
-        out = call(q, k, v, mask, softcap=softcap, scale=q.shape[-1] ** -0.5)
+        out = attend_on_shards(call, layout or Layout(), q, k, v, mask)
         return (out.astype(jnp.float32) ** 2).sum()
 
     return jax.jit(jax.grad(loss, (0, 1, 2)))
@@ -65,40 +68,28 @@ def test_triton_kernels_lower_for_cuda(width):
     assert program.count("attention_query_gradient") >= 1
 
 
-@pytest.fixture(scope="module", params=["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
-def tpu_devices(request):
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("topology", "shapes", "window", "softcap"),
+    [
+        ("v5e:2x2", (4, 1024, 8, 2, 128), None, None),
+        ("v5e:2x2", (4, 300, 2, 2, 80), None, None),
+        ("v5p:2x2x1", (4, 1024, 8, 2, 128), None, None),
+        ("v6e:2x2", (4, 1024, 4, 2, 256), 512, 50.0),
+    ],
+    ids=["v5e_gqa", "v5e_odd_length", "v5p_gqa", "v6e_gemma"],
+)
+def test_tpu_kernels_compile_for_a_mesh(topology, shapes, window, softcap):
+    from jaxtrain.kernels.attention.pallas_tpu import KERNELS
+
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("needs jax[tpu]: libtpu compiles for a TPU that is not here")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=request.param)
-    return np.array(topology.devices)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("shapes", "window", "softcap"),
-    [
-        ((4, 1024, 8, 2, 128), None, None),
-        ((4, 1024, 4, 2, 256), 512, 50.0),
-        ((4, 300, 2, 2, 80), None, None),
-    ],
-    ids=["gqa", "gemma", "odd_length"],
-)
-def test_tpu_kernels_compile_for_a_mesh(tpu_devices, shapes, window, softcap):
-    from jaxtrain.kernels.attention.pallas_tpu import KERNELS
-
-    # In a program for devices that are not here, only shard_map places a kernel.
-    mesh = Mesh(tpu_devices.reshape(2, 2), ("data", "tensor"))
+    description = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    devices = np.array(description.devices).reshape(2, 2)
+    mesh = Mesh(devices, ("data", "tensor"))
     heads, rows = PartitionSpec("data", None, "tensor"), PartitionSpec("data")
-    step = jax.jit(
-        jax.shard_map(
-            make_step(KERNELS, window, softcap),
-            mesh=mesh,
-            in_specs=(heads, heads, heads, rows, rows),
-            out_specs=(heads, heads, heads),
-            check_vma=False,
-        )
-    )
+    step = make_step(KERNELS, window, softcap, Layout(mesh, ("data",), ("tensor",)))
     shardings = (NamedSharding(mesh, heads), NamedSharding(mesh, rows))
     program = step.lower(*abstract_inputs(shapes, shardings)).compile().as_text()
     assert program.count("tpu_custom_call") >= 3

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtrain.kernels.linear_cross_entropy import linear_log_probs
+from jaxtrain.kernels.linear_cross_entropy.api import HeadAdapter
 
 
 def make_inputs(tokens, width, vocab, seed=0, dtype=jnp.float32):
@@ -114,6 +115,53 @@ def test_outputs_and_gradients_equal_float64(options, vocab_axis, chunk):
         want_table = want_table.T
     np.testing.assert_allclose(d_hidden, want_hidden, rtol=1e-4, atol=2e-5)
     np.testing.assert_allclose(d_table, want_table, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("with_gain", [False, True])
+@pytest.mark.parametrize(("vocab_axis", "chunk"), [(0, 9), (1, 9), (1, 1000)])
+def test_an_adapters_part_equals_that_of_whole_logits(vocab_axis, chunk, with_gain):
+    """Outputs and every gradient, over 3 slices of a vocabulary and over 1."""
+    hidden, table, targets = make_inputs(37, 8, 1543)
+    draw = np.random.default_rng(2).normal
+    parts = HeadAdapter(
+        jnp.asarray(draw(size=(37, 3)), jnp.float32),
+        jnp.asarray(draw(size=(3, 1543)), jnp.float32),
+        jnp.asarray(1 + 0.1 * draw(size=1543), jnp.float32) if with_gain else None,
+    )
+    cotangent = jnp.asarray(draw(size=37), jnp.float32)
+
+    def sliced(hidden, parts):
+        given_table = table if vocab_axis == 0 else table.T
+        outputs = linear_log_probs(
+            hidden,
+            given_table,
+            targets,
+            vocab_axis=vocab_axis,
+            chunk=chunk,
+            softcap=9.0,
+            adapter=parts,
+        )
+        return (outputs[0] * cotangent).sum(), outputs
+
+    def whole(hidden, parts):
+        logits = hidden @ table.T + parts.low @ parts.up
+        logits = logits if parts.gain is None else logits * parts.gain
+        logits = 9.0 * jnp.tanh(logits / 9.0)
+        logps = jax.nn.log_softmax(logits)
+        own = logps[jnp.arange(37), targets]
+        entropy = -(jnp.exp(logps) * logps).sum(-1)
+        correct = (logits.argmax(-1) == targets).astype(jnp.float32)
+        return (own * cotangent).sum(), (own, entropy, correct, logits.mean(-1))
+
+    got, expected = (
+        jax.jit(jax.value_and_grad(f, argnums=(0, 1), has_aux=True))(hidden, parts)
+        for f in (sliced, whole)
+    )
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5, atol=5e-5),
+        got,
+        expected,
+    )
 
 
 @settings(max_examples=8)

@@ -1,0 +1,171 @@
+"""What a compiled step needs of each device, if it fits, what would change that."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from jaxtrain import model_manager
+from jaxtrain.config import RunConfig
+
+_GIB = 2.0**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Public figures of one jax device of a TPU generation.
+
+    `flops`: dense bfloat16 FLOP/s. `memory_bytes`, `memory_rate`: HBM and bytes/s.
+    `link_rate`: bytes/s that all its inter-chip links bring in together.
+    `slice_rate`: its share of its host's network, to other slices.
+    """
+
+    name: str
+    flops: float
+    memory_bytes: float
+    memory_rate: float
+    link_rate: float
+    slice_rate: float
+
+
+# By the makers' documentation (cloud.google.com/tpu/docs; the network of v4, v5p and
+# v7x: jax-ml.github.io/scaling-book). A v7x chip is two devices.
+CHIPS = {
+    "TPU v4": Chip("v4", 275e12, 32 * _GIB, 1.23e12, 270e9, 6.25e9),
+    "TPU v5 lite": Chip("v5e", 197e12, 16 * _GIB, 0.82e12, 180e9, 3.125e9),
+    "TPU v5": Chip("v5p", 459e12, 95 * _GIB, 2.77e12, 540e9, 6.25e9),
+    "TPU v6 lite": Chip("v6e", 918e12, 32 * _GIB, 1.64e12, 360e9, 12.5e9),
+    "TPU7x": Chip("v7x core", 1153e12, 96 * _GIB, 3.69e12, 300e9, 6.25e9),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """One step of one run on one topology; bytes and FLOPs are of one device.
+
+    `flops` counts what is computed (recomputation too), `model_flops` what the model
+    needs. A step that does not fit has no more than `refusal`.
+    """
+
+    topology: str
+    device_count: int
+    chip: Chip
+    tokens: int
+    run: RunConfig
+    compile_secs: float
+    refusal: str | None = None
+    argument_bytes: float = 0.0
+    temporary_bytes: float = 0.0
+    code_bytes: float = 0.0
+    host_bytes: float = 0.0
+    flops: float = 0.0
+    model_flops: float = 0.0
+    bytes_accessed: float = 0.0
+    collectives: Mapping[str, tuple[float, float]] = dataclasses.field(
+        default_factory=dict
+    )
+    between_slices: Mapping[str, tuple[float, float]] = dataclasses.field(
+        default_factory=dict
+    )
+    kernels: int = 0
+
+    @property
+    def device_bytes(self) -> float:
+        """Peak of device memory: arguments (outputs take their place) and the rest."""
+        return self.argument_bytes + self.temporary_bytes + self.code_bytes
+
+    @property
+    def fits(self) -> bool:
+        return self.refusal is None and self.device_bytes <= self.chip.memory_bytes
+
+    @property
+    def secs(self) -> dict[str, float]:
+        """The least time for each resource, were the others free."""
+        received = sum(size for _, size in self.collectives.values())
+        secs = {
+            "compute": self.flops / self.chip.flops,
+            "memory": self.bytes_accessed / self.chip.memory_rate,
+            "links": received / self.chip.link_rate,
+        }
+        if self.between_slices:
+            received = sum(size for _, size in self.between_slices.values())
+            secs["network"] = received / self.chip.slice_rate
+        return secs
+
+    @property
+    def step_secs(self) -> float:
+        """No step is faster: all resources at their peak, fully overlapped."""
+        return max(self.secs.values())
+
+    @property
+    def mfu(self) -> float:
+        """No step has a higher model FLOPs utilization (arXiv:2204.02311)."""
+        return self.model_flops / self.chip.flops / self.step_secs
+
+
+def describe(report: Report) -> str:
+    """What `main` prints."""
+    run, chip = report.run, report.chip
+    mesh = " x ".join(f"{name} {size}" for name, size in run.mesh.sizes.items())
+    lines = [
+        f"{report.topology}: {report.device_count} devices of {chip.name}, mesh {mesh}",
+        f"{run.training_type}, {report.tokens} tokens a step, rematerialization"
+        f" {run.precision.remat!r}, attention {run.model.attention!r}"
+        f" ({report.kernels or 'no'} Pallas kernels in the program)",
+    ]
+    if report.refusal:
+        lines += ["DOES NOT FIT:", report.refusal, *advise(run)]
+        return "\n".join(lines)
+    share = report.device_bytes / chip.memory_bytes
+    lines += [
+        f"compiled in {report.compile_secs:.0f} s",
+        "memory a device:",
+        f"  state and batch    {report.argument_bytes / _GIB:9.2f} GiB",
+        f"  temporaries        {report.temporary_bytes / _GIB:9.2f} GiB",
+        f"  program            {report.code_bytes / _GIB:9.2f} GiB",
+        f"  sum                {report.device_bytes / _GIB:9.2f} GiB of"
+        f" {chip.memory_bytes / _GIB:.0f} ({share:.0%})",
+        f"  pinned host        {report.host_bytes / _GIB:9.2f} GiB",
+        "work a device and step:",
+        f"  FLOPs              {report.flops / 1e12:9.2f} T"
+        f" ({report.model_flops / 1e12:.2f} T without recomputation)",
+        f"  device memory      {report.bytes_accessed / 1e9:9.2f} GB read and written",
+    ]
+    for kind, (count, size) in sorted(report.collectives.items()):
+        lines.append(f"  {kind:18s} {size / 1e9:9.2f} GB in {count:.0f} calls")
+    for kind, (count, size) in sorted(report.between_slices.items()):
+        name = f"{kind}, slices"
+        lines.append(f"  {name:18s} {size / 1e9:9.2f} GB in {count:.0f} calls")
+    times = ", ".join(f"{name} {secs:.3f} s" for name, secs in report.secs.items())
+    lines += [
+        f"roofline: {times}",
+        f"bound: no step under {report.step_secs:.3f} s"
+        f" ({report.tokens / report.step_secs:,.0f} tokens/s), MFU at most"
+        f" {report.mfu:.0%}",
+    ]
+    if report.fits:
+        return "\n".join([*lines, "FITS"])
+    return "\n".join([*lines, "DOES NOT FIT:", *advise(run)])
+
+
+def advise(run: RunConfig) -> list[str]:
+    """What would make a step smaller, the cheapest first; only what is left to do."""
+    advice = []
+    if not run.precision.gradient_checkpointing:
+        advice.append("training.gradient_checkpointing = True")
+    elif run.precision.remat_policy != "full":
+        advice.append("training.remat_policy = 'full'")
+    if run.mesh.fsdp == 1 and run.mesh.data > 1:
+        advice.append("training.deepspeed.zero_stage = 3 (splits weights over devices)")
+    rows = run.loop.per_device_train_batch_size
+    if rows > 1:
+        advice.append(
+            f"training.per_device_train_batch_size = {rows // 2},"
+            " gradient_accumulation_steps doubled: the same update"
+        )
+    if model_manager.needs_reference(run) and run.lora is None:
+        advice.append("training.dpo.precompute_ref_log_probs = True (no second model)")
+    if run.lora is None:
+        advice.append("training.lora.enabled = True (no optimizer state of the base)")
+    if not run.devices.deepspeed.offload_optimizer:
+        advice.append("training.deepspeed.offload_optimizer = True (pinned host)")
+    advice += ["mesh.tensor = 2 or more, within a host", "a larger topology"]
+    return [f"  try {line}" for line in advice]

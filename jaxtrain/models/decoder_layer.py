@@ -1,0 +1,162 @@
+"""One layer of a decoder: attention and an MLP, plain or a mixture of experts."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Key
+
+from jaxtrain.models.layers import (
+    ACTIVATIONS,
+    Attend,
+    Attention,
+    Mlp,
+    Options,
+    RMSNorm,
+    Rotary,
+)
+from jaxtrain.models.moe import (
+    RouterLoad,
+    apply_experts,
+    choose_experts,
+    measure_load,
+)
+
+
+class Router(nnx.Module):
+    """Logits over experts, summed and kept in float32 whatever the compute type."""
+
+    def __init__(self, options: Options, rngs: nnx.Rngs) -> None:
+        self.options = options
+        config = options.config
+        sizes = (config.hidden_size, config.num_experts)
+        weight = config.initializer_range * jax.random.normal(rngs.params(), sizes)
+        self.weight = nnx.Param(
+            weight.astype(options.param_dtype), logical_axes=("embed", None)
+        )
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T E"]:
+        weight = self.weight[...].astype(x.dtype)
+        return jnp.matmul(x, weight, preferred_element_type=jnp.float32)
+
+
+class Experts(nnx.Module):
+    """Gated MLPs of one shape, their weights stacked."""
+
+    def __init__(self, options: Options, rngs: nnx.Rngs) -> None:
+        config = options.config
+        count, width, inner = (
+            config.num_experts,
+            config.hidden_size,
+            config.expert_width,
+        )
+        assert inner is not None  # the config has experts
+
+        def stack(sizes: tuple[int, int], axes: tuple[str, str]) -> nnx.Param:
+            shape = (count, *sizes)
+            weight = config.initializer_range * jax.random.normal(rngs.params(), shape)
+            return nnx.Param(
+                weight.astype(options.param_dtype), logical_axes=("experts", *axes)
+            )
+
+        self.gate_proj = stack((width, inner), ("embed", "mlp"))
+        self.up_proj = stack((width, inner), ("embed", "mlp"))
+        self.down_proj = stack((inner, width), ("mlp", "embed"))
+
+
+class SparseMlp(nnx.Module):
+    """A router and the experts that it sends each token to (arXiv:2401.04088).
+
+    Each device routes its own rows and multiplies them by its slice of F of every
+    expert. Where experts rest split over devices, their weights are gathered for the
+    layer, as all weights are that fsdp splits: no token travels, none waits for the
+    device with the most popular expert.
+    """
+
+    def __init__(self, options: Options, rngs: nnx.Rngs) -> None:
+        self.options = options
+        self.gate = Router(options, rngs)
+        self.experts = Experts(options, rngs)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], is_token: Bool[Array, "B T"]
+    ) -> tuple[Float[Array, "B T D"], RouterLoad]:
+        config, dtype = self.options.config, self.options.compute_dtype
+        with jax.named_scope("router"):
+            probabilities, weights, experts = choose_experts(
+                self.gate(x),
+                config.num_experts_per_tok,
+                normalize=config.norm_topk_prob,
+            )
+            load = measure_load(probabilities, experts, is_token)
+        choice, rows = ("batch", "sequence", None), ("batch", "sequence", "embed")
+        inwards, outwards = ("experts", "embed", "mlp"), ("experts", "mlp", "embed")
+        apply = self.options.map_shards(
+            functools.partial(apply_experts, activation=ACTIVATIONS[config.hidden_act]),
+            (rows, choice, choice, inwards, inwards, outwards),
+            rows,
+            "mlp",
+        )
+        with jax.named_scope("experts"):
+            projections = (
+                getattr(self.experts, name)[...].astype(dtype)
+                for name in ("gate_proj", "up_proj", "down_proj")
+            )
+            return apply(x, weights, experts, *projections), load
+
+
+class DecoderLayer(nnx.Module):
+    """Attention, then the MLP, each added to the stream that it reads normalized.
+
+    Gemma also normalizes what is added; `post_attention_layernorm` is that norm there,
+    and the one before the MLP in every other family, as in the published weights. The
+    MLP is one of many in a mixture of experts.
+    """
+
+    def __init__(self, options: Options, rngs: nnx.Rngs) -> None:
+        self.options = options
+        width = options.config.hidden_size
+        self.input_layernorm = RMSNorm(width, "embed", options)
+        self.self_attn = Attention(options, rngs)
+        self.post_attention_layernorm = RMSNorm(width, "embed", options)
+        if options.config.family.sandwich_norms:
+            self.pre_feedforward_layernorm = RMSNorm(width, "embed", options)
+            self.post_feedforward_layernorm = RMSNorm(width, "embed", options)
+        self.mlp: Mlp | SparseMlp = (
+            SparseMlp(options, rngs)
+            if options.config.num_experts
+            else Mlp(options, rngs)
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        rotary: Rotary,
+        attend: Attend,
+        is_token: Bool[Array, "B T"],
+        dropout_key: Key[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Any, RouterLoad | None]:
+        """The stream after this layer, whatever `attend` keeps, and the router's load.
+
+        `is_token` tells tokens from padding, which no load counts. The load is None
+        where there is no router.
+        """
+        load = None
+        sandwich = self.options.config.family.sandwich_norms
+        with jax.named_scope("attention"):
+            added, kept = self.self_attn(
+                self.input_layernorm(x), rotary, attend, dropout_key
+            )
+            x += self.post_attention_layernorm(added) if sandwich else added
+        with jax.named_scope("mlp"):
+            if isinstance(self.mlp, SparseMlp):
+                added, load = self.mlp(self.post_attention_layernorm(x), is_token)
+                x += added
+            elif sandwich:
+                added = self.mlp(self.pre_feedforward_layernorm(x), dropout_key)
+                x += self.post_feedforward_layernorm(added)
+            else:
+                x += self.mlp(self.post_attention_layernorm(x), dropout_key)
+        return self.options.constrain(x, ("batch", "sequence", "embed")), kept, load

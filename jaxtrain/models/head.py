@@ -1,0 +1,77 @@
+"""The unembedding and its adapter: what turns hidden states into logits."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Key
+
+from jaxtrain.kernels.linear_cross_entropy.api import HeadAdapter
+from jaxtrain.models.config import ModelConfig
+from jaxtrain.models.layers import (
+    LoraShape,
+    dora_gain,
+    drop_inputs,
+    fold_in_name,
+)
+from jaxtrain.types import Params
+
+# Modules outside the layers that an adapter may stand beside.
+END_TARGETS = frozenset({"embed_tokens", "lm_head"})
+
+
+def get_unembedding(config: ModelConfig, params: Params) -> tuple[Array, Literal[0, 1]]:
+    """The unembedding, and which of its axes is the vocabulary."""
+    if config.tie_word_embeddings:
+        return params["embed_tokens"]["embedding"], 0
+    return params["lm_head"]["kernel"], 1
+
+
+def make_head_adapter(
+    config: ModelConfig,
+    params: Params,
+    lora: LoraShape | None,
+    hidden: Float[Array, "M D"],
+    dropout_key: Key[Array, ""] | None = None,
+) -> HeadAdapter | None:
+    """What the head's adapter adds to the logits of `hidden`; None without one.
+
+    With `lora.ties_head`, a tied head acts as (E + s A B)^T, of the embedding's own
+    adapter: its A is B^T, its B is A^T.
+    """
+    leaves, path = params.get("lm_head", {}), "lm_head"
+    if "lora_a" not in leaves:
+        below = params["embed_tokens"]
+        ties = lora is not None and lora.ties_head and config.tie_word_embeddings
+        if not ties or "lora_a" not in below:
+            return None
+        leaves = {"lora_a": below["lora_b"].T, "lora_b": below["lora_a"].T}
+        path = "embed_tokens"
+    assert lora is not None  # binding refuses adapters without their shape
+    _, scaling = lora.rank_and_scaling(path)
+    dtype = hidden.dtype
+    with jax.named_scope("lora"):
+        seen = drop_inputs(hidden, lora.dropout, fold_in_name(dropout_key, "lm_head"))
+        low = seen @ leaves["lora_a"].astype(dtype) * scaling
+        gain = None
+        if lora.use_dora:
+            table, vocab_axis = get_unembedding(config, params)
+            gain = dora_gain(
+                table.T if vocab_axis == 0 else table,
+                leaves["lora_a"],
+                leaves["lora_b"],
+                leaves["lora_magnitude"],
+                scaling,
+            )
+        return HeadAdapter(low, leaves["lora_b"].astype(dtype), gain)
+
+
+def add_to_logits(
+    logits: Float32[Array, "B T V"], adapter: HeadAdapter | None
+) -> Float32[Array, "B T V"]:
+    """The adapter's part of logits that are held whole; before any soft cap."""
+    if adapter is None:
+        return logits
+    added = jnp.matmul(adapter.low, adapter.up, preferred_element_type=jnp.float32)
+    logits = logits + added.reshape(logits.shape)
+    return logits if adapter.gain is None else logits * adapter.gain

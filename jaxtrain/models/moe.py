@@ -1,0 +1,165 @@
+"""Mixture of experts: routing, the experts' MLPs, the load-balancing loss.
+
+Pure functions of arrays. E counts experts, K those that a token is sent to, M = B T K
+the copies of tokens that experts see. No token is dropped: copies are sorted by expert,
+and each expert multiplies its own run of rows in one grouped product.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RouterLoad:
+    """How tokens spread over experts: sums, over layers and rows alike.
+
+    `assigned`: tokens sent to each expert. `probability`: what the router gave each, a
+    token's sum being 1. `tokens`: how many were counted; padding is not.
+    """
+
+    assigned: Float32[Array, "*L E"]
+    probability: Float32[Array, "*L E"]
+    tokens: Float32[Array, "*L"]
+
+
+def choose_experts(
+    logits: Float[Array, "B T E"], count: int, *, normalize: bool
+) -> tuple[Float32[Array, "B T E"], Float32[Array, "B T K"], Int32[Array, "B T K"]]:
+    """Router probabilities, and the weights and numbers of the `count` best experts.
+
+    softmax over all experts; with `normalize` the chosen weights sum to 1, as in
+    Mixtral (arXiv:2401.04088), else they keep their probabilities.
+    """
+    probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+    weights, experts = jax.lax.top_k(probabilities, count)
+    if normalize:
+        weights /= weights.sum(axis=-1, keepdims=True)
+    return probabilities, weights, experts
+
+
+def measure_load(
+    probabilities: Float32[Array, "B T E"],
+    experts: Int32[Array, "B T K"],
+    is_token: Bool[Array, "B T"],
+) -> RouterLoad:
+    """One layer's load; where `is_token` is False nothing is counted."""
+    # Sums, not products of matrices: these would be rounded to bfloat16 on a TPU.
+    mask = is_token.astype(jnp.float32)
+    chosen = jax.nn.one_hot(experts, probabilities.shape[-1], dtype=jnp.float32)
+    return RouterLoad(
+        assigned=(chosen.sum(axis=2) * mask[..., None]).sum(axis=(0, 1)),
+        probability=(probabilities * mask[..., None]).sum(axis=(0, 1)),
+        tokens=mask.sum(),
+    )
+
+
+def load_balancing_loss(load: RouterLoad) -> Float32[Array, ""]:
+    """E sum_e f_e P_e (arXiv:2101.03961, equations 4 to 6), as transformers has it.
+
+    f_e is the share of tokens sent to expert e and P_e its mean probability, both over
+    all layers' tokens together. f sums to K, so an even router has the loss K, which is
+    the least that follows from P = f / K. Gradients flow through P only.
+
+    Args:
+        load: of every layer, stacked on the first axis.
+    """
+    tokens = load.tokens.sum()
+    tokens = jnp.where(tokens == 0, 1, tokens)
+    shares = jax.lax.stop_gradient(load.assigned.sum(axis=0) / tokens)
+    means = load.probability.sum(axis=0) / tokens
+    return means.shape[0] * (shares * means).sum()
+
+
+def apply_experts(
+    x: Float[Array, "B T D"],
+    weights: Float[Array, "B T K"],
+    experts: Int[Array, "B T K"],
+    gate_proj: Float[Array, "E D F"],
+    up_proj: Float[Array, "E D F"],
+    down_proj: Float[Array, "E F D"],
+    *,
+    activation: Callable[[Array], Array],
+) -> Float[Array, "B T D"]:
+    """sum_k weight_k down_k(activation(gate_k(x)) * up_k(x)) over a token's experts.
+
+    Every token is independent of the others, and the result is a sum over F; so rows
+    and F may each be split over devices, with every expert's slice at hand.
+    """
+    tokens = x.reshape(-1, x.shape[-1])
+    chosen = experts.reshape(-1)
+    order = jnp.argsort(chosen, stable=True)
+    places = jnp.argsort(order)
+    sizes = jnp.bincount(chosen, length=gate_proj.shape[0]).astype(jnp.int32)
+    copies = experts.shape[-1]
+    rows = _send(tokens, order, places, copies)
+    gate = checkpoint_name(jax.lax.ragged_dot(rows, gate_proj, sizes), "mlp_gate")
+    up = checkpoint_name(jax.lax.ragged_dot(rows, up_proj, sizes), "mlp_up")
+
+    def combine(gate: Array, up: Array) -> Array:
+        return activation(gate) * up
+
+    inner = jax.checkpoint(combine, prevent_cse=False)(gate, up)
+    outputs = jax.lax.ragged_dot(inner, down_proj, sizes)
+    outputs *= weights.reshape(-1)[order, None].astype(outputs.dtype)
+    return _collect(outputs, order, places, copies).reshape(x.shape)
+
+
+# Each of these two is the other's transpose. Left to itself, jax would transpose the
+# first gather into a scatter that adds: slow, and on GPUs in no certain order.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _send(
+    tokens: Float[Array, "N D"],
+    order: Int[Array, "M"],
+    places: Int[Array, "M"],
+    copies: int,
+) -> Float[Array, "M D"]:
+    """`copies` of each token, in the order of their experts."""
+    del places
+    return tokens[order // copies]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _collect(
+    outputs: Float[Array, "M D"],
+    order: Int[Array, "M"],
+    places: Int[Array, "M"],
+    copies: int,
+) -> Float[Array, "N D"]:
+    """The sum over each token's copies, in float32: they may be many."""
+    del order
+    own = outputs[places].reshape(-1, copies, outputs.shape[-1])
+    return own.sum(axis=1, dtype=jnp.float32).astype(outputs.dtype)
+
+
+def _forward(
+    function: Callable[..., Array],
+    rows: Array,
+    order: Array,
+    places: Array,
+    copies: int,
+) -> tuple[Array, tuple[Array, Array]]:
+    return function(rows, order, places, copies), (order, places)
+
+
+def _backward(
+    transpose: Callable[..., Array],
+    copies: int,
+    residuals: tuple[Array, Array],
+    gradient: Array,
+) -> tuple[Array, None, None]:
+    return transpose(gradient, *residuals, copies), None, None
+
+
+_send.defvjp(functools.partial(_forward, _send), functools.partial(_backward, _collect))
+_collect.defvjp(
+    functools.partial(_forward, _collect), functools.partial(_backward, _send)
+)

@@ -1,0 +1,156 @@
+"""Optimizer updates of state that lies in host memory, a layer at a time.
+
+Fetched all at once, the moments would stand beside the gradients just when memory is
+shortest, and offloading would lower no peak. So a loop over the layers brings in one
+layer's part, updates it and puts it back; what is not of a layer (embeddings, head,
+last norm) goes whole. Every optimizer here treats layers as separate matrices, so the
+numbers are the same.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from jaxtrain.types import Params
+
+LAYERS = "layers"
+
+
+def make_streamed_update(
+    optimizer: optax.GradientTransformation, parameters: Any, opt_state: Any
+) -> Callable[[Params, Any, Params, Array | None], tuple[Params, Any]]:
+    """Build `update(grads, opt_state, params, good) -> (params, opt_state)`.
+
+    `good`: where it is False, all stays as it was; None: always good. What comes back
+    lies where it lay.
+
+    Args:
+        parameters, opt_state: shardings of the trained parameters and of the
+            optimizer's state as they are stored, in host memory or on the device.
+    """
+
+    def update(
+        grads: Params, state: Any, params: Params, good: Array | None
+    ) -> tuple[Params, Any]:
+        def step(
+            grads: Params, state: Any, params: Params, layouts: tuple[Any, Any]
+        ) -> tuple[Params, Any]:
+            """Update what is given, in its own memory."""
+            kept, kept_state = layouts
+            params, state = _fetch(params, kept), _fetch(state, kept_state)
+            updates, new_state = optimizer.update(grads, state, params)
+            new_params = optax.apply_updates(params, updates)
+            if good is not None:
+                new_params, new_state = jax.tree.map(
+                    lambda new, old: jnp.where(good, new, old),
+                    (new_params, new_state),
+                    (params, state),
+                )
+            return _store(new_params, kept), _store(new_state, kept_state)
+
+        def part(stacked: bool) -> tuple[Any, ...]:
+            trees = (grads, state, params, parameters, opt_state)
+            g, s, p, *layouts = (_only(tree, stacked) for tree in trees)
+            return g, s, p, tuple(layouts)
+
+        ends, layers = part(False), part(True)
+        new_params: Params = {}
+        new_state = layers[1]
+        if ends[0]:
+            new_params, ends_state = step(*ends)
+        if layers[0]:
+            layer_params, new_state = _by_layer(step, *layers)
+            new_params |= layer_params
+        if not ends[0]:
+            return new_params, new_state
+        return new_params, _join(state, ends_state, new_state)
+
+    return update
+
+
+def _by_layer(
+    step: Callable[..., tuple[Params, Any]],
+    grads: Params,
+    state: Any,
+    params: Params,
+    layouts: tuple[Any, Any],
+) -> tuple[Params, Any]:
+    """`step` on each layer's part of stacked trees, one after the other."""
+    leaves, structure = jax.tree.flatten((params, state))
+    # Step counts and the like belong to no layer: each turn finds the old ones.
+    is_stacked = [
+        any(getattr(key, "key", None) == LAYERS for key in path)
+        for path, _ in jax.tree.leaves_with_path((params, state))
+    ]
+
+    def turn(index: Array, carry: list[Array]) -> list[Array]:
+        def slice_of(x: Array) -> Array:
+            return jax.lax.dynamic_slice_in_dim(x, index, 1)
+
+        given = [
+            slice_of(now) if stacked else before
+            for now, before, stacked in zip(carry, leaves, is_stacked, strict=True)
+        ]
+        layer_params, layer_state = jax.tree.unflatten(structure, given)
+        layer_grads = jax.tree.map(slice_of, grads)
+        done = step(layer_grads, layer_state, layer_params, layouts)
+        return [
+            jax.lax.dynamic_update_slice_in_dim(whole, new, index, 0)
+            if stacked
+            else new
+            for whole, new, stacked in zip(
+                carry, jax.tree.leaves(done), is_stacked, strict=True
+            )
+        ]
+
+    count = jax.tree.leaves(grads)[0].shape[0]
+    return jax.tree.unflatten(structure, jax.lax.fori_loop(0, count, turn, leaves))
+
+
+def _is_parameters(node: Any) -> bool:
+    """A dict as the parameters', in an optimizer's state or at its top."""
+    return isinstance(node, Mapping) and LAYERS in node
+
+
+def _only(tree: Any, stacked: bool) -> Any:
+    """The part of every such dict that is of layers, or all else of it."""
+
+    def choose(node: Any) -> Any:
+        if not _is_parameters(node):
+            return node
+        return {k: v for k, v in node.items() if (k == LAYERS) == stacked}
+
+    return jax.tree.map(choose, tree, is_leaf=_is_parameters)
+
+
+def _join(state: Any, ends: Any, layers: Any) -> Any:
+    """Undo `_only` on a state."""
+
+    def join(node: Any, end: Any, layer: Any) -> Any:
+        return {**end, **layer} if _is_parameters(node) else layer
+
+    return jax.tree.map(join, state, ends, layers, is_leaf=_is_parameters)
+
+
+def _fetch(tree: Any, layouts: Any) -> Any:
+    """Into device memory, what is not there."""
+    return jax.tree.map(_move, tree, layouts)
+
+
+def _move(x: Array, layout: Any) -> Array:
+    if layout.memory_kind != "pinned_host":
+        return x
+    return jax.device_put(x, layout.with_memory_kind("device"))
+
+
+def _store(tree: Any, layouts: Any) -> Any:
+    """Back into host memory, what belongs there."""
+
+    def store(x: Array, layout: Any) -> Array:
+        return jax.device_put(x, layout) if layout.memory_kind == "pinned_host" else x
+
+    return jax.tree.map(store, tree, layouts)

@@ -1,0 +1,197 @@
+"""A frozen base in few bits: NF4 or int8 by blocks, as QLoRA keeps it.
+
+A kernel W [in out] is cut into blocks of inputs, 64 by default, of each output. A block
+is kept as its largest magnitude s (float32) and a code c for each entry, W ~ s v(c)
+(arXiv:2305.14314, section 3). NF4: v are the 16 values of that paper's appendix E, two
+codes to a byte, 4.5 bits an entry in all. int8: v(c) = c / 127.5, 8.5 bits.
+
+In a parameter tree `kernel_codes` and `kernel_scales` stand in place of `kernel`: plain
+arrays, which scans, checkpoints and meshes take as any other. Qwix chooses the codes;
+reading them needs no extra package.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int
+
+CODES, SCALES = "kernel_codes", "kernel_scales"
+KINDS = ("nf4", "int8")
+BLOCK_SIZE = 64
+# Quantiles of a normal distribution, with an exact 0 and symmetric ends.
+NF4_VALUES = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
+    0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023,
+    1.0,
+)  # fmt: skip
+
+Codes = Int[Array, "*L C O"]  # C: inputs, two to a byte under NF4
+Scales = Float32[Array, "*L N O"]  # N blocks of inputs
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantization:
+    """How kernels are kept: `kind` is one of KINDS, `block_size` inputs share a scale.
+
+    Raises:
+        ValueError: no such kind, or an odd block under NF4.
+    """
+
+    kind: str
+    block_size: int = BLOCK_SIZE
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(
+                f"quantization = {self.kind!r} is unknown: choose {' or '.join(KINDS)}"
+            )
+        if self.block_size < 2 or self.block_size % 2:
+            raise ValueError(
+                f"quantization_block_size = {self.block_size} must be even and above 0"
+            )
+
+
+def check_installed() -> None:
+    """Raise where Qwix is missing, with the command that brings it.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    if importlib.util.find_spec("qwix") is None:
+        raise ValueError(
+            "training.lora.quantization needs the package qwix: pip install"
+            " 'jaxtrain[qlora]', or pip install 'qwix>=0.1.5'"
+        )
+
+
+def quantize(kernel: Float[Array, "*L I O"], how: Quantization) -> tuple[Codes, Scales]:
+    """Codes and scales of kernels. Traceable; temporaries are of one layer.
+
+    Raises:
+        ValueError: the block does not divide the inputs.
+    """
+    import qwix  # an extra; `check_installed` says how to get it
+
+    width_in = kernel.shape[-2]
+    if width_in % how.block_size:
+        raise ValueError(
+            f"quantization_block_size = {how.block_size} does not divide the"
+            f" {width_in} inputs of a kernel: choose a divisor"
+        )
+
+    def quantize_one(matrix: Array) -> tuple[Array, Array]:
+        quantized = qwix.quantize(
+            matrix.astype(jnp.float32),
+            "nf4" if how.kind == "nf4" else jnp.int8,
+            channelwise_axes=(1,),
+            tiled_axes={0: how.block_size},
+        )
+        codes = quantized.qvalue
+        if how.kind == "nf4":
+            codes = codes.astype(jnp.uint8)
+            codes = codes[0::2] | (codes[1::2] << 4)
+        return codes, quantized.scale
+
+    if kernel.ndim == 2:
+        return quantize_one(kernel)
+    return jax.lax.map(quantize_one, kernel)
+
+
+def dequantize(codes: Codes, scales: Scales) -> Float32[Array, "*L I O"]:
+    """The kernels that codes and scales stand for."""
+    if codes.dtype == jnp.uint8:
+        pairs = jnp.stack([codes & 15, codes >> 4], axis=-2)
+        values = _look_up(pairs.reshape(kernel_shape(codes)))
+    else:
+        values = codes.astype(jnp.float32)
+    *layers, blocks, width_out = scales.shape
+    split = values.reshape(*layers, blocks, -1, width_out)
+    return (split * scales[..., None, :]).reshape(values.shape)
+
+
+def _look_up(codes: Int[Array, "*dims"]) -> Float32[Array, "*dims"]:
+    """NF4's values, by halving the table four times: no gather: TPUs are slow at it."""
+    values: list[Any] = [jnp.float32(value) for value in NF4_VALUES]
+    for bit in range(4):
+        is_odd = (codes >> bit) & 1 == 1
+        values = [
+            jnp.where(is_odd, high, low)
+            for low, high in zip(values[::2], values[1::2], strict=True)
+        ]
+    return values[0]
+
+
+def kernel_shape(codes: Any) -> tuple[int, ...]:
+    """The shape [... in out] of what `codes`, or anything with its shape, stand for."""
+    *layers, rows, width_out = codes.shape
+    return *layers, rows * (2 if codes.dtype == jnp.uint8 else 1), width_out
+
+
+def multiply(
+    x: Float[Array, "*B I"], codes: Codes, scales: Scales
+) -> Float[Array, "*B O"]:
+    """x W, in the type of x. W is made anew in the backward pass, never kept."""
+
+    def product(x: Array, codes: Array, scales: Array) -> Array:
+        return x @ dequantize(codes, scales).astype(x.dtype)
+
+    return jax.checkpoint(product, prevent_cse=False)(x, codes, scales)
+
+
+# --- whole trees -------------------------------------------------------------------
+
+
+def is_quantized(tree: Mapping[str, Any]) -> bool:
+    """Whether any kernel of a parameter tree is kept as codes."""
+    return CODES in tree or any(
+        is_quantized(below) for below in tree.values() if isinstance(below, Mapping)
+    )
+
+
+def is_kept(path: Any) -> bool:
+    """Whether a leaf is of a quantized kernel, whose types have a meaning."""
+    return path[-1].key in (CODES, SCALES)
+
+
+def quantize_tree(
+    params: Mapping[str, Any], modules: Collection[str], how: Quantization
+) -> dict[str, Any]:
+    """The same tree with the kernels of `modules` (paths within a layer) as codes.
+
+    They leave `params`' own dicts one at a time, so that each can be freed.
+    """
+
+    def convert(tree: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
+        made = {}
+        for name in list(tree):
+            if isinstance(tree[name], dict):
+                made[name] = convert(tree[name], (*path, name))
+            elif name == "kernel" and ".".join(path) in modules:
+                parts = quantize_on_device(tree.pop(name), how)
+                made |= dict(zip((CODES, SCALES), parts, strict=True))
+            else:
+                made[name] = tree[name]
+        return made
+
+    return {**params, "layers": convert(params["layers"], ())}
+
+
+@functools.partial(jax.jit, static_argnames="how")
+def quantize_on_device(
+    kernel: Float[Array, "*L I O"], how: Quantization
+) -> tuple[Codes, Scales]:
+    """`quantize`, compiled."""
+    return quantize(kernel, how)
+
+
+@jax.jit
+def dequantize_on_device(codes: Codes, scales: Scales) -> Float32[Array, "*L I O"]:
+    """`dequantize`, compiled."""
+    return dequantize(codes, scales)

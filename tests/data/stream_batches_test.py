@@ -1,0 +1,389 @@
+"""Streamed batches: every row, exact resume anywhere, mixtures, bad rows, processes."""
+
+import json
+import logging
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxtrain.data.pipeline import make_eval_iterator, make_train_iterator
+from jaxtrain.data.prepare import prepare
+from jaxtrain.data.stream_batches import (
+    BadRowsError,
+    StreamIterator,
+    StreamRows,
+    join_states,
+    prepare_stream,
+)
+from jaxtrain.data.stream_source import open_stream
+
+COUNT = 29
+STEPS = 9
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rows")
+    for name, text in (("text", "row"), ("other", "other")):
+        rows = [{"text": f"{text} {i} " + "the dog " * (i % 5)} for i in range(COUNT)]
+        write(folder / f"{name}.jsonl", rows)
+    pairs = [
+        {
+            "prompt": f"{i}: ",
+            "chosen": "the dog " * (1 + i % 3),
+            "rejected": "fox" * (i % 4),
+        }
+        for i in range(COUNT)
+    ]
+    write(folder / "preference.jsonl", pairs)
+    return folder
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def stream(small, *paths, weights=None, **options):
+    rows = StreamRows(
+        tuple(open_stream(str(path)) for path in paths), weights or (1.0,) * len(paths)
+    )
+    defaults = {"objective": "next_token", "max_length": 64, "window_rows": 5}
+    defaults["shuffle_buffer_size"] = 12
+    return prepare_stream(rows, small, **(defaults | options))
+
+
+def iterate(data, **options):
+    defaults = {"num_steps": STEPS, "micro_batch_rows": 4, "seed": 7, "shares": 2}
+    return StreamIterator(data, **(defaults | options))
+
+
+def as_bytes(batch):
+    return b"".join(
+        as_bytes(value) if isinstance(value, dict) else value.tobytes()
+        for _, value in sorted(batch.items())
+    )
+
+
+def read(iterator):
+    try:
+        return [as_bytes(batch) for batch in iterator]
+    finally:
+        iterator.close()
+
+
+def texts(small, batches):
+    """The documents of batches, in order."""
+    found = []
+    for batch in batches:
+        tokens = batch["tokens"].reshape(-1, batch["tokens"].shape[-1])
+        segments = batch["segment_ids"].reshape(tokens.shape)
+        for row, ids in zip(tokens, segments, strict=True):
+            for segment in range(1, ids.max() + 1):
+                text = small.decode(row[ids == segment], skip_special_tokens=True)
+                found.append(text)
+    return found
+
+
+def test_without_shuffling_rows_come_in_order_epoch_after_epoch(small, folder):
+    data = stream(small, folder / "text.jsonl")
+    batches = iterate(data, shuffle=False, shares=1, accumulation_steps=2)
+    first = next(batches)
+    assert {a.shape for a in first.values()} == {(2, 4, 64)}
+    found = texts(small, [first, *batches])
+    numbers = [int(text.split()[1]) for text in found]
+    assert numbers == [i % COUNT for i in range(8 * STEPS)]
+    assert batches.epochs_done(STEPS) == 8 * STEPS // COUNT
+    batches.close()
+
+
+@pytest.mark.parametrize("packing", [None, "bfd"])
+@pytest.mark.parametrize("shares", [1, 2])
+def test_every_epoch_has_every_row_once_in_an_order_of_its_own(
+    small, folder, packing, shares
+):
+    """Share by share, in the order in which its columns come."""
+    data = stream(small, folder / "text.jsonl", packing=packing)
+    batches = iterate(data, shares=shares, num_steps=45 // shares)
+    columns = [[] for _ in range(shares)]
+    for batch in batches:
+        for share, part in enumerate(np.split(batch["tokens"], shares, axis=1)):
+            ids = np.split(batch["segment_ids"], shares, axis=1)[share]
+            columns[share] += texts(small, [{"tokens": part, "segment_ids": ids}])
+    batches.close()
+    for epoch in range(2):
+        seen = []
+        for share, column in enumerate(columns):
+            sizes = [len(range((s - e) % shares, COUNT, shares))
+                     for e in range(3) for s in [share]]  # fmt: skip
+            start = sum(sizes[:epoch])
+            seen += column[start : start + sizes[epoch]]
+        assert sorted(int(text.split()[1]) for text in seen) == list(range(COUNT))
+        assert seen != sorted(seen, key=lambda text: int(text.split()[1]))
+    assert columns[0][:10] != columns[0][COUNT // shares :][:10]
+
+
+@settings(max_examples=12)
+@given(
+    stop=st.integers(0, STEPS),
+    window=st.integers(1, 12),
+    buffer=st.integers(1, 40),
+    shares=st.sampled_from([1, 2, 4]),
+    shuffle=st.booleans(),
+    kind=st.sampled_from(
+        ["text", "packed", "mixture", "preference", "pairs", "shared", "kto"]
+    ),
+    prefetch=st.integers(1, 3),
+)
+def test_a_resumed_stream_gives_the_same_bytes(
+    small, folder, stop, window, buffer, shares, shuffle, kind, prefetch
+):
+    options = {"window_rows": window, "shuffle_buffer_size": buffer}
+    paths, weights = [folder / "text.jsonl"], None
+    if kind == "mixture":
+        paths, weights = [*paths, folder / "other.jsonl"], (1.0, 3.0)
+    options["share_prompts"] = kind == "shared"
+    if kind in ("preference", "pairs", "shared", "kto"):
+        paths = [folder / "preference.jsonl"]
+        options["objective"] = "labeled" if kind == "kto" else "preference"
+    if kind in ("packed", "mixture", "pairs", "shared"):
+        options["packing"] = "bfd"
+    data = stream(small, *paths, weights=weights, **options)
+    made = {"shares": shares, "shuffle": shuffle, "accumulation_steps": 2}
+    whole = read(iterate(data, **made))
+    interrupted = iterate(data, prefetch=prefetch, **made)
+    for _ in range(stop):
+        next(interrupted)
+    state = json.loads(json.dumps(interrupted.get_state()))
+    resumed = iterate(data, **made)
+    resumed.set_state(state)
+    assert resumed.get_state() == state
+    assert len(resumed) == STEPS - stop
+    assert read(resumed) == whole[stop:]
+    assert read(interrupted) == whole[stop:]
+    assert resumed.get_state() == interrupted.get_state()
+    # Also going back to a state that an iterator kept, once it has read on.
+    interrupted.set_state(interrupted.get_state(max(stop, STEPS - 1)))
+    assert read(interrupted) == whole[max(stop, STEPS - 1) :]
+
+
+@pytest.mark.slow
+def test_worker_processes_change_nothing(small, folder):
+    data = stream(small, folder / "text.jsonl", packing="bfd")
+    whole = read(iterate(data))
+    none = iterate(data)
+    found = [as_bytes(next(none)) for _ in range(3)]
+    two = iterate(data, num_workers=2)
+    two.set_state(none.get_state())
+    found += [as_bytes(next(two)) for _ in range(3)]
+    none.set_state(two.get_state())
+    two.close()
+    assert found + read(none) == whole
+
+
+def test_batches_do_not_depend_on_the_number_of_processes(small, folder):
+    """And a run of two processes goes on as one of four."""
+    data = stream(small, folder / "text.jsonl", packing="bfd")
+
+    def process(index, count):
+        return iterate(
+            data, shares=4, micro_batch_rows=8 // count,
+            process_index=index, process_count=count,
+        )  # fmt: skip
+
+    whole = list(process(0, 1))
+    two = [process(index, 2) for index in range(2)]
+    for step in range(4):
+        halves = [next(half)["tokens"] for half in two]
+        np.testing.assert_array_equal(
+            np.concatenate(halves, axis=1), whole[step]["tokens"]
+        )
+    states = json.loads(json.dumps([half.get_state() for half in two]))
+    with pytest.raises(ValueError, match=r"no share \[2, 3\]"):
+        process(1, 2).set_state(states[0])
+    four = [process(index, 4) for index in range(4)]
+    for quarter in four:
+        quarter.set_state(join_states(states))
+    for step in range(4, STEPS):
+        quarters = [next(quarter)["tokens"] for quarter in four]
+        np.testing.assert_array_equal(
+            np.concatenate(quarters, axis=1), whole[step]["tokens"]
+        )
+    for iterator in (*two, *four):
+        iterator.close()
+    with pytest.raises(ValueError, match="different data positions"):
+        join_states([states[0], states[1] | {"next_step": 5}])
+
+
+def test_a_window_as_large_as_the_data_gives_the_rows_of_data_in_memory(small, folder):
+    """Tokens, masks, targets, positions: those of `prepare`, in another order."""
+    rows = [json.loads(line) for line in (folder / "text.jsonl").open()]
+    options = {"objective": "next_token", "max_length": 64, "packing": "bfd"}
+    prepared = prepare(rows, small, **options, pad_to="max_length")
+    expected = list(make_eval_iterator(prepared, micro_batch_rows=1))
+    data = stream(small, folder / "text.jsonl", packing="bfd", window_rows=100)
+    batches = iterate(
+        data, shares=1, micro_batch_rows=1, shuffle=False, num_steps=len(prepared)
+    )
+    assert sorted(read(batches)) == sorted(as_bytes(batch) for batch in expected)
+
+
+def test_packed_pairs_have_one_shape_and_are_whole(small, folder):
+    data = stream(
+        small, folder / "preference.jsonl", objective="preference", packing="bfd",
+        window_rows=10,
+    )  # fmt: skip
+    batches = list(iterate(data, shares=1, num_steps=4))
+    assert {batch["pair_ids"].shape for batch in batches} == {(1, 4, 4)}
+    for batch in batches:
+        pairs = (batch["pair_ids"] > 0).sum(-1)
+        for side in ("chosen", "rejected"):
+            np.testing.assert_array_equal(batch[side]["segment_ids"].max(-1), pairs)
+    assert max((batch["pair_ids"] > 0).sum(-1).max() for batch in batches) == 4
+
+
+def test_a_mixture_has_its_weights_and_its_sources_go_round_by_themselves(
+    small, folder
+):
+    data = stream(
+        small, folder / "text.jsonl", folder / "other.jsonl", weights=(1.0, 3.0)
+    )
+    batches = iterate(data, num_steps=40)
+    found = texts(small, batches)
+    batches.close()
+    for end in (40, 100, 160):  # any run of rows has the shares, and both mix
+        other = sum(text.startswith("other") for text in found[:end])
+        assert other == pytest.approx(0.75 * end, abs=4)
+    for name, share in (("row", 40), ("other", 120)):
+        numbers = [int(t.split()[1]) for t in found if t.startswith(name)]
+        assert len(numbers) == pytest.approx(share, abs=2)
+        counts = np.bincount(numbers, minlength=COUNT)
+        assert counts.max() - counts.min() <= 2  # two shares, each on its own way
+
+
+def test_only_a_block_is_read_ahead_and_the_state_does_not_grow(small, tmp_path):
+    path = tmp_path / "long.jsonl"
+    write(path, [{"text": f"row {i}"} for i in range(20_000)])
+    states = []
+    for buffer in (50, 5000):
+        data = stream(small, path, shuffle_buffer_size=buffer)
+        batches = iterate(data, shares=1)
+        next(batches)
+        state = batches.get_state()
+        batches.close()
+        states.append(len(json.dumps(state)))
+        (reader,) = state["lanes"]["0"]["readers"]
+        assert reader["counts"]["rows"] < 20
+        assert reader["blocks"]["at"] is None  # the first block
+    assert abs(states[0] - states[1]) < 10 and states[0] < 1000
+    # A later position is a byte offset: nothing before it is read again.
+    lines = path.read_text().splitlines(keepends=True)
+    data = stream(small, path, shuffle_buffer_size=50)
+    batches = iterate(data, shares=1, num_steps=200)
+    expected = [as_bytes(batch) for batch in batches]
+    state = batches.get_state(190)
+    batches.close()
+    at = state["lanes"]["0"]["readers"][0]["blocks"]["at"]["position"]
+    assert at[1] > 700 and at[0] == len("".join(lines[: at[1]]))
+    spoilt = "".join("x" * (len(line) - 1) + "\n" for line in lines[: at[1]])
+    rest = "".join(lines[at[1] :])
+    data = stream(small, path, shuffle_buffer_size=50)
+    path.write_text(spoilt + rest)
+    resumed = iterate(data, shares=1, num_steps=200)
+    resumed.set_state(state)
+    assert read(resumed) == expected[190:]
+
+
+def test_bad_rows_are_errors_with_file_line_and_reason(small, tmp_path):
+    path = tmp_path / "bad.jsonl"
+    rows = [json.dumps({"text": f"row {i}"}) for i in range(20)]
+    rows[13] = '{"text": 3}'
+    rows[14] = '{"text"'
+    path.write_text("\n".join(rows))
+    batches = iterate(stream(small, path), shares=1, shuffle=False)
+    next(batches), next(batches)
+    expected = (
+        r"2 rows .*bad.jsonl line 14: text is 3, expected a string.*"
+        r"bad.jsonl line 15: is not JSON.*'skip'"
+    )
+    with pytest.raises(BadRowsError, match=expected):
+        next(batches)
+    with pytest.raises(BadRowsError):
+        next(batches)
+    batches.close()
+
+
+def test_skipped_rows_are_counted_once_whatever_is_restored(small, tmp_path, caplog):
+    path = tmp_path / "bad.jsonl"
+    write(path, [{"text": f"row {i}"} if i % 10 else {"text": None} for i in range(40)])
+    data = stream(small, path, on_bad_row="skip", packing="bfd")
+    options = {"shares": 1, "micro_batch_rows": 1, "num_steps": 8, "shuffle": False}
+    with caplog.at_level(logging.INFO, "jaxtrain"):
+        batches = iterate(data, **options)
+        found = texts(small, batches)
+        state = batches.get_state(3)
+        end = batches.get_state()["lanes"]["0"]["readers"][0]
+        batches.close()
+    assert "row 0" not in found and "row 10" not in found and "row 11" in found
+    assert "skipped: bad.jsonl line 1: text is None, expected a string" in caplog.text
+    assert "stream so far: 5 rows (1 bad" in caplog.text
+    assert "stream so far: 40 rows (4 bad, 0 dropped, 0 truncated)" in caplog.text
+    assert "filled" in caplog.text
+    resumed = iterate(data, **options)
+    resumed.set_state(state)
+    list(resumed)
+    assert resumed.get_state()["lanes"]["0"]["readers"][0] == end
+    resumed.close()
+
+
+def test_rows_without_anything_to_train_on_end_the_run(small, tmp_path):
+    path = tmp_path / "none.jsonl"
+    write(path, [{"prompt": "the dog " * 50, "completion": "x"}] * 9)
+    batches = iterate(stream(small, path, on_bad_row="skip"), shares=1)
+    with pytest.raises(ValueError, match=r"whole epoch of .* has no usable row .0 bad"):
+        next(batches)
+    batches.close()
+    write(path, [{"text": "alone"}])
+    batches = iterate(stream(small, path))
+    with pytest.raises(ValueError, match=r"no row for share . of 2"):
+        next(batches)
+    batches.close()
+
+
+def test_other_data_other_settings_and_rows_of_another_kind_are_refused(small, folder):
+    state = iterate(stream(small, folder / "text.jsonl")).get_state()
+    with pytest.raises(ValueError, match="seed was 7 and is 8"):
+        iterate(stream(small, folder / "text.jsonl"), seed=8).set_state(state)
+    with pytest.raises(ValueError, match="fingerprint was"):
+        iterate(stream(small, folder / "other.jsonl")).set_state(state)
+    rows = [{"text": "in memory"}] * 4
+    prepared = prepare(rows, small, objective="next_token", max_length=64)
+    in_memory = make_train_iterator(prepared, micro_batch_rows=4, num_steps=2)
+    with pytest.raises(ValueError, match="cannot resume the data order"):
+        in_memory.set_state(state)
+    with pytest.raises(ValueError, match="cannot resume the data order"):
+        iterate(stream(small, folder / "text.jsonl")).set_state(in_memory.get_state())
+    with pytest.raises(
+        ValueError, match=r"text.jsonl: the preference objective cannot"
+    ):
+        stream(small, folder / "text.jsonl", objective="preference")
+    with pytest.raises(ValueError, match="behind step 3 is not kept"):
+        iterate(stream(small, folder / "text.jsonl")).get_state(3)
+    for options, message in (
+        ({"shares": 3}, "shares=3 must"),
+        ({"num_workers": -1}, "num_workers=-1"),
+        ({"seed": -1}, "seed=-1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            iterate(stream(small, folder / "text.jsonl"), **options)
+
+
+def test_closing_leaves_no_thread(small, folder):
+    before = threading.active_count()
+    batches = iterate(stream(small, folder / "text.jsonl"), num_steps=1000)
+    next(batches)
+    assert threading.active_count() > before
+    batches.close()
+    assert threading.active_count() == before

@@ -1,0 +1,121 @@
+"""Whole runs on streamed rows: they learn, stop, resume bit-exactly, and refuse."""
+
+import json
+import pathlib
+import sys
+import threading
+
+import datasets
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from jaxtrain.config import ConfigError, default_config, resolve
+from jaxtrain.loop import Loop
+from jaxtrain.trainer import TrainingOrchestrator
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+from runs import tiny_config, train
+
+TIMES = ("time", "_per_sec", "_secs", "_share", "_gib", "mfu")
+
+
+def streaming_config(training_type, **training):
+    settings = {"save_steps": 2, "max_steps": 6} | training
+    config = tiny_config(training_type, **settings)
+    config.data.streaming = True
+    config.data.shuffle_buffer_size, config.data.stream_window_rows = 16, 4
+    return config
+
+
+def records(workdir):
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [
+        {k: v for k, v in json.loads(line).items() if not k.endswith(TIMES)}
+        for line in lines
+    ]
+
+
+def weights(workdir):
+    return safetensors.numpy.load_file(workdir / "model" / "model.safetensors")
+
+
+def test_a_run_that_dies_and_resumes_is_the_run_that_did_not(tmp_path, monkeypatch):
+    """Packed text, shares of two devices, into the second epoch."""
+    config = streaming_config("from_scratch", num_gpus=2)
+    config.data.max_train_rows = 8
+    whole = train(config, tmp_path / "whole")
+    assert whole["global_step"] == 6 and np.isfinite(whole["final_loss"])
+    assert whole["epoch"] >= 1
+    log = Loop.log
+
+    def log_or_die(self):
+        log(self)
+        if self.step == 5:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Loop, "log", log_or_die)
+        train(config, tmp_path / "killed")
+    assert not (tmp_path / "killed" / "model").exists()
+    names = [thread.name for thread in threading.enumerate()]
+    assert "jaxtrain-stream" not in names, "an error must stop the reading too"
+    train(config, tmp_path / "killed")
+    assert records(tmp_path / "killed") == records(tmp_path / "whole")
+    for name, value in weights(tmp_path / "whole").items():
+        np.testing.assert_array_equal(weights(tmp_path / "killed")[name], value)
+
+
+def test_an_iterable_dataset_is_a_stream(tmp_path):
+    """Here of preference pairs, several a row."""
+    rows = [
+        {"prompt": f"{i} and", "chosen": f" {i + 1}", "rejected": " no"}
+        for i in range(20)
+    ]
+    stream = datasets.Dataset.from_list(rows).to_iterable_dataset()
+    config = streaming_config("dpo", max_steps=2, save_steps=0, save_final_model=False)
+    config.data.packing = True
+    results = train(config, tmp_path, train_dataset=stream)
+    assert results["global_step"] == 2
+    orchestrator = TrainingOrchestrator(config)
+    orchestrator.prepare()
+    with pytest.raises(ValueError, match="evaluation rows are a stream"):
+        orchestrator.prepare_data(rows, stream)
+    config.data.streaming = False
+    orchestrator.prepare()
+    with pytest.raises(ValueError, match="an IterableDataset is a stream; set it true"):
+        orchestrator.prepare_rows(stream)
+
+
+def test_what_needs_all_rows_is_refused_all_at_once():
+    config = default_config()
+    config.data.streaming = True
+    config.training.training_type = "dpo"
+    config.training.dpo.precompute_ref_log_probs = True
+    config.training.curriculum.enabled = True
+    config.training.early_stopping_patience = 2
+    with pytest.raises(ConfigError) as refused:
+        resolve(config)
+    text = str(refused.value)
+    for problem in (
+        "data.streaming = True: the length of a stream is not known",
+        "set training.max_steps",
+        "training.curriculum.enabled = True: a curriculum chooses among all rows",
+        "training.dpo.precompute_ref_log_probs = True: it scores all rows before",
+        "training.eval_steps = None: a stream has no known epoch",
+    ):
+        assert problem in text
+
+
+def test_what_a_stream_changes_is_said():
+    config = default_config()
+    config.data.shuffle_buffer_size = 5
+    assert "data.shuffle_buffer_size = 5 has no effect: data.streaming is false" in (
+        resolve(config).notes
+    )
+    config.data.streaming = True
+    config.training.max_steps = 3
+    notes = "\n".join(resolve(config).notes)
+    assert "shuffle_buffer_size" not in notes
+    assert "training.save_steps is unset: with data.streaming only at the end" in notes
+    assert "data.cache = True keeps evaluation rows only" in notes
