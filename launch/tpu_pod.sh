@@ -45,7 +45,9 @@ create() {
   done
   local archive
   archive=$(mktemp --suffix=.tar.gz)
-  tar --exclude=.git --exclude=.cache --exclude=out -czf "$archive" -C "$SOURCE" .
+  # Without what is made here: environments of gigabytes, caches, results.
+  tar --exclude='./.*' --exclude=./out --exclude=./build --exclude=./dist \
+    --exclude=__pycache__ --exclude='*.egg-info' -czf "$archive" -C "$SOURCE" .
   gcloud compute tpus tpu-vm scp "$archive" "$NAME:jaxtrain.tar.gz" \
     "${WHERE[@]}" --worker=all
   rm "$archive"

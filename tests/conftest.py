@@ -38,11 +38,61 @@ settings.register_profile("jaxtrain", deadline=None, max_examples=20, derandomiz
 settings.load_profile("jaxtrain")
 
 
+# The longest tests, most of them variants of what another shows, together a third of
+# all the time: CI has 25 minutes. JAXTRAIN_TEST_ALL=1 runs them too.
+THOROUGH = (
+    "assets_test.py::test_a_rebuild_gives_the_same_bytes",
+    "context_test.py::test_losses_gradients_and_weights_are_those_of_one_device[dpo",
+    "context_test.py::test_losses_gradients_and_weights_are_those_of_one_device[from",
+    "context_test.py::test_losses_gradients_and_weights_are_those_of_one_device[lora",
+    "curriculum_test.py::test_a_resumed_run_takes_its_difficulties",
+    "curriculum_test.py::test_the_models_own_loss_puts_easy_rows_first",
+    "curriculum_test.py::test_the_step_compiles_at_most_once_a_bucket[from_scratch]",
+    "data/stream_batches_test.py::test_worker_processes_change_nothing",
+    "diagnostics_test.py::test_a_run_that_only_skips_ends",
+    "diagnostics_test.py::test_a_spike_is_skipped_or_stops_the_run",
+    "launch_test.py::test_the_notebook_runs_in_a_shortened_form",
+    "main_test.py::test_every_config_runs_to_the_end[from_scratch]",
+    "main_test.py::test_every_config_runs_to_the_end[lora]",
+    "main_test.py::test_every_config_runs_to_the_end[sft]",
+    "main_test.py::test_a_yaml_file_in_the_documented_form_runs",
+    "moe_test.py::test_dpo_with_adapters_over_a_mesh_logs_the_router_loss",
+    "moe_test.py::test_loss_and_next_weights_are_the_same_on_a_mesh_of_eight[lora",
+    "multihost_test.py",
+    "objective_key_test.py::test_an_own_loss_is_named_with_its_arguments",
+    "objective_key_test.py::test_an_own_loss_of_pairs_gets_the_reference",
+    "packed_pairs_test.py::test_a_packed_run_trains_on_every_pair",
+    "preemption_test.py::test_the_log_has_the_goodput_and_it_survives_a_restart",
+    "quantization_test.py::test_a_resumed_run_ends_at_the_same_bits",
+    "quantization_test.py::test_the_dpo_reference_is_the_quantized_base_on_any_mesh",
+    "samples_test.py::test_a_model_split_over_devices_scores_and_generates_the_same",
+    "streaming_test.py::test_an_iterable_dataset_is_a_stream",
+    "trainer_test.py::test_a_run_on_eight_devices_equals_one_on_one[lora]",
+    "trainer_test.py::test_a_synced_reference_follows_the_policy",
+    "trainer_test.py::test_resume_after_sigkill_is_bit_exact[sft]",
+    "trl_training_test.py::test_a_mixture_of_experts_logs_and_learns_what_trl_does[lora",
+    "trl_training_test.py::test_a_pissa_run_exports",
+    "trl_training_test.py::test_an_adapter_trains_on_as_in_trl[lora-dpo",
+    "trl_training_test.py::test_twenty_steps_log_and_learn_what_trl_does[llama-dpo]",
+    "trl_training_test.py::test_twenty_steps_log_and_learn_what_trl_does[llama-lora-sft]",
+    "trl_training_test.py::test_twenty_steps_log_and_learn_what_trl_does[qwen2-lora-dpo]",
+    "trl_training_test.py::test_twenty_steps_log_and_learn_what_trl_does[qwen2-sft]",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     skip_gpu = pytest.mark.skip(reason="needs JAXTRAIN_TEST_PLATFORM=cuda and a GPU")
     for item in items:
         if "gpu" in item.keywords and _PLATFORM == "cpu":
             item.add_marker(skip_gpu)
+    if not os.environ.get("JAXTRAIN_TEST_ALL"):
+        skip = pytest.mark.skip(reason="takes long: JAXTRAIN_TEST_ALL=1 runs it")
+        for item in items:
+            if item.nodeid.removeprefix("tests/").startswith(THOROUGH):
+                item.add_marker(skip)
+    # Files of long tests first, so that no worker is left alone with one at the end.
+    long_files = {item.path for item in items if "slow" in item.keywords}
+    items.sort(key=lambda item: item.path not in long_files)
 
 
 @pytest.fixture(scope="session")

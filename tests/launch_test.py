@@ -36,7 +36,11 @@ def fake_gcloud(folder, body):
 
 
 def test_tpu_pod_creates_installs_and_runs_on_every_host(tmp_path):
-    fake_gcloud(tmp_path, 'case "$*" in *describe*) echo ACTIVE ;; esac')
+    fake_gcloud(
+        tmp_path,
+        'case "$*" in *describe*) echo ACTIVE ;;'
+        f' *scp*) tar -tzf "$5" > {tmp_path}/sent ;; esac',
+    )
     environment = {
         "PATH": f"{tmp_path}:/usr/bin:/bin",
         "HOME": str(tmp_path),
@@ -61,6 +65,9 @@ def test_tpu_pod_creates_installs_and_runs_on_every_host(tmp_path):
     assert "queued-resources create jaxtrain --project=p --zone=z" in created
     assert "--accelerator-type=v5litepod-16" in created and "--spot" in created
     assert created.count("--worker=all") == 3  # copy, gcsfuse, pip
+    sent = (tmp_path / "sent").read_text().splitlines()
+    assert {"./pyproject.toml", "./jaxtrain/main.py", "./configs/dpo.py"} <= {*sent}
+    assert not [path for path in sent if "/." in path]  # no environment, no cache
     ran = call("run", "--config=configs/dpo.py", "--config.model.revision=a b")
     assert "JAXTRAIN_DISTRIBUTED=1 python3 -m jaxtrain.main" in ran
     assert r"--config=configs/dpo.py --config.model.revision=a\ b" in ran
@@ -141,8 +148,16 @@ def test_the_notebook_runs_in_a_shortened_form(tmp_path, monkeypatch, capsys):
     assert sum("STEPS = 80" in cell for cell in cells) == 1
     monkeypatch.chdir(tmp_path)
     names: dict = {"__name__": "notebook"}
+    shorter = {
+        "STEPS = 80": "STEPS = 2",
+        "config.data.max_length = 192\n": "config.data.max_length = 192\n"
+        "    config.data.max_train_rows, config.data.max_eval_rows = 64, 16\n",
+        '_batch_size": 16': '_batch_size": 4',
+    }
     for cell in cells:
-        exec(compile(cell.replace("STEPS = 80", "STEPS = 2"), "cell", "exec"), names)
+        for long, short in shorter.items():
+            cell = cell.replace(long, short)
+        exec(compile(cell, "cell", "exec"), names)
     printed = capsys.readouterr().out
     assert printed.count("BEFORE") == 6 and printed.count("AFTER") == 6
     for run in ("sft", "lora", "dpo"):

@@ -3,19 +3,21 @@
 #   bash tests/run.sh [pytest arguments]
 # PYTHON: interpreter (python3). VENV: environment to make or reuse (.venv).
 # PEERS=0: without torch, transformers' models, peft and trl; their parity tests skip.
+# JAXTRAIN_TEST_ALL=1: the longest tests too (10 minutes more), and with libtpu (200 MB),
+# which compiles for TPUs that are not here.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-python3}
 VENV=${VENV:-.venv}
 PEERS=${PEERS:-1}
+ALL=${JAXTRAIN_TEST_ALL:-}
 
 "$PYTHON" -m venv "$VENV"
 if [ "$PEERS" = 1 ]; then
     # First and by exact version: other requests for torch pull gigabytes of CUDA.
     "$VENV/bin/pip" install --quiet torch==2.13.0
-    # tpu: libtpu compiles for TPUs that are not here (200 MB, seconds to install).
-    "$VENV/bin/pip" install --quiet -e '.[metrics,test,peers,tpu]'
+    "$VENV/bin/pip" install --quiet -e ".[metrics,test,peers${ALL:+,tpu}]"
 else
     "$VENV/bin/pip" install --quiet -e '.[metrics,test]'
 fi
@@ -24,4 +26,5 @@ fi
 "$VENV/bin/ruff" check .
 "$VENV/bin/mypy"
 # Two workers for two cores; a file stays on one, with what its tests share.
-"$VENV/bin/python" -m pytest --numprocesses=2 --dist=loadfile --durations=40 "$@"
+"$VENV/bin/python" -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder \
+    --durations=40 "$@"
