@@ -69,14 +69,9 @@ THOROUGH = (
     "streaming_test.py::test_an_iterable_dataset_is_a_stream",
     "trainer_test.py::test_a_run_on_eight_devices_equals_one_on_one[lora]",
     "trainer_test.py::test_a_synced_reference_follows_the_policy",
-    "trainer_test.py::test_resume_after_sigkill_is_bit_exact[sft]",
     "trl_training_test.py::test_a_mixture_of_experts_logs_and_learns_what_trl_does[lora",
     "trl_training_test.py::test_a_pissa_run_exports",
     "trl_training_test.py::test_an_adapter_trains_on_as_in_trl[lora-dpo",
-    "trl_training_test.py::test_twenty_steps_log_and_learn_what_trl_does[llama-dpo]",
-    "trl_training_test.py::test_twenty_steps_log_and_learn_what_trl_does[llama-lora-sft]",
-    "trl_training_test.py::test_twenty_steps_log_and_learn_what_trl_does[qwen2-lora-dpo]",
-    "trl_training_test.py::test_twenty_steps_log_and_learn_what_trl_does[qwen2-sft]",
 )
 
 
