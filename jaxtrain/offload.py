@@ -11,10 +11,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from jaxtrain import sharding
+from jaxtrain.step import UpdateFn, make_whole_update
 from jaxtrain.types import Params
 
 LAYERS = "layers"
@@ -22,7 +23,7 @@ LAYERS = "layers"
 
 def make_streamed_update(
     optimizer: optax.GradientTransformation, parameters: Any, opt_state: Any
-) -> Callable[[Params, Any, Params, Array | None], tuple[Params, Any]]:
+) -> UpdateFn:
     """Build `update(grads, opt_state, params, good) -> (params, opt_state)`.
 
     `good`: where it is False, all stays as it was; None: always good. What comes back
@@ -33,6 +34,8 @@ def make_streamed_update(
             optimizer's state as they are stored, in host memory or on the device.
     """
 
+    whole = make_whole_update(optimizer)
+
     def update(
         grads: Params, state: Any, params: Params, good: Array | None
     ) -> tuple[Params, Any]:
@@ -40,17 +43,9 @@ def make_streamed_update(
             grads: Params, state: Any, params: Params, layouts: tuple[Any, Any]
         ) -> tuple[Params, Any]:
             """Update what is given, in its own memory."""
-            kept, kept_state = layouts
-            params, state = _fetch(params, kept), _fetch(state, kept_state)
-            updates, new_state = optimizer.update(grads, state, params)
-            new_params = optax.apply_updates(params, updates)
-            if good is not None:
-                new_params, new_state = jax.tree.map(
-                    lambda new, old: jnp.where(good, new, old),
-                    (new_params, new_state),
-                    (params, state),
-                )
-            return _store(new_params, kept), _store(new_state, kept_state)
+            on_device = sharding.on_device(layouts)
+            params, state = _move((params, state), layouts, on_device)
+            return _move(whole(grads, state, params, good), layouts, layouts)
 
         def part(stacked: bool) -> tuple[Any, ...]:
             trees = (grads, state, params, parameters, opt_state)
@@ -136,21 +131,14 @@ def _join(state: Any, ends: Any, layers: Any) -> Any:
     return jax.tree.map(join, state, ends, layers, is_leaf=_is_parameters)
 
 
-def _fetch(tree: Any, layouts: Any) -> Any:
-    """Into device memory, what is not there."""
-    return jax.tree.map(_move, tree, layouts)
+def _move(tree: Any, stored: Any, to: Any) -> Any:
+    """To other memory, but what is kept on the device and never leaves it.
 
+    Args:
+        stored, to: shardings of `tree`, between steps and wanted now.
+    """
 
-def _move(x: Array, layout: Any) -> Array:
-    if layout.memory_kind != "pinned_host":
-        return x
-    return jax.device_put(x, layout.with_memory_kind("device"))
+    def move(x: Array, kept: Any, wanted: Any) -> Array:
+        return jax.device_put(x, wanted) if kept.memory_kind == "pinned_host" else x
 
-
-def _store(tree: Any, layouts: Any) -> Any:
-    """Back into host memory, what belongs there."""
-
-    def store(x: Array, layout: Any) -> Array:
-        return jax.device_put(x, layout) if layout.memory_kind == "pinned_host" else x
-
-    return jax.tree.map(store, tree, layouts)
+    return jax.tree.map(move, tree, stored, to)

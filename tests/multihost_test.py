@@ -1,6 +1,5 @@
 """Real runs of several processes (CPU, gloo): killed, preempted, hung, resized."""
 
-import json
 import os
 import pathlib
 import shutil
@@ -11,13 +10,14 @@ import time
 
 import numpy as np
 import pytest
-import safetensors.numpy
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+from runs import records, weights
 
 pytestmark = pytest.mark.slow
 
 RUN = pathlib.Path(__file__).with_name("multihost_run.py")
 DEVICES = 4
-TIMES = ("time", "_per_sec", "_secs", "_share", "_gib", "mfu")
 
 
 def start(processes, *arguments):
@@ -62,19 +62,6 @@ def start(processes, *arguments):
 def finish(processes, *arguments):
     for code, output in start(processes, *arguments):
         assert code == 0, output[-3000:]
-
-
-def records(workdir):
-    """The log without what the clock says."""
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    return [
-        {k: v for k, v in json.loads(line).items() if not k.endswith(TIMES)}
-        for line in lines
-    ]
-
-
-def weights(workdir):
-    return safetensors.numpy.load_file(workdir / "model" / "model.safetensors")
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from jaxtrain.objectives import make_objective
 from jaxtrain.types import Batch, PairBatch, TokenLogProbs
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
-from runs import tiny_config, train
+from runs import train_pairs
 
 WIDTH, VOCABULARY = 24, 11
 
@@ -130,16 +130,10 @@ def test_a_packed_run_trains_on_every_pair(tmp_path, monkeypatch):
         {"prompt": f"{n}?", "chosen": " The earth" * (1 + n % 3), "rejected": " void"}
         for n in range(8)
     ]
-    results = []
-    for packing in (False, True):
-        config = tiny_config("dpo", max_steps=2, save_steps=0)
-        config.training.save_final_model = False
-        config.training.gradient_accumulation_steps = 1
-        config.training.per_device_train_batch_size = 8
-        config.data.max_length = 64
-        config.data.packing = packing
-        results.append(train(config, tmp_path / str(packing), train_dataset=rows))
-    alone, packed = results
+    alone, packed = (
+        train_pairs(rows, tmp_path / str(packing), packing=packing)
+        for packing in (False, True)
+    )
     assert packed["num_tokens"] == alone["num_tokens"]
     for name in ("loss", "rewards/margins", "logps/chosen", "grad_norm"):
         # The same sums, taken in other rows: float32 rounding.

@@ -1,16 +1,21 @@
 """Tiny runs for the tests of the trainer: two layers, width 64, the embedded data."""
 
+import json
 import os
 import pathlib
 import signal
 import sys
 from typing import Any
 
+import safetensors.numpy
+
 from jaxtrain.config import default_config
 from jaxtrain.loop import Loop
 from jaxtrain.trainer import TrainingOrchestrator
 
 STEPS = 8
+# Endings of the names of metrics that the clock and the machine say.
+TIMES = ("time", "_per_sec", "_secs", "_share", "_gib", "mfu")
 
 
 def tiny_config(training_type: str, model: str = "", **training: Any) -> Any:
@@ -52,6 +57,34 @@ def train(config: Any, workdir: pathlib.Path, **datasets: Any) -> dict[str, Any]
     orchestrator = TrainingOrchestrator(config, workdir=workdir)
     orchestrator.prepare()
     return orchestrator.train(**datasets)
+
+
+def train_pairs(
+    rows: list[dict[str, str]], workdir: pathlib.Path, **data: Any
+) -> dict[str, Any]:
+    """Two DPO steps on eight pairs or rows of them, with these keys of `data` set."""
+    config = tiny_config("dpo", max_steps=2, save_steps=0)
+    config.training.save_final_model = False
+    config.training.gradient_accumulation_steps = 1
+    config.training.per_device_train_batch_size = 8
+    config.data.max_length = 64
+    for name, value in data.items():
+        setattr(config.data, name, value)
+    return train(config, workdir, train_dataset=rows)
+
+
+def records(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """The log without what the clock says."""
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [
+        {k: v for k, v in json.loads(line).items() if not k.endswith(TIMES)}
+        for line in lines
+    ]
+
+
+def weights(workdir: pathlib.Path) -> dict[str, Any]:
+    """The tensors of the exported model."""
+    return safetensors.numpy.load_file(workdir / "model" / "model.safetensors")
 
 
 def _train_and_die(training_type: str, model: str, workdir: str) -> None:

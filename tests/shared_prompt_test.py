@@ -21,7 +21,7 @@ from jaxtrain.objectives import make_objective
 from jaxtrain.types import Batch, PairBatch, share_prompts
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
-from runs import tiny_config, train
+from runs import train_pairs
 
 STATS = DataStats(0, 0, 0, 0, 0, 0, 0, 0, 0.0, 0.0)
 SIDES = ("chosen", "rejected")
@@ -220,16 +220,10 @@ def test_a_packed_run_that_shares_prompts_trains_as_one_that_does_not(
         }
         for n in range(8)
     ]
-    results = []
-    for shares in (False, True):
-        config = tiny_config("dpo", max_steps=2, save_steps=0)
-        config.training.save_final_model = False
-        config.training.gradient_accumulation_steps = 1
-        config.training.per_device_train_batch_size = 8
-        config.data.max_length = 64
-        config.data.packing = config.data.share_prompts = shares
-        results.append(train(config, tmp_path / str(shares), train_dataset=rows))
-    apart, sharing = results
+    apart, sharing = (
+        train_pairs(rows, tmp_path / str(on), packing=on, share_prompts=on)
+        for on in (False, True)
+    )
     assert sharing["num_tokens"] == apart["num_tokens"]
     for name in ("loss", "rewards/margins", "logps/chosen", "grad_norm"):
         # The same sums over rows of another length; float32, and Adam's first step

@@ -1,6 +1,5 @@
 """Whole runs on streamed rows: they learn, stop, resume bit-exactly, and refuse."""
 
-import json
 import pathlib
 import sys
 import threading
@@ -8,16 +7,13 @@ import threading
 import datasets
 import numpy as np
 import pytest
-import safetensors.numpy
 
 from jaxtrain.config import ConfigError, default_config, resolve
 from jaxtrain.loop import Loop
 from jaxtrain.trainer import TrainingOrchestrator
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
-from runs import tiny_config, train
-
-TIMES = ("time", "_per_sec", "_secs", "_share", "_gib", "mfu")
+from runs import records, tiny_config, train, weights
 
 
 def streaming_config(training_type, **training):
@@ -26,18 +22,6 @@ def streaming_config(training_type, **training):
     config.data.streaming = True
     config.data.shuffle_buffer_size, config.data.stream_window_rows = 16, 4
     return config
-
-
-def records(workdir):
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    return [
-        {k: v for k, v in json.loads(line).items() if not k.endswith(TIMES)}
-        for line in lines
-    ]
-
-
-def weights(workdir):
-    return safetensors.numpy.load_file(workdir / "model" / "model.safetensors")
 
 
 def test_a_run_that_dies_and_resumes_is_the_run_that_did_not(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from jaxtrain.trainer import TrainingOrchestrator
 from jaxtrain.types import WeightedSum
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
-from runs import STEPS, tiny_config, train
+from runs import STEPS, TIMES, tiny_config, train
 
 TYPES = ("from_scratch", "sft", "lora", "dpo")
 
@@ -53,9 +53,6 @@ def records(workdir):
 
 def weights(directory):
     return safetensors.numpy.load_file(pathlib.Path(directory) / "model.safetensors")
-
-
-TIMES = ("time", "_per_sec", "_secs", "_share", "_gib", "mfu")
 
 
 def numbers(record):

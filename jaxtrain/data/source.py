@@ -60,7 +60,9 @@ def load_rows(
     elif looks_local(path_or_name):
         raise ValueError(f"data path {path_or_name!r} does not exist")
     else:
-        rows = _load_hub(path_or_name, split, name, revision, cache_dir)
+        rows = load_hub(
+            path_or_name, split, name=name, revision=revision, cache_dir=cache_dir
+        )
     if isinstance(rows, HeldRows):
         return rows.first(max_rows).renamed(column_map or {})
     if column_map:
@@ -218,17 +220,14 @@ def _choose_split(
     raise ValueError(f"{origin} has no split {split!r}, only {sorted(loaded)}")
 
 
-def _load_hub(
-    hub_name: str,
-    split: str,
-    name: str | None,
-    revision: str | None,
-    cache_dir: str | None,
-) -> datasets.Dataset:
+def load_hub(hub_name: str, split: str, **options: Any) -> Any:
+    """A split of a data set on the hub, by `datasets.load_dataset` with `options`.
+
+    Raises:
+        ValueError: the hub does not give it, or has no such split.
+    """
     try:
-        loaded = datasets.load_dataset(
-            hub_name, name, revision=revision, cache_dir=cache_dir
-        )
+        loaded = datasets.load_dataset(hub_name, **options)
     except (OSError, datasets.exceptions.DatasetNotFoundError, ValueError) as error:
         raise ValueError(
             f"{hub_name!r} is no local file or folder, and the Hugging Face hub did "

@@ -21,6 +21,7 @@ import numpy as np
 from jaxtrain.data.formats import BadRow, UnreadableRow
 from jaxtrain.data.places import HeldRows
 from jaxtrain.data.source import (
+    load_hub,
     looks_local,
     split_aliases,
     split_files,
@@ -96,7 +97,8 @@ def open_stream(
     elif looks_local(path_or_name):
         raise ValueError(f"data path {path_or_name!r} does not exist")
     else:
-        return HubSource(path_or_name, _open_hub(path_or_name, split), max_rows)
+        rows = load_hub(path_or_name, split, streaming=True)
+        return HubSource(path_or_name, rows, max_rows)
     units = tuple(unit for file in files for unit in make_units(file))
     readers = sorted({unit.reader for unit in units})
     if len(readers) > 1:
@@ -254,18 +256,3 @@ def _saved_files(folder: pathlib.Path, split: str) -> list[pathlib.Path] | None:
         return None
     saved = json.loads((folder / "state.json").read_text())
     return [folder / file["filename"] for file in saved["_data_files"]]
-
-
-def _open_hub(hub_name: str, split: str) -> datasets.IterableDataset:
-    try:
-        loaded = datasets.load_dataset(hub_name, streaming=True)
-    except (OSError, datasets.exceptions.DatasetNotFoundError, ValueError) as error:
-        raise ValueError(
-            f"{hub_name!r} is no local file or folder, and the Hugging Face hub did "
-            f"not give it ({error}). Without network, give a local path: a jsonl, "
-            "json, parquet, csv, arrow or txt file, or a folder of them"
-        ) from error
-    for alias in split_aliases(split):
-        if alias in loaded:
-            return loaded[alias]
-    raise ValueError(f"{hub_name} has no split {split!r}, only {sorted(loaded)}")

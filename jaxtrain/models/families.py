@@ -67,6 +67,18 @@ _QWEN: dict[str, Any] = {
     "max_window_layers": 28,
     "layer_types": None,
 }
+_MISTRAL: dict[str, Any] = {
+    **_COMMON,
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 # An absent `num_experts` is read under its other name: see ModelConfig.from_hf.
 _MIXTURE: dict[str, Any] = {
     "num_local_experts": None,
@@ -115,19 +127,7 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "mistral": Family(
         architecture="MistralForCausalLM",
-        defaults={
-            **_COMMON,
-            "vocab_size": 32000,
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "max_position_embeddings": 131072,
-            "sliding_window": 4096,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-        },
+        defaults={**_MISTRAL, "sliding_window": 4096},
         window_rule="all",
     ),
     "qwen2": Family(
@@ -145,21 +145,12 @@ FAMILIES: Mapping[str, Family] = {
     "mixtral": Family(
         architecture="MixtralForCausalLM",
         defaults={
-            **_COMMON,
+            **_MISTRAL,
             **_MIXTURE,
-            "vocab_size": 32000,
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "max_position_embeddings": 131072,
             "rms_norm_eps": 1e-5,
             "sliding_window": None,
             "num_local_experts": 8,
             "num_experts_per_tok": 2,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
         },
         default_rope_theta=1_000_000.0,
         window_rule="all",
