@@ -317,6 +317,7 @@ def make_decoder(
             rows=sharding.ACTIVATION_RULES["batch"],
             heads=sharding.ACTIVATION_RULES["heads"],
             tokens=sharding.ACTIVATION_RULES["sequence"],
+            vocab=sharding.ACTIVATION_RULES["vocab"],
         ),
     )
     if run.lora is None:

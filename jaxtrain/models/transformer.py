@@ -90,7 +90,7 @@ class Decoder:
     promises that each row is one document with its padding behind it: causality alone
     then keeps padding out, and attention needs no segments. `constrain` pins an
     activation's layout by its logical axes, `map_shards` runs a function of rows on
-    each device's own, `layout` is how attention's arrays are split.
+    each device's own, `layout` is how the kernels' arrays are split.
 
     Raises:
         ValueError: an option is unknown, or an adapter's target is no module.
@@ -356,6 +356,9 @@ class Decoder:
                 with_stats=with_stats,
                 with_collision=with_collision,
                 adapter=adapter,
+                shards=layout.count(
+                    layout.fitting(layout.vocab, self.config.vocab_size)
+                ),
             )
         rows = (layout.split_tokens(x, batch.targets.shape) for x in outputs)
         return dataclasses.replace(TokenLogProbs(*rows), router_loss=router_loss)

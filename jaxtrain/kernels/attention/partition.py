@@ -26,7 +26,7 @@ Axes = tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Which axes of a mesh split attention's rows, heads and tokens. None: one device.
+    """Which axes of a mesh split rows, heads, tokens, vocabulary. None: one device.
 
     A size that does not divide is kept whole on every device, as activations are.
     """
@@ -35,6 +35,7 @@ class Layout:
     rows: Axes = ()
     heads: Axes = ()
     tokens: Axes = ()
+    vocab: Axes = ()
 
     def count(self, axes: Axes) -> int:
         """Devices along these axes."""
@@ -81,7 +82,7 @@ class Layout:
 @functools.cache
 def _log_whole(size: int, axes: Axes) -> None:
     _logger.info(
-        "attention: a size of %d does not divide over %s: whole there", size, axes
+        "kernels: a size of %d does not divide over %s: whole there", size, axes
     )
 
 

@@ -78,9 +78,10 @@ def test_two_entries_give_the_logistic_value():
 
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("vocab_axis", [0, 1])
-@pytest.mark.parametrize("chunk", [1000, 9])
-def test_outputs_and_gradients_equal_float64(options, vocab_axis, chunk):
-    hidden, table, targets = make_inputs(37, 8, 1543)
+@pytest.mark.parametrize(("chunk", "shards"), [(1000, 1), (9, 1), (9, 2)])
+def test_outputs_and_gradients_equal_float64(options, vocab_axis, chunk, shards):
+    """Of one slice, of three that overlap, and of three that overlap in each shard."""
+    hidden, table, targets = make_inputs(37, 8, 1543 * shards)
     cotangent = jax.random.normal(jax.random.key(1), (37,))
     given_table = table if vocab_axis == 0 else table.T
 
@@ -91,6 +92,7 @@ def test_outputs_and_gradients_equal_float64(options, vocab_axis, chunk):
             targets,
             vocab_axis=vocab_axis,
             chunk=chunk,
+            shards=shards,
             with_collision=True,
             **options,
         )
@@ -255,7 +257,7 @@ def test_a_sharded_head_gives_the_same_values_and_gathers_no_table():
         return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*names)))
 
     def total(hidden, table, targets):
-        return linear_log_probs(hidden, table, targets, chunk=16)[0].sum()
+        return linear_log_probs(hidden, table, targets, chunk=16, shards=2)[0].sum()
 
     step = jax.jit(jax.value_and_grad(total, (0, 1)))
     sharded = (place(hidden, "data"), place(table, "tensor"), place(targets, "data"))
@@ -274,6 +276,7 @@ def test_a_sharded_head_gives_the_same_values_and_gathers_no_table():
         ({"vocab_axis": 2}, "vocab_axis=2"),
         ({"vocab_axis": 1}, "do not fit"),
         ({"chunk": 0}, "chunk=0"),
+        ({"shards": 7}, "shards=7 does not divide a vocabulary of 600"),
         ({"softcap": -1.0}, "softcap=-1.0"),
         ({"targets": jnp.zeros(4, jnp.int32)}, "targets"),
     ],
