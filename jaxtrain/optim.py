@@ -304,22 +304,7 @@ def state_shardings(
     return jax.tree.map_with_path(shard, state)
 
 
-# --- gradients ---------------------------------------------------------------------
-
-
-def global_norm(tree: Any) -> Float[Array, ""]:
-    """Euclidean norm over all leaves together, in float32."""
-    squares = (
-        jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)
-    )
-    return jnp.sqrt(sum(squares, jnp.float32(0)))
-
-
-def clip_by_global_norm(tree: Any, max_norm: float) -> tuple[Any, Float[Array, ""]]:
-    """Scale by min(1, max_norm / (norm + 1e-6)), as torch; also the norm before it."""
-    norm = global_norm(tree)
-    factor = jnp.minimum(1.0, max_norm / (norm + 1e-6))
-    return jax.tree.map(lambda x: (x * factor).astype(x.dtype), tree), norm
+# --- loss scaling ------------------------------------------------------------------
 
 
 @jax.tree_util.register_dataclass

@@ -169,9 +169,7 @@ def make_train_step(
             grad_norm = jnp.sqrt(sum(squares.values()))
             finite = jnp.isfinite(grad_norm)
             if max_grad_norm:
-                # PyTorch's clip_grad_norm_, with its 1e-6.
-                clip = jnp.minimum(1.0, max_grad_norm / (grad_norm + 1e-6))
-                grads = jax.tree.map(lambda g: g * clip, grads)
+                grads = clip_to_norm(grads, grad_norm, max_grad_norm)
         loss_window, is_spike = state.loss_window, jnp.bool_(False)
         if spike_threshold is not None:
             assert loss_window is not None  # `init_state` gives one with a threshold
@@ -220,6 +218,15 @@ def make_train_step(
         return new_state, metrics
 
     return train_step
+
+
+def clip_to_norm(grads: Params, norm: Float[Array, ""], max_norm: float) -> Params:
+    """Gradients of global norm `norm`, scaled as PyTorch's `clip_grad_norm_` does.
+
+    That is by min(1, max_norm / (norm + 1e-6)).
+    """
+    factor = jnp.minimum(1.0, max_norm / (norm + 1e-6))
+    return jax.tree.map(lambda g: g * factor, grads)
 
 
 def make_whole_update(optimizer: optax.GradientTransformation) -> UpdateFn:

@@ -401,7 +401,8 @@ class TrainingOrchestrator:
             self._check_shared_prompts(train_data, eval_data)
 
         train_data = self._with_difficulty(train_data)
-        total_steps = self._train_batches(train_data).num_steps
+        train_batches = self._train_batches(train_data)
+        total_steps = train_batches.num_steps
         schedule, optimizer = make_optimizer(run, total_steps)
         state, layouts = model_manager.init_state(model, run, optimizer)
         model.params = {}  # they live in the state now, which the step donates
@@ -423,10 +424,10 @@ class TrainingOrchestrator:
                 model.plan.readers,
             )
             train_data = scorer.attach(train_data, "train")
+            train_batches = self._train_batches(train_data)
             eval_data = None if eval_data is None else scorer.attach(eval_data, "eval")
         train_step, eval_step = self.make_steps(score, schedule, optimizer, layouts)
         config = run.to_dict()
-        train_batches = self._train_batches(train_data)
         epoch_steps, epochs = self._epochs(train_data, train_batches)
         with contextlib.ExitStack() as stack:
             checkpoints = stack.enter_context(

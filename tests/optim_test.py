@@ -1,20 +1,16 @@
-"""Optimizers, decay mask, clipping and loss scaling, against PyTorch and by hand."""
+"""Optimizers, decay mask and loss scaling, against PyTorch and by hand."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtrain.optim import (
     OPTIMIZERS,
     LossScale,
-    clip_by_global_norm,
     decay_mask,
-    global_norm,
     init_loss_scale,
     make_optimizer,
     orthogonal_factor,
@@ -420,48 +416,6 @@ def test_the_state_is_laid_out_as_its_parameters(name):
         actual,
         expected,
     )
-
-
-# --- clipping ----------------------------------------------------------------------
-
-
-def test_the_global_norm_is_that_of_all_leaves_together():
-    tree = {"a": jnp.array([3.0, 0.0]), "b": jnp.array([[4.0]], jnp.bfloat16)}
-
-    norm = global_norm(tree)
-
-    assert norm.dtype == jnp.float32
-    assert float(norm) == 5.0
-
-
-@given(scale=st.floats(1e-3, 1e3), max_norm=st.floats(1e-2, 1e2))
-def test_clipping_bounds_the_norm_and_keeps_the_direction(scale, max_norm):
-    tree = {"a": scale * jnp.array([3.0, 4.0])}
-
-    clipped, norm = clip_by_global_norm(tree, max_norm)
-
-    assert float(norm) == pytest.approx(5 * scale, rel=1e-5)
-    expected = min(1.0, max_norm / (5 * scale + 1e-6))
-    np.testing.assert_allclose(clipped["a"], expected * tree["a"], rtol=1e-5)
-
-
-@pytest.mark.torch
-@pytest.mark.parametrize("max_norm", [1e-3, 1.0, 1e6])
-def test_clipping_equals_torch(max_norm):
-    torch = pytest.importorskip("torch")
-    grads = make_params()
-    tensors = []
-    for leaf in jax.tree.leaves(grads):
-        tensor = torch.zeros(leaf.shape, requires_grad=True)
-        tensor.grad = torch.tensor(np.asarray(leaf))
-        tensors.append(tensor)
-    expected_norm = torch.nn.utils.clip_grad_norm_(tensors, max_norm)
-
-    clipped, norm = clip_by_global_norm(grads, max_norm)
-
-    assert float(norm) == pytest.approx(float(expected_norm), rel=1e-6)
-    for leaf, tensor in zip(jax.tree.leaves(clipped), tensors, strict=True):
-        np.testing.assert_allclose(leaf, tensor.grad.numpy(), rtol=1e-5)
 
 
 # --- loss scaling ------------------------------------------------------------------

@@ -148,6 +148,22 @@ def test_clipping_scales_the_update_to_the_norm_and_logs_the_norm_before():
         np.testing.assert_allclose(small, expected, atol=3e-7)
 
 
+@pytest.mark.torch
+@pytest.mark.parametrize("max_norm", [1e-3, 1.0, 1e6])
+def test_clipping_equals_torch(max_norm):
+    torch = pytest.importorskip("torch")
+    grads = make_params()
+    tensors = []
+    for leaf in jax.tree.leaves(grads):
+        tensor = torch.zeros(leaf.shape, requires_grad=True)
+        tensor.grad = torch.tensor(np.asarray(leaf))
+        tensors.append(tensor)
+    norm = torch.nn.utils.clip_grad_norm_(tensors, max_norm)
+    clipped = step.clip_to_norm(grads, jnp.float32(norm), max_norm)
+    for leaf, tensor in zip(jax.tree.leaves(clipped), tensors, strict=True):
+        np.testing.assert_allclose(leaf, tensor.grad.numpy(), rtol=1e-6)
+
+
 def test_a_batch_without_counted_tokens_changes_nothing():
     state, batch = make_state(OPTIMIZER), make_batch(2, 4, mask_rate=1.0)
     new_state, metrics = jitted()(state, batch)
