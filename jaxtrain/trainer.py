@@ -118,7 +118,16 @@ class TrainingOrchestrator:
                 jax's mesh.
             workdir: folder for checkpoints, logs and the model; by default
                 `out/<run_name, or the training type>`.
+
+        Raises:
+            ValueError: `workdir` is the address of a bucket.
         """
+        if workdir is not None and "://" in os.fspath(workdir):
+            raise ValueError(
+                f"workdir = {os.fspath(workdir)!r} is an address, not a folder: mount"
+                " the bucket on every host (Cloud Storage FUSE, as launch/tpu_pod.sh"
+                " does) and give the folder where it is mounted"
+            )
         self.config = config
         self.accelerator = accelerator
         self.run: RunConfig | None = None

@@ -259,6 +259,11 @@ def test_from_scratch_takes_only_the_sizes_of_a_directory(base_model):
 # --- the documented Python interface -----------------------------------------------
 
 
+def test_a_buckets_address_is_no_workdir():
+    with pytest.raises(ValueError, match="'gs://bucket/run' is an address.*mount"):
+        TrainingOrchestrator(tiny_config("sft"), workdir="gs://bucket/run")
+
+
 def test_prepare_training_gives_false_and_logs_why(tmp_path, caplog):
     config = ConfigManager()
     config.training.num_gpus = 1
