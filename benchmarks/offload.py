@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxtrain import distributed, optim, sharding
 from jaxtrain import offload as streamed
-from jaxtrain import optim, sharding
 from jaxtrain.models import Decoder, ModelConfig
 from jaxtrain.objectives import make_objective
 from jaxtrain.schedules import make_schedule
@@ -171,6 +171,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--limit_gib", type=float, default=80)
     arguments = parser.parse_args()
+    distributed.allow_pinned_memory()
     sizes = (arguments.shape, arguments.rows, arguments.length)
     say(device=jax.devices()[0].device_kind, jax=jax.__version__, **vars(arguments))
     losses = []

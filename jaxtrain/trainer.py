@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 from jaxtrain import (
     diagnostics,
     difficulty,
+    distributed,
     export,
     model_manager,
     objectives,
@@ -128,6 +129,7 @@ class TrainingOrchestrator:
                 " the bucket on every host (Cloud Storage FUSE, as launch/tpu_pod.sh"
                 " does) and give the folder where it is mounted"
             )
+        distributed.allow_pinned_memory()
         self.config = config
         self.accelerator = accelerator
         self.run: RunConfig | None = None

@@ -1,5 +1,8 @@
 """What each launcher's environment is taken for; no process is started."""
 
+import math
+import os
+
 import jax
 import pytest
 
@@ -61,6 +64,17 @@ def test_each_launcher_is_recognised(environ, expected):
 def test_half_an_environment_is_refused(environ, message):
     with pytest.raises(ValueError, match=message):
         detect(environ)
+
+
+def test_a_gpus_process_may_pin_most_of_the_host_memory():
+    limit, pages = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", os.sysconf("SC_PHYS_PAGES")
+    gib = pages * os.sysconf("SC_PAGE_SIZE") / 2**30
+    environ = {}
+    distributed.allow_pinned_memory(environ)
+    assert int(environ[limit]) == max(64, math.floor(0.9 * gib))
+    chosen = {limit: "20"}
+    distributed.allow_pinned_memory(chosen)
+    assert chosen == {limit: "20"}
 
 
 def test_the_launch_and_its_timeouts_reach_jax(monkeypatch):

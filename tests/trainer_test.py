@@ -260,7 +260,7 @@ def test_from_scratch_takes_only_the_sizes_of_a_directory(base_model):
 
 
 def test_a_buckets_address_is_no_workdir():
-    with pytest.raises(ValueError, match="'gs://bucket/run' is an address.*mount"):
+    with pytest.raises(ValueError, match=r"'gs://bucket/run' is an address.*mount"):
         TrainingOrchestrator(tiny_config("sft"), workdir="gs://bucket/run")
 
 
