@@ -7,9 +7,11 @@ From the root of the repository:
     python benchmarks/attention.py --only check  # errors against float64 alone
     python benchmarks/attention.py --smoke       # tiny shapes, any backend
 
-Peers run where they are installed: cuDNN through jax.nn, tokamax, and in torch (with
-CUDA) flex_attention and scaled_dot_product_attention. What one implementation cannot
-do shows as its reason. Writes attention.json under $OUT, where that is set.
+Ours are given the schedule of blocks, as layers of a model are that share it, but for
+the variant `unplanned`. Peers run where they are installed: cuDNN through jax.nn,
+tokamax, and in torch (with CUDA) flex_attention and scaled_dot_product_attention. What
+one implementation cannot do shows as its reason. Writes attention.json under $OUT,
+where that is set.
 """
 
 import argparse
@@ -32,7 +34,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtrain.kernels.attention.blocked import attention_blocked
+from jaxtrain.kernels.attention.blocked import Kernels, attention_blocked, plan
 from jaxtrain.kernels.attention.cudnn import attention_cudnn
 from jaxtrain.kernels.attention.hopper import Tiles
 from jaxtrain.kernels.attention.masks import Mask, whole_mask
@@ -94,7 +96,9 @@ def pair_rows(pairs: int) -> tuple[Shape, Shape]:
 SHAPES = [
     Shape("packed documents of 512", 2, 8192, documents=(512,) * 16),
     Shape("causal 2x8192", 2, 8192),
+    Shape("causal 4x4096", 4, 4096),
     Shape("causal 8x2048", 8, 2048),
+    Shape("causal 8x2048, 14 heads of 64", 8, 2048, heads=14, width=64),
     *pair_rows(32),
     Shape("causal 2x8192, window 1024", 2, 8192, window=1024),
 ]
@@ -112,6 +116,24 @@ TILES = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Blocked:
+    """One of our kernels, with a schedule or without."""
+
+    kernels: Kernels
+    planned: bool = True
+
+    def __call__(
+        self, q: Any, k: Any, v: Any, mask: Mask, plan: Any = None, *, scale: float
+    ) -> jax.Array:
+        return attention_blocked(
+            self.kernels, q, k, v, mask, softcap=None, scale=scale, schedule=plan
+        )
+
+    def plan(self, q: jax.Array, mask: Mask) -> Any:
+        return plan(self.kernels, mask, *q.shape[:2]) if self.planned else None
+
+
 def jax_candidates() -> Iterator[tuple[str, Callable[..., jax.Array]]]:
     """(name, call(q, k, v, mask, scale=)) of everything in JAX that imports here."""
     yield "xla", functools.partial(attention_xla, softcap=None)
@@ -124,14 +146,12 @@ def jax_candidates() -> Iterator[tuple[str, Callable[..., jax.Array]]]:
                 forward=functools.partial(HOPPER.forward, tiles=tiles),
                 backward=functools.partial(HOPPER.backward, tiles=tiles),
             )
-        yield (
-            HOPPER_NAME + suffix,
-            functools.partial(attention_blocked, kernels, softcap=None),
-        )
+        yield HOPPER_NAME + suffix, Blocked(kernels)
+    yield HOPPER_NAME + " unplanned", Blocked(HOPPER, planned=False)
     try:
         from jaxtrain.kernels.attention.pallas_triton import KERNELS as TRITON
 
-        yield "ours triton", functools.partial(attention_blocked, TRITON, softcap=None)
+        yield "ours triton", Blocked(TRITON)
     except ImportError as error:
         print(f"ours triton: {error}")
     try:
@@ -168,11 +188,11 @@ def hopper_hangs(limit_secs: int = 150) -> bool:
 def make_steps(call: Callable[..., jax.Array], scale: float) -> dict[str, Callable]:
     """The jitted forward pass, and the forward and backward pass together."""
 
-    def forward(q: Any, k: Any, v: Any, d_out: Any, mask: Mask) -> jax.Array:
-        return call(q, k, v, mask, scale=scale)
+    def forward(q: Any, k: Any, v: Any, d_out: Any, *masks: Any) -> jax.Array:
+        return call(q, k, v, *masks, scale=scale)
 
-    def both(q: Any, k: Any, v: Any, d_out: Any, mask: Mask) -> tuple:
-        out, pull = jax.vjp(lambda q, k, v: call(q, k, v, mask, scale=scale), q, k, v)
+    def both(q: Any, k: Any, v: Any, d_out: Any, *masks: Any) -> tuple:
+        out, pull = jax.vjp(lambda q, k, v: call(q, k, v, *masks, scale=scale), q, k, v)
         return (out, *pull(d_out))
 
     return {"fwd": jax.jit(forward), "fwd+bwd": jax.jit(both)}
@@ -247,9 +267,12 @@ def time_jax(candidates: list[tuple[str, Callable]], shape: Shape) -> list[dict]
     rows = []
     for name, call in candidates:
         row: dict[str, Any] = {"shape": shape.name, "name": name}
+        masks = [mask]
+        if isinstance(call, Blocked):
+            masks.append(jax.jit(call.plan)(inputs[0], mask))
         for label, step in make_steps(call, shape.width**-0.5).items():
             try:
-                run = functools.partial(step, *inputs, mask)
+                run = functools.partial(step, *inputs, *masks)
                 row[label] = time_ms(run, jax.block_until_ready)
             except Exception as error:  # one broken candidate must not stop the run
                 row["reason"] = _short(error)

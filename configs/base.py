@@ -54,7 +54,10 @@ def model() -> Section:
         # kept.
         "export_dtype": unset(str),
         # Tokens whose logits exist at once in the loss: memory against speed.
-        "loss_chunk_tokens": 1024,
+        "loss_chunk_tokens": 512,
+        # Compile one layer for all of them. False compiles each: on a GPU 4% faster
+        # with 9% less memory (3B, no rematerialization), compiled in 22 s, not 11.
+        "scan_layers": True,
         # Sizes for from_scratch, by the names of a Hugging Face config.json.
         "architecture": {
             # llama | qwen2 | qwen3 | mistral | gemma2 | gemma3_text | phi3 | mixtral |

@@ -1,11 +1,12 @@
-"""Compile the real train step for a TPU that is not there: what it needs, if it fits.
+"""Compile the real train step for chips that are not there: what it needs, if it fits.
 
     python -m jaxtrain.aot --config=configs/dpo.py --topology=v5e:4x4 \\
         --config.model.name_or_path=configs/shapes/qwen2.5-3b
 
 `--search` tries mesh shapes, rematerialization and batch sizes in place of the
-config's. Needs `jax[tpu]` (it brings libtpu, the compiler) and no TPU; of a model its
-config.json is enough. Exits with 3 where the step does not fit.
+config's. Needs `jax[tpu]` (it brings libtpu, the compiler) and no TPU, for `h200:8`
+jax's CUDA plugin and no GPU; of a model its config.json is enough. Exits with 3 where
+the step does not fit.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ from typing import Any
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-# Before jax starts: nothing here is a TPU, and nobody is to be asked about it.
+# Before jax starts: no chip is here, and nobody is to be asked about one.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip to quarrel over
@@ -29,7 +30,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from jaxtrain import aot_search, model_manager, trainer
+from jaxtrain import aot_gpu, aot_search, model_manager, trainer
 from jaxtrain.aot_report import CHIPS, Chip, Report, describe
 from jaxtrain.config import RunConfig, resolve
 from jaxtrain.hlo_cost import analyze
@@ -44,11 +45,13 @@ def compile_step(config: Any, topology: str, num_slices: int = 1) -> Report:
 
     Args:
         config: what `TrainingOrchestrator` takes. Its mesh spans the topology.
-        topology: generation and shape of a slice: v4, v5e, v5p, v6e, tpu7x.
+        topology: generation and shape of a slice, v4, v5e, v5p, v6e, tpu7x; or a
+            number of GPUs, h100 or h200.
         num_slices: how many of them, joined by the data centre's network.
 
     Raises:
-        ValueError: libtpu knows no such topology, or is not installed; the config.
+        ValueError: the compiler knows no such topology, or is not installed; the
+            config.
     """
     return compile_for(config, describe_devices(topology, num_slices), topology)
 
@@ -92,7 +95,11 @@ def compile_for(
             raise
         return dataclasses.replace(report, refusal=_first_lines(str(error)))
     memory = compiled.memory_analysis()
-    cost = analyze(compiled.as_text())
+    cost = analyze(
+        compiled.as_text(),
+        device_count=len(devices),
+        per_host=aot_gpu.PER_HOST if devices[0].platform == "gpu" else None,
+    )
     per_token = trainer.flops_per_token(run, model, run.data.max_length)
     return dataclasses.replace(
         report,
@@ -259,8 +266,15 @@ def describe_devices(topology: str, num_slices: int = 1) -> list[Any]:
     """The devices of `num_slices` slices that need not be present.
 
     Raises:
-        ValueError: libtpu knows no such topology, or is not installed.
+        ValueError: the compiler knows no such topology, or is not installed.
     """
+    if aot_gpu.is_gpu(topology):
+        if num_slices > 1:
+            raise ValueError(
+                f"num_slices = {num_slices}: slices are of TPUs; name all GPUs, as"
+                " h200:16"
+            )
+        return aot_gpu.describe_gpus(topology)
     try:
         several = {"num_slices": num_slices} if num_slices > 1 else {}
         description = topologies.get_topology_desc(
@@ -269,7 +283,8 @@ def describe_devices(topology: str, num_slices: int = 1) -> list[Any]:
     except Exception as error:  # libtpu raises several kinds
         raise ValueError(
             f"topology = {topology!r}: {_first_lines(str(error), 2)}. Name it as"
-            " v5e:4x4, v5p:2x2x2, v6e:8x8 or tpu7x:2x2x1, with jax[tpu] installed"
+            " v5e:4x4, v5p:2x2x2, v6e:8x8 or tpu7x:2x2x1, with jax[tpu] installed, or"
+            " as h200:8"
         ) from error
     return list(description.devices)
 
@@ -340,7 +355,7 @@ if __name__ == "__main__":
     _CONFIG = config_flags.DEFINE_config_file(
         "config", None, "Configuration file.", lock_config=True
     )
-    _TOPOLOGY = flags.DEFINE_string("topology", None, "Such as v5e:4x4.")
+    _TOPOLOGY = flags.DEFINE_string("topology", None, "Such as v5e:4x4 or h200:8.")
     _NUM_SLICES = flags.DEFINE_integer("num_slices", 1, "Slices of this topology.")
     _SEARCH = flags.DEFINE_bool(
         "search", False, "Try mesh shapes, rematerialization and rows; print the best."

@@ -11,11 +11,11 @@ _GIB = 2.0**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Public figures of one jax device of a TPU generation.
+    """Public figures of one jax device.
 
     `flops`: dense bfloat16 FLOP/s. `memory_bytes`, `memory_rate`: HBM and bytes/s.
     `link_rate`: bytes/s that all its inter-chip links bring in together.
-    `slice_rate`: its share of its host's network, to other slices.
+    `slice_rate`: its share of its host's network, to other slices; of GPUs, hosts.
     """
 
     name: str
@@ -34,6 +34,10 @@ CHIPS = {
     "TPU v5": Chip("v5p", 459e12, 95 * _GIB, 2.77e12, 540e9, 6.25e9),
     "TPU v6 lite": Chip("v6e", 918e12, 32 * _GIB, 1.64e12, 360e9, 12.5e9),
     "TPU7x": Chip("v7x core", 1153e12, 96 * _GIB, 3.69e12, 300e9, 6.25e9),
+    # NVIDIA's data sheets: SXM, NVLink 4 one way, one adapter of 400 Gb/s for each GPU
+    # (DGX). Memory is what CUDA gives to programs.
+    "NVIDIA H100 80GB HBM3": Chip("H100", 989e12, 79 * _GIB, 3.35e12, 450e9, 50e9),
+    "NVIDIA H200": Chip("H200", 989e12, 139 * _GIB, 4.8e12, 450e9, 50e9),
 }
 
 
@@ -132,7 +136,7 @@ def describe(report: Report) -> str:
     for kind, (count, size) in sorted(report.collectives.items()):
         lines.append(f"  {kind:18s} {size / 1e9:9.2f} GB in {count:.0f} calls")
     for kind, (count, size) in sorted(report.between_slices.items()):
-        name = f"{kind}, slices"
+        name = f"{kind}, {'hosts' if chip.name in ('H100', 'H200') else 'slices'}"
         lines.append(f"  {name:18s} {size / 1e9:9.2f} GB in {count:.0f} calls")
     times = ", ".join(f"{name} {secs:.3f} s" for name, secs in report.secs.items())
     lines += [

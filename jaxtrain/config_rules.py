@@ -566,19 +566,13 @@ class Resolver:
 
     def check_context(self) -> None:
         """Rows are padded to 64 tokens, and a device takes two parts of a row."""
-        context, attention = self.mesh["context"], self.values["model"]["attention"]
+        context = self.mesh["context"]
         if context != -1 and 32 % context:
             nearest = 1 << min(5, max(0, context.bit_length() - 1))
             self.problem(
                 "mesh.context", context,
                 "rows are multiples of 64 tokens, cut into two parts for each device",
                 f"set 1, 2, 4, 8, 16 or 32: the nearest is {nearest}",
-            )  # fmt: skip
-        if context != 1 and attention in ("pallas_gpu", "pallas_triton"):
-            self.problem(
-                "model.attention", attention,
-                f"it takes whole rows, and mesh.context = {context} cuts them",
-                "set 'auto', or mesh.context = 1",
             )  # fmt: skip
 
     def check_zero_stage(self) -> None:

@@ -24,7 +24,7 @@ def count_flops(jaxpr: Any) -> float:
             total += parameters["length"] * count_flops(parameters["jaxpr"])
         elif name == "cond":
             total += max(count_flops(branch) for branch in parameters["branches"])
-        elif name == "pallas_call":
+        elif name == "pallas_call" or parameters.get("cost_estimate") is not None:
             total += _kernel_flops(parameters)
         elif name == "shard_map":
             size = math.prod(parameters["mesh"].shape.values())

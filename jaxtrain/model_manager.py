@@ -309,6 +309,7 @@ def make_decoder(
         remat=run.precision.remat,
         attention=run.model.attention,
         loss_chunk=run.model.loss_chunk_tokens,
+        scan_layers=run.model.scan_layers,
         constrain=plan.constrain,
         map_shards=plan.map_shards,
         quantization=_quantization(run),

@@ -82,6 +82,7 @@ def make_mesh(
                 tuple(over.get(axis, 1) for axis in MESH_AXES),
                 devices,
                 process_is_granule=not _have_slices(devices),
+                allow_split_physical_axes=True,
             ),
             MESH_AXES,
         )
@@ -89,11 +90,13 @@ def make_mesh(
     present = jax.devices()
     if len(devices) == len(present) or devices[0] not in present:
         # Follows the interconnect's topology, so near mesh neighbours are near chips.
-        return jax.make_mesh(
-            dimensions,
+        # An axis that no axes of the torus make up (32 on 8x16x16) takes part of one,
+        # which `jax.make_mesh` refuses.
+        return Mesh(
+            mesh_utils.create_device_mesh(
+                dimensions, devices, allow_split_physical_axes=True
+            ),
             MESH_AXES,
-            axis_types=(jax.sharding.AxisType.Auto,) * len(MESH_AXES),
-            devices=devices,
         )
     return Mesh(np.asarray(devices).reshape(dimensions), MESH_AXES)
 
@@ -175,6 +178,21 @@ class ShardingPlan:
     @property
     def replicated(self) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec())
+
+    @property
+    def compiler_options(self) -> dict[str, str] | None:
+        """What XLA has to be told about programs on this mesh, for `jax.jit`.
+
+        For TPUs it would cut a product with weights split over `fsdp` into one for each
+        part, adding all of the result up in device memory each time: at 32 chips eight
+        times the traffic of gathering the weights first (docs/scaling.md). Under tensor
+        parallelism, which that is for, it is left alone.
+        """
+        is_tpu = self.mesh.devices.flat[0].platform == "tpu"
+        split = self.mesh.shape["fsdp"] * self.mesh.shape["context"] > 1
+        if not is_tpu or not split or self.mesh.shape["tensor"] > 1:
+            return None
+        return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 
     def parameters(self, abstract: Any, logical_axes: Any) -> Any:
         """Shardings of a parameter tree as it is stored between steps."""

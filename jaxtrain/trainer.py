@@ -647,11 +647,13 @@ class TrainingOrchestrator:
                 in_shardings=(layouts, plan.batch(1)),
                 out_shardings=(layouts, plan.replicated),
                 donate_argnums=0,
+                compiler_options=plan.compiler_options,
             ),
             jax.jit(
                 eval_step,
                 in_shardings=(layouts, plan.batch()),
                 out_shardings=plan.replicated,
+                compiler_options=plan.compiler_options,
             ),
         )
 

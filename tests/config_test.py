@@ -673,8 +673,6 @@ _SCRATCH = {"training_type": "from_scratch"}
         ({"mesh": {"data": 3, "context": 2}, "training": {"num_gpus": 8}},
          "the nearest for 8 is data 4 x context 2"),
         ({"mesh": {"context": 12}}, "the nearest is 8"),
-        ({"mesh": {"context": 2}, "model": {"attention": "pallas_gpu"}},
-         "model.attention = 'pallas_gpu': it takes whole rows"),
         ({"mesh": {"stage": 2}}, "mesh.stage = 2: layers are not split"),
         ({"mesh": {"expert": 2}}, "mesh.expert = 2: every device applies"),
         ({"mesh": {"data": 4, "dcn_data": 3}}, "mesh.dcn_data = 3: mesh.data = 4"),

@@ -33,6 +33,7 @@ NOT_RUN = {
     "pip install": "installs",
     "bash tests/run.sh": "is what runs this",
     "python -m jaxtrain.aot": "minutes of compilation; tests/aot_test.py runs it",
+    "PYTHONPATH=. python benchmarks/scaling.py": "an hour of compilation, for TPUs",
     "python -m jaxtrain.lm_eval --model=Qwen": "needs the hub",
     "until python": "bash restarts it; tests/preemption_test.py sends the signal",
 }

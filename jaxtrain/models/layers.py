@@ -307,7 +307,6 @@ class Attention(nnx.Module):
         q = checkpoint_name(q, "query")
         k, v = checkpoint_name(k, "key"), checkpoint_name(v, "value")
         context, kept = attend(q, k, v)
-        context = checkpoint_name(context, "attention")
         context = constrain(context, ("batch", "sequence", "heads", None))
         return self.o_proj(context.reshape(*x.shape[:2], -1), dropout_key), kept
 

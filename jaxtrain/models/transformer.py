@@ -1,7 +1,8 @@
 """The decoder: pure functions of a plain tree of weights.
 
 Layers are stacked on axis 0 and run under one `lax.scan`, so a deep model compiles as
-fast as a shallow one. Flax modules exist only within a trace (binding.py).
+fast as a shallow one; unrolled, it runs faster. Flax modules exist only within a trace
+(binding.py).
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32, Key
 
-from jaxtrain.kernels.attention.api import attention
+from jaxtrain.kernels.attention.api import attention, plan_attention
 from jaxtrain.kernels.attention.partition import Layout
 from jaxtrain.kernels.attention.reference import attend_block
 from jaxtrain.kernels.linear_cross_entropy.api import linear_log_probs
@@ -52,9 +53,9 @@ Cache = dict[str, Array]
 _policies = jax.checkpoint_policies
 # What a layer keeps for the backward pass; all else is computed again. "full" keeps
 # only the layer's input, "dots" every matrix product ("dots_no_batch" not those of
-# attention), "save_attention" what attention read, "minimal" that, its inputs and the
-# MLP's. An attention kernel runs again unless it names what its own backward pass needs
-# "attention_residuals".
+# attention), "save_attention" what attention gave, "minimal" that, its inputs and the
+# MLP's. Our kernels name what their own backward passes need "attention_residuals", so
+# that they need not run again; cuDNN and the XLA path do run again.
 REMAT_POLICIES: Mapping[str, Callable[..., bool] | None] = {
     "none": None,
     "full": _policies.nothing_saveable,
@@ -86,7 +87,8 @@ class Decoder:
     `compute_dtype` is the type of activations and matrix products; norms, rotary
     angles, softmax and logits are float32. `param_dtype` is the type `init` makes.
     `remat` names one of REMAT_POLICIES, `attention` an implementation of the kernel,
-    `loss_chunk` how many tokens' logits the loss head holds at once. `packed=False`
+    `loss_chunk` how many tokens' logits the loss head holds at once. `scan_layers`:
+    compile one layer for all of them, not each on its own. `packed=False`
     promises that each row is one document with its padding behind it: causality alone
     then keeps padding out, and attention needs no segments. `constrain` pins an
     activation's layout by its logical axes, `map_shards` runs a function of rows on
@@ -104,7 +106,8 @@ class Decoder:
     quantization: Quantization | None = None
     remat: str = "none"
     attention: str = "auto"
-    loss_chunk: int = 1024
+    loss_chunk: int = 512
+    scan_layers: bool = True
     packed: bool = True
     constrain: Callable[[Array, LogicalAxes], Array] = _unconstrained
     map_shards: MapShards = on_one_device
@@ -226,19 +229,26 @@ class Decoder:
         windows = self._windows(tokens.shape[1])
         choices = tuple(dict.fromkeys(windows))
         by_segments = self.packed or prompt_ids is not None
-        branches = [
-            functools.partial(
-                attention,
-                segment_ids=segment_ids if by_segments else None,
-                prompt_ids=prompt_ids,
-                window=window,
-                softcap=self.config.attn_logit_softcapping,
-                scale=self.config.attention_scale,
-                implementation=self.attention,
-                layout=self.layout,
+        heads = (self.config.num_attention_heads, self.config.head_dim)
+        queries = jax.ShapeDtypeStruct((*tokens.shape, *heads), self.compute_dtype)
+        branches: list[Callable[..., Array]] = []
+        for window in choices:
+            options: dict[str, Any] = {
+                "segment_ids": segment_ids if by_segments else None,
+                "prompt_ids": prompt_ids,
+                "window": window,
+                "softcap": self.config.attn_logit_softcapping,
+                "implementation": self.attention,
+                "layout": self.layout,
+            }
+            branches.append(
+                functools.partial(
+                    attention,
+                    **options,
+                    scale=self.config.attention_scale,
+                    schedule=plan_attention(queries, **options),
+                )
             )
-            for window in choices
-        ]
         choice_of_layer = jnp.asarray([choices.index(w) for w in windows])
         rotary_of_layer = self._rotary(positions, segment_ids)
         bind_layer = self._layer_binder(params)
@@ -265,13 +275,13 @@ class Decoder:
         policy = REMAT_POLICIES[self.remat]
         if policy is not None:
             # Inside a scan, nothing can be merged with the recomputation.
-            body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+            body = jax.checkpoint(body, policy=policy, prevent_cse=not self.scan_layers)
         with jax.named_scope("embed"):
             x = ends.embed_tokens(tokens)
             x = self.constrain(x, ("batch", "sequence", "embed"))
         with jax.named_scope("layers"):
             layers = self._scanned_layers(params)
-            x, load = jax.lax.scan(body, x, layers)
+            x, load = jax.lax.scan(body, x, layers, unroll=not self.scan_layers)
         with jax.named_scope("final_norm"):
             return ends.norm(x), load
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from typing import Any
 
 import jax
@@ -193,6 +194,58 @@ def test_rematerialization_changes_no_loss_and_no_gradient(mixed, remat) -> None
         jax.tree.leaves(gradients), jax.tree.leaves(plain_gradients), strict=True
     ):
         np.testing.assert_allclose(ours, expected, atol=2e-6)
+
+
+def test_layers_compiled_one_by_one_change_no_loss_and_no_gradient(mixed) -> None:
+    model, params = mixed
+    plain, plain_gradients = loss_and_gradients(model, params)
+    apart = dataclasses.replace(model, scan_layers=False)
+    loss, gradients = loss_and_gradients(apart, params)
+    np.testing.assert_allclose(loss, plain, rtol=1e-6)
+    for ours, expected in zip(
+        jax.tree.leaves(gradients), jax.tree.leaves(plain_gradients), strict=True
+    ):
+        np.testing.assert_allclose(ours, expected, atol=2e-6)
+
+
+def test_layers_compiled_one_by_one_are_recomputed_all_the_same(make_model) -> None:
+    """No loop keeps the compiler from merging the recomputation with the first."""
+    model, params = make_model("qwen3")
+
+    def count_products(remat: str) -> int:
+        apart = dataclasses.replace(model, scan_layers=False, remat=remat)
+        program = compiled_loss_and_gradients(apart).lower(params, None).compile()
+        return len(re.findall(r" dot\(", program.as_text()))
+
+    assert count_products("full") > count_products("none")
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_layers_share_one_schedule_of_blocks(mixed, packed) -> None:
+    """One for each window: nothing in the scan over layers sorts blocks."""
+    model, params = mixed
+    model = dataclasses.replace(model, attention="pallas_tpu", packed=packed)
+    rows = pack([make_documents(17), make_documents(9, 11)])
+    program = jax.make_jaxpr(functools.partial(model.hidden_states, **rows))(params)
+    (scan,) = (e for e in program.eqns if e.primitive.name == "scan")
+    assert "argsort" not in str(scan.params["jaxpr"])
+    windows = len(set(model._windows(LENGTH)))
+    assert str(program).count("name=argsort") == 2 * windows
+
+
+@pytest.mark.parametrize(("remat", "runs"), [("full", 2), ("save_attention", 1)])
+def test_a_kernel_whose_result_is_kept_does_not_run_again(
+    make_model, remat, runs
+) -> None:
+    model, params = make_model("qwen3")
+    model = dataclasses.replace(model, attention="pallas_tpu", remat=remat)
+    rows = pack([make_documents(17), make_documents(9, 11)])
+
+    def total(params: Params) -> Any:
+        return model.hidden_states(params, **rows).sum()
+
+    program = str(jax.make_jaxpr(jax.grad(total))(params))
+    assert program.count("name=attention_forward") == runs
 
 
 def test_rematerialization_keeps_less_for_the_backward_pass(mixed) -> None:

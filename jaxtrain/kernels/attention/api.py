@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int32
 
 from jaxtrain.kernels.attention import blocked, cudnn
@@ -19,7 +20,10 @@ from jaxtrain.kernels.attention.xla import attention_xla
 
 _PALLAS = ("pallas_gpu", "pallas_triton", "pallas_tpu")
 IMPLEMENTATIONS = ("auto", "reference", "xla", "cudnn", *_PALLAS)
+# Up to here our Hopper kernels are ahead of cuDNN on plain causal rows.
+_SHORT_ROW, _NARROW_HEAD = 2048, 128
 _logger = logging.getLogger(__name__)
+Queries = Array | jax.ShapeDtypeStruct  # their shape and type
 
 
 def attention(
@@ -60,23 +64,25 @@ def attention(
     _check_shapes(q, k, v, mask)
     _check_options(mask, softcap, implementation)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    shards = 1 if layout is None else layout.token_shards(q.shape[1])
+    device = _device_of(layout)
     if implementation == "auto":
-        implementation = _choose(q, mask, softcap, layout, shards)
+        implementation = _choose(q, mask, softcap, device)
     attend = functools.partial(_attend, implementation, softcap, scale)
     reason = None
     if implementation in _REFUSALS:
-        reason = _REFUSALS[implementation](q, mask, softcap)
-        if reason is None and shards > 1:
-            reason = _refuse_parts(implementation)
+        reason = _REFUSALS[implementation](q, mask, softcap, device)
     if reason is not None:
         raise NotImplementedError(
             f"attention implementation {implementation!r} refuses: {reason}; "
             "use 'auto' or 'xla'"
         )
     if layout is None:
-        return attend(q, k, v, mask, schedule)
-    return attend_on_shards(attend, layout, q, k, v, mask, schedule)
+        out = attend(q, k, v, mask, schedule)
+    else:
+        out = attend_on_shards(attend, layout, q, k, v, mask, schedule)
+    if implementation in _PALLAS and not _cuts_rows(layout, q.shape[1]):
+        return out  # the kernel has named it, with what its backward pass reads
+    return checkpoint_name(out, "attention")
 
 
 def _attend(
@@ -109,22 +115,39 @@ def _attend(
 
 
 def plan_attention(
-    segment_ids: Int32[Array, "B T"],
+    q: Float[Array, "B T N H"] | jax.ShapeDtypeStruct,
     *,
+    segment_ids: Int32[Array, "B T"] | None = None,
     prompt_ids: Int32[Array, "B T"] | None = None,
     causal: bool = True,
     window: int | None = None,
+    softcap: float | None = None,
     implementation: str = "auto",
+    layout: Layout | None = None,
 ) -> Schedule | None:
     """The blocks that the layers of one batch visit, found once for all of them.
 
-    None for an implementation that visits no blocks. Layers with another window need
-    another schedule.
+    The arguments are `attention`'s; of `q` the shape and the type count. None where no
+    blocks are visited, or rows are cut. Layers with another window need another
+    schedule.
     """
-    if implementation not in _PALLAS:
-        return None
     mask = Mask(segment_ids, prompt_ids, causal, window)
-    return blocked.plan(_load_kernels(implementation), mask, *segment_ids.shape)
+    if implementation == "auto":
+        implementation = _choose(q, mask, softcap, _device_of(layout))
+    if implementation not in _PALLAS or _cuts_rows(layout, q.shape[1]):
+        return None
+    return blocked.plan(_load_kernels(implementation), mask, *q.shape[:2])
+
+
+def _cuts_rows(layout: Layout | None, length: int) -> bool:
+    return layout is not None and layout.token_shards(length) > 1
+
+
+def _device_of(layout: Layout | None) -> jax.Device | None:
+    """One of the mesh; it need not be present."""
+    if layout is None or layout.mesh is None:
+        return None
+    return layout.mesh.devices.flat[0]
 
 
 def _load_kernels(name: str) -> blocked.Kernels:
@@ -139,26 +162,27 @@ def _load_kernels(name: str) -> blocked.Kernels:
 
 
 def _choose(
-    q: Array,
+    q: Queries,
     mask: Mask,
     softcap: float | None,
-    layout: Layout | None,
-    shards: int,
+    device: jax.Device | None,
 ) -> str:
     """The fastest implementation measured on this platform that serves the call.
 
-    On Hopper our kernels win where documents leave blocks out, and serve the soft cap
-    that cuDNN lacks; on plain causal rows cuDNN wins (benchmarks/RESULTS.md). For TPUs
-    there is one kernel; a mesh of TPUs need not be present.
+    On Hopper our kernels win where documents leave blocks out and where rows are short,
+    and serve the soft cap that cuDNN lacks; cuDNN wins on long plain rows and with wide
+    heads (benchmarks/RESULTS.md). For TPUs there is one kernel. The mesh, of which
+    `device` is one, need not be present: then cuDNN, which cannot be asked, gives way
+    to ours.
     """
-    platform = jax.default_backend()
-    if layout is not None and layout.mesh is not None:
-        platform = layout.mesh.devices.flat[0].platform
-    ours = mask.segment_ids is not None or softcap is not None
-    for_hopper = ours and _refuse_pallas_gpu(q, mask, softcap) is None
+    platform = jax.default_backend() if device is None else device.platform
+    absent = platform == "gpu" and jax.default_backend() != "gpu"
+    short = q.shape[1] <= _SHORT_ROW and q.shape[3] <= _NARROW_HEAD
+    ours = mask.segment_ids is not None or softcap is not None or short or absent
+    for_hopper = ours and _refuse_pallas_gpu(q, mask, softcap, device) is None
     if platform == "tpu":
         name = "pallas_tpu"
-    elif for_hopper and shards == 1:
+    elif for_hopper:
         name = "pallas_gpu"
     else:
         name = "xla" if cudnn.refusal(q, mask, softcap) else "cudnn"
@@ -166,15 +190,10 @@ def _choose(
     return name
 
 
-def _refuse_parts(implementation: str) -> str | None:
-    """Why an implementation can't serve rows whose tokens are split over devices."""
-    if implementation == "cudnn" or _load_kernels(implementation).takes_parts:
-        return None
-    return "it takes whole rows, and mesh.context splits them"
-
-
-def _refuse_pallas_gpu(q: Array, mask: Mask, softcap: float | None) -> str | None:
-    capability = cudnn.compute_capability()
+def _refuse_pallas_gpu(
+    q: Queries, mask: Mask, softcap: float | None, device: jax.Device | None
+) -> str | None:
+    capability = cudnn.compute_capability(device)
     if capability is None or not 9.0 <= capability < 10.0:
         return "it needs a Hopper GPU (compute capability 9.0)"
     if q.dtype not in (jnp.bfloat16, jnp.float16):
@@ -182,25 +201,31 @@ def _refuse_pallas_gpu(q: Array, mask: Mask, softcap: float | None) -> str | Non
     return _refuse_wide_heads(q)
 
 
-def _refuse_pallas_triton(q: Array, mask: Mask, softcap: float | None) -> str | None:
+def _refuse_pallas_triton(
+    q: Queries, mask: Mask, softcap: float | None, device: jax.Device | None
+) -> str | None:
+    # Its lowering asks the GPU that is here.
     capability = cudnn.compute_capability()
     if capability is None or capability < 8.0:
         return "it needs an NVIDIA GPU of compute capability 8.0 or later"
     return _refuse_wide_heads(q)
 
 
-def _refuse_pallas_tpu(q: Array, mask: Mask, softcap: float | None) -> str | None:
+def _refuse_pallas_tpu(
+    q: Queries, mask: Mask, softcap: float | None, device: jax.Device | None
+) -> str | None:
     # The CPU backend passes: it compiles ahead of time for a TPU that is not here.
     if jax.default_backend() == "gpu":
         return "the backend is 'gpu', not a TPU"
     return None
 
 
-def _refuse_wide_heads(q: Array) -> str | None:
+def _refuse_wide_heads(q: Queries) -> str | None:
     return f"head width {q.shape[-1]} is above 256" if q.shape[-1] > 256 else None
 
 
-_REFUSALS: dict[str, Callable[[Array, Mask, float | None], str | None]] = {
+_Refuse = Callable[[Queries, Mask, float | None, jax.Device | None], str | None]
+_REFUSALS: dict[str, _Refuse] = {
     "cudnn": cudnn.refusal,
     "pallas_gpu": _refuse_pallas_gpu,
     "pallas_triton": _refuse_pallas_triton,

@@ -4,10 +4,11 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int32
 
 from jaxtrain.kernels.attention.masks import Mask
@@ -57,8 +58,6 @@ class Kernels:
     backward: Callable[..., tuple[Array, Array, Array]]
     choose_blocks: Callable[[int], tuple[int, int]]
     choose_width: Callable[[int], int]
-    # Whether the queries may be a part of the row whose keys they read.
-    takes_parts: bool = False
 
 
 def attention_blocked(
@@ -75,12 +74,7 @@ def attention_blocked(
 ) -> Float[Array, "B T N H"]:
     """Attention by `kernels`, rows and heads padded to whole tiles."""
     length, keys, width = q.shape[1], k.shape[1], q.shape[3]
-    is_part = bool(mask.offset) or mask.key_ids is not None
-    if keys != length and not is_part:
-        raise NotImplementedError(f"{kernels.name} refuses cross attention; use 'xla'")
-    if is_part and not kernels.takes_parts:
-        raise NotImplementedError(f"{kernels.name} refuses parts of rows; use 'xla'")
-    if is_part and mask.key_ids is None:
+    if keys != length and mask.key_ids is None:
         ones = jnp.ones((q.shape[0], keys), jnp.int32)
         mask = dataclasses.replace(mask, key_ids=ones)
     padded = padded_mask(kernels, mask, q.shape[0], length)
@@ -168,8 +162,23 @@ def _attend_forward(
     ids: Ids,
     schedule: Schedule,
 ) -> tuple[Array, tuple]:
-    out, lse = kernels.forward(options, q, k, v, ids, schedule)
+    out, lse = _run_forward(kernels, options, q, k, v, ids, schedule)
+    # With both kept, rematerialization need not run the kernel again.
+    out = checkpoint_name(out, "attention_residuals")
+    lse = checkpoint_name(lse, "attention_residuals")
     return out, (q, k, v, out, lse, ids, schedule)
+
+
+# Functions of their own, so that a program in which each layer calls them holds, and
+# compiles, one of each: lowering a kernel takes a second.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run_forward(kernels: Kernels, options: Options, *arrays: Any) -> Any:
+    return kernels.forward(options, *arrays)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run_backward(kernels: Kernels, options: Options, *arrays: Any) -> Any:
+    return kernels.backward(options, *arrays)
 
 
 def _attend_backward(
@@ -179,7 +188,9 @@ def _attend_backward(
     # What padding sends back may be NaN, and 0 * NaN would leak it.
     (d_out,) = zero_padding(ids.segments, d_out)
     delta = jnp.einsum("BTNH,BTNH->BNT", out, d_out, preferred_element_type=jnp.float32)
-    dq, dk, dv = kernels.backward(options, q, k, v, lse, delta, d_out, ids, schedule)
+    dq, dk, dv = _run_backward(
+        kernels, options, q, k, v, lse, delta, d_out, ids, schedule
+    )
     return dq, dk, dv, None, None
 
 

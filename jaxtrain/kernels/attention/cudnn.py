@@ -8,8 +8,17 @@ from jaxtrain.kernels.attention.masks import Mask, whole_mask
 from jaxtrain.kernels.attention.reference import zero_padding
 
 
-def refusal(q: Array, mask: Mask, softcap: float | None) -> str | None:
-    """Why cuDNN cannot serve this call, or None where it can."""
+def refusal(
+    q: Array | jax.ShapeDtypeStruct,
+    mask: Mask,
+    softcap: float | None,
+    device: jax.Device | None = None,
+) -> str | None:
+    """Why cuDNN cannot serve this call, or None where it can.
+
+    `device` does not matter: jax asks the library and the GPU that are here.
+    """
+    del device
     _, length, _, width = q.shape
     if jax.default_backend() != "gpu":
         return f"the backend is {jax.default_backend()!r}, not a GPU"
@@ -28,11 +37,11 @@ def refusal(q: Array, mask: Mask, softcap: float | None) -> str | None:
     return None
 
 
-def compute_capability() -> float | None:
-    """Of the first local device, where it is an NVIDIA GPU."""
-    if jax.default_backend() != "gpu":
+def compute_capability(device: jax.Device | None = None) -> float | None:
+    """Of `device`, by default the first local one, where it is an NVIDIA GPU."""
+    if device is None and jax.default_backend() != "gpu":
         return None
-    value = getattr(jax.local_devices()[0], "compute_capability", None)
+    value = getattr(device or jax.local_devices()[0], "compute_capability", None)
     try:
         return float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):  # AMD names an architecture there

@@ -5,6 +5,8 @@ a tile of 128, and one feeds them through a ring of buffers in shared memory by 
 """
 
 import dataclasses
+import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +18,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from jaxtrain.kernels.attention.blocked import LOG2_E, Options, scale_scores
-from jaxtrain.kernels.attention.schedule import Schedule
+from jaxtrain.kernels.attention.masks import Mask
+from jaxtrain.kernels.attention.schedule import Schedule, count_visits
 
 Ref = Any  # a reference to memory of the kernel, or to a barrier
 
@@ -24,6 +27,8 @@ BLOCK = 128  # of the schedule, queries and keys
 ROWS = 64  # of one warpgroup: the height of a wgmma tile
 GROUPS = BLOCK // ROWS  # computing warpgroups
 FEEDER = GROUPS  # index of the warpgroup that copies
+
+TELLS_COST = "cost_estimate" in inspect.signature(plgpu.kernel).parameters
 
 TILE = plgpu.Layout.WGMMA
 PER_ROW = plgpu.Layout.WGMMA.reduce(1)
@@ -90,14 +95,20 @@ def call(
     out_type: object,
     scratch: list,
     grid: tuple[int, int, int],
+    products: int,
 ) -> Callable:
-    """The compiled kernel over a grid of (heads, blocks, batch)."""
+    """The compiled kernel over a grid of (heads, blocks, batch).
+
+    Its first arguments are q and k; it computes `products` of each tile, for which
+    `jaxpr_cost` counts it, where this jax has a place for that.
+    """
     interpret = None
     if options.interpret:
         if not hasattr(plgpu, "InterpretGPUParams"):
             raise NotImplementedError("this jax has no interpreter for Mosaic GPU")
         interpret = plgpu.InterpretGPUParams()
-    return plgpu.kernel(
+    make = functools.partial(
+        plgpu.kernel,
         body,
         out_type=out_type,
         scratch_types=scratch,
@@ -107,6 +118,32 @@ def call(
         thread_name="group",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
+    )
+    if not TELLS_COST:
+        return make()
+
+    def run(q: Array, k: Array, *others: Array) -> Any:
+        cost = _estimate(options, q, k, products=products)
+        return make(cost_estimate=cost)(q, k, *others)
+
+    return run
+
+
+def _estimate(
+    options: Options, q: Array, k: Array, *, products: int
+) -> pl.CostEstimate:
+    """What a pass costs where nothing but causality and the window leaves blocks out.
+
+    `q` [B T N H] and `k` [B S K H] of one device.
+    """
+    batch, length, heads, width = q.shape
+    rule = Mask(causal=options.causal, window=options.window, offset=options.offset)
+    visits = count_visits(rule, (length, k.shape[1]), (BLOCK, BLOCK))
+    entries = batch * heads * visits * BLOCK * BLOCK
+    return pl.CostEstimate(
+        flops=2 * products * entries * width,
+        transcendentals=entries,
+        bytes_accessed=(q.size + k.size) * products * q.dtype.itemsize,
     )
 
 
@@ -187,12 +224,16 @@ def unscaled_logits(options: Options, raw: Array) -> Array:
 
 
 def within_reach(options: Options, distance: Array) -> Array | None:
-    """Where the causal rule and the window allow query index - key index."""
+    """Where the causal rule and the window allow query index - key index.
+
+    The query's index counts from the first query here, which may not start the row.
+    """
     if not options.causal:
         return None
-    near = distance >= 0
+    # The first query's place in the row shifts the bounds: it costs no addition.
+    near = distance >= -options.offset
     if options.window is not None:
-        near &= distance < options.window
+        near &= distance < options.window - options.offset
     return near
 
 

@@ -32,8 +32,8 @@ _ENOUGH_PROGRAMS = 512
 def backward(
     options: Options,
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
     lse: Float[Array, "B N T"],
     delta: Float[Array, "B N T"],
     d_out: Float[Array, "B T N H"],
@@ -85,6 +85,7 @@ def _query_gradient(
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
         scratch=scratch,
         grid=(heads, length // BLOCK, batch),
+        products=3,
     )
     walk = hopper.lists(schedule.key_counts, schedule.key_wholes, schedule.key_blocks)
     return kernel(*inputs, *walk)
@@ -122,10 +123,10 @@ def _query_kernel(
     k_free: Ref,
     v_free: Ref,
 ) -> None:
-    _, length, _, width = q_ref.shape
+    width = q_ref.shape[3]
     step, stages = tiles.dq_step, tiles.dq_stages
     steps_per_block = BLOCK // step
-    rows = length // BLOCK
+    rows, columns = q_ref.shape[1] // BLOCK, k_ref.shape[1] // BLOCK
     batch, head = jax.lax.axis_index("batch"), jax.lax.axis_index("heads")
     # Late queries read most keys: the longest walks start first.
     query_block = rows - 1 - jax.lax.axis_index("blocks")
@@ -135,7 +136,7 @@ def _query_kernel(
     group = jax.lax.axis_index("group")
 
     def first_key(turn: Array) -> Array:
-        slot = row * rows + hopper.divide(turn, steps_per_block)
+        slot = row * columns + hopper.divide(turn, steps_per_block)
         offset = hopper.remainder(turn, steps_per_block) * step
         return blocks_ref[slot] * BLOCK + offset
 
@@ -233,9 +234,9 @@ def _key_gradients(
     schedule: Schedule,
 ) -> list[Array]:
     q, k = inputs[:2]
-    batch, length, heads, width = q.shape
-    kv_heads = k.shape[2]
-    parts = _split_heads(batch * kv_heads * (length // BLOCK), heads // kv_heads)
+    heads = q.shape[2]
+    batch, keys, kv_heads, width = k.shape
+    parts = _split_heads(batch * kv_heads * (keys // BLOCK), heads // kv_heads)
     step, stages = tiles.dkv_step, tiles.dkv_stages
     scratch = [
         hopper.matrix_memory((GROUPS, ROWS, width), q.dtype),
@@ -255,19 +256,20 @@ def _key_gradients(
     ]
     # Parts of a sum stay in float32: rounding each of them would add up.
     dtype = q.dtype if parts == 1 else jnp.float32
-    out = jax.ShapeDtypeStruct((batch, length, kv_heads * parts, width), dtype)
+    out = jax.ShapeDtypeStruct((batch, keys, kv_heads * parts, width), dtype)
     kernel = hopper.call(
         options,
         functools.partial(_key_kernel, options, tiles, wanted, parts),
         out_type=(out,) * len(wanted),
         scratch=scratch,
-        grid=(kv_heads * parts, length // BLOCK, batch),
+        grid=(kv_heads * parts, keys // BLOCK, batch),
+        products=1 + len(wanted) + ("k" in wanted),
     )
     walk = (schedule.query_counts, schedule.query_wholes, schedule.query_blocks)
     gradients = kernel(*inputs, *hopper.lists(*walk))
     if parts == 1:
         return list(gradients)
-    apart = (batch, length, kv_heads, parts, width)
+    apart = (batch, keys, kv_heads, parts, width)
     return [x.reshape(apart).sum(axis=3).astype(q.dtype) for x in gradients]
 
 
@@ -315,11 +317,11 @@ def _key_kernel(
         q_free,
         d_out_free,
     ) = rest
-    _, length, heads, width = q_ref.shape
+    heads, width = q_ref.shape[2:]
     heads_per_part = heads // (k_ref.shape[2] * parts)
     step, stages = tiles.dkv_step, tiles.dkv_stages
     steps_per_block = BLOCK // step
-    columns = length // BLOCK
+    rows, columns = q_ref.shape[1] // BLOCK, k_ref.shape[1] // BLOCK
     batch, part = jax.lax.axis_index("batch"), jax.lax.axis_index("heads")
     kv_head = hopper.divide(part, parts)
     # Early keys are read by most queries: the longest walks start first.
@@ -330,7 +332,7 @@ def _key_kernel(
     group = jax.lax.axis_index("group")
 
     def first_query(turn: Array) -> Array:
-        slot = column * columns + hopper.divide(turn, steps_per_block)
+        slot = column * rows + hopper.divide(turn, steps_per_block)
         offset = hopper.remainder(turn, steps_per_block) * step
         return blocks_ref[slot] * BLOCK + offset
 

@@ -27,8 +27,8 @@ from jaxtrain.kernels.attention.schedule import Schedule
 def forward(
     options: Options,
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
     ids: Ids,
     schedule: Schedule,
     tiles: hopper.Tiles | None = None,
@@ -62,6 +62,7 @@ def forward(
         ),
         scratch=scratch,
         grid=(heads, length // BLOCK, batch),
+        products=2,
     )
     walk = hopper.lists(schedule.key_counts, schedule.key_wholes, schedule.key_blocks)
     return kernel(q, k, v, *id_rows(ids), *walk)
@@ -96,10 +97,10 @@ def _kernel(
     v_free: Ref,
     turns_barrier: Ref,
 ) -> None:
-    _, length, _, width = q_ref.shape
+    width = q_ref.shape[3]
     step, stages = tiles.forward_step, tiles.forward_stages
     steps_per_block = BLOCK // step
-    rows = length // BLOCK
+    rows, columns = q_ref.shape[1] // BLOCK, k_ref.shape[1] // BLOCK
     batch, head = jax.lax.axis_index("batch"), jax.lax.axis_index("heads")
     # Late queries read most keys: the longest walks start first.
     query_block = rows - 1 - jax.lax.axis_index("blocks")
@@ -109,7 +110,7 @@ def _kernel(
     group = jax.lax.axis_index("group")
 
     def first_key(turn: Array) -> Array:
-        slot = row * rows + hopper.divide(turn, steps_per_block)
+        slot = row * columns + hopper.divide(turn, steps_per_block)
         offset = hopper.remainder(turn, steps_per_block) * step
         return blocks_ref[slot] * BLOCK + offset
 

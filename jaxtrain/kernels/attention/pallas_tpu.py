@@ -507,11 +507,4 @@ def _compiler_params(*, parallel: int, sequential: int) -> pltpu.CompilerParams:
     return pltpu.CompilerParams(dimension_semantics=order)
 
 
-KERNELS = Kernels(
-    "pallas_tpu",
-    forward,
-    backward,
-    choose_blocks,
-    lambda width: width,
-    takes_parts=True,
-)
+KERNELS = Kernels("pallas_tpu", forward, backward, choose_blocks, lambda width: width)

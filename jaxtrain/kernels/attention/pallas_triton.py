@@ -46,14 +46,14 @@ def choose_width(width: int) -> int:
 def forward(
     options: Options,
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
     ids: Ids,
     schedule: Schedule,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
     """Attention and the base-2 log-sum-exp of each query's logits."""
     batch, length, heads, width = q.shape
-    specs = _QuerySpecs(length, heads // k.shape[2], width, schedule)
+    specs = _QuerySpecs(k, heads // k.shape[2], schedule)
     return pl.pallas_call(
         functools.partial(_forward_kernel, options),
         grid=(length // _BLOCK, heads, batch),
@@ -72,11 +72,12 @@ def forward(
 class _QuerySpecs:
     """Block specs of a program (i, n, b): query block i of head n of row b."""
 
-    def __init__(self, length: int, group: int, width: int, schedule: Schedule) -> None:
-        slots = schedule.key_blocks.shape[2]
+    def __init__(self, k: Array, group: int, schedule: Schedule) -> None:
+        _, length, _, width = k.shape
+        _, rows, slots = schedule.key_blocks.shape
         row = pl.BlockSpec((None, _BLOCK), lambda i, n, b: (b, i))
         keys = pl.BlockSpec((None, length), lambda i, n, b: (b, 0))
-        count = pl.BlockSpec((None, length // _BLOCK), lambda i, n, b: (b, 0))
+        count = pl.BlockSpec((None, rows), lambda i, n, b: (b, 0))
         self.query = pl.BlockSpec(
             (None, _BLOCK, None, width), lambda i, n, b: (b, i, n, 0)
         )
@@ -140,8 +141,8 @@ def _forward_kernel(
 def backward(
     options: Options,
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
     lse: Float[Array, "B N T"],
     delta: Float[Array, "B N T"],
     d_out: Float[Array, "B T N H"],
@@ -159,7 +160,7 @@ def _query_gradient(
 ) -> Array:
     q, k = inputs[:2]
     batch, length, heads, width = q.shape
-    specs = _QuerySpecs(length, heads // k.shape[2], width, schedule)
+    specs = _QuerySpecs(k, heads // k.shape[2], schedule)
     return pl.pallas_call(
         functools.partial(_query_kernel, options),
         grid=(length // _BLOCK, heads, batch),
@@ -227,18 +228,18 @@ def _key_gradients(
     batch, length, heads, width = q.shape
     kv_heads = k.shape[2]
     group = heads // kv_heads
-    slots = schedule.query_blocks.shape[2]
+    _, columns, slots = schedule.query_blocks.shape
     # A program (j, h, b) takes key block j of key-value head h of row b.
     key = pl.BlockSpec((None, _BLOCK, None, width), lambda j, h, b: (b, j, h, 0))
     queries = pl.BlockSpec((None, length, group, width), lambda j, h, b: (b, 0, h, 0))
     stat = pl.BlockSpec((None, group, length), lambda j, h, b: (b, h, 0))
     row = pl.BlockSpec((None, length), lambda j, h, b: (b, 0))
     key_row = pl.BlockSpec((None, _BLOCK), lambda j, h, b: (b, j))
-    count = pl.BlockSpec((None, length // _BLOCK), lambda j, h, b: (b, 0))
+    count = pl.BlockSpec((None, columns), lambda j, h, b: (b, 0))
     listed = pl.BlockSpec((None, None, slots), lambda j, h, b: (b, j, 0))
     dk, dv = pl.pallas_call(
         functools.partial(_key_kernel, options, group),
-        grid=(length // _BLOCK, kv_heads, batch),
+        grid=(columns, kv_heads, batch),
         in_specs=[
             queries,
             key,
@@ -344,9 +345,10 @@ def _allowed(
         entry = jax.lax.iota(jnp.int32, _BLOCK)
         distance = entry[:, None] - entry[None, :]
         distance += (query_block - key_block) * _BLOCK
-        allowed &= distance >= 0
+        # The first query's place in the row shifts the bounds.
+        allowed &= distance >= -options.offset
         if options.window is not None:
-            allowed &= distance < options.window
+            allowed &= distance < options.window - options.offset
     return allowed
 
 

@@ -52,7 +52,7 @@ def linear_log_probs(
     vocab_axis: Literal[0, 1] = 0,
     softcap: float | None = None,
     logit_scale: float | None = None,
-    chunk: int = 1024,
+    chunk: int = 512,
     with_stats: bool = True,
     with_collision: bool = False,
     adapter: HeadAdapter | None = None,

@@ -19,6 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxtrain.kernels.attention import IMPLEMENTATIONS, attention, plan_attention
 from jaxtrain.kernels.attention.blocked import attention_blocked, plan
+from jaxtrain.kernels.attention.cudnn import attention_cudnn, compute_capability
 from jaxtrain.kernels.attention.hopper import Tiles
 from jaxtrain.kernels.attention.masks import Mask
 from jaxtrain.kernels.attention.pallas_gpu import KERNELS as HOPPER
@@ -37,6 +38,7 @@ class Implementation:
     softcap: bool = True
     not_causal: bool = True
     slow: bool = False
+    width: int = 256  # of a head, at most
 
 
 def interpreted(kernels):
@@ -61,6 +63,11 @@ def through_api(name):
     return call
 
 
+def cudnn_directly(q, k, v, mask, *, softcap, scale):
+    assert softcap is None
+    return attention_cudnn(q, k, v, mask, scale=scale)
+
+
 CPU = {
     "reference": Implementation(attention_reference),
     "xla": Implementation(attention_xla),
@@ -74,6 +81,16 @@ GPU = {
     "pallas_triton": Implementation(through_api("pallas_triton"), jnp.bfloat16),
     "pallas_gpu": Implementation(through_api("pallas_gpu"), jnp.bfloat16),
     "auto": Implementation(through_api("auto"), jnp.bfloat16),
+}
+# Below the API, which takes whole rows and cuts them itself.
+GPU_PARTS = {
+    "cudnn": Implementation(cudnn_directly, jnp.bfloat16, softcap=False, width=128),
+    "pallas_triton": Implementation(
+        functools.partial(attention_blocked, TRITON), jnp.bfloat16
+    ),
+    "pallas_gpu": Implementation(
+        functools.partial(attention_blocked, HOPPER), jnp.bfloat16
+    ),
 }
 
 
@@ -91,8 +108,13 @@ class Case:
     causal: bool = True
     window: int | None = None
     softcap: float | None = None
+    part: tuple[int, int] | None = None  # first query of the row, and past the last
 
     def mask(self):
+        mask = self._mask_of_row()
+        return mask if self.part is None else part_of(mask, *self.part)
+
+    def _mask_of_row(self):
         if self.lengths is None:
             return Mask(None, None, self.causal, self.window)
         numbers = np.repeat(np.arange(1, len(self.lengths) + 1), self.lengths)
@@ -105,10 +127,30 @@ class Case:
             prompts = jnp.where((segments == 2) | (segments == 3), 1, 0)
         return Mask(segments, prompts, self.causal, self.window)
 
-    def row_length(self):
-        if self.lengths is None:
-            return self.length
-        return sum(self.lengths) + self.padding
+    def counts(self):
+        """Queries and keys."""
+        length = self.length
+        if self.lengths is not None:
+            length = sum(self.lengths) + self.padding
+        if self.part is None:
+            return length, length
+        start, stop = self.part
+        return stop - start, stop if self.causal else length
+
+
+def part_of(mask, start, stop):
+    """Of these queries, and of the keys they may read."""
+
+    def cut(ids, start, stop):
+        return None if ids is None else ids[:, start:stop]
+
+    return dataclasses.replace(
+        mask,
+        segment_ids=cut(mask.segment_ids, start, stop),
+        prompt_ids=cut(mask.prompt_ids, start, stop),
+        key_ids=cut(mask.segment_ids, 0, stop if mask.causal else None),
+        offset=start,
+    )
 
 
 CASES = {
@@ -118,40 +160,46 @@ CASES = {
     "packed_softcap": Case(lengths=(70, 3, 90), padding=30, softcap=4.0, width=24),
     "shared_prompt": Case(lengths=(64, 50, 40, 20), padding=5, shared_prompt=True),
     "packed_window": Case(lengths=(100, 60), window=20, heads=3, kv_heads=1),
+    # Documents go on over both ends; keys fill more blocks than queries, and the
+    # window leaves the first of them out.
+    "part": Case(
+        lengths=(140, 90, 60), window=70, shared_prompt=True, heads=2, part=(200, 270)
+    ),
+    "part_all_to_all": Case(causal=False, softcap=4.0, heads=2, part=(30, 130)),
 }
 
 
 def make_inputs(case, dtype, seed=0):
     """(q, k, v, cotangent) of two rows."""
     rng = np.random.default_rng(seed)
-    length = case.row_length()
+    queries, keys = case.counts()
 
-    def draw(heads):
+    def draw(length, heads):
         return jnp.asarray(rng.normal(size=(2, length, heads, case.width)), dtype)
 
     return (
-        draw(case.heads),
-        draw(case.kv_heads),
-        draw(case.kv_heads),
-        draw(case.heads),
+        draw(queries, case.heads),
+        draw(keys, case.kv_heads),
+        draw(keys, case.kv_heads),
+        draw(queries, case.heads),
     )
 
 
-def allowed_pairs(mask, length):
+def allowed_pairs(mask, queries, keys):
     """The rule of masks.py once more, in numpy."""
-    t, s = np.ogrid[:length, :length]
-    allowed = np.ones((2, length, length), bool)
+    t, s = np.ogrid[mask.offset : mask.offset + queries, :keys]
+    allowed = np.ones((2, queries, keys), bool)
     if mask.causal:
         allowed &= s <= t
     if mask.window is not None:
         allowed &= t - s < mask.window
     if mask.segment_ids is not None:
-        keys = mask.segment_ids[:, None, :]
-        queries = mask.segment_ids[:, :, None]
-        same = queries == keys
+        key_ids = mask.keys[:, None, :]
+        query_ids = mask.segment_ids[:, :, None]
+        same = query_ids == key_ids
         if mask.prompt_ids is not None:
-            same |= mask.prompt_ids[:, :, None] == keys
-        allowed &= same & (queries > 0) & (keys > 0)
+            same |= mask.prompt_ids[:, :, None] == key_ids
+        allowed &= same & (query_ids > 0) & (key_ids > 0)
     return allowed
 
 
@@ -167,7 +215,7 @@ def attend_in_float64(q, k, v, d_out, mask, softcap, scale):
     if softcap is not None:
         logits = softcap * np.tanh(raw / softcap)
         chain *= 1 - np.tanh(raw / softcap) ** 2
-    allowed = allowed_pairs(mask, q.shape[1])[:, None]
+    allowed = allowed_pairs(mask, q.shape[1], k.shape[1])[:, None]
     p = np.where(allowed, np.exp(logits - logits.max(-1, keepdims=True)), 0.0)
     total = p.sum(-1, keepdims=True)
     p /= np.where(total == 0, 1.0, total)
@@ -209,6 +257,8 @@ def compare_with_float64(implementation, case, inputs):
 def serves(implementation, case):
     if case.softcap is not None and not implementation.softcap:
         return False
+    if case.width > implementation.width:
+        return False
     return case.causal or implementation.not_causal
 
 
@@ -217,7 +267,7 @@ def cases_of(implementations):
         for case_name, case in CASES.items():
             if not serves(implementation, case):
                 continue
-            quick = not implementation.slow or case_name == "shared_prompt"
+            quick = not implementation.slow or case_name in ("shared_prompt", "part")
             marks = [] if quick else [pytest.mark.slow]
             yield pytest.param(
                 implementation, case, id=f"{name}-{case_name}", marks=marks
@@ -255,7 +305,7 @@ def test_hopper_tiles_change_no_output(tiles):
     )
 
 
-GPU_WIDTHS = [(name, 128) for name in CASES]
+GPU_WIDTHS = [(name, 128) for name, case in CASES.items() if case.part is None]
 GPU_WIDTHS += [("shared_prompt", width) for width in (64, 80, 96, 256)]
 
 
@@ -266,12 +316,38 @@ def test_on_gpu_output_and_gradients_equal_float64(name, case_name, width):
     implementation = GPU[name]
     case = dataclasses.replace(CASES[case_name], width=width)
     if not serves(implementation, case):
-        pytest.skip(f"{name} has no soft cap")
+        pytest.skip(f"{name} does not serve this")
     inputs = make_inputs(case, implementation.dtype)
     try:
         compare_with_float64(implementation, case, inputs)
     except NotImplementedError as refusal:
         pytest.skip(str(refusal))
+
+
+PART_CASES = {name: case for name, case in CASES.items() if case.part is not None}
+PART_CASES["part_of_many_blocks"] = Case(
+    lengths=(350, 6, 400, 144),
+    padding=40,
+    shared_prompt=True,
+    heads=8,
+    part=(470, 770),
+)
+PART_CASES["part_window"] = Case(length=900, window=300, part=(334, 700))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [64, 128, 256])
+@pytest.mark.parametrize("case_name", PART_CASES)
+@pytest.mark.parametrize("name", GPU_PARTS)
+def test_on_gpu_a_part_of_a_row_equals_float64(name, case_name, width):
+    implementation = GPU_PARTS[name]
+    case = dataclasses.replace(PART_CASES[case_name], width=width)
+    if not serves(implementation, case):
+        pytest.skip(f"{name} does not serve this")
+    if name == "pallas_gpu" and int(compute_capability() or 0) != 9:
+        pytest.skip("needs a Hopper GPU")
+    inputs = make_inputs(case, implementation.dtype)
+    compare_with_float64(implementation, case, inputs)
 
 
 @pytest.mark.gpu
@@ -332,34 +408,39 @@ def test_xla_agrees_with_float64_for_any_ids(data, window):
 RANDOM_LENGTH = 150
 
 
-@functools.cache
-def compiled_pair(name):
-    """A kernel and the reference, jitted once: only ids differ between examples."""
+RANDOM_CASES = {
+    "whole": Case(length=RANDOM_LENGTH, heads=2, kv_heads=1),
+    "part": Case(length=RANDOM_LENGTH, heads=2, kv_heads=1, part=(31, 141)),
+}
 
-    def run(call, q, k, v, d_out, segments, prompts):
-        mask = Mask(segments, prompts)
-        out, pull = jax.vjp(
-            lambda q, k, v: call(q, k, v, mask, softcap=None, scale=0.25), q, k, v
-        )
+
+@functools.cache
+def compiled_kernel(name):
+    """Jitted once: only ids differ between examples."""
+
+    def run(q, k, v, d_out, mask):
+        call = functools.partial(CPU[name].call, softcap=None, scale=0.25)
+        out, pull = jax.vjp(lambda q, k, v: call(q, k, v, mask), q, k, v)
         return out, *pull(d_out)
 
-    calls = (CPU[name].call, attention_reference)
-    return [jax.jit(functools.partial(run, call)) for call in calls]
+    return jax.jit(run)
 
 
+@pytest.mark.parametrize("case", RANDOM_CASES.values(), ids=list(RANDOM_CASES))
 @pytest.mark.parametrize("name", ["pallas_tpu", "pallas_triton"])
 @settings(max_examples=8)
 @given(st.integers(0, 2**31))
-def test_kernels_agree_with_the_reference_for_random_masks(name, seed):
+def test_kernels_agree_with_float64_for_random_masks(name, case, seed):
     rng = np.random.default_rng(seed)
-    case = Case(length=RANDOM_LENGTH, heads=2, kv_heads=1)
     inputs = make_inputs(case, jnp.float32, seed)
     cuts = rng.integers(1, 40, size=(2, RANDOM_LENGTH))
     segments = _random_segments(rng, cuts)
-    prompts = np.where(rng.random(segments.shape) < 0.5, segments - 1, 0)
-    kernel, reference = compiled_pair(name)
-    arrays = (*inputs, jnp.asarray(segments), jnp.asarray(prompts.clip(0)))
-    for have, expected in zip(kernel(*arrays), reference(*arrays), strict=True):
+    prompts = np.where(rng.random(segments.shape) < 0.5, segments - 1, 0).clip(0)
+    mask = Mask(jnp.asarray(segments), jnp.asarray(prompts))
+    if case.part is not None:
+        mask = part_of(mask, *case.part)
+    want = attend_in_float64(*inputs, mask, None, 0.25)
+    for have, expected in zip(compiled_kernel(name)(*inputs, mask), want, strict=True):
         np.testing.assert_allclose(have, expected, rtol=0, atol=5e-5)
 
 
@@ -421,11 +502,10 @@ def test_a_schedule_made_once_gives_the_same_output(name):
     schedule = plan(kernels, mask, *mask.segment_ids.shape)
     once = call(schedule=schedule, interpret=True)
     np.testing.assert_array_equal(once, call(interpret=True))
-    planned = plan_attention(
-        mask.segment_ids, prompt_ids=mask.prompt_ids, implementation=name
-    )
+    ids = {"segment_ids": mask.segment_ids, "prompt_ids": mask.prompt_ids}
+    planned = plan_attention(q, **ids, implementation=name)
     assert jax.tree.all(jax.tree.map(jnp.array_equal, schedule, planned))
-    assert plan_attention(mask.segment_ids) is None
+    assert plan_attention(q, **ids, implementation="xla") is None
 
 
 def test_auto_logs_its_choice_once(caplog):

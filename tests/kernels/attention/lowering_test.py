@@ -1,5 +1,6 @@
 """Kernels compiled for machines that are not here: CUDA code, TPU executables."""
 
+import importlib
 import importlib.util
 import os
 
@@ -15,8 +16,11 @@ from jaxtrain.kernels.attention.masks import Mask
 from jaxtrain.kernels.attention.partition import Layout, attend_on_shards
 
 
-def make_step(kernels, window=None, softcap=None, layout=None):
-    """Gradients of attention over packed rows with a shared prompt."""
+def make_step(kernels, window=None, softcap=None, layout=None, first=0):
+    """Gradients of attention over packed rows with a shared prompt.
+
+    `first`: the query from which on these are a part of their row.
+    """
 
     def call(q, k, v, mask, schedule):
         options = {"softcap": softcap, "scale": q.shape[-1] ** -0.5}
@@ -24,6 +28,9 @@ def make_step(kernels, window=None, softcap=None, layout=None):
 
     def loss(q, k, v, segment_ids, prompt_ids):
         mask = Mask(segment_ids, prompt_ids, True, window)
+        if first:
+            of_part = (segment_ids[:, first:], prompt_ids[:, first:], True, window)
+            q, mask = q[:, first:], Mask(*of_part, key_ids=segment_ids, offset=first)
         out = attend_on_shards(call, layout or Layout(), q, k, v, mask)
         return (out.astype(jnp.float32) ** 2).sum()
 
@@ -42,22 +49,47 @@ def abstract_inputs(shapes, shardings=(None, None)):
     return (*arrays, ids, ids)
 
 
-@pytest.mark.parametrize("width", [64, 96, 256])
-def test_hopper_kernels_lower_for_cuda(width):
+WIDTHS = [(64, 0), (96, 0), (96, 310), (256, 0)]
+
+
+@pytest.mark.parametrize(("width", "first"), WIDTHS)
+def test_hopper_kernels_lower_for_cuda(width, first):
     from jaxtrain.kernels.attention.pallas_gpu import KERNELS
 
-    step = make_step(KERNELS, window=100, softcap=30.0)
+    step = make_step(KERNELS, window=100, softcap=30.0, first=first)
     inputs = abstract_inputs((2, 500, 4, 2, width))
     program = step.trace(*inputs).lower(lowering_platforms=("cuda",)).as_text()
     # Forward, dq, and dk with dv: apart where both do not fit in registers.
     assert program.count("custom_call @mosaic_gpu") == (4 if width == 256 else 3)
 
 
-@pytest.mark.parametrize("width", [64, 96, 256])
-def test_triton_kernels_lower_for_cuda(width):
+@pytest.mark.parametrize("name", ["pallas_gpu", "pallas_tpu"])
+def test_layers_apart_share_their_kernels(name):
+    """Lowering and compiling one takes a second, and a model has many layers."""
+    module = importlib.import_module(f"jaxtrain.kernels.attention.{name}")
+    options = {"softcap": None, "scale": 0.1, "schedule": None}
+
+    def loss(q, k, v, segment_ids, prompt_ids):
+        mask = Mask(segment_ids, prompt_ids)
+        for _ in range(2):
+            q = attention_blocked(module.KERNELS, q, k, v, mask, **options)
+        return (q.astype(jnp.float32) ** 2).sum()
+
+    inputs = abstract_inputs((2, 500, 4, 2, 64))
+    step = jax.jit(jax.grad(loss, (0, 1, 2))).trace(*inputs)
+    platform, call = {
+        "pallas_gpu": ("cuda", "custom_call @mosaic_gpu"),
+        "pallas_tpu": ("tpu", "custom_call @tpu_custom_call"),
+    }[name]
+    program = step.lower(lowering_platforms=(platform,)).as_text()
+    assert program.count(call) == 3
+
+
+@pytest.mark.parametrize(("width", "first"), WIDTHS)
+def test_triton_kernels_lower_for_cuda(width, first):
     from jaxtrain.kernels.attention.pallas_triton import KERNELS
 
-    step = make_step(KERNELS, window=100, softcap=30.0)
+    step = make_step(KERNELS, window=100, softcap=30.0, first=first)
     inputs = abstract_inputs((2, 500, 4, 2, width))
     try:
         program = step.trace(*inputs).lower(lowering_platforms=("cuda",)).as_text()

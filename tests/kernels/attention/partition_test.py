@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxtrain.kernels.attention import Layout, attention, context
+from jaxtrain.kernels.attention import (
+    Layout,
+    attention,
+    context,
+    cudnn,
+    plan_attention,
+)
 from jaxtrain.kernels.attention.blocked import attention_blocked
 from jaxtrain.kernels.attention.masks import Mask
 from jaxtrain.kernels.attention.pallas_tpu import KERNELS
@@ -139,13 +145,78 @@ def test_a_row_that_parts_do_not_divide_is_whole_on_every_device(caplog):
     assert layout.token_shards(96) == 4
 
 
-def test_kernels_that_take_whole_rows_only_refuse_parts_by_name(monkeypatch):
-    layout = make_layout(2, 4, 1)
+@pytest.mark.parametrize(
+    ("packed", "softcap", "choice"),
+    [(True, None, "pallas_gpu"), (False, 3.0, "pallas_gpu"), (False, None, "cudnn")],
+)
+def test_auto_on_hopper_chooses_for_cut_rows_as_for_whole_ones(
+    packed, softcap, choice, monkeypatch
+):
     inputs, segments, _ = make_inputs(2)
-    monkeypatch.setitem(
-        attention.__globals__["_REFUSALS"], "pallas_gpu", lambda *call: None
+    inputs = [x.astype(jnp.bfloat16) for x in inputs]
+    chosen = []
+
+    def record(implementation, softcap, scale, q, k, v, mask, schedule):
+        chosen.append((implementation, mask.offset, k.shape[1]))
+        return q
+
+    monkeypatch.setitem(attention.__globals__, "_attend", record)
+    monkeypatch.setitem(attention.__globals__, "_SHORT_ROW", 95)
+    monkeypatch.setattr(cudnn, "compute_capability", lambda device=None: 9.0)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    attend = functools.partial(attention, softcap=softcap, layout=make_layout(2, 2, 1))
+    jax.eval_shape(attend, *inputs, segment_ids=segments if packed else None)
+    # Four parts, each with the keys up to its own end.
+    assert sorted(chosen) == [(choice, end - 24, end) for end in (24, 48, 72, 96)]
+
+
+@pytest.mark.parametrize(
+    ("length", "width", "packed", "ours"),
+    [
+        (2048, 128, False, True),
+        (2048, 64, False, True),
+        (8192, 128, False, False),
+        (8192, 128, True, True),
+        (2048, 256, False, False),
+    ],
+)
+def test_auto_on_hopper_goes_by_the_row_and_the_head(
+    length, width, packed, ours, monkeypatch
+):
+    monkeypatch.setattr(cudnn, "compute_capability", lambda device=None: 9.0)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    q = jax.ShapeDtypeStruct((1, length, 4, width), jnp.bfloat16)
+    segments = jnp.ones((1, length), jnp.int32) if packed else None
+    plan = jax.eval_shape(lambda: plan_attention(q, segment_ids=segments))
+    assert (plan is not None) == ours  # of the two only ours visits blocks
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["auto", "pallas_gpu", "pallas_triton"])
+def test_on_gpus_that_share_a_row_values_and_gradients_are_those_of_one(name):
+    if len(jax.devices()) < 2:
+        pytest.skip("needs two GPUs")
+    layout = make_layout(1, 2, 1)
+    rng = np.random.default_rng(0)
+    q, k, v, cotangent = (
+        jnp.asarray(rng.normal(size=(2, 1200, n, 128)), jnp.bfloat16)
+        for n in (4, 2, 2, 4)
     )
-    with pytest.raises(NotImplementedError, match=r"pallas_gpu.*mesh\.context"):
-        attention(
-            *inputs, segment_ids=segments, implementation="pallas_gpu", layout=layout
-        )
+    _, segments, prompts = make_inputs(2, 1200)
+
+    def run(q, k, v, segments, prompts, cotangent, **options):
+        def call(q, k, v):
+            ids = {"segment_ids": segments[:2], "prompt_ids": prompts[:2]}
+            return attention(q, k, v, window=500, **ids, **options)
+
+        out, pull = jax.vjp(call, q, k, v)
+        return out, *pull(cotangent)
+
+    arrays = (q, k, v, segments, prompts, cotangent)
+    one = jax.jit(functools.partial(run, implementation="reference"))(*arrays)
+    two = jax.jit(functools.partial(run, implementation=name, layout=layout))
+    for have, want in zip(two(*arrays), one, strict=True):
+        have, want = (np.asarray(x, np.float32) for x in (have, want))
+        # Rounding to bfloat16 (8 bits), here and in the reference.
+        bound = 3e-2 * max(1.0, np.abs(want).max())
+        np.testing.assert_allclose(have, want, rtol=0, atol=bound)

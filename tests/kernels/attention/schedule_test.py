@@ -1,5 +1,7 @@
 """Block lists against the dense mask they stand for."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -24,11 +26,12 @@ def read_lists(lists, rows, columns):
     return visited, whole
 
 
-def compare_with_dense(mask, length, block_q, block_k, exact):
-    batch = mask.segment_ids.shape[0]
-    schedule = make_schedule(mask, batch, length, block_q=block_q, block_k=block_k)
-    rows, columns = length // block_q, length // block_k
-    dense = np.broadcast_to(whole_mask(mask, length, length), (batch, length, length))
+def compare_with_dense(mask, block_q, block_k, exact):
+    (batch, queries), keys = mask.segment_ids.shape, mask.keys.shape[1]
+    blocks = {"block_q": block_q, "block_k": block_k}
+    schedule = make_schedule(mask, batch, queries, keys, **blocks)
+    rows, columns = queries // block_q, keys // block_k
+    dense = np.broadcast_to(whole_mask(mask, queries, keys), (batch, queries, keys))
     dense = dense.reshape(batch, rows, block_q, columns, block_k)
     by_query = read_lists(
         (schedule.key_counts, schedule.key_wholes, schedule.key_blocks), rows, columns
@@ -51,14 +54,22 @@ def compare_with_dense(mask, length, block_q, block_k, exact):
 windows = st.none() | st.integers(1, 40)
 
 
-@given(st.data(), windows, st.sampled_from([(4, 8), (8, 4), (8, 8)]))
-def test_random_ids_lose_no_entry(data, window, blocks):
+@given(st.data(), windows, st.sampled_from([(4, 8), (8, 4), (8, 8)]), st.booleans())
+def test_random_ids_lose_no_entry(data, window, blocks, is_part):
     ids = st.lists(st.integers(0, 3), min_size=32, max_size=32)
     segments = jnp.asarray([data.draw(ids), data.draw(ids)], jnp.int32)
     prompts = jnp.asarray([data.draw(ids), data.draw(ids)], jnp.int32)
     for prompt_ids in (None, prompts):
         mask = Mask(segments, prompt_ids, True, window)
-        compare_with_dense(mask, 32, *blocks, exact=False)
+        if is_part:
+            mask = dataclasses.replace(
+                mask,
+                segment_ids=segments[:, 5:29],
+                prompt_ids=None if prompt_ids is None else prompt_ids[:, 5:29],
+                key_ids=segments,
+                offset=5,
+            )
+        compare_with_dense(mask, *blocks, exact=False)
 
 
 @pytest.mark.parametrize("window", [None, 24])
@@ -68,14 +79,14 @@ def test_packed_documents_are_listed_exactly(window):
     segments = np.stack([np.pad(row, (0, 64 - len(row))) for row in rows])
     mask = Mask(jnp.asarray(segments, jnp.int32), None, True, window)
     # A window that starts inside a document can leave a corner empty.
-    compare_with_dense(mask, 64, 8, 8, exact=window is None)
+    compare_with_dense(mask, 8, 8, exact=window is None)
 
 
 def test_a_rejected_response_skips_the_chosen_one():
     segments = jnp.asarray(np.repeat([[1, 2, 3]], [8, 16, 8], axis=1), jnp.int32)
     prompts = jnp.where(segments > 1, 1, 0)
     mask = Mask(segments, prompts)
-    compare_with_dense(mask, 32, 8, 8, exact=True)
+    compare_with_dense(mask, 8, 8, exact=True)
     schedule = make_schedule(mask, 1, 32, block_q=8, block_k=8)
     assert schedule.key_blocks[0, 3].tolist() == [0, 3, 3, 3]  # the prompt, itself
     assert (schedule.key_wholes[0, 3], schedule.key_counts[0, 3]) == (1, 2)

@@ -1,0 +1,117 @@
+"""GPUs that are not there: their names, and a step compiled for sixteen of them."""
+
+import importlib.util
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import topologies
+
+from jaxtrain import aot
+from jaxtrain.aot_gpu import describe_gpus
+from jaxtrain.aot_report import CHIPS
+from jaxtrain.jaxpr_cost import count_flops
+from jaxtrain.kernels.attention import api, hopper
+from jaxtrain.kernels.attention.masks import Mask
+
+REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
+HAS_PLUGIN = importlib.util.find_spec("jax_cuda13_plugin") is not None
+
+
+@pytest.mark.parametrize("name", ["h200", "h200:0", "h200:12", "h100:x", "h100:8x2"])
+def test_numbers_that_are_none_are_refused_in_words(name):
+    with pytest.raises(ValueError, match=r"h200:N, with N up to 8 or a multiple of it"):
+        aot.describe_devices(name)
+
+
+def test_slices_are_of_tpus():
+    with pytest.raises(ValueError, match=r"num_slices = 2.*name all GPUs, as h200:16"):
+        aot.describe_devices("h200:8", num_slices=2)
+
+
+@pytest.mark.skipif(HAS_PLUGIN, reason="jax's CUDA plugin is installed")
+def test_without_the_plugin_the_error_names_it():
+    with pytest.raises(ValueError, match="pip install jax-cuda13-plugin"):
+        describe_gpus("h200:8")
+
+
+def test_a_jax_whose_kernels_tell_no_flops_is_refused(monkeypatch):
+    found = types.SimpleNamespace(devices=[])
+    monkeypatch.setattr(topologies, "get_topology_desc", lambda **_: found)
+    monkeypatch.setattr(hopper, "TELLS_COST", False)
+    with pytest.raises(ValueError, match="no bound would hold; install jax"):
+        describe_gpus("h200:8")
+
+
+def test_attention_for_a_hopper_gpu_that_is_not_here_is_our_kernel():
+    q = jax.ShapeDtypeStruct((1, 8192, 2, 64), jnp.bfloat16)  # cuDNN's, were it here
+    for capability, chosen in (("9.0", "pallas_gpu"), ("8.0", "xla")):
+        gpu = types.SimpleNamespace(platform="gpu", compute_capability=capability)
+        assert api._choose(q, Mask(), None, gpu) == chosen
+
+
+@pytest.mark.skipif(not hopper.TELLS_COST, reason="this jax has no place for it")
+def test_the_kernels_flops_are_those_of_the_tiles_it_visits(monkeypatch):
+    monkeypatch.setitem(api._REFUSALS, "pallas_gpu", lambda *_: None)
+    q = jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.bfloat16)
+    kv = jax.ShapeDtypeStruct((2, 256, 2, 64), jnp.bfloat16)
+
+    def total(q, k, v):
+        return api.attention(q, k, v, implementation="pallas_gpu").sum()
+
+    # Of 2 x 2 tiles of 128 causality leaves 3, for each row and head: 2 products
+    # forward, 3 for dq, 4 for dk with dv.
+    tiles = 2 * 4 * 3
+    expected = (2 + 3 + 4) * tiles * 2 * 128 * 128 * 64
+    expected += 2 * 2 * 256 * 4 * 64  # each row's sum of result times gradient
+    gradients = jax.make_jaxpr(jax.grad(total, argnums=(0, 1, 2)))(q, kv, kv)
+    assert count_flops(gradients) == expected
+
+
+needs_plugin = pytest.mark.skipif(
+    not HAS_PLUGIN,
+    reason="needs XLA's compiler for GPUs: pip install jax-cuda13-plugin"
+    " jax-cuda13-pjrt; no GPU",
+)
+
+
+@needs_plugin
+@pytest.mark.parametrize("kind", ["h100", "h200"])
+def test_gpus_are_eight_to_a_host_and_of_a_known_kind(kind):
+    devices = describe_gpus(f"{kind}:16")
+    assert [device.process_index for device in devices] == [0] * 8 + [1] * 8
+    assert CHIPS[devices[0].device_kind].name.lower() == kind
+    assert float(devices[0].compute_capability) == 9.0
+
+
+@needs_plugin
+def test_a_step_compiles_for_sixteen_gpus_with_our_kernel_and_tells_the_network():
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "jaxtrain.aot", "--config=configs/base.py",
+            "--topology=h200:16", "--config.training.training_type=from_scratch",
+            "--config.data.max_length=256", "--config.mesh.fsdp=8",
+            "--config.training.deepspeed.zero_stage=3",
+        ],
+        cwd=REPOSITORY,
+        env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert "16 devices of H200, mesh data 2 x fsdp 8 x context 1" in done.stdout
+    # Forward, dq, and dk with dv; nothing is computed again.
+    assert "attention 'auto' (3 Pallas kernels in the program)" in done.stdout
+    # Weights are gathered within a host, gradients summed between the two.
+    assert re.search(r"all-gather +[\d.]+ GB in [1-9]", done.stdout)
+    assert re.search(r"all-reduce, hosts +[\d.]+ GB in [1-9]", done.stdout)
+    assert "all-gather, hosts" not in done.stdout
+    assert "FITS" in done.stdout.splitlines()
