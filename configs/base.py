@@ -224,9 +224,10 @@ def hyperparameters() -> Section:
         "fp16": False,  # float16 compute with dynamic loss scaling
         "bf16": unset(bool),  # bfloat16 compute; unset: not fp16. Both off: float32
         "gradient_checkpointing": False,  # compute activations again in backward
-        # What is computed again: full (all of a layer) | dots (all but matrix
-        # products) | dots_no_batch (all but products with weights) | save_attention
-        # (all but attention) | minimal (only what is cheap).
+        # What is computed again: full (all of a layer) | offload (that, from an input
+        # in pinned host memory) | dots (all but matrix products) | dots_no_batch (all
+        # but products with weights) | save_attention (all but attention) | minimal
+        # (only what is cheap).
         "remat_policy": "full",
         # --- loop ---
         "num_train_epochs": unset(float),  # unset: by type

@@ -155,7 +155,7 @@ def advise(run: RunConfig) -> list[str]:
     advice = []
     if not run.precision.gradient_checkpointing:
         advice.append("training.gradient_checkpointing = True")
-    elif run.precision.remat_policy != "full":
+    elif run.precision.remat_policy not in ("full", "offload"):
         advice.append("training.remat_policy = 'full'")
     if run.mesh.fsdp == 1 and run.mesh.data > 1:
         advice.append("training.deepspeed.zero_stage = 3 (splits weights over devices)")
@@ -169,6 +169,8 @@ def advise(run: RunConfig) -> list[str]:
         advice.append("training.dpo.precompute_ref_log_probs = True (no second model)")
     if run.lora is None:
         advice.append("training.lora.enabled = True (no optimizer state of the base)")
+    if run.precision.remat == "full":
+        advice.append("training.remat_policy = 'offload' (layers' inputs: pinned host)")
     if not run.devices.deepspeed.offload_optimizer:
         advice.append("training.deepspeed.offload_optimizer = True (pinned host)")
     advice += ["mesh.tensor = 2 or more, within a host", "a larger topology"]

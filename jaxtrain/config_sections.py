@@ -204,7 +204,7 @@ class PrecisionSection:
     bf16: bool = DERIVED
     gradient_checkpointing: bool = False
     remat_policy: Literal[
-        "full", "dots", "dots_no_batch", "save_attention", "minimal"
+        "full", "offload", "dots", "dots_no_batch", "save_attention", "minimal"
     ] = "full"
 
     @property

@@ -275,3 +275,22 @@ def test_moments_in_host_memory_come_to_the_device_a_layer_at_a_time():
     assert gib("pinned host") == pytest.approx(2 * weights, abs=0.02)
     # Gradients are as much as the weights again; little of the moments is ever there.
     assert gib("sum") < 2.4 * weights
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_layers_inputs_wait_in_host_memory():
+    done = compile_for(
+        "v5e:2x2",
+        *TINY,
+        "--config.model.architecture.hidden_size=1024",
+        "--config.model.architecture.num_hidden_layers=12",
+        "--config.data.max_length=2048",
+        "--config.training.bf16=True",
+        "--config.training.gradient_checkpointing=True",
+        "--config.training.remat_policy=offload",
+        "--config.training.per_device_train_batch_size=8",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    (kept,) = re.findall(r"pinned host +([\d.]+) GiB", done.stdout)
+    assert float(kept) == pytest.approx(12 * 8 * 2048 * 1024 * 2 / 2**30, abs=0.006)

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32, Int32, Key
 
 from jaxtrain.kernels.attention.api import attention, plan_attention
@@ -52,13 +53,18 @@ Cache = dict[str, Array]
 
 _policies = jax.checkpoint_policies
 # What a layer keeps for the backward pass; all else is computed again. "full" keeps
-# only the layer's input, "dots" every matrix product ("dots_no_batch" not those of
-# attention), "save_attention" what attention gave, "minimal" that, its inputs and the
-# MLP's. Our kernels name what their own backward passes need "attention_residuals", so
-# that they need not run again; cuDNN and the XLA path do run again.
+# only the layer's input, "offload" that in pinned host memory, "dots" every matrix
+# product ("dots_no_batch" not those of attention), "save_attention" what attention
+# gave, "minimal" that, its inputs and the MLP's. Our kernels name what their own
+# backward passes need "attention_residuals", so that they need not run again; cuDNN and
+# the XLA path do run again.
 REMAT_POLICIES: Mapping[str, Callable[..., bool] | None] = {
     "none": None,
     "full": _policies.nothing_saveable,
+    "offload": _policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=["layer_input"],
+        offload_src="device", offload_dst="pinned_host",
+    ),
     "dots": _policies.dots_saveable,
     "dots_no_batch": _policies.dots_with_no_batch_dims_saveable,
     "save_attention": _policies.save_only_these_names(
@@ -259,6 +265,7 @@ class Decoder:
             x: Array, inputs: tuple[Params, Array]
         ) -> tuple[Array, RouterLoad | None]:
             layer_params, index = inputs
+            x = checkpoint_name(x, "layer_input")
 
             def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
                 if len(branches) == 1:

@@ -182,7 +182,7 @@ def loss_and_gradients(model: Decoder, params: Params, dropout_key=None) -> Any:
     return compiled_loss_and_gradients(model)(params, dropout_key)
 
 
-@pytest.mark.parametrize("remat", ["full", "minimal"])
+@pytest.mark.parametrize("remat", ["full", "offload", "minimal"])
 def test_rematerialization_changes_no_loss_and_no_gradient(mixed, remat) -> None:
     model, params = mixed
     plain, plain_gradients = loss_and_gradients(model, params)
@@ -264,6 +264,27 @@ def test_rematerialization_keeps_less_for_the_backward_pass(mixed) -> None:
     kept = {name: kept_bytes(name) for name in REMAT_POLICIES}
     assert kept["full"] < kept["save_attention"] < kept["minimal"] < kept["none"]
     assert kept["full"] < kept["dots_no_batch"] <= kept["dots"] <= kept["none"]
+
+
+def test_offloading_leaves_no_layers_input_on_the_device(mixed) -> None:
+    model, params = mixed
+    rows = pack([make_documents(17)])
+
+    def stacked_residuals(remat: str) -> list[str]:
+        chosen = dataclasses.replace(model, remat=remat)
+
+        def total(params: Params) -> Any:
+            return chosen.hidden_states(params, **rows).sum()
+
+        program = jax.make_jaxpr(jax.grad(total))(params)
+        forward = next(e for e in program.eqns if e.primitive.name == "scan")
+        stack = (model.config.num_hidden_layers, 1, LENGTH, model.config.hidden_size)
+        return [str(x.aval) for x in forward.outvars if x.aval.shape == stack]
+
+    assert len(stacked_residuals("full")) == 1
+    assert "host" not in stacked_residuals("full")[0]
+    (kept,) = stacked_residuals("offload")
+    assert "host" in kept
 
 
 def test_the_backward_pass_keeps_no_float32_copy_of_activations(make_model) -> None:
