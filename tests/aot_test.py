@@ -230,8 +230,7 @@ def test_rows_split_over_devices_and_several_slices_compile_with_the_kernel():
     assert "network" in done.stdout
 
 
-@needs_libtpu
-@pytest.mark.slow
+@needs_libtpu  # in CI's second run
 def test_dpo_of_qwen_3b_fits_on_sixteen_v5e_chips():
     done = compile_for(
         "v5e:4x4",

@@ -51,7 +51,9 @@ THOROUGH = (
     "data/stream_batches_test.py::test_worker_processes_change_nothing",
     "diagnostics_test.py::test_a_run_that_only_skips_ends",
     "diagnostics_test.py::test_a_spike_is_skipped_or_stops_the_run",
-    "launch_test.py::test_the_notebook_runs_in_a_shortened_form",
+    # What the notebook shows too.
+    "docs_test.py::test_every_command_of_the_page_runs[docs/tutorials/dpo.md]",
+    "docs_test.py::test_every_command_of_the_page_runs[docs/tutorials/lora.md]",
     "main_test.py::test_every_config_runs_to_the_end[from_scratch]",
     "main_test.py::test_every_config_runs_to_the_end[lora]",
     "main_test.py::test_every_config_runs_to_the_end[sft]",

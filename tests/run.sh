@@ -3,24 +3,27 @@
 #   bash tests/run.sh [pytest arguments]
 # PYTHON: interpreter (python3). VENV: environment to make or reuse (.venv).
 # PEERS=0: without torch, transformers' models, peft and trl; their parity tests skip.
-# JAXTRAIN_TEST_ALL=1: the longest tests too (10 minutes more), and with libtpu (200 MB),
-# which compiles for TPUs that are not here.
+# TPU=1: with libtpu (200 MB), which compiles for TPUs that are not here.
+# JAXTRAIN_TEST_ALL=1: the longest tests too (10 minutes more), and with libtpu.
+# STEP=install, STEP=check: one half only.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-python3}
 VENV=${VENV:-.venv}
-PEERS=${PEERS:-1}
-ALL=${JAXTRAIN_TEST_ALL:-}
+EXTRAS=metrics,test
+if [ "${PEERS:=1}" = 1 ]; then EXTRAS+=,peers; fi
+if [ -n "${TPU:-}${JAXTRAIN_TEST_ALL:-}" ]; then EXTRAS+=,tpu; fi
 
-"$PYTHON" -m venv "$VENV"
-if [ "$PEERS" = 1 ]; then
-    # First and by exact version: other requests for torch pull gigabytes of CUDA.
-    "$VENV/bin/pip" install --quiet torch==2.13.0
-    "$VENV/bin/pip" install --quiet -e ".[metrics,test,peers${ALL:+,tpu}]"
-else
-    "$VENV/bin/pip" install --quiet -e '.[metrics,test]'
+if [ "${STEP:=all}" != check ]; then
+    "$PYTHON" -m venv "$VENV"
+    if [ "$PEERS" = 1 ]; then
+        # First and by exact version: other requests for torch pull gigabytes of CUDA.
+        "$VENV/bin/pip" install --quiet torch==2.13.0
+    fi
+    "$VENV/bin/pip" install --quiet -e ".[$EXTRAS]"
 fi
+if [ "$STEP" = install ]; then exit; fi
 
 "$VENV/bin/ruff" format --check .
 "$VENV/bin/ruff" check .
