@@ -24,7 +24,8 @@ NEVER = -1e30
 class Options(NamedTuple):
     """What a kernel is compiled for, beside shapes.
 
-    `offset`: index of the first query among the keys.
+    `offset`: index of the first query among the keys. `has_padding`: ids may be 0, in
+    rows that hold anything, NaN too.
     """
 
     causal: bool
@@ -33,6 +34,7 @@ class Options(NamedTuple):
     scale: float
     interpret: bool
     offset: int = 0
+    has_padding: bool = True
 
 
 class Ids(NamedTuple):
@@ -74,6 +76,7 @@ def attention_blocked(
 ) -> Float[Array, "B T N H"]:
     """Attention by `kernels`, rows and heads padded to whole tiles."""
     length, keys, width = q.shape[1], k.shape[1], q.shape[3]
+    has_padding = mask.keys is not None
     if keys != length and mask.key_ids is None:
         ones = jnp.ones((q.shape[0], keys), jnp.int32)
         mask = dataclasses.replace(mask, key_ids=ones)
@@ -81,15 +84,15 @@ def attention_blocked(
     if schedule is None:
         schedule = plan(kernels, mask, q.shape[0], length)
     assert padded.segment_ids is not None and padded.key_ids is not None
-    (q,) = zero_padding(mask.segment_ids, q)
-    k, v = zero_padding(mask.keys, k, v)
     width_tail = (0, kernels.choose_width(width) - width)
 
     def fill(x: Array, ids: Array) -> Array:
         tail = (0, ids.shape[1] - x.shape[1])
         return jnp.pad(x, [(0, 0), tail, (0, 0), width_tail])
 
-    options = Options(mask.causal, mask.window, softcap, scale, interpret, mask.offset)
+    options = Options(
+        mask.causal, mask.window, softcap, scale, interpret, mask.offset, has_padding
+    )
     ids = Ids(padded.segment_ids, padded.prompt_ids, padded.key_ids)
     out = _attend(
         kernels,
@@ -162,6 +165,11 @@ def _attend_forward(
     ids: Ids,
     schedule: Schedule,
 ) -> tuple[Array, tuple]:
+    if options.has_padding:
+        # Here, not outside: the kernels leave 0 as the derivatives of padding, which
+        # need no pass of their own over dq, dk and dv then.
+        (q,) = zero_padding(ids.segments, q)
+        k, v = zero_padding(ids.keys, k, v)
     out, lse = _run_forward(kernels, options, q, k, v, ids, schedule)
     # With both kept, rematerialization need not run the kernel again.
     out = checkpoint_name(out, "attention_residuals")
@@ -185,8 +193,8 @@ def _attend_backward(
     kernels: Kernels, options: Options, residuals: tuple, d_out: Array
 ) -> tuple[Array, Array, Array, None, None]:
     q, k, v, out, lse, ids, schedule = residuals
-    # What padding sends back may be NaN, and 0 * NaN would leak it.
-    (d_out,) = zero_padding(ids.segments, d_out)
+    if options.has_padding:  # which may send back NaN, and 0 * NaN would leak it
+        (d_out,) = zero_padding(ids.segments, d_out)
     delta = jnp.einsum("BTNH,BTNH->BNT", out, d_out, preferred_element_type=jnp.float32)
     dq, dk, dv = _run_backward(
         kernels, options, q, k, v, lse, delta, d_out, ids, schedule
