@@ -51,9 +51,13 @@ THOROUGH = (
     "data/stream_batches_test.py::test_worker_processes_change_nothing",
     "diagnostics_test.py::test_a_run_that_only_skips_ends",
     "diagnostics_test.py::test_a_spike_is_skipped_or_stops_the_run",
-    # What the notebook shows too.
+    # What the notebook, main_test or trainer_test show too.
     "docs_test.py::test_every_command_of_the_page_runs[docs/tutorials/dpo.md]",
     "docs_test.py::test_every_command_of_the_page_runs[docs/tutorials/lora.md]",
+    "docs_test.py::test_every_command_of_the_page_runs[docs/tutorials/first-run.md]",
+    "docs_test.py::test_every_command_of_the_page_runs[docs/tutorials/resume.md]",
+    "documented_interface_test.py::test_a_yaml_example_trains[high_performance]",
+    "documented_interface_test.py::test_a_yaml_example_trains[lora]",
     "main_test.py::test_every_config_runs_to_the_end[from_scratch]",
     "main_test.py::test_every_config_runs_to_the_end[lora]",
     "main_test.py::test_every_config_runs_to_the_end[sft]",
@@ -69,10 +73,14 @@ THOROUGH = (
     "quantization_test.py::test_the_dpo_reference_is_the_quantized_base_on_any_mesh",
     "samples_test.py::test_a_model_split_over_devices_scores_and_generates_the_same",
     "streaming_test.py::test_an_iterable_dataset_is_a_stream",
+    "trainer_test.py::test_resume_after_sigkill_is_bit_exact[lora]",
+    "trainer_test.py::test_resume_after_sigkill_is_bit_exact[sft]",
     "trainer_test.py::test_a_run_on_eight_devices_equals_one_on_one[lora]",
     "trainer_test.py::test_a_synced_reference_follows_the_policy",
     "trl_training_test.py::test_a_mixture_of_experts_logs_and_learns_what_trl_does[lora",
     "trl_training_test.py::test_a_pissa_run_exports",
+    "trl_training_test.py::test_twenty_steps_log_and_learn_what_trl_does[llama-lora-dpo]",
+    "trl_training_test.py::test_twenty_steps_log_and_learn_what_trl_does[qwen2-dpo]",
     "trl_training_test.py::test_an_adapter_trains_on_as_in_trl[lora-dpo",
 )
 
