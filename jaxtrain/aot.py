@@ -98,7 +98,7 @@ def compile_for(
     cost = analyze(
         compiled.as_text(),
         device_count=len(devices),
-        per_host=aot_gpu.PER_HOST if devices[0].platform == "gpu" else None,
+        per_host=report.chip.per_host,
     )
     per_token = trainer.flops_per_token(run, model, run.data.max_length)
     return dataclasses.replace(

@@ -11,15 +11,10 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
+from jaxtrain.aot_report import CHIPS, Chip
 from jaxtrain.kernels.attention import hopper
 
-PER_HOST = 8  # GPUs that NVLink joins: an HGX or DGX board
-_GIB = 2**30
-# Name as jax has it, device memory in bytes, bytes/s of it.
-_KINDS = {
-    "h100": ("NVIDIA H100 80GB HBM3", 79 * _GIB, 3350e9),
-    "h200": ("NVIDIA H200", 139 * _GIB, 4800e9),
-}
+_KINDS = {"h100": "NVIDIA H100 80GB HBM3", "h200": "NVIDIA H200"}  # as jax names them
 _NAME = re.compile(r"(h100|h200):([1-9]\d*)")
 
 
@@ -37,17 +32,20 @@ def describe_gpus(topology: str) -> list[Any]:
     """
     match = _NAME.fullmatch(topology)
     count = int(match.group(2)) if match else 0
-    hosts = max(1, count // PER_HOST)
-    if count != hosts * min(count, PER_HOST) or count == 0:
+    kind = _KINDS[topology.split(":")[0]]
+    chip = CHIPS[kind]
+    per_host = chip.per_host or 1
+    hosts = max(1, count // per_host)
+    if count != hosts * min(count, per_host) or count == 0:
         raise ValueError(
             f"topology = {topology!r}: name a number of GPUs, h100:N or h200:N, with N"
-            f" up to {PER_HOST} or a multiple of it"
+            f" up to {per_host} or a multiple of it"
         )
     try:
         description = topologies.get_topology_desc(
             platform="cuda",
             topology=f"1x{hosts}x{count // hosts}",
-            target_config=_target(*_KINDS[topology.split(":")[0]]),
+            target_config=_target(kind, chip),
         )
     except Exception as error:  # NotImplementedError, JaxRuntimeError, by version
         raise ValueError(
@@ -62,7 +60,7 @@ def describe_gpus(topology: str) -> list[Any]:
     return list(description.devices)
 
 
-def _target(name: str, memory_bytes: int, memory_rate: float) -> str:
+def _target(name: str, chip: Chip) -> str:
     """One GPU of compute capability 9.0, as a text protocol buffer."""
     return f"""
         platform_name: "CUDA"
@@ -85,7 +83,8 @@ def _target(name: str, memory_bytes: int, memory_rate: float) -> str:
           registers_per_core_limit: 65536 registers_per_block_limit: 65536
           shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448
           shared_memory_per_core: 233472 l2_cache_size: 52428800
-          memory_bandwidth: {memory_rate:.0f} device_memory_size: {memory_bytes}
+          memory_bandwidth: {chip.memory_rate:.0f}
+          device_memory_size: {chip.memory_bytes:.0f}
           device_address_bits: 64 pcie_bandwidth: 63000000000
           device_interconnect_info {{ active_links: 18 }}
         }}

@@ -15,7 +15,8 @@ class Chip:
 
     `flops`: dense bfloat16 FLOP/s. `memory_bytes`, `memory_rate`: HBM and bytes/s.
     `link_rate`: bytes/s that all its inter-chip links bring in together.
-    `slice_rate`: its share of its host's network, to other slices; of GPUs, hosts.
+    `slice_rate`: its share of its host's network, to other slices. `per_host`: devices
+    that the links join, where they join those of a host and the network the hosts.
     """
 
     name: str
@@ -24,6 +25,7 @@ class Chip:
     memory_rate: float
     link_rate: float
     slice_rate: float
+    per_host: int | None = None
 
 
 # By the makers' documentation (cloud.google.com/tpu/docs; the network of v4, v5p and
@@ -36,8 +38,8 @@ CHIPS = {
     "TPU7x": Chip("v7x core", 1153e12, 96 * _GIB, 3.69e12, 300e9, 6.25e9),
     # NVIDIA's data sheets: SXM, NVLink 4 one way, one adapter of 400 Gb/s for each GPU
     # (DGX). Memory is what CUDA gives to programs.
-    "NVIDIA H100 80GB HBM3": Chip("H100", 989e12, 79 * _GIB, 3.35e12, 450e9, 50e9),
-    "NVIDIA H200": Chip("H200", 989e12, 139 * _GIB, 4.8e12, 450e9, 50e9),
+    "NVIDIA H100 80GB HBM3": Chip("H100", 989e12, 79 * _GIB, 3.35e12, 450e9, 50e9, 8),
+    "NVIDIA H200": Chip("H200", 989e12, 139 * _GIB, 4.8e12, 450e9, 50e9, 8),
 }
 
 
@@ -136,7 +138,7 @@ def describe(report: Report) -> str:
     for kind, (count, size) in sorted(report.collectives.items()):
         lines.append(f"  {kind:18s} {size / 1e9:9.2f} GB in {count:.0f} calls")
     for kind, (count, size) in sorted(report.between_slices.items()):
-        name = f"{kind}, {'hosts' if chip.name in ('H100', 'H200') else 'slices'}"
+        name = f"{kind}, {'hosts' if chip.per_host else 'slices'}"
         lines.append(f"  {name:18s} {size / 1e9:9.2f} GB in {count:.0f} calls")
     times = ", ".join(f"{name} {secs:.3f} s" for name, secs in report.secs.items())
     lines += [

@@ -156,7 +156,7 @@ def _traffic(
         return 0.0
     total = 0.0
     for index, name in enumerate(instruction.operands):
-        shape = scope[name].shape if name in scope else ""
+        shape = _shape_of(name, scope)
         if whole := shape_bytes(shape, device_memory_only=True):
             read = _elements_read(instruction, index, scope, computations)
             total += whole * min(1.0, read / count_elements(shape))
@@ -180,9 +180,9 @@ def _elements_read(
         return 0.0  # updated in place
     if index == 0 and kind == "scatter":  # the rows that it adds to
         return count_elements(_shape_of(use.operands[-1], scope))
-    for parameter in _body(use, computations).values():
+    inside = _body(use, computations)
+    for parameter in inside.values():
         if parameter.opcode == "parameter" and parameter.rest.startswith(f"{index})"):
-            inside = _body(use, computations)
             return _elements_used(parameter, inside, computations)
     # Where a slice begins is told by scalars.
     told = kind.startswith("dynamic-") and index >= 1 + (kind != "dynamic-slice")

@@ -77,16 +77,17 @@ def shape_bytes(text: str, *, device_memory_only: bool = False) -> float:
             continue
         bits = re.search(r"\d+", dtype)
         width = _WIDTHS.get(dtype, int(bits.group()) / 8 if bits else 0)
-        total += width * math.prod(int(n) for n in sizes.split(",") if n)
+        total += width * _count(sizes)
     return total
 
 
 def count_elements(text: str) -> int:
     """Elements of a shape, or of all shapes of a tuple."""
-    return sum(
-        math.prod(int(n) for n in sizes.split(",") if n)
-        for _, sizes, _ in _SHAPE.findall(text)
-    )
+    return sum(_count(sizes) for _, sizes, _ in _SHAPE.findall(text))
+
+
+def _count(sizes: str) -> int:
+    return math.prod(int(n) for n in sizes.split(",") if n)
 
 
 def split_tuple(shape: str) -> list[str]:

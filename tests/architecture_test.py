@@ -48,7 +48,7 @@ ALLOWED = {
     "hlo_cost": {"hlo_groups", "hlo_text"},
     "hlo_groups": set(),
     "hlo_text": set(),
-    "aot_gpu": {"kernels"},
+    "aot_gpu": {"aot_report", "kernels"},
     "jaxpr_cost": set(),
     "preemption": set(),
     "tracking": set(),

@@ -185,7 +185,7 @@ def _choose(
     elif for_hopper:
         name = "pallas_gpu"
     else:
-        name = "xla" if cudnn.refusal(q, mask, softcap) else "cudnn"
+        name = "xla" if cudnn.refusal(q, mask, softcap, device) else "cudnn"
     _log_choice(name, q.shape, q.dtype.name, mask.segment_ids is not None)
     return name
 

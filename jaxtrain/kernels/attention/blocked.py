@@ -13,7 +13,11 @@ from jaxtyping import Array, Float, Int32
 
 from jaxtrain.kernels.attention.masks import Mask
 from jaxtrain.kernels.attention.reference import zero_padding
-from jaxtrain.kernels.attention.schedule import Schedule, make_schedule
+from jaxtrain.kernels.attention.schedule import (
+    Schedule,
+    count_visits,
+    make_schedule,
+)
 
 # Kernels work in base 2: exp2 is the machine's own exponential.
 LOG2_E = math.log2(math.e)
@@ -55,7 +59,6 @@ class Kernels:
     keys) and the sum of out * d_out over H.
     """
 
-    name: str
     forward: Callable[..., tuple[Array, Array]]
     backward: Callable[..., tuple[Array, Array, Array]]
     choose_blocks: Callable[[int], tuple[int, int]]
@@ -216,6 +219,35 @@ def id_rows(ids: Ids) -> tuple[Array, Array, Array]:
     padding = segments == 0
     prompts = jnp.where(padding | (prompts == 0), -1, prompts)
     return jnp.where(padding, -1, segments), prompts, ids.keys
+
+
+def estimate_cost(
+    options: Options,
+    q: Array,
+    k: Array,
+    lengths: tuple[int, int],
+    blocks: tuple[int, int],
+    *,
+    products: int,
+) -> dict[str, int]:
+    """Of one pass, by the names of Pallas's CostEstimate, but for what ids leave out.
+
+    Args:
+        q, k: of one device, in any order of axes but for the last, H.
+        lengths, blocks: of queries and of keys.
+        products: of each tile that is visited, by the kernel.
+    """
+    rule = Mask(causal=options.causal, window=options.window, offset=options.offset)
+    width = q.shape[-1]
+    tile = blocks[0] * blocks[1]
+    entries = (
+        q.size // (lengths[0] * width) * count_visits(rule, lengths, blocks) * tile
+    )
+    return {
+        "flops": 2 * products * entries * width,
+        "transcendentals": entries,
+        "bytes_accessed": (q.size + k.size) * products * q.dtype.itemsize,
+    }
 
 
 def scale_scores(options: Options, raw: Array) -> Array:

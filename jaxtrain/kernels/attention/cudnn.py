@@ -12,13 +12,12 @@ def refusal(
     q: Array | jax.ShapeDtypeStruct,
     mask: Mask,
     softcap: float | None,
-    device: jax.Device | None = None,
+    device: jax.Device | None,
 ) -> str | None:
     """Why cuDNN cannot serve this call, or None where it can.
 
     `device` does not matter: jax asks the library and the GPU that are here.
     """
-    del device
     _, length, _, width = q.shape
     if jax.default_backend() != "gpu":
         return f"the backend is {jax.default_backend()!r}, not a GPU"

@@ -17,9 +17,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from jaxtrain.kernels.attention.blocked import LOG2_E, Options, scale_scores
-from jaxtrain.kernels.attention.masks import Mask
-from jaxtrain.kernels.attention.schedule import Schedule, count_visits
+from jaxtrain.kernels.attention.blocked import (
+    LOG2_E,
+    Options,
+    estimate_cost,
+    scale_scores,
+)
+from jaxtrain.kernels.attention.schedule import Schedule
 
 Ref = Any  # a reference to memory of the kernel, or to a barrier
 
@@ -123,28 +127,11 @@ def call(
         return make()
 
     def run(q: Array, k: Array, *others: Array) -> Any:
-        cost = _estimate(options, q, k, products=products)
-        return make(cost_estimate=cost)(q, k, *others)
+        lengths = (q.shape[1], k.shape[1])
+        cost = estimate_cost(options, q, k, lengths, (BLOCK, BLOCK), products=products)
+        return make(cost_estimate=pl.CostEstimate(**cost))(q, k, *others)
 
     return run
-
-
-def _estimate(
-    options: Options, q: Array, k: Array, *, products: int
-) -> pl.CostEstimate:
-    """What a pass costs where nothing but causality and the window leaves blocks out.
-
-    `q` [B T N H] and `k` [B S K H] of one device.
-    """
-    batch, length, heads, width = q.shape
-    rule = Mask(causal=options.causal, window=options.window, offset=options.offset)
-    visits = count_visits(rule, (length, k.shape[1]), (BLOCK, BLOCK))
-    entries = batch * heads * visits * BLOCK * BLOCK
-    return pl.CostEstimate(
-        flops=2 * products * entries * width,
-        transcendentals=entries,
-        bytes_accessed=(q.size + k.size) * products * q.dtype.itemsize,
-    )
 
 
 def lists(counts: Array, wholes: Array, blocks: Array) -> tuple[Array, Array, Array]:

@@ -5,6 +5,4 @@ from jaxtrain.kernels.attention.blocked import Kernels
 from jaxtrain.kernels.attention.hopper_backward import backward
 from jaxtrain.kernels.attention.hopper_forward import forward
 
-KERNELS = Kernels(
-    "pallas_gpu", forward, backward, hopper.choose_blocks, hopper.choose_width
-)
+KERNELS = Kernels(forward, backward, hopper.choose_blocks, hopper.choose_width)

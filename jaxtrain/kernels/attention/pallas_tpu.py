@@ -20,11 +20,11 @@ from jaxtrain.kernels.attention.blocked import (
     Kernels,
     Options,
     bend_slope,
+    estimate_cost,
     id_rows,
     scale_scores,
 )
-from jaxtrain.kernels.attention.masks import Mask
-from jaxtrain.kernels.attention.schedule import Schedule, count_visits
+from jaxtrain.kernels.attention.schedule import Schedule
 
 _BLOCK = 512
 
@@ -484,22 +484,10 @@ def _rows_and_column(ids: Ids) -> tuple[Array, Array, Array]:
 def _estimate(
     options: Options, q: Array, k: Array, schedule: Schedule, *, products: int
 ) -> pl.CostEstimate:
-    """What a pass costs where nothing but causality and the window leaves blocks out.
-
-    `q` [B N T H] and `k` [B K S H] of one device; `products` of a tile, by it.
-    """
-    batch, heads, length, width = q.shape
-    rule = Mask(causal=options.causal, window=options.window, offset=options.offset)
-    visits = count_visits(
-        rule, (length, k.shape[2]), (schedule.block_q, schedule.block_k)
-    )
-    entries = batch * heads * visits * schedule.block_q * schedule.block_k
-    moved = (q.size + k.size) * products * q.dtype.itemsize
-    return pl.CostEstimate(
-        flops=2 * products * entries * width,
-        transcendentals=entries,
-        bytes_accessed=moved,
-    )
+    """Of q [B N T H] and k [B K S H] of one device."""
+    lengths, blocks = (q.shape[2], k.shape[2]), (schedule.block_q, schedule.block_k)
+    cost = estimate_cost(options, q, k, lengths, blocks, products=products)
+    return pl.CostEstimate(**cost)
 
 
 def _compiler_params(*, parallel: int, sequential: int) -> pltpu.CompilerParams:
@@ -507,4 +495,4 @@ def _compiler_params(*, parallel: int, sequential: int) -> pltpu.CompilerParams:
     return pltpu.CompilerParams(dimension_semantics=order)
 
 
-KERNELS = Kernels("pallas_tpu", forward, backward, choose_blocks, lambda width: width)
+KERNELS = Kernels(forward, backward, choose_blocks, lambda width: width)

@@ -366,4 +366,4 @@ def _compiler_params(width: int) -> plgpu.CompilerParams:
     return plgpu.CompilerParams(num_warps=4 if width <= 64 else 8, num_stages=2)
 
 
-KERNELS = Kernels("pallas_triton", forward, backward, choose_blocks, choose_width)
+KERNELS = Kernels(forward, backward, choose_blocks, choose_width)
