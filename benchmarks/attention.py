@@ -106,11 +106,13 @@ SMOKE = [
     Shape("packed", 1, 256, 4, 2, 64, documents=(128, 100, 28)),
     Shape("causal", 1, 256, 4, 2, 64),
 ]
+# As chosen ("") and otherwise.
 TILES = {
     "": None,
     " no turns": Tiles(take_turns=False),
-    " fwd 64": Tiles(forward_step=64, forward_stages=4),
-    " dq 64": Tiles(dq_step=64),
+    " one tile a program": Tiles(forward_programs=sys.maxsize, dq_programs=sys.maxsize),
+    " dq 128": Tiles(),
+    " dq 64": Tiles(dq_step=64, dq_stages=4),
     " dkv 3 stages": Tiles(dkv_stages=3),
     " dk, dv apart": Tiles(joint_dkv=False),
 }
@@ -387,6 +389,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="tiny shapes")
     parser.add_argument("--only", choices=["check", "time"], help="one half")
     parser.add_argument("--match", default="", help="regular expression of names")
+    parser.add_argument("--shapes", default="", help="regular expression of shapes")
     arguments = parser.parse_args()
     print(json.dumps(versions()))
     candidates = [x for x in jax_candidates() if re.search(arguments.match, x[0])]
@@ -398,6 +401,8 @@ def main() -> None:
     rows: list[dict] = []
     if arguments.only != "check":
         for index, shape in enumerate(SMOKE if arguments.smoke else SHAPES):
+            if not re.search(arguments.shapes, shape.name):
+                continue
             # Variants of ours compete on the first two shapes only.
             names = {HOPPER_NAME + suffix for suffix in TILES if suffix}
             chosen = [x for x in candidates if index < 2 or x[0] not in names]

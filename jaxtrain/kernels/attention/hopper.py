@@ -7,6 +7,7 @@ a tile of 128, and one feeds them through a ring of buffers in shared memory by 
 import dataclasses
 import functools
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -39,28 +40,66 @@ PER_ROW = plgpu.Layout.WGMMA.reduce(1)
 PER_COLUMN = plgpu.Layout.WGMMA.reduce(0)
 
 
+# Plain rows up to here, and packed ones, are short walks: benchmarks/RESULTS.md.
+_SHORT_ROW = 2048
+
+
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Entries of a block taken in one turn, and buffers in the ring, of each kernel."""
+    """Entries of a block taken in one turn, and buffers in the ring, of each kernel.
+
+    `*_columns` of a result leave at once: what shared memory has room for.
+    `*_programs` run side by side; None: one a multiprocessor, and no more than tiles.
+    """
 
     forward_step: int = 128
     forward_stages: int = 2
+    forward_columns: int = 128
+    forward_programs: int | None = None
     dq_step: int = 128
     dq_stages: int = 2
+    dq_columns: int = 64
+    dq_programs: int | None = None
     dkv_step: int = 64
     dkv_stages: int = 2
     joint_dkv: bool = True  # dk and dv by one kernel: both accumulators in registers
     take_turns: bool = True  # one group's softmax runs under the other's products
 
 
-def choose_tiles(width: int) -> Tiles:
+def choose_tiles(options: Options, q: Array) -> Tiles:
     """Tiles that fit 227 KiB of shared memory and 240 registers a thread."""
-    if width <= 128:
+    _, length, _, width = q.shape
+    if width <= 64:
         return Tiles()
+    if width <= 128:
+        if options.has_padding or length <= _SHORT_ROW:
+            return Tiles(dq_step=64, dq_stages=4)
+        return Tiles(dq_programs=sys.maxsize)
     # A step below 64 is no wgmma depth, so one buffer has to do in the backward pass.
     return Tiles(
-        forward_step=64, dq_step=64, dq_stages=1, dkv_stages=1, joint_dkv=False
+        forward_step=64,
+        forward_columns=64,
+        dq_step=64,
+        dq_stages=1,
+        dkv_stages=1,
+        joint_dkv=False,
     )
+
+
+def count_programs(options: Options, q: Array, wanted: int | None) -> int:
+    """How many run side by side, each over several tiles of q [B T N H]."""
+    batch, length, heads, _ = q.shape
+    if wanted is None:
+        # Interpreted: few, so that each has several tiles.
+        wanted = 2 if options.interpret else _count_multiprocessors()
+    return min(wanted, batch * heads * (length // BLOCK))
+
+
+def _count_multiprocessors() -> int:
+    """Of the GPU that is here; of an H100 or H200 where none is."""
+    if jax.default_backend() != "gpu":
+        return 132
+    return jax.local_devices()[0].core_count
 
 
 def choose_blocks(length: int) -> tuple[int, int]:
@@ -98,10 +137,10 @@ def call(
     *,
     out_type: object,
     scratch: list,
-    grid: tuple[int, int, int],
+    grid: dict[str, int],
     products: int,
 ) -> Callable:
-    """The compiled kernel over a grid of (heads, blocks, batch).
+    """The compiled kernel over a grid of named axes.
 
     Its first arguments are q and k; it computes `products` of each tile, for which
     `jaxpr_cost` counts it, where this jax has a place for that.
@@ -116,8 +155,8 @@ def call(
         body,
         out_type=out_type,
         scratch_types=scratch,
-        grid=grid,
-        grid_names=("heads", "blocks", "batch"),
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
         num_threads=GROUPS + 1,
         thread_name="group",
         compiler_params=plgpu.CompilerParams(approx_math=True),
@@ -134,24 +173,18 @@ def call(
     return run
 
 
-def lists(counts: Array, wholes: Array, blocks: Array) -> tuple[Array, Array, Array]:
-    """A schedule's lists, flat: kernels read single entries from device memory."""
-    return counts.reshape(-1), wholes.reshape(-1), blocks.reshape(-1)
-
-
 def product(
-    left: Ref, right: Ref, shape: tuple, issued: Callable[[], None] | None = None
-) -> Array:
-    """left @ right by wgmma into fresh float32 registers.
+    left: Ref, right: Ref, shape: tuple, issued: Callable[[], Any] = lambda: None
+) -> tuple[Array, Any]:
+    """left @ right by wgmma into fresh float32 registers, and what `issued` returns.
 
-    `issued` runs once the product is on its way, before it is waited for.
+    That runs once the product is on its way, before it is waited for.
     """
 
-    def compute(ref: Ref) -> Array:
+    def compute(ref: Ref) -> tuple[Array, Any]:
         plgpu.wgmma(ref, left, right)
-        if issued is not None:
-            issued()
-        return ref[...]
+        meanwhile = issued()
+        return ref[...], meanwhile
 
     return pl.run_scoped(compute, plgpu.ACC(shape, jnp.float32))
 
@@ -167,7 +200,7 @@ def add_product(options: Options, total: Array, left: Array, right: Ref) -> Arra
     return accumulate(plgpu.ACC.init(total))
 
 
-def wait_for_slot(barriers: Ref, turn: Array, slot: Array, stages: int) -> None:
+def wait_for_slot(barriers: Ref, turn: Array, slot: Array | int, stages: int) -> None:
     """Waits until the buffers of `slot` were read; its first use needs no wait."""
     pl.when(turn >= stages)(lambda: plgpu.barrier_wait(barriers.at[slot]))
 

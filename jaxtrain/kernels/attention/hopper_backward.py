@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from jaxtrain.kernels.attention import hopper
+from jaxtrain.kernels.attention import hopper, hopper_keys
 from jaxtrain.kernels.attention.blocked import (
     Ids,
     Options,
@@ -23,6 +23,7 @@ from jaxtrain.kernels.attention.blocked import (
     scale_scores,
 )
 from jaxtrain.kernels.attention.hopper import BLOCK, FEEDER, GROUPS, ROWS, Ref
+from jaxtrain.kernels.attention.hopper_keys import Buffers, Inputs, Tile, Walk
 from jaxtrain.kernels.attention.schedule import Schedule
 
 # Blocks of threads that fill the 132 multiprocessors a few times over.
@@ -43,7 +44,7 @@ def backward(
 ) -> tuple[Array, Array, Array]:
     """Gradients of q, k and v."""
     hopper.check_schedule(schedule)
-    tiles = tiles or hopper.choose_tiles(q.shape[3])
+    tiles = tiles or hopper.choose_tiles(options, q)
     inputs = (q, k, v, d_out.astype(q.dtype), lse, delta, *id_rows(ids))
     dq = _query_gradient(options, tiles, inputs, schedule)
     if tiles.joint_dkv:
@@ -60,169 +61,106 @@ def _query_gradient(
     inputs: tuple[Array, ...],
     schedule: Schedule,
 ) -> Array:
-    q, k = inputs[:2]
-    batch, length, heads, width = q.shape
+    q, k, v, d_out, lse, delta, *ids = inputs
+    width = q.shape[3]
+    programs = hopper.count_programs(options, q, tiles.dq_programs)
     step, stages = tiles.dq_step, tiles.dq_stages
     scratch = [
+        *hopper_keys.buffers(width, q.dtype, step, stages, row_copies=6),
         hopper.matrix_memory((GROUPS, ROWS, width), q.dtype),
         hopper.matrix_memory((GROUPS, ROWS, width), q.dtype),
         hopper.vector_memory((GROUPS, ROWS), jnp.float32),
         hopper.vector_memory((GROUPS, ROWS), jnp.float32),
-        hopper.vector_memory((GROUPS, ROWS), jnp.int32),
-        hopper.vector_memory((GROUPS, ROWS), jnp.int32),
-        hopper.matrix_memory((stages, step, width), q.dtype),
-        hopper.matrix_memory((stages, step, width), q.dtype),
-        hopper.vector_memory((stages, step), jnp.int32),
-        plgpu.Barrier(num_arrivals=6, num_barriers=GROUPS),
-        plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-        plgpu.Barrier(num_arrivals=1, num_barriers=stages),
-        plgpu.Barrier(num_arrivals=GROUPS, num_barriers=stages),
-        plgpu.Barrier(num_arrivals=GROUPS, num_barriers=stages),
+        hopper.matrix_memory((GROUPS, ROWS, min(width, tiles.dq_columns)), q.dtype),
     ]
     kernel = hopper.call(
         options,
-        functools.partial(_query_kernel, options, tiles, heads // k.shape[2]),
+        functools.partial(_query_kernel, options, tiles, programs),
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
         scratch=scratch,
-        grid=(heads, length // BLOCK, batch),
+        grid={"programs": programs},
         products=3,
     )
-    walk = hopper.lists(schedule.key_counts, schedule.key_wholes, schedule.key_blocks)
-    return kernel(*inputs, *walk)
+    return kernel(q, k, v, *ids, *hopper_keys.lists(schedule), d_out, lse, delta)
 
 
 def _query_kernel(
-    options: Options,
-    tiles: hopper.Tiles,
-    heads_per_kv: int,
-    q_ref: Ref,
-    k_ref: Ref,
-    v_ref: Ref,
-    d_out_ref: Ref,
-    lse_ref: Ref,
-    delta_ref: Ref,
-    query_ids_ref: Ref,
-    prompt_ids_ref: Ref,
-    key_ids_ref: Ref,
-    counts_ref: Ref,
-    wholes_ref: Ref,
-    blocks_ref: Ref,
-    dq_ref: Ref,
-    q_memory: Ref,
-    d_out_memory: Ref,
-    lse_memory: Ref,
-    delta_memory: Ref,
-    query_ids_memory: Ref,
-    prompt_ids_memory: Ref,
-    k_memory: Ref,
-    v_memory: Ref,
-    key_ids_memory: Ref,
-    rows_ready: Ref,
-    k_ready: Ref,
-    v_ready: Ref,
-    k_free: Ref,
-    v_free: Ref,
+    options: Options, tiles: hopper.Tiles, programs: int, q_ref: Ref, *refs: Ref
 ) -> None:
+    inputs, refs = Inputs(*refs[:9]), refs[9:]
+    (d_out_ref, lse_ref, delta_ref, dq_ref), refs = refs[:4], refs[4:]
+    buffers, refs = Buffers(*refs[:11]), refs[11:]
+    q_memory, d_out_memory, lse_memory, delta_memory, dq_memory = refs
     width = q_ref.shape[3]
     step, stages = tiles.dq_step, tiles.dq_stages
-    steps_per_block = BLOCK // step
-    rows, columns = q_ref.shape[1] // BLOCK, k_ref.shape[1] // BLOCK
-    batch, head = jax.lax.axis_index("batch"), jax.lax.axis_index("heads")
-    # Late queries read most keys: the longest walks start first.
-    query_block = rows - 1 - jax.lax.axis_index("blocks")
-    row = batch * rows + query_block
-    turns = counts_ref[row] * steps_per_block
-    whole_turns = wholes_ref[row] * steps_per_block
+    walk = Walk(options, q_ref.shape, step, stages, programs, inputs, buffers)
     group = jax.lax.axis_index("group")
-
-    def first_key(turn: Array) -> Array:
-        slot = row * columns + hopper.divide(turn, steps_per_block)
-        offset = hopper.remainder(turn, steps_per_block) * step
-        return blocks_ref[slot] * BLOCK + offset
 
     @pl.when(group == FEEDER)
     def _feed() -> None:
-        plgpu.set_max_registers(40, action="decrease")
-        kv_head = hopper.divide(head, heads_per_kv)
+        def copy_rows(tile: Tile, group: int) -> None:
+            queries = walk.rows(tile, group)
+            by_token = (tile.batch, queries, tile.head)
+            by_head = (tile.batch, tile.head, queries)
+            for source, target in (
+                (q_ref.at[*by_token], q_memory),
+                (d_out_ref.at[*by_token], d_out_memory),
+                (lse_ref.at[*by_head], lse_memory),
+                (delta_ref.at[*by_head], delta_memory),
+            ):
+                ready = buffers.rows_ready.at[group]
+                plgpu.copy_gmem_to_smem(source, target.at[group], ready)
 
-        def copy(turn: Array, _: None) -> None:
-            slot = hopper.remainder(turn, stages)
-            keys = pl.ds(first_key(turn), step)
-            hopper.wait_for_slot(k_free, turn, slot, stages)
-            barrier = k_ready.at[slot]
-            plgpu.copy_gmem_to_smem(
-                k_ref.at[batch, keys, kv_head], k_memory.at[slot], barrier
-            )
-            plgpu.copy_gmem_to_smem(
-                key_ids_ref.at[batch, keys], key_ids_memory.at[slot], barrier
-            )
-            hopper.wait_for_slot(v_free, turn, slot, stages)
-            plgpu.copy_gmem_to_smem(
-                v_ref.at[batch, keys, kv_head], v_memory.at[slot], v_ready.at[slot]
-            )
-
-        jax.lax.fori_loop(0, turns, copy, None)
+        walk.feed(copy_rows)
 
     @pl.when(group < GROUPS)
     def _compute() -> None:
         plgpu.set_max_registers(232, action="increase")
-        first_query = query_block * BLOCK + group * ROWS
-        queries = pl.ds(first_query, ROWS)
-        for source, target in (
-            (q_ref.at[batch, queries, head], q_memory),
-            (d_out_ref.at[batch, queries, head], d_out_memory),
-            (lse_ref.at[batch, head, queries], lse_memory),
-            (delta_ref.at[batch, head, queries], delta_memory),
-            (query_ids_ref.at[batch, queries], query_ids_memory),
-            (prompt_ids_ref.at[batch, queries], prompt_ids_memory),
-        ):
-            plgpu.copy_gmem_to_smem(source, target.at[group], rows_ready.at[group])
-        plgpu.barrier_wait(rows_ready.at[group])
         shape = (ROWS, step)
 
         def per_row(memory: Ref) -> Array:
-            return hopper.place(options, memory[group], hopper.PER_ROW)
+            numbers = hopper.place(options, memory[group], hopper.PER_ROW)
+            return hopper.over_rows(numbers, shape)
 
-        def read_allowed(turn: Array, slot: Array) -> Array:
-            keys = hopper.place(options, key_ids_memory[slot], hopper.PER_COLUMN)
-            keys = hopper.over_columns(keys, shape)
-            allowed = hopper.over_rows(per_row(query_ids_memory), shape) == keys
-            allowed |= hopper.over_rows(per_row(prompt_ids_memory), shape) == keys
-            distance = hopper.iota(options, shape, 0) - hopper.iota(options, shape, 1)
-            distance += first_query - first_key(turn)
-            near = hopper.within_reach(options, distance)
-            return allowed if near is None else allowed & near
-
-        def visit(masked: bool, turn: Array, total: Array) -> Array:
-            slot = hopper.remainder(turn, stages)
-            plgpu.barrier_wait(k_ready.at[slot])
-            raw = hopper.product(
-                q_memory.at[group], k_memory.at[slot].transpose((1, 0)), shape
+        def visit(
+            tile: Tile, masked: bool, turn: Array, slot: Array, total: Array
+        ) -> Array:
+            plgpu.barrier_wait(buffers.k_ready.at[slot])
+            raw, _ = hopper.product(
+                q_memory.at[group], buffers.k.at[slot].transpose((1, 0)), shape
             )
             logits = scale_scores(options, raw)
-            lse = hopper.over_rows(per_row(lse_memory), shape)
-            weights = jnp.exp2(logits - lse)
-            if masked:
-                weights = jnp.where(read_allowed(turn, slot), weights, 0.0)
-            plgpu.barrier_wait(v_ready.at[slot])
-            d_weights = hopper.product(
-                d_out_memory.at[group], v_memory.at[slot].transpose((1, 0)), shape
+
+            def weigh() -> Array:
+                weights = jnp.exp2(logits - per_row(lse_memory))
+                if not masked:
+                    return weights
+                return jnp.where(walk.read_allowed(tile, turn, slot), weights, 0.0)
+
+            plgpu.barrier_wait(buffers.v_ready.at[slot])
+            d_weights, weights = hopper.product(
+                d_out_memory.at[group],
+                buffers.v.at[slot].transpose((1, 0)),
+                shape,
+                weigh,
             )
-            plgpu.barrier_arrive(v_free.at[slot])
-            delta = hopper.over_rows(per_row(delta_memory), shape)
-            slope = bend_slope(options, logits, weights * (d_weights - delta))
+            plgpu.barrier_arrive(buffers.v_free.at[slot])
+            slope = weights * (d_weights - per_row(delta_memory))
+            walk.release_rows(tile, turn)
+            slope = bend_slope(options, logits, slope)
             total = hopper.add_product(
-                options, total, slope.astype(k_ref.dtype), k_memory.at[slot]
+                options, total, slope.astype(q_ref.dtype), buffers.k.at[slot]
             )
-            plgpu.barrier_arrive(k_free.at[slot])
+            plgpu.barrier_arrive(buffers.k_free.at[slot])
             return total
 
-        dq = hopper.constant(options, (ROWS, width), 0.0, hopper.TILE)
-        dq = jax.lax.fori_loop(0, whole_turns, functools.partial(visit, False), dq)
-        dq = jax.lax.fori_loop(whole_turns, turns, functools.partial(visit, True), dq)
-        q_memory[group] = (dq * options.scale).astype(q_ref.dtype)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(q_memory.at[group], dq_ref.at[batch, queries, head])
+        def take(tile: Tile) -> None:
+            dq = hopper.constant(options, (ROWS, width), 0.0, hopper.TILE)
+            dq = walk.visit(tile, functools.partial(visit, tile), dq)
+            target = dq_ref.at[tile.batch, walk.rows(tile, group), tile.head]
+            hopper_keys.store_rows(dq * options.scale, dq_memory.at[group], target)
+
+        walk.over_tiles(take)
         plgpu.wait_smem_to_gmem(0)
 
 
@@ -262,11 +200,11 @@ def _key_gradients(
         functools.partial(_key_kernel, options, tiles, wanted, parts),
         out_type=(out,) * len(wanted),
         scratch=scratch,
-        grid=(kv_heads * parts, keys // BLOCK, batch),
+        grid={"heads": kv_heads * parts, "blocks": keys // BLOCK, "batch": batch},
         products=1 + len(wanted) + ("k" in wanted),
     )
     walk = (schedule.query_counts, schedule.query_wholes, schedule.query_blocks)
-    gradients = kernel(*inputs, *hopper.lists(*walk))
+    gradients = kernel(*inputs, *(x.reshape(-1) for x in walk))
     if parts == 1:
         return list(gradients)
     apart = (batch, keys, kv_heads, parts, width)
@@ -400,15 +338,28 @@ def _key_kernel(
             place = index * turns + turn
             slot = hopper.remainder(place, stages)
             plgpu.barrier_wait(q_ready.at[slot])
-            raw = hopper.product(
+            raw, _ = hopper.product(
                 k_memory.at[group], q_memory.at[slot].transpose((1, 0)), shape
             )
             logits = scale_scores(options, raw)
-            weights = jnp.exp2(logits - per_column(lse_memory, slot))
-            if masked:
-                weights = jnp.where(read_allowed(turn, slot), weights, 0.0)
+
+            def weigh() -> Array:
+                weights = jnp.exp2(logits - per_column(lse_memory, slot))
+                if not masked:
+                    return weights
+                return jnp.where(read_allowed(turn, slot), weights, 0.0)
+
             plgpu.barrier_wait(d_out_ready.at[slot])
             sums = dict(zip(wanted, totals, strict=True))
+            if "k" in wanted:
+                d_weights, weights = hopper.product(
+                    v_memory.at[group],
+                    d_out_memory.at[slot].transpose((1, 0)),
+                    shape,
+                    weigh,
+                )
+            else:
+                weights = weigh()
             if "v" in wanted:
                 sums["v"] = hopper.add_product(
                     options,
@@ -417,17 +368,13 @@ def _key_kernel(
                     d_out_memory.at[slot],
                 )
             if "k" in wanted:
-                d_weights = hopper.product(
-                    v_memory.at[group], d_out_memory.at[slot].transpose((1, 0)), shape
-                )
                 delta = per_column(delta_memory, slot)
                 slope = bend_slope(options, logits, weights * (d_weights - delta))
-                plgpu.barrier_arrive(d_out_free.at[slot])
+            plgpu.barrier_arrive(d_out_free.at[slot])
+            if "k" in wanted:
                 sums["k"] = hopper.add_product(
                     options, sums["k"], slope.astype(k_ref.dtype), q_memory.at[slot]
                 )
-            else:
-                plgpu.barrier_arrive(d_out_free.at[slot])
             plgpu.barrier_arrive(q_free.at[slot])
             return tuple(sums[name] for name in wanted)
 

@@ -24,7 +24,7 @@ class Schedule:
     `key_blocks[b, i, :key_counts[b, i]]` are the key blocks that query block i of row
     b visits; the first `key_wholes[b, i]` of them hold no masked entry. Later entries
     repeat the last one. `query_*` list, in the same way, the query blocks that visit
-    key block j.
+    key block j. `query_order`: a row's query blocks, those with most visits first.
     """
 
     key_counts: Int32[Array, "B I"]
@@ -33,6 +33,7 @@ class Schedule:
     query_counts: Int32[Array, "B J"]
     query_wholes: Int32[Array, "B J"]
     query_blocks: Int32[Array, "B J I"]
+    query_order: Int32[Array, "B I"]
     block_q: int = dataclasses.field(metadata={"static": True})
     block_k: int = dataclasses.field(metadata={"static": True})
 
@@ -66,7 +67,8 @@ def make_schedule(
     visit, whole = _compare_blocks(mask, batch, (length, keys), (block_q, block_k))
     by_query = _list_blocks(visit, whole)
     by_key = _list_blocks(visit.swapaxes(1, 2), whole.swapaxes(1, 2))
-    return Schedule(*by_query, *by_key, block_q, block_k)
+    order = jnp.argsort(by_query[0], axis=-1, descending=True).astype(jnp.int32)
+    return Schedule(*by_query, *by_key, order, block_q, block_k)
 
 
 def count_visits(mask: Mask, lengths: tuple[int, int], blocks: tuple[int, int]) -> int:

@@ -285,20 +285,30 @@ def test_output_and_gradients_equal_float64(implementation, case):
     compare_with_float64(implementation, case, make_inputs(case, implementation.dtype))
 
 
+def with_tiles(tiles):
+    return dataclasses.replace(
+        HOPPER,
+        forward=functools.partial(HOPPER.forward, tiles=tiles),
+        backward=functools.partial(HOPPER.backward, tiles=tiles),
+    )
+
+
 @pytest.mark.parametrize(
     "tiles",
-    [Tiles(take_turns=False), Tiles(forward_step=64, forward_stages=3)],
-    ids=["no_turns", "three_stages"],
+    [
+        Tiles(take_turns=False),
+        Tiles(forward_step=64, forward_stages=3),
+        Tiles(forward_programs=1),
+    ],
+    ids=["no_turns", "three_stages", "one_program"],
 )
 def test_hopper_tiles_change_no_output(tiles):
+    """Four blocks of the rows are padding, of which no key is read."""
     skip_without_interpreter(CPU["pallas_gpu"])
-    case = dataclasses.replace(CASES["shared_prompt"], heads=2, kv_heads=1)
+    case = dataclasses.replace(CASES["shared_prompt"], padding=500, heads=2, kv_heads=1)
     q, k, v, _ = make_inputs(case, jnp.bfloat16)
-    kernels = dataclasses.replace(
-        HOPPER, forward=functools.partial(HOPPER.forward, tiles=tiles)
-    )
     options = {"softcap": None, "scale": 0.25}
-    got = interpreted(kernels)(q, k, v, case.mask(), **options)
+    got = interpreted(with_tiles(tiles))(q, k, v, case.mask(), **options)
     want = attention_reference(q, k, v, case.mask(), **options)
     np.testing.assert_allclose(
         got.astype(jnp.float32), want.astype(jnp.float32), rtol=0, atol=3e-2
@@ -348,6 +358,19 @@ def test_on_gpu_a_part_of_a_row_equals_float64(name, case_name, width):
         pytest.skip("needs a Hopper GPU")
     inputs = make_inputs(case, implementation.dtype)
     compare_with_float64(implementation, case, inputs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("programs", [1, 3, 500])
+def test_on_gpu_tiles_of_few_programs_equal_float64(programs):
+    """Each takes many tiles in turn; rows of padding have no keys at all."""
+    if int(compute_capability() or 0) != 9:
+        pytest.skip("needs a Hopper GPU")
+    case = dataclasses.replace(CASES["shared_prompt"], width=128, padding=400, heads=8)
+    kernels = with_tiles(Tiles(forward_programs=programs, dq_programs=programs))
+    call = functools.partial(attention_blocked, kernels)
+    inputs = make_inputs(case, jnp.bfloat16)
+    compare_with_float64(Implementation(call, jnp.bfloat16), case, inputs)
 
 
 @pytest.mark.gpu

@@ -43,6 +43,10 @@ def compare_with_dense(mask, block_q, block_k, exact):
     )
     for one, other in zip(by_query, by_key, strict=True):
         np.testing.assert_array_equal(one, other.swapaxes(1, 2))
+    order = np.asarray(schedule.query_order)
+    np.testing.assert_array_equal(np.sort(order), np.tile(np.arange(rows), (batch, 1)))
+    in_order = np.take_along_axis(np.asarray(schedule.key_counts), order, axis=1)
+    assert (np.diff(in_order, axis=1) <= 0).all(), "the longest walks come first"
     visited, whole = by_query
     assert not (dense.any((2, 4)) & ~visited).any(), "an allowed entry is left out"
     assert not (whole & ~dense.all((2, 4))).any(), "a masked entry is called whole"
