@@ -50,7 +50,7 @@ def test_a_jax_whose_kernels_tell_no_flops_is_refused(monkeypatch):
 
 
 def test_attention_for_a_hopper_gpu_that_is_not_here_is_our_kernel():
-    q = jax.ShapeDtypeStruct((1, 8192, 2, 64), jnp.bfloat16)  # cuDNN's, were it here
+    q = jax.ShapeDtypeStruct((1, 16384, 2, 64), jnp.bfloat16)  # cuDNN's, were it here
     for capability, chosen in (("9.0", "pallas_gpu"), ("8.0", "xla")):
         gpu = types.SimpleNamespace(platform="gpu", compute_capability=capability)
         assert api._choose(q, Mask(), None, gpu) == chosen

@@ -20,8 +20,8 @@ from jaxtrain.kernels.attention.xla import attention_xla
 
 _PALLAS = ("pallas_gpu", "pallas_triton", "pallas_tpu")
 IMPLEMENTATIONS = ("auto", "reference", "xla", "cudnn", *_PALLAS)
-# Up to here our Hopper kernels are ahead of cuDNN on plain causal rows.
-_SHORT_ROW, _NARROW_HEAD = 2048, 128
+# Up to here our Hopper kernels are ahead of cuDNN on plain causal rows, or level.
+_MEASURED_ROW, _NARROW_HEAD = 8192, 128
 _logger = logging.getLogger(__name__)
 Queries = Array | jax.ShapeDtypeStruct  # their shape and type
 
@@ -169,16 +169,16 @@ def _choose(
 ) -> str:
     """The fastest implementation measured on this platform that serves the call.
 
-    On Hopper our kernels win where documents leave blocks out and where rows are short,
-    and serve the soft cap that cuDNN lacks; cuDNN wins on long plain rows and with wide
-    heads (benchmarks/RESULTS.md). For TPUs there is one kernel. The mesh, of which
-    `device` is one, need not be present: then cuDNN, which cannot be asked, gives way
-    to ours.
+    On Hopper our kernels win where documents leave blocks out, are ahead or level on
+    plain rows as far as was measured, and serve the soft cap that cuDNN lacks; cuDNN
+    takes longer plain rows and wide heads (benchmarks/RESULTS.md). For TPUs there is
+    one kernel. The mesh, of which `device` is one, need not be present: then cuDNN,
+    which cannot be asked, gives way to ours.
     """
     platform = jax.default_backend() if device is None else device.platform
     absent = platform == "gpu" and jax.default_backend() != "gpu"
-    short = q.shape[1] <= _SHORT_ROW and q.shape[3] <= _NARROW_HEAD
-    ours = mask.segment_ids is not None or softcap is not None or short or absent
+    measured = q.shape[1] <= _MEASURED_ROW and q.shape[3] <= _NARROW_HEAD
+    ours = mask.segment_ids is not None or softcap is not None or measured or absent
     for_hopper = ours and _refuse_pallas_gpu(q, mask, softcap, device) is None
     if platform == "tpu":
         name = "pallas_tpu"

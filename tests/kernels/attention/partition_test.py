@@ -161,7 +161,7 @@ def test_auto_on_hopper_chooses_for_cut_rows_as_for_whole_ones(
         return q
 
     monkeypatch.setitem(attention.__globals__, "_attend", record)
-    monkeypatch.setitem(attention.__globals__, "_SHORT_ROW", 95)
+    monkeypatch.setitem(attention.__globals__, "_MEASURED_ROW", 95)
     monkeypatch.setattr(cudnn, "compute_capability", lambda device=None: 9.0)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     attend = functools.partial(attention, softcap=softcap, layout=make_layout(2, 2, 1))
@@ -175,8 +175,9 @@ def test_auto_on_hopper_chooses_for_cut_rows_as_for_whole_ones(
     [
         (2048, 128, False, True),
         (2048, 64, False, True),
-        (8192, 128, False, False),
-        (8192, 128, True, True),
+        (8192, 128, False, True),
+        (16384, 128, False, False),
+        (16384, 128, True, True),
         (2048, 256, False, False),
     ],
 )
