@@ -204,7 +204,7 @@ def run_case(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = make_parser(__doc__, attention="auto")
-    parser.add_argument("--chunk", type=int, default=512)
+    parser.add_argument("--chunk", type=int, help="loss_chunk_tokens")
     parser.add_argument("--unroll", action="store_true", help="scan_layers = False")
     parser.add_argument(
         "--document", type=int, help="next-token rows of packed documents this long"

@@ -92,7 +92,7 @@ class ModelSection:
     ] = "auto"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     export_dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    loss_chunk_tokens: PositiveInt = 512
+    loss_chunk_tokens: PositiveInt | None = None
     scan_layers: bool = True
     architecture: ArchitectureSection = field(default_factory=ArchitectureSection)
 

@@ -93,12 +93,12 @@ class Decoder:
     `compute_dtype` is the type of activations and matrix products; norms, rotary
     angles, softmax and logits are float32. `param_dtype` is the type `init` makes.
     `remat` names one of REMAT_POLICIES, `attention` an implementation of the kernel,
-    `loss_chunk` how many tokens' logits the loss head holds at once. `scan_layers`:
-    compile one layer for all of them, not each on its own. `packed=False`
-    promises that each row is one document with its padding behind it: causality alone
-    then keeps padding out, and attention needs no segments. `constrain` pins an
-    activation's layout by its logical axes, `map_shards` runs a function of rows on
-    each device's own, `layout` is how the kernels' arrays are split.
+    `loss_chunk` how many tokens' logits the loss head holds at once, None by the width.
+    `scan_layers`: compile one layer for all of them, not each on its own.
+    `packed=False` promises that each row is one document with its padding behind it:
+    causality alone then keeps padding out, and attention needs no segments.
+    `constrain` pins an activation's layout by its logical axes, `map_shards` runs a
+    function of rows on each device's own, `layout` is how kernels' arrays are split.
 
     Raises:
         ValueError: an option is unknown, or an adapter's target is no module.
@@ -112,7 +112,7 @@ class Decoder:
     quantization: Quantization | None = None
     remat: str = "none"
     attention: str = "auto"
-    loss_chunk: int = 512
+    loss_chunk: int | None = None
     scan_layers: bool = True
     packed: bool = True
     constrain: Callable[[Array, LogicalAxes], Array] = _unconstrained

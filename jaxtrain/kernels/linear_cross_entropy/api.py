@@ -7,6 +7,7 @@ and add it up over devices in every turn.
 """
 
 import functools
+import math
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -52,7 +53,7 @@ def linear_log_probs(
     vocab_axis: Literal[0, 1] = 0,
     softcap: float | None = None,
     logit_scale: float | None = None,
-    chunk: int = 512,
+    chunk: int | None = None,
     with_stats: bool = True,
     with_collision: bool = False,
     adapter: HeadAdapter | None = None,
@@ -68,13 +69,15 @@ def linear_log_probs(
     carries a gradient, to an adapter's parts too.
 
     `vocab_axis` is 0 for an embedding table [V D] (tied), 1 for a kernel [D V].
-    `chunk` bounds memory: no more than about `chunk * V` logits are held at once.
+    `chunk` bounds memory: no more than about `chunk * V` logits are held at once. None:
+    512, less for narrow models, so that all temporaries are under 1.2 times the inputs.
     `shards`: devices that the vocabulary is split over; a slice takes as many entries
     of each, so that none waits and no table is gathered.
 
     Raises:
         ValueError: shapes or options do not fit together.
     """
+    chunk = choose_chunk(hidden.shape[-1]) if chunk is None else chunk
     _check(hidden, unembedding, targets, vocab_axis, softcap, chunk)
     vocab, tokens = unembedding.shape[vocab_axis], hidden.shape[0]
     if shards < 1 or vocab % shards:
@@ -92,6 +95,18 @@ def linear_log_probs(
     )
     outputs = _linear_log_probs(options, hidden, unembedding, targets, adapter)
     return outputs if with_collision else outputs[:4]
+
+
+def choose_chunk(width: int) -> int:
+    """Tokens whose logits exist at once, for hidden states of `width`.
+
+    A logit takes 6 bytes of temporaries (float32, and its derivative in bfloat16), an
+    entry of the table 2 * width: up to 0.4 * width the former are under 1.2 times the
+    latter. More than 512 is no faster, fewer than 64 much slower
+    (benchmarks/RESULTS.md).
+    """
+    fitting = 2 ** int(math.log2(max(1, 0.4 * width)))
+    return max(64, min(512, fitting))
 
 
 def _choose_slices(entries: int, wanted: int) -> tuple[int, int]:
