@@ -51,12 +51,14 @@ def measure(
     process_rows: int,
     readers: tuple[int, int] = (0, 1),
     folder: str | os.PathLike[str],
+    jit: Callable[..., Any] = jax.jit,
 ) -> PreparedDataset:
     """The same rows with `difficulty`, measured once.
 
     A resumed run finds the numbers in `folder`, so that its order is the same even
     where another machine would round differently. `process_rows`: rows of a batch on
-    this process; `readers`: which share of the rows it reads, and of how many.
+    this process; `readers`: which share of the rows it reads, and of how many; `jit`:
+    `ShardingPlan.jit` of the mesh that holds `params`.
     """
     path = pathlib.Path(folder) / f"difficulty-{data.fingerprint}.npy"
     if path.is_file():
@@ -67,7 +69,7 @@ def measure(
         process_index=readers[0],
         process_count=readers[1],
     )
-    of_batch = jax.jit(lambda params, batch: row_difficulty(score, params, batch))
+    of_batch = jit(lambda params, batch: row_difficulty(score, params, batch))
     found = [rows_on_host(of_batch(params, place(arrays))) for arrays in batches]
     difficulty = np.concatenate(found)[: len(data)].astype(np.float32)
     logger.info(

@@ -248,7 +248,8 @@ class JaxtrainLM(TemplateLM):
             logps = jnp.where(scored, outputs.logps, 0).sum(axis=1)
             return logps, jnp.where(scored, outputs.correct > 0, True).all(axis=1)
 
-        return jax.jit(score, out_shardings=self.model.plan.replicated)
+        plan = self.model.plan
+        return plan.jit(score, out_shardings=plan.replicated)
 
     def _place(self, batch: Batch) -> Batch:
         """Rows over the devices; every process holds all rows and gives its own."""

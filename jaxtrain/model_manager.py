@@ -126,7 +126,7 @@ class LoadedModel:
             loss, metrics = next_token(policy, None, batch)
             return {"loss": loss, **metrics}
 
-        return jax.jit(score)
+        return self.plan.jit(score)
 
     @functools.cached_property
     def _generators(self) -> dict[Any, Generator]:

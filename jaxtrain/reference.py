@@ -41,6 +41,7 @@ class ReferenceScorer:
         directory: pathlib.Path,
         identity: Mapping[str, str],
         readers: tuple[int, int] = (0, 1),
+        jit: Callable[..., Any] = jax.jit,
     ) -> None:
         """Score by `params`, `process_rows` pairs a batch on each process.
 
@@ -48,6 +49,7 @@ class ReferenceScorer:
             readers: which share of the pairs this process reads, and of how many.
             directory: where the sums are kept, shared by all processes.
             identity: what they depend on beside the weights and the data, by name.
+            jit: `ShardingPlan.jit` of the mesh that holds `params`.
         """
         self._params = params
         self._place = place
@@ -65,7 +67,7 @@ class ReferenceScorer:
             )
             return chosen, rejected
 
-        self._sums = jax.jit(sums)
+        self._sums = jit(sums)
 
     def attach(self, data: PreparedDataset, name: str) -> PreparedDataset:
         """The same pairs with `reference_logps`, on every process for all of them.

@@ -194,6 +194,10 @@ class ShardingPlan:
             return None
         return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 
+    def jit(self, program: Callable, **options: Any) -> Any:
+        """`jax.jit` for this mesh: with `compiler_options`."""
+        return jax.jit(program, compiler_options=self.compiler_options, **options)
+
     def parameters(self, abstract: Any, logical_axes: Any) -> Any:
         """Shardings of a parameter tree as it is stored between steps."""
         shardings = self._tree(abstract, logical_axes, self._parameter_rules)

@@ -433,6 +433,7 @@ class TrainingOrchestrator:
                     "tokenizer": reference.tokenizer_fingerprint(model.tokenizer),
                 },
                 model.plan.readers,
+                model.plan.jit,
             )
             train_data = scorer.attach(train_data, "train")
             train_batches = self._train_batches(train_data)
@@ -553,6 +554,7 @@ class TrainingOrchestrator:
             process_rows=self._eval_rows,
             readers=model.plan.readers,
             folder=self.workdir,
+            jit=model.plan.jit,
         )
 
     def _eval_batches(
@@ -642,18 +644,16 @@ class TrainingOrchestrator:
             **transfers,
         )
         return (
-            jax.jit(
+            plan.jit(
                 train_step,
                 in_shardings=(layouts, plan.batch(1)),
                 out_shardings=(layouts, plan.replicated),
                 donate_argnums=0,
-                compiler_options=plan.compiler_options,
             ),
-            jax.jit(
+            plan.jit(
                 eval_step,
                 in_shardings=(layouts, plan.batch()),
                 out_shardings=plan.replicated,
-                compiler_options=plan.compiler_options,
             ),
         )
 

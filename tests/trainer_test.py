@@ -13,6 +13,7 @@ import safetensors.numpy
 from jaxtrain import model_manager
 from jaxtrain.config import ConfigManager, default_config
 from jaxtrain.dpo_trainer import DPOTrainer
+from jaxtrain.sharding import ShardingPlan
 from jaxtrain.trainer import TrainingOrchestrator
 from jaxtrain.types import WeightedSum
 
@@ -206,12 +207,22 @@ def test_an_unknown_best_metric_is_named_with_those_there_are(base_model, tmp_pa
 
 
 def test_precomputed_reference_log_probs_change_no_loss(
-    whole_runs, base_model, tmp_path
+    whole_runs, base_model, tmp_path, monkeypatch
 ):
     workdir, _ = whole_runs("dpo")
     config = tiny_config("dpo", base_model, save_steps=0)
     config.training.dpo.precompute_ref_log_probs = True
+    compiled, jit = [], ShardingPlan.jit
+    monkeypatch.setattr(
+        ShardingPlan,
+        "jit",
+        lambda plan, program, **options: (
+            compiled.append(program.__name__) or jit(plan, program, **options)
+        ),
+    )
     train(config, tmp_path)
+    # What XLA is told about a mesh it is told about every pass over rows.
+    assert compiled == ["sums", "train_step", "eval_step"]
     for ours, theirs in zip(records(tmp_path), records(workdir), strict=True):
         # Sums over up to 64 tokens, taken in another program: float32 rounding.
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=2e-5)
