@@ -101,6 +101,7 @@ SHAPES = [
     Shape("causal 8x2048, 14 heads of 64", 8, 2048, heads=14, width=64),
     *pair_rows(32),
     Shape("causal 2x8192, window 1024", 2, 8192, window=1024),
+    Shape("causal 1x32768", 1, 32768),
 ]
 SMOKE = [
     Shape("packed", 1, 256, 4, 2, 64, documents=(128, 100, 28)),

@@ -22,9 +22,22 @@ SHAPES = {
         "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36,
         "num_attention_heads": 16, "num_key_value_heads": 2, "vocab_size": VOCAB,
     },
+    # 3.7 billion parameters, of which a token reads 0.9.
+    "moe_4b": {
+        "model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 8192,
+        "num_hidden_layers": 16, "num_attention_heads": 16, "num_key_value_heads": 4,
+        "head_dim": 128, "num_experts": 32, "num_experts_per_tok": 4,
+        "moe_intermediate_size": 1024, "norm_topk_prob": True, "vocab_size": VOCAB,
+    },
     "smoke": {
         "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512,
+    },
+    "moe_smoke": {
+        "model_type": "qwen3_moe", "hidden_size": 64, "intermediate_size": 128,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32, "norm_topk_prob": True, "vocab_size": 512,
     },
 }  # fmt: skip
 WARMUP = 3  # steps before the timed ones
@@ -36,6 +49,7 @@ class Case:
 
     A prompt, of pairs alone, counts in the length and not in the loss. `remat`: every
     layer is computed again in the backward pass (gradient checkpointing).
+    `quantization`: of the frozen kernels under adapters.
     """
 
     shape: str
@@ -44,10 +58,15 @@ class Case:
     rows: int = 8
     length: int = 2048
     prompt: int = 0
+    quantization: str | None = None
 
     @property
     def pairs(self) -> bool:
         return self.prompt > 0
+
+    @property
+    def mixture(self) -> bool:
+        return "num_experts" in SHAPES[self.shape]
 
     @property
     def unit(self) -> str:
@@ -69,6 +88,10 @@ CASES = {
     "dpo_0.5b": Case("0.5b", **PAIRS),
     "dpo_3b": Case("3b", remat=True, **PAIRS),
     "dpo_lora_3b": Case("3b", lora=True, remat=True, **PAIRS),
+    # Ours alone: trl_step.py has neither bitsandbytes nor a mixture.
+    "lora_3b_nf4": Case("3b", lora=True, quantization="nf4"),
+    "lora_3b_int8": Case("3b", lora=True, quantization="int8"),
+    "sft_moe_4b": Case("moe_4b", remat=True, rows=4),
 }
 
 
@@ -78,7 +101,8 @@ def get_case(name: str, smoke: bool) -> Case:
     if not smoke:
         return case
     prompt = 16 if case.pairs else 0
-    return dataclasses.replace(case, shape="smoke", rows=2, length=32, prompt=prompt)
+    shape = "moe_smoke" if case.mixture else "smoke"
+    return dataclasses.replace(case, shape=shape, rows=2, length=32, prompt=prompt)
 
 
 def make_parser(about: str | None, *, attention: str) -> argparse.ArgumentParser:

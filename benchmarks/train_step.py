@@ -26,6 +26,7 @@ from step_cases import SHAPES, WARMUP, Case, get_case, make_parser, run_cases
 from jaxtrain import lora, optim
 from jaxtrain.models import Decoder, LoraShape, ModelConfig
 from jaxtrain.objectives import make_objective
+from jaxtrain.quantization import Quantization
 from jaxtrain.schedules import make_schedule
 from jaxtrain.step import make_train_step
 from jaxtrain.throughput import peak_flops
@@ -113,6 +114,7 @@ def run_case(name: str, options: argparse.Namespace) -> dict[str, Any]:
         loss_chunk=options.chunk,
         scan_layers=not options.unroll,
         packed=options.document is not None,
+        quantization=Quantization(case.quantization) if case.quantization else None,
     )
     params = jax.jit(decoder.init)(jax.random.key(0))
     frozen: Any = {}

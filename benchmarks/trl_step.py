@@ -54,6 +54,8 @@ class StepTimer(transformers.TrainerCallback):
 
 def make_model(case: Case, dtype: torch.dtype, attention: str) -> Any:
     """Random weights, made on the device."""
+    if case.mixture or case.quantization:
+        raise ValueError("no peer of this case: see train_step.py")
     config = transformers.Qwen2Config(
         **SHAPES[case.shape],
         max_position_embeddings=32768,
