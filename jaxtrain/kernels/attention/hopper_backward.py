@@ -138,15 +138,14 @@ def _query_kernel(
                 return jnp.where(walk.read_allowed(tile, turn, slot), weights, 0.0)
 
             # Under the product, but where a mask would take the registers it needs.
-            early = weigh() if masked and step == BLOCK else None
+            ready = weigh() if masked and step == BLOCK else None
             plgpu.barrier_wait(buffers.v_ready.at[slot])
-            d_weights, late = hopper.product(
+            d_weights, weights = hopper.product(
                 d_out_memory.at[group],
                 buffers.v.at[slot].transpose((1, 0)),
                 shape,
-                weigh if early is None else lambda: None,
+                weigh if ready is None else lambda: ready,
             )
-            weights = late if early is None else early
             plgpu.barrier_arrive(buffers.v_free.at[slot])
             slope = weights * (d_weights - per_row(delta_memory))
             walk.release_rows(tile, turn)

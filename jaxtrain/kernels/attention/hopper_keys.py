@@ -115,16 +115,16 @@ class Walk:
         rounds, rest = divmod(tiles, self.programs)
         program = jax.lax.axis_index("programs")
 
-        def place(index: Array) -> Array:
+        def seat(index: Array) -> Array:
             back = hopper.remainder(index, 2) == 1
             return jnp.where(back, self.programs - 1 - program, program)
 
         def visit(index: Array, done: Array) -> Array:
-            tile = self._locate(index * self.programs + place(index), done)
+            tile = self._locate(index * self.programs + seat(index), done)
             take(tile)
             return done + tile.turns
 
-        count = rounds + (place(jnp.int32(rounds)) < rest).astype(jnp.int32)
+        count = rounds + (seat(jnp.int32(rounds)) < rest).astype(jnp.int32)
         jax.lax.fori_loop(0, count, visit, jnp.int32(0))
 
     def _locate(self, place: Array, done: Array) -> Tile:

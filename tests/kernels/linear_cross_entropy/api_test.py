@@ -234,6 +234,10 @@ def test_memory_stays_far_below_the_logits_in_both_passes():
     assert memory.temp_size_in_bytes < tokens * vocab * 4 / 4
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 12),
+    reason="this jax's CPU compiler widens the whole table to float32",
+)
 @pytest.mark.parametrize(
     ("width", "vocab"), [(896, 151936), (2048, 151936), (2304, 262144), (4096, 262144)]
 )
