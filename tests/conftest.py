@@ -56,6 +56,7 @@ THOROUGH = (
     "docs_test.py::test_every_command_of_the_page_runs[docs/tutorials/lora.md]",
     "docs_test.py::test_every_command_of_the_page_runs[docs/tutorials/first-run.md]",
     "docs_test.py::test_every_command_of_the_page_runs[docs/tutorials/resume.md]",
+    "documented_interface_test.py::test_a_yaml_example_trains[dpo]",
     "documented_interface_test.py::test_a_yaml_example_trains[high_performance]",
     "documented_interface_test.py::test_a_yaml_example_trains[lora]",
     "main_test.py::test_every_config_runs_to_the_end[from_scratch]",
@@ -79,7 +80,8 @@ THOROUGH = (
     "trainer_test.py::test_a_synced_reference_follows_the_policy",
     "trl_training_test.py::test_a_mixture_of_experts_logs_and_learns_what_trl_does[lora",
     "trl_training_test.py::test_a_pissa_run_exports",
-    "trl_training_test.py::test_twenty_steps_log_and_learn_what_trl_does[llama-lora-dpo]",
+    "trl_training_test.py::test_dora_under_dpo_differs_from_trl_by_rounding_alone",
+    "trl_training_test.py::test_twenty_steps_log_and_learn_what_trl_does[llama-lora",
     "trl_training_test.py::test_twenty_steps_log_and_learn_what_trl_does[qwen2-dpo]",
     "trl_training_test.py::test_an_adapter_trains_on_as_in_trl[lora-dpo",
 )
