@@ -39,6 +39,7 @@ from jaxtrain.kernels.attention.cudnn import attention_cudnn
 from jaxtrain.kernels.attention.hopper import Tiles
 from jaxtrain.kernels.attention.masks import Mask, whole_mask
 from jaxtrain.kernels.attention.pallas_gpu import KERNELS as HOPPER
+from jaxtrain.kernels.attention.pallas_gpu import with_tiles
 from jaxtrain.kernels.attention.xla import attention_xla
 
 ROUNDS, CALLS = 5, 20
@@ -142,13 +143,7 @@ def jax_candidates() -> Iterator[tuple[str, Callable[..., jax.Array]]]:
     yield "xla", functools.partial(attention_xla, softcap=None)
     yield "jax cudnn", attention_cudnn
     for suffix, tiles in TILES.items():
-        kernels = HOPPER
-        if tiles is not None:
-            kernels = dataclasses.replace(
-                HOPPER,
-                forward=functools.partial(HOPPER.forward, tiles=tiles),
-                backward=functools.partial(HOPPER.backward, tiles=tiles),
-            )
+        kernels = HOPPER if tiles is None else with_tiles(tiles)
         yield HOPPER_NAME + suffix, Blocked(kernels)
     yield HOPPER_NAME + " unplanned", Blocked(HOPPER, planned=False)
     try:

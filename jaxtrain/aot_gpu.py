@@ -74,7 +74,7 @@ def _target(name: str, chip: Chip) -> str:
           cuda_compute_capability {{
             major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES
           }}
-          core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
+          core_count: {hopper.MULTIPROCESSORS} fpus_per_core: 128 clock_rate_ghz: 1.98
           threads_per_warp: 32
           threads_per_block_limit: 1024 threads_per_core_limit: 2048
           thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64

@@ -32,6 +32,7 @@ BLOCK = 128  # of the schedule, queries and keys
 ROWS = 64  # of one warpgroup: the height of a wgmma tile
 GROUPS = BLOCK // ROWS  # computing warpgroups
 FEEDER = GROUPS  # index of the warpgroup that copies
+MULTIPROCESSORS = 132  # of an H100 or H200 (SXM)
 
 TELLS_COST = "cost_estimate" in inspect.signature(plgpu.kernel).parameters
 
@@ -98,7 +99,7 @@ def count_programs(options: Options, q: Array, wanted: int | None) -> int:
 def _count_multiprocessors() -> int:
     """Of the GPU that is here; of an H100 or H200 where none is."""
     if jax.default_backend() != "gpu":
-        return 132
+        return MULTIPROCESSORS
     return jax.local_devices()[0].core_count
 
 

@@ -23,7 +23,7 @@ from jaxtrain.kernels.attention.blocked import (
     scale_scores,
 )
 from jaxtrain.kernels.attention.hopper import BLOCK, FEEDER, GROUPS, ROWS, Ref
-from jaxtrain.kernels.attention.hopper_keys import Buffers, Inputs, Tile, Walk
+from jaxtrain.kernels.attention.hopper_keys import Tile, Walk
 from jaxtrain.kernels.attention.schedule import Schedule
 
 # Blocks of threads that fill the 132 multiprocessors a few times over.
@@ -87,10 +87,9 @@ def _query_gradient(
 def _query_kernel(
     options: Options, tiles: hopper.Tiles, programs: int, q_ref: Ref, *refs: Ref
 ) -> None:
-    inputs, refs = Inputs(*refs[:9]), refs[9:]
-    (d_out_ref, lse_ref, delta_ref, dq_ref), refs = refs[:4], refs[4:]
-    buffers, refs = Buffers(*refs[:11]), refs[11:]
-    q_memory, d_out_memory, lse_memory, delta_memory, dq_memory = refs
+    inputs, own, buffers, scratch = hopper_keys.split(refs, own=4)
+    d_out_ref, lse_ref, delta_ref, dq_ref = own
+    q_memory, d_out_memory, lse_memory, delta_memory, dq_memory = scratch
     width = q_ref.shape[3]
     step, stages = tiles.dq_step, tiles.dq_stages
     walk = Walk(options, q_ref.shape, step, stages, programs, inputs, buffers)

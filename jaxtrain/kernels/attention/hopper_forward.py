@@ -21,7 +21,7 @@ from jaxtrain.kernels.attention.blocked import (
     id_rows,
 )
 from jaxtrain.kernels.attention.hopper import FEEDER, GROUPS, ROWS, Ref
-from jaxtrain.kernels.attention.hopper_keys import Buffers, Inputs, Tile, Walk
+from jaxtrain.kernels.attention.hopper_keys import Tile, Walk
 from jaxtrain.kernels.attention.schedule import Schedule
 
 
@@ -65,10 +65,8 @@ def forward(
 def _kernel(
     options: Options, tiles: hopper.Tiles, programs: int, q_ref: Ref, *refs: Ref
 ) -> None:
-    inputs, refs = Inputs(*refs[:9]), refs[9:]
-    (out_ref, lse_ref), refs = refs[:2], refs[2:]
-    buffers, refs = Buffers(*refs[:11]), refs[11:]
-    q_memory, out_memory, lse_memory, turns_barrier = refs
+    inputs, (out_ref, lse_ref), buffers, scratch = hopper_keys.split(refs, own=2)
+    q_memory, out_memory, lse_memory, turns_barrier = scratch
     width = q_ref.shape[3]
     step, stages = tiles.forward_step, tiles.forward_stages
     walk = Walk(options, q_ref.shape, step, stages, programs, inputs, buffers)

@@ -90,6 +90,15 @@ def buffers(
     ]
 
 
+def split(
+    refs: tuple[Ref, ...], own: int
+) -> tuple[Inputs, tuple[Ref, ...], Buffers, tuple[Ref, ...]]:
+    """A kernel's references behind q: `own` others and its own scratch between ours."""
+    first, last = len(Inputs._fields), len(Inputs._fields) + own
+    end = last + len(Buffers._fields)
+    return Inputs(*refs[:first]), refs[first:last], Buffers(*refs[last:end]), refs[end:]
+
+
 @dataclasses.dataclass(frozen=True)
 class Walk:
     """One program's, by a kernel whose grid is `programs`.

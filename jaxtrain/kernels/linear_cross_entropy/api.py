@@ -77,7 +77,7 @@ def linear_log_probs(
     Raises:
         ValueError: shapes or options do not fit together.
     """
-    chunk = choose_chunk(hidden.shape[-1]) if chunk is None else chunk
+    chunk = _choose_chunk(hidden.shape[-1]) if chunk is None else chunk
     _check(hidden, unembedding, targets, vocab_axis, softcap, chunk)
     vocab, tokens = unembedding.shape[vocab_axis], hidden.shape[0]
     if shards < 1 or vocab % shards:
@@ -97,7 +97,7 @@ def linear_log_probs(
     return outputs if with_collision else outputs[:4]
 
 
-def choose_chunk(width: int) -> int:
+def _choose_chunk(width: int) -> int:
     """Tokens whose logits exist at once, for hidden states of `width`.
 
     A logit takes 6 bytes of temporaries (float32, and its derivative in bfloat16), an

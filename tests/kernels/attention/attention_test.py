@@ -23,6 +23,7 @@ from jaxtrain.kernels.attention.cudnn import attention_cudnn, compute_capability
 from jaxtrain.kernels.attention.hopper import Tiles
 from jaxtrain.kernels.attention.masks import Mask
 from jaxtrain.kernels.attention.pallas_gpu import KERNELS as HOPPER
+from jaxtrain.kernels.attention.pallas_gpu import with_tiles
 from jaxtrain.kernels.attention.pallas_tpu import KERNELS as TPU
 from jaxtrain.kernels.attention.pallas_triton import KERNELS as TRITON
 from jaxtrain.kernels.attention.reference import attention_reference
@@ -279,18 +280,15 @@ def skip_without_interpreter(implementation):
         pytest.skip("this jax has no interpreter for Mosaic GPU")
 
 
+def skip_without_hopper():
+    if int(compute_capability() or 0) != 9:
+        pytest.skip("needs a Hopper GPU")
+
+
 @pytest.mark.parametrize(("implementation", "case"), list(cases_of(CPU)))
 def test_output_and_gradients_equal_float64(implementation, case):
     skip_without_interpreter(implementation)
     compare_with_float64(implementation, case, make_inputs(case, implementation.dtype))
-
-
-def with_tiles(tiles):
-    return dataclasses.replace(
-        HOPPER,
-        forward=functools.partial(HOPPER.forward, tiles=tiles),
-        backward=functools.partial(HOPPER.backward, tiles=tiles),
-    )
 
 
 @pytest.mark.parametrize(
@@ -354,8 +352,8 @@ def test_on_gpu_a_part_of_a_row_equals_float64(name, case_name, width):
     case = dataclasses.replace(PART_CASES[case_name], width=width)
     if not serves(implementation, case):
         pytest.skip(f"{name} does not serve this")
-    if name == "pallas_gpu" and int(compute_capability() or 0) != 9:
-        pytest.skip("needs a Hopper GPU")
+    if name == "pallas_gpu":
+        skip_without_hopper()
     inputs = make_inputs(case, implementation.dtype)
     compare_with_float64(implementation, case, inputs)
 
@@ -364,8 +362,7 @@ def test_on_gpu_a_part_of_a_row_equals_float64(name, case_name, width):
 @pytest.mark.parametrize("programs", [1, 3, 500])
 def test_on_gpu_tiles_of_few_programs_equal_float64(programs):
     """Each takes many tiles in turn; rows of padding have no keys at all."""
-    if int(compute_capability() or 0) != 9:
-        pytest.skip("needs a Hopper GPU")
+    skip_without_hopper()
     case = dataclasses.replace(CASES["shared_prompt"], width=128, padding=400, heads=8)
     kernels = with_tiles(Tiles(forward_programs=programs, dq_programs=programs))
     call = functools.partial(attention_blocked, kernels)
