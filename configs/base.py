@@ -383,7 +383,9 @@ def lora() -> Section:
 
 def dpo() -> Section:
     return {
-        "beta": 0.1,  # strength of the tie to the reference
+        # Strength of the tie to the reference. Unset: the objective's default, which is
+        # 0.1, for simpo 2.0.
+        "beta": unset(float),
         # One or a list of sigmoid | hinge | ipo | exo_pair | nca_pair | robust |
         # bco_pair | sppo_hard | aot | aot_unpaired | apo_zero | apo_down |
         # discopop | sft | sigmoid_norm.

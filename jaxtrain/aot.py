@@ -35,6 +35,7 @@ from jaxtrain.aot_report import CHIPS, Chip, Report, describe
 from jaxtrain.config import RunConfig, resolve
 from jaxtrain.hlo_cost import analyze
 from jaxtrain.jaxpr_cost import count_flops
+from jaxtrain.kto import LabeledBatch
 from jaxtrain.types import Batch, PairBatch
 
 DOES_NOT_FIT = 3
@@ -305,8 +306,12 @@ def _abstract_batch(model: model_manager.LoadedModel, run: RunConfig) -> Any:
             prompt_ids=ids if shares else None,
         )  # fmt: skip
 
-    if run.dpo is None:
+    if run.row_kind == "next_token":
         return side()
+    if run.row_kind == "labeled":
+        labels: Any = jax.ShapeDtypeStruct(shape[:2], jnp.float32, sharding=layout)
+        return LabeledBatch(side(), labels, mismatched=side())
+    assert run.dpo is not None  # row_kind says so
     logps: Any = None
     if run.dpo.precompute_ref_log_probs:
         logps = jax.ShapeDtypeStruct(shape[:2], jnp.float32, sharding=layout)

@@ -53,6 +53,8 @@ _SHARED_DPO_KEYS = ("beta", "label_smoothing", "max_length", "max_prompt_length"
 _REFERENCE_DPO_KEYS = (
     "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps",
 )  # fmt: skip
+# `training.dpo.beta` where it is unset: TRL's default, and that of SimPO's paper.
+DEFAULT_BETA, DEFAULT_BETAS = 0.1, {"simpo": 2.0}
 
 
 class ConfigError(ValueError):
@@ -107,6 +109,7 @@ class Resolver:
         self.resolve_mesh()
         self.resolve_lengths()
         self.check_model()
+        self.take_objective_kwargs()
         self.check_data()
         self.check_curriculum()
         self.check_objective()
@@ -684,6 +687,29 @@ class Resolver:
     def trains_dpo(self) -> bool:
         """Whether the objective is one that reads all of `training.dpo`."""
         return self.general["objective"] not in _OTHER_OBJECTIVES
+
+    def take_objective_kwargs(self) -> None:
+        """Fold the keywords of a DPO loss into `training.dpo`, and fill in its beta.
+
+        Otherwise keys that act outside the loss, such as use_weighting, would reach it
+        alone.
+        """
+        name, dpo = self.general["objective"], self.dpo
+        kwargs = self.general["objective_kwargs"] or {}
+        if self.type == "dpo" and name in ("auto", "preference"):
+            values, problems = config_schema.merge(
+                config_schema.schema_of(DpoSection), kwargs
+            )
+            self.problems += [f"training.objective_kwargs.{p}" for p in problems]
+            dpo |= {key: values[key] for key in kwargs if key in values}
+            self.general["objective_kwargs"] = None
+        elif name == "kto" and kwargs.get("precompute_ref_log_probs"):
+            self.problem(
+                "training.objective_kwargs.precompute_ref_log_probs", True,
+                "objective 'kto' has no pass that computes them", "unset it",
+            )  # fmt: skip
+        if dpo["beta"] is None:
+            dpo["beta"] = DEFAULT_BETAS.get(name, DEFAULT_BETA)
 
     def check_objective(self) -> None:
         """The objective fits the training type, and nothing set for DPO is ignored."""

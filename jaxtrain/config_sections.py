@@ -343,7 +343,7 @@ class LoraSection:
 class DpoSection:
     """Direct preference optimization (arXiv:2305.18290)."""
 
-    beta: Positive = 0.1
+    beta: Positive = DERIVED
     loss_type: tuple[LossType, ...] = ("sigmoid",)
     loss_weights: tuple[float, ...] | None = None
     label_smoothing: Annotated[float, Bound(0, 0.5, open_high=True)] = 0.0

@@ -289,10 +289,9 @@ class TrainingOrchestrator:
             options = dataclasses.asdict(run.dpo)
             options = {k: v for k, v in options.items() if k not in _NOT_OF_THE_LOSS}
         elif run.objective in objectives.OBJECTIVES and run.dpo is not None:
-            for name in ("beta", "label_smoothing"):
-                value = getattr(run.dpo, name)
-                if value != getattr(type(run.dpo), name):
-                    options[name] = value
+            options["beta"] = run.dpo.beta
+            if run.dpo.label_smoothing:  # not every objective knows it
+                options["label_smoothing"] = run.dpo.label_smoothing
         options |= run.loop.objective_kwargs or {}
         return objectives.make_objective(run.objective, **options)
 

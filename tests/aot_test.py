@@ -36,6 +36,14 @@ def flops(function, *shapes):
     return count_flops(jax.make_jaxpr(function)(*arguments))
 
 
+@pytest.mark.parametrize("objective", ["auto", "simpo", "kto"])
+def test_every_kind_of_batch_compiles_ahead_of_time(objective):
+    config = tiny_config("dpo", objective=objective)
+    chip = Chip("fake", 1e12, 2**34, 1e12, 1e9, 1e9)
+    report = aot.compile_for(config, jax.devices()[:1], "cpu", chip=chip)
+    assert report.fits and report.flops > 0
+
+
 def test_a_product_counts_twice_its_three_sizes():
     assert flops(jnp.matmul, (3, 5), (5, 7)) == 2 * 3 * 5 * 7
     assert flops(

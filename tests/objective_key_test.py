@@ -116,6 +116,44 @@ def test_keys_of_dpo_reach_the_objective_where_they_differ_from_their_defaults()
     assert (options["beta"], options["loss_type"]) == (0.3, "hinge")
 
 
+@pytest.mark.parametrize("beta", [None, 0.1, 0.5, 2.0])
+@pytest.mark.parametrize(
+    ("objective", "default"),
+    [("auto", 0.1), ("orpo", 0.1), ("cpo", 0.1), ("simpo", 2.0), ("kto", 0.1)],
+)
+def test_beta_is_what_was_set_or_the_objectives_own_default(objective, default, beta):
+    config = config_of("dpo", objective)
+    config.training.dpo.beta = beta
+    expected = default if beta is None else beta
+    assert options_of(config)["beta"] == expected
+    assert resolve(config).dpo.beta == expected  # and that is what is recorded
+
+
+def test_keywords_of_a_preference_loss_act_outside_it_too(tmp_path):
+    """WPO weighs pairs by p^2, which the scoring has to be told to compute."""
+    by_key = config_of("dpo", "auto")
+    by_key.training.dpo.use_weighting = True
+    by_keyword = config_of("dpo", "auto", use_weighting=True)
+    assert resolve(by_keyword).to_dict() == resolve(by_key).to_dict()
+    results = train(by_keyword, tmp_path)
+    assert np.isfinite(results["final_loss"])
+
+
+@pytest.mark.parametrize(
+    ("objective", "kwargs", "message"),
+    [
+        ("auto", {"betta": 0.2}, "objective_kwargs.betta = 0.2.*did you mean beta"),
+        ("auto", {"ld_alpha": 2.0}, "objective_kwargs.ld_alpha = 2.0: not"),
+        ("kto", {"precompute_ref_log_probs": True}, "has no pass"),
+    ],
+)
+def test_keywords_that_cannot_work_are_refused_by_the_config(
+    objective, kwargs, message
+):
+    with pytest.raises(ConfigError, match=message):
+        resolve(config_of("dpo", objective, **kwargs))
+
+
 @pytest.mark.parametrize(
     ("training_type", "objective", "dpo", "message"),
     [
