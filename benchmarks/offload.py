@@ -18,11 +18,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtrain import distributed, optim, sharding
-from jaxtrain import offload as streamed
+from jaxtrain import sharding
 from jaxtrain.models import Decoder, ModelConfig
 from jaxtrain.objectives import make_objective
-from jaxtrain.schedules import make_schedule
+from jaxtrain.optimizers import offload as streamed
+from jaxtrain.optimizers import optim
+from jaxtrain.optimizers.schedules import make_schedule
+from jaxtrain.run import distributed
 from jaxtrain.step import make_train_step
 from jaxtrain.types import Batch, TrainState
 

@@ -23,13 +23,14 @@ import jax.numpy as jnp
 import numpy as np
 from step_cases import SHAPES, WARMUP, Case, get_case, make_parser, run_cases
 
-from jaxtrain import lora, optim
+from jaxtrain import lora
 from jaxtrain.models import Decoder, LoraShape, ModelConfig
+from jaxtrain.models.quantization import Quantization
 from jaxtrain.objectives import make_objective
-from jaxtrain.quantization import Quantization
-from jaxtrain.schedules import make_schedule
+from jaxtrain.optimizers import optim
+from jaxtrain.optimizers.schedules import make_schedule
+from jaxtrain.record.throughput import peak_flops
 from jaxtrain.step import make_train_step
-from jaxtrain.throughput import peak_flops
 from jaxtrain.types import Batch, PairBatch, TrainState, share_prompts
 
 SHARED = "_shared"  # behind a case of pairs: their prompts are computed once

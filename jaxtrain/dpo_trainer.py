@@ -3,7 +3,7 @@
 import os
 from typing import Any
 
-from jaxtrain.data.dataset import PreparedDataset
+from jaxtrain.data.batches.dataset import PreparedDataset
 from jaxtrain.model_manager import LoadedModel
 from jaxtrain.trainer import Prepared, Rows, TrainingOrchestrator
 

@@ -16,21 +16,27 @@ import numpy as np
 
 from jaxtrain.checkpoint import CheckpointManager
 from jaxtrain.config import LoopSection, RunConfig, diff
-from jaxtrain.data.pipeline import BatchIterator
-from jaxtrain.data.stream_batches import StreamIterator, join_states
-from jaxtrain.diagnostics import save_batch
-from jaxtrain.evaluate import add_metrics, evaluate, to_floats, without_added
-from jaxtrain.goodput import Goodput
-from jaxtrain.metrics import perplexity
-from jaxtrain.preemption import Preempted, PreemptionWatch, Watchdog
-from jaxtrain.step import EvalStep, TrainStep
-from jaxtrain.throughput import (
+from jaxtrain.data.batches.pipeline import BatchIterator
+from jaxtrain.data.stream.batches import StreamIterator, join_states
+from jaxtrain.evaluation.held_out import (
+    add_metrics,
+    evaluate,
+    perplexity,
+    to_floats,
+    without_added,
+)
+from jaxtrain.record.diagnostics import save_batch
+from jaxtrain.record.goodput import Goodput
+from jaxtrain.record.throughput import (
     ThroughputMeter,
     device_memory,
     device_utilization,
     host_memory,
 )
-from jaxtrain.types import Metrics, TrainState, overlay, select
+from jaxtrain.run.preemption import Preempted, PreemptionWatch, Watchdog
+from jaxtrain.step import EvalStep, TrainStep
+from jaxtrain.tree import overlay, select
+from jaxtrain.types import Metrics, TrainState
 
 logger = logging.getLogger(__name__)
 

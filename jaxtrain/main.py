@@ -29,8 +29,9 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     # Imported here so that --help and usage errors need not wait for jax.
-    from jaxtrain import distributed, trainer
-    from jaxtrain.data.stream_batches import BadRowsError
+    from jaxtrain import trainer
+    from jaxtrain.data.stream.batches import BadRowsError
+    from jaxtrain.run import distributed
 
     _set_up_logging()
     distributed.initialize()

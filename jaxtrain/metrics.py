@@ -13,7 +13,8 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from jaxtrain.text_metrics import align_references, make_text_metric
+from jaxtrain.evaluation.held_out import perplexity
+from jaxtrain.evaluation.text_metrics import align_references, make_text_metric
 from jaxtrain.types import WeightedSum
 
 logger = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ class ScoringModel(Protocol):
 
 
 class MetricsWriter(Protocol):
-    """Where `log_metrics` sends numbers: any writer of `jaxtrain.tracking`."""
+    """Where `log_metrics` sends numbers: any writer of `record.writers`."""
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record `metrics` at `step`."""
@@ -210,14 +211,6 @@ class MetricsCalculator:
                 waiting = []
         if waiting:
             yield _make_text_batch(waiting, tokenizer, size, self._max_length)
-
-
-def perplexity(mean_nll: float) -> float:
-    """exp of a mean negative log-likelihood in nats; infinite where that overflows."""
-    try:
-        return math.exp(mean_nll)
-    except OverflowError:
-        return math.inf
 
 
 def token_accuracy(predictions: Any, references: Any) -> float:

@@ -11,23 +11,26 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxtrain import assets, diagnostics, lora, optim, sharding
+from jaxtrain import assets, lora, sharding
 from jaxtrain.config import LoraSection, RunConfig, resolve
-from jaxtrain.data.tokenize import load_tokenizer
-from jaxtrain.generate import Generator, generate_texts, make_generate
+from jaxtrain.data.rows.tokenize import load_tokenizer
+from jaxtrain.evaluation.generate import Generator, generate_texts, make_generate
 from jaxtrain.kernels.attention import Layout
 from jaxtrain.models import hf
 from jaxtrain.models.config import ModelConfig
-from jaxtrain.models.transformer import Decoder, LoraShape
-from jaxtrain.objectives import next_token
-from jaxtrain.quantization import (
+from jaxtrain.models.quantization import (
     Quantization,
     check_installed,
     is_kept,
     is_quantized,
     quantize_tree,
 )
-from jaxtrain.types import Batch, Metrics, Params, TrainState, overlay, select
+from jaxtrain.models.transformer import Decoder, LoraShape
+from jaxtrain.objectives.table import next_token
+from jaxtrain.optimizers import optim
+from jaxtrain.record import diagnostics
+from jaxtrain.tree import overlay, select
+from jaxtrain.types import Batch, Metrics, Params, TrainState
 
 logger = logging.getLogger(__name__)
 

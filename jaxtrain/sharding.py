@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxtrain.mesh_shape import MESH_AXES, resolve_mesh_shape
+from jaxtrain.config.mesh_shape import MESH_AXES, resolve_mesh_shape
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def make_mesh(
 ) -> Mesh:
     """The mesh of `devices` (all of them by default) with axes `MESH_AXES`.
 
-    Devices that are not present serve to compile for them (jaxtrain/aot.py). `slices`:
+    Devices that are not present serve to compile for them (jaxtrain/aot). `slices`:
     over how many slices an axis goes, by its name; where several slices are present
     and nothing is said, all of them by `data` and `fsdp`.
 

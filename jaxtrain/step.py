@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from jaxtrain.diagnostics import GroupOf, detect_spike, sum_squares_by_group
+from jaxtrain.record.diagnostics import GroupOf, detect_spike, sum_squares_by_group
+from jaxtrain.tree import overlay
 from jaxtrain.types import (
     Batch,
     LogProbsFn,
@@ -23,7 +24,6 @@ from jaxtrain.types import (
     TokenLogProbs,
     TrainState,
     WeightedSum,
-    overlay,
 )
 
 # (gradients, optimizer state, parameters, whether to: None is yes) -> both, updated

@@ -20,40 +20,31 @@ import jax
 import optax
 from ml_collections import ConfigDict
 
-from jaxtrain import (
-    diagnostics,
-    difficulty,
-    distributed,
-    export,
-    model_manager,
-    objectives,
-    offload,
-    optim,
-    reference,
-    samples,
-    schedules,
-    sharding,
-    step,
-    tracking,
-)
+from jaxtrain import model_manager, objectives, sharding, step
 from jaxtrain.checkpoint import CheckpointManager
 from jaxtrain.config import ConfigManager, RunConfig, resolve, to_config_dict
 from jaxtrain.data import loading
-from jaxtrain.data.dataset import PreparedDataset
-from jaxtrain.data.mixture import Mixture, parse_mixture
-from jaxtrain.data.pipeline import (
+from jaxtrain.data.batches.dataset import PreparedDataset
+from jaxtrain.data.batches.mixture import Mixture, parse_mixture
+from jaxtrain.data.batches.pipeline import (
     BatchIterator,
     epochs_done,
     make_eval_iterator,
     make_train_iterator,
     steps_per_epoch,
 )
-from jaxtrain.data.stream_batches import StreamDataset, StreamIterator, StreamRows
-from jaxtrain.data.stream_source import HubSource
-from jaxtrain.kto import LabeledBatch
+from jaxtrain.data.stream.batches import StreamDataset, StreamIterator, StreamRows
+from jaxtrain.data.stream.source import HubSource
+from jaxtrain.evaluation import samples
+from jaxtrain.evaluation.text_metrics import make_text_metric
 from jaxtrain.loop import Loop
-from jaxtrain.text_metrics import make_text_metric
-from jaxtrain.throughput import ThroughputMeter, peak_flops
+from jaxtrain.objectives.kto import LabeledBatch
+from jaxtrain.optimizers import offload, optim, schedules
+from jaxtrain.passes import difficulty, reference
+from jaxtrain.record import diagnostics, writers
+from jaxtrain.record.throughput import ThroughputMeter, peak_flops
+from jaxtrain.run import distributed, export
+from jaxtrain.tree import overlay
 from jaxtrain.types import (
     Batch,
     LogProbsFn,
@@ -63,7 +54,6 @@ from jaxtrain.types import (
     TokenLogProbs,
     TrainState,
     WeightedSum,
-    overlay,
     share_prompts,
 )
 
@@ -183,7 +173,7 @@ class TrainingOrchestrator:
                 "training.use_auxiliary_loss = True: there is none to use; override"
                 " compute_auxiliary_loss in a subclass of TrainingOrchestrator"
             )
-        tracking.check_installed(run.loop.report_to)
+        writers.check_installed(run.loop.report_to)
         for line in run.explain():
             logger.info(line)
         self.run = run
@@ -470,7 +460,7 @@ class TrainingOrchestrator:
             )
             loop.restore()
             loop.writer = stack.enter_context(
-                tracking.make_writers(
+                writers.make_writers(
                     run.loop.report_to,
                     self.workdir,
                     run.loop.run_name or self.workdir.name,

@@ -6,7 +6,7 @@ heads, H head width, V vocabulary, L layers, R LoRA rank.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -141,23 +141,3 @@ class TrainState:
     rng: Array
     loss_scale: Any = None
     loss_window: Float[Array, "W"] | None = None
-
-
-def overlay(base: Mapping[str, Any], top: Mapping[str, Any]) -> Params:
-    """Merge two nested dicts; where both have a leaf, `top` wins."""
-    merged = dict(base)
-    for name, value in top.items():
-        below = merged.get(name)
-        if isinstance(value, Mapping) and isinstance(below, Mapping):
-            merged[name] = overlay(below, value)
-        else:
-            merged[name] = value
-    return merged
-
-
-def select(tree: Mapping[str, Any], like: Mapping[str, Any]) -> Params:
-    """The part of a nested dict that stands at `like`'s paths."""
-    return {
-        name: select(tree[name], below) if isinstance(below, Mapping) else tree[name]
-        for name, below in like.items()
-    }

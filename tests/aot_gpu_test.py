@@ -14,9 +14,9 @@ import pytest
 from jax.experimental import topologies
 
 from jaxtrain import aot
-from jaxtrain.aot_gpu import describe_gpus
-from jaxtrain.aot_report import CHIPS
-from jaxtrain.jaxpr_cost import count_flops
+from jaxtrain.aot.gpus import describe_gpus
+from jaxtrain.aot.jaxpr_cost import count_flops
+from jaxtrain.aot.report import CHIPS
 from jaxtrain.kernels.attention import api, hopper
 from jaxtrain.kernels.attention.masks import Mask
 

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from jaxtrain import aot_search
-from jaxtrain.aot_search import Bound, Candidate
+from jaxtrain.aot import search
+from jaxtrain.aot.search import Bound, Candidate
 
 KEPT = {"none": 8.0, "minimal": 4.0, "save_attention": 2.0, "full": 1.0}
 COST = {"none": 1.0, "minimal": 1.05, "save_attention": 1.2, "full": 1.33}
@@ -58,7 +58,7 @@ def bound(candidate):
     return Bound(state + candidate.rows, 0.98 * least / (candidate.rows * shards))
 
 
-CANDIDATES = aot_search.make_candidates(16, heads=8, row_tokens=1024)
+CANDIDATES = search.make_candidates(16, heads=8, row_tokens=1024)
 
 
 @pytest.mark.parametrize("memory", [24.0, 48.0, 200.0])
@@ -66,14 +66,14 @@ def test_the_best_of_all_is_found_and_few_are_compiled(memory):
     compiled = []
     every = [compile_fake(memory, [])(c) for c in CANDIDATES]
     expected = max(r.tokens / r.step_secs for r in every if r.fits)
-    outcomes = aot_search.search(
+    outcomes = search.search(
         CANDIDATES,
         bound,
         compile_fake(memory, compiled),
         memory_bytes=memory,
         max_compiles=100,
     )
-    best = aot_search.choose_best(outcomes)
+    best = search.choose_best(outcomes)
     assert best.tokens_per_sec == pytest.approx(expected, rel=0.05)
     assert len(compiled) < len(CANDIDATES) / 5
     assert len(outcomes) == len(CANDIDATES)
@@ -81,22 +81,22 @@ def test_the_best_of_all_is_found_and_few_are_compiled(memory):
 
 def test_the_number_of_compilations_is_capped_and_the_rest_are_counted():
     compiled = []
-    outcomes = aot_search.search(
+    outcomes = search.search(
         CANDIDATES, bound, compile_fake(48.0, compiled), memory_bytes=48.0,
         max_compiles=2,
     )  # fmt: skip
     assert len(compiled) == 2
-    table = aot_search.format_table(outcomes, 48.0)
+    table = search.format_table(outcomes, 48.0)
     assert len(table.splitlines()) >= 4
     assert "more: not tried: --max_compiles is reached" in table
     assert "more: state and layers' inputs alone are too large" in table
 
 
 def test_where_nothing_fits_there_is_no_best():
-    outcomes = aot_search.search(
+    outcomes = search.search(
         CANDIDATES, bound, compile_fake(5.0, []), memory_bytes=5.0, max_compiles=9
     )
-    assert aot_search.choose_best(outcomes) is None
+    assert search.choose_best(outcomes) is None
 
 
 def test_every_candidate_uses_all_devices_and_long_rows_may_be_split():
@@ -104,14 +104,14 @@ def test_every_candidate_uses_all_devices_and_long_rows_may_be_split():
         sizes = dict(mesh)
         assert sizes["data"] * sizes["fsdp"] * sizes["tensor"] == 16
         assert sizes["context"] == 1
-    long = aot_search.make_candidates(32, heads=8, row_tokens=65536, num_slices=2)
+    long = search.make_candidates(32, heads=8, row_tokens=65536, num_slices=2)
     assert {dict(c.mesh)["context"] for c in long} == {1, 2, 4, 8, 16}
     assert {dict(c.mesh)["data"] % 2 for c in long} == {0}
 
 
 def test_a_candidate_is_told_as_keys_of_a_configuration():
     mesh = (("data", 1), ("fsdp", 4), ("context", 2), ("tensor", 1))
-    assert aot_search.as_flags(Candidate(mesh, "full", 2)) == {
+    assert search.as_flags(Candidate(mesh, "full", 2)) == {
         "mesh.fsdp": "4",
         "mesh.context": "2",
         "training.deepspeed.zero_stage": "3",

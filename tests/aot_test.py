@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtrain import aot, aot_search, model_manager, sharding, trainer
-from jaxtrain.aot_report import Chip
+from jaxtrain import aot, model_manager, sharding, trainer
+from jaxtrain.aot import search
+from jaxtrain.aot.jaxpr_cost import count_flops
+from jaxtrain.aot.report import Chip
 from jaxtrain.config import resolve
-from jaxtrain.jaxpr_cost import count_flops
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from runs import tiny_config
@@ -137,7 +138,7 @@ def test_the_search_compiles_real_steps_and_the_best_one_fits():
     )
     assert len(lines) == sum(o.result is not None for o in outcomes) == 2
     assert best.result.fits and best.result.step_secs > 0
-    for flag, value in aot_search.as_flags(best.candidate).items():
+    for flag, value in search.as_flags(best.candidate).items():
         assert any(f"--config.{flag}={value}" in line for line in lines)
     # What it is compiled with is what it is named by.
     assert best.result.run.mesh.sizes == dict(best.candidate.mesh)

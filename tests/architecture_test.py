@@ -8,82 +8,127 @@ import pytest
 PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "jaxtrain"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
-# What a module (or, for a folder, each module in it) may import of ours. Modules that
-# are absent here are leaves of the graph above them and may import anything but
-# `trainer`, `dpo_trainer` and `main`.
-ALLOWED = {
+# What each unit may import of ours, besides itself. A unit is a module or a folder; one
+# that stands here by its dotted name is a unit of its own, apart from its folder. Every
+# module belongs to one, every permission is used, and no unit can reach itself.
+ALLOWED: dict[str, set[str]] = {
+    "tree": set(),
+    "config": {"tree"},
+    "kernels": set(),
+    "assets": set(),
+    "data.rows": set(),
+    "data.batches": {"config"},
     "types": set(),
-    "config": {"config_rules", "config_schema", "config_sections"},
-    "mesh_shape": set(),
-    "config_rules": {"config_schema", "config_sections", "mesh_shape"},
-    "config_sections": {"config_schema"},
-    "config_schema": set(),
-    "sharding": {"mesh_shape"},
-    "kernels": {"kernels"},
-    "data": {"data", "config", "assets"},
-    "assets": {"assets", "data"},
-    "objectives": {"types", "kto", "preference", "preference_losses"},
-    "preference": {"types", "preference_losses"},
-    "kto": {"types", "preference", "preference_losses"},
-    "preference_losses": {"types"},
-    "step": {"types", "diagnostics"},
-    "diagnostics": {"types"},
-    "optim": {"types", "schedules"},
-    "schedules": set(),
-    "lora": {"types", "lora_targets", "peft_files", "quantization"},
-    "lora_targets": {"types", "quantization"},
-    "peft_files": {"types", "lora_targets", "peft_tensors"},
-    "peft_tensors": {"types", "lora_targets", "quantization"},
-    "quantization": set(),
-    "models": {"models", "kernels", "types", "sharding", "quantization"},
-    "checkpoint": {"types"},
-    "metrics": {"types", "text_metrics"},
-    "text_metrics": set(),
-    "report": set(),
-    "samples": {"data", "generate", "text_metrics", "types"},
-    "throughput": set(),
-    "distributed": set(),
-    "goodput": set(),
-    "aot_search": set(),
-    "hlo_cost": {"hlo_groups", "hlo_text"},
-    "hlo_groups": set(),
-    "hlo_text": set(),
-    "aot_gpu": {"aot_report", "kernels"},
-    "jaxpr_cost": set(),
-    "preemption": set(),
-    "tracking": set(),
-    "generate": {"types", "models"},
-    "lm_eval": {"distributed", "lm_eval_model"},
-    "lm_eval_model": {
+    "evaluation": {"data.batches", "types"},
+    "models": {"kernels", "tree", "types"},
+    "lora": {"models", "tree", "types"},
+    "objectives": {"types"},
+    "sharding": {"config"},
+    "record": {"types"},
+    "step": {"record", "tree", "types"},
+    "optimizers": {"sharding", "step", "types"},
+    "model_manager": {
         "assets",
         "config",
-        "generate",
-        "model_manager",
+        "data.rows",
+        "evaluation",
+        "kernels",
+        "lora",
         "models",
+        "objectives",
+        "optimizers",
+        "record",
+        "sharding",
+        "tree",
         "types",
     },
+    "checkpoint": set(),
+    "data.prepare": {"data.batches", "data.rows"},
+    "data.stream": {"data.batches", "data.prepare", "data.rows"},
+    "data.loading": {
+        "assets",
+        "config",
+        "data.batches",
+        "data.prepare",
+        "data.rows",
+        "data.stream",
+    },
+    "run": {"checkpoint", "config", "lora", "model_manager", "models", "types"},
+    "loop": {
+        "checkpoint",
+        "config",
+        "data.batches",
+        "data.stream",
+        "evaluation",
+        "record",
+        "run",
+        "step",
+        "tree",
+        "types",
+    },
+    "passes": {"data.batches", "objectives", "step", "types"},
+    "trainer": {
+        "checkpoint",
+        "config",
+        "data.batches",
+        "data.loading",
+        "data.stream",
+        "evaluation",
+        "loop",
+        "model_manager",
+        "objectives",
+        "optimizers",
+        "passes",
+        "record",
+        "run",
+        "sharding",
+        "step",
+        "tree",
+        "types",
+    },
+    "aot": {"config", "kernels", "model_manager", "objectives", "trainer", "types"},
+    "data": set(),
+    "data.inspect": {
+        "assets",
+        "config",
+        "data.batches",
+        "data.loading",
+        "data.prepare",
+        "data.rows",
+        "data.stream",
+    },
+    "dpo_trainer": {"data.batches", "model_manager", "trainer"},
+    "lm_eval": {
+        "assets",
+        "config",
+        "evaluation",
+        "model_manager",
+        "models",
+        "run",
+        "types",
+    },
+    "main": {"data.stream", "run", "trainer"},
+    "metrics": {"evaluation", "types"},
+    "report": {"tree"},
 }
 ONLY_IN = {"flax": {"models"}, "torch": set(), "pickle": set()}
-NO_JAX = {
-    "data",
-    "assets",
-    "config",
-    "config_rules",
-    "config_schema",
-    "config_sections",
-    "mesh_shape",
-}
-NEVER_IN = {"jax": NO_JAX, "orbax": {"step", "objectives"}}
-ORCHESTRATION = {
-    "trainer": {"main", "dpo_trainer", "aot"},
-    "dpo_trainer": {"main"},
-    "aot": set(),
+NEVER_IN = {
+    "jax": {"data", "assets", "config", "report"},
+    "orbax": {"step", "objectives"},
 }
 
 
-def unit(path: pathlib.Path) -> str:
-    """The name the rules use: a module's, or its top folder's."""
-    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+def dotted(path: pathlib.Path) -> str:
+    """A module's name below the package; a folder's for its `__init__`."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+def unit(name: str) -> str:
+    """The unit that a dotted name below the package belongs to: the longest one."""
+    while name and name not in ALLOWED:
+        name = name.rpartition(".")[0]
+    return name
 
 
 def imports(path: pathlib.Path) -> set[str]:
@@ -99,34 +144,57 @@ def imports(path: pathlib.Path) -> set[str]:
 
 
 def our_units(path: pathlib.Path) -> set[str]:
-    found = {n.split(".")[1] for n in imports(path) if n.startswith("jaxtrain.")}
-    return {name for name in found if (PACKAGE / name).exists() or _is_module(name)}
+    """The units that a module imports, its own left out."""
+    ours = (name.removeprefix("jaxtrain.") for name in imports(path) if _is_ours(name))
+    return {unit(name) for name in ours} - {unit(dotted(path)), ""}
 
 
-def _is_module(name: str) -> bool:
-    return (PACKAGE / f"{name}.py").exists()
+def _is_ours(name: str) -> bool:
+    return name.startswith("jaxtrain.")
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+MODULE_IDS = [dotted(path) or "jaxtrain" for path in MODULES]
+
+
+def test_every_module_belongs_to_a_unit():
+    assert not [path for path in MODULES if dotted(path) and not unit(dotted(path))]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=MODULE_IDS)
 def test_imports_go_one_way(path):
-    allowed = ALLOWED.get(unit(path))
-    if allowed is not None:
-        extra = our_units(path) - allowed - {unit(path)}
-        assert not extra, f"{path} may not import {sorted(extra)}"
-    for target, importers in ORCHESTRATION.items():
-        if target in our_units(path):
-            assert unit(path) in importers, f"only {importers} may import {target}"
+    extra = our_units(path) - ALLOWED.get(unit(dotted(path)), set())
+    assert not extra, f"{path} may not import {sorted(extra)}"
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_every_permission_is_used():
+    used: dict[str, set[str]] = {name: set() for name in ALLOWED}
+    for path in MODULES:
+        if dotted(path):
+            used[unit(dotted(path))] |= our_units(path)
+    unused = {name: sorted(ALLOWED[name] - used[name]) for name in ALLOWED}
+    assert not {name: units for name, units in unused.items() if units}
+
+
+def test_no_unit_can_reach_itself():
+    def reachable(name: str, seen: set[str]) -> set[str]:
+        for other in ALLOWED[name] - seen:
+            seen |= {other}
+            seen |= reachable(other, seen)
+        return seen
+
+    assert not [name for name in ALLOWED if name in reachable(name, set())]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=MODULE_IDS)
 def test_libraries_stay_where_they_belong(path):
     roots = {name.split(".")[0] for name in imports(path)}
+    top = dotted(path).split(".")[0]
     for library, units in ONLY_IN.items():
         if library in roots:
-            assert unit(path) in units, f"{library} belongs in {sorted(units)} only"
+            assert top in units, f"{library} belongs in {sorted(units)} only"
     for library, units in NEVER_IN.items():
-        if unit(path) in units:
-            assert library not in roots, f"{unit(path)} must not import {library}"
+        if top in units:
+            assert library not in roots, f"{top} must not import {library}"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
@@ -156,5 +224,11 @@ def test_every_module_and_public_name_has_a_docstring():
 
 
 def test_the_rules_name_units_that_exist():
-    present = {unit(path) for path in MODULES}
+    present = {dotted(path) for path in MODULES}
     assert set(ALLOWED) <= present
+
+
+def test_the_package_shows_its_plan():
+    """At most 13 modules stand beside the folders."""
+    flat = [p for p in PACKAGE.glob("*.py") if not p.stem.startswith("__")]
+    assert len(flat) <= 13

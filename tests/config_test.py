@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ml_collections import ConfigDict, config_flags
 
-from jaxtrain import config_schema
 from jaxtrain.config import (
     ConfigError,
     ConfigManager,
@@ -26,7 +25,8 @@ from jaxtrain.config import (
     resolve,
     to_config_dict,
 )
-from jaxtrain.config_sections import GENERAL_KEYS, SCHEMA, TYPE_DEFAULTS
+from jaxtrain.config.sections import GENERAL_KEYS, SCHEMA, TYPE_DEFAULTS
+from jaxtrain.tree import dotted
 
 CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
 
@@ -404,7 +404,7 @@ def test_flags_set_lists_and_mappings_of_the_architecture() -> None:
 def test_every_key_can_be_overridden_by_a_flag() -> None:
     samples = {int: "3", float: "0.5", bool: "true", str: "x", object: "['x']"}
     config = default_config()
-    paths = list(config_schema.flatten(SCHEMA))
+    paths = list(dotted(SCHEMA))
 
     def holder_of(tree: ConfigDict, path: str) -> tuple[ConfigDict, str]:
         *sections, name = path.split(".")
@@ -486,7 +486,7 @@ def test_a_nested_key_of_a_block_overrides_the_general_one() -> None:
 
 def test_every_general_key_can_stand_in_every_block() -> None:
     for name in TYPE_DEFAULTS:
-        assert set(GENERAL_KEYS) <= set(config_schema.flatten(SCHEMA["training"][name]))
+        assert set(GENERAL_KEYS) <= set(dotted(SCHEMA["training"][name]))
 
 
 def test_a_blocks_warmup_ratio_is_not_overruled_by_general_warmup_steps() -> None:
@@ -870,8 +870,8 @@ def test_the_types_default_warmup_gives_way_to_a_constant_schedule() -> None:
 def test_a_resolved_run_has_no_unset_derived_field() -> None:
     for training_type in TYPE_DEFAULTS:
         run = resolve(training(training_type=training_type))
-        flat = config_schema.flatten(run.to_dict())
-        for path, leaf in config_schema.flatten(SCHEMA).items():
+        flat = dotted(run.to_dict())
+        for path, leaf in dotted(SCHEMA).items():
             if path in flat and flat[path] is None:
                 assert type(None) in typing.get_args(leaf.hint), f"{path} is unset"
 

@@ -113,7 +113,7 @@ def test_a_resumed_run_takes_its_difficulties_from_the_work_directory(tmp_path):
 def test_difficulty_of_pairs_is_what_the_model_prefers_wrongly():
     import jax.numpy as jnp
 
-    from jaxtrain.difficulty import row_difficulty
+    from jaxtrain.passes.difficulty import row_difficulty
     from jaxtrain.types import Batch, PairBatch, TokenLogProbs
 
     def side(tokens, mask):

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtrain import diagnostics, loop
+from jaxtrain import loop
+from jaxtrain.record import diagnostics
 from jaxtrain.trainer import TrainingOrchestrator
 from jaxtrain.types import WeightedSum
 

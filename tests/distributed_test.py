@@ -6,8 +6,8 @@ import os
 import jax
 import pytest
 
-from jaxtrain import distributed
-from jaxtrain.distributed import Launch, detect
+from jaxtrain.run import distributed
+from jaxtrain.run.distributed import Launch, detect
 
 EXPLICIT = {
     "JAX_COORDINATOR_ADDRESS": "host0:1234",

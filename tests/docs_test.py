@@ -14,7 +14,7 @@ import jax
 import pytest
 
 from jaxtrain.config import default_config
-from jaxtrain.config_schema import flatten
+from jaxtrain.tree import dotted
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import docs_commands
@@ -176,7 +176,7 @@ def test_the_configuration_page_is_that_of_the_code():
 def test_the_configuration_page_has_every_key_with_a_word_on_it():
     page = (ROOT / "docs" / "configuration.md").read_text()
     general = default_config().training
-    for key in flatten(default_config().to_dict()):
+    for key in dotted(default_config().to_dict()):
         parts = key.split(".")
         in_block = parts[0] == "training" and parts[1] in BLOCKS and len(parts) > 2
         if in_block and parts[2] in general:

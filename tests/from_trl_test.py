@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from jaxtrain.config_schema import flatten
-from jaxtrain.config_sections import SCHEMA
+from jaxtrain.config.sections import SCHEMA
+from jaxtrain.tree import dotted
 
 PAGE = pathlib.Path(__file__).parent.parent / "docs" / "from_trl.md"
 QUOTED = set(re.findall(r"`([^`\n]+)`", PAGE.read_text()))
@@ -36,7 +36,7 @@ def test_every_option_of_pefts_lora_has_its_place() -> None:
 
 
 def test_every_key_of_ours_that_the_page_names_exists() -> None:
-    keys = set(flatten(SCHEMA))
+    keys = set(dotted(SCHEMA))
     groups = {key.rsplit(".", 1)[0] for key in keys}
     named = {
         re.split(r"[ (=]", text)[0]

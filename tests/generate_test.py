@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxtrain.generate import filter_logits, generate_texts, make_generate
+from jaxtrain.evaluation.generate import filter_logits, generate_texts, make_generate
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.transformer import Decoder
 

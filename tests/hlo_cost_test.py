@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxtrain.hlo_cost import analyze
-from jaxtrain.hlo_groups import device_groups, network_share
-from jaxtrain.hlo_text import parse, shape_bytes, split_tuple
+from jaxtrain.aot.hlo_cost import analyze
+from jaxtrain.aot.hlo_groups import device_groups, network_share
+from jaxtrain.aot.hlo_text import parse, shape_bytes, split_tuple
 
 
 def test_bytes_of_shapes_as_the_compiler_writes_them():

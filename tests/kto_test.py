@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtrain.kto import LabeledBatch
 from jaxtrain.objectives import make_objective
+from jaxtrain.objectives.kto import LabeledBatch
 from jaxtrain.types import Batch, TokenLogProbs
 
 

@@ -10,7 +10,7 @@ import sys
 import pytest
 import yaml
 
-from jaxtrain.preemption import EXIT_CODE
+from jaxtrain.run.preemption import EXIT_CODE
 
 LAUNCH = pathlib.Path(__file__).resolve().parent.parent / "launch"
 SHELLS = ("tpu_pod.sh", "slurm.sbatch")

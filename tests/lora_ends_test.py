@@ -25,7 +25,8 @@ from jaxtrain.lora import (
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.layers import LoraShape
 from jaxtrain.models.transformer import Decoder
-from jaxtrain.types import Batch, overlay
+from jaxtrain.tree import overlay
+from jaxtrain.types import Batch
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from lora_test import (

@@ -23,7 +23,7 @@ from jaxtrain.lora import (
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.layers import LoraShape
 from jaxtrain.models.transformer import Decoder
-from jaxtrain.types import overlay
+from jaxtrain.tree import overlay
 
 LAYERS, WIDTH, INNER, VOCAB, RANK = 2, 32, 48, 128, 4
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxtrain.mesh_shape import MESH_AXES, nearest_mesh_shape, resolve_mesh_shape
+from jaxtrain.config.mesh_shape import MESH_AXES, nearest_mesh_shape, resolve_mesh_shape
 
 
 def shape(**sizes):

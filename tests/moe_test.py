@@ -12,26 +12,20 @@ import numpy as np
 import optax
 import pytest
 
-from jaxtrain import optim, sharding
-from jaxtrain.jaxpr_cost import count_flops
+from jaxtrain import sharding
+from jaxtrain.aot.jaxpr_cost import count_flops
 from jaxtrain.lora import LoraConfig, init_adapters, resolve_targets
-from jaxtrain.lora_targets import resolve_modules_to_save
+from jaxtrain.lora.targets import resolve_modules_to_save
 from jaxtrain.model_manager import router_loss_coefficient
 from jaxtrain.models import Decoder, LoraShape, ModelConfig
-from jaxtrain.models.binding import flatten
 from jaxtrain.models.hf import load_config, load_params
 from jaxtrain.models.hf_experts import split_fused
 from jaxtrain.models.hf_names import leaves_of
 from jaxtrain.objectives import make_objective, with_router_loss
+from jaxtrain.optimizers import optim
 from jaxtrain.step import make_train_step
-from jaxtrain.types import (
-    Batch,
-    PairBatch,
-    TokenLogProbs,
-    TrainState,
-    WeightedSum,
-    select,
-)
+from jaxtrain.tree import flatten, select
+from jaxtrain.types import Batch, PairBatch, TokenLogProbs, TrainState, WeightedSum
 from tests.runs import tiny_config, train
 
 SIZES: dict[str, Any] = {

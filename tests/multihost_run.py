@@ -20,8 +20,8 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
 
 from runs import tiny_config, train  # noqa: E402
 
-from jaxtrain import distributed  # noqa: E402
 from jaxtrain.loop import Loop  # noqa: E402
+from jaxtrain.run import distributed  # noqa: E402
 
 
 def happen(event: str, rank: int, step: int) -> None:

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtrain.kto import LabeledBatch
 from jaxtrain.objectives import (
     OBJECTIVES,
     load_objective,
@@ -16,7 +15,8 @@ from jaxtrain.objectives import (
     needs_reference,
     next_token,
 )
-from jaxtrain.preference_losses import PAIR_LOSSES
+from jaxtrain.objectives.kto import LabeledBatch
+from jaxtrain.objectives.preference_losses import PAIR_LOSSES
 from jaxtrain.types import Batch, PairBatch, TokenLogProbs, WeightedSum
 
 

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtrain import optim, sharding
-from jaxtrain.offload import make_streamed_update
+from jaxtrain import sharding
+from jaxtrain.optimizers import optim
+from jaxtrain.optimizers.offload import make_streamed_update
 from jaxtrain.step import make_whole_update
 
 SHAPES = {

@@ -7,7 +7,7 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxtrain.optim import (
+from jaxtrain.optimizers.optim import (
     OPTIMIZERS,
     LossScale,
     decay_mask,
@@ -16,7 +16,7 @@ from jaxtrain.optim import (
     orthogonal_factor,
     state_shardings,
 )
-from jaxtrain.schedules import make_schedule
+from jaxtrain.optimizers.schedules import make_schedule
 
 LAYERS, WIDTH, INNER = 2, 8, 12
 

@@ -10,9 +10,9 @@ import threading
 
 import pytest
 
-from jaxtrain.goodput import Goodput
 from jaxtrain.loop import Loop
-from jaxtrain.preemption import EXIT_CODE, Preempted, PreemptionWatch, Watchdog
+from jaxtrain.record.goodput import Goodput
+from jaxtrain.run.preemption import EXIT_CODE, Preempted, PreemptionWatch, Watchdog
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from runs import STEPS, tiny_config, train

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtrain.objectives import make_objective
-from jaxtrain.preference_losses import PAIR_LOSSES, log_odds_ratio
+from jaxtrain.objectives.preference_losses import PAIR_LOSSES, log_odds_ratio
 from jaxtrain.types import Batch, PairBatch, TokenLogProbs
 
 WIDTH = 5

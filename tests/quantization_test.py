@@ -20,8 +20,7 @@ from jaxtrain.config import default_config, resolve
 from jaxtrain.lora import LoraConfig, trainable_and_frozen
 from jaxtrain.models import hf
 from jaxtrain.models.layers import LoraShape
-from jaxtrain.models.transformer import Decoder
-from jaxtrain.quantization import (
+from jaxtrain.models.quantization import (
     NF4_VALUES,
     Quantization,
     check_installed,
@@ -30,6 +29,7 @@ from jaxtrain.quantization import (
     quantize,
     quantize_tree,
 )
+from jaxtrain.models.transformer import Decoder
 from jaxtrain.trainer import TrainingOrchestrator
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxtrain import assets, reference
-from jaxtrain.data.prepare import prepare
-from jaxtrain.data.tokenize import load_tokenizer
+from jaxtrain import assets
+from jaxtrain.data.prepare.prepare import prepare
+from jaxtrain.data.rows.tokenize import load_tokenizer
+from jaxtrain.passes import reference
 from jaxtrain.types import Batch, PairBatch, TokenLogProbs
 
 ROWS, BATCH = 10, 4

@@ -13,7 +13,7 @@ import sys
 import pytest
 
 from jaxtrain import report
-from jaxtrain.tracking import make_writers
+from jaxtrain.record.writers import make_writers
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 NASTY = 'He said: </script><img src=x onerror="document.title=1"> & "so"\u2028.'

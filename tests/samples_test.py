@@ -7,13 +7,14 @@ import sys
 import numpy as np
 import pytest
 
-from jaxtrain import assets, samples
+from jaxtrain import assets
 from jaxtrain.config import ConfigError, resolve
-from jaxtrain.data.dataset import TokenStore
-from jaxtrain.data.prepare import prepare
-from jaxtrain.data.tokenize import load_tokenizer
+from jaxtrain.data.batches.dataset import TokenStore
+from jaxtrain.data.prepare.prepare import prepare
+from jaxtrain.data.rows.tokenize import load_tokenizer
+from jaxtrain.evaluation import samples
+from jaxtrain.evaluation.text_metrics import make_text_metric
 from jaxtrain.model_manager import ModelManager
-from jaxtrain.text_metrics import make_text_metric
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from runs import tiny_config, train

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxtrain.schedules import SCHEDULES, count_warmup_steps, make_schedule
+from jaxtrain.optimizers.schedules import SCHEDULES, count_warmup_steps, make_schedule
 
 PEAK = 3e-4
 

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxtrain.config import ConfigError, default_config, resolve
-from jaxtrain.data import pack
-from jaxtrain.data.dataset import DataStats, PreparedDataset, TokenStore
-from jaxtrain.data.shared_prompt import pair_lengths
+from jaxtrain.data.batches import pack
+from jaxtrain.data.batches.dataset import DataStats, PreparedDataset, TokenStore
+from jaxtrain.data.batches.shared_prompt import pair_lengths
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.transformer import Decoder
 from jaxtrain.objectives import make_objective

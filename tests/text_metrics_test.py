@@ -6,7 +6,11 @@ import sys
 
 import pytest
 
-from jaxtrain.text_metrics import TEXT_METRICS, align_references, make_text_metric
+from jaxtrain.evaluation.text_metrics import (
+    TEXT_METRICS,
+    align_references,
+    make_text_metric,
+)
 
 
 def score(name: str, predictions, references) -> dict[str, float]:

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxtrain import throughput
-from jaxtrain.throughput import (
+from jaxtrain.record import throughput
+from jaxtrain.record.throughput import (
     ThroughputMeter,
     device_memory,
     host_memory,

@@ -10,8 +10,8 @@ import sys
 import pytest
 from tensorboardX.proto import event_pb2
 
-from jaxtrain import tracking
-from jaxtrain.tracking import (
+from jaxtrain.record import writers as tracking
+from jaxtrain.record.writers import (
     ConsoleWriter,
     JsonlWriter,
     WandbWriter,

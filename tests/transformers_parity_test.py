@@ -6,12 +6,12 @@ import numpy as np
 import optax
 import pytest
 
-from jaxtrain.models.binding import flatten
 from jaxtrain.models.hf import load_config, load_params
 from jaxtrain.models.hf_names import leaves_of
 from jaxtrain.models.transformer import Decoder
 from jaxtrain.objectives import make_objective
 from jaxtrain.step import make_train_step
+from jaxtrain.tree import flatten
 from jaxtrain.types import Batch, TrainState
 
 torch = pytest.importorskip("torch")

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtrain.kto import LabeledBatch
 from jaxtrain.objectives import make_objective
-from jaxtrain.preference_losses import PAIR_LOSSES
+from jaxtrain.objectives.kto import LabeledBatch
+from jaxtrain.objectives.preference_losses import PAIR_LOSSES
 from jaxtrain.types import Batch, PairBatch, TokenLogProbs
 
 torch = pytest.importorskip("torch")

@@ -23,16 +23,16 @@ from ml_collections import ConfigDict, config_flags
 
 from jaxtrain import assets
 from jaxtrain.config import RunConfig, default_config, resolve
-from jaxtrain.data.cache import Rows
-from jaxtrain.data.dataset import TokenStore
-from jaxtrain.data.formats import RowProblems, detect_format
+from jaxtrain.data.batches.dataset import TokenStore
+from jaxtrain.data.batches.mixture import Mixture
 from jaxtrain.data.loading import load_training_rows, prepare_options
-from jaxtrain.data.mixture import Mixture
-from jaxtrain.data.places import name_rows
-from jaxtrain.data.prepare import detect_row_format, prepare
-from jaxtrain.data.stream_batches import StreamRows
-from jaxtrain.data.stream_source import head
-from jaxtrain.data.tokenize import PreTrainedTokenizerBase, load_tokenizer
+from jaxtrain.data.prepare.cache import Rows
+from jaxtrain.data.prepare.prepare import detect_row_format, prepare
+from jaxtrain.data.rows.formats import RowProblems, detect_format
+from jaxtrain.data.rows.places import name_rows
+from jaxtrain.data.rows.tokenize import PreTrainedTokenizerBase, load_tokenizer
+from jaxtrain.data.stream.batches import StreamRows
+from jaxtrain.data.stream.source import head
 
 _GREEN, _PLAIN = "\x1b[32m", "\x1b[0m"
 _BAR = 40  # characters of the longest bar

@@ -7,14 +7,20 @@ from typing import Any
 
 from jaxtrain import assets
 from jaxtrain.config import RunConfig
-from jaxtrain.data.cache import Rows, prepare_cached
-from jaxtrain.data.dataset import PreparedDataset
-from jaxtrain.data.mixture import Mixture, Part, join, parse_mixture, rows_per_epoch
-from jaxtrain.data.prepare import prepare
-from jaxtrain.data.source import load_rows, looks_local
-from jaxtrain.data.stream_batches import StreamDataset, StreamRows, prepare_stream
-from jaxtrain.data.stream_source import head, open_stream
-from jaxtrain.data.tokenize import PreTrainedTokenizerBase
+from jaxtrain.data.batches.dataset import PreparedDataset
+from jaxtrain.data.batches.mixture import (
+    Mixture,
+    Part,
+    join,
+    parse_mixture,
+    rows_per_epoch,
+)
+from jaxtrain.data.prepare.cache import Rows, prepare_cached
+from jaxtrain.data.prepare.prepare import prepare
+from jaxtrain.data.rows.source import load_rows, looks_local
+from jaxtrain.data.rows.tokenize import PreTrainedTokenizerBase
+from jaxtrain.data.stream.batches import StreamDataset, StreamRows, prepare_stream
+from jaxtrain.data.stream.source import head, open_stream
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,6 @@ jax's own transformations only.
 """
 
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -14,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Key
 
 from jaxtrain.models.layers import LogicalAxes, Options
+from jaxtrain.tree import flatten, nest
 from jaxtrain.types import Params
 
 
@@ -83,25 +83,3 @@ def adapted_paths(params: Params) -> frozenset[str]:
         for path in flatten(params)
         if path[-1] == "lora_a"
     )
-
-
-def flatten(tree: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
-    """Leaves of a nested dict by path."""
-    flat: dict[tuple[str, ...], Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= {(name, *path): leaf for path, leaf in flatten(value).items()}
-        else:
-            flat[(name,)] = value
-    return flat
-
-
-def nest(flat: Mapping[tuple[Any, ...], Any]) -> Params:
-    """The inverse of `flatten`."""
-    tree: Params = {}
-    for path, leaf in flat.items():
-        branch = tree
-        for name in path[:-1]:
-            branch = branch.setdefault(name, {})
-        branch[path[-1]] = leaf
-    return tree

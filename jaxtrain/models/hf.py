@@ -18,7 +18,6 @@ import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 from safetensors import safe_open
 
-from jaxtrain.models.binding import flatten, nest
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.hf_experts import split_fused
 from jaxtrain.models.hf_names import (
@@ -30,8 +29,9 @@ from jaxtrain.models.hf_names import (
     leaves_of,
 )
 from jaxtrain.models.hf_save import save_pretrained
+from jaxtrain.models.quantization import CODES, SCALES, quantize_on_device
 from jaxtrain.models.transformer import Decoder
-from jaxtrain.quantization import CODES, SCALES, quantize_on_device
+from jaxtrain.tree import flatten, nest
 from jaxtrain.types import Params
 
 __all__ = ["load_config", "load_params", "resolve_model_path", "save_pretrained"]

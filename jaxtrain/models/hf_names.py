@@ -8,10 +8,10 @@ mixture of experts each expert's matrices are tensors of their own (hf_experts.p
 import dataclasses
 import itertools
 
-from jaxtrain.models.binding import flatten
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.hf_experts import expert_tensor, is_expert, mixture_module
 from jaxtrain.models.transformer import Decoder
+from jaxtrain.tree import flatten
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_FILES = (

@@ -14,7 +14,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 from safetensors.numpy import save_file
 
-from jaxtrain.models.binding import flatten
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.hf_names import (
     TOKENIZER_FILES,
@@ -25,6 +24,7 @@ from jaxtrain.models.hf_names import (
     Place,
     leaves_of,
 )
+from jaxtrain.tree import flatten
 from jaxtrain.types import Params
 
 _OWN_WEIGHTS = re.compile(

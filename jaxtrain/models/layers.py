@@ -18,8 +18,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int32, Key
 
 from jaxtrain.models.config import ModelConfig
+from jaxtrain.models.quantization import Quantization, dequantize, multiply, quantize
 from jaxtrain.models.rope import rotate
-from jaxtrain.quantization import Quantization, dequantize, multiply, quantize
 
 LogicalAxes = tuple[str | None, ...]
 # (query, key, value) -> (what each query read, [B T N H]; whatever must be kept).

@@ -45,8 +45,8 @@ from jaxtrain.models.layers import (
     on_one_device,
 )
 from jaxtrain.models.moe import RouterLoad, load_balancing_loss
+from jaxtrain.models.quantization import CODES, SCALES, Quantization, is_quantized
 from jaxtrain.models.rope import rotary_tables
-from jaxtrain.quantization import CODES, SCALES, Quantization, is_quantized
 from jaxtrain.types import Batch, Params, TokenLogProbs
 
 Cache = dict[str, Array]

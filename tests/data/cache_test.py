@@ -7,8 +7,9 @@ import datasets
 import numpy as np
 import pytest
 
-from jaxtrain.data import cache, dataset
-from jaxtrain.data.cache import cache_key, prepare_cached
+from jaxtrain.data.batches import dataset
+from jaxtrain.data.prepare import cache
+from jaxtrain.data.prepare.cache import cache_key, prepare_cached
 
 ROWS = [{"text": "the sky"}, {"text": "is blue"}, {"text": "and green"}]
 OPTIONS = {"objective": "next_token", "max_length": 64}

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxtrain.config import CurriculumSection
-from jaxtrain.data.curriculum import (
+from jaxtrain.data.batches.curriculum import (
     first_steps,
     levels,
     make_first_pass,
@@ -17,9 +17,9 @@ from jaxtrain.data.curriculum import (
     plan_first_pass,
     round_length,
 )
-from jaxtrain.data.dataset import DataStats, PreparedDataset, TokenStore
-from jaxtrain.data.pipeline import make_train_iterator
-from jaxtrain.data.prepare import prepare
+from jaxtrain.data.batches.dataset import DataStats, PreparedDataset, TokenStore
+from jaxtrain.data.batches.pipeline import make_train_iterator
+from jaxtrain.data.prepare.prepare import prepare
 
 STATS = DataStats(0, 0, 0, 0, 0, 0, 0, 0, 0.0, 0.0)
 

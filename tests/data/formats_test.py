@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxtrain.data.formats import (
+from jaxtrain.data.rows.formats import (
     BadRow,
     RowProblems,
     detect_format,

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from jaxtrain.data.dataset import TokenStore
+from jaxtrain.data.batches.dataset import TokenStore
 from jaxtrain.data.inspect import count_duplicates, main, render
 
 PAIRS = [

@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxtrain.config import default_config, resolve
+from jaxtrain.data.batches.mixture import Mixture, join, parse_mixture, rows_per_epoch
+from jaxtrain.data.batches.pipeline import RowOrder, make_train_iterator
 from jaxtrain.data.loading import load_training_rows, prepare_rows
-from jaxtrain.data.mixture import Mixture, join, parse_mixture, rows_per_epoch
-from jaxtrain.data.pipeline import RowOrder, make_train_iterator
-from jaxtrain.data.prepare import prepare
+from jaxtrain.data.prepare.prepare import prepare
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxtrain.data.pack import pack_best_fit, split_documents, wrap_stream
+from jaxtrain.data.batches.pack import pack_best_fit, split_documents, wrap_stream
 
 
 def rows_of(lengths, capacity):

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxtrain.data.dataset import DataStats, PreparedDataset, TokenStore
-from jaxtrain.data.pipeline import (
+from jaxtrain.data.batches.dataset import DataStats, PreparedDataset, TokenStore
+from jaxtrain.data.batches.pipeline import (
     RowOrder,
     make_eval_iterator,
     make_train_iterator,

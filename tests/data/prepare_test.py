@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxtrain.data.dataset import DataStats, PreparedDataset, TokenStore
-from jaxtrain.data.pack import pack_best_fit
-from jaxtrain.data.prepare import prepare
+from jaxtrain.data.batches.dataset import DataStats, PreparedDataset, TokenStore
+from jaxtrain.data.batches.pack import pack_best_fit
+from jaxtrain.data.prepare.prepare import prepare
 
 LM = {"objective": "next_token", "max_length": 64}
 PAIRS = [

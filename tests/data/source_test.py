@@ -4,9 +4,9 @@ import json
 import datasets
 import pytest
 
-from jaxtrain.data.formats import BadRow, detect_format, read_row
-from jaxtrain.data.places import name_rows
-from jaxtrain.data.source import load_rows
+from jaxtrain.data.rows.formats import BadRow, detect_format, read_row
+from jaxtrain.data.rows.places import name_rows
+from jaxtrain.data.rows.source import load_rows
 
 ROWS = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "dé"}]
 

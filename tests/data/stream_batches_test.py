@@ -9,16 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxtrain.data.pipeline import make_eval_iterator, make_train_iterator
-from jaxtrain.data.prepare import prepare
-from jaxtrain.data.stream_batches import (
+from jaxtrain.data.batches.pipeline import make_eval_iterator, make_train_iterator
+from jaxtrain.data.prepare.prepare import prepare
+from jaxtrain.data.stream.batches import (
     BadRowsError,
     StreamIterator,
     StreamRows,
     join_states,
     prepare_stream,
 )
-from jaxtrain.data.stream_source import open_stream
+from jaxtrain.data.stream.source import open_stream
 
 COUNT = 29
 STEPS = 9

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxtrain.data.formats import BadRow
-from jaxtrain.data.source import load_rows
-from jaxtrain.data.stream_files import make_units
-from jaxtrain.data.stream_source import head, open_stream
+from jaxtrain.data.rows.files import make_units
+from jaxtrain.data.rows.formats import BadRow
+from jaxtrain.data.rows.source import load_rows
+from jaxtrain.data.stream.source import head, open_stream
 
 ROWS = [
     {"prompt": f"p{i} ", "completion": f'say "{i}",\n\ttwice é' * (i % 3)}

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxtrain.data.stream_source import HubSource, Share, head, open_stream
+from jaxtrain.data.stream.source import HubSource, Share, head, open_stream
 
 COUNT = 37
 

@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxtrain.data.formats import BadRow
-from jaxtrain.data.template import (
+from jaxtrain.data.rows.formats import BadRow
+from jaxtrain.data.rows.template import (
     encode_with_assistant_mask,
     find_assistant_spans,
     mask_tokens,

@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxtrain.data.formats import detect_format, read_row
-from jaxtrain.data.tokenize import (
+from jaxtrain.data.rows.formats import detect_format, read_row
+from jaxtrain.data.rows.tokenize import (
     Example,
     Pair,
     common_prefix_length,

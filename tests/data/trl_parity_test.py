@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from jaxtrain.data.dataset import PreparedDataset
-from jaxtrain.data.pipeline import make_train_iterator
-from jaxtrain.data.prepare import prepare
+from jaxtrain.data.batches.dataset import PreparedDataset
+from jaxtrain.data.batches.pipeline import make_train_iterator
+from jaxtrain.data.prepare.prepare import prepare
 
 pytestmark = pytest.mark.torch
 torch = pytest.importorskip("torch")

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxtrain.models import REMAT_POLICIES, Decoder, LoraShape, layers
-from jaxtrain.types import Batch, Params, overlay
+from jaxtrain.tree import overlay
+from jaxtrain.types import Batch, Params
 
 LENGTH = 24
 

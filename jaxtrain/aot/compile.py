@@ -1,0 +1,302 @@
+"""Compile the train step of a configuration for devices that are described."""
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+from jaxtrain import model_manager, trainer
+from jaxtrain.aot import gpus, search
+from jaxtrain.aot.hlo_cost import analyze
+from jaxtrain.aot.jaxpr_cost import count_flops
+from jaxtrain.aot.report import CHIPS, Chip, Report
+from jaxtrain.config import RunConfig, resolve
+from jaxtrain.objectives.kto import LabeledBatch
+from jaxtrain.types import Batch, PairBatch
+
+
+def compile_step(config: Any, topology: str, num_slices: int = 1) -> Report:
+    """Compile the train step of `config` for `topology`, such as "v5e:4x4".
+
+    Args:
+        config: what `TrainingOrchestrator` takes. Its mesh spans the topology.
+        topology: generation and shape of a slice, v4, v5e, v5p, v6e, tpu7x; or a
+            number of GPUs, h100 or h200.
+        num_slices: how many of them, joined by the data centre's network.
+
+    Raises:
+        ValueError: the compiler knows no such topology, or is not installed; the
+            config.
+    """
+    return compile_for(config, describe_devices(topology, num_slices), topology)
+
+
+def compile_for(
+    config: Any, devices: Sequence[Any], topology: str, *, chip: Chip | None = None
+) -> Report:
+    """`compile_step` for devices that `describe_devices` made; `topology` is a name."""
+    run = resolve(config, device_count=len(devices))
+    model = model_manager.load_abstract_model(run, devices)
+    model.decoder = dataclasses.replace(model.decoder, packed=run.data.packing)
+    orchestrator = trainer.TrainingOrchestrator(run)
+    orchestrator.run, orchestrator.model = run, model
+    # The length of the run changes a constant of the schedule, nothing else.
+    schedule, optimizer = trainer.make_optimizer(run, total_steps=1000)
+    state = model_manager.abstract_state(model, run, optimizer)
+    layouts = jax.tree.map(lambda leaf: leaf.sharding, state)
+    step: Any  # jitted, hence with `trace`
+    step, _ = orchestrator.make_steps(
+        orchestrator.make_score(), schedule, optimizer, layouts
+    )
+    batch = _abstract_batch(model, run)
+    report = Report(
+        topology=topology,
+        device_count=len(devices),
+        chip=chip or CHIPS[devices[0].device_kind],
+        tokens=sum(
+            leaf.size
+            for path, leaf in jax.tree.leaves_with_path(batch)
+            if path[-1].name == "tokens"
+        ),
+        run=run,
+        compile_secs=0.0,
+    )
+    start = time.perf_counter()
+    traced = step.trace(state, batch)
+    try:
+        compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return dataclasses.replace(report, refusal=_first_lines(str(error)))
+    memory = compiled.memory_analysis()
+    cost = analyze(
+        compiled.as_text(),
+        device_count=len(devices),
+        per_host=report.chip.per_host,
+    )
+    per_token = trainer.flops_per_token(run, model, run.data.max_length)
+    return dataclasses.replace(
+        report,
+        compile_secs=time.perf_counter() - start,
+        argument_bytes=memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes,
+        temporary_bytes=memory.temp_size_in_bytes,
+        code_bytes=memory.generated_code_size_in_bytes,
+        host_bytes=memory.host_argument_size_in_bytes
+        + memory.host_output_size_in_bytes
+        - memory.host_alias_size_in_bytes
+        + memory.host_temp_size_in_bytes,
+        flops=count_flops(traced.jaxpr) / len(devices),
+        model_flops=per_token * report.tokens / len(devices),
+        bytes_accessed=cost.bytes_accessed,
+        collectives=cost.collectives,
+        between_slices=cost.between_slices,
+        kernels=cost.kernels,
+    )
+
+
+def search_settings(
+    config: Any,
+    devices: Sequence[Any],
+    topology: str,
+    *,
+    chip: Chip | None = None,
+    num_slices: int = 1,
+    max_compiles: int = 12,
+    log: Callable[[str], None] = print,
+) -> tuple[list[search.Outcome], search.Outcome | None]:
+    """Mesh shapes, rematerialization and rows of a device: what was tried, the best.
+
+    `config`'s own settings of these are not read. The best is the one of the highest
+    bound on tokens a second among those that fit. `log` hears of each compilation.
+
+    Raises:
+        ValueError: the config cannot run with any of them.
+    """
+    chip = chip or CHIPS[devices[0].device_kind]
+    run = resolve(config, device_count=len(devices))
+    model = model_manager.load_abstract_model(run, devices)
+    candidates = search.make_candidates(
+        len(devices),
+        heads=model.config.num_attention_heads,
+        row_tokens=run.data.max_length,
+        num_slices=num_slices,
+    )
+
+    @functools.cache
+    def state_bytes(mesh: tuple[tuple[str, int], ...]) -> float:
+        smallest = search.Candidate(mesh, "full", 1)
+        run = resolve(_with_settings(config, smallest), device_count=len(devices))
+        model = model_manager.load_abstract_model(run, devices)
+        _, optimizer = trainer.make_optimizer(run, total_steps=1000)
+        return _bytes_on_device(model_manager.abstract_state(model, run, optimizer))
+
+    def bound(candidate: search.Candidate) -> search.Bound:
+        tokens, least = _count_inputs(run, model, candidate)
+        return search.Bound(
+            state_bytes(candidate.mesh) + least,
+            _least_secs(run, model, candidate, tokens, chip) / (tokens * len(devices)),
+        )
+
+    def compile_candidate(candidate: search.Candidate) -> Report:
+        flags = search.as_flags(candidate)
+        log("compiling " + " ".join(f"--config.{k}={v}" for k, v in flags.items()))
+        chosen = _with_settings(config, candidate)
+        return compile_for(chosen, devices, topology, chip=chip)
+
+    outcomes = search.search(
+        candidates,
+        bound,
+        compile_candidate,
+        memory_bytes=chip.memory_bytes,
+        max_compiles=max_compiles,
+    )
+    return outcomes, search.choose_best(outcomes)
+
+
+def _with_settings(config: Any, candidate: search.Candidate) -> Any:
+    """The config with the candidate's keys in place of its own."""
+    config = config.copy_and_resolve_references()
+    flags = search.as_flags(candidate)
+    with config.unlocked():
+        own = config.training.get(config.training.training_type, {})
+        for axis in ("data", "fsdp", "context", "tensor"):
+            config.mesh[axis] = dict(candidate.mesh)[axis]
+        for key, text in flags.items():
+            if not key.startswith("mesh."):
+                _set_key(config, key.split("."), text)
+                # A key of the training type's own section would win.
+                last = key.split(".")[-1]
+                if last in own and own[last] is not None:
+                    _set_key(own, [last], text)
+    return config
+
+
+def _set_key(section: Any, path: Sequence[str], text: str) -> None:
+    *above, name = path
+    for part in above:
+        section = section[part]
+    literal = {"True": True, "False": False}.get(text, text)
+    section[name] = int(text) if text.isdecimal() else literal
+
+
+def _bytes_on_device(state: Any) -> float:
+    """Of one device's memory, without what rests in host memory."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(state)
+        if leaf.sharding.memory_kind != "pinned_host"
+        and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    )
+
+
+def _count_inputs(
+    run: RunConfig, model: model_manager.LoadedModel, candidate: search.Candidate
+) -> tuple[float, float]:
+    """Tokens of a device in a step (its share of a row's), and the least they take.
+
+    The inputs of all layers of one micro-batch: no policy of rematerialization keeps
+    less.
+    """
+    sides = 1 if run.dpo is None else 2
+    sizes = dict(candidate.mesh)
+    width = jnp.dtype(run.precision.compute_dtype).itemsize
+    micro = candidate.rows * sides * run.data.max_length / sizes["context"]
+    inputs = micro * model.config.num_hidden_layers * model.config.hidden_size * width
+    tokens = micro * run.loop.gradient_accumulation_steps / sizes["tensor"]
+    return tokens, inputs
+
+
+def _least_secs(
+    run: RunConfig,
+    model: model_manager.LoadedModel,
+    candidate: search.Candidate,
+    tokens: float,
+    chip: Chip,
+) -> float:
+    """Of a step whose products run at peak, and whose links gather all weights twice.
+
+    Under tensor parallelism the links also bring four sums of activations a layer.
+    """
+    sizes, length = dict(candidate.mesh), run.data.max_length
+    flops = trainer.flops_per_token(run, model, length)
+    if candidate.remat == "full":
+        head = 2 * model.config.hidden_size * model.config.vocab_size
+        flops += model.config.flops_per_token(length) / 3 - head
+    width = jnp.dtype(run.precision.compute_dtype).itemsize
+    passes = 2 + model_manager.needs_reference(run)
+    received = 0.0
+    if sizes["fsdp"] > 1:
+        gathered = model.config.num_params() * width / sizes["tensor"]
+        received += passes * gathered * run.loop.gradient_accumulation_steps
+    if sizes["tensor"] > 1:
+        layers = model.config.num_hidden_layers * model.config.hidden_size
+        received += 4 * layers * tokens * sizes["tensor"] * width
+    return max(tokens * flops / chip.flops, received / chip.link_rate)
+
+
+def describe_devices(topology: str, num_slices: int = 1) -> list[Any]:
+    """The devices of `num_slices` slices that need not be present.
+
+    Raises:
+        ValueError: the compiler knows no such topology, or is not installed.
+    """
+    if gpus.is_gpu(topology):
+        if num_slices > 1:
+            raise ValueError(
+                f"num_slices = {num_slices}: slices are of TPUs; name all GPUs, as"
+                " h200:16"
+            )
+        return gpus.describe_gpus(topology)
+    try:
+        several = {"num_slices": num_slices} if num_slices > 1 else {}
+        description = topologies.get_topology_desc(
+            platform="tpu", topology_name=topology, **several
+        )
+    except Exception as error:  # libtpu raises several kinds
+        raise ValueError(
+            f"topology = {topology!r}: {_first_lines(str(error), 2)}. Name it as"
+            " v5e:4x4, v5p:2x2x2, v6e:8x8 or tpu7x:2x2x1, with jax[tpu] installed, or"
+            " as h200:8"
+        ) from error
+    return list(description.devices)
+
+
+def _abstract_batch(model: model_manager.LoadedModel, run: RunConfig) -> Any:
+    rows = run.loop.per_device_train_batch_size * model.plan.batch_shards
+    length = -(-run.data.max_length // 64) * 64  # as `prepare` pads
+    shares = run.data.share_prompts
+    # A pair in one row is at most as long as both sides.
+    shape = (run.loop.gradient_accumulation_steps, rows, length * (1 + shares))
+    layout = model.plan.batch(1)
+
+    def side() -> Batch:
+        ids: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=layout)
+        mask: Any = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=layout)
+        return Batch(
+            tokens=ids, targets=ids, segment_ids=ids, positions=ids, loss_mask=mask,
+            prompt_ids=ids if shares else None,
+        )  # fmt: skip
+
+    if run.row_kind == "next_token":
+        return side()
+    if run.row_kind == "labeled":
+        labels: Any = jax.ShapeDtypeStruct(shape[:2], jnp.float32, sharding=layout)
+        return LabeledBatch(side(), labels, mismatched=side())
+    assert run.dpo is not None  # row_kind says so
+    logps: Any = None
+    if run.dpo.precompute_ref_log_probs:
+        logps = jax.ShapeDtypeStruct(shape[:2], jnp.float32, sharding=layout)
+    return PairBatch(side(), side(), logps, logps, shared=side() if shares else None)
+
+
+def _first_lines(text: str, count: int = 6) -> str:
+    return "\n".join(text.strip().splitlines()[:count])

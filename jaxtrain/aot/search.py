@@ -1,0 +1,208 @@
+"""Search over mesh shapes, rematerialization and batch sizes: what to compile, and when
+to stop. It compiles nothing itself (compile.py does).
+
+A compilation takes minutes, so candidates are tried in the order of what they could
+reach at best, and left out where that is known: by what state and the layers' inputs
+alone take, by a smaller candidate that did not fit, by a result that no bound beats.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+# From the one that keeps most for the backward pass to the one that keeps least.
+REMATS = ("none", "minimal", "save_attention", "full")
+ROWS = (1, 2, 4, 8, 16, 32)
+# Fewer tokens of a row than this are not worth splitting it.
+_FEWEST_TOKENS = 4096
+_MOST_TENSOR = 8
+
+
+class Candidate(NamedTuple):
+    """One setting: mesh sizes by axis, what is recomputed, a device's rows."""
+
+    mesh: tuple[tuple[str, int], ...]
+    remat: str
+    rows: int
+
+
+class Bound(NamedTuple):
+    """What a candidate takes at least: bytes of a device, seconds for a token."""
+
+    memory_bytes: float
+    secs: float
+
+
+class Result(Protocol):
+    """What a compilation tells (`aot.Report`)."""
+
+    @property
+    def fits(self) -> bool: ...
+    @property
+    def device_bytes(self) -> float: ...
+    @property
+    def step_secs(self) -> float: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def mfu(self) -> float: ...
+    @property
+    def refusal(self) -> str | None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """A candidate with its compilation, or the reason why there was none."""
+
+    candidate: Candidate
+    result: Result | None
+    reason: str = ""
+
+    @property
+    def tokens_per_sec(self) -> float:
+        """At the bound; 0 where it does not fit."""
+        if self.result is None or not self.result.fits:
+            return 0.0
+        return self.result.tokens / self.result.step_secs
+
+
+def make_candidates(
+    device_count: int, *, heads: int, row_tokens: int, num_slices: int = 1
+) -> list[Candidate]:
+    """All settings for so many devices and rows of `row_tokens` tokens.
+
+    `tensor` up to 8 and a divisor of the heads; `context` where a device keeps 4096
+    tokens of a row; `data` over the slices, and over parts of them.
+    """
+    found = set()
+    per_slice = device_count // num_slices
+    for tensor in _divisors(per_slice, at_most=_MOST_TENSOR):
+        for context in _divisors(per_slice // tensor, at_most=32):
+            if heads % tensor or (
+                context > 1 and row_tokens < context * _FEWEST_TOKENS
+            ):
+                continue
+            left = per_slice // tensor // context
+            for data in (1, 2, 4, left):
+                if left % data == 0:
+                    sizes = {
+                        "data": data * num_slices, "fsdp": left // data,
+                        "context": context, "tensor": tensor,
+                    }  # fmt: skip
+                    found.add(tuple(sizes.items()))
+    return [
+        Candidate(mesh, remat, rows)
+        for mesh in sorted(found)
+        for remat in REMATS
+        for rows in ROWS
+    ]
+
+
+def _divisors(number: int, *, at_most: int) -> list[int]:
+    """Powers of two that divide it."""
+    powers = (1 << exponent for exponent in range(at_most.bit_length()))
+    return [power for power in powers if power <= at_most and number % power == 0]
+
+
+def search(
+    candidates: Iterable[Candidate],
+    bound: Callable[[Candidate], Bound],
+    compile_candidate: Callable[[Candidate], Result],
+    *,
+    memory_bytes: float,
+    max_compiles: int,
+) -> list[Outcome]:
+    """Compile the most promising candidates, at most `max_compiles` of them.
+
+    `memory_bytes`: of a device. The outcomes of all candidates, in the order tried.
+    """
+    bounds = {candidate: bound(candidate) for candidate in candidates}
+    # Of equal promise the smaller one first: it fits sooner.
+    order = sorted(
+        bounds, key=lambda c: (float(f"{bounds[c].secs:.3g}"), bounds[c].memory_bytes)
+    )
+    outcomes: list[Outcome] = []
+    too_large: list[Candidate] = []
+    fitting: list[Candidate] = []
+    best, compiled = 0.0, 0
+    for candidate in order:
+        least = bounds[candidate]
+        result, reason = None, ""
+        if least.memory_bytes > memory_bytes:
+            reason = "state and layers' inputs alone are too large"
+        elif any(_is_no_smaller(candidate, other) for other in too_large):
+            reason = "a smaller one does not fit"
+        elif any(_keeps_no_more(candidate, other) for other in fitting):
+            reason = "one that recomputes less fits"
+        elif best * least.secs >= 1:
+            reason = "its bound is no better than the best"
+        elif compiled == max_compiles:
+            reason = "not tried: --max_compiles is reached"
+        else:
+            compiled += 1
+            result = compile_candidate(candidate)
+            (fitting if result.fits else too_large).append(candidate)
+        outcomes.append(Outcome(candidate, result, reason))
+        best = max(best, outcomes[-1].tokens_per_sec)
+    return outcomes
+
+
+def _is_no_smaller(candidate: Candidate, other: Candidate) -> bool:
+    """Whether it needs at least the other's memory: as many rows, as much kept."""
+    return (
+        candidate.mesh == other.mesh
+        and candidate.rows >= other.rows
+        and REMATS.index(candidate.remat) <= REMATS.index(other.remat)
+    )
+
+
+def _keeps_no_more(candidate: Candidate, other: Candidate) -> bool:
+    """Whether it is the other one, but computes as much again or more."""
+    same = (candidate.mesh, candidate.rows) == (other.mesh, other.rows)
+    return same and REMATS.index(candidate.remat) >= REMATS.index(other.remat)
+
+
+def choose_best(outcomes: Sequence[Outcome]) -> Outcome | None:
+    """The one of the most tokens a second at its bound; None if none fits."""
+    best = max(outcomes, key=lambda outcome: outcome.tokens_per_sec, default=None)
+    return best if best is not None and best.tokens_per_sec > 0 else None
+
+
+def as_flags(candidate: Candidate) -> Mapping[str, str]:
+    """The keys of a configuration that set it."""
+    sizes = dict(candidate.mesh)
+    flags = {f"mesh.{axis}": str(size) for axis, size in sizes.items() if size > 1}
+    flags["training.deepspeed.zero_stage"] = "3" if sizes["fsdp"] > 1 else "1"
+    flags["training.gradient_checkpointing"] = str(candidate.remat != "none")
+    if candidate.remat != "none":
+        flags["training.remat_policy"] = candidate.remat
+    flags["training.per_device_train_batch_size"] = str(candidate.rows)
+    return flags
+
+
+def format_table(outcomes: Sequence[Outcome], memory_bytes: float) -> str:
+    """What was compiled, the best first; then why the rest was not, counted."""
+    gib = 2.0**30
+    lines = [
+        f"{'mesh':32s} {'remat':>14s} {'rows':>4s} {'GiB':>7s} {'of HBM':>6s}"
+        f" {'step s':>7s} {'tokens/s':>10s} {'MFU':>4s}  fits"
+    ]
+    compiled = [outcome for outcome in outcomes if outcome.result is not None]
+    for outcome in sorted(compiled, key=lambda o: -o.tokens_per_sec):
+        (mesh, remat, rows), result = outcome.candidate, outcome.result
+        assert result is not None
+        shape = " ".join(f"{axis} {size}" for axis, size in mesh if size > 1)
+        line = f"{shape or 'one device':32s} {remat:>14s} {rows:4d}"
+        if result.refusal is None:
+            line += (
+                f" {result.device_bytes / gib:7.2f}"
+                f" {result.device_bytes / memory_bytes:6.0%} {result.step_secs:7.3f}"
+                f" {result.tokens / result.step_secs:10,.0f} {result.mfu:4.0%}"
+            )
+        else:
+            line += " " * 39
+        lines.append(f"{line}  {'yes' if result.fits else 'no'}")
+    reasons = [outcome.reason for outcome in outcomes if outcome.result is None]
+    for reason in dict.fromkeys(reasons):
+        lines.append(f"{reasons.count(reason)} more: {reason}")
+    return "\n".join(lines)

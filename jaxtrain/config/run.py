@@ -1,0 +1,343 @@
+"""ConfigDict -> RunConfig: what keys mean together, and all their problems at once.
+
+`configs/base.py` lists every key with what it does; `config_sections` gives each its
+type, bounds and default. A general training key is looked up in the block of the
+active training_type, then in `training`, then in `TYPE_DEFAULTS`.
+"""
+
+import importlib.util
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from ml_collections import ConfigDict
+
+from jaxtrain.config import schema
+from jaxtrain.config.rules import REFERENCE_FREE, ConfigError, Resolver
+from jaxtrain.config.sections import (
+    PLAIN_SECTIONS,
+    SCHEMA,
+    TRAINING_SECTIONS,
+    CurriculumSection,
+    DataSection,
+    DevicesSection,
+    DpoSection,
+    GenerationSection,
+    LoopSection,
+    LoraSection,
+    MeshSection,
+    ModelSection,
+    OptimizerSection,
+    PrecisionSection,
+    ScheduleSection,
+    TrainingType,
+)
+from jaxtrain.tree import dotted
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A checked configuration of one run. `resolve` makes it."""
+
+    training_type: TrainingType
+    model: ModelSection
+    data: DataSection
+    optimizer: OptimizerSection
+    schedule: ScheduleSection
+    precision: PrecisionSection
+    loop: LoopSection
+    devices: DevicesSection
+    curriculum: CurriculumSection
+    generation: GenerationSection
+    mesh: MeshSection
+    lora: LoraSection | None  # None: all parameters train
+    dpo: DpoSection | None  # None: the objective is next_token
+    notes: tuple[str, ...] = field(default=(), compare=False)
+
+    @property
+    def objective(self) -> str:
+        """A name of `objectives.OBJECTIVES`, or module:function."""
+        if self.loop.objective != "auto":
+            return self.loop.objective
+        return "next_token" if self.dpo is None else "preference"
+
+    @property
+    def row_kind(self) -> Literal["next_token", "preference", "labeled"]:
+        """What the objective trains on."""
+        if self.dpo is None:
+            return "next_token"
+        return "labeled" if self.objective == "kto" else "preference"
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the objective compares with a reference model."""
+        return self.dpo is not None and self.objective not in REFERENCE_FREE
+
+    def to_dict(self) -> dict[str, Any]:
+        """The values this run reads, in the configuration's own layout, for JSON."""
+        training: dict[str, Any] = {"training_type": self.training_type}
+        for name in TRAINING_SECTIONS:
+            training |= asdict(getattr(self, name))
+        if self.curriculum.enabled:
+            training["curriculum"] = asdict(self.curriculum)
+        if self.generation.enabled:
+            training["generation"] = asdict(self.generation)
+        for name in ("lora", "dpo"):
+            if section := getattr(self, name):
+                training[name] = asdict(section)
+        sections = {name: asdict(getattr(self, name)) for name in PLAIN_SECTIONS}
+        if self.training_type != "from_scratch":
+            del sections["model"]["architecture"]
+        return _with_lists(sections | {"training": training})
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> "RunConfig":
+        """The inverse of `to_dict`."""
+        return resolve(saved)
+
+    def explain(self) -> list[str]:
+        """What the keys named after GPUs, DeepSpeed and PyTorch became, for the log."""
+        return [*_explain(self), *self.notes]
+
+
+def default_config() -> ConfigDict:
+    """Every key at its default, unlocked; `configs/base.py` writes out the same."""
+    return schema.to_config_dict(SCHEMA)
+
+
+def resolve(
+    config: "ConfigDict | Mapping[str, Any] | ConfigManager | RunConfig",
+    *,
+    device_count: int | None = None,
+) -> RunConfig:
+    """Check a configuration, work out what is unset, and freeze it.
+
+    Args:
+        config: of any completeness; what is missing has its default. A RunConfig is
+            returned as it is.
+        device_count: devices present. Known, the mesh has no -1 left and num_gpus is
+            checked against it.
+
+    Raises:
+        ConfigError: one line for each problem, all of them.
+    """
+    if isinstance(config, RunConfig):
+        return config
+    if isinstance(config, ConfigManager):
+        config = config.config_dict
+    given = config.to_dict() if isinstance(config, ConfigDict) else config
+    return RunConfig(**Resolver(given, device_count).run())
+
+
+def to_config_dict(run: RunConfig) -> ConfigDict:
+    """A configuration that resolves to `run`."""
+    config = default_config()
+    schema.overlay(config, SCHEMA, run.to_dict())
+    return config
+
+
+def diff(
+    old: RunConfig | Mapping[str, Any], new: RunConfig | Mapping[str, Any]
+) -> list[str]:
+    """Keys whose values differ between two `to_dict()`s: "key: old -> new"."""
+    flat_old, flat_new = (
+        dotted(c.to_dict() if isinstance(c, RunConfig) else _with_lists(c))
+        for c in (old, new)
+    )
+    return [
+        f"{key}: {flat_old.get(key)!r} -> {flat_new.get(key)!r}"
+        for key in sorted(flat_old.keys() | flat_new.keys())
+        if flat_old.get(key) != flat_new.get(key)
+    ]
+
+
+def _with_lists(tree: Any) -> Any:
+    """Tuples become lists, as JSON reads them back."""
+    if isinstance(tree, Mapping):
+        return {name: _with_lists(value) for name, value in tree.items()}
+    if isinstance(tree, tuple | list):
+        return [_with_lists(item) for item in tree]
+    return tree
+
+
+def _explain(run: RunConfig) -> list[str]:
+    mesh, devices, loop = run.mesh, run.devices, run.loop
+    stage = devices.deepspeed.zero_stage
+    split = (
+        "nothing",
+        "optimizer state",
+        "optimizer state",
+        "parameters and optimizer",
+    )
+    used = "all" if devices.num_gpus is None else str(devices.num_gpus)
+    host = [
+        name
+        for name, offloaded in (
+            ("optimizer state", devices.deepspeed.offload_optimizer),
+            ("parameters", devices.deepspeed.offload_param),
+        )
+        if offloaded
+    ]
+    lines = [
+        f"training.distributed = {devices.distributed}: one mesh spans the devices of"
+        " every process; the launcher's environment says how many there are",
+        f"training.num_gpus = {devices.num_gpus}: {used} devices in a mesh of"
+        f" {' x '.join(f'{axis} {size}' for axis, size in mesh.sizes.items())}"
+        " (-1: the rest)",
+        f"training.per_device_train_batch_size = {loop.per_device_train_batch_size},"
+        f" gradient_accumulation_steps = {loop.gradient_accumulation_steps}:"
+        f" {_rows_per_step(run)} rows an optimizer step",
+        f"training.deepspeed.zero_stage = {stage}: {split[stage]} split over devices",
+        f"training.cpu_offload = {devices.cpu_offload}, deepspeed.offload_*:"
+        f" {' and '.join(host) or 'nothing'} in pinned host memory between steps",
+        f"training.fp16 = {run.precision.fp16}, bf16 = {run.precision.bf16}:"
+        f" {run.precision.compute_dtype} compute, {run.model.param_dtype} parameters",
+        f"training.gradient_checkpointing = {run.precision.gradient_checkpointing}:"
+        f" rematerialization policy {run.precision.remat!r}",
+        f"training.dataloader_pin_memory = {devices.dataloader_pin_memory}: batches are"
+        f"{'' if devices.dataloader_pin_memory else ' not'} copied to the device ahead",
+    ]
+    if run.curriculum.enabled:
+        lines.append(
+            f"training.curriculum: {run.curriculum.strategy},"
+            f" {run.curriculum.start_length} to {run.curriculum.end_length} tokens"
+            f" in {run.curriculum.steps} steps"
+        )
+    return lines
+
+
+def _rows_per_step(run: RunConfig) -> str:
+    per_device = (
+        run.loop.per_device_train_batch_size * run.loop.gradient_accumulation_steps
+    )
+    if -1 in (run.mesh.data, run.mesh.fsdp):
+        return f"{per_device} times data-parallel devices"
+    return str(per_device * run.mesh.data * run.mesh.fsdp)
+
+
+# --- Files and the Python interface --------------------------------------------------
+
+
+class ConfigManager:
+    """A configuration to load, change by attribute, and resolve.
+
+    >>> config = ConfigManager()
+    >>> config.load_config("run.yaml")
+    >>> config.training.deepspeed = {"zero_stage": 2, "offload_optimizer": True}
+
+    Attributes are the sections of the ConfigDict. A dict given for a section may be
+    partial: `resolve` lays it over the defaults.
+    """
+
+    _config: ConfigDict
+
+    def __init__(self, config: ConfigDict | None = None) -> None:
+        self.__dict__["_config"] = (
+            default_config() if config is None else config
+        ).lock()
+
+    @property
+    def config_dict(self) -> ConfigDict:
+        """The configuration as it stands, unresolved."""
+        return self._config
+
+    def load_config(self, path: str | os.PathLike[str]) -> None:
+        """Take over a YAML file, or a Python file with `get_config()`; see load_config.
+
+        Raises:
+            ConfigError: keys that do not exist or values of a wrong type.
+        """
+        self.__dict__["_config"] = load_config(path).lock()
+
+    def resolve(self, *, device_count: int | None = None) -> RunConfig:
+        """`resolve` of this configuration."""
+        return resolve(self._config, device_count=device_count)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # copy and pickle ask before there is a _config
+            raise AttributeError(name)
+        return getattr(self._config, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._config, name, value)
+
+
+def load_config(path: str | os.PathLike[str]) -> ConfigDict:
+    """Read a .yaml, .yml or .json file, or a .py file ("file.py:argument" too).
+
+    Raises:
+        ConfigError: see `load_yaml`.
+        ValueError: the name says none of these.
+        FileNotFoundError: there is no such file.
+    """
+    text, _, argument = os.fspath(path).partition(":")
+    suffix = Path(text).suffix
+    if suffix in (".yaml", ".yml", ".json"):  # JSON is YAML
+        return load_yaml(path)
+    if suffix != ".py":
+        raise ValueError(f"config = {text!r}: unknown kind; give a .yaml or .py file")
+    spec = importlib.util.spec_from_file_location("jaxtrain_config_file", text)
+    if spec is None or spec.loader is None or not Path(text).is_file():
+        raise FileNotFoundError(f"config = {text!r}: no such file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config: ConfigDict = module.get_config(*([argument] if argument else []))
+    return config
+
+
+def load_yaml(path: str | os.PathLike[str]) -> ConfigDict:
+    """The defaults with a YAML file's `training`, `model`, `data`, `mesh` laid over.
+
+    Numbers are YAML 1.2's, so 5e-5 is one (PyYAML alone reads a text).
+
+    Raises:
+        ConfigError: a key that is unknown or given twice, or a value of a wrong type;
+            then every other problem of the file is listed with it.
+    """
+    with open(path, encoding="utf-8") as file:
+        try:
+            given = yaml.load(file, _YamlLoader)
+        except yaml.YAMLError as error:
+            raise ConfigError(
+                f"config = {os.fspath(path)!r}: not YAML; {error}"
+            ) from error
+    if not isinstance(given, Mapping | None):
+        raise ConfigError(
+            f"config = {os.fspath(path)!r}: not sections of keys; write 'training:'"
+            " and keys under it"
+        )
+    config = default_config()
+    problems = schema.overlay(config, SCHEMA, given or {})
+    if problems:
+        # The file will not load, so say all there is to say about it now.
+        try:
+            resolve(given or {})
+        except ConfigError as error:
+            problems = error.problems
+        raise ConfigError(problems)
+    return config
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """PyYAML's safe loader with YAML 1.2 numbers, refusing a key given twice."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if key.tag != _MERGE_TAG]
+        for name in names:
+            if names.count(name) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {name!r} is given twice", node.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+_MERGE_TAG = "tag:yaml.org,2002:merge"
+_YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$"),
+    list("-+.0123456789"),
+)

@@ -1,0 +1,297 @@
+"""Dataclass fields as configuration keys. It knows types and bounds, but no key's name.
+
+A frozen dataclass is a section: its fields' annotations say what each key may hold and
+its defaults what it holds if nobody sets it. `None` is "unset" everywhere. From these
+come the `ConfigDict` that the command line overrides and every check of what was set.
+"""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeAlias, Union
+
+from ml_collections import ConfigDict, FieldReference
+
+from jaxtrain.tree import dotted
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """An interval of numbers; `open_*` leaves the end point out."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        above = value > self.low if self.open_low else value >= self.low
+        below = value < self.high if self.open_high else value <= self.high
+        return above and below
+
+    def __str__(self) -> str:
+        if self.high == math.inf:
+            return f"{'>' if self.open_low else '>='} {self.low:g}"
+        left, right = "(" if self.open_low else "[", ")" if self.open_high else "]"
+        return f"in {left}{self.low:g}, {self.high:g}{right}"
+
+
+PositiveInt = Annotated[int, Bound(1)]
+NonNegativeInt = Annotated[int, Bound(0)]
+Positive = Annotated[float, Bound(0, open_low=True)]
+NonNegative = Annotated[float, Bound(0)]
+Fraction = Annotated[float, Bound(0, 1)]
+FractionBelowOne = Annotated[float, Bound(0, 1, open_high=True)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One key: its annotation, and its default (None: unset)."""
+
+    hint: Any
+    default: Any
+
+
+# The default of a field that is unset in a configuration but never in a resolved run:
+# a default by training type, or other keys' values, take its place.
+DERIVED: Any = None
+
+Schema: TypeAlias = dict[str, Any]  # of Leaf, or of Schema for a section
+
+
+def schema_of(section: type) -> Schema:
+    """The keys of a dataclass; a field that is itself a dataclass is a sub-section."""
+    hints = typing.get_type_hints(section, include_extras=True)
+    schema: Schema = {}
+    for field in dataclasses.fields(section):
+        hint = hints[field.name]
+        nested = dataclasses.is_dataclass(hint)
+        schema[field.name] = schema_of(hint) if nested else Leaf(hint, field.default)
+    return schema
+
+
+def unset(schema: Schema) -> Schema:
+    """The same keys with no default."""
+    return {
+        name: Leaf(entry.hint, None) if isinstance(entry, Leaf) else unset(entry)
+        for name, entry in schema.items()
+    }
+
+
+def to_config_dict(schema: Schema) -> ConfigDict:
+    """The defaults as a ConfigDict whose every key the command line can override."""
+    config = ConfigDict()
+    for name, entry in schema.items():
+        if not isinstance(entry, Leaf):
+            config[name] = to_config_dict(entry)
+            continue
+        storage = _storage_type(entry.hint)
+        # Only a FieldReference can be None now and typed later, or hold several types.
+        typed = entry.default is not None and storage is not object
+        config[name] = (
+            entry.default if typed else FieldReference(entry.default, storage)
+        )
+    return config
+
+
+def overlay(config: ConfigDict, schema: Schema, given: Mapping[str, Any]) -> list[str]:
+    """Set on `config` what `given` holds; return a line for each key it can't set."""
+    problems: list[str] = []
+    for path, value in _check(schema, given, "", problems, schema):
+        section = config
+        for name in path[:-1]:
+            section = section[name]
+        if value is not None:
+            section[path[-1]] = value
+    return problems
+
+
+def merge(schema: Schema, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Checked values of every key, defaults where unset; and a line for each problem.
+
+    A key with a problem keeps its default, so that later checks still run.
+    """
+    problems: list[str] = []
+    values = defaults(schema)
+    for path, value in _check(schema, given, "", problems, schema):
+        section = values
+        for name in path[:-1]:
+            section = section[name]
+        section[path[-1]] = value
+    return values, problems
+
+
+def defaults(schema: Schema) -> dict[str, Any]:
+    """Every key's default, as nested plain dicts."""
+    return {
+        name: entry.default if isinstance(entry, Leaf) else defaults(entry)
+        for name, entry in schema.items()
+    }
+
+
+def build(section: Any, values: Mapping[str, Any]) -> Any:
+    """An instance of a dataclass from checked values, sub-sections included."""
+    hints = typing.get_type_hints(section)
+    return section(
+        **{
+            field.name: build(hints[field.name], values[field.name])
+            if dataclasses.is_dataclass(hints[field.name])
+            else values[field.name]
+            for field in dataclasses.fields(section)
+        }
+    )
+
+
+def _check(
+    schema: Schema,
+    given: Mapping[str, Any],
+    prefix: str,
+    problems: list[str],
+    root: Schema,
+) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yield (path, converted value) of each good key; describe the others."""
+    for name, value in given.items():
+        path = f"{prefix}{name}"
+        entry = schema.get(name)
+        if entry is None:
+            fix = _suggest_key(str(name), prefix, schema, root)
+            problems.append(f"{path} = {value!r}: unknown key; {fix}")
+        elif isinstance(entry, Leaf):
+            try:
+                converted = None if _may_be_unset(value, entry) else convert(
+                    value, entry.hint
+                )  # fmt: skip
+            except ValueError as error:
+                problems.append(f"{path} = {value!r}: {error}")
+            else:
+                yield (name,), converted
+        elif isinstance(value, Mapping):
+            for below, converted in _check(entry, value, f"{path}.", problems, root):
+                yield (name, *below), converted
+        elif value is not None:  # an empty YAML section reads as null: nothing set
+            problems.append(
+                f"{path} = {value!r}: a section, not a value; set keys under it:"
+                f" {', '.join(entry)}"
+            )
+
+
+def _may_be_unset(value: Any, leaf: Leaf) -> bool:
+    return value is None and leaf.default is None
+
+
+def _suggest_key(name: str, prefix: str, schema: Schema, root: Schema) -> str:
+    """A near name in this section, else in any section; else every name here."""
+    close = difflib.get_close_matches(name, schema, n=1, cutoff=0.7)
+    if close:
+        return f"did you mean {prefix}{close[0]}?"
+    # Shortest path first: the general key before its twins in the blocks.
+    paths = sorted(dotted(root), key=lambda path: path.count("."))
+    leaves = {path.rsplit(".", 1)[-1]: path for path in reversed(paths)}
+    close = difflib.get_close_matches(name, leaves, n=1, cutoff=0.8)
+    if close:
+        return f"did you mean {leaves[close[0]]}?"
+    return f"the keys here are {', '.join(schema)}"
+
+
+def convert(value: Any, hint: Any) -> Any:
+    """`value` as the annotation wants it, or ValueError "problem; fix".
+
+    Takes an int for a float, a whole float for an int, a list for a tuple, and a
+    comma-separated text for a tuple of texts. Never a text for a number or a bool.
+    """
+    if _fits := _convert(value, hint):
+        return _fits[0]
+    wanted = describe(hint)
+    number = isinstance(value, str) and _storage_type(hint) in (int, float, bool)
+    if number and _is_number(value):
+        raise ValueError(f"a text, not {wanted}; write it without quotes")
+    close = isinstance(value, str) and difflib.get_close_matches(
+        value, _allowed_texts(hint), n=1
+    )
+    if close:
+        raise ValueError(f"not {wanted}; did you mean {close[0]!r}?")
+    raise ValueError(f"not {wanted}; set one")
+
+
+def describe(hint: Any) -> str:
+    """What a key may hold, in words: "an integer >= 1", "one of a, b"."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return f"{describe(arguments[0])} {arguments[1]}"
+    if origin is Literal:
+        return f"one of {', '.join(map(str, arguments))}"
+    if origin in (Union, types.UnionType):
+        return " or ".join(describe(arm) for arm in arguments if arm is not type(None))
+    if origin is tuple:
+        return f"a list, each item {describe(arguments[0])}"
+    if origin is dict:
+        return "a mapping"
+    names = {bool: "true or false", int: "an integer", float: "a number", str: "a text"}
+    return names[hint]
+
+
+def _convert(value: Any, hint: Any) -> tuple[Any] | None:
+    """The converted value in a 1-tuple, or None if it does not fit."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        fits = _convert(value, arguments[0])
+        return fits if fits and fits[0] in arguments[1] else None
+    if origin is Literal:
+        same_type = type(value) is type(arguments[0])  # True is no stage 1
+        return (value,) if same_type and value in arguments else None
+    if origin in (Union, types.UnionType):
+        arms = (_convert(value, arm) for arm in arguments)
+        return next((fits for fits in arms if fits), None)
+    if origin is tuple:
+        return _convert_items(value, arguments[0])
+    if origin is dict:
+        if isinstance(value, ConfigDict):
+            value = value.to_dict()
+        return (dict(value),) if isinstance(value, Mapping) else None
+    if hint is float:
+        is_number = type(value) in (int, float) and math.isfinite(value)
+        return (float(value),) if is_number else None
+    if hint is int and isinstance(value, float) and value.is_integer():
+        return (int(value),)
+    return (value,) if type(value) is hint else None
+
+
+def _convert_items(value: Any, hint: Any) -> tuple[Any] | None:
+    if isinstance(value, str):
+        value = [item.strip() for item in value.split(",") if item.strip()]
+    if not isinstance(value, Sequence):
+        return None
+    items = [_convert(item, hint) for item in value]
+    if any(fits is None for fits in items):
+        return None
+    return (tuple(fits[0] for fits in items if fits),)
+
+
+def _storage_type(hint: Any) -> type:
+    """The type a ConfigDict holds the key as; `object` takes any literal."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return _storage_type(arguments[0])
+    if origin is Literal:
+        return type(arguments[0])
+    if origin in (Union, types.UnionType):
+        arms = [arm for arm in arguments if arm is not type(None)]
+        return _storage_type(arms[0]) if len(arms) == 1 else object
+    return hint if hint in (bool, int, float, str) else object
+
+
+def _allowed_texts(hint: Any) -> list[str]:
+    if typing.get_origin(hint) is Literal:
+        return [str(item) for item in typing.get_args(hint)]
+    return [text for arm in typing.get_args(hint) for text in _allowed_texts(arm)]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return text.lower() in ("true", "false")
+    return True

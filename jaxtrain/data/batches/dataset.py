@@ -1,0 +1,295 @@
+"""Prepared rows: tokens in flat arrays, read as static batches or from mapped files."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxtrain.data.batches import shared_prompt
+
+_ARRAYS = ("tokens", "trained", "starts", "lengths", "row_documents", "row_offsets")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataStats:
+    """What became of the rows. Lengths and tokens count prompts too, not padding.
+
+    `trained_tokens` are those the loss predicts. `dropped` rows have nothing left to
+    train after truncation (a prompt that fills max_length). A preference row counts
+    the tokens of both sides, and its length is the longer side's.
+    `packing_efficiency` is tokens / (packed rows * max_length).
+    """
+
+    rows: int
+    bad_rows: int
+    dropped: int
+    truncated: int
+    packed_rows: int
+    tokens: int
+    trained_tokens: int
+    max_length: int
+    mean_length: float
+    packing_efficiency: float
+
+    def describe(self) -> str:
+        """One line for the log."""
+        return (
+            f"{self.rows} rows ({self.bad_rows} bad, {self.dropped} dropped, "
+            f"{self.truncated} truncated) -> {self.packed_rows} rows of "
+            f"{self.tokens} tokens, {self.trained_tokens} trained; length mean "
+            f"{self.mean_length:.1f}, max {self.max_length}; "
+            f"filled {self.packing_efficiency:.1%}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenStore:
+    """Documents as spans of one flat token array, and rows as lists of documents.
+
+    `tokens` int32[N], `trained` bool[N]; document d is
+    `tokens[starts[d] : starts[d] + lengths[d]]`; row r holds documents
+    `row_documents[row_offsets[r] : row_offsets[r + 1]]`.
+    """
+
+    tokens: np.ndarray
+    trained: np.ndarray
+    starts: np.ndarray
+    lengths: np.ndarray
+    row_documents: np.ndarray
+    row_offsets: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.row_offsets) - 1
+
+    def row_lengths(self) -> np.ndarray:
+        """int64[rows]: tokens in each row."""
+        lengths = self.lengths[self.row_documents].astype(np.int64)
+        total = np.concatenate([[0], np.cumsum(lengths)])
+        return total[self.row_offsets[1:]] - total[self.row_offsets[:-1]]
+
+    def write_row(self, row: int, out: Mapping[str, np.ndarray]) -> None:
+        """Write one row into `out`'s arrays [T], which hold an empty row."""
+        at = 0
+        first, last = self.row_offsets[row], self.row_offsets[row + 1]
+        for segment, document in enumerate(self.row_documents[first:last], start=1):
+            start, length = int(self.starts[document]), int(self.lengths[document])
+            stop = at + length
+            out["tokens"][at:stop] = self.tokens[start : start + length]
+            # The last token of a document predicts nothing.
+            out["targets"][at : stop - 1] = self.tokens[start + 1 : start + length]
+            out["loss_mask"][at : stop - 1] = self.trained[start + 1 : start + length]
+            out["segment_ids"][at:stop] = segment
+            out["positions"][at:stop] = np.arange(length)
+            at = stop
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedDataset:
+    """Token rows of one static length, in memory or memory-mapped.
+
+    `stores` has one entry, "", for next-token rows, "chosen" and "rejected" for
+    preference rows, "completions" and "mismatched" for labeled ones.
+    `reference_logps` (float32[rows] a side) and `row_values` (float32[rows] a name)
+    ride along in batches. `difficulty` (float32[rows]) orders a curriculum. `parts`
+    are the (rows, weight) of the data sets of a mixture, in order. `shares_prompts`:
+    a preference row holds each prompt once, then both completions (`shared_prompt`).
+    `most_pairs`: batches have room for so many pairs a row; 0: as many as there are.
+    """
+
+    objective: str
+    stores: Mapping[str, TokenStore]
+    row_length: int
+    pad_id: int
+    stats: DataStats
+    reference_logps: Mapping[str, np.ndarray] | None = None
+    row_values: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    difficulty: np.ndarray | None = None
+    parts: tuple[tuple[int, float], ...] = ()
+    shares_prompts: bool = False
+    most_pairs: int = 0
+
+    def __len__(self) -> int:
+        return len(next(iter(self.stores.values())))
+
+    @property
+    def packed(self) -> bool:
+        """Whether any row holds more than one document."""
+        return any(
+            bool((np.diff(store.row_offsets) > 1).any())
+            for store in self.stores.values()
+        )
+
+    def row_lengths(self) -> np.ndarray:
+        """int64[rows]: tokens in each row; of a pair in two rows, the longer side's."""
+        if self.shares_prompts:
+            return shared_prompt.row_lengths(self.stores)
+        sides = [store.row_lengths() for store in self.stores.values()]
+        return functools.reduce(np.maximum, sides)
+
+    def batch(
+        self, rows: np.ndarray, *, row_length: int | None = None
+    ) -> dict[str, Any]:
+        """Rows as arrays [*rows.shape, T]; -1 gives an empty row, which counts nowhere.
+
+        `row_length` overrides T; it must hold the longest of these rows.
+        """
+        length = self.row_length if row_length is None else row_length
+        if self.shares_prompts:
+            write = functools.partial(
+                shared_prompt.write_row, self.stores, self._prompt_lengths
+            )
+            sides = {"shared": self._fill(write, rows, length, "prompt_ids")}
+        else:
+            sides = {
+                name: self._fill(store.write_row, rows, length)
+                for name, store in self.stores.items()
+            }
+        if self.objective == "next_token":
+            return sides[""]
+        batch: dict[str, Any] = sides
+        if self.objective == "preference" and (self.most_pairs or self.packed):
+            batch["pair_ids"] = self._pair_ids(rows)
+        values = dict(self.row_values)
+        for side, logps in (self.reference_logps or {}).items():
+            values[f"ref_{side}_logps"] = logps
+        for name, array in values.items():
+            batch[name] = np.where(
+                rows < 0, np.float32(0), np.asarray(array, np.float32)[rows]
+            )
+        return batch
+
+    def _pair_ids(self, rows: np.ndarray) -> np.ndarray:
+        """int32[*rows.shape, P]: 1, 2, ... for the pairs of a row, 0 behind them."""
+        counts = np.diff(self.stores["chosen"].row_offsets)
+        held = np.where(rows < 0, 0, counts[rows])[..., None]
+        numbers = np.arange(1, (self.most_pairs or counts.max()) + 1)
+        return np.where(numbers <= held, numbers, 0).astype(np.int32)
+
+    @functools.cached_property
+    def _prompt_lengths(self) -> np.ndarray:
+        return shared_prompt.prompt_lengths(self.stores)
+
+    def with_reference_logps(
+        self, chosen: np.ndarray, rejected: np.ndarray
+    ) -> "PreparedDataset":
+        """The same pairs with summed reference log-probs (nats), one a row."""
+        if self.objective != "preference":
+            raise ValueError("reference log-probs belong to preference rows only")
+        if self.packed:
+            raise ValueError(
+                "reference log-probs are one a row, and packed rows hold several "
+                "pairs: set data.packing = false, or precompute_ref_log_probs = false"
+            )
+        for name, logps in (("chosen", chosen), ("rejected", rejected)):
+            if np.shape(logps) != (len(self),):
+                raise ValueError(
+                    f"{name} log-probs have shape {np.shape(logps)}, expected one of "
+                    f"each of the {len(self)} rows"
+                )
+        both = {"chosen": chosen, "rejected": rejected}
+        return dataclasses.replace(self, reference_logps=both)
+
+    def with_difficulty(self, difficulty: np.ndarray) -> "PreparedDataset":
+        """The same rows with how hard each is (any scale), for a curriculum."""
+        if np.shape(difficulty) != (len(self),) or not np.isfinite(difficulty).all():
+            raise ValueError(
+                f"difficulty has shape {np.shape(difficulty)}: give one finite number "
+                f"for each of the {len(self)} rows"
+            )
+        return dataclasses.replace(self, difficulty=np.asarray(difficulty, np.float32))
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Hash of all tokens, masks and rows: equal only for the same data."""
+        digest = hashlib.blake2b(digest_size=8)
+        for name, store in sorted(self.stores.items()):
+            digest.update(name.encode())
+            for array in _ARRAYS:
+                digest.update(np.ascontiguousarray(getattr(store, array)).data)
+        for name, values in sorted(self.row_values.items()):
+            digest.update(name.encode() + np.asarray(values, np.float32).tobytes())
+        return digest.hexdigest()
+
+    def save(self, folder: str | pathlib.Path) -> None:
+        """Write the arrays as .npy files, for `load` to map into memory."""
+        folder = pathlib.Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for side, store in self.stores.items():
+            for array in _ARRAYS:
+                np.save(folder / f"{side}{array}.npy", getattr(store, array))
+        for side, logps in (self.reference_logps or {}).items():
+            np.save(folder / f"{side}reference_logps.npy", logps)
+        for name, values in self.row_values.items():
+            np.save(folder / f"{name}.row.npy", values)
+        if self.difficulty is not None:
+            np.save(folder / "difficulty.npy", self.difficulty)
+        described = {
+            "objective": self.objective,
+            "sides": list(self.stores),
+            "row_length": self.row_length,
+            "pad_id": self.pad_id,
+            "stats": dataclasses.asdict(self.stats),
+            "reference_sides": list(self.reference_logps or ()),
+            "row_values": list(self.row_values),
+            "has_difficulty": self.difficulty is not None,
+            "parts": self.parts,
+            "shares_prompts": self.shares_prompts,
+        }
+        (folder / "prepared.json").write_text(json.dumps(described))
+
+    @classmethod
+    def load(cls, folder: str | pathlib.Path) -> "PreparedDataset":
+        """Open what `save` wrote, memory-mapped."""
+        folder = pathlib.Path(folder)
+
+        def read(name: str) -> np.ndarray:
+            return np.load(folder / f"{name}.npy", mmap_mode="r")
+
+        described = json.loads((folder / "prepared.json").read_text())
+        stores = {
+            side: TokenStore(*(read(f"{side}{array}") for array in _ARRAYS))
+            for side in described["sides"]
+        }
+        logps = {
+            side: read(f"{side}reference_logps")
+            for side in described["reference_sides"]
+        }
+        return cls(
+            described["objective"],
+            stores,
+            described["row_length"],
+            described["pad_id"],
+            DataStats(**described["stats"]),
+            logps or None,
+            {name: read(f"{name}.row") for name in described["row_values"]},
+            read("difficulty") if described["has_difficulty"] else None,
+            tuple((rows, weight) for rows, weight in described["parts"]),
+            described["shares_prompts"],
+        )
+
+    def _fill(
+        self,
+        write_row: Callable[[int, Mapping[str, np.ndarray]], None],
+        rows: np.ndarray,
+        length: int,
+        *more_ids: str,
+    ) -> dict[str, Any]:
+        shape = (*rows.shape, length)
+        out = {
+            "tokens": np.full(shape, self.pad_id, np.int32),
+            "targets": np.full(shape, self.pad_id, np.int32),
+            "segment_ids": np.zeros(shape, np.int32),
+            "positions": np.zeros(shape, np.int32),
+            "loss_mask": np.zeros(shape, np.float32),
+            **{name: np.zeros(shape, np.int32) for name in more_ids},
+        }
+        for index in np.ndindex(rows.shape):
+            if rows[index] >= 0:
+                views = {name: array[index] for name, array in out.items()}
+                write_row(int(rows[index]), views)
+        return out

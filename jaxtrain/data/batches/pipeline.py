@@ -1,0 +1,398 @@
+"""Prepared rows to batches: a pure function of (seed, step), read ahead by Grain.
+
+The rows of optimizer step s depend on the data, the seed and s alone, not on workers,
+processes or what was read before. So the iterator's state is a step number; resume is
+exact, and a process takes its columns of one global batch whatever the process count.
+"""
+
+import contextlib
+import dataclasses
+import math
+import pathlib
+import tempfile
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+from jaxtrain.config import CurriculumSection
+from jaxtrain.data.batches.curriculum import FirstPass, plan_first_pass
+from jaxtrain.data.batches.dataset import PreparedDataset
+from jaxtrain.data.batches.mixture import rows_per_epoch
+
+Arrays = dict[str, Any]
+
+
+def steps_per_epoch(
+    num_rows: int, global_micro_batch_rows: int, accumulation_steps: int
+) -> int:
+    """Optimizer steps in an epoch, as the Hugging Face Trainer counts them.
+
+    ceil(ceil(rows / global micro-batch) / accumulation): nothing is dropped.
+    """
+    micro_batches = -(-num_rows // global_micro_batch_rows)
+    return -(-micro_batches // accumulation_steps)
+
+
+def epochs_done(
+    step: int, num_rows: int, global_micro_batch_rows: int, accumulation_steps: int
+) -> float:
+    """Epochs after `step` steps, as the Hugging Face Trainer counts: in micro-batches.
+
+    An epoch's last step may have fewer of them than the others.
+    """
+    micro_batches = -(-num_rows // global_micro_batch_rows)
+    epochs, rest = divmod(step, -(-micro_batches // accumulation_steps))
+    return epochs + rest * accumulation_steps / micro_batches
+
+
+@dataclasses.dataclass(frozen=True)
+class RowOrder:
+    """Which rows make up an optimizer step, on one process.
+
+    Epoch e visits every row once, in an order drawn from (seed, e). Its micro-batches
+    are consecutive runs of B * process_count rows; process p takes columns
+    [p * B, (p + 1) * B). Where the epoch ends within a step, -1 fills up. An epoch of a
+    mixture has `mixture.rows_per_epoch` of each part, and goes on where the last
+    stopped in it.
+    """
+
+    num_rows: int
+    micro_batch_rows: int
+    accumulation_steps: int = 1
+    process_index: int = 0
+    process_count: int = 1
+    seed: int = 0
+    shuffle: bool = True
+    first_pass: FirstPass | None = None  # a curriculum's, before ordinary epochs
+    parts: tuple[tuple[int, float], ...] = ()  # (rows, weight) of a mixture
+
+    @property
+    def global_micro_batch_rows(self) -> int:
+        return self.micro_batch_rows * self.process_count
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return steps_per_epoch(
+            self.num_rows, self.global_micro_batch_rows, self.accumulation_steps
+        )
+
+    def rows(self, step: int) -> np.ndarray:
+        """int64[A, B]: row numbers of this process at a step, -1 for an empty row."""
+        if self.first_pass is not None:
+            if step < len(self.first_pass):
+                return self._own_columns(self.first_pass.rows[step])
+            step -= len(self.first_pass)
+        epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
+        first = step_of_epoch * self.accumulation_steps
+        micro_batch = first + np.arange(self.accumulation_steps)[:, None]
+        column = self.process_index * self.micro_batch_rows
+        columns = column + np.arange(self.micro_batch_rows)[None, :]
+        places = micro_batch * self.global_micro_batch_rows + columns
+        order = self._order(self.num_rows, self.seed)
+        rows = np.full(places.shape, -1, np.int64)
+        for index in np.argwhere(places < self.num_rows):
+            place = int(places[tuple(index)])
+            rows[tuple(index)] = order[epoch * self.num_rows + place]
+        return self._of_parts(rows, epoch) if self.parts else rows
+
+    def row_length(self, step: int) -> int | None:
+        """Tokens of a row at a step, where a curriculum says; None: the data set's."""
+        if self.first_pass is None or step >= len(self.first_pass):
+            return None
+        return int(self.first_pass.row_lengths[step])
+
+    def _own_columns(self, rows: np.ndarray) -> np.ndarray:
+        """int64[A, B] of a step's rows in one line."""
+        rows = rows.reshape(self.accumulation_steps, self.global_micro_batch_rows)
+        column = self.process_index * self.micro_batch_rows
+        return rows[:, column : column + self.micro_batch_rows]
+
+    def _order(self, num_rows: int, seed: int) -> grain.MapDataset:
+        """All epochs as one random-access sequence of row numbers."""
+        order = grain.MapDataset.range(num_rows)
+        if self.shuffle:
+            order = order.shuffle(seed=seed)  # `repeat` reseeds every epoch
+        return order.repeat()
+
+    def _of_parts(self, slots: np.ndarray, epoch: int) -> np.ndarray:
+        """The rows that an epoch's slots stand for: so many slots for each part."""
+        quotas = rows_per_epoch(self.parts)
+        sizes = [rows for rows, _ in self.parts]
+        first_slots, first_rows = (np.cumsum([0, *n]) for n in (quotas, sizes))
+        rows = slots.copy()
+        for part, (quota, size) in enumerate(zip(quotas, sizes, strict=True)):
+            order = self._order(size, (self.seed + 1 + part) % 2**32)
+            inside = (slots >= first_slots[part]) & (slots < first_slots[part + 1])
+            for index in np.argwhere(inside):
+                drawn = int(slots[tuple(index)] - first_slots[part]) + epoch * quota
+                rows[tuple(index)] = first_rows[part] + order[drawn]
+        return rows
+
+
+class BatchReader:
+    """`reader(step)` assembles the batch of a step. Workers open the data by path."""
+
+    def __init__(
+        self, dataset: PreparedDataset, order: RowOrder, *, flat: bool = False
+    ) -> None:
+        self._dataset: PreparedDataset | None = dataset
+        self._order = order
+        self._flat = flat  # [B, T] in place of [1, B, T]
+        self._folder: str | None = None
+
+    def share(self, folder: str) -> None:
+        """Write the data to a folder, which worker processes map into memory."""
+        assert self._dataset is not None
+        if not (pathlib.Path(folder) / "prepared.json").exists():
+            self._dataset.save(folder)
+        self._folder = folder
+
+    def __call__(self, step: int) -> Arrays:
+        if self._dataset is None:
+            assert self._folder is not None
+            self._dataset = PreparedDataset.load(self._folder)
+        rows = self._order.rows(step)
+        return self._dataset.batch(
+            rows[0] if self._flat else rows, row_length=self._order.row_length(step)
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | ({"_dataset": None} if self._folder else {})
+
+
+def check_identity(saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
+    """Raise ValueError where a saved state is of other data, seed or batch shape."""
+    differing = {
+        key: (saved.get(key), present.get(key))
+        for key in saved.keys() | present.keys()
+        if saved.get(key) != present.get(key)
+    }
+    if differing:
+        listed = ", ".join(
+            f"{key} was {old!r} and is {new!r}"
+            for key, (old, new) in sorted(differing.items())
+        )
+        raise ValueError(
+            f"cannot resume the data order: {listed}. Restore these values, or start "
+            "in a fresh workdir"
+        )
+
+
+class BatchIterator(Iterator[Arrays]):
+    """Batches of steps [step, num_steps), read ahead; its state is the next step.
+
+    `get_state()` is JSON-serialisable, and independent of the number of workers and
+    processes. `set_state` refuses the state of other data or another order.
+    """
+
+    def __init__(
+        self,
+        reader: BatchReader,
+        *,
+        num_steps: int,
+        start_step: int = 0,
+        num_workers: int = 0,
+        prefetch: int = 2,
+        identity: dict[str, Any] | None = None,
+    ) -> None:
+        if num_workers < 0 or prefetch < 1:
+            raise ValueError(
+                f"num_workers={num_workers} must be at least 0 and "
+                f"prefetch={prefetch} at least 1"
+            )
+        self.num_steps = num_steps
+        self.step = start_step
+        self._reader = reader
+        self._num_workers = num_workers
+        self._prefetch = prefetch
+        self._identity = identity or {}
+        self._source: Any = None
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def __next__(self) -> Arrays:
+        if self.step >= self.num_steps:
+            raise StopIteration
+        if self._source is None:
+            self._source = self._open()
+        batch = next(self._source)
+        self.step += 1
+        return batch
+
+    def __len__(self) -> int:
+        """Steps still to come."""
+        return max(self.num_steps - self.step, 0)
+
+    def get_state(self, step: int | None = None) -> dict[str, Any]:
+        """The state behind a step, the last one given if None."""
+        step = self.step if step is None else step
+        return {"next_step": step, **self._identity}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continue at a saved state.
+
+        Raises:
+            ValueError: the state was saved with other data, seed or batch shape.
+        """
+        own = ("next_step", "lanes")  # a stream's state has lanes
+        saved = {key: value for key, value in state.items() if key not in own}
+        check_identity(saved, self._identity)
+        self._close_source()
+        self.step = int(state["next_step"])
+
+    def close(self) -> None:
+        """Stop read-ahead threads and workers, and remove their shared files."""
+        self._close_source()
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
+
+    def _open(self) -> Iterator[Arrays]:
+        steps = grain.MapDataset.range(self.step, self.num_steps)
+        options = grain.ReadOptions(
+            num_threads=min(self._prefetch, 4), prefetch_buffer_size=self._prefetch
+        )
+        if self._num_workers and self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="jaxtrain-data-")
+            self._reader.share(self._folder.name)
+        batches = steps.map(self._reader).to_iter_dataset(options)
+        if self._num_workers:
+            if not flags.FLAGS.is_parsed():
+                # Grain reads its flags here; as a library we were started without.
+                flags.FLAGS.mark_as_parsed()
+            batches = batches.mp_prefetch(
+                grain.MultiprocessingOptions(
+                    num_workers=self._num_workers,
+                    per_worker_buffer_size=self._prefetch,
+                )
+            )
+        return iter(batches)
+
+    def _close_source(self) -> None:
+        if self._source is not None:
+            with contextlib.suppress(AttributeError):
+                self._source.close()
+            self._source = None
+
+
+def make_train_iterator(
+    dataset: PreparedDataset,
+    *,
+    micro_batch_rows: int,
+    accumulation_steps: int = 1,
+    seed: int = 0,
+    shuffle: bool = True,
+    num_epochs: float | None = None,
+    num_steps: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+    num_workers: int = 0,
+    prefetch: int = 2,
+    start_step: int = 0,
+    curriculum: CurriculumSection | None = None,
+) -> BatchIterator:
+    """Iterate over training steps: dicts of arrays [A, B, T], B rows of this process.
+
+    Args:
+        micro_batch_rows: rows of this process in a micro-batch (B).
+        accumulation_steps: micro-batches of an optimizer step (A).
+        seed: of the shuffle, 0 to 2**32 - 1; each epoch has its own order.
+        shuffle: False keeps the rows' order.
+        num_epochs, num_steps: give exactly one. A fraction of an epoch is rounded up
+            to whole steps; steps go on into further epochs.
+        num_workers: processes that assemble batches; 0 uses threads.
+        prefetch: steps read ahead (by each worker).
+        start_step: first step.
+        curriculum: short or easy rows first; batches then differ in T. It changes
+            neither the number of steps nor of rows in them.
+
+    Raises:
+        ValueError: an argument is out of range, or the curriculum asks for a
+            difficulty that the rows do not have.
+    """
+    if (num_epochs is None) == (num_steps is None):
+        raise ValueError(
+            f"num_epochs={num_epochs}, num_steps={num_steps}: give exactly one"
+        )
+    _check_batch(micro_batch_rows, accumulation_steps, process_index, process_count)
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed={seed} must lie in 0..2**32 - 1")
+    order = RowOrder(
+        len(dataset), micro_batch_rows, accumulation_steps, process_index,
+        process_count, seed, shuffle, parts=dataset.parts,
+    )  # fmt: skip
+    if num_steps is None:
+        assert num_epochs is not None
+        num_steps = math.ceil(num_epochs * order.steps_per_epoch)
+    identity = {
+        "seed": seed,
+        "shuffle": shuffle,
+        "num_rows": len(dataset),
+        "row_length": dataset.row_length,
+        "global_micro_batch_rows": order.global_micro_batch_rows,
+        "accumulation_steps": accumulation_steps,
+        "fingerprint": dataset.fingerprint,
+    }
+    if dataset.parts:
+        identity["parts"] = [list(part) for part in dataset.parts]
+    if curriculum is not None and curriculum.enabled:
+        dataset, first_pass = plan_first_pass(
+            dataset,
+            curriculum,
+            rows_per_step=accumulation_steps * order.global_micro_batch_rows,
+            num_steps=num_steps,
+            seed=seed,
+            shuffle=shuffle,
+        )
+        order = dataclasses.replace(order, first_pass=first_pass)
+        identity["curriculum"] = first_pass.fingerprint
+    return BatchIterator(
+        BatchReader(dataset, order),
+        num_steps=num_steps,
+        start_step=start_step,
+        num_workers=num_workers,
+        prefetch=prefetch,
+        identity=identity,
+    )
+
+
+def make_eval_iterator(
+    dataset: PreparedDataset,
+    *,
+    micro_batch_rows: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    num_workers: int = 0,
+    prefetch: int = 2,
+) -> BatchIterator:
+    """Iterate once over all rows in order: dicts of arrays [B, T].
+
+    Every process gets the same number of batches; empty rows fill the last one.
+    """
+    _check_batch(micro_batch_rows, 1, process_index, process_count)
+    order = RowOrder(
+        len(dataset), micro_batch_rows, 1, process_index, process_count, shuffle=False
+    )
+    return BatchIterator(
+        BatchReader(dataset, order, flat=True),
+        num_steps=order.steps_per_epoch,
+        num_workers=num_workers,
+        prefetch=prefetch,
+    )
+
+
+def _check_batch(
+    micro_batch_rows: int, accumulation: int, process_index: int, process_count: int
+) -> None:
+    if micro_batch_rows < 1 or accumulation < 1:
+        raise ValueError(
+            f"micro_batch_rows={micro_batch_rows} and accumulation_steps="
+            f"{accumulation} must be at least 1"
+        )
+    if not 0 <= process_index < process_count:
+        raise ValueError(
+            f"process_index={process_index} must lie in 0..process_count - 1 "
+            f"(process_count={process_count})"
+        )

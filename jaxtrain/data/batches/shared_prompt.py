@@ -1,0 +1,79 @@
+"""Preference pairs in one row: the prompt once, then both completions.
+
+Pair p of a row (1, 2, ...) lies in three segments: 3 p - 2 is its prompt without the
+last token, 3 p - 1 and 3 p are the chosen and the rejected completion. Each of those
+starts with the prompt's last token, because that predicts another token in each, and
+its `prompt_ids` name the prompt. Positions go on after the prompt in both.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:  # that module lays out rows by this one
+    from jaxtrain.data.batches.dataset import TokenStore
+
+SIDES = ("chosen", "rejected")
+
+
+def prompt_lengths(stores: Mapping[str, "TokenStore"]) -> np.ndarray:
+    """int64[documents]: the tokens before the first trained one, the same in a pair."""
+    return np.minimum(*(_untrained_prefix(stores[side]) for side in SIDES))
+
+
+def pair_lengths(stores: Mapping[str, "TokenStore"]) -> np.ndarray:
+    """int64[documents]: tokens of a pair laid out as above."""
+    both = stores["chosen"].lengths.astype(np.int64) + stores["rejected"].lengths
+    return both - np.maximum(prompt_lengths(stores) - 1, 0)
+
+
+def row_lengths(stores: Mapping[str, "TokenStore"]) -> np.ndarray:
+    """int64[rows]: tokens of each row."""
+    store = stores["chosen"]  # the documents of a row are the same on both sides
+    total = np.concatenate([[0], np.cumsum(pair_lengths(stores)[store.row_documents])])
+    return total[store.row_offsets[1:]] - total[store.row_offsets[:-1]]
+
+
+def _untrained_prefix(store: "TokenStore") -> np.ndarray:
+    starts = store.starts.astype(np.int64)
+    trained = np.append(np.flatnonzero(store.trained), len(store.trained))
+    first = trained[np.searchsorted(trained, starts)]
+    return np.minimum(first - starts, store.lengths)
+
+
+def write_row(
+    stores: Mapping[str, "TokenStore"],
+    prompts: np.ndarray,
+    row: int,
+    out: Mapping[str, np.ndarray],
+) -> None:
+    """Write one row into `out`'s arrays [T], which hold an empty row.
+
+    Args:
+        prompts: `prompt_lengths(stores)`.
+    """
+    store = stores["chosen"]
+    documents = store.row_documents[store.row_offsets[row] : store.row_offsets[row + 1]]
+    at = 0
+    for pair, document in enumerate(documents, start=1):
+        shared = max(int(prompts[document]) - 1, 0)
+        segments = [("chosen", 0, shared), *((side, shared, None) for side in SIDES)]
+        for number, (side, first, last) in enumerate(segments, start=3 * pair - 2):
+            start = int(stores[side].starts[document])
+            length = int(stores[side].lengths[document])
+            stop = length if last is None else last
+            end = at + stop - first
+            # The prompt's last shared token predicts the one that both sides start
+            # with; the last token of a side predicts nothing.
+            targets = min(stop, length - 1) - first
+            tokens = stores[side].tokens[start : start + length]
+            out["tokens"][at:end] = tokens[first:stop]
+            out["targets"][at : at + targets] = tokens[first + 1 : first + 1 + targets]
+            out["segment_ids"][at:end] = number
+            out["positions"][at:end] = np.arange(first, stop)
+            if last is None:
+                trained = stores[side].trained[start + first + 1 : start + length]
+                out["loss_mask"][at : at + targets] = trained
+                out["prompt_ids"][at:end] = 3 * pair - 2
+            at = end

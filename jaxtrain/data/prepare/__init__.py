@@ -1,0 +1,1 @@
+"""Tokenized rows to a prepared data set: packed, mixed, cached."""

@@ -1,0 +1,273 @@
+"""Load rows from files, folders or the Hugging Face hub, memory-mapped.
+
+A local path holds jsonl, json, parquet, csv, arrow or plain text (one document a
+line), each also as `.gz`, or is a folder of such files, or one that
+`Dataset.save_to_disk` wrote. Any other name is a data set of the hub.
+"""
+
+import logging
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import datasets
+
+from jaxtrain.data.rows.files import READERS
+from jaxtrain.data.rows.formats import UnreadableRow
+from jaxtrain.data.rows.places import HeldRows, hold, remember_files, same_files
+
+logger = logging.getLogger(__name__)
+
+SPLITS = {
+    "train": ("train", "training"),
+    "eval": ("eval", "evaluation", "validation", "valid", "val", "dev", "test"),
+}
+
+
+def load_rows(
+    path_or_name: str,
+    *,
+    split: str = "train",
+    name: str | None = None,
+    revision: str | None = None,
+    column_map: Mapping[str, str] | None = None,
+    max_rows: int | None = None,
+    cache_dir: str | None = None,
+) -> datasets.Dataset | HeldRows:
+    """Load the rows of one split as a memory-mapped `datasets.Dataset`.
+
+    Where lines of a jsonl or csv file are malformed, rows are held in memory, these
+    lines as `UnreadableRow`s.
+
+    Args:
+        path_or_name: a file, a folder, or a data set's name on the hub.
+        split: "train" or "eval", or a split's own name. A folder whose subfolders or
+            files are named by split gives that split; any other folder, or a file,
+            is taken whole.
+        name: configuration of a hub data set.
+        revision: commit or tag of a hub data set.
+        column_map: columns to rename, old name to new.
+        max_rows: keep only the first rows.
+        cache_dir: where `datasets` keeps the converted rows.
+
+    Raises:
+        ValueError: nothing to read there, the split is absent, a file is malformed,
+            or the hub cannot be reached.
+    """
+    path = pathlib.Path(path_or_name).expanduser()
+    if path.exists():
+        rows = _load_local(path, split, cache_dir)
+    elif looks_local(path_or_name):
+        raise ValueError(f"data path {path_or_name!r} does not exist")
+    else:
+        rows = load_hub(
+            path_or_name, split, name=name, revision=revision, cache_dir=cache_dir
+        )
+    if isinstance(rows, HeldRows):
+        return rows.first(max_rows).renamed(column_map or {})
+    if column_map:
+        rows = _rename(rows, column_map)
+    if max_rows is not None and max_rows < len(rows):
+        rows = same_files(rows.select(range(max_rows)), rows)
+    logger.info(
+        "loaded %d rows of split %r from %s, columns %s",
+        len(rows), split, path_or_name, rows.column_names,
+    )  # fmt: skip
+    return rows
+
+
+def _load_local(
+    path: pathlib.Path, split: str, cache_dir: str | None
+) -> datasets.Dataset | HeldRows:
+    if path.is_dir():
+        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            return _choose_split(datasets.load_from_disk(str(path)), split, str(path))
+        files = split_files(path, split)
+    else:
+        files = [path]
+    readers = {reader_of(file) for file in files}
+    if len(readers) != 1:
+        names = sorted(file.name for file in files)[:5]
+        raise ValueError(
+            f"{path} mixes formats {sorted(map(str, readers))} "
+            f"({', '.join(names)}...): keep one format in a folder"
+        )
+    (reader,) = readers
+    if reader is None:
+        raise ValueError(
+            f"{files[0]} has no known suffix: use one of {', '.join(READERS)} "
+            "(each also .gz)"
+        )
+    return _read_files(reader, files, cache_dir)
+
+
+def _read_files(
+    reader: str, files: Sequence[pathlib.Path], cache_dir: str | None
+) -> datasets.Dataset | HeldRows:
+    options: dict[str, Any] = {}
+    if reader == "csv" and ".tsv" in files[0].suffixes:
+        options["sep"] = "\t"
+    if reader == "csv":
+        options["keep_default_na"] = False  # "NA" and "" are text like any other
+    try:
+        rows = datasets.load_dataset(
+            reader,
+            data_files=[str(file.resolve()) for file in files],
+            split="train",
+            cache_dir=cache_dir,
+            **options,
+        )
+    except Exception as error:  # `datasets` raises its readers' own kinds
+        if reader in ("json", "csv"):
+            return _hold(files, error)
+        raise _unreadable(files, error) from error
+    if reader == "text":
+        count = len(rows)
+        rows = rows.filter(
+            lambda texts: [bool(text.strip()) for text in texts],
+            input_columns="text",
+            batched=True,
+        )
+        if len(rows) < count:
+            logger.info("left out %d blank lines", count - len(rows))
+    remember_files(rows, files)
+    return rows
+
+
+def _hold(files: Sequence[pathlib.Path], error: Exception) -> HeldRows:
+    """Rows line by line, so that each bad one can be told from the others.
+
+    Raises:
+        ValueError: no line is a row.
+    """
+    try:
+        rows = hold(files)
+    except ValueError:
+        raise _unreadable(files, error) from error
+    bad = [
+        f"{place}: {row.reason}"
+        for place, row in zip(rows.places, rows, strict=True)
+        if isinstance(row, UnreadableRow)
+    ]
+    if len(bad) == len(rows):
+        raise _unreadable(files, "; ".join(bad[:5]) or error) from error
+    logger.warning(
+        "%s: %d of %d lines hold no row, so all are held in memory",
+        files[0], len(bad), len(rows),
+    )  # fmt: skip
+    return rows
+
+
+def _unreadable(files: Sequence[pathlib.Path], cause: object) -> ValueError:
+    if isinstance(cause, Exception):
+        cause = cause.__cause__ or cause
+    return ValueError(f"cannot read {', '.join(map(str, files[:3]))}: {cause}")
+
+
+def split_files(folder: pathlib.Path, split: str) -> list[pathlib.Path]:
+    """The data files of a split; the whole folder where nothing is named by split."""
+    files = sorted(
+        file
+        for file in folder.rglob("*")
+        if reader_of(file) and not _hidden(file.relative_to(folder))
+    )
+    if not files:
+        raise ValueError(
+            f"{folder} holds no data file: expected {', '.join(READERS)} (each also "
+            ".gz)"
+        )
+    by_split: dict[str | None, list[pathlib.Path]] = {}
+    for file in files:
+        by_split.setdefault(_split_of(file.relative_to(folder)), []).append(file)
+    if set(by_split) == {None}:
+        return files
+    for alias in split_aliases(split):
+        if alias in by_split:
+            return by_split[alias]
+    if split in SPLITS["train"] and None in by_split:
+        return by_split[None]  # "data.jsonl" beside "eval.jsonl"
+    found = sorted(name for name in by_split if name)
+    raise ValueError(
+        f"{folder} has no split {split!r}, only {found}: name a folder or file "
+        f"{' or '.join(split_aliases(split))}, or point at one file"
+    )
+
+
+def _hidden(file: pathlib.Path) -> bool:
+    return any(part.startswith(".") for part in file.parts)
+
+
+def _split_of(file: pathlib.Path) -> str | None:
+    """Which split a file's first folder, or its own name, stands for."""
+    known = {alias for aliases in SPLITS.values() for alias in aliases}
+    first = file.parts[0].lower()
+    if len(file.parts) > 1 and first in known:
+        return first
+    stem = file.name.lower().split(".")[0]
+    words = stem.replace("_", "-").split("-")
+    # "train", "train-00000-of-00002", "my_data_validation"
+    return next((word for word in (words[0], words[-1]) if word in known), None)
+
+
+def _choose_split(
+    loaded: datasets.Dataset | datasets.DatasetDict, split: str, origin: str
+) -> datasets.Dataset:
+    if isinstance(loaded, datasets.Dataset):
+        return loaded
+    for alias in split_aliases(split):
+        if alias in loaded:
+            return loaded[alias]
+    raise ValueError(f"{origin} has no split {split!r}, only {sorted(loaded)}")
+
+
+def load_hub(hub_name: str, split: str, **options: Any) -> Any:
+    """A split of a data set on the hub, by `datasets.load_dataset` with `options`.
+
+    Raises:
+        ValueError: the hub does not give it, or has no such split.
+    """
+    try:
+        loaded = datasets.load_dataset(hub_name, **options)
+    except (OSError, datasets.exceptions.DatasetNotFoundError, ValueError) as error:
+        raise ValueError(
+            f"{hub_name!r} is no local file or folder, and the Hugging Face hub did "
+            f"not give it ({error}). Without network, give a local path: a jsonl, "
+            "json, parquet, csv, arrow or txt file, or a folder of them"
+        ) from error
+    return _choose_split(loaded, split, hub_name)
+
+
+def _rename(rows: datasets.Dataset, column_map: Mapping[str, str]) -> datasets.Dataset:
+    absent = sorted(set(column_map) - set(rows.column_names))
+    if absent:
+        raise ValueError(
+            f"column_map names {absent}, but the columns are {rows.column_names}"
+        )
+    # A column that stands where a renamed one goes would clash.
+    clash = [new for new in column_map.values() if new in rows.column_names]
+    clash = [column for column in clash if column not in column_map]
+    renamed = rows.remove_columns(clash).rename_columns(dict(column_map))
+    return same_files(renamed, rows)
+
+
+def split_aliases(split: str) -> tuple[str, ...]:
+    """Every name that a split goes by, the one asked for first."""
+    for aliases in SPLITS.values():
+        if split in aliases:
+            return (split, *(alias for alias in aliases if alias != split))
+    return (split,)
+
+
+def reader_of(file: pathlib.Path) -> str | None:
+    """What reads a file, told by its suffix; None for other files."""
+    name = file.name.lower().removesuffix(".gz")
+    return READERS.get(pathlib.PurePath(name).suffix)
+
+
+def looks_local(name: str) -> bool:
+    """Whether a name cannot be a hub repository (`name` or `owner/name`)."""
+    return (
+        name.startswith((".", "/", "~", "\\"))
+        or name.count("/") > 1
+        or reader_of(pathlib.Path(name)) is not None
+    )

@@ -1,0 +1,420 @@
+"""Batches of streamed rows, made ahead by a thread; their state is exact.
+
+The global batch is dealt out to shares, one a data-parallel device: each fills its own
+columns from its own part of the rows. A process holds neighbouring shares, so batches
+do not depend on the number of processes, nor on that of worker processes.
+"""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from jaxtrain.data.batches.dataset import PreparedDataset
+from jaxtrain.data.batches.pipeline import Arrays, check_identity
+from jaxtrain.data.prepare.prepare import check_options, detect_row_format
+from jaxtrain.data.rows.formats import RowFormat
+from jaxtrain.data.rows.tokenize import check_tokenizer
+from jaxtrain.data.stream.producer import Producer, WindowRunner, run_window
+from jaxtrain.data.stream.source import RawRow, Share, Source, State, head
+from jaxtrain.data.stream.windows import (
+    COUNTED,
+    BlockReader,
+    Key,
+    Lane,
+    Window,
+    WindowMaker,
+    WindowReader,
+)
+
+logger = logging.getLogger(__name__)
+
+_ROW_MULTIPLE = 64  # tokens; as `prepare`'s pad_to_multiple
+_DETECT_ROWS = 100  # among which the first good one tells the format
+_KEPT_STATES = 32  # of the last steps: more than are ever read ahead
+_SHOWN_BAD_ROWS = 5
+
+
+class BadRowsError(ValueError):
+    """Rows of a stream that cannot be used, by file, line and reason."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamRows:
+    """Raw rows that are read as a stream: sources and their weights."""
+
+    sources: tuple[Source, ...]
+    weights: tuple[float, ...] = (1.0,)
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamDataset:
+    """A stream that can be trained on: what its rows are, and how they are prepared.
+
+    `row_length`: tokens of every row (T), for lengths are not known in advance.
+    """
+
+    rows: StreamRows
+    makers: tuple[WindowMaker, ...]  # one a source
+    row_length: int
+    packed: bool
+    window_rows: int
+    shuffle_buffer_size: int
+    on_bad_row: str
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the files' names and sizes, the tokenizer and the options."""
+        described = [
+            [source.identity() for source in self.rows.sources],
+            self.rows.weights,
+            [[repr(m.row_format), sorted(m.options.items())] for m in self.makers],
+            _describe_tokenizer(self.makers[0].tokenizer),
+        ]
+        text = json.dumps(described, default=str)
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def prepare_stream(
+    rows: StreamRows,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    objective: str,
+    max_length: int,
+    packing: str | None = None,
+    kind: str = "auto",
+    text_column: str = "text",
+    on_bad_row: str = "error",
+    window_rows: int = 1000,
+    shuffle_buffer_size: int = 10_000,
+    **options: Any,
+) -> StreamDataset:
+    """Tell the rows' format by the first of them; read nothing else yet.
+
+    Args:
+        window_rows: raw rows that are tokenized and packed together.
+        shuffle_buffer_size: raw rows that are shuffled together, over all shares; at
+            least a window in each.
+        options: more of `prepare_as`.
+
+    Raises:
+        ValueError: the rows are of no known format, or not one for the objective.
+    """
+    check_options(
+        objective, max_length, options.get("max_prompt_length"), packing, "max_length"
+    )
+    check_tokenizer(tokenizer)
+    options |= {
+        "objective": objective, "max_length": max_length, "packing": packing,
+        "pad_to": "max_length", "pad_to_multiple": _ROW_MULTIPLE,
+        "batch_size": window_rows,
+    }  # fmt: skip
+    if objective == "preference" and packing is not None:
+        # Batches have one shape, so it is settled before the rows are known.
+        options["most_pairs"] = max(max_length // 16, 2)
+    makers = []
+    for source in rows.sources:
+        row_format = _detect(source, objective, kind, text_column)
+        logger.info("detected %s in %s", row_format.describe(), source.name)
+        makers.append(WindowMaker(tokenizer, row_format, options))
+    longest = max_length * (2 if options.get("share_prompts") else 1)
+    row_length = -(-longest // _ROW_MULTIPLE) * _ROW_MULTIPLE
+    return StreamDataset(
+        rows, tuple(makers), row_length, packing is not None, window_rows,
+        shuffle_buffer_size, on_bad_row,
+    )  # fmt: skip
+
+
+def _detect(source: Source, objective: str, kind: str, text_column: str) -> RowFormat:
+    try:
+        first = head(source, _DETECT_ROWS)
+        return detect_row_format(first, objective, kind, text_column)
+    except ValueError as error:
+        raise ValueError(f"{source.name}: {error}") from error
+
+
+class StreamIterator(Iterator[Arrays]):
+    """Batches of steps [step, num_steps) of a stream: dicts of arrays [A, B, T]."""
+
+    def __init__(
+        self,
+        dataset: StreamDataset,
+        *,
+        num_steps: int,
+        micro_batch_rows: int,
+        accumulation_steps: int = 1,
+        seed: int = 0,
+        shuffle: bool = True,
+        shares: int | None = None,
+        process_index: int = 0,
+        process_count: int = 1,
+        num_workers: int = 0,
+        prefetch: int = 2,
+    ) -> None:
+        """Take up the rows of this process; read nothing yet.
+
+        Args:
+            micro_batch_rows: rows of this process in a micro-batch (B).
+            shares: how many shares the rows are dealt out to, a multiple of the
+                processes that divides a micro-batch; one a process if None. Batches
+                depend on it, and not on the number of processes.
+            num_workers: processes that tokenize and pack; 0: a thread of this one.
+            prefetch: batches made ahead.
+
+        Raises:
+            ValueError: an argument is out of range.
+        """
+        shares = process_count if shares is None else shares
+        if shares % process_count or micro_batch_rows * process_count % shares:
+            raise ValueError(
+                f"shares={shares} must be a multiple of process_count={process_count} "
+                f"and divide a micro-batch of {micro_batch_rows * process_count} rows"
+            )
+        if num_workers < 0 or prefetch < 1 or not 0 <= seed < 2**32:
+            raise ValueError(
+                f"num_workers={num_workers} must be at least 0, prefetch={prefetch} at "
+                f"least 1 and seed={seed} in 0..2**32 - 1"
+            )
+        self.num_steps = num_steps
+        self.step = 0
+        self._dataset = dataset
+        self._seed, self._shuffle, self._shares = seed, shuffle, shares
+        self._accumulation = accumulation_steps
+        held = shares // process_count
+        self._held = range(process_index * held, (process_index + 1) * held)
+        self._rows_each = micro_batch_rows // held
+        self._num_workers, self._prefetch = num_workers, prefetch
+        self._identity = {
+            "seed": seed,
+            "shuffle": shuffle,
+            "shuffle_buffer_size": dataset.shuffle_buffer_size,
+            "stream_window_rows": dataset.window_rows,
+            "row_length": dataset.row_length,
+            "global_micro_batch_rows": micro_batch_rows * process_count,
+            "accumulation_steps": accumulation_steps,
+            "shares": shares,
+            "fingerprint": dataset.fingerprint,
+        }
+        self._lane_states: dict[str, State] = {}  # at _first_step
+        self._first_step = 0
+        self._states: dict[int, _Snapshot] = {}
+        self._producer: Producer | None = None
+        self._bad_rows = 0
+        self._next_report = 1
+        self._reported = 0
+
+    def __next__(self) -> Arrays:
+        if self.step >= self.num_steps:
+            raise StopIteration
+        if self._producer is None:
+            self._producer = Producer(
+                self._lanes, self._assemble, self.num_steps - self.step,
+                self._prefetch, self._num_workers, self._dataset.makers,
+            )  # fmt: skip
+        batch, snapshot = self._producer.get()
+        self.step += 1
+        self._states[self.step] = snapshot
+        self._states.pop(self.step - _KEPT_STATES, None)
+        if snapshot.counts["rows"] >= self._next_report:
+            self._report(snapshot)
+            self._next_report = 2 * snapshot.counts["rows"]
+        return batch
+
+    def __len__(self) -> int:
+        """Steps still to come."""
+        return max(self.num_steps - self.step, 0)
+
+    def get_state(self, step: int | None = None) -> State:
+        """The state behind a recent step, the last one given if None: JSON values.
+
+        It has the shares of this process; `join_states` adds those of the others.
+        """
+        step = self.step if step is None else step
+        if step in self._states:
+            lanes = self._states[step].lanes
+        elif step == self._first_step:
+            lanes = self._lane_states
+        else:
+            raise ValueError(f"the state behind step {step} is not kept any more")
+        return {"next_step": step, "lanes": lanes, **self._identity}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Continue at a saved state.
+
+        Raises:
+            ValueError: it was saved with other data, another order, or lacks a share
+                of this process.
+        """
+        own = ("next_step", "lanes")
+        check_identity({k: v for k, v in state.items() if k not in own}, self._identity)
+        lanes = state["lanes"]
+        missing = [index for index in self._held if str(index) not in lanes]
+        if missing and state["next_step"]:
+            raise ValueError(
+                f"cannot resume the data order: the state has no share {missing}; give "
+                "the states of all processes to join_states"
+            )
+        self._close_producer()
+        self._states.clear()
+        self._lane_states = {str(i): lanes[str(i)] for i in self._held} if lanes else {}
+        self.step = self._first_step = int(state["next_step"])
+
+    def epochs_done(self, step: int) -> float:
+        """Whole epochs done at a recent step by the share that has done the fewest."""
+        return float(self._states[step].epoch) if step in self._states else 0.0
+
+    def close(self) -> None:
+        """Stop the thread and the worker processes; say what became of the rows."""
+        if self.step in self._states:
+            self._report(self._states[self.step])
+        self._close_producer()
+
+    def _close_producer(self) -> None:
+        if self._producer is not None:
+            self._producer.close()
+            self._producer = None
+
+    # --- on the producer's thread -----------------------------------------------------
+
+    def _lanes(self, pool: concurrent.futures.Executor, workers: int) -> list[Lane]:
+        data = self._dataset
+        window, buffer = data.window_rows, data.shuffle_buffer_size
+        block = max(buffer // self._shares, window) if self._shuffle else window
+        run = run_window if workers else WindowRunner(data.makers)
+        readers = len(self._held) * len(data.makers)
+        lanes = []
+        for index in self._held:
+            parts = []
+            for part, source in enumerate(data.rows.sources):
+                seed = (self._seed + part) % 2**32 if self._shuffle else None
+                share = Share(index, self._shares, seed)
+
+                def submit(
+                    rows: list[RawRow], key: Key, share: Share, part: int = part
+                ) -> "concurrent.futures.Future[Window]":
+                    return pool.submit(run, part, rows, key, share)
+
+                parts.append(
+                    WindowReader(
+                        BlockReader(source, share, block),
+                        submit,
+                        window_rows=window,
+                        ahead=max(1, -(-2 * workers // readers)),
+                        on_bad_rows=self._take_bad_rows,
+                    )
+                )
+            lane = Lane(
+                parts, data.rows.weights, Share(index, self._shares), self._seed
+            )
+            if self._lane_states:
+                lane.set_state(self._lane_states[str(index)])
+            lanes.append(lane)
+        return lanes
+
+    def _assemble(self, lanes: Sequence[Lane]) -> "tuple[Arrays, _Snapshot]":
+        taken = [
+            lane.take()
+            for _ in range(self._accumulation)
+            for lane in lanes
+            for _ in range(self._rows_each)
+        ]
+        rows = len(taken) // self._accumulation
+        batch = _batch(taken, (self._accumulation, rows))
+        readers = [reader for lane in lanes for reader in lane.readers]
+        counts = {n: sum(reader.counts[n] for reader in readers) for n in COUNTED}
+        states = {
+            str(index): lane.get_state()
+            for index, lane in zip(self._held, lanes, strict=True)
+        }
+        return batch, _Snapshot(states, counts, min(lane.epoch for lane in lanes))
+
+    def _take_bad_rows(self, problems: Sequence[tuple[str, str]]) -> None:
+        if self._dataset.on_bad_row == "error":
+            first = "; ".join(f"{p}: {why}" for p, why in problems[:_SHOWN_BAD_ROWS])
+            more = "; ..." if len(problems) > _SHOWN_BAD_ROWS else ""
+            raise BadRowsError(
+                f"{len(problems)} rows cannot be used: {first}{more}. Fix these rows, "
+                "or set data.on_bad_row = 'skip'"
+            )
+        for place, reason in problems:
+            if self._bad_rows < _SHOWN_BAD_ROWS:
+                logger.warning("skipped: %s: %s", place, reason)
+            self._bad_rows += 1
+
+    def _report(self, snapshot: "_Snapshot") -> None:
+        counts = snapshot.counts
+        if counts["rows"] == self._reported:
+            return
+        self._reported = counts["rows"]
+        logger.info("stream so far: %s", describe_counts(counts))
+
+
+def describe_counts(counts: Mapping[str, int]) -> str:
+    """What became of a stream's rows, for the log."""
+    return (
+        f"{counts['rows']} rows ({counts['bad_rows']} bad, {counts['dropped']} dropped,"
+        f" {counts['truncated']} truncated) -> {counts['packed_rows']} rows of "
+        f"{counts['tokens']} tokens, {counts['trained_tokens']} trained; filled "
+        f"{counts['tokens'] / max(counts['slots'], 1):.1%}"
+    )
+
+
+def join_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One state of the states that all processes saved at one step.
+
+    Raises:
+        ValueError: they are of different steps or data.
+    """
+    joined = dict(states[0])
+    for state in states[1:]:
+        if "lanes" in joined:
+            joined["lanes"] = joined["lanes"] | state["lanes"]
+        own = {key: value for key, value in state.items() if key != "lanes"}
+        if own != {key: value for key, value in joined.items() if key != "lanes"}:
+            raise ValueError(
+                "the checkpoint holds different data positions of its processes: use "
+                "the restored weights and begin the data anew in a fresh workdir"
+            )
+    return joined
+
+
+@dataclasses.dataclass(frozen=True)
+class _Snapshot:
+    """Behind a batch: states by share, what became of the rows, epochs done."""
+
+    lanes: dict[str, State]
+    counts: dict[str, int]
+    epoch: int
+
+
+def _batch(
+    taken: Sequence[tuple[PreparedDataset, int]], shape: tuple[int, int]
+) -> Arrays:
+    """Rows of several windows as arrays [*shape, ...]."""
+    pieces: list[tuple[PreparedDataset, list[int]]] = []
+    for data, row in taken:
+        if not pieces or pieces[-1][0] is not data:
+            pieces.append((data, []))
+        pieces[-1][1].append(row)
+    made = [data.batch(np.asarray(rows)) for data, rows in pieces]
+
+    def join(parts: Sequence[Any]) -> Any:
+        if isinstance(parts[0], Mapping):
+            return {name: join([p[name] for p in parts]) for name in parts[0]}
+        array = np.concatenate(parts)
+        return array.reshape(*shape, *array.shape[1:])
+
+    joined: Arrays = join(made)
+    return joined
+
+
+def _describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = backend.to_str() if backend is not None else tokenizer.name_or_path
+    return [str(vocabulary), str(tokenizer.chat_template)]

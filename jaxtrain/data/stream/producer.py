@@ -1,0 +1,114 @@
+"""What makes streamed batches ahead: a thread, and workers that tokenize for it."""
+
+import concurrent.futures
+import multiprocessing
+import multiprocessing.connection
+import os
+import queue
+import signal
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from jaxtrain.data.stream.source import RawRow, Share
+from jaxtrain.data.stream.windows import Key, Window, WindowMaker
+
+
+class Producer:
+    """Makes batches on a thread, a few ahead."""
+
+    def __init__(
+        self,
+        make_lanes: Any,
+        assemble: Any,
+        count: int,
+        prefetch: int,
+        workers: int,
+        makers: tuple[WindowMaker, ...],
+    ) -> None:
+        self._made: queue.Queue[Any] = queue.Queue(prefetch)
+        self._stop = threading.Event()
+        self._pool: concurrent.futures.Executor
+        if workers:
+            self._pool = concurrent.futures.ProcessPoolExecutor(
+                workers,
+                # Forking a process that has threads, as jax does, may hang it.
+                mp_context=multiprocessing.get_context("spawn"),
+                initializer=_start_worker,
+                initargs=(makers,),
+            )
+        else:
+            self._pool = concurrent.futures.ThreadPoolExecutor(1, "jaxtrain-tokenize")
+
+        def produce() -> None:
+            try:
+                lanes = make_lanes(self._pool, workers)
+                for _ in range(count):
+                    if not self._put(assemble(lanes)):
+                        return
+            except BaseException as error:
+                self._put(error)
+
+        self._thread = threading.Thread(
+            target=produce, name="jaxtrain-stream", daemon=True
+        )
+        self._thread.start()
+
+    def get(self) -> Any:
+        """The next batch; raises what went wrong in making it."""
+        made = self._made.get()
+        if isinstance(made, BaseException):
+            self._made.put(made)  # for whoever asks again
+            raise made
+        return made
+
+    def _put(self, made: Any) -> bool:
+        while not self._stop.is_set():
+            try:
+                self._made.put(made, timeout=0.1)
+            except queue.Full:
+                continue
+            return True
+        return False
+
+    def close(self) -> None:
+        """Stop the thread and the pool; what is being made is lost."""
+        self._stop.set()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._thread.join()
+
+
+class WindowRunner:
+    """Makes windows of any source."""
+
+    def __init__(self, makers: Sequence[WindowMaker]) -> None:
+        self._makers = makers
+
+    def __call__(
+        self, part: int, rows: Sequence[RawRow], key: Key, share: Share
+    ) -> Window:
+        return self._makers[part](rows, key, share)
+
+
+_RUNNER: list[WindowRunner] = []  # a worker process's own
+
+
+def _start_worker(makers: Sequence[WindowMaker]) -> None:
+    """Take the tokenizer; leave signals to the parent, and end when it ends."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        sentinel = parent.sentinel
+
+        def follow() -> None:
+            multiprocessing.connection.wait([sentinel])
+            os._exit(1)
+
+        threading.Thread(target=follow, daemon=True).start()
+    _RUNNER[:] = [WindowRunner(makers)]
+
+
+def run_window(part: int, rows: Sequence[RawRow], key: Key, share: Share) -> Window:
+    """A window of a source, made in a worker process."""
+    return _RUNNER[0](part, rows, key, share)

@@ -1,0 +1,316 @@
+"""A stream of rows to prepared rows: shuffled in blocks, packed in windows, mixed.
+
+One share reads a block of raw rows, shuffles it, and cuts it into windows, which are
+tokenized and packed each by itself, here or in worker processes: a window depends on
+its rows and its number alone. So the state of a share is where its block starts, the
+window in it and the row in that, a few integers whatever the buffer's size. To restore
+it, one block is read and one window is prepared again.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from jaxtrain.data.batches.dataset import PreparedDataset
+from jaxtrain.data.prepare.prepare import prepare_as
+from jaxtrain.data.rows.formats import RowFormat, RowProblems
+from jaxtrain.data.stream.source import RawRow, Share, Source, State, random_order
+
+Key = tuple[int, int, int]  # epoch, block in it, window in that
+Submit = Callable[[list[RawRow], Key, Share], "concurrent.futures.Future[Window]"]
+
+COUNTED = (
+    "rows", "bad_rows", "dropped", "truncated", "packed_rows", "tokens",
+    "trained_tokens", "slots",
+)  # fmt: skip
+_GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio, for evenly spread draws
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """Some rows, prepared: which of them to take, in order, and what became of all.
+
+    `problems` are (place, reason) of bad rows; `counts` has the names in `COUNTED`.
+    """
+
+    data: PreparedDataset | None
+    order: np.ndarray
+    problems: tuple[tuple[str, str], ...]
+    counts: Mapping[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class WindowMaker:
+    """Raw rows to a `Window`. It is sent to worker processes once."""
+
+    tokenizer: PreTrainedTokenizerBase
+    row_format: RowFormat
+    options: Mapping[str, Any]  # of `prepare_as`
+
+    def __call__(self, rows: Sequence[RawRow], key: Key, share: Share) -> Window:
+        """Check, tokenize and pack the rows; a pure function of its arguments."""
+        problems = RowProblems("skip", shown=len(rows))
+        counts = {"dropped": 0, "truncated": 0}
+        data = prepare_as(
+            self.row_format, [row.row for row in rows], self.tokenizer, problems,
+            counts, **self.options,
+        )  # fmt: skip
+        found = [(rows[number].place, reason) for number, reason in problems.first]
+        order = np.arange(0 if data is None else len(data))
+        if data is not None and data.packed and share.seed is not None:
+            order = random_order(len(data), share.seed, share.index, *key)
+        elif data is not None and data.packed:
+            order = _stream_order(data)
+        return Window(data, order, tuple(found), _count(data, len(rows), found, counts))
+
+
+def _stream_order(data: PreparedDataset) -> np.ndarray:
+    """Packed rows by their earliest document; packing puts the longest first."""
+    store = next(iter(data.stores.values()))
+    first = np.minimum.reduceat(store.row_documents, store.row_offsets[:-1])
+    return np.argsort(first, kind="stable")
+
+
+def _count(
+    data: PreparedDataset | None, rows: int, bad: Sequence[Any], counts: dict[str, int]
+) -> dict[str, int]:
+    of_data = {name: 0 for name in COUNTED}
+    if data is not None:
+        stats = data.stats
+        of_data |= {
+            "packed_rows": stats.packed_rows,
+            "tokens": stats.tokens,
+            "trained_tokens": stats.trained_tokens,
+            "slots": round(stats.tokens / stats.packing_efficiency),
+        }
+    return of_data | counts | {"rows": rows, "bad_rows": len(bad)}
+
+
+class BlockReader:
+    """Blocks of a source's raw rows, epoch after epoch, in the order of training."""
+
+    def __init__(self, source: Source, share: Share, block_rows: int) -> None:
+        self.source = source
+        self.share = share
+        self.epoch = self.block = 0
+        self._block_rows = block_rows
+        self._at: State | None = None
+        self._cursor: Any = None
+
+    def get_state(self) -> State:
+        """Where the next block starts."""
+        return {"epoch": self.epoch, "block": self.block, "at": self._at}
+
+    def set_state(self, state: State) -> None:
+        """Go to where a block starts."""
+        self.epoch, self.block = int(state["epoch"]), int(state["block"])
+        self._at, self._cursor = state["at"], None
+
+    def __next__(self) -> list[RawRow]:
+        """The next block, which is never empty; `epoch` and `block` are its own.
+
+        Raises:
+            ValueError: an epoch has no row for this share.
+        """
+        for _ in range(2):
+            if self._cursor is None:
+                self._cursor = self.source.open(self.share, self.epoch, self._at)
+            rows = self._read()
+            if rows:
+                self._at = self._cursor.get_state()
+                self.block += 1
+                return rows
+            self.epoch, self.block = self.epoch + 1, 0
+            self._at = self._cursor = None
+        raise ValueError(
+            f"{self.source.name}: an epoch holds no row for share {self.share.index} of"
+            f" {self.share.count} (one a device of mesh.data and mesh.fsdp): give more "
+            "rows, or set data.streaming = false"
+        )
+
+    def _read(self) -> list[RawRow]:
+        seed, size = self.share.seed, self._block_rows
+        key = (seed or 0, self.share.index, self.epoch, self.block)
+        if seed is not None and self.epoch and not self.block and size > 1:
+            # Blocks of each epoch start elsewhere, so that other rows meet.
+            random = np.random.Philox(np.random.SeedSequence([*key, 1]))
+            size -= int(random.random_raw() % (size // 2))
+        rows = []
+        for row in self._cursor:
+            rows.append(row)
+            if len(rows) == size:
+                break
+        if seed is None:
+            return rows
+        return [rows[index] for index in random_order(len(rows), *key)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pending:
+    """A window that is being made: where its block starts, its number there."""
+
+    blocks: State
+    window: int
+    epoch: int
+    made: "concurrent.futures.Future[Window]"
+
+
+class WindowReader:
+    """Prepared rows of one source in one share."""
+
+    def __init__(
+        self,
+        blocks: BlockReader,
+        submit: Submit,
+        *,
+        window_rows: int,
+        ahead: int,
+        on_bad_rows: Callable[[Sequence[tuple[str, str]]], None],
+    ) -> None:
+        """Windows of at most `window_rows` raw rows, `ahead` of them made in advance.
+
+        `on_bad_rows` is told of every window's bad rows as the window is opened.
+        """
+        self._blocks = blocks
+        self._submit = submit
+        self._window_rows = window_rows
+        self._ahead = ahead
+        self._on_bad_rows = on_bad_rows
+        self._pending: collections.deque[_Pending] = collections.deque()
+        self._windows: list[list[RawRow]] = []  # of the block that was read last
+        self._next_window = 0
+        self._block_state: State = blocks.get_state()
+        self._current: _Pending | None = None
+        self._window: Window | None = None
+        self._row = 0
+        self._start: State = self._state(self._block_state, 0)
+        self.counts = dict.fromkeys(COUNTED, 0)  # the current window's too
+        self._counts_before = dict(self.counts)
+
+    @property
+    def epoch(self) -> int:
+        """Epochs that are done."""
+        if self._current is None:
+            return int(self._start["blocks"]["epoch"])
+        return self._current.epoch
+
+    def take(self) -> tuple[PreparedDataset, int]:
+        """The next row: a data set and the row's number in it.
+
+        Raises:
+            ValueError: a bad row that `on_bad_rows` refuses, or nothing to train on.
+        """
+        barren_since: int | None = None
+        while self._window is None or self._row >= len(self._window.order):
+            if self._window is not None and not len(self._window.order):
+                barren_since = self.epoch if barren_since is None else barren_since
+                if self.epoch > barren_since + 1:
+                    raise ValueError(
+                        f"nothing to train on: a whole epoch of "
+                        f"{self._blocks.source.name} has no usable row "
+                        f"({self.counts['bad_rows']} bad, {self.counts['dropped']} with"
+                        " no trained token within max_length)"
+                    )
+            self._open_next()
+        assert self._window.data is not None
+        row = int(self._window.order[self._row])
+        self._row += 1
+        return self._window.data, row
+
+    def get_state(self) -> State:
+        """JSON values, from which `set_state` goes on with the same next row."""
+        if self._current is None:
+            return self._start
+        state = self._state(self._current.blocks, self._current.window)
+        return state | {"row": self._row, "counts": dict(self._counts_before)}
+
+    def set_state(self, state: State) -> None:
+        """Go on at a saved state."""
+        self._pending.clear()
+        self._blocks.set_state(state["blocks"])
+        self._windows, self._next_window = [], int(state["window"])
+        self._current = self._window = None
+        self._start = state
+        self.counts = dict(state["counts"])
+        self._row = 0
+        if state["row"]:
+            self._open_next(quietly=True)  # its bad rows were reported
+            self._row = int(state["row"])
+
+    @staticmethod
+    def _state(blocks: State, window: int) -> State:
+        zeros = dict.fromkeys(COUNTED, 0)
+        return {"blocks": blocks, "window": window, "row": 0, "counts": zeros}
+
+    def _open_next(self, *, quietly: bool = False) -> None:
+        while len(self._pending) <= self._ahead:
+            self._pending.append(self._make_next())
+        self._current = self._pending.popleft()
+        window = self._window = self._current.made.result()
+        self._row = 0
+        self._counts_before = dict(self.counts)
+        self.counts = {n: self.counts[n] + window.counts[n] for n in COUNTED}
+        if window.problems and not quietly:
+            self._on_bad_rows(window.problems)
+
+    def _make_next(self) -> _Pending:
+        if not self._windows:
+            self._block_state = self._blocks.get_state()
+            rows = next(self._blocks)
+            count = -(-len(rows) // self._window_rows)
+            parts = np.array_split(np.arange(len(rows)), count)
+            self._windows = [[rows[i] for i in part] for part in parts]
+        epoch, number = self._blocks.epoch, self._next_window
+        key = (epoch, self._blocks.block - 1, number)
+        rows = self._windows[number]
+        made = self._submit(rows, key, self._blocks.share)
+        pending = _Pending(self._block_state, number, epoch, made)
+        self._next_window += 1
+        if self._next_window == len(self._windows):
+            self._windows, self._next_window = [], 0
+        return pending
+
+
+class Lane:
+    """The rows of one share: of one source, or of several by their weights."""
+
+    def __init__(
+        self,
+        readers: Sequence[WindowReader],
+        weights: Sequence[float],
+        share: Share,
+        seed: int,
+    ) -> None:
+        self.readers = readers
+        self._shares = np.cumsum(weights) / np.sum(weights)
+        random = np.random.SeedSequence([seed, share.index])
+        self._phase = int(random.generate_state(1, np.uint64)[0])
+        self._drawn = 0
+
+    def take(self) -> tuple[PreparedDataset, int]:
+        """The next row. Draws are spread evenly: any run of them has the shares."""
+        point = (self._phase + self._drawn * _GOLDEN) % 2**64 / 2**64
+        part = int(np.searchsorted(self._shares, point, side="right"))
+        self._drawn += 1
+        return self.readers[min(part, len(self.readers) - 1)].take()
+
+    @property
+    def epoch(self) -> int:
+        """Epochs done, of the source that has done the fewest."""
+        return min(reader.epoch for reader in self.readers)
+
+    def get_state(self) -> State:
+        """JSON values."""
+        states = [reader.get_state() for reader in self.readers]
+        return {"drawn": self._drawn, "readers": states}
+
+    def set_state(self, state: State) -> None:
+        """Go on at a saved state."""
+        self._drawn = int(state["drawn"])
+        for reader, saved in zip(self.readers, state["readers"], strict=True):
+            reader.set_state(saved)

@@ -1,0 +1,406 @@
+"""`JaxtrainLM`: what the lm-evaluation-harness asks of a model, by a `LoadedModel`.
+
+What is read, cut and scored is what the harness's own `hf` model reads, cuts and
+scores, token for token. `jaxtrain.lm_eval` is the command.
+"""
+
+import dataclasses
+import functools
+import json
+import logging
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtrain import assets
+from jaxtrain.config import default_config
+from jaxtrain.evaluation.generate import Generator, generate_tokens, make_generate
+from jaxtrain.model_manager import LoadedModel, ModelManager
+from jaxtrain.models import hf
+from jaxtrain.types import Batch, Params
+
+try:
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+except ImportError as error:
+    raise ImportError(
+        "jaxtrain.lm_eval needs the lm-evaluation-harness: pip install"
+        " 'jaxtrain[lm-eval]'"
+    ) from error
+
+logger = logging.getLogger(__name__)
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+_SHORTEST_ROW = 16
+_DEFAULT_NEW_TOKENS = 256  # the harness's
+# Names by which task files ask for a number of tokens; the first given counts.
+_TOKEN_LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens")
+# Generation settings that change nothing at these values; at others they are refused.
+_NEUTRAL = {"num_beams": 1, "repetition_penalty": 1.0, "num_return_sequences": 1}
+
+
+def load(
+    model: str = "",
+    *,
+    dtype: str = "auto",
+    revision: str | None = None,
+    fsdp: int = 1,
+    tensor: int = 1,
+) -> LoadedModel:
+    """A model over all devices: rows over `mesh.data`, weights as told.
+
+    Args:
+        model: a local Hugging Face directory or a hub name; "": the embedded model.
+        dtype: of the computation: float32, bfloat16, float16, or auto, which is the
+            type that config.json says the weights are kept in.
+        fsdp: devices that share the weights and split the rows among them.
+        tensor: devices that split heads, MLP and vocabulary.
+
+    Raises:
+        ValueError: there is no such model, or it can't be laid out so.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r}: use one of {', '.join(DTYPES)}")
+    if model:
+        directory = pathlib.Path(hf.resolve_model_path(model, revision=revision))
+    else:
+        directory = assets.asset_path(assets.MODEL)
+    limit = hf.load_config(directory).max_position_embeddings
+    if dtype == "auto":
+        dtype = _stored_dtype(directory)
+    config = default_config()
+    config.model.name_or_path = str(directory)
+    config.model.param_dtype = "bfloat16" if dtype == "bfloat16" else "float32"
+    config.training.bf16, config.training.fp16 = dtype == "bfloat16", dtype == "float16"
+    config.mesh.fsdp, config.mesh.tensor = fsdp, tensor
+    config.data.max_length = limit
+    return ModelManager(config).load_model()
+
+
+def _stored_dtype(directory: pathlib.Path) -> str:
+    """config.json's, as float32 where it says none or another."""
+    settings = json.loads((directory / "config.json").read_text("utf-8"))
+    named = settings.get("dtype") or settings.get("torch_dtype")
+    return named if named in DTYPES else "float32"
+
+
+@register_model("jaxtrain")
+class JaxtrainLM(TemplateLM):
+    """What the harness asks of a model, by a `LoadedModel`.
+
+    Each process of a run calls it with the same requests and gets all the answers.
+    """
+
+    def __init__(
+        self,
+        model: str | LoadedModel = "",
+        *,
+        batch_size: int | str = 8,
+        max_length: int | None = None,
+        max_gen_toks: int = _DEFAULT_NEW_TOKENS,
+        seed: int = 0,
+        **loading: Any,
+    ) -> None:
+        """Load `model` with `load`'s options, or take one that is loaded.
+
+        Args:
+            batch_size: rows at once, over all devices; rounded up to a multiple of
+                those that rows are split over.
+            max_length: tokens of context and continuation; by default the model's.
+            max_gen_toks: new tokens where a task says no number.
+            seed: of tasks that sample.
+
+        Raises:
+            ValueError: see `load`; or batch_size is no number.
+        """
+        super().__init__()
+        for ignored in ("device", "max_batch_size"):  # the harness's, for torch
+            loading.pop(ignored, None)
+        name = loading.pop("pretrained", model)  # hf's name of it
+        self.model = load(name, **loading) if isinstance(name, str) else name
+        self.tokenizer = self.model.tokenizer
+        if not str(batch_size).isdigit() or not int(batch_size):
+            raise ValueError(f"batch_size={batch_size!r}: give a number of rows")
+        shards = self.model.plan.batch_shards
+        self.batch_size = -(-int(batch_size) // shards) * shards
+        limit = self.model.config.max_position_embeddings
+        self.max_length = max_length or limit
+        if self.max_length > limit:
+            raise ValueError(
+                f"max_length={max_length} exceeds the model's"
+                f" max_position_embeddings = {limit}: lower it"
+            )
+        self.max_gen_toks = max_gen_toks
+        self._key = jax.random.key(seed)
+        self._generators: dict[Any, Generator] = {}
+
+    # --- text and tokens --------------------------------------------------------------
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends a text."""
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What an empty context is: the first token, or else the last."""
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else bos
+
+    @property
+    def tokenizer_name(self) -> str:
+        """For the harness's caches."""
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_: Any
+    ) -> list[int]:
+        """Tokens, with those that begin a text unless it has its first one already."""
+        if add_special_tokens is None:
+            first = self.tokenizer.decode([self.prefix_token_id])
+            add_special_tokens = not string.startswith(first)
+        encoded = self.tokenizer(string, add_special_tokens=add_special_tokens)
+        return list(encoded["input_ids"])
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """The conversation as the model's chat template writes it."""
+        return self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What the harness notes beside its results."""
+        return {
+            "model_num_parameters": self.model.config.num_params(),
+            "model_dtype": self.model.decoder.compute_dtype,
+        }
+
+    # --- likelihood -------------------------------------------------------------------
+
+    def _loglikelihood_tokens(
+        self,
+        requests: Sequence[tuple[tuple[str, str] | None, list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **_: Any,
+    ) -> list[tuple[float, bool]]:
+        """(log-probability in nats, is it the greedy choice) of each continuation.
+
+        A request is its texts, the context's tokens and the continuation's. The
+        beginning of what exceeds `max_length` is cut off.
+        """
+        rows = [
+            _Row(context, answer, self.max_length) for _, context, answer in requests
+        ]
+        # The longest first: memory that does not suffice shows at once.
+        order = sorted(range(len(rows)), key=lambda i: -len(rows[i].tokens))
+        params = self.model.on_device(self.model.params)
+        results: list[tuple[float, bool]] = [(0.0, True)] * len(rows)
+        for start in range(0, len(order), self.batch_size):
+            members = order[start : start + self.batch_size]
+            batch = _make_batch([rows[i] for i in members], self.batch_size)
+            logps, greedy = jax.device_get(self._score(params, self._place(batch)))
+            for index, logp, is_greedy in zip(members, logps, greedy, strict=False):
+                results[index] = (float(logp), bool(is_greedy))
+                texts = requests[index][0]
+                if texts is not None:
+                    self.cache_hook.add_partial("loglikelihood", texts, results[index])
+        return results
+
+    def loglikelihood_rolling(
+        self, requests: Sequence[Any], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Log-probability (nats) of whole texts, in windows of `max_length` tokens."""
+        windows: list[tuple[None, list[int], list[int]]] = []
+        counts = []
+        for (text,) in (request.args for request in requests):
+            parts = get_rolling_token_windows(
+                token_list=self.tok_encode(text),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            mine = [(None, *make_disjoint_window(part)) for part in parts]
+            windows += mine
+            counts.append(len(mine))
+        scores = iter(self._loglikelihood_tokens(windows))
+        totals = [sum(next(scores)[0] for _ in range(count)) for count in counts]
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    @functools.cached_property
+    def _score(self) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
+        decoder = dataclasses.replace(self.model.decoder, packed=False)
+
+        def score(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+            outputs = decoder.token_log_probs(params, batch)
+            scored = batch.loss_mask > 0
+            logps = jnp.where(scored, outputs.logps, 0).sum(axis=1)
+            return logps, jnp.where(scored, outputs.correct > 0, True).all(axis=1)
+
+        plan = self.model.plan
+        return plan.jit(score, out_shardings=plan.replicated)
+
+    def _place(self, batch: Batch) -> Batch:
+        """Rows over the devices; every process holds all rows and gives its own."""
+        layout = self.model.plan.batch()
+        return jax.tree.map(
+            lambda rows: jax.make_array_from_callback(
+                rows.shape, layout, rows.__getitem__
+            ),
+            batch,
+        )
+
+    # --- generation -------------------------------------------------------------------
+
+    def generate_until(
+        self, requests: Sequence[Any], disable_tqdm: bool = False
+    ) -> list[str]:
+        """Continue each context up to its first stop text, which is left out."""
+        texts = [""] * len(requests)
+        groups: dict[str, list[int]] = {}
+        for index, request in enumerate(requests):
+            same = json.dumps(request.args[1], sort_keys=True)
+            groups.setdefault(same, []).append(index)
+        params = self.model.on_device(self.model.params)
+        for members in groups.values():
+            arguments = requests[members[0]].args[1]
+            settings, stops = self._read_settings(arguments)
+            room = self.max_length - settings["max_new_tokens"]
+            if room < 1:
+                raise ValueError(
+                    f"max_gen_toks={settings['max_new_tokens']} leaves no room for a"
+                    f" context in max_length={self.max_length}: lower it"
+                )
+            contexts = [self.tok_encode(requests[i].args[0])[-room:] for i in members]
+            rows = generate_tokens(
+                self._generator(settings, stops),
+                params,
+                [context or [self.prefix_token_id] for context in contexts],
+                key=self._key,
+                batch_size=self.batch_size,
+            )
+            for index, row in zip(members, rows, strict=True):
+                texts[index] = self._cut(row, stops)
+                self.cache_hook.add_partial(
+                    "generate_until", requests[index].args, texts[index]
+                )
+        return texts
+
+    def _read_settings(
+        self, arguments: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], tuple[str, ...]]:
+        """The generator's settings and the stop texts of a task's `generation_kwargs`.
+
+        Raises:
+            ValueError: a setting that we do not have.
+        """
+        rest = dict(arguments)
+        until = rest.pop("until", None) or []
+        stops = [until] if isinstance(until, str) else list(until)
+        limits = [rest.pop(name, None) for name in _TOKEN_LIMITS]
+        limits = [limit for limit in limits if limit is not None]
+        temperature = float(rest.pop("temperature", 0.0) or 0.0)
+        do_sample = rest.pop("do_sample", temperature > 0)
+        if do_sample and not temperature:
+            raise ValueError(
+                "generation_kwargs: do_sample=True with temperature=0 samples nothing;"
+                " give a temperature above 0, or do_sample: false"
+            )
+        settings = {
+            "max_new_tokens": int(limits[0]) if limits else self.max_gen_toks,
+            "temperature": temperature if do_sample else 0.0,
+            "top_k": int(rest.pop("top_k", 0) or 0) if do_sample else 0,
+            "top_p": float(rest.pop("top_p", 1.0) or 1.0) if do_sample else 1.0,
+        }
+        if not do_sample:
+            rest.pop("top_k", None)
+            rest.pop("top_p", None)
+        unknown = {k: v for k, v in rest.items() if _NEUTRAL.get(k) != v}
+        if unknown:
+            raise ValueError(
+                f"generation_kwargs: {unknown} is not supported; these are: until,"
+                f" {', '.join(_TOKEN_LIMITS)}, do_sample, temperature, top_k, top_p"
+            )
+        end = self.tokenizer.decode([self.eot_token_id], skip_special_tokens=False)
+        return settings, tuple(dict.fromkeys([*filter(None, stops), end]))
+
+    def _generator(
+        self, settings: Mapping[str, Any], stops: Sequence[str]
+    ) -> Generator:
+        """A generator for which a token with a stop text in it ends a row too."""
+        key = (*settings.values(), *stops)
+        if key not in self._generators:
+            generator = make_generate(
+                self.model.decoder,
+                eos_ids=sorted({*self.model.eos_ids, *self._tokens_with(stops)}),
+                pad_id=self.tokenizer.pad_token_id,
+                **settings,
+            )
+            self._generators[key] = generator
+        return self._generators[key]
+
+    def _tokens_with(self, stops: Sequence[str]) -> set[int]:
+        return {
+            token
+            for token, text in enumerate(self._texts_of_tokens)
+            if any(stop in text for stop in stops)
+        }
+
+    @functools.cached_property
+    def _texts_of_tokens(self) -> list[str]:
+        ids = [[token] for token in range(len(self.tokenizer))]
+        return self.tokenizer.batch_decode(ids, clean_up_tokenization_spaces=False)
+
+    def _cut(self, row: np.ndarray, stops: Sequence[str]) -> str:
+        ends = np.flatnonzero(np.isin(row, list(self.model.eos_ids)))
+        ids = row[: ends[0]] if ends.size else row
+        text = self.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
+        for stop in stops:
+            text = text.split(stop)[0]
+        return text
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    """A context and its continuation, of which the last `limit` + 1 tokens are kept."""
+
+    context: Sequence[int]
+    continuation: Sequence[int]
+    limit: int
+
+    @property
+    def tokens(self) -> list[int]:
+        return [*self.context, *self.continuation][-self.limit - 1 :]
+
+    @property
+    def scored(self) -> int:
+        return len(self.continuation)
+
+
+def _make_batch(rows: Sequence[_Row], batch_size: int) -> Batch:
+    """One padded batch [batch_size T], T a power of two; only continuations count."""
+    longest = max(len(row.tokens) for row in rows) - 1
+    shape = (batch_size, max(1 << (longest - 1).bit_length(), _SHORTEST_ROW))
+    names = ("tokens", "targets", "segment_ids", "positions")
+    arrays = {name: np.zeros(shape, np.int32) for name in names}
+    arrays["loss_mask"] = np.zeros(shape, np.float32)
+    for b, row in enumerate(rows):
+        tokens = row.tokens
+        length = len(tokens) - 1
+        arrays["tokens"][b, :length] = tokens[:-1]
+        arrays["targets"][b, :length] = tokens[1:]
+        arrays["segment_ids"][b, :length] = 1
+        arrays["positions"][b, :length] = np.arange(length)
+        arrays["loss_mask"][b, length - row.scored : length] = 1
+    return Batch(**arrays)  # type: ignore[arg-type]

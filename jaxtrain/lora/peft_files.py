@@ -1,0 +1,342 @@
+"""LoRA adapters in PEFT's files: adapter_config.json and adapter_model.safetensors.
+
+PEFT holds one [out in] matrix a layer and module, under the torch model's names; here
+layers are stacked and matrices are [in out].
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors
+import safetensors.numpy
+from jax.experimental import multihost_utils
+
+from jaxtrain.lora.peft_tensors import (
+    PREFIX,
+    TRANSPOSED,
+    WEIGHTS_FILE,
+    fit_to_base,
+    read_stacks,
+)
+from jaxtrain.lora.targets import (
+    ADAPTER_LEAVES,
+    EMBEDDING,
+    LoraConfig,
+    full_names,
+    is_tied,
+    is_within,
+    resolve_modules_to_save,
+    resolve_ranks,
+)
+from jaxtrain.tree import flatten, nest
+from jaxtrain.types import Params
+
+CONFIG_FILE = "adapter_config.json"
+_TORCH_LEAVES = {
+    "lora_a": "lora_A.weight",
+    "lora_b": "lora_B.weight",
+    "lora_magnitude": "lora_magnitude_vector",
+    "bias": "bias",
+    "kernel": "weight",
+    "weight": "weight",  # a router's
+    "embedding": "weight",
+    "scale": "weight",
+}
+# Beside the embedding, PEFT's adapter has other names and is no module of its own.
+_EMBEDDING_LEAVES = {"lora_a": "lora_embedding_A", "lora_b": "lora_embedding_B"}
+
+
+def save_adapter(
+    path: str | pathlib.Path,
+    trainable: Params,
+    lora: LoraConfig,
+    base_model_name: str | None,
+    *,
+    tied_embeddings: bool,
+    initial: Params | None = None,
+) -> None:
+    """Write what trains in PEFT's format, for `peft.PeftModel.from_pretrained`.
+
+    Where the base was changed at the start (`lora.changes_base`), what is written fits
+    the original one: W - s A0 B0 + s A B = W + s [A A0] [B; -B0], of twice the rank.
+
+    Every process must call this where arrays are spread over processes; the first
+    writes.
+
+    Args:
+        path: directory, made if absent.
+        base_model_name: path or hub name that PEFT shall find the base under.
+        tied_embeddings: whether the head is the embedding; PEFT is then told so.
+        initial: the first adapters, needed where `lora.changes_base`.
+    """
+    if lora.changes_base:
+        if initial is None:
+            raise ValueError(
+                f"lora.init_lora_weights = {lora.init_lora_weights!r} changed the base:"
+                " pass the first adapters as `initial`"
+            )
+        trainable, lora = _as_plain(trainable, initial, lora)
+    flat = {key: _to_host(leaf) for key, leaf in flatten(trainable).items()}
+    targets = {key[:-1] for key in flat if key[-1] == "lora_a"}
+    tensors: dict[str, np.ndarray] = {}
+    for key, value in flat.items():
+        leaf = _TORCH_LEAVES[key[-1]]
+        if key[:-1] == EMBEDDING:
+            leaf = _EMBEDDING_LEAVES.get(key[-1], leaf)
+        if key[-1] == "bias" and key[:-1] in targets:
+            leaf = "base_layer.bias"
+        if key[-1] in TRANSPOSED:
+            value = value.swapaxes(-1, -2)
+        names = full_names(key[:-1], value.shape[0])
+        layers = value if key[0] == "layers" else [value]
+        for name, array in zip(names, layers, strict=True):
+            tensors[f"{PREFIX}{name}.{leaf}"] = np.ascontiguousarray(array)
+    tied_adapters = tied_embeddings and lora.ensure_weight_tying
+    if tied_adapters and (*EMBEDDING, "lora_a") in flat:
+        for head, below in (
+            ("lora_A", "lora_embedding_B"),
+            ("lora_B", "lora_embedding_A"),
+        ):
+            values = tensors[f"{PREFIX}model.embed_tokens.{below}"]
+            tensors[f"{PREFIX}lm_head.{head}.weight"] = np.ascontiguousarray(values.T)
+    ties = tied_embeddings and ("embed_tokens", "embedding") in flat
+    if ties:
+        table = tensors[f"{PREFIX}model.embed_tokens.weight"]
+        tensors[f"{PREFIX}lm_head.weight"] = table.copy()
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model_name,
+        "r": lora.r,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        # A module's last name is unique in these decoders.
+        "target_modules": sorted(target[-1] for target in targets),
+        "bias": lora.bias,
+        "use_rslora": lora.use_rslora,
+        "use_dora": lora.use_dora,
+        "rank_pattern": dict(lora.rank_pattern),
+        "alpha_pattern": dict(lora.alpha_pattern),
+        "modules_to_save": list(lora.modules_to_save) or None,
+        "inference_mode": True,
+    } | ({"ensure_weight_tying": True} if ties or tied_adapters else {})
+    if jax.process_index() == 0:
+        path = pathlib.Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        # Readers of safetensors files expect to be told that they are PyTorch's.
+        safetensors.numpy.save_file(tensors, path / WEIGHTS_FILE, {"format": "pt"})
+        text = json.dumps(config, indent=2)
+        (path / CONFIG_FILE).write_text(text + "\n")
+
+
+def _as_plain(
+    trainable: Params, initial: Params, lora: LoraConfig
+) -> tuple[Params, LoraConfig]:
+    """The same adapters beside the base as it was before they changed it."""
+    first = flatten(initial)
+    joined = flatten(trainable)
+    for path, leaf in joined.items():
+        if path[-1] == "lora_a":
+            joined[path] = np.concatenate([_to_host(leaf), _to_host(first[path])], -1)
+        elif path[-1] == "lora_b":
+            joined[path] = np.concatenate([_to_host(leaf), -_to_host(first[path])], -2)
+    # What keeps the scaling where the rank doubles.
+    factor = math.sqrt(2) if lora.use_rslora else 2
+    plain = dataclasses.replace(
+        lora,
+        r=2 * lora.r,
+        alpha=factor * lora.alpha,
+        rank_pattern={key: 2 * rank for key, rank in lora.rank_pattern.items()},
+        alpha_pattern={key: factor * a for key, a in lora.alpha_pattern.items()},
+        init_lora_weights="default",
+    )
+    return nest(joined), plain
+
+
+def _to_host(leaf: Any) -> np.ndarray:
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        leaf = multihost_utils.process_allgather(leaf, tiled=True)
+    return np.asarray(leaf, np.float32)
+
+
+# Keys of PEFT's config that we read, or that change nothing once weights are trained.
+# Any other key that is set names a variant whose forward pass differs.
+_READ_KEYS = {
+    "peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "bias",
+    "use_rslora", "modules_to_save", "ensure_weight_tying", "init_lora_weights",
+    "use_dora", "rank_pattern", "alpha_pattern",
+}  # fmt: skip
+_INERT_KEYS = {
+    "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config",
+    "exclude_modules", "inference_mode", "layers_pattern", "loftq_config",
+    "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size",
+    "revision", "runtime_config", "task_type",
+}  # fmt: skip
+# Initial values that leave the base as it is; others train beside a changed base.
+_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+
+
+def load_adapter(
+    path: str | pathlib.Path, base_tree: Mapping[str, Any]
+) -> tuple[Params, LoraConfig]:
+    """Read a PEFT LoRA adapter: the trainable tree (float32, on the host), its config.
+
+    Args:
+        path: directory of adapter_config.json and adapter_model.safetensors.
+        base_tree: the base's parameters, or anything with their structure and shapes.
+
+    Raises:
+        ValueError: no such file, an unsupported variant (by name), or weights that do
+            not fit the base.
+    """
+    path = pathlib.Path(path)
+    lora = read_settings(path)
+    config = _read_config(path)
+    ties = is_tied(base_tree) and bool(config.get("ensure_weight_tying"))
+    stacks = read_stacks(path, base_tree, drop_head=ties)
+    having = {
+        leaf: {key[:-1] for key in stacks if key[-1] == leaf} for leaf in ADAPTER_LEAVES
+    }
+    if not having["lora_a"] or having["lora_a"] != having["lora_b"]:
+        raise ValueError(
+            f"adapter {path} holds lora_A of {sorted(having['lora_a'])} and lora_B of"
+            f" {sorted(having['lora_b'])}: it must hold both, of one module or more"
+        )
+    if having["lora_magnitude"] != (having["lora_a"] if lora.use_dora else set()):
+        raise ValueError(
+            f"adapter {path}: use_dora = {lora.use_dora}, but it holds magnitudes of"
+            f" {sorted(having['lora_magnitude'])}: save it anew with PEFT"
+        )
+    resolve_ranks(lora, base_tree)  # refuses what takes no adapter
+    trainable = nest(fit_to_base(path, stacks, base_tree, lora))
+    _check_saved_modules(path, trainable, lora, base_tree, ties=ties)
+    return trainable, lora
+
+
+def read_settings(path: str | pathlib.Path) -> LoraConfig:
+    """The settings of a PEFT LoRA adapter; its weights are named, not read.
+
+    Raises:
+        ValueError: no such file, or an unsupported variant, by name.
+    """
+    path = pathlib.Path(path)
+    config = _read_config(path)
+    _refuse_variants(path, config)
+    with safetensors.safe_open(path / WEIGHTS_FILE, "numpy") as file:
+        keys = file.keys()
+    ties = bool(config.get("ensure_weight_tying"))
+    names = [
+        re.split(r"\.lora_(?:A\.|embedding_A)", key)[0]
+        for key in keys
+        if ".lora_A." in key or ".lora_embedding_A" in key
+    ]
+    has_embedding = any(name.endswith("embed_tokens") for name in names)
+    return LoraConfig(
+        r=int(config.get("r", 8)),  # PEFT's defaults, here and below
+        alpha=config.get("lora_alpha", 8),
+        dropout=config.get("lora_dropout", 0.0),
+        # From the weights: PEFT passes over a name in its config that matches nothing.
+        target_modules=tuple(sorted({name.rpartition(".")[2] for name in names})),
+        bias=config.get("bias", "none"),
+        use_rslora=bool(config.get("use_rslora", False)),
+        use_dora=bool(config.get("use_dora", False)),
+        rank_pattern=_that_match(config.get("rank_pattern"), names),
+        alpha_pattern=_that_match(config.get("alpha_pattern"), names),
+        modules_to_save=_own_entries(config.get("modules_to_save")),
+        ensure_weight_tying=ties and has_embedding,
+    )
+
+
+def _that_match(patterns: Mapping[str, Any] | None, names: list[str]) -> dict[str, Any]:
+    """Those that match an adapter's name.
+
+    PEFT itself writes patterns of a mixture's stacked experts, adapted or not.
+    """
+    return {
+        pattern: value
+        for pattern, value in (patterns or {}).items()
+        if any(
+            re.match(rf"(.*\.)?({pattern})$", name.removeprefix(PREFIX))
+            for name in names
+        )
+    }
+
+
+def _read_config(path: pathlib.Path) -> dict[str, Any]:
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (path / name).is_file():
+            raise ValueError(
+                f"adapter {path} has no {name}: save it with PEFT's save_pretrained"
+                " (safe_serialization, its default)"
+            )
+    return json.loads((path / CONFIG_FILE).read_text())
+
+
+def _own_entries(modules_to_save: list[str] | None) -> tuple[str, ...]:
+    """Without those that PEFT itself adds for tied weights ("model.embed_tokens")."""
+    entries = modules_to_save or []
+    return tuple(
+        entry
+        for entry in entries
+        if entry.removeprefix("model.") == entry
+        or entry.removeprefix("model.") not in entries
+    )
+
+
+def _refuse_variants(path: pathlib.Path, config: Mapping[str, Any]) -> None:
+    if config.get("peft_type") != "LORA":
+        raise ValueError(
+            f"adapter {path}: peft_type = {config.get('peft_type')!r} is not supported,"
+            " only LORA: merge it with PEFT and load the merged model"
+        )
+    variants = {
+        key: value
+        for key, value in config.items()
+        if value and key not in _READ_KEYS | _INERT_KEYS
+    }
+    if config.get("init_lora_weights", True) not in _PLAIN_INITS:
+        raise ValueError(
+            f"adapter {path}: init_lora_weights = {config['init_lora_weights']!r} is"
+            " not supported, because it changed its base at first: save it by PEFT's"
+            " save_pretrained(..., path_initial_model_for_weight_conversion=...), which"
+            " fits it to the original base"
+        )
+    if variants:
+        raise ValueError(
+            f"adapter {path}: {variants} is not supported, because the adapter would"
+            " act differently here: merge it with PEFT (merge_and_unload) and load the"
+            " merged model"
+        )
+
+
+def _check_saved_modules(
+    path: pathlib.Path,
+    trainable: Params,
+    lora: LoraConfig,
+    base_tree: Mapping[str, Any],
+    *,
+    ties: bool,
+) -> None:
+    """Whole weights must be those that modules_to_save names, and tied as ours are."""
+    trains_table = "embedding" in trainable.get("embed_tokens", {})
+    if trains_table and is_tied(base_tree) and not ties:
+        raise ValueError(
+            f"adapter {path}: it trains embed_tokens apart from the head, but here they"
+            " are one array: save it with ensure_weight_tying=True, or untie the base"
+            " (tie_word_embeddings=False)"
+        )
+    saved = resolve_modules_to_save(lora, base_tree)
+    for key in flatten(trainable):
+        is_whole = key[-1] not in (*ADAPTER_LEAVES, "bias")
+        if is_whole and not is_within(key, saved):
+            raise ValueError(
+                f"adapter {path}: it holds {'.'.join(key)}, which its modules_to_save"
+                f" = {list(lora.modules_to_save)} does not name: add it there"
+            )

@@ -1,0 +1,410 @@
+"""LoRA's settings, and which modules of a parameter tree they select, as PEFT would.
+
+Modules go by Hugging Face's full names, one a layer (model.layers.0.self_attn.q_proj),
+although the tree stacks layers and holds each module once.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+
+from jaxtrain.models.quantization import CODES, kernel_shape
+from jaxtrain.tree import get as tree_get
+
+ADAPTER_LEAVES = ("lora_a", "lora_b", "lora_magnitude")
+# Initial values of adapters: PEFT's default and its variants of these names. The last
+# two take the start of training out of the base.
+INITS = ("default", "gaussian", "pissa", "olora")
+
+TreePath = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """PEFT's LoraConfig, the part of it that is supported.
+
+    `target_modules`: "all-linear" (of a mixture of experts: attention), a regular
+    expression that must match the whole module name
+    ("model.layers.0.self_attn.q_proj"), or names that end it. `bias`: which biases
+    train too: "none", "all", "lora_only" (of the targets). `modules_to_save`:
+    endings of module names that train in full. `use_dora`: a magnitude for each output.
+    `init_lora_weights`: one of INITS. `rank_pattern`, `alpha_pattern`: a module's own
+    rank and alpha, by a regular expression of its name's end; the first match counts.
+    `ensure_weight_tying`: where the head is the embedding, the adapter of embed_tokens
+    (or of lm_head, which is then the same) acts in both.
+    """
+
+    r: int = 16
+    alpha: float = 32
+    dropout: float = 0.0
+    target_modules: tuple[str, ...] | str = "all-linear"
+    bias: str = "none"
+    use_rslora: bool = False
+    modules_to_save: tuple[str, ...] = ()
+    use_dora: bool = False
+    init_lora_weights: str = "default"
+    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    ensure_weight_tying: bool = False
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise ValueError(f"lora.r = {self.r} must be at least 1")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"lora.lora_dropout = {self.dropout} must be in [0, 1)")
+        if self.bias not in ("none", "all", "lora_only"):
+            raise ValueError(
+                f"lora.bias = {self.bias!r} is unknown: choose none, all or lora_only"
+            )
+        if not self.target_modules:
+            raise ValueError(
+                "lora.target_modules is empty: name modules, or say all-linear"
+            )
+        if not isinstance(self.target_modules, str):
+            object.__setattr__(self, "target_modules", tuple(self.target_modules))
+        object.__setattr__(self, "modules_to_save", tuple(self.modules_to_save))
+        if self.init_lora_weights not in INITS:
+            raise ValueError(
+                f"lora.init_lora_weights = {self.init_lora_weights!r} is unknown:"
+                f" choose from {', '.join(INITS)}"
+            )
+        for key, rank in self.rank_pattern.items():
+            if not isinstance(rank, int) or rank < 1:
+                raise ValueError(
+                    f"lora.rank_pattern = {{{key!r}: {rank!r}}}: a rank is a whole"
+                    " number, at least 1"
+                )
+        for key in ("target_modules", "modules_to_save"):
+            _check_patterns(f"lora.{key}", getattr(self, key))
+        for key in ("rank_pattern", "alpha_pattern"):
+            _check_patterns(f"lora.{key}", tuple(getattr(self, key)))
+
+    @property
+    def scaling(self) -> float:
+        """What A B is multiplied by, where no pattern says otherwise."""
+        return self._scaling(self.r, self.alpha)
+
+    def _scaling(self, rank: int, alpha: float) -> float:
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether the frozen base is the model less its first adapters."""
+        return self.init_lora_weights in ("pissa", "olora")
+
+    def rank_and_scaling(self, names: tuple[str, ...]) -> tuple[int, float]:
+        """The rank of a module, and what its A B is multiplied by.
+
+        Args:
+            names: its full names, one a layer.
+
+        Raises:
+            ValueError: a pattern tells layers apart, which are stacked here.
+        """
+        rank = _by_pattern("lora.rank_pattern", self.rank_pattern, names, self.r)
+        alpha = _by_pattern("lora.alpha_pattern", self.alpha_pattern, names, self.alpha)
+        return rank, self._scaling(rank, alpha)
+
+
+def _by_pattern(
+    key: str, patterns: Mapping[str, Any], names: tuple[str, ...], default: Any
+) -> Any:
+    """What the first pattern that matches says, by PEFT's rule; the same in all."""
+
+    def choose(name: str) -> Any:
+        for pattern, value in patterns.items():
+            if re.match(rf"(.*\.)?({pattern})$", name):
+                return value
+        return default
+
+    values = [choose(name) for name in names]
+    if len(set(values)) > 1:
+        raise ValueError(
+            f"{key} = {dict(patterns)} gives {names[0]} and its like in other layers"
+            f" {values}, but layers are stacked: write patterns without layer numbers"
+        )
+    return values[0]
+
+
+def _check_patterns(key: str, patterns: tuple[str, ...] | str) -> None:
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"{key} = {pattern!r} is no regular expression ({error}): escape what"
+                " is meant literally"
+            ) from None
+
+
+# --- modules and their names -------------------------------------------------------
+
+EMBEDDING: TreePath = ("embed_tokens",)
+HEAD: TreePath = ("lm_head",)
+# Leaves that hold a matrix that an adapter may stand beside, or its codes.
+_MATRICES = frozenset({"kernel", CODES})
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """A node of the tree that holds arrays, or a group of such nodes in a layer."""
+
+    path: TreePath  # ("layers", "self_attn", "q_proj")
+    names: tuple[str, ...]  # Hugging Face's, one a layer
+    leaves: Mapping[str, Any]  # empty for a group
+
+    @property
+    def is_inner_linear(self) -> bool:
+        """Whether "all-linear" means it: PEFT leaves the head out."""
+        return self.path[0] == "layers" and not _MATRICES.isdisjoint(self.leaves)
+
+    @property
+    def takes_adapter(self) -> bool:
+        return self.is_inner_linear or self.path in (EMBEDDING, HEAD)
+
+    @property
+    def label(self) -> str:
+        """Its name within a layer (self_attn.q_proj), or in the model (lm_head)."""
+        return ".".join(self.path[1:] if self.path[0] == "layers" else self.path)
+
+
+def iterate_modules(tree: Mapping[str, Any], path: TreePath = ()) -> Iterator[Module]:
+    """Every node below the root, groups before what is in them, sorted by name."""
+    for key in sorted(tree):
+        child, child_path = tree[key], (*path, key)
+        if not isinstance(child, Mapping):
+            continue
+        leaves = {k: v for k, v in child.items() if not isinstance(v, Mapping)}
+        if child_path != ("layers",):
+            layers = jax.tree.leaves(child)[0].shape[0]
+            yield Module(child_path, full_names(child_path, layers), leaves)
+        yield from iterate_modules(child, child_path)
+
+
+def is_tied(tree: Mapping[str, Any]) -> bool:
+    """Whether the head is the embedding: then only adapters stand at `lm_head`."""
+    return "kernel" not in tree.get("lm_head", {})
+
+
+def ties_adapters(lora: "LoraConfig", tree: Mapping[str, Any]) -> bool:
+    """Whether one adapter acts in the embedding and in the head."""
+    return (
+        lora.ensure_weight_tying
+        and is_tied(tree)
+        and "embed_tokens" in resolve_targets(lora, tree)
+    )
+
+
+def label_path(label: str) -> TreePath:
+    """Where a module stands; the inverse of `Module.label`."""
+    path = tuple(label.split("."))
+    return path if path in (EMBEDDING, HEAD) else ("layers", *path)
+
+
+def matrix_shape(tree: Mapping[str, Any], path: TreePath) -> tuple[int, ...]:
+    """The shape [L in out] of what an adapter adds to; outside the layers [in out]."""
+    if path == HEAD and is_tied(tree):
+        return matrix_shape(tree, EMBEDDING)[::-1]
+    leaves = tree_get(tree, path)
+    for name in ("kernel", "embedding"):
+        if name in leaves:
+            return tuple(leaves[name].shape)
+    return kernel_shape(leaves[CODES])
+
+
+def full_names(path: TreePath, layers: int) -> tuple[str, ...]:
+    """Hugging Face's names of a module, one for each of its layers."""
+    if path[0] == "layers":
+        inner = ".".join(path[1:])
+        return tuple(f"model.layers.{i}.{inner}" for i in range(layers))
+    name = ".".join(path)
+    return (name if name == "lm_head" else f"model.{name}",)
+
+
+def _names_module(target: tuple[str, ...] | str, name: str) -> bool:
+    """PEFT's rule for target_modules: a whole match of a regex, or the name's end."""
+    if isinstance(target, str):
+        return re.fullmatch(target, name) is not None
+    return any(name == entry or name.endswith(f".{entry}") for entry in target)
+
+
+def _is_excluded(lora: LoraConfig, name: str) -> bool:
+    """PEFT gives no adapter to what modules_to_save trains, nor inside it."""
+    return any(
+        re.match(rf"(^|.*\.){entry}($|\..*)", name) for entry in lora.modules_to_save
+    )
+
+
+def _in_every_layer(key: str, module: Module, matched: list[bool]) -> bool:
+    """Whether all of the module's names matched; some but not all is refused."""
+    if any(matched) and not all(matched):
+        layers = [i for i, hit in enumerate(matched) if hit]
+        raise ValueError(
+            f"{key} selects {module.label} in layers {layers} of {len(matched)} only,"
+            " but layers are stacked and train alike: write a pattern that matches it"
+            r" in every layer, such as .*\.layers\.\d+\..*"
+        )
+    return all(matched)
+
+
+def resolve_targets(lora: LoraConfig, base_tree: Mapping[str, Any]) -> set[str]:
+    """Modules that get an adapter: "self_attn.q_proj" of layers, and the ends.
+
+    These are "embed_tokens" and "lm_head". Where one adapter shall act in both, it is
+    embed_tokens' alone.
+
+    Args:
+        base_tree: parameters, or anything with their structure and shapes.
+
+    Raises:
+        ValueError: an entry matches nothing, only some layers, or what takes no
+            adapter.
+    """
+    modules = list(iterate_modules(base_tree))
+    if "embed_tokens" in base_tree and "lm_head" not in base_tree:
+        modules.append(Module(HEAD, ("lm_head",), {}))
+    targets = lora.target_modules
+    available = sorted(module.label for module in modules if module.takes_adapter)
+
+    def select(target: tuple[str, ...] | str) -> set[str]:
+        found = set()
+        for module in modules:
+            if target == "all-linear" and not module.is_inner_linear:
+                continue
+            matched = [
+                not _is_excluded(lora, name)
+                and (target == "all-linear" or _names_module(target, name))
+                for name in module.names
+            ]
+            if _in_every_layer(f"lora.target_modules = {target!r}", module, matched):
+                _check_takes_adapter(module, target, available, base_tree)
+                found.add(module.label)
+        return found
+
+    if isinstance(targets, str):
+        selections = {
+            targets: select(
+                "all-linear" if targets.lower() == "all-linear" else targets
+            )
+        }
+    else:
+        selections = {entry: select((entry,)) for entry in targets}
+    for entry, found in selections.items():
+        if not found:
+            raise ValueError(
+                f"lora.target_modules: {entry!r} matches no module of this model"
+                f"{' outside modules_to_save' if lora.modules_to_save else ''}:"
+                f" choose from {available}, or all-linear{_why_not_experts(base_tree)}"
+            )
+    found = set().union(*selections.values())
+    ends = {"embed_tokens", "lm_head"}
+    if lora.ensure_weight_tying and is_tied(base_tree) and found & ends:
+        return found - ends | {"embed_tokens"}
+    return found
+
+
+def resolve_ranks(
+    lora: LoraConfig, base_tree: Mapping[str, Any]
+) -> dict[str, tuple[int, float]]:
+    """(rank, scaling) of each module that `resolve_targets` selects.
+
+    Raises:
+        ValueError: a pattern matches none of them, or only some layers.
+    """
+    targets = resolve_targets(lora, base_tree)
+    modules = {m.label: m.names for m in iterate_modules(base_tree)}
+    modules.setdefault("lm_head", ("lm_head",))  # no module of its own where tied
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(lora, key):
+            matcher = re.compile(rf"(.*\.)?({pattern})$")
+            names = [name for label in targets for name in modules[label]]
+            if not any(map(matcher.match, names)):
+                raise ValueError(
+                    f"lora.{key}: {pattern!r} matches no module with an adapter:"
+                    f" choose from {sorted(targets)}"
+                )
+    ranks = {label: lora.rank_and_scaling(modules[label]) for label in targets}
+    if ties_adapters(lora, base_tree):
+        head = lora.rank_and_scaling(("lm_head",))
+        if lora.use_dora or head != ranks["embed_tokens"]:
+            raise ValueError(
+                "lora.ensure_weight_tying = True: the adapter of embed_tokens is the"
+                " head's too, so use_dora, and a rank_pattern or alpha_pattern that"
+                " tells them apart, have no meaning there: unset one of these"
+            )
+    return ranks
+
+
+def _why_not_experts(tree: Mapping[str, Any]) -> str:
+    """A sentence for trees that hold experts."""
+    if "experts" not in tree.get("layers", {}).get("mlp", {}):
+        return ""
+    return (
+        ". A router and experts take none: they are no linear layers but plain arrays,"
+        " PEFT's target_parameters, which are not supported here; all-linear means the"
+        " attention's layers. To train experts, set training.lora.enabled = False"
+    )
+
+
+def _check_takes_adapter(
+    module: Module, target: Any, available: list[str], tree: Mapping[str, Any]
+) -> None:
+    if not module.takes_adapter:
+        raise ValueError(
+            f"lora.target_modules = {target!r} selects {module.label}, which is neither"
+            " a linear layer nor the embedding and takes no adapter: choose from"
+            f" {available}{_why_not_experts(tree)}"
+        )
+
+
+def resolve_modules_to_save(
+    lora: LoraConfig, base_tree: Mapping[str, Any]
+) -> set[TreePath]:
+    """Paths that `modules_to_save` trains in full, by PEFT's rule: a name's ending.
+
+    Raises:
+        ValueError: an entry matches nothing, or only some layers.
+    """
+    paths = set()
+    for entry in lora.modules_to_save:
+        found = {
+            module.path
+            for module in iterate_modules(base_tree)
+            if _in_every_layer(
+                f"lora.modules_to_save = {entry!r}",
+                module,
+                [name.endswith(entry) for name in module.names],
+            )
+        }
+        if not found and entry == "lm_head":
+            raise ValueError(
+                "lora.modules_to_save = 'lm_head': this model's head is its embedding"
+                " (tie_word_embeddings); name embed_tokens, which trains both as one"
+            )
+        if not found:
+            names = sorted({module.label for module in iterate_modules(base_tree)})
+            raise ValueError(
+                f"lora.modules_to_save: {entry!r} matches no module of this model:"
+                f" choose from {names}"
+            )
+        whole = {path for path in found if "experts" in tree_get(base_tree, path)}
+        if whole or any("experts" in path for path in found):
+            raise ValueError(
+                f"lora.modules_to_save = {entry!r} selects the experts, which PEFT and"
+                " the hub store in different forms; to train them set lora.enabled ="
+                " False. Their router can be saved: name mlp.gate"
+            )
+        paths |= found
+    return paths
+
+
+# --- nested dicts ------------------------------------------------------------------
+
+
+def is_within(path: TreePath, parents: set[TreePath]) -> bool:
+    """Whether `path` is one of `parents` or below one."""
+    return any(path[: len(parent)] == parent for parent in parents)

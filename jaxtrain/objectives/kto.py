@@ -1,0 +1,138 @@
+"""KTO: learning from single completions with a verdict, desirable or not."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxtrain.objectives.preference import (
+    count_tokens,
+    masked_sum,
+    real_rows,
+    row_sums,
+    weigh,
+)
+from jaxtrain.objectives.preference_losses import kto_losses
+from jaxtrain.types import Batch, LogProbsFn, Metrics, WeightedSum
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LabeledBatch:
+    """Single completions with a verdict each, for KTO.
+
+    `desirable`: 1 or 0 a row. `mismatched`: each prompt with another row's completion,
+    from which KTO estimates its KL term. `ref_*_logps`: precomputed summed reference
+    log-probs (nats), where given. A row with an all-zero loss mask is padding.
+    """
+
+    completions: Batch
+    desirable: Float[Array, "*A B"]
+    mismatched: Batch | None = None
+    ref_logps: Float[Array, "*A B"] | None = None
+    ref_mismatched_logps: Float[Array, "*A B"] | None = None
+
+
+KTO_LOSSES = ("kto", "apo_zero_unpaired")
+
+
+def kto(
+    policy: LogProbsFn,
+    reference: LogProbsFn | None,
+    batch: LabeledBatch,
+    *,
+    beta: float = 0.1,
+    loss_type: str = "kto",
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+    precompute_ref_log_probs: bool = False,
+) -> tuple[WeightedSum, Metrics]:
+    """Kahneman-Tversky optimization: a mean of `kto_losses` over real completions.
+
+    arXiv:2402.01306. The KL term z is max(0, mean rho) over the micro-batch's
+    `mismatched` rows, not differentiated; `apo_zero_unpaired` has z = 0 and needs none.
+    `desirable_weight` and `undesirable_weight` multiply the losses of their rows.
+
+    Metrics as TRL: per-class means of rewards, logps and logits; `rewards/margins`, the
+    difference of the two means of rewards in each micro-batch that has both; `kl` is z.
+
+    Raises:
+        ValueError: the mismatched rows, the reference or its sums are missing.
+    """
+    real = real_rows(batch.completions)
+    mask = batch.completions.loss_mask
+    scored = policy(batch.completions)
+    logps = row_sums(scored.logps, mask)
+    ref_logps = _reference_sums(
+        reference,
+        batch.completions,
+        batch.ref_logps,
+        precompute_ref_log_probs,
+    )
+    if loss_type == "kto":
+        if batch.mismatched is None:
+            raise ValueError(
+                "loss_type='kto': the batch has no mismatched completions for its KL "
+                "term; add them to the data, or use 'apo_zero_unpaired'"
+            )
+        counted = real_rows(batch.mismatched)
+        drift = masked_sum(
+            row_sums(policy(batch.mismatched).logps, batch.mismatched.loss_mask)
+            - _reference_sums(
+                reference,
+                batch.mismatched,
+                batch.ref_mismatched_logps,
+                precompute_ref_log_probs,
+            ),
+            counted,
+        )
+        kl = jnp.maximum(drift.mean(), 0.0)
+    else:
+        kl = jnp.float32(0)
+
+    logratios = logps - ref_logps
+    good, bad = real * batch.desirable, real * (1.0 - batch.desirable)
+    losses = kto_losses(logratios, batch.desirable, kl, beta)
+    loss = WeightedSum(
+        desirable_weight * masked_sum(losses, good).total
+        + undesirable_weight * masked_sum(losses, bad).total,
+        real.sum(),
+    )
+    rewards = beta * logratios
+    good_reward, bad_reward = masked_sum(rewards, good), masked_sum(rewards, bad)
+    both = ((good_reward.weight > 0) & (bad_reward.weight > 0)).astype(jnp.float32)
+    return loss, {
+        "rewards/chosen": good_reward,
+        "rewards/rejected": bad_reward,
+        "rewards/margins": masked_sum(good_reward.mean() - bad_reward.mean(), both),
+        "logps/chosen": masked_sum(logps, good),
+        "logps/rejected": masked_sum(logps, bad),
+        "logits/chosen": masked_sum(scored.mean_logit, mask * good[:, None]),
+        "logits/rejected": masked_sum(scored.mean_logit, mask * bad[:, None]),
+        "entropy": masked_sum(scored.entropy, mask),
+        "kl": WeightedSum(kl * real.sum(), real.sum()),
+        "num_tokens": count_tokens(real, batch.completions),
+    }
+
+
+def _reference_sums(
+    reference: LogProbsFn | None,
+    batch: Batch,
+    precomputed: Float[Array, "B"] | None,
+    use_precomputed: bool,
+) -> Float[Array, "B"]:
+    """Summed reference log-probs: those in the batch, or the model's."""
+    if use_precomputed:
+        if precomputed is None:
+            raise ValueError(
+                "precompute_ref_log_probs=True: the batch has no precomputed reference "
+                "log-probs; add them to the data, or set it to False"
+            )
+        return weigh(precomputed, real_rows(batch))
+    if reference is None:
+        raise ValueError(
+            "reference=None: this loss compares with a reference model; give one, or "
+            "set precompute_ref_log_probs"
+        )
+    return jax.lax.stop_gradient(row_sums(reference(batch).logps, batch.loss_mask))

@@ -1,0 +1,1 @@
+"""Optimizers, their schedules, and updates of state that rests in host memory."""

@@ -1,0 +1,1 @@
+"""Forward passes over the data before training: reference log-probs, difficulty."""

@@ -1,0 +1,218 @@
+"""Reference log-probs, computed once before training: no second model in the step.
+
+They are streamed to `<workdir>/reference/<name>/`, so that a run that was stopped goes
+on where it was, and a second run on the same model and data computes nothing.
+"""
+
+import functools
+import hashlib
+import json
+import logging
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jaxtyping import Array, UInt32
+
+from jaxtrain.data.batches.dataset import PreparedDataset
+from jaxtrain.data.batches.pipeline import make_eval_iterator
+from jaxtrain.objectives.preference import row_sums, score_pairs
+from jaxtrain.step import ScoreFn
+from jaxtrain.types import PairBatch, Params
+
+logger = logging.getLogger(__name__)
+
+_ROW_BYTES = 8  # float32 sums of chosen and rejected
+
+
+class ReferenceScorer:
+    """Sum the reference's log-probs over the completions of a preference data set."""
+
+    def __init__(
+        self,
+        score: ScoreFn,
+        params: Params,
+        place: Callable[[dict[str, Any]], PairBatch],
+        process_rows: int,
+        directory: pathlib.Path,
+        identity: Mapping[str, str],
+        readers: tuple[int, int] = (0, 1),
+        jit: Callable[..., Any] = jax.jit,
+    ) -> None:
+        """Score by `params`, `process_rows` pairs a batch on each process.
+
+        Args:
+            readers: which share of the pairs this process reads, and of how many.
+            directory: where the sums are kept, shared by all processes.
+            identity: what they depend on beside the weights and the data, by name.
+            jit: `ShardingPlan.jit` of the mesh that holds `params`.
+        """
+        self._params = params
+        self._place = place
+        self._process_rows = process_rows
+        self._readers = readers
+        self._directory = directory
+        self._identity = {"weights": fingerprint(params), **identity}
+
+        def sums(params: Params, batch: PairBatch) -> tuple[jax.Array, jax.Array]:
+            scored = score_pairs(functools.partial(score, params), batch)
+            sides = (batch.chosen, batch.rejected)
+            chosen, rejected = (
+                row_sums(of_side.logps, side.loss_mask)
+                for of_side, side in zip(scored, sides, strict=True)
+            )
+            return chosen, rejected
+
+        self._sums = jit(sums)
+
+    def attach(self, data: PreparedDataset, name: str) -> PreparedDataset:
+        """The same pairs with `reference_logps`, on every process for all of them.
+
+        Args:
+            name: of the data set, "train" or "eval"; each has a cache of its own.
+
+        Raises:
+            ValueError: the cache of that name is another model's, or other data's.
+        """
+        cache = _Cache(
+            self._directory / name, {**self._identity, "data": data.fingerprint}
+        )
+        global_rows = self._process_rows * self._readers[1]
+        first = len(data)
+        if cache.rows() < first:
+            # Every process starts where the first one, which writes, will.
+            done = multihost_utils.broadcast_one_to_all(np.int32(cache.rows()))
+            first = int(done) // global_rows * global_rows
+            self._score_from(first, data, cache)
+        logger.info(
+            "reference log-probs of %d %s pairs: %d are new, all in %s",
+            len(data),
+            name,
+            len(data) - first,
+            cache.directory,
+        )
+        multihost_utils.sync_global_devices(f"reference {name}")
+        return data.with_reference_logps(*cache.read(len(data)))
+
+    def _score_from(self, first: int, data: PreparedDataset, cache: "_Cache") -> None:
+        batches = make_eval_iterator(
+            data,
+            micro_batch_rows=self._process_rows,
+            process_index=self._readers[0],
+            process_count=self._readers[1],
+        )
+        global_rows = self._process_rows * self._readers[1]
+        batches.set_state({"next_step": first // global_rows})
+        cache.truncate(first)
+        for arrays in batches:
+            sums = self._sums(self._params, self._place(arrays))
+            pairs = np.stack([rows_on_host(side) for side in sums], axis=-1)
+            cache.append(pairs[: len(data) - first])  # without empty rows at the end
+            first += global_rows
+        batches.close()
+
+
+class _Cache:
+    """float32[rows, 2] in a file that grows, beside the identity that it belongs to."""
+
+    def __init__(self, directory: pathlib.Path, identity: Mapping[str, str]) -> None:
+        self.directory = directory
+        self._file = directory / "logps.float32"
+        described = directory / "identity.json"
+        if described.is_file():
+            found = json.loads(described.read_text())
+            differing = sorted(
+                key
+                for key in found.keys() | identity.keys()
+                if found.get(key) != identity.get(key)
+            )
+            if differing:
+                raise ValueError(
+                    f"the reference log-probs in {directory} are stale: they belong to"
+                    f" other {' and '.join(differing)}. Delete that folder to compute"
+                    " them anew, or use a new workdir"
+                )
+        elif jax.process_index() == 0:
+            directory.mkdir(parents=True, exist_ok=True)
+            partial = directory / "identity.partial"
+            partial.write_text(json.dumps(dict(identity), indent=2))
+            partial.replace(described)
+
+    def rows(self) -> int:
+        """Whole rows on disk."""
+        size = self._file.stat().st_size if self._file.is_file() else 0
+        return size // _ROW_BYTES
+
+    def truncate(self, rows: int) -> None:
+        """Keep the first so many; a batch that was cut off is written again."""
+        if jax.process_index() == 0:
+            with self._file.open("ab") as file:
+                file.truncate(rows * _ROW_BYTES)
+
+    def append(self, pairs: np.ndarray) -> None:
+        if jax.process_index() == 0:
+            with self._file.open("ab") as file:
+                file.write(np.ascontiguousarray(pairs, np.float32).tobytes())
+
+    def read(self, rows: int) -> tuple[np.ndarray, np.ndarray]:
+        """Both sides, mapped into memory."""
+        pairs = np.memmap(self._file, np.float32, "r", shape=(rows, 2))
+        return pairs[:, 0], pairs[:, 1]
+
+
+def rows_on_host(values: jax.Array) -> np.ndarray:
+    """All rows of a batch, of every process, in order."""
+    if values.is_fully_addressable:
+        return np.asarray(values)
+    return np.asarray(multihost_utils.process_allgather(values, tiled=True))
+
+
+# --- what the numbers depend on ----------------------------------------------------
+
+
+def fingerprint(tree: Any) -> str:
+    """A hash of names, types and every bit of a tree of arrays; any layout gives it."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        digest.update(
+            f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode()
+        )
+        digest.update(np.asarray(_hash_bits(leaf)).tobytes())
+    return digest.hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """A hash of a tokenizer's vocabulary and chat template."""
+    described = [sorted(tokenizer.get_vocab().items()), tokenizer.chat_template]
+    return hashlib.blake2b(json.dumps(described).encode(), digest_size=8).hexdigest()
+
+
+@jax.jit
+def _hash_bits(x: Array) -> UInt32[Array, "2"]:
+    """Two sums modulo 2^32 of each number's bits mixed with its place.
+
+    Such sums are the same in any order, so the array may lie over any devices.
+    """
+    bits = x.view(f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
+    place = jnp.zeros(x.shape, jnp.uint32)
+    for axis, size in enumerate(x.shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(
+            jnp.uint32, x.shape, axis
+        )
+    return jnp.stack(
+        [
+            _mix(bits ^ _mix(place + jnp.uint32(seed))).sum(dtype=jnp.uint32)
+            for seed in (0x9E3779B9, 0x7F4A7C15)
+        ]
+    )
+
+
+def _mix(x: UInt32[Array, "*dims"]) -> UInt32[Array, "*dims"]:
+    """An invertible map that lets every bit change about half of all others."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x = (x ^ (x >> shift)) * jnp.uint32(factor)
+    return x ^ (x >> 16)
