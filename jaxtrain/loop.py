@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxtrain.batch import AnyBatch
 from jaxtrain.checkpoint import CheckpointManager
 from jaxtrain.config import LoopSection, RunConfig, diff
 from jaxtrain.data.batches.pipeline import BatchIterator
@@ -113,8 +114,8 @@ class Loop:
         self.logged: dict[str, float] = {}
         self.evaluated: dict[str, float] = {}
         self.evaluated_step: int | None = None
-        # Steps whose metrics are still on the device, with their rows.
-        self._pending: list[tuple[int, Metrics, Any]] = []
+        # Steps whose metrics are still on the device, with their rows on the host.
+        self._pending: list[tuple[int, Metrics, AnyBatch]] = []
         self._skipped = 0  # steps since the last log
         self._skipped_in_a_row = 0
         self._unlogged: list[Metrics] = []  # one a step, on the host
@@ -210,15 +211,15 @@ class Loop:
         if settings.eval_on_start and self.step == 0:
             self.evaluate()
         first_step, self._started = self.step, time.perf_counter()
-        for batch, arrays in self._placed_batches():
-            self.state, metrics = self.train_step(self.state, batch)
+        for placed, batch in self._placed_batches():
+            self.state, metrics = self.train_step(self.state, placed)
             self.step += 1
-            self._pending.append((self.step, metrics, arrays))
+            self._pending.append((self.step, metrics, batch))
             if self.step == first_step + 1:
                 self._report_compilation(metrics)
             else:
                 self._wait_for_the_device()
-                tokens, samples = _count(arrays, self.readers)
+                tokens, samples = _count(batch, self.readers)
                 self.goodput.add(self.meter.step(tokens=tokens, samples=samples))
             self._watchdog.feed()
             if self._is_due(settings.logging_steps):
@@ -270,17 +271,17 @@ class Loop:
             "best_metric": self.best.value,
         }
 
-    def _placed_batches(self) -> Iterator[tuple[Any, Any]]:
-        """Batches on the devices, one ahead of the step that computes; their rows."""
+    def _placed_batches(self) -> Iterator[tuple[Any, AnyBatch]]:
+        """Batches on the devices and on the host, one ahead of the running step."""
         ahead = 1 if self.run.devices.dataloader_pin_memory else 0
-        queue: collections.deque[tuple[Any, Any]] = collections.deque()
+        queue: collections.deque[tuple[Any, AnyBatch]] = collections.deque()
         while True:
             while len(queue) <= ahead:
                 with self.meter.waiting_for_data():
-                    arrays = next(self.train_batches, None)
-                if arrays is None:
+                    batch = next(self.train_batches, None)
+                if batch is None:
                     break
-                queue.append((self.place(arrays, leading_axes=1), arrays))
+                queue.append((self.place(batch, leading_axes=1), batch))
             if not queue:
                 return
             yield queue.popleft()
@@ -350,7 +351,7 @@ class Loop:
                 skipped it.
         """
         pending, self._pending = self._pending, []
-        for step, metrics, arrays in pending:
+        for step, metrics, batch in pending:
             sums: Metrics = jax.device_get(dict(metrics))
             if "num_tokens" in sums:
                 self.num_tokens += float(sums["num_tokens"].total)
@@ -360,24 +361,24 @@ class Loop:
             loss = to_floats({"loss": sums["loss"]})["loss"]
             if is_nonfinite:
                 problem = f"the gradient is not finite (loss {loss:.4g})"
-                self._report_bad_step(step, arrays, problem, "on_nonfinite")
+                self._report_bad_step(step, batch, problem, "on_nonfinite")
             elif is_spike:
                 problem = (
                     f"the loss {loss:.4g} lies over spike_threshold ="
                     f" {self.settings.spike_threshold:g} standard deviations above the"
                     f" mean of the last {self.settings.spike_window}"
                 )
-                self._report_bad_step(step, arrays, problem, "on_spike")
+                self._report_bad_step(step, batch, problem, "on_spike")
             else:
                 self._unlogged.append(sums)
                 self._skipped_in_a_row = 0
 
     def _report_bad_step(
-        self, step: int, arrays: Mapping[str, Any], problem: str, key: str
+        self, step: int, batch: AnyBatch, problem: str, key: str
     ) -> None:
         """Save the step's batch; say what was skipped, or stop as `key` wants it."""
         process = f".process_{jax.process_index()}" if jax.process_count() > 1 else ""
-        path = save_batch(self.bad_batches, step, arrays, process)
+        path = save_batch(self.bad_batches, step, batch, process)
         self._skipped += 1
         self._skipped_in_a_row += 1
         if getattr(self.settings, key) == "skip":
@@ -422,15 +423,14 @@ class Loop:
             logger.info("%s = %.4g, the best so far", key, self.evaluated[key])
 
     def _placed_eval_batches(self, batches: Iterator[Any]) -> Iterator[Any]:
-        for arrays in batches:
+        for batch in batches:
             self._watchdog.feed()
-            yield self.place(arrays)
+            yield self.place(batch)
 
 
-def _count(arrays: Mapping[str, Any], readers: int) -> tuple[float, float]:
+def _count(batch: AnyBatch, readers: int) -> tuple[float, float]:
     """(tokens, rows) of a global batch; other processes' are taken to be like ours."""
-    sides = [side for side in arrays.values() if isinstance(side, Mapping)]
-    segment_ids = [side["segment_ids"] for side in sides or [arrays]]
+    segment_ids = [side.segment_ids for side in batch.sides().values()]
     tokens = sum(np.count_nonzero(ids) for ids in segment_ids)
     rows = np.count_nonzero(segment_ids[0].any(-1))
     return float(tokens * readers), float(rows * readers)

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from jaxtrain.batch import Batch, unpacked_rows
 from jaxtrain.evaluation.held_out import perplexity
 from jaxtrain.evaluation.text_metrics import align_references, make_text_metric
 from jaxtrain.types import WeightedSum
@@ -31,7 +32,10 @@ class ScoringModel(Protocol):
     """
 
     def score(self, batch: Any) -> Mapping[str, WeightedSum]:
-        """Sums over one batch of numpy arrays [B T], named as `types.Batch`'s fields.
+        """Sums over one batch of numpy arrays [B T].
+
+        It is a `types.Batch`, a batch of a prepared data set, or an item of
+        `eval_dataset` that is no row of text, as it is.
 
         "loss" must be among them (nats). It is what an evaluation step returns, with
         its state bound.
@@ -306,7 +310,7 @@ def _read_conversation(
 
 def _make_text_batch(
     rows: Sequence[_TextRow], tokenizer: Any, batch_size: int, max_length: int
-) -> dict[str, np.ndarray]:
+) -> Batch:
     """One padded batch [batch_size T] in which only what follows prompts is scored.
 
     T is a power of two, so that few shapes are compiled. Where a row has several
@@ -322,17 +326,7 @@ def _make_text_batch(
             special = False
         answer = tokenizer(text, add_special_tokens=special)["input_ids"]
         ids = [*prompt, *answer, *([] if row.templated else eos)]
-        encoded.append((ids[: max_length + 1], len(prompt)))
+        encoded.append((ids[: max_length + 1], max(len(prompt) - 1, 0)))
     longest = max(len(ids) for ids, _ in encoded) - 1
     shape = (batch_size, 1 << max(longest - 1, 0).bit_length())
-    names = ("tokens", "targets", "segment_ids", "positions")
-    batch = {name: np.zeros(shape, np.int32) for name in names}
-    batch["loss_mask"] = np.zeros(shape, np.float32)
-    for b, (ids, prompt_length) in enumerate(encoded):
-        length = max(len(ids) - 1, 0)
-        batch["tokens"][b, :length] = ids[:-1]
-        batch["targets"][b, :length] = ids[1:]
-        batch["segment_ids"][b, :length] = 1
-        batch["positions"][b, :length] = np.arange(length)
-        batch["loss_mask"][b, max(prompt_length - 1, 0) : length] = 1
-    return batch
+    return unpacked_rows(encoded, shape)

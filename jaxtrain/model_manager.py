@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from jaxtrain import assets, lora, sharding
+from jaxtrain.batch import map_arrays
 from jaxtrain.config import LoraSection, RunConfig, resolve
 from jaxtrain.data.rows.tokenize import load_tokenizer
 from jaxtrain.evaluation.generate import Generator, generate_texts, make_generate
@@ -30,7 +31,7 @@ from jaxtrain.objectives.table import next_token
 from jaxtrain.optimizers import optim
 from jaxtrain.record import diagnostics
 from jaxtrain.tree import overlay, select
-from jaxtrain.types import Batch, Metrics, Params, TrainState
+from jaxtrain.types import Batch, Metrics, PairBatch, Params, TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -76,20 +77,21 @@ class LoadedModel:
         layouts = jax.tree.map(lambda leaf: leaf.sharding, params)
         return jax.device_put(params, sharding.on_device(layouts))
 
-    def score(self, batch: Mapping[str, Any]) -> Metrics:
+    def score(self, batch: Batch | PairBatch | Mapping[str, Any]) -> Metrics:
         """Sums of loss (nats), accuracy and entropy over one batch of numpy [B, T].
 
-        Arrays are named as `types.Batch`'s fields; of preference rows the chosen side
-        is scored (rows that share prompts have no sides: give them apart). B is filled
-        up with empty rows to a multiple of the data-parallel devices.
+        The chosen side of pairs is scored. A mapping has arrays by the names of
+        `types.Batch`'s fields. B is filled up with empty rows to a multiple of the
+        data-parallel devices.
         """
-        arrays = batch.get("chosen", batch)
-        names = [n for n in Batch.__dataclass_fields__ if n in arrays]
-        rows: dict[str, Any] = {n: np.asarray(arrays[n]) for n in names}
-        missing = -len(rows["tokens"]) % self.plan.batch_shards
+        if isinstance(batch, Mapping):
+            names = [n for n in Batch.__dataclass_fields__ if n in batch]
+            batch = Batch(**{n: np.asarray(batch[n]) for n in names})
+        rows = batch.chosen if isinstance(batch, PairBatch) else batch
+        missing = -len(rows.tokens) % self.plan.batch_shards
         if missing:
-            rows = {n: np.pad(x, ((0, missing), (0, 0))) for n, x in rows.items()}
-        placed: Any = sharding.place_batch(Batch(**rows), self.plan.batch())
+            rows = map_arrays(lambda x: np.pad(x, ((0, missing), (0, 0))), rows)
+        placed: Any = sharding.place_batch(rows, self.plan.batch())
         return self._score(self._own_params(), placed)
 
     def generate(

@@ -38,7 +38,6 @@ from jaxtrain.data.stream.source import HubSource
 from jaxtrain.evaluation import samples
 from jaxtrain.evaluation.text_metrics import make_text_metric
 from jaxtrain.loop import Loop
-from jaxtrain.objectives.kto import LabeledBatch
 from jaxtrain.optimizers import offload, optim, schedules
 from jaxtrain.passes import difficulty, reference
 from jaxtrain.record import diagnostics, writers
@@ -50,11 +49,9 @@ from jaxtrain.types import (
     LogProbsFn,
     Metrics,
     Objective,
-    PairBatch,
     TokenLogProbs,
     TrainState,
     WeightedSum,
-    share_prompts,
 )
 
 logger = logging.getLogger(__name__)
@@ -577,9 +574,8 @@ class TrainingOrchestrator:
         global_rows = rows * self._loaded_model().plan.readers[1]
         return len(data), global_rows, loop.gradient_accumulation_steps
 
-    def _place(self, arrays: dict[str, Any], leading_axes: int = 0) -> Any:
-        """A batch of the pipeline, as our types, over the devices."""
-        batch: Any = _to_batch(arrays)
+    def _place(self, batch: Any, leading_axes: int = 0) -> Any:
+        """A batch of the pipeline over the devices."""
         layout = self._loaded_model().plan.batch(leading_axes)
         return sharding.place_batch(batch, layout)
 
@@ -752,18 +748,6 @@ def _is_micro_batch_mean(objective: str, name: str) -> bool:
     """
     of_pairs = objective in objectives.OBJECTIVES and objective != "next_token"
     return of_pairs or name in ("entropy", "mean_token_accuracy")
-
-
-def _to_batch(arrays: dict[str, Any]) -> Batch | PairBatch | LabeledBatch:
-    sides = {
-        name: Batch(**side) for name, side in arrays.items() if isinstance(side, dict)
-    }
-    if "shared" in sides:
-        fields = {name: array for name, array in arrays.items() if name not in sides}
-        return share_prompts(sides["shared"], **fields)
-    if "chosen" in sides:
-        return PairBatch(**(arrays | sides))
-    return LabeledBatch(**(arrays | sides)) if sides else Batch(**arrays)
 
 
 def _layouts(tree: Any) -> Any:

@@ -13,67 +13,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+from jaxtrain.batch import Batch, LabeledBatch, PairBatch
+from jaxtrain.batch import share_prompts as share_prompts
+
 Params = dict[str, Any]  # a nested plain dict of arrays, named as in Hugging Face
 
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """Rows of tokens for next-token prediction. Targets are shifted once, in data.
-
-    `targets[b, t]` is the token that position t predicts. `segment_ids` number the
-    documents packed into a row from 1; 0 marks padding. `positions` restart at 0 in
-    each document. `loss_mask` weighs each prediction; 0 leaves it out of the loss.
-    `prompt_ids` name a second segment that a token reads beside its own: the prompt
-    that the two completions of a pair share (0: none). None: no row shares any.
-    """
-
-    tokens: Int32[Array, "*A B T"]
-    targets: Int32[Array, "*A B T"]
-    segment_ids: Int32[Array, "*A B T"]
-    positions: Int32[Array, "*A B T"]
-    loss_mask: Float[Array, "*A B T"]
-    prompt_ids: Int32[Array, "*A B T"] | None = None
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class PairBatch:
-    """Preference pairs: row b of `chosen` and row b of `rejected` share a prompt.
-
-    A pair whose two loss masks are all 0 is padding and counts nowhere.
-    `ref_*_logps` are precomputed summed reference log-probs (nats), where given.
-    `pair_ids`: packed rows hold up to P pairs, pair p of row b in the segments
-    `pair_ids[b, p]` of both sides; 0 is no pair. None: a row is a pair.
-    `shared`: rows that hold both sides and each prompt once, as `share_prompts` lays
-    them out; `chosen` and `rejected` are then these rows less the other completion, so
-    scoring `shared` alone scores both.
-    """
-
-    chosen: Batch
-    rejected: Batch
-    ref_chosen_logps: Float[Array, "*A B"] | None = None
-    ref_rejected_logps: Float[Array, "*A B"] | None = None
-    pair_ids: Int32[Array, "*A B P"] | None = None
-    shared: Batch | None = None
-
-
-def share_prompts(rows: Batch, **fields: Any) -> PairBatch:
-    """The pairs of rows that hold a prompt once and then both completions.
-
-    Pair p of a row has its prompt in segment 3 p - 2, the chosen completion in 3 p - 1
-    and the rejected one in 3 p. Takes numpy arrays as well. `fields`: of the result.
-    """
-
-    def less(other: int) -> Batch:
-        kept = (rows.segment_ids % 3 != other) | (rows.segment_ids == 0)
-        return dataclasses.replace(
-            rows,
-            segment_ids=rows.segment_ids * kept,
-            loss_mask=rows.loss_mask * kept,
-        )
-
-    return PairBatch(chosen=less(0), rejected=less(2), shared=rows, **fields)
+for _batch in (Batch, PairBatch, LabeledBatch):
+    jax.tree_util.register_dataclass(
+        _batch, [field.name for field in dataclasses.fields(_batch)], meta_fields=[]
+    )
 
 
 @jax.tree_util.register_dataclass

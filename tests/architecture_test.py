@@ -2,6 +2,8 @@
 
 import ast
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -12,23 +14,25 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # that stands here by its dotted name is a unit of its own, apart from its folder. Every
 # module belongs to one, every permission is used, and no unit can reach itself.
 ALLOWED: dict[str, set[str]] = {
+    "batch": set(),
     "tree": set(),
     "config": {"tree"},
     "kernels": set(),
     "assets": set(),
     "data.rows": set(),
-    "data.batches": {"config"},
-    "types": set(),
+    "data.batches": {"batch", "config"},
+    "types": {"batch"},
     "evaluation": {"data.batches", "types"},
     "models": {"kernels", "tree", "types"},
     "lora": {"models", "tree", "types"},
     "objectives": {"types"},
     "sharding": {"config"},
-    "record": {"types"},
+    "record": {"batch", "types"},
     "step": {"record", "tree", "types"},
     "optimizers": {"sharding", "step", "types"},
     "model_manager": {
         "assets",
+        "batch",
         "config",
         "data.rows",
         "evaluation",
@@ -44,7 +48,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "checkpoint": set(),
     "data.prepare": {"data.batches", "data.rows"},
-    "data.stream": {"data.batches", "data.prepare", "data.rows"},
+    "data.stream": {"batch", "data.batches", "data.prepare", "data.rows"},
     "data.loading": {
         "assets",
         "config",
@@ -55,6 +59,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "run": {"checkpoint", "config", "lora", "model_manager", "models", "types"},
     "loop": {
+        "batch",
         "checkpoint",
         "config",
         "data.batches",
@@ -86,7 +91,7 @@ ALLOWED: dict[str, set[str]] = {
         "tree",
         "types",
     },
-    "aot": {"config", "kernels", "model_manager", "objectives", "trainer", "types"},
+    "aot": {"config", "kernels", "model_manager", "trainer", "types"},
     "data": set(),
     "data.inspect": {
         "assets",
@@ -100,6 +105,7 @@ ALLOWED: dict[str, set[str]] = {
     "dpo_trainer": {"data.batches", "model_manager", "trainer"},
     "lm_eval": {
         "assets",
+        "batch",
         "config",
         "evaluation",
         "model_manager",
@@ -108,12 +114,12 @@ ALLOWED: dict[str, set[str]] = {
         "types",
     },
     "main": {"data.stream", "run", "trainer"},
-    "metrics": {"evaluation", "types"},
+    "metrics": {"batch", "evaluation", "types"},
     "report": {"tree"},
 }
 ONLY_IN = {"flax": {"models"}, "torch": set(), "pickle": set()}
 NEVER_IN = {
-    "jax": {"data", "assets", "config", "report"},
+    "jax": {"batch", "data", "assets", "config", "report"},
     "orbax": {"step", "objectives"},
 }
 
@@ -232,3 +238,13 @@ def test_the_package_shows_its_plan():
     """At most 13 modules stand beside the folders."""
     flat = [p for p in PACKAGE.glob("*.py") if not p.stem.startswith("__")]
     assert len(flat) <= 13
+
+
+def test_batches_do_not_bring_jax_along():
+    """Data workers make batches, and need not set up jax for them."""
+    found = "any(name in sys.modules for name in ('jax', 'jaxtrain.types'))"
+    program = f"import sys, jaxtrain.batch; print({found})"
+    ran = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert ran.stdout.split() == ["False"]

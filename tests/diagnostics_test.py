@@ -1,5 +1,6 @@
 """Sick steps: groups of gradients, spikes, and what a run does about them."""
 
+import dataclasses
 import itertools
 import json
 import logging
@@ -12,9 +13,10 @@ import numpy as np
 import pytest
 
 from jaxtrain import loop
+from jaxtrain.batch import empty_rows, named_arrays
 from jaxtrain.record import diagnostics
 from jaxtrain.trainer import TrainingOrchestrator
-from jaxtrain.types import WeightedSum
+from jaxtrain.types import Batch, PairBatch, WeightedSum, share_prompts
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from runs import tiny_config
@@ -64,14 +66,24 @@ def test_a_level_that_rises_for_good_is_soon_normal():
 
 
 def test_a_pair_batch_is_saved_flat(tmp_path):
-    side = {"tokens": np.arange(4).reshape(1, 2, 2)}
-    path = diagnostics.save_batch(
-        tmp_path / "new", 7, {"chosen": side, "ref_chosen_logps": np.ones(2)}
-    )
+    chosen, rejected = (empty_rows((1, 2, 2), pad_id=pad_id) for pad_id in (3, 4))
+    pairs = PairBatch(chosen, rejected, ref_chosen_logps=np.ones(2))
+    path = diagnostics.save_batch(tmp_path / "new", 7, pairs)
     assert path.name == "step_7.npz"
     saved = np.load(path)
-    assert set(saved) == {"chosen/tokens", "ref_chosen_logps"}
-    np.testing.assert_array_equal(saved["chosen/tokens"], side["tokens"])
+    fields = ("tokens", "targets", "segment_ids", "positions", "loss_mask")
+    names = {f"{side}/{name}" for side in ("chosen", "rejected") for name in fields}
+    assert set(saved) == {*names, "ref_chosen_logps"}
+    np.testing.assert_array_equal(saved["chosen/tokens"], chosen.tokens)
+    np.testing.assert_array_equal(saved["rejected/tokens"], rejected.tokens)
+
+
+def test_rows_that_share_prompts_are_saved_once(tmp_path):
+    rows = empty_rows((1, 2, 4), shares_prompts=True)
+    pairs = share_prompts(rows, pair_ids=np.ones((1, 2, 1), np.int32))
+    saved = np.load(diagnostics.save_batch(tmp_path, 1, pairs))
+    fields = {field.name for field in dataclasses.fields(Batch)}
+    assert set(saved) == {"pair_ids", *(f"shared/{name}" for name in fields)}
 
 
 # --- whole runs --------------------------------------------------------------------
@@ -114,7 +126,7 @@ def sabotaged_run(workdir, factor, step, **training):
     trainer.prepare()
     data = trainer.prepare_rows(trainer.load_training_data())
     batches = list(itertools.islice(trainer._train_batches(data), 8))
-    firsts = [int(b["tokens"][0, 0, 0]) for b in batches]
+    firsts = [int(b.tokens[0, 0, 0]) for b in batches]
     if step is None:
         trainer.first_token = -2
     else:
@@ -134,7 +146,7 @@ def test_a_nan_stops_the_run_names_the_step_and_saves_its_rows(tmp_path):
     with pytest.raises(FloatingPointError, match=r"step 4: the gradient is not finite"):
         trainer.train(data)
     saved = np.load(tmp_path / "bad_batches" / "step_4.npz")
-    for name, array in batches[3].items():
+    for name, array in named_arrays(batches[3]).items():
         np.testing.assert_array_equal(saved[name], array)
 
 

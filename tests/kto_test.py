@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from jaxtrain.objectives import make_objective
-from jaxtrain.objectives.kto import LabeledBatch
-from jaxtrain.types import Batch, TokenLogProbs
+from jaxtrain.types import Batch, LabeledBatch, TokenLogProbs
 
 
 def rows_of(first: int, count: int, width: int = 2) -> Batch:

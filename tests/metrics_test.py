@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxtrain.metrics import MetricsCalculator, perplexity, token_accuracy
-from jaxtrain.types import WeightedSum
+from jaxtrain.types import Batch, WeightedSum
 
 
 class WordTokenizer:
@@ -34,14 +34,14 @@ class RecordingModel:
     """Loss = 0.1 * target of each scored token; keeps the batches it sees."""
 
     def __init__(self, answers: dict[str, str] | None = None) -> None:
-        self.batches: list[dict[str, np.ndarray]] = []
+        self.batches: list[Batch] = []
         if answers is not None:
             self.generate = lambda prompts: [answers[prompt] for prompt in prompts]
 
     def score(self, batch):
         self.batches.append(batch)
-        mask = jnp.asarray(batch["loss_mask"])
-        loss = 0.1 * (jnp.asarray(batch["targets"]) * mask).sum()
+        mask = jnp.asarray(batch.loss_mask)
+        loss = 0.1 * (jnp.asarray(batch.targets) * mask).sum()
         return {
             "loss": WeightedSum(loss, mask.sum()),
             "never": WeightedSum(jnp.float32(0), jnp.float32(0)),
@@ -97,14 +97,14 @@ def test_text_rows_become_batches_that_score_only_the_answers():
     metrics = calculator.compute_evaluation_metrics(model, rows, WordTokenizer())
     (batch,) = model.batches
     # begin, prompt, answer, end; T = 8 holds the 5 predictions.
-    assert batch["tokens"].shape == (3, 8)
-    np.testing.assert_array_equal(batch["tokens"][0, :5], [1, 11, 12, 13, 14])
-    np.testing.assert_array_equal(batch["targets"][0, :5], [11, 12, 13, 14, 2])
-    np.testing.assert_array_equal(batch["loss_mask"][0], [0, 0, 1, 1, 1, 0, 0, 0])
-    np.testing.assert_array_equal(batch["segment_ids"][0], [1, 1, 1, 1, 1, 0, 0, 0])
-    np.testing.assert_array_equal(batch["positions"][0, :5], np.arange(5))
-    np.testing.assert_array_equal(batch["loss_mask"][1], [1, 1, 1, 0, 0, 0, 0, 0])
-    assert not batch["loss_mask"][2].any() and not batch["segment_ids"][2].any()
+    assert batch.tokens.shape == (3, 8)
+    np.testing.assert_array_equal(batch.tokens[0, :5], [1, 11, 12, 13, 14])
+    np.testing.assert_array_equal(batch.targets[0, :5], [11, 12, 13, 14, 2])
+    np.testing.assert_array_equal(batch.loss_mask[0], [0, 0, 1, 1, 1, 0, 0, 0])
+    np.testing.assert_array_equal(batch.segment_ids[0], [1, 1, 1, 1, 1, 0, 0, 0])
+    np.testing.assert_array_equal(batch.positions[0, :5], np.arange(5))
+    np.testing.assert_array_equal(batch.loss_mask[1], [1, 1, 1, 0, 0, 0, 0, 0])
+    assert not batch.loss_mask[2].any() and not batch.segment_ids[2].any()
     expected = 0.1 * (13 + 14 + 2 + 11 + 12 + 2) / 6
     assert metrics["eval_loss"] == pytest.approx(expected)
     assert metrics["eval_perplexity"] == pytest.approx(math.exp(expected))
@@ -122,9 +122,9 @@ def test_conversations_are_scored_on_the_last_answer_as_the_template_writes_it()
     )
     (batch,) = model.batches
     # <user> hi <assistant> | hello you; the template ends it, so no eos is added.
-    np.testing.assert_array_equal(batch["tokens"][0], [16, 12, 21, 15])
-    np.testing.assert_array_equal(batch["targets"][0], [12, 21, 15, 13])
-    np.testing.assert_array_equal(batch["loss_mask"][0], [0, 0, 1, 1])
+    np.testing.assert_array_equal(batch.tokens[0], [16, 12, 21, 15])
+    np.testing.assert_array_equal(batch.targets[0], [12, 21, 15, 13])
+    np.testing.assert_array_equal(batch.loss_mask[0], [0, 0, 1, 1])
 
 
 @given(
@@ -147,7 +147,7 @@ def test_long_rows_are_cut_at_max_length():
     MetricsCalculator(batch_size=1, max_length=4).compute_evaluation_metrics(
         model, [{"text": "a " * 50}], WordTokenizer()
     )
-    assert model.batches[0]["tokens"].shape == (1, 4)
+    assert model.batches[0].tokens.shape == (1, 4)
 
 
 def test_a_prepared_data_set_is_read_by_rows_and_filled_up_with_empty_ones():
@@ -160,13 +160,15 @@ def test_a_prepared_data_set_is_read_by_rows_and_filled_up_with_empty_ones():
 
         def batch(self, rows):
             mask = np.where(rows[:, None] < 0, 0.0, 1.0) * np.ones((1, 2))
-            return {"targets": np.stack([rows, rows], 1), "loss_mask": mask}
+            return types.SimpleNamespace(
+                targets=np.stack([rows, rows], 1), loss_mask=mask
+            )
 
     model = RecordingModel()
     metrics = MetricsCalculator(batch_size=2).compute_evaluation_metrics(
         model, Prepared()
     )
-    assert [batch["targets"][:, 0].tolist() for batch in model.batches] == [
+    assert [batch.targets[:, 0].tolist() for batch in model.batches] == [
         [0, 1],
         [2, -1],
     ]
@@ -174,7 +176,9 @@ def test_a_prepared_data_set_is_read_by_rows_and_filled_up_with_empty_ones():
 
 
 def test_ready_batches_pass_through_unchanged():
-    batch = {"targets": np.array([[4, 9]]), "loss_mask": np.array([[1.0, 0.0]])}
+    batch = types.SimpleNamespace(
+        targets=np.array([[4, 9]]), loss_mask=np.array([[1.0, 0.0]])
+    )
     model = RecordingModel()
     metrics = MetricsCalculator().compute_evaluation_metrics(model, [batch])
     assert model.batches[0] is batch

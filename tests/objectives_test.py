@@ -15,9 +15,8 @@ from jaxtrain.objectives import (
     needs_reference,
     next_token,
 )
-from jaxtrain.objectives.kto import LabeledBatch
 from jaxtrain.objectives.preference_losses import PAIR_LOSSES
-from jaxtrain.types import Batch, PairBatch, TokenLogProbs, WeightedSum
+from jaxtrain.types import Batch, LabeledBatch, PairBatch, TokenLogProbs, WeightedSum
 
 
 def batch_of(mask: list[list[float]]) -> Batch:

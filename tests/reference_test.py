@@ -10,7 +10,7 @@ from jaxtrain import assets
 from jaxtrain.data.prepare.prepare import prepare
 from jaxtrain.data.rows.tokenize import load_tokenizer
 from jaxtrain.passes import reference
-from jaxtrain.types import Batch, PairBatch, TokenLogProbs
+from jaxtrain.types import TokenLogProbs
 
 ROWS, BATCH = 10, 4
 
@@ -36,16 +36,11 @@ def score(params, batch):
     return TokenLogProbs(logps, zeros, zeros, zeros)
 
 
-def place(arrays):
-    sides = {side: Batch(**arrays[side]) for side in ("chosen", "rejected")}
-    return PairBatch(**sides)
-
-
 def make_scorer(directory, *, weight=-0.5, tokenizer_hash="t", placed=None):
-    def counting(arrays):
+    def counting(batch):
         if placed is not None:
-            placed.append(arrays)
-        return place(arrays)
+            placed.append(batch)
+        return batch
 
     return reference.ReferenceScorer(
         score,
@@ -60,15 +55,15 @@ def make_scorer(directory, *, weight=-0.5, tokenizer_hash="t", placed=None):
 def sums_by_hand(data, weight=-0.5):
     batch = data.batch(np.arange(ROWS))
     return [
-        weight * (batch[side]["targets"] * batch[side]["loss_mask"]).sum(-1)
+        weight * (getattr(batch, side).targets * getattr(batch, side).loss_mask).sum(-1)
         for side in ("chosen", "rejected")
     ]
 
 
 def attached(data):
     batch = data.batch(np.array([*range(ROWS), -1]))
-    assert batch["ref_chosen_logps"][-1] == batch["ref_rejected_logps"][-1] == 0
-    return [batch[f"ref_{side}_logps"][:-1] for side in ("chosen", "rejected")]
+    assert batch.ref_chosen_logps[-1] == batch.ref_rejected_logps[-1] == 0
+    return [batch.ref_chosen_logps[:-1], batch.ref_rejected_logps[:-1]]
 
 
 def test_the_sums_are_of_the_completions_and_a_second_run_computes_none(

@@ -18,7 +18,7 @@ from jaxtrain.data.batches.shared_prompt import pair_lengths
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.transformer import Decoder
 from jaxtrain.objectives import make_objective
-from jaxtrain.types import Batch, PairBatch, share_prompts
+from jaxtrain.types import Batch
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from runs import train_pairs
@@ -70,19 +70,19 @@ def datasets_of(sizes, *, packing, seed=0, vocabulary=50):
 def predictions(batch, row, segment=None):
     """What a side predicts: (context, target, weight) of each trained position."""
     found = []
-    segments = batch["segment_ids"][row]
-    prompt_ids = batch.get("prompt_ids")
-    for t in np.flatnonzero(batch["loss_mask"][row]):
+    segments = batch.segment_ids[row]
+    prompt_ids = batch.prompt_ids
+    for t in np.flatnonzero(batch.loss_mask[row]):
         if segment is not None and segments[t] != segment:
             continue
         reads = segments == segments[t]
         if prompt_ids is not None:
             reads |= segments == prompt_ids[row][t]
         reads &= np.arange(len(segments)) <= t
-        order = np.argsort(batch["positions"][row][reads])
-        assert list(batch["positions"][row][reads][order]) == list(range(reads.sum()))
-        context = tuple(batch["tokens"][row][reads][order].tolist())
-        found.append((context, int(batch["targets"][row][t])))
+        order = np.argsort(batch.positions[row][reads])
+        assert list(batch.positions[row][reads][order]) == list(range(reads.sum()))
+        context = tuple(batch.tokens[row][reads][order].tolist())
+        found.append((context, int(batch.targets[row][t])))
     return found
 
 
@@ -91,9 +91,9 @@ def test_every_prediction_reads_the_context_that_it_reads_alone(sizes, packing):
     apart, sharing = datasets_of(sizes, packing=packing)
     alone = apart.batch(np.arange(len(apart)))
     rows = np.arange(len(sharing))
-    shared = sharing.batch(rows)["shared"]
+    shared = sharing.batch(rows).shared
     np.testing.assert_array_equal(
-        sharing.row_lengths(), (shared["segment_ids"] > 0).sum(-1)
+        sharing.row_lengths(), (shared.segment_ids > 0).sum(-1)
     )
     store = sharing.stores["chosen"]
     for row in rows:
@@ -103,7 +103,7 @@ def test_every_prediction_reads_the_context_that_it_reads_alone(sizes, packing):
         for pair, document in enumerate(documents, start=1):
             for side, segment in (("chosen", 3 * pair - 1), ("rejected", 3 * pair)):
                 assert predictions(shared, row, segment) == predictions(
-                    alone[side], document
+                    getattr(alone, side), document
                 )
 
 
@@ -130,13 +130,13 @@ def test_the_model_gives_each_side_the_log_probs_that_it_has_alone(decoder, pack
     apart, sharing = datasets_of(sizes, packing=packing)
     params = decoder.init(jax.random.key(0))
     alone = apart.batch(np.arange(len(apart)))
-    arrays = sharing.batch(np.arange(len(sharing)))
-    batch = share_prompts(Batch(**arrays["shared"]))
+    batch = sharing.batch(np.arange(len(sharing)))
     score = jax.jit(decoder.token_log_probs)
     together = score(params, jax.tree.map(jnp.asarray, batch.shared)).logps
     for side in SIDES:
         rows: Batch = getattr(batch, side)
-        expected = score(params, Batch(**alone[side])).logps * alone[side]["loss_mask"]
+        apart_rows: Batch = getattr(alone, side)
+        expected = score(params, apart_rows).logps * apart_rows.loss_mask
         found = together * rows.loss_mask
         # Each side of the pair is a batch of its own, too.
         by_itself = score(params, rows).logps * rows.loss_mask
@@ -144,7 +144,7 @@ def test_the_model_gives_each_side_the_log_probs_that_it_has_alone(decoder, pack
         # float32 attention over other blocks: a few units in the last place.
         np.testing.assert_allclose(
             np.sort(found[rows.loss_mask > 0]),
-            np.sort(expected[alone[side]["loss_mask"] > 0]),
+            np.sort(expected[apart_rows.loss_mask > 0]),
             atol=5e-6,
         )
 
@@ -188,16 +188,13 @@ def test_losses_and_metrics_are_those_of_pairs_in_two_rows(decoder, objective, o
     policy, reference = (decoder.init(jax.random.key(seed)) for seed in (0, 1))
     score = jax.jit(decoder.token_log_probs)
     rows = np.arange(3)
-    logps = dict.fromkeys(
-        ("ref_chosen_logps", "ref_rejected_logps"), -np.ones(3, np.float32)
-    )
-    sides = {name: Batch(**side) for name, side in apart.batch(rows).items()}
-    shared = share_prompts(Batch(**sharing.batch(rows)["shared"]), **logps)
+    logps = (-np.ones(3, np.float32),) * 2
+    apart, sharing = (data.with_reference_logps(*logps) for data in (apart, sharing))
     found, expected = (
         make_objective(objective, **options)(
             lambda rows: score(policy, rows), lambda rows: score(reference, rows), batch
         )
-        for batch in (shared, PairBatch(**sides, **logps))
+        for batch in (sharing.batch(rows), apart.batch(rows))
     )
     assert found[1].keys() == expected[1].keys()
     for name, value in {"loss": expected[0], **expected[1]}.items():

@@ -41,8 +41,7 @@ import jax.numpy as jnp
 
 from jaxtrain import model_manager, trainer
 from jaxtrain.config import default_config, resolve
-from jaxtrain.objectives.kto import LabeledBatch
-from jaxtrain.types import Batch, PairBatch, share_prompts
+from jaxtrain.types import Batch, LabeledBatch, PairBatch, share_prompts
 
 RECORD = pathlib.Path(__file__).with_suffix(".json")
 ROWS, LENGTH, PAIRS = 8, 64, 3  # of a micro-batch; tokens; pairs of a packed row

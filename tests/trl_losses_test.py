@@ -19,9 +19,8 @@ import numpy as np
 import pytest
 
 from jaxtrain.objectives import make_objective
-from jaxtrain.objectives.kto import LabeledBatch
 from jaxtrain.objectives.preference_losses import PAIR_LOSSES
-from jaxtrain.types import Batch, PairBatch, TokenLogProbs
+from jaxtrain.types import Batch, LabeledBatch, PairBatch, TokenLogProbs
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("trl")

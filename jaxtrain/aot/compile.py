@@ -17,8 +17,7 @@ from jaxtrain.aot.hlo_cost import analyze
 from jaxtrain.aot.jaxpr_cost import count_flops
 from jaxtrain.aot.report import CHIPS, Chip, Report
 from jaxtrain.config import RunConfig, resolve
-from jaxtrain.objectives.kto import LabeledBatch
-from jaxtrain.types import Batch, PairBatch
+from jaxtrain.types import Batch, LabeledBatch, PairBatch
 
 
 def compile_step(config: Any, topology: str, num_slices: int = 1) -> Report:

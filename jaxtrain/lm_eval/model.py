@@ -17,11 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtrain import assets
+from jaxtrain.batch import Batch, unpacked_rows
 from jaxtrain.config import default_config
 from jaxtrain.evaluation.generate import Generator, generate_tokens, make_generate
 from jaxtrain.model_manager import LoadedModel, ModelManager
 from jaxtrain.models import hf
-from jaxtrain.types import Batch, Params
+from jaxtrain.types import Params
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -392,15 +393,6 @@ def _make_batch(rows: Sequence[_Row], batch_size: int) -> Batch:
     """One padded batch [batch_size T], T a power of two; only continuations count."""
     longest = max(len(row.tokens) for row in rows) - 1
     shape = (batch_size, max(1 << (longest - 1).bit_length(), _SHORTEST_ROW))
-    names = ("tokens", "targets", "segment_ids", "positions")
-    arrays = {name: np.zeros(shape, np.int32) for name in names}
-    arrays["loss_mask"] = np.zeros(shape, np.float32)
-    for b, row in enumerate(rows):
-        tokens = row.tokens
-        length = len(tokens) - 1
-        arrays["tokens"][b, :length] = tokens[:-1]
-        arrays["targets"][b, :length] = tokens[1:]
-        arrays["segment_ids"][b, :length] = 1
-        arrays["positions"][b, :length] = np.arange(length)
-        arrays["loss_mask"][b, length - row.scored : length] = 1
-    return Batch(**arrays)  # type: ignore[arg-type]
+    return unpacked_rows(
+        [(row.tokens, len(row.tokens) - 1 - row.scored) for row in rows], shape
+    )

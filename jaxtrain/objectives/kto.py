@@ -1,7 +1,5 @@
 """KTO: learning from single completions with a verdict, desirable or not."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -14,25 +12,7 @@ from jaxtrain.objectives.preference import (
     weigh,
 )
 from jaxtrain.objectives.preference_losses import kto_losses
-from jaxtrain.types import Batch, LogProbsFn, Metrics, WeightedSum
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LabeledBatch:
-    """Single completions with a verdict each, for KTO.
-
-    `desirable`: 1 or 0 a row. `mismatched`: each prompt with another row's completion,
-    from which KTO estimates its KL term. `ref_*_logps`: precomputed summed reference
-    log-probs (nats), where given. A row with an all-zero loss mask is padding.
-    """
-
-    completions: Batch
-    desirable: Float[Array, "*A B"]
-    mismatched: Batch | None = None
-    ref_logps: Float[Array, "*A B"] | None = None
-    ref_mismatched_logps: Float[Array, "*A B"] | None = None
-
+from jaxtrain.types import Batch, LabeledBatch, LogProbsFn, Metrics, WeightedSum
 
 KTO_LOSSES = ("kto", "apo_zero_unpaired")
 

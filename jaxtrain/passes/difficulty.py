@@ -14,11 +14,10 @@ from jaxtyping import Array, Float
 
 from jaxtrain.data.batches.dataset import PreparedDataset
 from jaxtrain.data.batches.pipeline import make_eval_iterator
-from jaxtrain.objectives.kto import LabeledBatch
 from jaxtrain.objectives.preference import row_sums, score_pairs
 from jaxtrain.passes.reference import rows_on_host
 from jaxtrain.step import ScoreFn
-from jaxtrain.types import Batch, PairBatch, Params, TokenLogProbs
+from jaxtrain.types import Batch, LabeledBatch, PairBatch, Params, TokenLogProbs
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +45,7 @@ def measure(
     data: PreparedDataset,
     score: ScoreFn,
     params: Params,
-    place: Callable[[dict[str, Any]], Any],
+    place: Callable[[Any], Any],
     *,
     process_rows: int,
     readers: tuple[int, int] = (0, 1),
@@ -70,7 +69,7 @@ def measure(
         process_count=readers[1],
     )
     of_batch = jit(lambda params, batch: row_difficulty(score, params, batch))
-    found = [rows_on_host(of_batch(params, place(arrays))) for arrays in batches]
+    found = [rows_on_host(of_batch(params, place(batch))) for batch in batches]
     difficulty = np.concatenate(found)[: len(data)].astype(np.float32)
     logger.info(
         "difficulty of %d rows: %.3f to %.3f nats a token",

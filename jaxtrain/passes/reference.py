@@ -36,7 +36,7 @@ class ReferenceScorer:
         self,
         score: ScoreFn,
         params: Params,
-        place: Callable[[dict[str, Any]], PairBatch],
+        place: Callable[[Any], PairBatch],
         process_rows: int,
         directory: pathlib.Path,
         identity: Mapping[str, str],
@@ -108,8 +108,8 @@ class ReferenceScorer:
         global_rows = self._process_rows * self._readers[1]
         batches.set_state({"next_step": first // global_rows})
         cache.truncate(first)
-        for arrays in batches:
-            sums = self._sums(self._params, self._place(arrays))
+        for batch in batches:
+            sums = self._sums(self._params, self._place(batch))
             pairs = np.stack([rows_on_host(side) for side in sums], axis=-1)
             cache.append(pairs[: len(data) - first])  # without empty rows at the end
             first += global_rows

@@ -4,14 +4,14 @@ The first two are pure and traced inside the train step; `save_batch` is host co
 """
 
 import pathlib
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from jaxtrain.batch import AnyBatch, named_arrays
 from jaxtrain.types import Params
 
 # A spread smaller than this share of the mean is rounding, not the batches'.
@@ -81,20 +81,14 @@ def detect_spike(
 
 
 def save_batch(
-    folder: pathlib.Path, step: int, arrays: Mapping[str, Any], process: str = ""
+    folder: pathlib.Path, step: int, batch: AnyBatch, process: str = ""
 ) -> pathlib.Path:
     """Write a step's rows on this process as step_N.npz; returns its path.
 
-    Arrays keep the pipeline's names and shapes [A, B, T]; of pairs, `chosen/tokens`.
+    Arrays have the names that `named_arrays` gives them, and shapes [A, B, T].
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{step}{process}.npz"
-    flat: dict[str, np.ndarray] = {}
-    for name, value in arrays.items():
-        if isinstance(value, Mapping):
-            flat |= {f"{name}/{below}": array for below, array in value.items()}
-        else:
-            flat[name] = value
     with open(path, "wb") as file:  # a file object: savez would mend the name
-        np.savez_compressed(file, **flat)  # type: ignore[arg-type]
+        np.savez_compressed(file, **named_arrays(batch))
     return path

@@ -134,15 +134,15 @@ DATA = rows_of_lengths(np.random.default_rng(0).integers(4, 120, 60), 128)
 
 
 def numbers_of(batch):
-    return batch["tokens"][..., 0][batch["segment_ids"][..., 0] > 0].tolist()
+    return batch.tokens[..., 0][batch.segment_ids[..., 0] > 0].tolist()
 
 
 def test_batches_grow_and_every_row_is_trained():
     batches = list(batches_of(DATA))
-    shapes = [batch["tokens"].shape for batch in batches]
+    shapes = [batch.tokens.shape for batch in batches]
     assert [shape[-1] for shape in shapes[:9]] == [16, 16, 32, 32, 64, 64, 64, 64, 128]
     assert {shape[:-1] for shape in shapes} == {(2, 2)}
-    tokens = [np.count_nonzero(batch["segment_ids"]) / 4 for batch in batches]
+    tokens = [np.count_nonzero(batch.segment_ids) / 4 for batch in batches]
     assert tokens[0] < 16 < np.mean(tokens[4:8]) < 64
     assert {n for batch in batches for n in numbers_of(batch)} == set(range(60))
 
@@ -157,16 +157,16 @@ def test_an_epoch_after_the_first_pass_is_an_ordinary_one():
     )[1]
     tail = all_batches[len(plan) :]
     for ours, theirs in zip(tail, ordinary, strict=False):
-        np.testing.assert_array_equal(ours["tokens"], theirs["tokens"])
+        np.testing.assert_array_equal(ours.tokens, theirs.tokens)
 
 
 @given(stop=st.integers(0, 29))
 def test_resume_within_a_curriculum_gives_the_same_bytes(stop):
-    whole = [batch["tokens"].tobytes() for batch in batches_of(DATA)]
+    whole = [batch.tokens.tobytes() for batch in batches_of(DATA)]
     state = batches_of(DATA).get_state() | {"next_step": stop}
     resumed = batches_of(DATA)
     resumed.set_state(state)
-    assert [batch["tokens"].tobytes() for batch in resumed] == whole[stop:]
+    assert [batch.tokens.tobytes() for batch in resumed] == whole[stop:]
 
 
 def test_another_curriculum_refuses_the_state():
@@ -184,16 +184,16 @@ def test_processes_share_one_global_batch():
         for index in range(2)
     ]
     for whole, *parts in zip(alone, *halves, strict=True):
-        joined = np.concatenate([part["tokens"] for part in parts], axis=1)
-        np.testing.assert_array_equal(joined, whole["tokens"])
+        joined = np.concatenate([part.tokens for part in parts], axis=1)
+        np.testing.assert_array_equal(joined, whole.tokens)
 
 
 @pytest.mark.slow
 def test_worker_processes_change_nothing():
     iterator = batches_of(DATA, num_workers=2, num_steps=12)
-    read = [batch["tokens"].tobytes() for batch in iterator]
+    read = [batch.tokens.tobytes() for batch in iterator]
     iterator.close()
-    assert read == [b["tokens"].tobytes() for b in batches_of(DATA, num_steps=12)]
+    assert read == [b.tokens.tobytes() for b in batches_of(DATA, num_steps=12)]
 
 
 def test_packed_documents_share_rows_with_their_like(bpe):
@@ -214,8 +214,8 @@ def test_packed_documents_share_rows_with_their_like(bpe):
         tokens += extended.stores[""].lengths[inside].sum()
     assert tokens == data.stats.tokens  # every document once
     batches = list(batches_of(data, curriculum=curriculum, num_steps=6))
-    assert [batch["tokens"].shape[-1] for batch in batches][:3] == [16, 16, 128]
-    assert batches[0]["segment_ids"].max() > 1
+    assert [batch.tokens.shape[-1] for batch in batches][:3] == [16, 16, 128]
+    assert batches[0].segment_ids.max() > 1
 
 
 def test_training_that_ends_before_the_first_pass_is_warned_of(caplog):

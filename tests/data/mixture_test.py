@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxtrain.batch import map_arrays, named_arrays
 from jaxtrain.config import default_config, resolve
 from jaxtrain.data.batches.mixture import Mixture, join, parse_mixture, rows_per_epoch
 from jaxtrain.data.batches.pipeline import RowOrder, make_train_iterator
@@ -99,11 +100,10 @@ def test_joined_data_sets_have_each_others_rows(bpe):
     assert len(joined) == 5 and joined.parts == ((3, 1.0), (2, 3.0))
     length = joined.row_length
     every = joined.batch(np.arange(5))
-    for name, array in every.items():
-        expected = [
-            data.batch(np.arange(len(data)), row_length=length)[name] for data in both
-        ]
-        np.testing.assert_array_equal(array, np.concatenate(expected))
+    apart = [data.batch(np.arange(len(data)), row_length=length) for data in both]
+    expected = named_arrays(map_arrays(lambda *x: np.concatenate(x), *apart))
+    for name, array in named_arrays(every).items():
+        np.testing.assert_array_equal(array, expected[name])
     assert joined.stats.rows == 5
     assert joined.stats.tokens == joined.row_lengths().sum()
     assert joined.stats.mean_length == pytest.approx(joined.row_lengths().mean())
@@ -115,11 +115,11 @@ def test_a_mixture_resumes_and_knows_its_weights(bpe):
             join(prepared_parts(bpe), weights), micro_batch_rows=2, num_steps=9
         )
 
-    whole = [batch["tokens"].tobytes() for batch in batches([1.0, 3.0])]
+    whole = [batch.tokens.tobytes() for batch in batches([1.0, 3.0])]
     state = batches([1.0, 3.0]).get_state() | {"next_step": 4}
     resumed = batches([1.0, 3.0])
     resumed.set_state(state)
-    assert [batch["tokens"].tobytes() for batch in resumed] == whole[4:]
+    assert [batch.tokens.tobytes() for batch in resumed] == whole[4:]
     with pytest.raises(ValueError, match="parts was"):
         batches([1.0, 2.0]).set_state(state)
 

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxtrain.batch import named_arrays
 from jaxtrain.data.batches.dataset import DataStats, PreparedDataset, TokenStore
 from jaxtrain.data.batches.pack import pack_best_fit
 from jaxtrain.data.prepare.prepare import prepare
@@ -39,15 +40,15 @@ def dataset_of(store, row_length, objective="next_token", pad_id=9):
 def test_a_packed_row_is_written_as_derived_by_hand():
     store = store_of([[5, 6, 7], [8, 4]], [[0, 1, 1], [1, 1]], [[0, 1]])
     batch = dataset_of(store, 7).batch(np.array([0, -1]))
-    assert {name: array[0].tolist() for name, array in batch.items()} == {
+    assert {name: array[0].tolist() for name, array in named_arrays(batch).items()} == {
         "tokens": [5, 6, 7, 8, 4, 9, 9],
         "targets": [6, 7, 9, 4, 9, 9, 9],  # no target crosses into the next document
         "segment_ids": [1, 1, 1, 2, 2, 0, 0],
         "positions": [0, 1, 2, 0, 1, 0, 0],
         "loss_mask": [1, 1, 0, 1, 0, 0, 0],
     }
-    assert not batch["segment_ids"][1].any() and not batch["loss_mask"][1].any()
-    kinds = {name: array.dtype.name for name, array in batch.items()}
+    assert not batch.segment_ids[1].any() and not batch.loss_mask[1].any()
+    kinds = {name: array.dtype.name for name, array in named_arrays(batch).items()}
     assert kinds.pop("loss_mask") == "float32" and set(kinds.values()) == {"int32"}
 
 
@@ -67,16 +68,16 @@ def test_packed_rows_keep_every_token_mask_and_border(documents):
     batch = dataset_of(store_of(tokens, trained, rows), 20).batch(np.arange(len(rows)))
     found = []
     for row in range(len(rows)):
-        segments = batch["segment_ids"][row]
+        segments = batch.segment_ids[row]
         for segment in range(1, segments.max() + 1):
             (at,) = np.nonzero(segments == segment)
             assert (np.diff(at) == 1).all()
-            assert batch["positions"][row, at].tolist() == list(range(len(at)))
-            ids = batch["tokens"][row, at].tolist()
-            assert batch["targets"][row, at[:-1]].tolist() == ids[1:]
-            assert batch["loss_mask"][row, at[-1]] == 0
-            found.append((ids, [False, *(batch["loss_mask"][row, at[:-1]] > 0)]))
-        assert not batch["loss_mask"][row, segments == 0].any()
+            assert batch.positions[row, at].tolist() == list(range(len(at)))
+            ids = batch.tokens[row, at].tolist()
+            assert batch.targets[row, at[:-1]].tolist() == ids[1:]
+            assert batch.loss_mask[row, at[-1]] == 0
+            found.append((ids, [False, *(batch.loss_mask[row, at[:-1]] > 0)]))
+        assert not batch.loss_mask[row, segments == 0].any()
     # A document's first token is predicted by nothing.
     expected = [(t, [False, *m[1:]]) for t, m in zip(tokens, trained, strict=True)]
     assert sorted(found) == sorted(expected)
@@ -97,7 +98,7 @@ def test_statistics_count_what_happened(bpe, caplog):
     assert (stats.packed_rows, stats.max_length) == (2, 64)
     assert stats.tokens == lengths.sum() and stats.mean_length == lengths.mean()
     batch = prepared.batch(np.arange(2))
-    assert stats.trained_tokens == batch["loss_mask"].sum()
+    assert stats.trained_tokens == batch.loss_mask.sum()
     assert stats.packing_efficiency == lengths.sum() / 128
     assert "conversational" not in caplog.text
     assert "plain prompt_completion rows" in caplog.text
@@ -125,21 +126,21 @@ def test_one_static_length_holds_the_longest_row(bpe):
     assert longest.row_length == -(-longest.stats.max_length // 8) * 8
     full = prepare(rows, bpe, pad_to="max_length", **options)
     assert full.row_length == 104
-    assert full.batch(np.arange(2))["tokens"].shape == (2, 104)
+    assert full.batch(np.arange(2)).tokens.shape == (2, 104)
 
 
 def test_pairs_share_length_and_prompt(bpe):
     pairs = prepare(PAIRS, bpe, objective="preference", max_length=64)
     batch = pairs.batch(np.array([[0, 1], [-1, -1]]))
-    assert set(batch) == {"chosen", "rejected"}
-    for side in batch.values():
-        assert side["tokens"].shape == (2, 2, pairs.row_length)
-        assert not side["loss_mask"][1].any()
-    sides = [batch[side] for side in ("chosen", "rejected")]
+    assert set(batch.sides()) == {"chosen", "rejected"}
+    for side in batch.sides().values():
+        assert side.tokens.shape == (2, 2, pairs.row_length)
+        assert not side.loss_mask[1].any()
+    sides = [getattr(batch, side) for side in ("chosen", "rejected")]
     for row in range(2):
-        prompts = [int(np.argmax(side["loss_mask"][0, row])) + 1 for side in sides]
+        prompts = [int(np.argmax(side.loss_mask[0, row])) + 1 for side in sides]
         assert prompts[0] == prompts[1]
-        shared = [side["tokens"][0, row, : prompts[0]] for side in sides]
+        shared = [side.tokens[0, row, : prompts[0]] for side in sides]
         np.testing.assert_array_equal(*shared)
 
 
@@ -156,24 +157,26 @@ def test_packed_pairs_stand_in_the_same_rows_on_both_sides(bpe):
         assert store.row_lengths().max() <= 64
     assert packed.stats.packing_efficiency > plain.stats.packing_efficiency
     batch = packed.batch(np.arange(-1, len(packed)))
-    held = (batch["pair_ids"] > 0).sum(-1)
+    held = (batch.pair_ids > 0).sum(-1)
     assert held.tolist()[0] == 0 and held.sum() == 5
     found = []
     for row in range(1, len(packed) + 1):
-        for pair in batch["pair_ids"][row]:
+        for pair in batch.pair_ids[row]:
             if pair:
                 found.append(
                     tuple(
-                        batch[side]["tokens"][row][
-                            batch[side]["segment_ids"][row] == pair
-                        ].tobytes()
+                        getattr(batch, side)
+                        .tokens[row][getattr(batch, side).segment_ids[row] == pair]
+                        .tobytes()
                         for side in ("chosen", "rejected")
                     )
                 )
     alone = plain.batch(np.arange(5))
     expected = [
         tuple(
-            alone[side]["tokens"][row][alone[side]["segment_ids"][row] == 1].tobytes()
+            getattr(alone, side)
+            .tokens[row][getattr(alone, side).segment_ids[row] == 1]
+            .tobytes()
             for side in ("chosen", "rejected")
         )
         for row in range(5)
@@ -192,13 +195,13 @@ def test_labeled_rows_have_completions_of_other_prompts(bpe):
     ]
     data = prepare(rows, bpe, objective="labeled", max_length=64)
     batch = data.batch(np.arange(-1, 3))
-    assert batch["desirable"].tolist() == [0, 1, 0, 1]
+    assert batch.desirable.tolist() == [0, 1, 0, 1]
 
     def texts(name):
-        side = batch[name]
+        side = getattr(batch, name)
         return [
             bpe.decode(ids[mask > 0], skip_special_tokens=True)
-            for ids, mask in zip(side["tokens"], side["segment_ids"], strict=True)
+            for ids, mask in zip(side.tokens, side.segment_ids, strict=True)
         ]
 
     assert texts("completions")[1:] == [
@@ -207,13 +210,13 @@ def test_labeled_rows_have_completions_of_other_prompts(bpe):
     assert texts("mismatched")[1:] == [
         "the sky is lazy", "the sky is lazy", "the dog is blue",
     ]  # fmt: skip
-    trained = batch["mismatched"]["loss_mask"][1:].sum(-1)
+    trained = batch.mismatched.loss_mask[1:].sum(-1)
     np.testing.assert_array_equal(trained > 0, True)
 
 
 def test_a_preference_is_two_labeled_rows(bpe):
     data = prepare(PAIRS, bpe, objective="labeled", max_length=64)
-    assert data.batch(np.arange(4))["desirable"].tolist() == [1, 0, 1, 0]
+    assert data.batch(np.arange(4)).desirable.tolist() == [1, 0, 1, 0]
     assert data.stats.rows == 2 and len(data) == 4
     rows = [{"prompt": "a", "completion": "b", "label": 2}]
     with pytest.raises(ValueError, match="row 0: label is 2, expected true or false"):
@@ -224,8 +227,8 @@ def test_reference_log_probs_ride_along(bpe):
     pairs = prepare(PAIRS, bpe, objective="preference", max_length=64)
     with_logps = pairs.with_reference_logps(np.array([-1.0, -2]), np.array([-3.0, -4]))
     batch = with_logps.batch(np.array([[1, 0], [-1, 1]]))
-    assert batch["ref_chosen_logps"].tolist() == [[-2, -1], [0, -2]]
-    assert batch["ref_rejected_logps"].dtype == np.float32
+    assert batch.ref_chosen_logps.tolist() == [[-2, -1], [0, -2]]
+    assert batch.ref_rejected_logps.dtype == np.float32
     with pytest.raises(ValueError, match=r"shape \(3,\)"):
         pairs.with_reference_logps(np.zeros(3), np.zeros(2))
 
@@ -297,8 +300,8 @@ def test_a_long_prompt_is_kept_by_its_end(bpe):
     row = PAIRS[0] | {"prompt": "Hello " * 80 + "Where is the sun?"}
     options = {"objective": "preference", "max_length": 64, "max_prompt_length": 8}
     pairs = prepare([row], bpe, **options)
-    batch = pairs.batch(np.array([0]))["chosen"]
-    length = int(np.argmax(batch["loss_mask"][0])) + 1
+    batch = pairs.batch(np.array([0])).chosen
+    length = int(np.argmax(batch.loss_mask[0])) + 1
     assert length == 8
-    assert bpe.decode(batch["tokens"][0, :8]).endswith("Where is the sun?")
+    assert bpe.decode(batch.tokens[0, :8]).endswith("Where is the sun?")
     assert dataclasses.asdict(pairs.stats)["truncated"] == 1

@@ -3,12 +3,14 @@
 import json
 import logging
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxtrain.batch import named_arrays
 from jaxtrain.data.batches.pipeline import make_eval_iterator, make_train_iterator
 from jaxtrain.data.prepare.prepare import prepare
 from jaxtrain.data.stream.batches import (
@@ -61,10 +63,7 @@ def iterate(data, **options):
 
 
 def as_bytes(batch):
-    return b"".join(
-        as_bytes(value) if isinstance(value, dict) else value.tobytes()
-        for _, value in sorted(batch.items())
-    )
+    return b"".join(array.tobytes() for _, array in sorted(named_arrays(batch).items()))
 
 
 def read(iterator):
@@ -78,8 +77,8 @@ def texts(small, batches):
     """The documents of batches, in order."""
     found = []
     for batch in batches:
-        tokens = batch["tokens"].reshape(-1, batch["tokens"].shape[-1])
-        segments = batch["segment_ids"].reshape(tokens.shape)
+        tokens = batch.tokens.reshape(-1, batch.tokens.shape[-1])
+        segments = batch.segment_ids.reshape(tokens.shape)
         for row, ids in zip(tokens, segments, strict=True):
             for segment in range(1, ids.max() + 1):
                 text = small.decode(row[ids == segment], skip_special_tokens=True)
@@ -91,7 +90,7 @@ def test_without_shuffling_rows_come_in_order_epoch_after_epoch(small, folder):
     data = stream(small, folder / "text.jsonl")
     batches = iterate(data, shuffle=False, shares=1, accumulation_steps=2)
     first = next(batches)
-    assert {a.shape for a in first.values()} == {(2, 4, 64)}
+    assert {a.shape for a in named_arrays(first).values()} == {(2, 4, 64)}
     found = texts(small, [first, *batches])
     numbers = [int(text.split()[1]) for text in found]
     assert numbers == [i % COUNT for i in range(8 * STEPS)]
@@ -109,9 +108,11 @@ def test_every_epoch_has_every_row_once_in_an_order_of_its_own(
     batches = iterate(data, shares=shares, num_steps=45 // shares)
     columns = [[] for _ in range(shares)]
     for batch in batches:
-        for share, part in enumerate(np.split(batch["tokens"], shares, axis=1)):
-            ids = np.split(batch["segment_ids"], shares, axis=1)[share]
-            columns[share] += texts(small, [{"tokens": part, "segment_ids": ids}])
+        for share, part in enumerate(np.split(batch.tokens, shares, axis=1)):
+            ids = np.split(batch.segment_ids, shares, axis=1)[share]
+            columns[share] += texts(
+                small, [replace(batch, tokens=part, segment_ids=ids)]
+            )
     batches.close()
     for epoch in range(2):
         seen = []
@@ -196,9 +197,9 @@ def test_batches_do_not_depend_on_the_number_of_processes(small, folder):
     whole = list(process(0, 1))
     two = [process(index, 2) for index in range(2)]
     for step in range(4):
-        halves = [next(half)["tokens"] for half in two]
+        halves = [next(half).tokens for half in two]
         np.testing.assert_array_equal(
-            np.concatenate(halves, axis=1), whole[step]["tokens"]
+            np.concatenate(halves, axis=1), whole[step].tokens
         )
     states = json.loads(json.dumps([half.get_state() for half in two]))
     with pytest.raises(ValueError, match=r"no share \[2, 3\]"):
@@ -207,9 +208,9 @@ def test_batches_do_not_depend_on_the_number_of_processes(small, folder):
     for quarter in four:
         quarter.set_state(join_states(states))
     for step in range(4, STEPS):
-        quarters = [next(quarter)["tokens"] for quarter in four]
+        quarters = [next(quarter).tokens for quarter in four]
         np.testing.assert_array_equal(
-            np.concatenate(quarters, axis=1), whole[step]["tokens"]
+            np.concatenate(quarters, axis=1), whole[step].tokens
         )
     for iterator in (*two, *four):
         iterator.close()
@@ -236,12 +237,14 @@ def test_packed_pairs_have_one_shape_and_are_whole(small, folder):
         window_rows=10,
     )  # fmt: skip
     batches = list(iterate(data, shares=1, num_steps=4))
-    assert {batch["pair_ids"].shape for batch in batches} == {(1, 4, 4)}
+    assert {batch.pair_ids.shape for batch in batches} == {(1, 4, 4)}
     for batch in batches:
-        pairs = (batch["pair_ids"] > 0).sum(-1)
+        pairs = (batch.pair_ids > 0).sum(-1)
         for side in ("chosen", "rejected"):
-            np.testing.assert_array_equal(batch[side]["segment_ids"].max(-1), pairs)
-    assert max((batch["pair_ids"] > 0).sum(-1).max() for batch in batches) == 4
+            np.testing.assert_array_equal(
+                getattr(batch, side).segment_ids.max(-1), pairs
+            )
+    assert max((batch.pair_ids > 0).sum(-1).max() for batch in batches) == 4
 
 
 def test_a_mixture_has_its_weights_and_its_sources_go_round_by_themselves(

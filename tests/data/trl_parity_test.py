@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+from jaxtrain.batch import map_arrays
 from jaxtrain.data.batches.dataset import PreparedDataset
 from jaxtrain.data.batches.pipeline import make_train_iterator
 from jaxtrain.data.prepare.prepare import prepare
@@ -255,16 +256,14 @@ def assert_same_sft(trainer: Any, prepared: PreparedDataset) -> None:
         ours = prepared.batch(np.arange(first, first + count))
         first += count
         attended = batch["attention_mask"].numpy() == 1
-        np.testing.assert_array_equal(
-            ours["tokens"][:, :length][attended], ids[attended]
-        )
-        np.testing.assert_array_equal(ours["segment_ids"][:, :length] > 0, attended)
-        assert not ours["segment_ids"][:, length:].any()
+        np.testing.assert_array_equal(ours.tokens[:, :length][attended], ids[attended])
+        np.testing.assert_array_equal(ours.segment_ids[:, :length] > 0, attended)
+        assert not ours.segment_ids[:, length:].any()
         predicted = labels[:, 1:] != -100
-        np.testing.assert_array_equal(ours["loss_mask"][:, : length - 1] > 0, predicted)
-        assert not ours["loss_mask"][:, length - 1 :].any()
+        np.testing.assert_array_equal(ours.loss_mask[:, : length - 1] > 0, predicted)
+        assert not ours.loss_mask[:, length - 1 :].any()
         np.testing.assert_array_equal(
-            ours["targets"][:, : length - 1][predicted], labels[:, 1:][predicted]
+            ours.targets[:, : length - 1][predicted], labels[:, 1:][predicted]
         )
     assert first == len(prepared)
 
@@ -392,21 +391,16 @@ def test_dpo_tokens_equal_trl(kind, any_tokenizer, tiny_model, tmp_path):
         count, length = len(ids) // 2, ids.shape[1]
         pairs = prepared.batch(np.arange(first, first + count))
         first += count
-        ours = {
-            name: np.concatenate([pairs["chosen"][name], pairs["rejected"][name]])
-            for name in pairs["chosen"]
-        }
+        ours = map_arrays(
+            lambda *sides: np.concatenate(sides), pairs.chosen, pairs.rejected
+        )
         attended = batch["attention_mask"].numpy() == 1
-        np.testing.assert_array_equal(ours["segment_ids"][:, :length] > 0, attended)
-        np.testing.assert_array_equal(
-            ours["tokens"][:, :length][attended], ids[attended]
-        )
+        np.testing.assert_array_equal(ours.segment_ids[:, :length] > 0, attended)
+        np.testing.assert_array_equal(ours.tokens[:, :length][attended], ids[attended])
         completion = batch["completion_mask"].numpy()[:, 1:] == 1
+        np.testing.assert_array_equal(ours.loss_mask[:, : length - 1] > 0, completion)
         np.testing.assert_array_equal(
-            ours["loss_mask"][:, : length - 1] > 0, completion
-        )
-        np.testing.assert_array_equal(
-            ours["targets"][:, : length - 1][completion], ids[:, 1:][completion]
+            ours.targets[:, : length - 1][completion], ids[:, 1:][completion]
         )
     assert first == len(prepared)
 
@@ -426,6 +420,6 @@ def test_rows_shuffled_by_neither_side_come_in_the_same_order(
     for batch, expected in zip(ours, theirs, strict=True):
         ids = expected["input_ids"].numpy()
         attended = expected["attention_mask"].numpy() == 1
-        mine = batch["tokens"][0, : len(ids), : ids.shape[1]]
+        mine = batch.tokens[0, : len(ids), : ids.shape[1]]
         np.testing.assert_array_equal(mine[attended], ids[attended])
-    assert not batch["segment_ids"][0, 1].any()  # the last batch is filled up
+    assert not batch.segment_ids[0, 1].any()  # the last batch is filled up

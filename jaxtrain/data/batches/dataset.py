@@ -10,6 +10,15 @@ from typing import Any
 
 import numpy as np
 
+from jaxtrain.batch import (
+    AnyBatch,
+    Batch,
+    LabeledBatch,
+    PairBatch,
+    empty_rows,
+    map_arrays,
+    share_prompts,
+)
 from jaxtrain.data.batches import shared_prompt
 
 _ARRAYS = ("tokens", "trained", "starts", "lengths", "row_documents", "row_offsets")
@@ -72,19 +81,19 @@ class TokenStore:
         total = np.concatenate([[0], np.cumsum(lengths)])
         return total[self.row_offsets[1:]] - total[self.row_offsets[:-1]]
 
-    def write_row(self, row: int, out: Mapping[str, np.ndarray]) -> None:
-        """Write one row into `out`'s arrays [T], which hold an empty row."""
+    def write_row(self, row: int, out: Batch) -> None:
+        """Write one row into `out`, an empty row of [T]."""
         at = 0
         first, last = self.row_offsets[row], self.row_offsets[row + 1]
         for segment, document in enumerate(self.row_documents[first:last], start=1):
             start, length = int(self.starts[document]), int(self.lengths[document])
             stop = at + length
-            out["tokens"][at:stop] = self.tokens[start : start + length]
+            out.tokens[at:stop] = self.tokens[start : start + length]
             # The last token of a document predicts nothing.
-            out["targets"][at : stop - 1] = self.tokens[start + 1 : start + length]
-            out["loss_mask"][at : stop - 1] = self.trained[start + 1 : start + length]
-            out["segment_ids"][at:stop] = segment
-            out["positions"][at:stop] = np.arange(length)
+            out.targets[at : stop - 1] = self.tokens[start + 1 : start + length]
+            out.loss_mask[at : stop - 1] = self.trained[start + 1 : start + length]
+            out.segment_ids[at:stop] = segment
+            out.positions[at:stop] = np.arange(length)
             at = stop
 
 
@@ -131,9 +140,7 @@ class PreparedDataset:
         sides = [store.row_lengths() for store in self.stores.values()]
         return functools.reduce(np.maximum, sides)
 
-    def batch(
-        self, rows: np.ndarray, *, row_length: int | None = None
-    ) -> dict[str, Any]:
+    def batch(self, rows: np.ndarray, *, row_length: int | None = None) -> AnyBatch:
         """Rows as arrays [*rows.shape, T]; -1 gives an empty row, which counts nowhere.
 
         `row_length` overrides T; it must hold the longest of these rows.
@@ -143,25 +150,31 @@ class PreparedDataset:
             write = functools.partial(
                 shared_prompt.write_row, self.stores, self._prompt_lengths
             )
-            sides = {"shared": self._fill(write, rows, length, "prompt_ids")}
-        else:
-            sides = {
-                name: self._fill(store.write_row, rows, length)
-                for name, store in self.stores.items()
-            }
+            shared = self._fill(write, rows, length)
+            return share_prompts(shared, **self._values(rows))
+        fields: dict[str, Any] = {
+            name: self._fill(store.write_row, rows, length)
+            for name, store in self.stores.items()
+        }
         if self.objective == "next_token":
-            return sides[""]
-        batch: dict[str, Any] = sides
-        if self.objective == "preference" and (self.most_pairs or self.packed):
-            batch["pair_ids"] = self._pair_ids(rows)
+            return fields[""]
+        fields |= self._values(rows)
+        if self.objective == "preference":
+            return PairBatch(**fields)
+        return LabeledBatch(**fields)
+
+    def _values(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """What a batch has of each row beside its tokens, by the batch's fields."""
         values = dict(self.row_values)
         for side, logps in (self.reference_logps or {}).items():
             values[f"ref_{side}_logps"] = logps
-        for name, array in values.items():
-            batch[name] = np.where(
-                rows < 0, np.float32(0), np.asarray(array, np.float32)[rows]
-            )
-        return batch
+        found = {
+            name: np.where(rows < 0, np.float32(0), np.asarray(array, np.float32)[rows])
+            for name, array in values.items()
+        }
+        if self.objective == "preference" and (self.most_pairs or self.packed):
+            found["pair_ids"] = self._pair_ids(rows)
+        return found
 
     def _pair_ids(self, rows: np.ndarray) -> np.ndarray:
         """int32[*rows.shape, P]: 1, 2, ... for the pairs of a row, 0 behind them."""
@@ -273,23 +286,14 @@ class PreparedDataset:
         )
 
     def _fill(
-        self,
-        write_row: Callable[[int, Mapping[str, np.ndarray]], None],
-        rows: np.ndarray,
-        length: int,
-        *more_ids: str,
-    ) -> dict[str, Any]:
-        shape = (*rows.shape, length)
-        out = {
-            "tokens": np.full(shape, self.pad_id, np.int32),
-            "targets": np.full(shape, self.pad_id, np.int32),
-            "segment_ids": np.zeros(shape, np.int32),
-            "positions": np.zeros(shape, np.int32),
-            "loss_mask": np.zeros(shape, np.float32),
-            **{name: np.zeros(shape, np.int32) for name in more_ids},
-        }
+        self, write_row: Callable[[int, Batch], None], rows: np.ndarray, length: int
+    ) -> Batch:
+        batch = empty_rows(
+            (*rows.shape, length),
+            pad_id=self.pad_id,
+            shares_prompts=self.shares_prompts,
+        )
         for index in np.ndindex(rows.shape):
             if rows[index] >= 0:
-                views = {name: array[index] for name, array in out.items()}
-                write_row(int(rows[index]), views)
-        return out
+                write_row(int(rows[index]), map_arrays(lambda x, i=index: x[i], batch))
+        return batch

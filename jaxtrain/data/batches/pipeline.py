@@ -17,12 +17,11 @@ import grain
 import numpy as np
 from absl import flags
 
+from jaxtrain.batch import AnyBatch
 from jaxtrain.config import CurriculumSection
 from jaxtrain.data.batches.curriculum import FirstPass, plan_first_pass
 from jaxtrain.data.batches.dataset import PreparedDataset
 from jaxtrain.data.batches.mixture import rows_per_epoch
-
-Arrays = dict[str, Any]
 
 
 def steps_per_epoch(
@@ -150,7 +149,7 @@ class BatchReader:
             self._dataset.save(folder)
         self._folder = folder
 
-    def __call__(self, step: int) -> Arrays:
+    def __call__(self, step: int) -> AnyBatch:
         if self._dataset is None:
             assert self._folder is not None
             self._dataset = PreparedDataset.load(self._folder)
@@ -181,7 +180,7 @@ def check_identity(saved: Mapping[str, Any], present: Mapping[str, Any]) -> None
         )
 
 
-class BatchIterator(Iterator[Arrays]):
+class BatchIterator(Iterator[AnyBatch]):
     """Batches of steps [step, num_steps), read ahead; its state is the next step.
 
     `get_state()` is JSON-serialisable, and independent of the number of workers and
@@ -212,7 +211,7 @@ class BatchIterator(Iterator[Arrays]):
         self._source: Any = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
-    def __next__(self) -> Arrays:
+    def __next__(self) -> AnyBatch:
         if self.step >= self.num_steps:
             raise StopIteration
         if self._source is None:
@@ -249,7 +248,7 @@ class BatchIterator(Iterator[Arrays]):
             self._folder.cleanup()
             self._folder = None
 
-    def _open(self) -> Iterator[Arrays]:
+    def _open(self) -> Iterator[AnyBatch]:
         steps = grain.MapDataset.range(self.step, self.num_steps)
         options = grain.ReadOptions(
             num_threads=min(self._prefetch, 4), prefetch_buffer_size=self._prefetch
@@ -293,7 +292,7 @@ def make_train_iterator(
     start_step: int = 0,
     curriculum: CurriculumSection | None = None,
 ) -> BatchIterator:
-    """Iterate over training steps: dicts of arrays [A, B, T], B rows of this process.
+    """Iterate over training steps: batches of [A, B, T], B rows of this process.
 
     Args:
         micro_batch_rows: rows of this process in a micro-batch (B).
@@ -367,7 +366,7 @@ def make_eval_iterator(
     num_workers: int = 0,
     prefetch: int = 2,
 ) -> BatchIterator:
-    """Iterate once over all rows in order: dicts of arrays [B, T].
+    """Iterate once over all rows in order: batches of [B, T].
 
     Every process gets the same number of batches; empty rows fill the last one.
     """

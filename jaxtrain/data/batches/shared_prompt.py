@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from jaxtrain.batch import Batch
+
 if TYPE_CHECKING:  # that module lays out rows by this one
     from jaxtrain.data.batches.dataset import TokenStore
 
@@ -46,13 +48,14 @@ def write_row(
     stores: Mapping[str, "TokenStore"],
     prompts: np.ndarray,
     row: int,
-    out: Mapping[str, np.ndarray],
+    out: Batch,
 ) -> None:
-    """Write one row into `out`'s arrays [T], which hold an empty row.
+    """Write one row into `out`, an empty row of [T].
 
     Args:
         prompts: `prompt_lengths(stores)`.
     """
+    assert out.prompt_ids is not None
     store = stores["chosen"]
     documents = store.row_documents[store.row_offsets[row] : store.row_offsets[row + 1]]
     at = 0
@@ -68,12 +71,12 @@ def write_row(
             # with; the last token of a side predicts nothing.
             targets = min(stop, length - 1) - first
             tokens = stores[side].tokens[start : start + length]
-            out["tokens"][at:end] = tokens[first:stop]
-            out["targets"][at : at + targets] = tokens[first + 1 : first + 1 + targets]
-            out["segment_ids"][at:end] = number
-            out["positions"][at:end] = np.arange(first, stop)
+            out.tokens[at:end] = tokens[first:stop]
+            out.targets[at : at + targets] = tokens[first + 1 : first + 1 + targets]
+            out.segment_ids[at:end] = number
+            out.positions[at:end] = np.arange(first, stop)
             if last is None:
                 trained = stores[side].trained[start + first + 1 : start + length]
-                out["loss_mask"][at : at + targets] = trained
-                out["prompt_ids"][at:end] = 3 * pair - 2
+                out.loss_mask[at : at + targets] = trained
+                out.prompt_ids[at:end] = 3 * pair - 2
             at = end

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from jaxtrain.batch import AnyBatch, map_arrays
 from jaxtrain.data.batches.dataset import PreparedDataset
-from jaxtrain.data.batches.pipeline import Arrays, check_identity
+from jaxtrain.data.batches.pipeline import check_identity
 from jaxtrain.data.prepare.prepare import check_options, detect_row_format
 from jaxtrain.data.rows.formats import RowFormat
 from jaxtrain.data.rows.tokenize import check_tokenizer
@@ -139,8 +140,8 @@ def _detect(source: Source, objective: str, kind: str, text_column: str) -> RowF
         raise ValueError(f"{source.name}: {error}") from error
 
 
-class StreamIterator(Iterator[Arrays]):
-    """Batches of steps [step, num_steps) of a stream: dicts of arrays [A, B, T]."""
+class StreamIterator(Iterator[AnyBatch]):
+    """Batches of steps [step, num_steps) of a stream, [A, B, T]."""
 
     def __init__(
         self,
@@ -209,7 +210,7 @@ class StreamIterator(Iterator[Arrays]):
         self._next_report = 1
         self._reported = 0
 
-    def __next__(self) -> Arrays:
+    def __next__(self) -> AnyBatch:
         if self.step >= self.num_steps:
             raise StopIteration
         if self._producer is None:
@@ -317,7 +318,7 @@ class StreamIterator(Iterator[Arrays]):
             lanes.append(lane)
         return lanes
 
-    def _assemble(self, lanes: Sequence[Lane]) -> "tuple[Arrays, _Snapshot]":
+    def _assemble(self, lanes: Sequence[Lane]) -> "tuple[AnyBatch, _Snapshot]":
         taken = [
             lane.take()
             for _ in range(self._accumulation)
@@ -395,22 +396,20 @@ class _Snapshot:
 
 def _batch(
     taken: Sequence[tuple[PreparedDataset, int]], shape: tuple[int, int]
-) -> Arrays:
+) -> AnyBatch:
     """Rows of several windows as arrays [*shape, ...]."""
     pieces: list[tuple[PreparedDataset, list[int]]] = []
     for data, row in taken:
         if not pieces or pieces[-1][0] is not data:
             pieces.append((data, []))
         pieces[-1][1].append(row)
-    made = [data.batch(np.asarray(rows)) for data, rows in pieces]
+    made: list[Any] = [data.batch(np.asarray(rows)) for data, rows in pieces]
 
-    def join(parts: Sequence[Any]) -> Any:
-        if isinstance(parts[0], Mapping):
-            return {name: join([p[name] for p in parts]) for name in parts[0]}
+    def join(*parts: np.ndarray) -> np.ndarray:
         array = np.concatenate(parts)
         return array.reshape(*shape, *array.shape[1:])
 
-    joined: Arrays = join(made)
+    joined: AnyBatch = map_arrays(join, *made)
     return joined
 
 
