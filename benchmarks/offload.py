@@ -25,7 +25,7 @@ from jaxtrain.optimizers import offload as streamed
 from jaxtrain.optimizers import optim
 from jaxtrain.optimizers.schedules import make_schedule
 from jaxtrain.run import distributed
-from jaxtrain.step import make_train_step
+from jaxtrain.step import Placement, StepOptions, make_train_step
 from jaxtrain.types import Batch, TrainState
 
 SHAPES = {
@@ -92,7 +92,7 @@ class Run:
             )
         step = make_train_step(
             make_objective("next_token"), decoder.token_log_probs, self.optimizer,
-            schedule, max_grad_norm=1.0, **fetch,
+            schedule, StepOptions(max_grad_norm=1.0, placement=Placement(**fetch)),
         )  # fmt: skip
         self.step = jax.jit(
             step,
@@ -126,7 +126,7 @@ class Run:
         )  # fmt: skip
 
     def init(self) -> TrainState:
-        """As `model_manager.init_state` does: the moments made where they are kept."""
+        """As `models.state.init_state` does: the moments made where they are kept."""
         params = jax.jit(self.decoder.init, out_shardings=self.layouts.trainable)(
             jax.random.key(0)
         )

@@ -30,7 +30,7 @@ from jaxtrain.objectives import make_objective
 from jaxtrain.optimizers import optim
 from jaxtrain.optimizers.schedules import make_schedule
 from jaxtrain.record.throughput import peak_flops
-from jaxtrain.step import make_train_step
+from jaxtrain.step import StepOptions, make_train_step
 from jaxtrain.types import Batch, PairBatch, TrainState, share_prompts
 
 SHARED = "_shared"  # behind a case of pairs: their prompts are computed once
@@ -139,8 +139,7 @@ def run_case(name: str, options: argparse.Namespace) -> dict[str, Any]:
             scorer.token_log_probs,
             optimizer,
             schedule,
-            max_grad_norm=1.0,
-            with_reference=case.pairs,
+            StepOptions(max_grad_norm=1.0, with_reference=case.pairs),
         ),
         donate_argnums=0,
     )

@@ -4,7 +4,7 @@ import os
 from typing import Any
 
 from jaxtrain.data.batches.dataset import PreparedDataset
-from jaxtrain.model_manager import LoadedModel
+from jaxtrain.models.load import LoadedModel
 from jaxtrain.trainer import Prepared, Rows, TrainingOrchestrator
 
 
@@ -37,7 +37,8 @@ class DPOTrainer(TrainingOrchestrator):
         else:
             self.prepare("dpo", os.fspath(model))
         if tokenizer is not None:
-            self._loaded_model().tokenizer = tokenizer
+            assert self.model is not None  # `prepare` has set it
+            self.model.tokenizer = tokenizer
 
     def prepare_dataset(
         self, preference_data: Rows | str | os.PathLike[str]

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import logging
 import math
-import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -16,7 +15,8 @@ import numpy as np
 
 from jaxtrain.batch import AnyBatch
 from jaxtrain.checkpoint import CheckpointManager
-from jaxtrain.config import LoopSection, RunConfig, diff
+from jaxtrain.config import RunConfig, diff
+from jaxtrain.data.batches.dataset import PreparedDataset
 from jaxtrain.data.batches.pipeline import BatchIterator
 from jaxtrain.data.stream.batches import StreamIterator, join_states
 from jaxtrain.evaluation.held_out import (
@@ -26,6 +26,7 @@ from jaxtrain.evaluation.held_out import (
     to_floats,
     without_added,
 )
+from jaxtrain.models.load import LoadedModel
 from jaxtrain.record.diagnostics import save_batch
 from jaxtrain.record.goodput import Goodput
 from jaxtrain.record.throughput import (
@@ -34,10 +35,11 @@ from jaxtrain.record.throughput import (
     device_utilization,
     host_memory,
 )
+from jaxtrain.run.feed import Feed
 from jaxtrain.run.preemption import Preempted, PreemptionWatch, Watchdog
 from jaxtrain.step import EvalStep, TrainStep
 from jaxtrain.tree import overlay, select
-from jaxtrain.types import Metrics, TrainState
+from jaxtrain.types import Metrics, Params, TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +47,7 @@ logger = logging.getLogger(__name__)
 _STEPS_AHEAD = 2
 # Then skipping does not help: the model or the data is broken.
 _MOST_SKIPS_IN_A_ROW = 20
+_BEST_STATE = ("value", "step", "evaluations_since")
 
 
 @dataclasses.dataclass
@@ -74,46 +77,115 @@ class BestMetric:
 
 
 @dataclasses.dataclass
-class Loop:
-    """One run of the train step over the data. `restore`, then `run_to_end`."""
+class Progress:
+    """How far a run has come, apart from its state and its position in the data."""
+
+    best: BestMetric
+    step: int = 0
+    num_tokens: float = 0.0
+    goodput: Goodput = dataclasses.field(default_factory=Goodput)
+
+    def get_state(self) -> dict[str, Any]:
+        """The numbers that a checkpoint's record keeps, for JSON."""
+        best = {name: getattr(self.best, name) for name in _BEST_STATE}
+        return {"num_tokens": self.num_tokens, "best": best}
+
+    def set_state(self, saved: Mapping[str, Any]) -> None:
+        """Go on from what `get_state` gave."""
+        self.num_tokens = saved["num_tokens"]
+        self.best = dataclasses.replace(self.best, **saved["best"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What `build` makes of a configuration, a model and rows, for the loop to run."""
 
     run: RunConfig
-    config: dict[str, Any]
+    model: LoadedModel
     state: TrainState
     train_step: TrainStep
     eval_step: EvalStep
+    feed: Feed
     train_batches: BatchIterator | StreamIterator
-    eval_batches: Callable[[], Iterator[Any]] | None
-    place: Callable[..., Any]
-    checkpoints: CheckpointManager
+    eval_data: PreparedDataset | None
     steps_per_epoch: int
     epochs_done: Callable[[int], float]
     meter: ThroughputMeter
-    sync_reference: Callable[[TrainState], TrainState] | None = None
-    sampler: Callable[[TrainState], tuple[dict[str, float], dict[str, str]]] | None = (
-        None  # generation metrics and sample texts
-    )
-    bad_batches: pathlib.Path = pathlib.Path("bad_batches")
-    readers: int = 1  # processes, or groups of them, that read rows of their own
-    added_losses: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    writer: Any = None
-    step: int = 0
+    # TR-DPO's update of the reference, and what generates held-out texts.
+    sync_reference: Callable[[TrainState], TrainState] | None
+    sampler: Callable[[TrainState], tuple[dict[str, float], dict[str, str]]] | None
+    added_losses: Mapping[str, float]  # weights of what is added to the objective
 
-    def __post_init__(self) -> None:
-        settings = self.settings
-        self.total_steps = self.train_batches.num_steps
-        self.best = BestMetric(
+    @property
+    def total_steps(self) -> int:
+        return self.train_batches.num_steps
+
+    def saved(self, state: TrainState) -> TrainState:
+        """What a checkpoint holds: all but frozen weights that can be loaded again."""
+        frozen: Params = {}
+        if self.sync_reference is not None:
+            frozen = select(state.frozen, state.trainable)
+        return dataclasses.replace(state, frozen=frozen)
+
+
+def restore(parts: Parts, checkpoints: CheckpointManager) -> tuple[Parts, Progress]:
+    """Return the parts as the newest checkpoint has them, and the progress it tells.
+
+    Without a checkpoint, both are at their start.
+
+    Raises:
+        ValueError: there is a checkpoint and `resume_from_checkpoint` is "never", or it
+            does not fit the model or the data.
+    """
+    settings, state = parts.run.loop, parts.state
+    progress = Progress(
+        BestMetric(
             settings.greater_is_better,
             settings.early_stopping_threshold,
             settings.early_stopping_patience,
         )
-        self.num_tokens = 0.0
-        self.goodput = Goodput()
-        self._watchdog = Watchdog(settings.step_timeout_secs)
-        self._started = 0.0
+    )
+    latest = checkpoints.latest_step()
+    if latest is None:
+        return parts, progress
+    if settings.resume_from_checkpoint == "never":
+        raise ValueError(
+            "training.resume_from_checkpoint = 'never', but"
+            f" {checkpoints.directory} holds step {latest}: use a new"
+            " workdir, or 'auto' to continue"
+        )
+    restored = checkpoints.restore(parts.saved(state))
+    for line in diff(restored.config, parts.run.to_dict()):
+        logger.warning("resuming with another config: %s", line)
+    data_states = [state or {} for state in restored.data_states]
+    parts.train_batches.set_state(join_states([s["batches"] for s in data_states]))
+    progress.step = restored.step
+    progress.set_state(data_states[0])  # all but the position is the same for all
+    progress.goodput.set_state(restored.clock)
+    logger.info("resumed from step %d of %d", restored.step, parts.total_steps)
+    frozen = overlay(state.frozen, restored.state.frozen)
+    state = dataclasses.replace(restored.state, frozen=frozen)
+    return dataclasses.replace(parts, state=state), progress
+
+
+class Loop:
+    """One run of the train step over the data, from `progress` to the end."""
+
+    def __init__(
+        self,
+        parts: Parts,
+        progress: Progress,
+        checkpoints: CheckpointManager,
+        writer: Any,
+    ) -> None:
+        self.parts, self.progress, self.state = parts, progress, parts.state
+        self.checkpoints, self.writer = checkpoints, writer
+        self.settings = parts.run.loop
         self.logged: dict[str, float] = {}
         self.evaluated: dict[str, float] = {}
         self.evaluated_step: int | None = None
+        self._meter = parts.meter
+        self._watchdog = Watchdog(self.settings.step_timeout_secs)
         # Steps whose metrics are still on the device, with their rows on the host.
         self._pending: list[tuple[int, Metrics, AnyBatch]] = []
         self._skipped = 0  # steps since the last log
@@ -121,75 +193,34 @@ class Loop:
         self._unlogged: list[Metrics] = []  # one a step, on the host
 
     @property
-    def settings(self) -> LoopSection:
-        return self.run.loop
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.progress.step
 
     # --- checkpoints ---------------------------------------------------------------
-
-    def restore(self) -> None:
-        """Continue from the newest checkpoint in the work directory, if there is one.
-
-        Raises:
-            ValueError: there is one and `resume_from_checkpoint` is "never", or it
-                does not fit the model or the data.
-        """
-        latest = self.checkpoints.latest_step()
-        if latest is None:
-            return
-        if self.settings.resume_from_checkpoint == "never":
-            raise ValueError(
-                "training.resume_from_checkpoint = 'never', but"
-                f" {self.checkpoints.directory} holds step {latest}: use a new"
-                " workdir, or 'auto' to continue"
-            )
-        restored = self.checkpoints.restore(self._saved_part(self.state))
-        for line in diff(restored.config, self.config):
-            logger.warning("resuming with another config: %s", line)
-        self.state = dataclasses.replace(
-            restored.state, frozen=overlay(self.state.frozen, restored.state.frozen)
-        )
-        data_states = [state or {} for state in restored.data_states]
-        data_state = data_states[0]  # all but the position is the same for all
-        self.train_batches.set_state(join_states([s["batches"] for s in data_states]))
-        self.step = restored.step
-        self.num_tokens = data_state["num_tokens"]
-        self.goodput.set_state(restored.clock)
-        for name, value in data_state["best"].items():
-            setattr(self.best, name, value)
-        logger.info("resumed from step %d of %d", self.step, self.total_steps)
 
     def save(self) -> None:
         """Start to save this step; the loop goes on meanwhile."""
         if self.checkpoints.latest_step() == self.step:
             return
-        with self.meter.paused():
+        with self._meter.paused():
             self._fetch_pending()  # raises before a broken state is saved
             self._save()
         self._watchdog.feed()
 
     def _save(self) -> None:
-        at_this_step = self.evaluated if self.evaluated_step == self.step else {}
-        best = ("value", "step", "evaluations_since")
         self.checkpoints.save(
             self.step,
-            self._saved_part(self.state),
+            self.parts.saved(self.state),
+            # Batches are read ahead; what counts is what was trained on.
             data_state={
-                # Batches are read ahead; what counts is what was trained on.
-                "batches": self.train_batches.get_state(self.step),
-                "num_tokens": self.num_tokens,
-                "best": {name: getattr(self.best, name) for name in best},
+                "batches": self.parts.train_batches.get_state(self.step),
+                **self.progress.get_state(),
             },
-            config=self.config,
-            metrics=at_this_step,
-            clock=self.goodput.get_state(),
+            config=self.parts.run.to_dict(),
+            metrics=self.evaluated if self.evaluated_step == self.step else {},
+            clock=self.progress.goodput.get_state(),
         )
-
-    def _saved_part(self, state: TrainState) -> TrainState:
-        """What a checkpoint holds: all but frozen weights that can be loaded again."""
-        frozen = {}
-        if self.sync_reference is not None:
-            frozen = select(state.frozen, state.trainable)
-        return dataclasses.replace(state, frozen=frozen)
 
     # --- the loop ------------------------------------------------------------------
 
@@ -202,46 +233,53 @@ class Loop:
         with (
             self._watchdog,
             PreemptionWatch() as preemption,
-            contextlib.closing(self.train_batches),  # whatever ends the run
+            contextlib.closing(self.parts.train_batches),  # whatever ends the run
         ):
             return self._run_to_end(preemption)
 
     def _run_to_end(self, preemption: PreemptionWatch) -> dict[str, Any]:
-        settings = self.settings
-        if settings.eval_on_start and self.step == 0:
+        if self.settings.eval_on_start and self.step == 0:
             self.evaluate()
-        first_step, self._started = self.step, time.perf_counter()
+        first_step, started = self.step, time.perf_counter()
         for placed, batch in self._placed_batches():
-            self.state, metrics = self.train_step(self.state, placed)
-            self.step += 1
+            self.state, metrics = self.parts.train_step(self.state, placed)
+            self.progress.step += 1
             self._pending.append((self.step, metrics, batch))
             if self.step == first_step + 1:
-                self._report_compilation(metrics)
+                self._report_compilation(metrics, started)
             else:
                 self._wait_for_the_device()
-                tokens, samples = _count(batch, self.readers)
-                self.goodput.add(self.meter.step(tokens=tokens, samples=samples))
+                tokens, samples = _count(batch, self.parts.feed.readers)
+                seconds = self._meter.step(tokens=tokens, samples=samples)
+                self.progress.goodput.add(seconds)
             self._watchdog.feed()
-            if self._is_due(settings.logging_steps):
-                self.log()
-            if self.sync_reference is not None and self._is_sync_due():
-                self.state = self.sync_reference(self.state)
-            if self._is_due(settings.eval_steps):
-                self.evaluate()
-            if self._is_due(settings.save_steps):
-                self.save()
+            self._do_what_is_due()
             if preemption.requested(self.step):
                 self._leave()
-            if self.best.should_stop:
+            if self.progress.best.should_stop:
                 logger.info(
                     "early stop at step %d: %s has not improved on %.4g of step %d",
                     self.step,
-                    settings.metric_for_best_model,
-                    self.best.value,
-                    self.best.step,
+                    self.settings.metric_for_best_model,
+                    self.progress.best.value,
+                    self.progress.best.step,
                 )
                 break
         return self._finish()
+
+    def _do_what_is_due(self) -> None:
+        """Log, move the reference, evaluate and save, each every so many steps."""
+        settings, run = self.settings, self.parts.run
+        if self._is_due(settings.logging_steps):
+            self.log()
+        if self.parts.sync_reference is not None:
+            assert run.dpo is not None  # no other run has a reference that moves
+            if self._is_due(run.dpo.ref_model_sync_steps):
+                self.state = self.parts.sync_reference(self.state)
+        if self._is_due(settings.eval_steps):
+            self.evaluate()
+        if self._is_due(settings.save_steps):
+            self.save()
 
     def _leave(self) -> None:
         """Save whatever `save_steps` says, and go: the next start goes on from here."""
@@ -249,7 +287,7 @@ class Loop:
             self.log()
         self.save()
         self.checkpoints.wait()
-        self.train_batches.close()
+        self.parts.train_batches.close()
         logger.warning("preempted: step %d is saved, start again to go on", self.step)
         raise Preempted(self.step)
 
@@ -262,36 +300,36 @@ class Loop:
         if settings.save_steps != 0:
             self.save()
         self.checkpoints.wait()
-        self.train_batches.close()
+        self.parts.train_batches.close()
         return {
             **self.logged,
             **self.evaluated,
             "final_loss": self.logged.get("loss", math.nan),
             "global_step": self.step,
-            "best_metric": self.best.value,
+            "best_metric": self.progress.best.value,
         }
 
     def _placed_batches(self) -> Iterator[tuple[Any, AnyBatch]]:
         """Batches on the devices and on the host, one ahead of the running step."""
-        ahead = 1 if self.run.devices.dataloader_pin_memory else 0
+        ahead = 1 if self.parts.run.devices.dataloader_pin_memory else 0
         queue: collections.deque[tuple[Any, AnyBatch]] = collections.deque()
         while True:
             while len(queue) <= ahead:
-                with self.meter.waiting_for_data():
-                    batch = next(self.train_batches, None)
+                with self._meter.waiting_for_data():
+                    batch = next(self.parts.train_batches, None)
                 if batch is None:
                     break
-                queue.append((self.place(batch, leading_axes=1), batch))
+                queue.append((self.parts.feed.place(batch, leading_axes=1), batch))
             if not queue:
                 return
             yield queue.popleft()
 
-    def _report_compilation(self, metrics: Metrics) -> None:
+    def _report_compilation(self, metrics: Metrics, started: float) -> None:
         """The first step compiles; it counts in no rate."""
         jax.block_until_ready(metrics["loss"].total)
-        seconds = time.perf_counter() - self._started
+        seconds = time.perf_counter() - started
         logger.info("first step took %.1f s, compilation included", seconds)
-        self.meter.start()
+        self._meter.start()
 
     def _wait_for_the_device(self) -> None:
         """Let the host run ahead a little, so that step times are the device's."""
@@ -302,12 +340,8 @@ class Loop:
     def _is_due(self, every: int | None) -> bool:
         """Every so many steps; after each epoch if None; never if 0."""
         if every is None:
-            return self.step % self.steps_per_epoch == 0
+            return self.step % self.parts.steps_per_epoch == 0
         return every > 0 and self.step % every == 0
-
-    def _is_sync_due(self) -> bool:
-        dpo = self.run.dpo
-        return dpo is not None and self.step % dpo.ref_model_sync_steps == 0
 
     # --- metrics -------------------------------------------------------------------
 
@@ -325,19 +359,21 @@ class Loop:
         means["loss"] = sum(losses) / len(losses)
         last = ("learning_rate", "grad_norm")
         means |= to_floats({n: v for n, v in steps[-1].items() if n.startswith(last)})
-        means["epoch"] = self.epochs_done(self.step)
-        means["num_tokens"] = self.num_tokens
+        means["epoch"] = self.parts.epochs_done(self.step)
+        means["num_tokens"] = self.progress.num_tokens
         if skipped:
             means["skipped_steps"] = skipped
-        if self.run.objective == "next_token":
-            means["perplexity"] = perplexity(without_added(means, self.added_losses))
+        if self.parts.run.objective == "next_token":
+            means["perplexity"] = perplexity(
+                without_added(means, self.parts.added_losses)
+            )
         self.logged = means
         device = jax.local_devices()[0]
         self.writer.write(
             self.step,
             means
-            | self.meter.report()
-            | {"goodput_share": self.goodput.share()}
+            | self._meter.report()
+            | {"goodput_share": self.progress.goodput.share()}
             | device_memory(device)
             | device_utilization(device)
             | host_memory(),
@@ -354,7 +390,7 @@ class Loop:
         for step, metrics, batch in pending:
             sums: Metrics = jax.device_get(dict(metrics))
             if "num_tokens" in sums:
-                self.num_tokens += float(sums["num_tokens"].total)
+                self.progress.num_tokens += float(sums["num_tokens"].total)
             # Loss scaling finds its scale by such steps: they are no one's mistake.
             is_nonfinite = sums.pop("nonfinite").total and self.state.loss_scale is None
             is_spike = "spike" in sums and sums.pop("spike").total
@@ -378,7 +414,9 @@ class Loop:
     ) -> None:
         """Save the step's batch; say what was skipped, or stop as `key` wants it."""
         process = f".process_{jax.process_index()}" if jax.process_count() > 1 else ""
-        path = save_batch(self.bad_batches, step, batch, process)
+        path = save_batch(
+            self.checkpoints.directory.with_name("bad_batches"), step, batch, process
+        )
         self._skipped += 1
         self._skipped_in_a_row += 1
         if getattr(self.settings, key) == "skip":
@@ -394,20 +432,22 @@ class Loop:
 
     def evaluate(self) -> None:
         """Evaluate, log the result and see whether it is the best so far."""
-        if self.eval_batches is None:
+        if self.parts.eval_data is None:
             return
-        with self.meter.paused():
+        with self._meter.paused():
             self._fetch_pending()
             self.evaluated = evaluate(
-                self.eval_step,
+                self.parts.eval_step,
                 self.state,
-                self._placed_eval_batches(self.eval_batches()),
-                with_perplexity=self.run.objective == "next_token",
-                added_losses=self.added_losses,
+                self._placed_eval_batches(
+                    self.parts.feed.eval_batches(self.parts.eval_data)
+                ),
+                with_perplexity=self.parts.run.objective == "next_token",
+                added_losses=self.parts.added_losses,
             )
-            if self.sampler is not None:
+            if self.parts.sampler is not None:
                 self._watchdog.feed()
-                scores, texts = self.sampler(self.state)
+                scores, texts = self.parts.sampler(self.state)
                 self.evaluated |= {f"eval_{name}": v for name, v in scores.items()}
                 self.writer.write_text(self.step, texts)
         self.evaluated_step = self.step
@@ -419,13 +459,13 @@ class Loop:
                 f" {self.settings.metric_for_best_model!r} is no evaluation metric;"
                 f" these are: {', '.join(sorted(self.evaluated))}"
             )
-        if self.best.update(self.evaluated[key], self.step):
+        if self.progress.best.update(self.evaluated[key], self.step):
             logger.info("%s = %.4g, the best so far", key, self.evaluated[key])
 
     def _placed_eval_batches(self, batches: Iterator[Any]) -> Iterator[Any]:
         for batch in batches:
             self._watchdog.feed()
-            yield self.place(batch)
+            yield self.parts.feed.place(batch)
 
 
 def _count(batch: AnyBatch, readers: int) -> tuple[float, float]:

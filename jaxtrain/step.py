@@ -61,7 +61,6 @@ def _closures(
     trainable: Params,
     frozen: Params,
     key: Array | None,
-    *,
     with_reference: bool,
 ) -> tuple[LogProbsFn, LogProbsFn | None]:
     """The policy, and the reference that is never differentiated."""
@@ -75,72 +74,90 @@ def _closures(
     return policy, reference if with_reference else None
 
 
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """How state that rests in host memory takes part in a step.
+
+    `fetch_*` bring that part of the state to device memory. `update` applies the
+    optimizer in place of `make_whole_update`, to parameters and state as they are
+    stored.
+    """
+
+    fetch_params: Callable[[Any], Any] = _identity
+    fetch_frozen: Callable[[Any], Any] = _identity
+    update: UpdateFn | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class StepOptions:
+    """What a train step does beyond the gradient of its objective.
+
+    `max_grad_norm`: clip the global norm to this; None or 0 leaves it.
+    `with_reference`: give the objective `state.frozen` as a second model.
+    `with_dropout`: give the policy a key, a function of `state.rng` and the step.
+    `skip_nonfinite`: leave parameters and optimizer as they were when a gradient is not
+    finite. `spike_threshold`: standard deviations of `state.loss_window` above its mean
+    from which a loss is a spike; `skip_spikes` leaves the state as it was there too.
+    `group_of`: a parameter's group by its path: report each group's gradient norm.
+    `is_micro_batch_mean`: true of a name ("loss" or a metric's) that is averaged within
+    each micro-batch first and over micro-batches then, so that a short last one counts
+    as much as the others. Empty ones count nowhere.
+    """
+
+    max_grad_norm: float | None = None
+    with_reference: bool = False
+    with_dropout: bool = False
+    skip_nonfinite: bool = False
+    spike_threshold: float | None = None
+    skip_spikes: bool = False
+    group_of: GroupOf | None = None
+    is_micro_batch_mean: Callable[[str], bool] = _never
+    placement: Placement = Placement()
+
+
 def make_train_step(
     objective: Objective,
     score: ScoreFn,
     optimizer: optax.GradientTransformation,
     schedule: Callable[[Array], Array],
-    *,
-    max_grad_norm: float | None = None,
-    with_reference: bool = False,
-    with_dropout: bool = False,
-    skip_nonfinite: bool = False,
-    spike_threshold: float | None = None,
-    skip_spikes: bool = False,
-    group_of: GroupOf | None = None,
-    is_micro_batch_mean: Callable[[str], bool] = _never,
-    fetch_params: Callable[[Any], Any] = _identity,
-    fetch_frozen: Callable[[Any], Any] = _identity,
-    update: UpdateFn | None = None,
+    options: StepOptions = StepOptions(),
 ) -> TrainStep:
     """Build `train_step(state, batch) -> (state, metrics)`, to be jitted by the caller.
 
     The batch's leaves carry A accumulation micro-batches as their first axis. Totals
     and weights are summed over them in float32 and divided once, so that A
-    micro-batches give the gradient of one large batch; `is_micro_batch_mean` names
-    the exceptions.
+    micro-batches give the gradient of one large batch;
+    `StepOptions.is_micro_batch_mean` names the exceptions.
 
     Args:
         objective: loss and metrics from log-probs (`jaxtrain.objectives`).
         score: the model.
         optimizer: applied to clipped gradients; `schedule` is only logged here.
-        max_grad_norm: clip the global norm to this; None or 0 leaves it.
-        with_reference: give the objective `state.frozen` as a second model.
-        with_dropout: give the policy a key, a function of `state.rng` and the step.
-        skip_nonfinite: leave parameters and optimizer as they were when a gradient is
-            not finite. Always so under loss scaling.
-        spike_threshold: standard deviations of `state.loss_window` above its mean from
-            which a loss is a spike; `skip_spikes` leaves the state as it was there too.
-        group_of: a parameter's group by its path: report each group's gradient norm.
-        is_micro_batch_mean: true of a name ("loss" or a metric's) that is averaged
-            within each micro-batch first and over micro-batches then, so that a short
-            last one counts as much as the others. Empty ones count nowhere.
-        fetch_*: bring that part of the state from host to device memory.
-        update: applies `optimizer` in place of `make_whole_update(optimizer)`, to
-            parameters and state as they are stored.
 
     Metrics: those of the objective, `loss`, `grad_norm` (before clipping),
     `learning_rate` (of this step), `nonfinite` (1 where the gradient was not finite),
     with `group_of` `grad_norm/<group>`, with a threshold `spike` (1 where it was one).
     """
+    placement = options.placement
+    update = placement.update or make_whole_update(optimizer)
 
-    def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        trainable = fetch_params(state.trainable)
-        frozen = fetch_frozen(state.frozen)
-        step_key = jax.random.fold_in(state.rng, state.step)
-        scale = 1.0 if state.loss_scale is None else state.loss_scale.scale
-        accumulation_steps = jax.tree.leaves(batch)[0].shape[0]
+    def micro_batch_gradient(
+        trainable: Params, frozen: Params, key: Array, scale: Array | float
+    ) -> Callable[[Any, Array], tuple[Params, Metrics]]:
+        """The gradient of one micro-batch's total, and its sums."""
 
         def scaled_total(
             trainable: Params, micro_batch: Any, index: Array
         ) -> tuple[Array, Metrics]:
-            key = jax.random.fold_in(step_key, index) if with_dropout else None
+            dropout = jax.random.fold_in(key, index) if options.with_dropout else None
             policy, reference = _closures(
-                score, trainable, frozen, key, with_reference=with_reference
+                score, trainable, frozen, dropout, options.with_reference
             )
             loss, metrics = objective(policy, reference, micro_batch)
             sums = {
-                name: _as_one_vote(value) if is_micro_batch_mean(name) else value
+                name: _as_one_vote(value)
+                if options.is_micro_batch_mean(name)
+                else value
                 for name, value in {"loss": loss, **metrics}.items()
             }
             return sums["loss"].total * scale, sums
@@ -151,73 +168,82 @@ def make_train_step(
             )
             return jax.tree.map(lambda g: g.astype(jnp.float32), grads), sums
 
-        if accumulation_steps == 1:
-            grads, metrics = micro_step(
-                jax.tree.map(lambda x: x[0], batch), jnp.int32(0)
-            )
-        else:
-            grads, metrics = _sum_over_micro_batches(
-                micro_step, batch, accumulation_steps
-            )
+        return micro_step
+
+    def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        trainable = placement.fetch_params(state.trainable)
+        frozen = placement.fetch_frozen(state.frozen)
+        key = jax.random.fold_in(state.rng, state.step)
+        scale = 1.0 if state.loss_scale is None else state.loss_scale.scale
+        micro_step = micro_batch_gradient(trainable, frozen, key, scale)
+        grads, metrics = _sum_over_micro_batches(micro_step, batch)
 
         weight = metrics["loss"].weight
         # A step whose batch trains no token at all leaves a zero gradient, not NaN.
         denominator = jnp.where(weight == 0, 1, weight) * scale
         with jax.named_scope("clip"):
             grads = jax.tree.map(lambda g: g / denominator, grads)
-            squares = sum_squares_by_group(grads, group_of or (lambda path: ""))
+            squares = sum_squares_by_group(grads, options.group_of or (lambda path: ""))
             grad_norm = jnp.sqrt(sum(squares.values()))
             finite = jnp.isfinite(grad_norm)
-            if max_grad_norm:
-                grads = clip_to_norm(grads, grad_norm, max_grad_norm)
-        loss_window, is_spike = state.loss_window, jnp.bool_(False)
-        if spike_threshold is not None:
-            assert loss_window is not None  # `init_state` gives one with a threshold
-            loss = metrics["loss"].mean()
-            is_spike, loss_window = detect_spike(loss_window, loss, spike_threshold)
-        skips_nonfinite = skip_nonfinite or state.loss_scale is not None
-        good = finite if skips_nonfinite else None
-        if skip_spikes:
-            good = ~is_spike if good is None else good & ~is_spike
+            if options.max_grad_norm:
+                grads = clip_to_norm(grads, grad_norm, options.max_grad_norm)
+        is_spike, loss_window = _look_for_spike(state, metrics["loss"], options)
+        good = _is_good(finite, is_spike, options, state.loss_scale is not None)
         with jax.named_scope("optimizer"):
-            if update is None:
-                new_trainable, opt_state = make_whole_update(optimizer)(
-                    grads, state.opt_state, trainable, good
-                )
-            else:
-                new_trainable, opt_state = update(
-                    grads, state.opt_state, state.trainable, good
-                )
+            stored = trainable if placement.update is None else state.trainable
+            new_trainable, opt_state = update(grads, state.opt_state, stored, good)
 
-        one = jnp.float32(1)
-        metrics |= {
-            "grad_norm": WeightedSum(grad_norm, one),
-            "learning_rate": WeightedSum(
-                jnp.asarray(schedule(state.step), jnp.float32), one
-            ),
-            "nonfinite": WeightedSum(1.0 - finite.astype(jnp.float32), one),
+        numbers = {
+            "grad_norm": grad_norm,
+            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            "nonfinite": 1.0 - finite.astype(jnp.float32),
         }
-        if spike_threshold is not None:
-            metrics["spike"] = WeightedSum(is_spike.astype(jnp.float32), one)
-        if group_of is not None:
+        if options.spike_threshold is not None:
+            numbers["spike"] = is_spike.astype(jnp.float32)
+        if options.group_of is not None:
             for group, square in squares.items():
-                metrics[f"grad_norm/{group}"] = WeightedSum(jnp.sqrt(square), one)
+                numbers[f"grad_norm/{group}"] = jnp.sqrt(square)
         loss_scale = state.loss_scale
         if loss_scale is not None:
-            metrics["loss_scale"] = WeightedSum(loss_scale.scale, one)
+            numbers["loss_scale"] = loss_scale.scale
             loss_scale = loss_scale.update(finite)
-        new_state = TrainState(
+        one = jnp.float32(1)
+        metrics |= {name: WeightedSum(value, one) for name, value in numbers.items()}
+        new_state = dataclasses.replace(
+            state,
             step=state.step + 1,
             trainable=new_trainable,
-            frozen=state.frozen,
             opt_state=opt_state,
-            rng=state.rng,
             loss_scale=loss_scale,
             loss_window=loss_window,
         )
         return new_state, metrics
 
     return train_step
+
+
+def _look_for_spike(
+    state: TrainState, loss: WeightedSum, options: StepOptions
+) -> tuple[Array, Array | None]:
+    """Whether this step's loss is a spike, and the window with it."""
+    if options.spike_threshold is None:
+        return jnp.bool_(False), state.loss_window
+    assert state.loss_window is not None  # `init_state` gives one with a threshold
+    return detect_spike(state.loss_window, loss.mean(), options.spike_threshold)
+
+
+def _is_good(
+    finite: Array, is_spike: Array, options: StepOptions, scales_loss: bool
+) -> Array | None:
+    """Whether the update is to be applied; None: whatever the gradient is.
+
+    Loss scaling finds its scale by steps that overflow, so it always skips them.
+    """
+    good = finite if options.skip_nonfinite or scales_loss else None
+    if options.skip_spikes:
+        return ~is_spike if good is None else good & ~is_spike
+    return good
 
 
 def clip_to_norm(grads: Params, norm: Float[Array, ""], max_norm: float) -> Params:
@@ -252,10 +278,13 @@ def _as_one_vote(sums: WeightedSum) -> WeightedSum:
 
 
 def _sum_over_micro_batches(
-    micro_step: Callable[[Any, Array], tuple[Params, Metrics]], batch: Any, count: int
+    micro_step: Callable[[Any, Array], tuple[Params, Metrics]], batch: Any
 ) -> tuple[Params, Metrics]:
     """Run `micro_step` on each micro-batch in turn and add gradients and metrics."""
+    count = jax.tree.leaves(batch)[0].shape[0]
     first = jax.tree.map(lambda x: x[0], batch)
+    if count == 1:
+        return micro_step(first, jnp.int32(0))
     shapes = jax.eval_shape(micro_step, first, jnp.int32(0))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
@@ -271,8 +300,7 @@ def make_eval_step(
     score: ScoreFn,
     *,
     with_reference: bool = False,
-    fetch_params: Callable[[Any], Any] = _identity,
-    fetch_frozen: Callable[[Any], Any] = _identity,
+    placement: Placement = Placement(),
 ) -> EvalStep:
     """Build `eval_step(state, batch) -> metrics`, one micro-batch, no dropout.
 
@@ -282,10 +310,10 @@ def make_eval_step(
     def eval_step(state: TrainState, batch: Any) -> Metrics:
         policy, reference = _closures(
             score,
-            fetch_params(state.trainable),
-            fetch_frozen(state.frozen),
+            placement.fetch_params(state.trainable),
+            placement.fetch_frozen(state.frozen),
             None,
-            with_reference=with_reference,
+            with_reference,
         )
         loss, metrics = objective(policy, reference, batch)
         return {"loss": loss, **metrics}

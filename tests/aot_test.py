@@ -13,11 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtrain import aot, model_manager, sharding, trainer
+from jaxtrain import aot, sharding
 from jaxtrain.aot import search
 from jaxtrain.aot.jaxpr_cost import count_flops
 from jaxtrain.aot.report import Chip
 from jaxtrain.config import resolve
+from jaxtrain.models.load import load_abstract_model, load_model
+from jaxtrain.models.state import abstract_state, init_state
+from jaxtrain.optimizers.configured import make_optimizer
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from runs import tiny_config
@@ -75,7 +78,7 @@ def test_the_train_steps_flops_are_near_six_per_parameter_and_token():
     """Against the usual 6 N, whose N has no embedding table that is only looked up."""
     config = tiny_config("from_scratch")
     run = resolve(config, device_count=1)
-    model = model_manager.load_abstract_model(run, jax.devices())
+    model = load_abstract_model(run, jax.devices())
     params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), model.params)
     batch = model_batch(4, 64)
 
@@ -112,17 +115,13 @@ def model_batch(rows, length):
 )
 def test_the_abstract_state_is_the_real_one_without_arrays(training_type, settings):
     run = resolve(tiny_config(training_type, **settings), device_count=8)
-    _, optimizer = trainer.make_optimizer(run, 10)
-    model = model_manager.ModelManager(run).load_model()
-    state, layouts = model_manager.init_state(model, run, optimizer)
+    _, optimizer = make_optimizer(run.optimizer, run.schedule, 10)
+    state = init_state(load_model(run), run, optimizer)
     devices = jax.devices()[: run.devices.num_gpus]
-    abstract = model_manager.abstract_state(
-        model_manager.load_abstract_model(run, devices), run, optimizer
-    )
+    abstract = abstract_state(load_abstract_model(run, devices), run, optimizer)
     assert jax.tree.structure(abstract) == jax.tree.structure(state)
     describe = functools.partial(jax.tree.map, lambda x: (x.shape, x.dtype, x.sharding))
     assert jax.tree.leaves(describe(abstract)) == jax.tree.leaves(describe(state))
-    assert jax.tree.map(lambda x: x.sharding, abstract) == layouts
 
 
 # --- the search ----------------------------------------------------------------------

@@ -2,10 +2,12 @@
 
 import pathlib
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
 
+from jaxtrain import build
 from jaxtrain.trainer import TrainingOrchestrator
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
@@ -22,15 +24,21 @@ def cache_of_its_own(tmp_path, monkeypatch):
 class Watched(TrainingOrchestrator):
     """Keeps the jitted step, and the batches that it is given."""
 
-    def make_steps(self, *args):
-        self.step, evaluate = super().make_steps(*args)
+    def train(self, *rows):
         self.batches = []
 
-        def watched(state, batch):
-            self.batches.append(batch)
-            return self.step(state, batch)
+        def watched_steps(*arguments):
+            self.step, evaluate = make_steps(*arguments)
 
-        return watched, evaluate
+            def watched(state, batch):
+                self.batches.append(batch)
+                return self.step(state, batch)
+
+            return watched, evaluate
+
+        make_steps = build.make_steps
+        with mock.patch.object(build, "make_steps", watched_steps):
+            return super().train(*rows)
 
 
 def config_of(training_type, **curriculum):

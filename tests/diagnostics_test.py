@@ -15,6 +15,7 @@ import pytest
 from jaxtrain import loop
 from jaxtrain.batch import empty_rows, named_arrays
 from jaxtrain.record import diagnostics
+from jaxtrain.run.feed import Feed
 from jaxtrain.trainer import TrainingOrchestrator
 from jaxtrain.types import Batch, PairBatch, WeightedSum, share_prompts
 
@@ -125,7 +126,8 @@ def sabotaged_run(workdir, factor, step, **training):
     trainer = Sabotaged(config, workdir=workdir)
     trainer.prepare()
     data = trainer.prepare_rows(trainer.load_training_data())
-    batches = list(itertools.islice(trainer._train_batches(data), 8))
+    feed = Feed(trainer.run, trainer.model.plan)
+    batches = list(itertools.islice(feed.train_batches(data), 8))
     firsts = [int(b.tokens[0, 0, 0]) for b in batches]
     if step is None:
         trainer.first_token = -2

@@ -78,13 +78,13 @@ def restored_state(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
         found["state"] = loop.state
         found["record"] = {
             "step": loop.step,
-            "num_tokens": loop.num_tokens,
-            "best_metric": loop.best.value,
-            "best_step": loop.best.step,
-            "data_position": loop.train_batches.get_state(loop.step),
+            "num_tokens": loop.progress.num_tokens,
+            "best_metric": loop.progress.best.value,
+            "best_step": loop.progress.best.step,
+            "data_position": loop.parts.train_batches.get_state(loop.step),
         }
-        found["next_batch"] = next(loop.train_batches)
-        loop.train_batches.close()
+        found["next_batch"] = next(loop.parts.train_batches)
+        loop.parts.train_batches.close()
         return {}
 
     config.training.save_final_model = False

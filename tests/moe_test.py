@@ -16,14 +16,14 @@ from jaxtrain import sharding
 from jaxtrain.aot.jaxpr_cost import count_flops
 from jaxtrain.lora import LoraConfig, init_adapters, resolve_targets
 from jaxtrain.lora.targets import resolve_modules_to_save
-from jaxtrain.model_manager import router_loss_coefficient
 from jaxtrain.models import Decoder, LoraShape, ModelConfig
 from jaxtrain.models.hf import load_config, load_params
 from jaxtrain.models.hf_experts import split_fused
 from jaxtrain.models.hf_names import leaves_of
+from jaxtrain.models.load import router_loss_coefficient
 from jaxtrain.objectives import make_objective, with_router_loss
 from jaxtrain.optimizers import optim
-from jaxtrain.step import make_train_step
+from jaxtrain.step import StepOptions, make_train_step
 from jaxtrain.tree import flatten, select
 from jaxtrain.types import Batch, PairBatch, TokenLogProbs, TrainState, WeightedSum
 from tests.runs import tiny_config, train
@@ -71,7 +71,7 @@ def make_step(decoder: Decoder, objective: str = "next_token", **options: Any) -
         functools.partial(decoder.token_log_probs, with_router_loss=True),
         optax.sgd(1.0),
         lambda _: 1.0,
-        **options,
+        StepOptions(**options),
     )
 
 

@@ -15,10 +15,10 @@ import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxtrain import assets, model_manager
+from jaxtrain import assets
 from jaxtrain.config import default_config, resolve
 from jaxtrain.lora import LoraConfig, trainable_and_frozen
-from jaxtrain.models import hf
+from jaxtrain.models import hf, load
 from jaxtrain.models.layers import LoraShape
 from jaxtrain.models.quantization import (
     NF4_VALUES,
@@ -358,12 +358,12 @@ def test_a_loaded_model_is_quantized_for_a_run_and_refused_by_another():
         config = tiny_config("lora", lora__quantization=quantization)
         return resolve(config, device_count=1)
 
-    plain = model_manager.ModelManager(run_of(None)).load_model()
-    model = model_manager.adopt(plain, run_of("nf4"))
+    plain = load.load_model(run_of(None))
+    model = load.adopt(plain, run_of("nf4"))
     assert plain.params == {}  # taken over
     kernel = model.params["layers"]["mlp"]["up_proj"]
     assert set(kernel) == {"kernel_codes", "kernel_scales"}
-    again = model_manager.adopt(model, run_of("nf4"))
+    again = load.adopt(model, run_of("nf4"))
     assert again.params["layers"]["mlp"]["up_proj"]["kernel_codes"].dtype == jnp.uint8
     with pytest.raises(ValueError, match="load the model anew"):
-        model_manager.adopt(again, run_of("int8"))
+        load.adopt(again, run_of("int8"))

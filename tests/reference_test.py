@@ -1,5 +1,8 @@
 """The cache of reference log-probs: right sums, resumed, refused where stale."""
 
+import pathlib
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,10 +10,16 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtrain import assets
+from jaxtrain.config import resolve
 from jaxtrain.data.prepare.prepare import prepare
 from jaxtrain.data.rows.tokenize import load_tokenizer
+from jaxtrain.models.load import make_plan
 from jaxtrain.passes import reference
+from jaxtrain.run.feed import Feed
 from jaxtrain.types import TokenLogProbs
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+from runs import tiny_config
 
 ROWS, BATCH = 10, 4
 
@@ -37,16 +46,19 @@ def score(params, batch):
 
 
 def make_scorer(directory, *, weight=-0.5, tokenizer_hash="t", placed=None):
-    def counting(batch):
-        if placed is not None:
-            placed.append(batch)
-        return batch
+    """A scorer on one device, which counts the batches that it places."""
 
+    class Counting(Feed):
+        def place(self, batch, leading_axes=0):
+            if placed is not None:
+                placed.append(batch)
+            return super().place(batch, leading_axes)
+
+    run = resolve(tiny_config("dpo", per_device_eval_batch_size=BATCH), device_count=1)
     return reference.ReferenceScorer(
         score,
         {"w": jnp.float32(weight)},
-        counting,
-        BATCH,
+        Counting(run, make_plan(run)),
         directory,
         {"tokenizer": tokenizer_hash},
     )

@@ -39,8 +39,11 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import jax
 import jax.numpy as jnp
 
-from jaxtrain import model_manager, trainer
+from jaxtrain import build
 from jaxtrain.config import default_config, resolve
+from jaxtrain.models.load import load_abstract_model
+from jaxtrain.models.state import abstract_state
+from jaxtrain.optimizers.configured import make_optimizer
 from jaxtrain.types import Batch, LabeledBatch, PairBatch, share_prompts
 
 RECORD = pathlib.Path(__file__).with_suffix(".json")
@@ -85,16 +88,15 @@ def parts_of(case: Case, devices: Sequence[jax.Device]) -> Parts:
             section = section[name]
         section[last] = value
     run = resolve(config, device_count=len(devices))
-    model = model_manager.load_abstract_model(run, devices)
-    # As `train` does where rows of the prepared data hold several documents.
-    model.decoder = dataclasses.replace(model.decoder, packed=run.data.packing)
-    orchestrator = trainer.TrainingOrchestrator(run)
-    orchestrator.run, orchestrator.model = run, model
-    schedule, optimizer = trainer.make_optimizer(run, total_steps=100)
-    state = model_manager.abstract_state(model, run, optimizer)
+    model = load_abstract_model(run, devices)
+    # As `build` does where rows of the prepared data hold several documents.
+    model = model.for_training(packed=run.data.packing)
+    schedule, optimizer = make_optimizer(run.optimizer, run.schedule, total_steps=100)
+    state = abstract_state(model, run, optimizer)
     layouts = jax.tree.map(lambda leaf: leaf.sharding, state)
-    train_step, eval_step = orchestrator.make_steps(
-        orchestrator.make_score(), schedule, optimizer, layouts
+    scored = build.bind_loss(run, model, build.Loss(build.make_objective(run)))
+    train_step, eval_step = build.make_steps(
+        run, model.plan, scored, schedule, optimizer, layouts
     )
     batch_layouts = (model.plan.batch(1), model.plan.batch())
     return Parts(train_step, eval_step, state, batch_layouts)

@@ -79,7 +79,11 @@ OPTIMIZER = optax.sgd(0.1)
 def jitted(**options):
     return jax.jit(
         step.make_train_step(
-            next_token, score, OPTIMIZER, lambda _: jnp.float32(0.1), **options
+            next_token,
+            score,
+            OPTIMIZER,
+            lambda _: jnp.float32(0.1),
+            step.StepOptions(**options),
         )
     )
 

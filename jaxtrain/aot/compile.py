@@ -11,13 +11,19 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from jaxtrain import model_manager, trainer
+from jaxtrain import build
 from jaxtrain.aot import gpus, search
 from jaxtrain.aot.hlo_cost import analyze
 from jaxtrain.aot.jaxpr_cost import count_flops
 from jaxtrain.aot.report import CHIPS, Chip, Report
 from jaxtrain.config import RunConfig, resolve
-from jaxtrain.types import Batch, LabeledBatch, PairBatch
+from jaxtrain.models.load import LoadedModel, load_abstract_model
+from jaxtrain.models.state import abstract_state, needs_reference
+from jaxtrain.optimizers.configured import make_optimizer
+from jaxtrain.types import Batch, LabeledBatch, PairBatch, TrainState
+
+# The length of the run changes a constant of the schedule, nothing else.
+_TOTAL_STEPS = 1000
 
 
 def compile_step(config: Any, topology: str, num_slices: int = 1) -> Report:
@@ -41,18 +47,9 @@ def compile_for(
 ) -> Report:
     """`compile_step` for devices that `describe_devices` made; `topology` is a name."""
     run = resolve(config, device_count=len(devices))
-    model = model_manager.load_abstract_model(run, devices)
-    model.decoder = dataclasses.replace(model.decoder, packed=run.data.packing)
-    orchestrator = trainer.TrainingOrchestrator(run)
-    orchestrator.run, orchestrator.model = run, model
-    # The length of the run changes a constant of the schedule, nothing else.
-    schedule, optimizer = trainer.make_optimizer(run, total_steps=1000)
-    state = model_manager.abstract_state(model, run, optimizer)
-    layouts = jax.tree.map(lambda leaf: leaf.sharding, state)
-    step: Any  # jitted, hence with `trace`
-    step, _ = orchestrator.make_steps(
-        orchestrator.make_score(), schedule, optimizer, layouts
-    )
+    model = load_abstract_model(run, devices)
+    model = model.for_training(packed=run.data.packing)
+    step, state = describe_step(run, model)
     batch = _abstract_batch(model, run)
     report = Report(
         topology=topology,
@@ -80,7 +77,7 @@ def compile_for(
         device_count=len(devices),
         per_host=report.chip.per_host,
     )
-    per_token = trainer.flops_per_token(run, model, run.data.max_length)
+    per_token = build.flops_per_token(run, model.config, run.data.max_length)
     return dataclasses.replace(
         report,
         compile_secs=time.perf_counter() - start,
@@ -100,6 +97,16 @@ def compile_for(
         between_slices=cost.between_slices,
         kernels=cost.kernels,
     )
+
+
+def describe_step(run: RunConfig, model: LoadedModel) -> tuple[Any, TrainState]:
+    """The jitted train step of an abstract model, and its first state in shapes."""
+    schedule, optimizer = make_optimizer(run.optimizer, run.schedule, _TOTAL_STEPS)
+    state = abstract_state(model, run, optimizer)
+    layouts = jax.tree.map(lambda leaf: leaf.sharding, state)
+    scored = build.bind_loss(run, model, build.Loss(build.make_objective(run)))
+    step, _ = build.make_steps(run, model.plan, scored, schedule, optimizer, layouts)
+    return step, state
 
 
 def search_settings(
@@ -122,7 +129,7 @@ def search_settings(
     """
     chip = chip or CHIPS[devices[0].device_kind]
     run = resolve(config, device_count=len(devices))
-    model = model_manager.load_abstract_model(run, devices)
+    model = load_abstract_model(run, devices)
     candidates = search.make_candidates(
         len(devices),
         heads=model.config.num_attention_heads,
@@ -134,9 +141,9 @@ def search_settings(
     def state_bytes(mesh: tuple[tuple[str, int], ...]) -> float:
         smallest = search.Candidate(mesh, "full", 1)
         run = resolve(_with_settings(config, smallest), device_count=len(devices))
-        model = model_manager.load_abstract_model(run, devices)
-        _, optimizer = trainer.make_optimizer(run, total_steps=1000)
-        return _bytes_on_device(model_manager.abstract_state(model, run, optimizer))
+        model = load_abstract_model(run, devices)
+        _, optimizer = make_optimizer(run.optimizer, run.schedule, _TOTAL_STEPS)
+        return _bytes_on_device(abstract_state(model, run, optimizer))
 
     def bound(candidate: search.Candidate) -> search.Bound:
         tokens, least = _count_inputs(run, model, candidate)
@@ -198,7 +205,7 @@ def _bytes_on_device(state: Any) -> float:
 
 
 def _count_inputs(
-    run: RunConfig, model: model_manager.LoadedModel, candidate: search.Candidate
+    run: RunConfig, model: LoadedModel, candidate: search.Candidate
 ) -> tuple[float, float]:
     """Tokens of a device in a step (its share of a row's), and the least they take.
 
@@ -216,7 +223,7 @@ def _count_inputs(
 
 def _least_secs(
     run: RunConfig,
-    model: model_manager.LoadedModel,
+    model: LoadedModel,
     candidate: search.Candidate,
     tokens: float,
     chip: Chip,
@@ -226,12 +233,12 @@ def _least_secs(
     Under tensor parallelism the links also bring four sums of activations a layer.
     """
     sizes, length = dict(candidate.mesh), run.data.max_length
-    flops = trainer.flops_per_token(run, model, length)
+    flops = build.flops_per_token(run, model.config, length)
     if candidate.remat == "full":
         head = 2 * model.config.hidden_size * model.config.vocab_size
         flops += model.config.flops_per_token(length) / 3 - head
     width = jnp.dtype(run.precision.compute_dtype).itemsize
-    passes = 2 + model_manager.needs_reference(run)
+    passes = 2 + needs_reference(run)
     received = 0.0
     if sizes["fsdp"] > 1:
         gathered = model.config.num_params() * width / sizes["tensor"]
@@ -269,7 +276,7 @@ def describe_devices(topology: str, num_slices: int = 1) -> list[Any]:
     return list(description.devices)
 
 
-def _abstract_batch(model: model_manager.LoadedModel, run: RunConfig) -> Any:
+def _abstract_batch(model: LoadedModel, run: RunConfig) -> Any:
     rows = run.loop.per_device_train_batch_size * model.plan.batch_shards
     length = -(-run.data.max_length // 64) * 64  # as `prepare` pads
     shares = run.data.share_prompts

@@ -3,8 +3,8 @@
 import dataclasses
 from collections.abc import Mapping
 
-from jaxtrain import model_manager
 from jaxtrain.config import RunConfig
+from jaxtrain.models.state import needs_reference
 
 _GIB = 2.0**30
 
@@ -167,7 +167,7 @@ def advise(run: RunConfig) -> list[str]:
             f"training.per_device_train_batch_size = {rows // 2},"
             " gradient_accumulation_steps doubled: the same update"
         )
-    if model_manager.needs_reference(run) and run.lora is None:
+    if needs_reference(run) and run.lora is None:
         advice.append("training.dpo.precompute_ref_log_probs = True (no second model)")
     if run.lora is None:
         advice.append("training.lora.enabled = True (no optimizer state of the base)")

@@ -5,6 +5,8 @@ import os
 import pathlib
 from typing import Any
 
+import datasets
+
 from jaxtrain import assets
 from jaxtrain.config import RunConfig
 from jaxtrain.data.batches.dataset import PreparedDataset
@@ -20,7 +22,7 @@ from jaxtrain.data.prepare.prepare import prepare
 from jaxtrain.data.rows.source import load_rows, looks_local
 from jaxtrain.data.rows.tokenize import PreTrainedTokenizerBase
 from jaxtrain.data.stream.batches import StreamDataset, StreamRows, prepare_stream
-from jaxtrain.data.stream.source import head, open_stream
+from jaxtrain.data.stream.source import HubSource, head, open_stream
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +77,7 @@ def load_evaluation_rows(
 
 def prepare_rows(
     run: RunConfig,
-    rows: Rows | Mixture | StreamRows,
+    rows: Rows | Mixture | StreamRows | datasets.IterableDataset,
     tokenizer: PreTrainedTokenizerBase,
 ) -> PreparedDataset | StreamDataset:
     """Check and tokenize raw rows for this run's objective; the log says the rest.
@@ -85,9 +87,31 @@ def prepare_rows(
     Raises:
         ValueError: bad rows, each by number and reason (`data.on_bad_row: error`).
     """
+    if isinstance(rows, datasets.IterableDataset):
+        if not run.data.streaming:
+            raise ValueError(
+                "data.streaming = False: an IterableDataset is a stream; set it"
+                " true, and training.max_steps"
+            )
+        source = HubSource("train_dataset", rows, run.data.max_train_rows)
+        rows = StreamRows((source,))
     if isinstance(rows, StreamRows):
         return _prepare_stream(run, rows, tokenizer)
     return _prepare_all(run, rows, tokenizer)
+
+
+def check_held(rows: PreparedDataset | StreamDataset | None) -> PreparedDataset | None:
+    """Return evaluation rows as they are.
+
+    Raises:
+        ValueError: they are a stream.
+    """
+    if isinstance(rows, StreamDataset):
+        raise ValueError(
+            "the evaluation rows are a stream, which has no end: give a list of"
+            " rows, or their path in data.eval"
+        )
+    return rows
 
 
 def _prepare_stream(

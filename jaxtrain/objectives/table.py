@@ -41,7 +41,6 @@ from jaxtrain.types import (
     Metrics,
     Objective,
     PairBatch,
-    TokenLogProbs,
     WeightedSum,
 )
 
@@ -62,43 +61,6 @@ def next_token(
         "num_tokens": count_tokens(real_rows(batch), batch),
     }
     return masked_sum(-scored.logps, mask), metrics
-
-
-def with_router_loss(objective: Objective, coefficient: float) -> Objective:
-    """`objective` + coefficient * how unevenly a mixture of experts was used.
-
-    TRL's and transformers' sum: the policy's `TokenLogProbs.router_loss`, of its first
-    call, is added to the mean loss and reported as `aux_loss` (`router_aux_loss` where
-    the objective has an `aux_loss` of its own). It is a product of means over all
-    tokens of a micro-batch, whatever the mesh, so each micro-batch has its own, as in
-    TRL; they are averaged as the micro-batches' losses are: by trained tokens for the
-    next-token loss (TRL: alike), alike for preferences.
-    """
-
-    def with_loss(
-        policy: LogProbsFn, reference: LogProbsFn | None, batch: Any
-    ) -> tuple[WeightedSum, Metrics]:
-        seen: list[Any] = []
-
-        def listening(rows: Batch) -> TokenLogProbs:
-            outputs = policy(rows)
-            seen.append(outputs.router_loss)
-            return dataclasses.replace(outputs, router_loss=None)
-
-        def plain(rows: Batch) -> TokenLogProbs:
-            assert reference is not None
-            return dataclasses.replace(reference(rows), router_loss=None)
-
-        loss, metrics = objective(
-            listening, None if reference is None else plain, batch
-        )
-        # In the loss's own weight, so that micro-batches still add up.
-        router = WeightedSum(seen[0] * loss.weight, loss.weight)
-        total = WeightedSum(loss.total + coefficient * router.total, loss.weight)
-        name = "router_aux_loss" if "aux_loss" in metrics else "aux_loss"
-        return total, metrics | {name: router}
-
-    return with_loss
 
 
 # --- the table --------------------------------------------------------------------

@@ -7,6 +7,7 @@ last norm) goes whole. Every optimizer here treats layers as separate matrices, 
 numbers are the same.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,8 +16,8 @@ import optax
 from jaxtyping import Array
 
 from jaxtrain import sharding
-from jaxtrain.step import UpdateFn, make_whole_update
-from jaxtrain.types import Params
+from jaxtrain.step import Placement, UpdateFn, make_whole_update
+from jaxtrain.types import Params, TrainState
 
 LAYERS = "layers"
 
@@ -142,3 +143,30 @@ def _move(tree: Any, stored: Any, to: Any) -> Any:
         return jax.device_put(x, wanted) if kept.memory_kind == "pinned_host" else x
 
     return jax.tree.map(move, tree, stored, to)
+
+
+def make_placement(
+    plan: sharding.ShardingPlan,
+    optimizer: optax.GradientTransformation,
+    layouts: TrainState,
+) -> Placement:
+    """Make what brings state that is kept in host memory to the device in a step.
+
+    Args:
+        layouts: where each leaf of the state is kept, as a tree of shardings.
+    """
+
+    def fetch(layouts: Any) -> Callable[[Any], Any]:
+        return sharding.make_transfer(sharding.on_device(layouts))
+
+    placement = Placement()
+    if plan.offload_optimizer or plan.offload_params:
+        update = make_streamed_update(optimizer, layouts.trainable, layouts.opt_state)
+        placement = dataclasses.replace(placement, update=update)
+    if plan.offload_params:
+        placement = dataclasses.replace(
+            placement,
+            fetch_params=fetch(layouts.trainable),
+            fetch_frozen=fetch(layouts.frozen),
+        )
+    return placement

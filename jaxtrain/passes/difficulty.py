@@ -4,8 +4,6 @@ import functools
 import logging
 import os
 import pathlib
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +11,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxtrain.data.batches.dataset import PreparedDataset
-from jaxtrain.data.batches.pipeline import make_eval_iterator
 from jaxtrain.objectives.preference import row_sums, score_pairs
 from jaxtrain.passes.reference import rows_on_host
+from jaxtrain.run.feed import Feed
 from jaxtrain.step import ScoreFn
 from jaxtrain.types import Batch, LabeledBatch, PairBatch, Params, TokenLogProbs
 
@@ -45,31 +43,22 @@ def measure(
     data: PreparedDataset,
     score: ScoreFn,
     params: Params,
-    place: Callable[[Any], Any],
-    *,
-    process_rows: int,
-    readers: tuple[int, int] = (0, 1),
+    feed: Feed,
     folder: str | os.PathLike[str],
-    jit: Callable[..., Any] = jax.jit,
 ) -> PreparedDataset:
-    """The same rows with `difficulty`, measured once.
+    """Return the same rows with `difficulty`, measured once.
 
     A resumed run finds the numbers in `folder`, so that its order is the same even
-    where another machine would round differently. `process_rows`: rows of a batch on
-    this process; `readers`: which share of the rows it reads, and of how many; `jit`:
-    `ShardingPlan.jit` of the mesh that holds `params`.
+    where another machine would round differently.
     """
     path = pathlib.Path(folder) / f"difficulty-{data.fingerprint}.npy"
     if path.is_file():
         return data.with_difficulty(np.load(path))
-    batches = make_eval_iterator(
-        data,
-        micro_batch_rows=process_rows,
-        process_index=readers[0],
-        process_count=readers[1],
-    )
-    of_batch = jit(lambda params, batch: row_difficulty(score, params, batch))
-    found = [rows_on_host(of_batch(params, place(batch))) for batch in batches]
+    of_batch = feed.jit(lambda params, batch: row_difficulty(score, params, batch))
+    found = [
+        rows_on_host(of_batch(params, feed.place(batch)))
+        for batch in feed.eval_batches(data)
+    ]
     difficulty = np.concatenate(found)[: len(data)].astype(np.float32)
     logger.info(
         "difficulty of %d rows: %.3f to %.3f nats a token",

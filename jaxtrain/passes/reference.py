@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -19,8 +19,9 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, UInt32
 
 from jaxtrain.data.batches.dataset import PreparedDataset
-from jaxtrain.data.batches.pipeline import make_eval_iterator
+from jaxtrain.models.load import LoadedModel
 from jaxtrain.objectives.preference import row_sums, score_pairs
+from jaxtrain.run.feed import Feed
 from jaxtrain.step import ScoreFn
 from jaxtrain.types import PairBatch, Params
 
@@ -36,25 +37,18 @@ class ReferenceScorer:
         self,
         score: ScoreFn,
         params: Params,
-        place: Callable[[Any], PairBatch],
-        process_rows: int,
+        feed: Feed,
         directory: pathlib.Path,
         identity: Mapping[str, str],
-        readers: tuple[int, int] = (0, 1),
-        jit: Callable[..., Any] = jax.jit,
     ) -> None:
-        """Score by `params`, `process_rows` pairs a batch on each process.
+        """Score by `params`, in the evaluation batches of `feed`.
 
         Args:
-            readers: which share of the pairs this process reads, and of how many.
             directory: where the sums are kept, shared by all processes.
-            identity: what they depend on beside the weights and the data, by name.
-            jit: `ShardingPlan.jit` of the mesh that holds `params`.
+            identity: what they depend on besides the weights and the data, by name.
         """
         self._params = params
-        self._place = place
-        self._process_rows = process_rows
-        self._readers = readers
+        self._feed = feed
         self._directory = directory
         self._identity = {"weights": fingerprint(params), **identity}
 
@@ -67,7 +61,7 @@ class ReferenceScorer:
             )
             return chosen, rejected
 
-        self._sums = jit(sums)
+        self._sums = feed.jit(sums)
 
     def attach(self, data: PreparedDataset, name: str) -> PreparedDataset:
         """The same pairs with `reference_logps`, on every process for all of them.
@@ -81,7 +75,7 @@ class ReferenceScorer:
         cache = _Cache(
             self._directory / name, {**self._identity, "data": data.fingerprint}
         )
-        global_rows = self._process_rows * self._readers[1]
+        global_rows = self._feed.eval_rows * self._feed.readers
         first = len(data)
         if cache.rows() < first:
             # Every process starts where the first one, which writes, will.
@@ -99,17 +93,12 @@ class ReferenceScorer:
         return data.with_reference_logps(*cache.read(len(data)))
 
     def _score_from(self, first: int, data: PreparedDataset, cache: "_Cache") -> None:
-        batches = make_eval_iterator(
-            data,
-            micro_batch_rows=self._process_rows,
-            process_index=self._readers[0],
-            process_count=self._readers[1],
-        )
-        global_rows = self._process_rows * self._readers[1]
+        batches = self._feed.eval_batches(data)
+        global_rows = self._feed.eval_rows * self._feed.readers
         batches.set_state({"next_step": first // global_rows})
         cache.truncate(first)
         for batch in batches:
-            sums = self._sums(self._params, self._place(batch))
+            sums = self._sums(self._params, self._feed.place(batch))
             pairs = np.stack([rows_on_host(side) for side in sums], axis=-1)
             cache.append(pairs[: len(data) - first])  # without empty rows at the end
             first += global_rows
@@ -183,6 +172,14 @@ def fingerprint(tree: Any) -> str:
         )
         digest.update(np.asarray(_hash_bits(leaf)).tobytes())
     return digest.hexdigest()
+
+
+def describe(model: LoadedModel) -> dict[str, str]:
+    """What reference log-probs depend on besides weights and data, by name."""
+    return {
+        "model": model.decoder.describe(),
+        "tokenizer": tokenizer_fingerprint(model.tokenizer),
+    }
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

@@ -10,8 +10,8 @@ import jax
 from jaxtrain import lora
 from jaxtrain.checkpoint import CheckpointManager
 from jaxtrain.config import RunConfig
-from jaxtrain.model_manager import LoadedModel, lora_config
 from jaxtrain.models.hf_save import save_pretrained
+from jaxtrain.models.load import LoadedModel, lora_config
 from jaxtrain.types import Params, TrainState
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,338 @@
+"""The page to read first: how a configuration, a model and rows become a run.
+
+    config -> RunConfig        jaxtrain.config.resolve
+    model  -> LoadedModel      jaxtrain.models.load
+    rows   -> prepared data    jaxtrain.data.loading
+    all three -> Parts         `build`, below: what the loop needs, made in order
+    Parts -> results           `run_to_end`, below: restore, loop, export
+
+From scratch, SFT, LoRA and DPO differ only in what each of these lines makes of the
+configuration: which objective, which tree trains, whether a reference is scored.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from jaxtrain import loop, objectives, sharding, step
+from jaxtrain.checkpoint import CheckpointManager
+from jaxtrain.config import RunConfig
+from jaxtrain.data.batches.dataset import PreparedDataset
+from jaxtrain.models.config import ModelConfig
+from jaxtrain.models.load import LoadedModel, router_loss_coefficient
+from jaxtrain.models.state import init_state, needs_reference
+from jaxtrain.objectives.added import AddedLoss, with_added_loss, with_router_loss
+from jaxtrain.optimizers.configured import make_optimizer
+from jaxtrain.optimizers.offload import make_placement
+from jaxtrain.passes import difficulty
+from jaxtrain.passes.reference import ReferenceScorer, describe
+from jaxtrain.record import diagnostics, writers
+from jaxtrain.record.throughput import ThroughputMeter, peak_flops
+from jaxtrain.run import export
+from jaxtrain.run.feed import Feed, Prepared
+from jaxtrain.run.sampler import make_sampler
+from jaxtrain.tree import overlay
+from jaxtrain.types import Objective, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """What a run minimizes: an objective, and a loss of one's own with its weight."""
+
+    objective: Objective
+    auxiliary: tuple[AddedLoss, float] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """A loss as the step takes it.
+
+    `objective`: the loss and its metrics, everything added. `score`: how the decoder
+    scores tokens for it. `added`: the weights of what was added, by metric.
+    """
+
+    objective: Objective
+    score: step.ScoreFn
+    added: dict[str, float]
+
+
+def build(
+    run: RunConfig,
+    model: LoadedModel,
+    rows: tuple[Prepared, PreparedDataset | None],
+    loss: Loss,
+    workdir: pathlib.Path,
+) -> loop.Parts:
+    """Make the parts of a run. The weights of `model` move into the train state.
+
+    Args:
+        rows: to train on, and to evaluate on if any.
+        workdir: where passes before training keep what they computed.
+
+    Raises:
+        ValueError: the model cannot do with these rows what the run asks for.
+    """
+    train_data, eval_data = rows
+    _check_shared_prompts(run, model, *rows)
+    packed = any(data is not None and data.packed for data in rows)
+    model = model.for_training(packed=packed)
+    scored = bind_loss(run, model, loss)
+    feed = Feed(run, model.plan)
+
+    # Curricula by difficulty: the model as it is now orders the rows. New adapters add
+    # nothing yet, so the base alone tells.
+    if _orders_by_difficulty(run, train_data):
+        assert isinstance(train_data, PreparedDataset)
+        train_data = difficulty.measure(
+            train_data, scored.score, model.on_device(model.params), feed, workdir
+        )
+    batches = feed.train_batches(train_data)
+
+    # The state. From here on the weights are its own, and the model holds none.
+    schedule, optimizer = make_optimizer(run.optimizer, run.schedule, batches.num_steps)
+    state = init_state(model, run, optimizer)
+    layouts = jax.tree.map(lambda leaf: leaf.sharding, state)
+
+    # The reference's log-probs, where they are computed before training.
+    if run.dpo is not None and run.dpo.precompute_ref_log_probs:
+        assert isinstance(train_data, PreparedDataset)  # the config's rules see to it
+        # Nothing has trained yet, so without adapters the policy is the reference.
+        start = model.on_device(state.frozen or state.trainable)
+        scorer = ReferenceScorer(
+            scored.score, start, feed, workdir / "reference", describe(model)
+        )
+        train_data = scorer.attach(train_data, "train")
+        batches = feed.train_batches(train_data)
+        eval_data = None if eval_data is None else scorer.attach(eval_data, "eval")
+
+    # The steps, which compile on their first call, and what the loop does beside them.
+    train_step, eval_step = make_steps(
+        run, model.plan, scored, schedule, optimizer, layouts
+    )
+    epoch_steps, epochs_done = feed.epochs(train_data, batches)
+    return loop.Parts(
+        run=run,
+        model=model,
+        state=state,
+        train_step=train_step,
+        eval_step=eval_step,
+        feed=feed,
+        train_batches=batches,
+        eval_data=eval_data,
+        steps_per_epoch=epoch_steps,
+        epochs_done=epochs_done,
+        meter=_make_meter(run, model, train_data.row_length),
+        sync_reference=_make_reference_sync(run, layouts),
+        sampler=_make_sampler(run, model, eval_data),
+        added_losses=scored.added,
+    )
+
+
+def run_to_end(parts: loop.Parts, workdir: pathlib.Path) -> dict[str, Any]:
+    """Train from the newest checkpoint in `workdir` to the end, and export.
+
+    Returns:
+        The results of the loop, with `model_path` and `best_model_path`.
+    """
+    run = parts.run
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(
+            CheckpointManager(
+                workdir / "checkpoints",
+                save_total_limit=run.loop.save_total_limit,
+                best_metric=run.loop.best_metric,
+                greater_is_better=run.loop.greater_is_better,
+            )
+        )
+        # Rebound, so that a first state that is not trained on can be freed.
+        parts, progress = loop.restore(parts, checkpoints)
+        writer = stack.enter_context(
+            writers.make_writers(
+                run.loop.report_to,
+                workdir,
+                run.loop.run_name or workdir.name,
+                run.to_dict(),
+                resume_step=progress.step or None,
+                total_steps=parts.total_steps,
+                process_index=jax.process_index(),
+            )
+        )
+        running = loop.Loop(parts, progress, checkpoints, writer)
+        results = running.run_to_end()
+        if run.loop.save_final_model:
+            results |= export.export_models(
+                workdir, parts.model, run, running.state, checkpoints
+            )
+    return results
+
+
+def bind_loss(run: RunConfig, model: LoadedModel, loss: Loss) -> Scored:
+    """Add to a loss what a mixture of experts adds, and say how tokens are scored."""
+    objective, added = loss.objective, {}
+    if loss.auxiliary is not None:
+        objective = with_added_loss(objective, *loss.auxiliary)
+        added["aux_loss"] = loss.auxiliary[1]
+    router = router_loss_coefficient(run, model.config)
+    if router:
+        objective = with_router_loss(objective, router)
+        added["router_aux_loss" if added else "aux_loss"] = router
+    score = functools.partial(
+        model.decoder.token_log_probs,
+        with_collision=run.dpo is not None and run.dpo.use_weighting,
+        with_router_loss=router > 0,
+    )
+    return Scored(objective, score, added)
+
+
+def make_objective(run: RunConfig) -> Objective:
+    """Make the loss and its metrics that the configuration names."""
+    options: dict[str, Any] = {}
+    if run.objective == "preference" and run.dpo is not None:
+        options = dataclasses.asdict(run.dpo)
+        options = {k: v for k, v in options.items() if k not in _NOT_OF_THE_LOSS}
+    elif run.objective in objectives.OBJECTIVES and run.dpo is not None:
+        options["beta"] = run.dpo.beta
+        if run.dpo.label_smoothing:  # not every objective knows it
+            options["label_smoothing"] = run.dpo.label_smoothing
+    options |= run.loop.objective_kwargs or {}
+    return objectives.make_objective(run.objective, **options)
+
+
+# Keys of `training.dpo` that act on the data or on the reference model.
+_NOT_OF_THE_LOSS = (
+    "max_length", "max_prompt_length", "sync_ref_model", "ref_model_mixup_alpha",
+    "ref_model_sync_steps",
+)  # fmt: skip
+
+
+def make_steps(
+    run: RunConfig,
+    plan: sharding.ShardingPlan,
+    scored: Scored,
+    schedule: Callable[[Any], jax.Array],
+    optimizer: optax.GradientTransformation,
+    layouts: TrainState,
+) -> tuple[step.TrainStep, step.EvalStep]:
+    """Jit the train and the evaluation step over the mesh, with a donated state.
+
+    Args:
+        layouts: where each leaf of the state is kept, as a tree of shardings.
+    """
+    options = step.StepOptions(
+        max_grad_norm=run.optimizer.max_grad_norm,
+        with_reference=needs_reference(run),
+        with_dropout=run.lora is not None and run.lora.lora_dropout > 0,
+        skip_nonfinite=run.loop.on_nonfinite == "skip",
+        spike_threshold=run.loop.spike_threshold,
+        skip_spikes=run.loop.on_spike == "skip",
+        group_of=(
+            diagnostics.parameter_group if run.loop.log_grad_norm_by_group else None
+        ),
+        is_micro_batch_mean=functools.partial(_is_micro_batch_mean, run.objective),
+        placement=make_placement(plan, optimizer, layouts),
+    )
+    train_step = step.make_train_step(
+        scored.objective, scored.score, optimizer, schedule, options
+    )
+    eval_step = step.make_eval_step(
+        scored.objective,
+        scored.score,
+        with_reference=options.with_reference,
+        placement=options.placement,
+    )
+    return (
+        plan.jit(
+            train_step,
+            in_shardings=(layouts, plan.batch(1)),
+            out_shardings=(layouts, plan.replicated),
+            donate_argnums=0,
+        ),
+        plan.jit(
+            eval_step,
+            in_shardings=(layouts, plan.batch()),
+            out_shardings=plan.replicated,
+        ),
+    )
+
+
+def flops_per_token(run: RunConfig, config: ModelConfig, row_length: int) -> float:
+    """FLOPs that a token needs, recomputation not counted.
+
+    A full step is three forward passes' worth: forward, and backward for inputs and
+    for weights. Frozen weights under LoRA spare the last; a reference adds a forward.
+    """
+    passes = 3 if run.lora is None else 2
+    return config.flops_per_token(row_length) / 3 * (passes + needs_reference(run))
+
+
+def _is_micro_batch_mean(objective: str, name: str) -> bool:
+    """TRL's averages: a preference loss is the mean of its micro-batches' means.
+
+    The next-token loss is a mean over all tokens of the step, and only these two
+    metrics beside it are means of means.
+    """
+    of_pairs = objective in objectives.OBJECTIVES and objective != "next_token"
+    return of_pairs or name in ("entropy", "mean_token_accuracy")
+
+
+def _make_reference_sync(
+    run: RunConfig, layouts: TrainState
+) -> Callable[[TrainState], TrainState] | None:
+    """TR-DPO's update of the reference, jitted; None where it stays as it is."""
+    if run.dpo is None or not run.dpo.sync_ref_model:
+        return None
+    sync = step.make_reference_sync(run.dpo.ref_model_mixup_alpha)
+    return jax.jit(sync, out_shardings=layouts, donate_argnums=0)
+
+
+def _make_sampler(
+    run: RunConfig, model: LoadedModel, data: PreparedDataset | None
+) -> Callable[[TrainState], tuple[dict[str, float], dict[str, str]]] | None:
+    """What generates held-out texts under the policy; None if nothing asks for it."""
+    if not run.generation.enabled or data is None:
+        return None
+    sampler = make_sampler(run, model, data)
+
+    def sample(state: TrainState) -> tuple[dict[str, float], dict[str, str]]:
+        return sampler(model.on_device(overlay(state.frozen, state.trainable)))
+
+    return sample
+
+
+def _make_meter(run: RunConfig, model: LoadedModel, row_length: int) -> ThroughputMeter:
+    devices = list(model.plan.mesh.devices.flat)
+    return ThroughputMeter(
+        flops_per_token=flops_per_token(run, model.config, row_length),
+        device_count=len(devices),
+        peak_flops_per_device=peak_flops(devices[0].device_kind),
+    )
+
+
+def _orders_by_difficulty(run: RunConfig, data: Prepared) -> bool:
+    """Whether the curriculum needs the model's own judgement of the rows."""
+    curriculum = run.curriculum
+    if not curriculum.enabled or curriculum.strategy != "difficulty_based":
+        return False
+    return isinstance(data, PreparedDataset) and data.difficulty is None
+
+
+def _check_shared_prompts(
+    run: RunConfig, model: LoadedModel, *rows: Prepared | None
+) -> None:
+    if not run.data.share_prompts:
+        return
+    for data in rows:
+        if data is None:
+            continue
+        why = model.decoder.why_no_shared_prompts(data.row_length)
+        if why is not None:
+            raise ValueError(
+                f"data.share_prompts = True: {why} ({data.row_length} tokens); set"
+                " it false"
+            )

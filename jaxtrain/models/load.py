@@ -1,0 +1,469 @@
+"""From a resolved configuration to a model on its mesh: sizes, weights, tokenizer."""
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtrain import assets, lora, sharding
+from jaxtrain.batch import map_arrays
+from jaxtrain.config import RunConfig
+from jaxtrain.data.rows.tokenize import load_tokenizer
+from jaxtrain.evaluation.generate import Generator, generate_texts, make_generate
+from jaxtrain.kernels.attention import Layout
+from jaxtrain.models import hf
+from jaxtrain.models.config import ModelConfig
+from jaxtrain.models.quantization import (
+    Quantization,
+    check_installed,
+    is_kept,
+    is_quantized,
+    quantize_tree,
+)
+from jaxtrain.models.transformer import Decoder, LoraShape
+from jaxtrain.objectives import next_token
+from jaxtrain.types import Batch, Metrics, PairBatch, Params
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class LoadedModel:
+    """A decoder, its weights laid out on a mesh, and where they came from.
+
+    `directory` is the local Hugging Face directory, or None for random weights.
+    `weights` are None once a training has taken them over (`take_weights`).
+    """
+
+    decoder: Decoder
+    weights: Params | None
+    tokenizer: Any
+    plan: sharding.ShardingPlan
+    directory: str | None
+
+    @property
+    def params(self) -> Params:
+        """The weights.
+
+        Raises:
+            ValueError: a training has taken them over.
+        """
+        if self.weights is None:
+            raise ValueError(
+                "this model's weights went into a training: load the model it exported"
+                " (results['model_path'])"
+            )
+        return self.weights
+
+    def take_weights(self) -> Params:
+        """Hand the weights to a training, whose step donates them; keep none.
+
+        Raises:
+            ValueError: an earlier training has taken them.
+        """
+        taken, self.weights = self.params, None
+        return taken
+
+    def for_training(self, *, packed: bool) -> "LoadedModel":
+        """This model for rows of several documents or of one; takes the weights over.
+
+        Raises:
+            ValueError: an earlier training has taken them.
+        """
+        decoder = dataclasses.replace(self.decoder, packed=packed)
+        weights = self.take_weights()
+        return LoadedModel(decoder, weights, self.tokenizer, self.plan, self.directory)
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.decoder.config
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The tokens that end a text: the tokenizer's, and those of the model."""
+        eos = self.config.eos_token_id
+        ids = {self.tokenizer.eos_token_id, *(eos if isinstance(eos, tuple) else [eos])}
+        return tuple(sorted(ids - {None}))
+
+    def make_generator(self, max_new_tokens: int, **options: Any) -> Generator:
+        """`generate.make_generate` for this model, with its end tokens."""
+        return make_generate(
+            self.decoder,
+            max_new_tokens=max_new_tokens,
+            eos_ids=self.eos_ids,
+            pad_id=self.tokenizer.pad_token_id,
+            **options,
+        )
+
+    def on_device(self, params: Params) -> Params:
+        """The same weights in device memory, where they rest in host memory."""
+        if not self.plan.offload_params:
+            return params
+        layouts = jax.tree.map(lambda leaf: leaf.sharding, params)
+        return jax.device_put(params, sharding.on_device(layouts))
+
+    def score(self, batch: Batch | PairBatch | Mapping[str, Any]) -> Metrics:
+        """Sums of loss (nats), accuracy and entropy over one batch of numpy [B, T].
+
+        The chosen side of pairs is scored. A mapping has arrays by the names of
+        `types.Batch`'s fields. B is filled up with empty rows to a multiple of the
+        data-parallel devices.
+        """
+        if isinstance(batch, Mapping):
+            names = [n for n in Batch.__dataclass_fields__ if n in batch]
+            batch = Batch(**{n: np.asarray(batch[n]) for n in names})
+        rows = batch.chosen if isinstance(batch, PairBatch) else batch
+        missing = -len(rows.tokens) % self.plan.batch_shards
+        if missing:
+            rows = map_arrays(lambda x: np.pad(x, ((0, missing), (0, 0))), rows)
+        placed: Any = sharding.place_batch(rows, self.plan.batch())
+        return self._score(self.on_device(self.params), placed)
+
+    def generate(
+        self,
+        prompts: Sequence[str | Sequence[Mapping[str, Any]]],
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        batch_size: int = 8,
+        seed: int = 0,
+    ) -> list[str]:
+        """Continue strings or conversations; one text each. See `jaxtrain.generate`.
+
+        Raises:
+            ValueError: the weights went into a training, or a setting is out of range.
+        """
+        settings = (max_new_tokens, temperature, top_k, top_p)
+        if settings not in self._generators:
+            self._generators[settings] = self.make_generator(
+                max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p
+            )
+        shards = self.plan.batch_shards
+        return generate_texts(
+            self._generators[settings],
+            self.on_device(self.params),
+            self.tokenizer,
+            prompts,
+            key=jax.random.key(seed),
+            batch_size=-(-batch_size // shards) * shards,
+        )
+
+    @functools.cached_property
+    def _score(self) -> Callable[[Params, Batch], Metrics]:
+        def score(params: Params, batch: Batch) -> Metrics:
+            policy = functools.partial(self.decoder.token_log_probs, params)
+            loss, metrics = next_token(policy, None, batch)
+            return {"loss": loss, **metrics}
+
+        return self.plan.jit(score)
+
+    @functools.cached_property
+    def _generators(self) -> dict[Any, Generator]:
+        return {}
+
+
+def load_model(run: RunConfig) -> LoadedModel:
+    """Load `run.model` and its tokenizer onto the mesh.
+
+    Raises:
+        ValueError: no such model or tokenizer, or one that can't be trained here.
+    """
+    plan, directory = make_plan(run), _model_directory(run)
+    tokenizer = _load_tokenizer(run, directory)
+    config = _load_config(run, directory, tokenizer)
+    _check_vocabulary(config, tokenizer)
+    decoder = make_decoder(run, config, plan)
+    base, described = _describe_weights(run, decoder, plan)
+    layouts = jax.tree.map(lambda leaf: leaf.sharding, described)
+    # From scratch, a directory gives its sizes and its tokenizer only.
+    if directory is None or run.training_type == "from_scratch":
+        source = "random initial values"
+        key = jax.random.key(run.loop.seed)
+        params = jax.jit(base.init, out_shardings=layouts)(key)
+    else:
+        source = directory
+        params = hf.load_params(directory, base, layouts, dtype=_base_dtype(run))
+    logger.info(
+        "%s with %.1fM parameters from %s",
+        config.model_type,
+        config.num_params() / 1e6,
+        source,
+    )
+    if decoder.quantization is not None:
+        logger.info(
+            "its layers' kernels are kept as %s: the frozen base takes %.1f MiB"
+            " instead of %.1f in %s",
+            decoder.quantization.kind,
+            sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / 2**20,
+            config.num_params() * jnp.dtype(_base_dtype(run)).itemsize / 2**20,
+            _base_dtype(run),
+        )
+    return LoadedModel(decoder, params, tokenizer, plan, directory)
+
+
+def adopt(model: LoadedModel, run: RunConfig) -> LoadedModel:
+    """A model that another configuration loaded, as `run` lays out and computes it.
+
+    The weights are taken over: where nothing needs to move, they are the same arrays.
+
+    Raises:
+        ValueError: its weights were donated to an earlier training.
+    """
+    if model.weights is None:
+        raise ValueError(
+            "this model's weights went into an earlier training: reload it"
+        )
+    plan = make_plan(run)
+    decoder = make_decoder(run, model.config, plan)
+    _, described = _describe_weights(run, decoder, plan)
+    converted = jax.tree.map(
+        lambda leaf, wanted: leaf.astype(wanted.dtype),
+        _requantize(model.params, model.decoder, decoder.quantization),
+        described,
+    )
+    layouts = jax.tree.map(lambda leaf: leaf.sharding, described)
+    model.take_weights()
+    params = jax.device_put(converted, layouts)
+    return LoadedModel(decoder, params, model.tokenizer, plan, model.directory)
+
+
+def load_abstract_model(run: RunConfig, devices: Sequence[jax.Device]) -> LoadedModel:
+    """Describe the model that `run` names on `devices`, which need not be present.
+
+    Its weights are `jax.ShapeDtypeStruct`s, and there is no tokenizer. Only the
+    directory's config.json is read.
+    """
+    plan, directory = make_plan(run, devices), _model_directory(run)
+    tokenizer = _load_tokenizer(run, None) if directory is None else None
+    decoder = make_decoder(run, _load_config(run, directory, tokenizer), plan)
+    _, described = _describe_weights(run, decoder, plan)
+    return LoadedModel(decoder, described, None, plan, directory)
+
+
+def make_plan(
+    run: RunConfig, devices: Sequence[jax.Device] | None = None
+) -> sharding.ShardingPlan:
+    """The mesh over this run's devices and what is split over it."""
+    devices = (jax.devices() if devices is None else devices)[: run.devices.num_gpus]
+    zero = run.devices.deepspeed
+    return sharding.ShardingPlan(
+        sharding.make_mesh(run.mesh.sizes, devices, slices=run.mesh.slices),
+        zero_stage=zero.zero_stage,
+        offload_optimizer=zero.offload_optimizer,
+        offload_params=zero.offload_param,
+    )
+
+
+def make_decoder(
+    run: RunConfig, config: ModelConfig, plan: sharding.ShardingPlan
+) -> Decoder:
+    """The decoder as this run computes it: dtype, remat, kernels, LoRA's shape.
+
+    Raises:
+        ValueError: the run asks for what the model has not.
+    """
+    _check_lengths(run, config)
+    router_loss_coefficient(run, config)
+    rules = sharding.ACTIVATION_RULES
+    decoder = Decoder(
+        config,
+        compute_dtype=run.precision.compute_dtype,
+        param_dtype=run.model.param_dtype,
+        remat=run.precision.remat,
+        attention=run.model.attention,
+        loss_chunk=run.model.loss_chunk_tokens,
+        scan_layers=run.model.scan_layers,
+        constrain=plan.constrain,
+        map_shards=plan.map_shards,
+        quantization=_quantization(run),
+        layout=Layout(
+            plan.mesh,
+            rows=rules["batch"],
+            heads=rules["heads"],
+            tokens=rules["sequence"],
+            vocab=rules["vocab"],
+        ),
+    )
+    if run.lora is None:
+        return decoder
+    settings = lora_config(run)
+    base = decoder.abstract_params()
+    ranks = lora.resolve_ranks(settings, base)
+    shape = LoraShape(
+        r=settings.r,
+        scaling=settings.scaling,
+        dropout=settings.dropout,
+        targets=frozenset(ranks),
+        own=tuple((path, *rank) for path, rank in sorted(ranks.items())),
+        use_dora=settings.use_dora,
+        ties_head=lora.ties_adapters(settings, base),
+    )
+    if run.lora.ensure_weight_tying and not run.lora.init_from and not shape.ties_head:
+        raise ValueError(
+            "training.lora.ensure_weight_tying = True: this run gives no adapter to an"
+            " embedding that is the head too; unset it, or name embed_tokens in"
+            " target_modules of a model with tie_word_embeddings"
+        )
+    return dataclasses.replace(decoder, lora=shape)
+
+
+def lora_config(run: RunConfig) -> lora.LoraConfig:
+    """`training.lora` in the terms of `jaxtrain.lora`.
+
+    Raises:
+        ValueError: this run trains no adapters.
+    """
+    section = run.lora
+    if section is None:
+        raise ValueError("training.lora.enabled = False: this run has no adapters")
+    if section.init_from:
+        settings = lora.read_settings(section.init_from)
+        return dataclasses.replace(settings, dropout=section.lora_dropout)
+    return lora.LoraConfig(
+        r=section.r,
+        alpha=section.lora_alpha,
+        dropout=section.lora_dropout,
+        target_modules=section.target_modules,
+        bias=section.bias,
+        use_rslora=section.use_rslora,
+        modules_to_save=section.modules_to_save,
+        use_dora=section.use_dora,
+        init_lora_weights=section.init_lora_weights,
+        rank_pattern=section.rank_pattern or {},
+        alpha_pattern=section.alpha_pattern or {},
+        ensure_weight_tying=section.ensure_weight_tying,
+    )
+
+
+def router_loss_coefficient(run: RunConfig, config: ModelConfig) -> float:
+    """What the router's loss is multiplied by; 0 where there is no router.
+
+    As in TRL, a model's own coefficient acts, whether or not its config has
+    `output_router_logits`, unless the run gives another.
+
+    Raises:
+        ValueError: the run gives one, and the model has no experts.
+    """
+    given = run.loop.router_aux_loss_coef
+    if not config.num_experts and given:
+        raise ValueError(
+            f"training.router_aux_loss_coef = {given}: a {config.model_type} has no"
+            " experts, so nothing to weigh; unset it, or train a mixture of experts"
+        )
+    return config.router_aux_loss_coef if given is None else given
+
+
+def _quantization(run: RunConfig) -> Quantization | None:
+    if run.lora is None or run.lora.quantization is None:
+        return None
+    check_installed()
+    return Quantization(run.lora.quantization, run.lora.quantization_block_size)
+
+
+def _requantize(
+    params: Params, decoder: Decoder, wanted: Quantization | None
+) -> Params:
+    """Return the weights of `decoder` with their kernels quantized as `wanted`."""
+    found = decoder.quantization if is_quantized(params) else None
+    if found == wanted:
+        return params
+    if found is not None:
+        raise ValueError(
+            f"this model's base is kept as {found}, the run asks for"
+            f" {wanted or 'whole weights'}: load the model anew by this configuration"
+        )
+    assert wanted is not None
+    return quantize_tree(params, decoder.linear_kernels(), wanted)
+
+
+def _base_dtype(run: RunConfig) -> str:
+    """Adapters train; their base is only read, so it needs no master copy."""
+    return run.precision.compute_dtype if run.lora else run.model.param_dtype
+
+
+def _describe_weights(
+    run: RunConfig, decoder: Decoder, plan: sharding.ShardingPlan
+) -> tuple[Decoder, Params]:
+    """The decoder without adapters; shapes, types and layouts of its weights."""
+    base = dataclasses.replace(decoder, lora=None)
+    abstract, dtype = base.abstract_params(), _base_dtype(run)
+    return base, jax.tree_util.tree_map_with_path(
+        lambda path, leaf, layout: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype if is_kept(path) else dtype, sharding=layout
+        ),
+        abstract,
+        plan.parameters(abstract, base.logical_axes()),
+    )
+
+
+def _model_directory(run: RunConfig) -> str | None:
+    """The local directory of the model named; None: one of our own sizes."""
+    if not run.model.name_or_path:
+        if run.training_type == "from_scratch":
+            return None
+        return str(assets.asset_path(assets.MODEL))
+    return str(
+        hf.resolve_model_path(run.model.name_or_path, revision=run.model.revision)
+    )
+
+
+def _load_tokenizer(run: RunConfig, directory: str | None) -> Any:
+    """The tokenizer named, else the model's own, else the embedded one."""
+    source = (
+        run.model.tokenizer_name_or_path
+        or directory
+        or str(assets.asset_path(assets.TOKENIZER))
+    )
+    return load_tokenizer(
+        source,
+        revision=run.model.revision,
+        trust_remote_code=run.model.trust_remote_code,
+        chat_template=run.data.chat_template,
+    )
+
+
+def _load_config(run: RunConfig, directory: str | None, tokenizer: Any) -> ModelConfig:
+    """The directory's sizes, or those of `config.model.architecture`."""
+    if directory is not None:
+        return hf.load_config(directory)
+    options = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in dataclasses.asdict(run.model.architecture).items()
+        if value is not None
+    }
+    options.setdefault("vocab_size", len(tokenizer))
+    options |= {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    try:
+        return ModelConfig.from_hf(options)
+    except ValueError as error:
+        raise ValueError(f"config.model.architecture: {error}") from error
+
+
+def _check_vocabulary(config: ModelConfig, tokenizer: Any) -> None:
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens, but the model's vocab_size ="
+            f" {config.vocab_size}: use the tokenizer that the model was trained with"
+            " (config.model.tokenizer_name_or_path), or for a model from scratch set"
+            " config.model.architecture.vocab_size to at least that"
+        )
+
+
+def _check_lengths(run: RunConfig, config: ModelConfig) -> None:
+    limit, wanted = config.max_position_embeddings, run.data.max_length
+    if wanted > limit:
+        raise ValueError(
+            f"max_length = {wanted} exceeds the model's max_position_embeddings ="
+            f" {limit}: shorten it, or give the model a rope_scaling for that length"
+        )

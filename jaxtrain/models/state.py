@@ -1,0 +1,177 @@
+"""The first train state of a run, as arrays or as shapes and layouts alone."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxtrain import lora, sharding
+from jaxtrain.config import RunConfig
+from jaxtrain.models.load import LoadedModel, lora_config
+from jaxtrain.optimizers import optim
+from jaxtrain.record.diagnostics import init_loss_window
+from jaxtrain.tree import overlay, select
+from jaxtrain.types import Params, TrainState
+
+
+def needs_reference(run: RunConfig) -> bool:
+    """Whether the step scores batches by the frozen model too."""
+    if run.dpo is None or not run.has_reference:
+        return False
+    return not (run.dpo.reference_free or run.dpo.precompute_ref_log_probs)
+
+
+def init_state(
+    model: LoadedModel, run: RunConfig, optimizer: optax.GradientTransformation
+) -> TrainState:
+    """Make the first train state. The model's weights move into it.
+
+    Raises:
+        ValueError: an earlier training has taken the weights.
+    """
+    params, plan = model.take_weights(), model.plan
+    if run.lora is None:
+        trainable, frozen = params, {}
+        if needs_reference(run):
+            frozen = _reference_copy(params, run.precision.compute_dtype)
+    else:
+        trainable, frozen = _initial_adapters(params, run)
+    del params  # donated, or moved: nothing may hold it longer than needed
+    shapes = jax.eval_shape(lambda tree: tree, trainable)
+    parameters, moments = _layouts(model, optimizer, shapes)
+    trainable = jax.device_put(trainable, parameters)
+    if _keeps_first_adapters(run):
+        frozen = overlay(frozen, jax.device_put(trainable, parameters, may_alias=False))
+    # Made where it is kept: moments in host memory may not fit the device at once.
+    opt_state = jax.jit(optimizer.init, out_shardings=moments)(
+        jax.device_put(trainable, sharding.on_device(parameters))
+    )
+    rest = _rest(run)
+    return TrainState(
+        trainable=trainable,
+        frozen=frozen,
+        opt_state=opt_state,
+        # device_put refuses keys where a device belongs to another process.
+        rng=jax.jit(jax.random.key, out_shardings=plan.replicated)(run.loop.seed),
+        **{name: jax.device_put(part, plan.replicated) for name, part in rest.items()},
+    )
+
+
+def abstract_state(
+    model: LoadedModel, run: RunConfig, optimizer: optax.GradientTransformation
+) -> TrainState:
+    """Describe `init_state` of a `load_abstract_model`: no array is made."""
+    trainable, frozen = jax.eval_shape(functools.partial(_split, run), model.params)
+    if frozen:
+        base_layouts = jax.tree.map(lambda leaf: leaf.sharding, model.params)
+        frozen = _laid_out(frozen, base_layouts)
+    parameters, moments = _layouts(model, optimizer, trainable)
+    opt_state = _laid_out(jax.eval_shape(optimizer.init, trainable), moments)
+    trainable = _laid_out(trainable, parameters)
+    if _keeps_first_adapters(run):
+        frozen = overlay(frozen, trainable)
+    rest = jax.eval_shape(lambda: _rest(run) | {"rng": jax.random.key(0)})
+    replicated = jax.tree.map(lambda leaf: model.plan.replicated, rest)
+    return TrainState(
+        trainable=trainable,
+        frozen=frozen,
+        opt_state=opt_state,
+        **_laid_out(rest, replicated),
+    )
+
+
+def _layouts(
+    model: LoadedModel, optimizer: optax.GradientTransformation, trainable: Params
+) -> tuple[Any, Any]:
+    """Where the trainable parameters and the optimizer's state are kept."""
+    plan = model.plan
+    axes = select(model.decoder.logical_axes(), trainable)
+    moments = optim.state_shardings(
+        optimizer, trainable, plan.optimizer_moments(trainable, axes), plan.replicated
+    )
+    return plan.parameters(trainable, axes), plan.store_optimizer(moments)
+
+
+def _laid_out(tree: Any, layouts: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf, layout: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=layout
+        ),
+        tree,
+        layouts,
+    )
+
+
+def _rest(run: RunConfig) -> dict[str, Any]:
+    """The parts of the first state that no parameter gives a shape, but the key."""
+    window = None
+    if run.loop.spike_threshold is not None:
+        window = init_loss_window(run.loop.spike_window)
+    return {
+        "step": jnp.int32(0),
+        "loss_scale": optim.init_loss_scale() if run.precision.fp16 else None,
+        "loss_window": window,
+    }
+
+
+def _split(run: RunConfig, params: Params) -> tuple[Params, Params]:
+    """What trains and what is frozen, by shape; `init_state` makes the values."""
+    if run.lora is None:
+        reference = _in_compute_dtype(params, run.precision.compute_dtype)
+        return params, reference if needs_reference(run) else {}
+    settings = lora_config(run)
+    adapters = lora.init_adapters(jax.random.key(0), params, settings)
+    return lora.trainable_and_frozen(params, adapters, settings)
+
+
+def _initial_adapters(base: Params, run: RunConfig) -> tuple[Params, Params]:
+    """What trains at first, new or as `init_from` has it, and the frozen base."""
+    assert run.lora is not None  # its caller trains adapters
+    settings = lora_config(run)
+    if run.lora.init_from:
+        adapters, _ = lora.load_adapter(run.lora.init_from, base)
+        fresh, frozen = lora.trainable_and_frozen(base, {}, settings)
+        return overlay(fresh, adapters), frozen
+    # A stream of its own: the seed's key itself made the base's random weights.
+    key = jax.random.fold_in(jax.random.key(run.loop.seed), 1)
+    adapters = lora.init_adapters(key, base, settings)
+    return lora.trainable_and_frozen(base, adapters, settings)
+
+
+def _keeps_first_adapters(run: RunConfig) -> bool:
+    """Whether the frozen tree holds the first adapters beside the base.
+
+    The DPO reference is then not the base alone: it will move, or started elsewhere.
+    Without DPO, what the base lost at the start is needed to save an adapter.
+    """
+    if run.lora is None:
+        return False
+    if lora_config(run).changes_base:
+        return True
+    return run.dpo is not None and (run.dpo.sync_ref_model or bool(run.lora.init_from))
+
+
+def _reference_copy(params: Params, compute_dtype: str) -> Params:
+    """A frozen copy that gives the policy's own numbers at the start."""
+    return jax.jit(
+        functools.partial(_in_compute_dtype, compute_dtype=compute_dtype),
+        out_shardings=jax.tree.map(lambda x: x.sharding, params),
+    )(params)
+
+
+def _in_compute_dtype(params: Params, compute_dtype: str) -> Params:
+    """Copies of the weights as the forward pass reads them.
+
+    Matrices are only ever read in the compute dtype, so they are kept in it; norms are
+    read in float32 and kept whole.
+    """
+
+    def copy(path: Any, leaf: jax.Array) -> jax.Array:
+        is_matrix = path[-1].key not in ("scale", "bias")
+        # jnp.array copies; a mere cast to the same dtype would share the buffer, which
+        # the train step donates.
+        return jnp.array(leaf, dtype=compute_dtype if is_matrix else leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(copy, params)

@@ -1,0 +1,110 @@
+"""Feed: the batches of one run, from prepared rows to this process's devices."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from jaxtrain.config import RunConfig
+from jaxtrain.data.batches.dataset import PreparedDataset
+from jaxtrain.data.batches.pipeline import (
+    BatchIterator,
+    epochs_done,
+    make_eval_iterator,
+    make_train_iterator,
+    steps_per_epoch,
+)
+from jaxtrain.data.stream.batches import StreamDataset, StreamIterator
+from jaxtrain.sharding import ShardingPlan, place_batch
+
+Prepared = PreparedDataset | StreamDataset
+
+
+@dataclasses.dataclass(frozen=True)
+class Feed:
+    """How many rows this process reads, which, and where they go."""
+
+    run: RunConfig
+    plan: ShardingPlan
+
+    @property
+    def reader(self) -> int:
+        """Which share of the rows this process reads."""
+        return self.plan.readers[0]
+
+    @property
+    def readers(self) -> int:
+        """The number of such shares: processes, or groups that read the same rows."""
+        return self.plan.readers[1]
+
+    @property
+    def eval_rows(self) -> int:
+        """Rows of an evaluation batch on this process."""
+        return self._process_rows(self.run.loop.per_device_eval_batch_size)
+
+    def _process_rows(self, per_device: int) -> int:
+        return per_device * self.plan.batch_shards // self.readers
+
+    @property
+    def _micro_batch_rows(self) -> int:
+        return self._process_rows(self.run.loop.per_device_train_batch_size)
+
+    def train_batches(self, data: Prepared) -> BatchIterator | StreamIterator:
+        """The batches of all steps of the run, [A B T] on each process."""
+        loop = self.run.loop
+        by_steps = loop.max_steps > 0
+        common: dict[str, Any] = {
+            "micro_batch_rows": self._micro_batch_rows,
+            "accumulation_steps": loop.gradient_accumulation_steps,
+            "seed": loop.seed,
+            "shuffle": self.run.data.shuffle,
+            "process_index": self.reader,
+            "process_count": self.readers,
+            "num_workers": self.run.devices.dataloader_num_workers,
+        }
+        if isinstance(data, StreamDataset):
+            shards = self.plan.batch_shards
+            # By devices, where these divide, so that other processes can resume.
+            shares = shards if shards % self.readers == 0 else self.readers
+            return StreamIterator(
+                data, num_steps=loop.max_steps, shares=shares, **common
+            )
+        return make_train_iterator(
+            data,
+            num_epochs=None if by_steps else loop.num_train_epochs,
+            num_steps=loop.max_steps if by_steps else None,
+            curriculum=self.run.curriculum,
+            **common,
+        )
+
+    def eval_batches(self, data: PreparedDataset) -> BatchIterator:
+        """All rows once, in order, [B T] on each process."""
+        return make_eval_iterator(
+            data,
+            micro_batch_rows=self.eval_rows,
+            process_index=self.reader,
+            process_count=self.readers,
+        )
+
+    def epochs(
+        self, data: Prepared, batches: BatchIterator | StreamIterator
+    ) -> tuple[int, Callable[[int], float]]:
+        """Steps of an epoch, all of them for a stream; and epochs done at a step."""
+        if isinstance(batches, StreamIterator):
+            return batches.num_steps, batches.epochs_done
+        assert isinstance(data, PreparedDataset)  # as its batches are no stream's
+        sizes = (
+            len(data),
+            self._micro_batch_rows * self.readers,
+            self.run.loop.gradient_accumulation_steps,
+        )
+        return steps_per_epoch(*sizes), lambda step: epochs_done(step, *sizes)
+
+    def place(self, batch: Any, leading_axes: int = 0) -> Any:
+        """The global batch over the devices, of which this process brings its rows."""
+        return place_batch(batch, self.plan.batch(leading_axes))
+
+    def jit(self, function: Callable[..., Any]) -> Callable[..., jax.Array]:
+        """Compile a function of parameters and a placed batch for the mesh."""
+        return self.plan.jit(function)

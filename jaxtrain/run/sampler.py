@@ -1,0 +1,44 @@
+"""The sampler of a run: which held-out prompts it continues, and how."""
+
+from jaxtrain.config import RunConfig
+from jaxtrain.data.batches.dataset import PreparedDataset
+from jaxtrain.evaluation.samples import Sampler, read_prompts
+from jaxtrain.evaluation.text_metrics import make_text_metric
+from jaxtrain.models.load import LoadedModel
+
+
+def make_sampler(run: RunConfig, model: LoadedModel, data: PreparedDataset) -> Sampler:
+    """Make what generates texts for `run.generation` from the rows of `data`.
+
+    Raises:
+        ValueError: the rows hold no prompt, or a metric can't be had.
+    """
+    settings, shards = run.generation, model.plan.batch_shards
+    sampler = Sampler(
+        model.make_generator(
+            settings.max_new_tokens,
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+        ),
+        model.tokenizer,
+        read_prompts(
+            data,
+            model.tokenizer,
+            settings.num_prompts,
+            new_tokens=settings.max_new_tokens,
+        ),
+        [
+            make_text_metric(name, bertscore_model=settings.bertscore_model)
+            for name in settings.metrics
+        ],
+        batch_size=-(-settings.batch_size // shards) * shards,
+        num_logged=settings.num_samples_logged,
+        seed=run.loop.seed,
+    )
+    if not sampler.prompts:
+        raise ValueError(
+            "training.generation.enabled = True: no evaluation row has a prompt"
+            " with an answer; set it false, or give other data.eval"
+        )
+    return sampler
