@@ -14,8 +14,8 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 ALLOWED: dict[str, set[str]] = {
     "checkpoint": set(),
     "tree": set(),
-    "config.schema": {"tree"},
-    "config": {"config.schema", "tree"},
+    "schema": {"tree"},
+    "config": {"schema", "tree"},
     "batch": set(),
     "data.batches": {"batch", "config"},
     "data.rows": set(),

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from jaxtrain.config import schema
+from jaxtrain import schema
 from jaxtrain.config.mesh_shape import nearest_mesh_shape
 from jaxtrain.config.sections import (
     DEFAULT_MAX_LENGTH,

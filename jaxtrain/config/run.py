@@ -16,7 +16,7 @@ from typing import Any, Literal
 import yaml
 from ml_collections import ConfigDict
 
-from jaxtrain.config import schema
+from jaxtrain import schema
 from jaxtrain.config.rules import REFERENCE_FREE, ConfigError, Resolver
 from jaxtrain.config.sections import (
     PLAIN_SECTIONS,

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
 
-from jaxtrain.config.schema import (
+from jaxtrain.schema import (
     DERIVED,
     Bound,
     Fraction,
