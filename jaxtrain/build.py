@@ -28,6 +28,7 @@ from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.load import LoadedModel, router_loss_coefficient
 from jaxtrain.models.state import init_state, needs_reference
 from jaxtrain.objectives.added import AddedLoss, with_added_loss, with_router_loss
+from jaxtrain.objectives.options import ObjectiveRow
 from jaxtrain.optimizers.configured import make_optimizer
 from jaxtrain.optimizers.offload import make_placement
 from jaxtrain.passes import difficulty
@@ -192,23 +193,9 @@ def bind_loss(run: RunConfig, model: LoadedModel, loss: Loss) -> Scored:
 
 def make_objective(run: RunConfig) -> Objective:
     """Make the loss and its metrics that the configuration names."""
-    options: dict[str, Any] = {}
-    if run.objective == "preference" and run.dpo is not None:
-        options = dataclasses.asdict(run.dpo)
-        options = {k: v for k, v in options.items() if k not in _NOT_OF_THE_LOSS}
-    elif run.objective in objectives.OBJECTIVES and run.dpo is not None:
-        options["beta"] = run.dpo.beta
-        if run.dpo.label_smoothing:  # not every objective knows it
-            options["label_smoothing"] = run.dpo.label_smoothing
-    options |= run.loop.objective_kwargs or {}
-    return objectives.make_objective(run.objective, **options)
-
-
-# Keys of `training.dpo` that act on the data or on the reference model.
-_NOT_OF_THE_LOSS = (
-    "max_length", "max_prompt_length", "sync_ref_model", "ref_model_mixup_alpha",
-    "ref_model_sync_steps",
-)  # fmt: skip
+    options = run.objective_options
+    kwargs = (run.loop.objective_kwargs or {}) if options is None else vars(options)
+    return objectives.make_objective(run.objective, **kwargs)
 
 
 def make_steps(
@@ -234,7 +221,7 @@ def make_steps(
         group_of=(
             diagnostics.parameter_group if run.loop.log_grad_norm_by_group else None
         ),
-        is_micro_batch_mean=functools.partial(_is_micro_batch_mean, run.objective),
+        is_micro_batch_mean=functools.partial(_is_micro_batch_mean, run.objective_row),
         placement=make_placement(plan, optimizer, layouts),
     )
     train_step = step.make_train_step(
@@ -271,14 +258,13 @@ def flops_per_token(run: RunConfig, config: ModelConfig, row_length: int) -> flo
     return config.flops_per_token(row_length) / 3 * (passes + needs_reference(run))
 
 
-def _is_micro_batch_mean(objective: str, name: str) -> bool:
+def _is_micro_batch_mean(row: ObjectiveRow, name: str) -> bool:
     """TRL's averages: a preference loss is the mean of its micro-batches' means.
 
     The next-token loss is a mean over all tokens of the step, and only these two
     metrics beside it are means of means.
     """
-    of_pairs = objective in objectives.OBJECTIVES and objective != "next_token"
-    return of_pairs or name in ("entropy", "mean_token_accuracy")
+    return row.micro_batch_means or name in ("entropy", "mean_token_accuracy")
 
 
 def _make_reference_sync(

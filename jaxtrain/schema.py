@@ -39,6 +39,19 @@ class Bound:
         return f"in {left}{self.low:g}, {self.high:g}{right}"
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class OneOf:
+    """The names of a table, looked up whenever a value is checked."""
+
+    table: Mapping[str, Any]
+
+    def __contains__(self, value: str) -> bool:
+        return value in self.table
+
+    def __str__(self) -> str:
+        return f"one of {', '.join(self.table)}"
+
+
 PositiveInt = Annotated[int, Bound(1)]
 NonNegativeInt = Annotated[int, Bound(0)]
 Positive = Annotated[float, Bound(0, open_low=True)]
@@ -99,22 +112,25 @@ def to_config_dict(schema: Schema) -> ConfigDict:
 
 def overlay(config: ConfigDict, schema: Schema, given: Mapping[str, Any]) -> list[str]:
     """Set on `config` what `given` holds; return a line for each key it can't set."""
-    problems: list[str] = []
+    problems: dict[str, str] = {}
     for path, value in _check(schema, given, "", problems, schema):
         section = config
         for name in path[:-1]:
             section = section[name]
         if value is not None:
             section[path[-1]] = value
-    return problems
+    return list(problems.values())
 
 
-def merge(schema: Schema, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Checked values of every key, defaults where unset; and a line for each problem.
+def merge(
+    schema: Schema, given: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Checked values of every key, defaults where unset; and the refused keys.
 
-    A key with a problem keeps its default, so that later checks still run.
+    Each refused key has a line that describes its problem. It keeps its default, so
+    that later checks still run.
     """
-    problems: list[str] = []
+    problems: dict[str, str] = {}
     values = defaults(schema)
     for path, value in _check(schema, given, "", problems, schema):
         section = values
@@ -149,7 +165,7 @@ def _check(
     schema: Schema,
     given: Mapping[str, Any],
     prefix: str,
-    problems: list[str],
+    problems: dict[str, str],
     root: Schema,
 ) -> Iterator[tuple[tuple[str, ...], Any]]:
     """Yield (path, converted value) of each good key; describe the others."""
@@ -158,21 +174,21 @@ def _check(
         entry = schema.get(name)
         if entry is None:
             fix = _suggest_key(str(name), prefix, schema, root)
-            problems.append(f"{path} = {value!r}: unknown key; {fix}")
+            problems[path] = f"{path} = {value!r}: unknown key; {fix}"
         elif isinstance(entry, Leaf):
             try:
                 converted = None if _may_be_unset(value, entry) else convert(
                     value, entry.hint
                 )  # fmt: skip
             except ValueError as error:
-                problems.append(f"{path} = {value!r}: {error}")
+                problems[path] = f"{path} = {value!r}: {error}"
             else:
                 yield (name,), converted
         elif isinstance(value, Mapping):
             for below, converted in _check(entry, value, f"{path}.", problems, root):
                 yield (name, *below), converted
         elif value is not None:  # an empty YAML section reads as null: nothing set
-            problems.append(
+            problems[path] = (
                 f"{path} = {value!r}: a section, not a value; set keys under it:"
                 f" {', '.join(entry)}"
             )
@@ -220,7 +236,9 @@ def describe(hint: Any) -> str:
     """What a key may hold, in words: "an integer >= 1", "one of a, b"."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
-        return f"{describe(arguments[0])} {arguments[1]}"
+        of_a_table = isinstance(arguments[1], OneOf)
+        kind = "" if of_a_table else f"{describe(arguments[0])} "
+        return f"{kind}{arguments[1]}"
     if origin is Literal:
         return f"one of {', '.join(map(str, arguments))}"
     if origin in (Union, types.UnionType):
@@ -284,9 +302,12 @@ def _storage_type(hint: Any) -> type:
 
 
 def _allowed_texts(hint: Any) -> list[str]:
-    if typing.get_origin(hint) is Literal:
-        return [str(item) for item in typing.get_args(hint)]
-    return [text for arm in typing.get_args(hint) for text in _allowed_texts(arm)]
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return [str(item) for item in arguments]
+    if origin is Annotated and isinstance(arguments[1], OneOf):
+        return list(arguments[1].table)
+    return [text for arm in arguments for text in _allowed_texts(arm)]
 
 
 def _is_number(text: str) -> bool:

@@ -1,5 +1,6 @@
 """Next-token loss, the objectives table, its refusals, and objectives of one's own."""
 
+import inspect
 import re
 from typing import Any
 
@@ -12,11 +13,12 @@ from jaxtrain.objectives import (
     OBJECTIVES,
     load_objective,
     make_objective,
-    needs_reference,
     next_token,
+    preference_losses,
 )
-from jaxtrain.objectives.preference_losses import PAIR_LOSSES
-from jaxtrain.types import Batch, LabeledBatch, PairBatch, TokenLogProbs, WeightedSum
+from jaxtrain.objectives.options import PAIR_LOSSES, PairLoss
+from jaxtrain.objectives.preference_losses import pair_loss
+from jaxtrain.types import Batch, TokenLogProbs, WeightedSum
 
 
 def batch_of(mask: list[list[float]]) -> Batch:
@@ -77,20 +79,43 @@ def test_two_micro_batches_add_up_to_one_batch() -> None:
 # --- the table --------------------------------------------------------------------
 
 
-def test_every_row_of_the_table_names_its_function_and_takes_its_defaults() -> None:
-    for name, spec in OBJECTIVES.items():
-        assert spec.function.__name__ == name
-        assert make_objective(name).func is spec.function
-        assert "arXiv" in spec.function.__doc__ or name == "next_token"
-    batch_types = {name: spec.batch_type for name, spec in OBJECTIVES.items()}
-    assert batch_types["preference"] is PairBatch
-    assert batch_types["kto"] is LabeledBatch
+def test_every_row_of_the_table_has_its_function_and_takes_its_defaults() -> None:
+    for name, row in OBJECTIVES.items():
+        objective = make_objective(name)
+        assert objective.func.__name__ == name
+        assert objective.keywords == {"options": row.options()}
+        assert "arXiv" in objective.func.__doc__ or name == "next_token"
+        assert (row.row_kind == "labeled") == (name == "kto")
+        assert row.has_reference == (name in ("preference", "kto"))
 
 
 def test_every_pair_loss_states_its_equation_and_source() -> None:
-    for name, loss in PAIR_LOSSES.items():
+    for name in PAIR_LOSSES:
+        loss = pair_loss(name)
         assert loss.__name__ == name
         assert "arXiv:" in loss.__doc__, name
+
+
+def test_every_function_of_a_pair_and_options_has_a_row_and_the_reverse() -> None:
+    functions = {
+        name
+        for name, function in vars(preference_losses).items()
+        if inspect.isfunction(function)
+        and tuple(inspect.signature(function).parameters) == ("pair", "options")
+    }
+    assert functions == PAIR_LOSSES.keys()
+
+
+def test_a_row_without_a_function_and_the_reverse_are_errors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(PAIR_LOSSES, "no_function", PairLoss())
+    monkeypatch.setattr(
+        preference_losses, "no_row", lambda pair, options: pair.margin, raising=False
+    )
+    for name in ("no_function", "no_row"):
+        with pytest.raises(ValueError, match=f"loss_type = {name!r}: it needs a row"):
+            pair_loss(name)
 
 
 def test_every_pair_loss_can_be_made() -> None:
@@ -99,86 +124,84 @@ def test_every_pair_loss_can_be_made() -> None:
         make_objective("preference", loss_type=name, **smoothing)
 
 
-@pytest.mark.parametrize(
-    ("name", "hyperparameters", "expected"),
-    [
-        ("preference", {}, True),
-        ("preference", {"reference_free": True}, False),
-        ("preference", {"precompute_ref_log_probs": True}, False),
-        ("kto", {}, True),
-        ("orpo", {}, False),
-        ("next_token", {}, False),
-    ],
-)
-def test_a_reference_is_needed_only_where_log_ratios_are(
-    name: str, hyperparameters: dict[str, bool], expected: bool
-) -> None:
-    assert needs_reference(name, **hyperparameters) is expected
-
-
 # --- refusals ---------------------------------------------------------------------
 
 REFUSALS = [
-    ("next_tokens", {}, "objective='next_tokens': did you mean 'next_token'?"),
-    ("preference", {"bta": 1.0}, "bta=1.0: did you mean 'beta'? preference takes:"),
-    ("next_token", {"beta": 1.0}, "beta=1.0: next_token takes: none"),
-    ("preference", {"loss_type": "sigmod"}, "did you mean 'sigmoid'? use one of"),
-    ("preference", {"loss_type": []}, "loss_type=[]: name at least one"),
-    ("preference", {"loss_type": ["sft", "sft"]}, "stands twice"),
+    (
+        "next_tokens",
+        {},
+        "objective = 'next_tokens': no objective of that name",
+    ),
+    ("preference", {"bta": 1.0}, "bta = 1.0: unknown key; did you mean beta?"),
+    ("next_token", {"beta": 1.0}, "beta = 1.0: unknown key"),
+    ("preference", {"loss_type": "sigmod"}, "did you mean 'sigmoid'?"),
+    ("preference", {"loss_type": "none"}, "a list, each item one of sigmoid, hinge"),
+    ("preference", {"loss_type": []}, "loss_type = (): no loss; name at least one"),
+    ("preference", {"loss_type": ["sft", "sft"]}, "'sft' is listed twice"),
     (
         "preference",
         {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]},
-        "loss_weights=[1.0]: 2 losses need 2 weights",
+        "loss_weights = (1.0,): 1 weights for 2 loss_type",
     ),
-    ("preference", {"beta": 0}, "beta=0: must be above 0"),
-    ("preference", {"beta": "0.1"}, "beta='0.1': must be a number"),
-    ("preference", {"beta": True}, "beta=True: must be a number"),
-    ("preference", {"label_smoothing": 0.1}, "or conservative_smoothing for"),
+    ("preference", {"beta": 0}, "beta = 0: not a number > 0"),
+    ("preference", {"beta": "0.1"}, "beta = '0.1': a text, not a number > 0"),
+    ("preference", {"beta": True}, "beta = True: not a number > 0"),
+    ("preference", {"label_smoothing": 1.0}, "not a number in [0, 1)"),
+    (
+        "preference",
+        {"label_smoothing": 0.1},
+        "loss_type ['sigmoid'] does not read it; remove it, or add one of aot,",
+    ),
     (
         "preference",
         {"loss_type": "robust", "label_smoothing": 0.5},
-        "label_smoothing=0.5: must be below 0.5 for the robust",
+        "label_smoothing = 0.5: robust divides by 1 - 2 label_smoothing",
     ),
-    ("preference", {"loss_type": "exo_pair"}, "above 0 and below 1 for exo_pair"),
-    ("preference", {"conservative_smoothing": 0.5}, "must be below 0.5"),
+    ("preference", {"loss_type": "exo_pair"}, "label_smoothing = 0.0: exo_pair takes"),
+    ("preference", {"conservative_smoothing": 0.5}, "not a number in [0, 0.5)"),
     (
         "preference",
         {"loss_type": "ipo", "conservative_smoothing": 0.1},
-        "acts on the sigmoid loss only, not on ipo",
+        "loss_type ['ipo'] does not read it; remove it, or add one of sigmoid",
     ),
-    ("preference", {"f_divergence_type": "js"}, "use one of reverse_kl"),
+    (
+        "preference",
+        {"discopop_tau": 0.1},
+        "['sigmoid'] does not read it",
+    ),
+    ("preference", {"f_divergence_type": "js"}, "not one of reverse_kl, forward_kl"),
     (
         "preference",
         {"f_divergence_type": "forward_kl", "loss_type": ["sigmoid", "apo_zero"]},
-        "f_divergence_type='forward_kl': apo_zero has no f-divergence form",
+        "f_divergence_type = 'forward_kl': ['apo_zero'] have only reverse_kl's form",
     ),
-    ("preference", {"ld_alpha": 1.5}, "ld_alpha=1.5: must be at most 1"),
-    ("preference", {"discopop_tau": 0.0}, "discopop_tau=0.0: must be above 0"),
+    ("preference", {"ld_alpha": 1.5}, "ld_alpha = 1.5: not a number in [0, 1]"),
+    ("preference", {"discopop_tau": 0.0}, "discopop_tau = 0.0: not a number > 0"),
     (
         "preference",
         {"loss_type": "aot", "use_weighting": True},
-        "use_weighting=True: aot and aot_unpaired sort",
+        "use_weighting = True: aot losses sort the batch",
     ),
     (
         "preference",
         {"ld_alpha": 0.5, "precompute_ref_log_probs": True},
-        "ld_alpha=0.5 weighs the reference's log-prob of each token",
+        "ld_alpha = 0.5: it weighs the reference's log-prob of each token",
     ),
     (
         "preference",
         {"reference_free": True, "precompute_ref_log_probs": True},
-        "nothing to precompute",
+        "precompute_ref_log_probs = True: reference_free is true",
     ),
-    ("cpo", {"loss_type": "robust"}, "use one of sigmoid, hinge, ipo, simpo"),
+    ("cpo", {"loss_type": "robust"}, "not one of sigmoid, hinge, ipo, simpo"),
     (
         "cpo",
         {"loss_type": "ipo", "label_smoothing": 0.1},
-        "acts on sigmoid and simpo, not on ipo",
+        "label_smoothing = 0.1: loss_type 'ipo' does not read it",
     ),
-    ("simpo", {"simpo_gamma": -1.0}, "simpo_gamma=-1.0: must be at least 0"),
-    ("orpo", {"beta": -0.1}, "beta=-0.1: must be at least 0"),
+    ("simpo", {"simpo_gamma": -1.0}, "simpo_gamma = -1.0: not a number >= 0"),
+    ("orpo", {"beta": -0.1}, "beta = -0.1: not a number >= 0"),
     ("kto", {"loss_type": "kot"}, "did you mean 'kto'?"),
-    ("kto", {"desirable_weight": -1}, "desirable_weight=-1: must be at least 0"),
+    ("kto", {"desirable_weight": -1}, "desirable_weight = -1: not a number >= 0"),
 ]
 
 
@@ -190,6 +213,14 @@ def test_what_cannot_work_is_refused_with_key_value_and_fix(
 ) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         make_objective(name, **hyperparameters)
+
+
+def test_all_problems_are_named_at_once() -> None:
+    wrong = {"beta": 0, "bta": 1, "loss_type": ["sft", "sft"], "use_weighting": "no"}
+    with pytest.raises(ValueError) as caught:
+        make_objective("preference", **wrong)
+    keys = [line.partition(" ")[0] for line in str(caught.value).splitlines()]
+    assert keys == ["beta", "bta", "use_weighting", "loss_type"]
 
 
 # --- objectives of one's own ------------------------------------------------------

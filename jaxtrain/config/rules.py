@@ -4,7 +4,6 @@
 run of the command shows them all.
 """
 
-import difflib
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -28,34 +27,19 @@ from jaxtrain.config.sections import (
     LoraSection,
     TrainingType,
 )
+from jaxtrain.objectives.options import (
+    ObjectiveRow,
+    make_options,
+    objective_row,
+    unknown_objective,
+)
 from jaxtrain.tree import dotted, get, nest
 
-# DPO keys that only some losses read; elsewhere a value would do nothing.
-_LOSSES_READING: Mapping[str, frozenset[str]] = {
-    "label_smoothing": frozenset({"robust", "exo_pair", "aot", "aot_unpaired"}),
-    "conservative_smoothing": frozenset({"sigmoid"}),
-    "discopop_tau": frozenset({"discopop"}),
-}
 # LoRA keys that count beside the settings of an adapter that is read.
 _BESIDE_AN_ADAPTER = (
     "enabled", "init_from", "lora_dropout", "quantization", "quantization_block_size",
     "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type",
 )  # fmt: skip
-_F_DIVERGENCE_LOSSES = frozenset({
-    "sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft",
-})  # fmt: skip
-
-
-# Objectives by name, beside next_token and preference: all of training_type dpo.
-_OTHER_OBJECTIVES = ("orpo", "cpo", "simpo", "kto")
-REFERENCE_FREE = ("orpo", "cpo", "simpo")
-# DPO keys that those objectives may read too, or that act on the data.
-_SHARED_DPO_KEYS = ("beta", "label_smoothing", "max_length", "max_prompt_length")
-_REFERENCE_DPO_KEYS = (
-    "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps",
-)  # fmt: skip
-# `training.dpo.beta` where it is unset: TRL's default, and that of SimPO's paper.
-DEFAULT_BETA, DEFAULT_BETAS = 0.1, {"simpo": 2.0}
 
 
 class ConfigError(ValueError):
@@ -76,7 +60,8 @@ class Resolver:
     """
 
     def __init__(self, given: Mapping[str, Any], device_count: int | None) -> None:
-        self.values, self.problems = schema.merge(SCHEMA, given)
+        self.values, self.refused = schema.merge(SCHEMA, given)
+        self.problems = list(self.refused.values())
         self.notes: list[str] = []
         self.device_count = device_count
         self.training = self.values["training"]
@@ -114,7 +99,7 @@ class Resolver:
         self.check_data()
         self.check_curriculum()
         self.check_objective()
-        if self.type == "dpo" and self.trains_dpo:
+        if self.type == "dpo":
             self.check_dpo()
         if self.problems:
             raise ConfigError(self.problems)
@@ -134,11 +119,17 @@ class Resolver:
             "notes": tuple(self.notes),
         }
 
-    def problem(self, key: str, value: Any, problem: str, fix: str) -> None:
-        """`key`: full, or a general training key."""
-        self.problems.append(
-            f"{self.origin.get(key, key)} = {value!r}: {problem}; {fix}"
-        )
+    def problem(
+        self, key: str, value: Any, problem: str, fix: str, *reads: str
+    ) -> None:
+        """Refuse `key`: a full key, or a general training key.
+
+        Nothing is said where its value, or that of one of the keys that the rule
+        `reads` besides, was refused before: the rule has seen a default in its place.
+        """
+        full, *others = (self.origin.get(each, each) for each in (key, *reads))
+        if not self.refused.keys() & {full, *others}:
+            self.problems.append(f"{full} = {value!r}: {problem}; {fix}")
 
     # --- precedence -------------------------------------------------------------------
 
@@ -684,71 +675,91 @@ class Resolver:
                 f"{sizes['model_type']} does not read it", f"set {read} instead",
             )  # fmt: skip
 
-    @property
-    def trains_dpo(self) -> bool:
-        """Whether the objective is one that reads all of `training.dpo`."""
-        return self.general["objective"] not in _OTHER_OBJECTIVES
-
     def take_objective_kwargs(self) -> None:
-        """Fold the keywords of a DPO loss into `training.dpo`, and fill in its beta.
+        """Check the objective's options, from `training.dpo` and `objective_kwargs`.
 
-        Otherwise keys that act outside the loss, such as use_weighting, would reach it
-        alone.
+        An option that `training.dpo` has ends up there, whichever way it was given, so
+        that whatever reads it there sees what the loss sees.
         """
-        name, dpo = self.general["objective"], self.dpo
-        kwargs = self.general["objective_kwargs"] or {}
-        if self.type == "dpo" and name in ("auto", "preference"):
-            values, problems = schema.merge(schema.schema_of(DpoSection), kwargs)
-            self.problems += [f"training.objective_kwargs.{p}" for p in problems]
-            dpo |= {key: values[key] for key in kwargs if key in values}
-            self.general["objective_kwargs"] = None
-        elif name == "kto" and kwargs.get("precompute_ref_log_probs"):
+        name, row = self.general["objective"], self.objective
+        if row is None or (row.row_kind != "next_token") != (self.type == "dpo"):
+            return  # check_objective says why
+        own_kwargs = ":" in name  # those of a function of the user's own
+        kwargs = {} if own_kwargs else dict(self.general["objective_kwargs"] or {})
+        given = self.set_in_dpo(row.keys_of_dpo)
+        twice = self.refuse_conflicts(row, given, kwargs)
+        refused = {k for k in row.keys_of_dpo if f"training.dpo.{k}" in self.refused}
+        chosen = {k: v for k, v in (given | kwargs).items() if k not in twice}
+        options, problems = make_options(row.options, chosen, refused | twice)
+        for key, line in problems:
+            in_dpo = key in row.keys_of_dpo and key not in kwargs
+            door = "training.dpo" if in_dpo else "training.objective_kwargs"
+            self.problems.append(f"{door}.{line}")
+        values = vars(options)
+        if name == "kto" and values["precompute_ref_log_probs"]:
             self.problem(
                 "training.objective_kwargs.precompute_ref_log_probs", True,
                 "objective 'kto' has no pass that computes them", "unset it",
             )  # fmt: skip
-        if dpo["beta"] is None:
-            dpo["beta"] = DEFAULT_BETAS.get(name, DEFAULT_BETA)
+        self.dpo |= {key: values[key] for key in row.keys_of_dpo}
+        if not own_kwargs:
+            beside = values.keys() & kwargs.keys() - set(row.keys_of_dpo)
+            rest = {key: values[key] for key in kwargs if key in beside}
+            self.general["objective_kwargs"] = rest or None
+
+    def set_in_dpo(self, keys: Iterable[str]) -> dict[str, Any]:
+        usual = schema.defaults(SCHEMA["training"]["dpo"])
+        return {key: self.dpo[key] for key in keys if self.dpo[key] != usual[key]}
+
+    def refuse_conflicts(
+        self, row: ObjectiveRow, given: Mapping[str, Any], kwargs: Mapping[str, Any]
+    ) -> set[str]:
+        """The options that have two values, one in each place."""
+        again = {key: kwargs[key] for key in given.keys() & kwargs.keys()}
+        values, wrong = schema.merge(schema.schema_of(row.options), again)
+        twice = {key for key in again if key not in wrong and values[key] != given[key]}
+        for key in sorted(twice):
+            self.problem(
+                f"training.objective_kwargs.{key}", kwargs[key],
+                f"training.dpo.{key} = {given[key]!r} names the same option",
+                "set one of the two",
+            )  # fmt: skip
+        return twice
+
+    @property
+    def objective(self) -> ObjectiveRow | None:
+        """The facts about the objective, None where there is none of its name."""
+        return objective_row(self.general["objective"], on_pairs=self.type == "dpo")
 
     def check_objective(self) -> None:
         """The objective fits the training type, and nothing set for DPO is ignored."""
-        name, dpo = self.general["objective"], self.dpo
-        wanted = {
-            "auto": self.type,
-            "next_token": self.type if self.type != "dpo" else "sft",
-            "preference": "dpo",
-            **dict.fromkeys(_OTHER_OBJECTIVES, "dpo"),
-        }
-        if ":" in name:
+        name, row = self.general["objective"], self.objective
+        if row is None:
+            self.problem(*unknown_objective(name, "auto"))
             return
-        if name not in wanted:
-            close = difflib.get_close_matches(name, wanted, n=1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
-            self.problem(
-                "objective", name, "no objective of that name",
-                f"{hint}use one of {', '.join(wanted)}, or module:function",
-            )  # fmt: skip
-            return
-        if wanted[name] != self.type:
+        on_pairs = row.row_kind != "next_token"
+        if on_pairs != (self.type == "dpo"):
+            wanted = "dpo" if on_pairs else "sft"
             self.problem(
                 "objective", name, f"training_type is {self.type!r}",
-                f"set training_type = {wanted[name]!r}, or objective = 'auto'",
+                f"set training_type = {wanted!r}, or objective = 'auto'",
             )  # fmt: skip
             return
-        if self.trains_dpo:
+        if not on_pairs:
             return
-        read: tuple[str, ...] = _SHARED_DPO_KEYS
-        if name not in REFERENCE_FREE:
-            read += _REFERENCE_DPO_KEYS
-        for key, field in DpoSection.__dataclass_fields__.items():
-            ignored = key not in read or (name == "kto" and key == "max_prompt_length")
-            if ignored and dpo[key] != field.default:
-                self.problem(
-                    f"training.dpo.{key}", dpo[key],
-                    f"objective {name!r} does not read it",
-                    "unset it, or give what the objective reads in"
-                    " training.objective_kwargs",
-                )  # fmt: skip
+        read = {*row.keys_of_dpo, "max_length"}
+        if row.row_kind == "preference":
+            read.add("max_prompt_length")
+        if row.has_reference:
+            read |= {"sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"}
+        ignored = [key for key in DpoSection.__dataclass_fields__ if key not in read]
+        for key, value in self.set_in_dpo(ignored).items():
+            self.problem(
+                f"training.dpo.{key}", value,
+                f"objective {name!r} does not read it",
+                "unset it, or give what the objective reads in"
+                " training.objective_kwargs",
+            )  # fmt: skip
 
     def check_curriculum(self) -> None:
         general = self.general
@@ -773,8 +784,8 @@ class Resolver:
         wants_pairs = self.type == "dpo"
         allowed = ["text", "prompt_completion", "messages"]
         if wants_pairs:
-            is_kto = self.general["objective"] == "kto"
-            allowed = ["preference", *(["labeled"] if is_kto else [])]
+            labeled = self.objective and self.objective.row_kind == "labeled"
+            allowed = ["preference", *(["labeled"] if labeled else [])]
         if data["format"] not in ("auto", *allowed):
             self.problem(
                 "data.format", data["format"],
@@ -849,8 +860,9 @@ class Resolver:
         problem = None
         if self.type != "dpo":
             problem = f"training_type {self.type!r} has single texts, not pairs"
-        elif self.general["objective"] == "kto":
-            problem = "objective 'kto' takes single completions, not pairs"
+        elif self.objective and self.objective.row_kind == "labeled":
+            name = self.general["objective"]
+            problem = f"objective {name!r} takes single completions, not pairs"
         if problem:
             self.problem("data.share_prompts", True, problem, "set it false")
 
@@ -859,7 +871,7 @@ class Resolver:
         dpo, objective = self.dpo, self.general["objective"]
         by_length = self.general["curriculum.strategy"] == "length_based"
         for is_wrong, problem in (
-            (objective not in ("auto", "preference"),
+            (not (self.objective and self.objective.packs),
              f"objective {objective!r} takes a pair a row"),
             (dpo["ld_alpha"] is not None, "training.dpo.ld_alpha takes a pair a row"),
             (dpo["precompute_ref_log_probs"],
@@ -873,51 +885,22 @@ class Resolver:
                 )
 
     def check_dpo(self) -> None:
+        """What `training.dpo` says of the data and of the reference model."""
         dpo = self.dpo
-        losses, weights = set(dpo["loss_type"]), dpo["loss_weights"]
 
-        def refuse(key: str, problem: str, fix: str) -> None:
-            self.problem(f"training.dpo.{key}", dpo[key], problem, fix)
+        def refuse(key: str, problem: str, fix: str, *reads: str) -> None:
+            self.problem(f"training.dpo.{key}", dpo[key], problem, fix, *reads)
 
-        if not losses:
-            refuse("loss_type", "no loss", "name at least one, such as 'sigmoid'")
-        if weights is not None and len(weights) != len(dpo["loss_type"]):
-            refuse(
-                "loss_weights",
-                f"{len(weights)} weights for {len(dpo['loss_type'])} loss_type",
-                "give one weight for each",
-            )
         if dpo["max_prompt_length"] and dpo["max_prompt_length"] >= dpo["max_length"]:
             refuse(
                 "max_prompt_length",
                 f"leaves no room for a completion in max_length = {dpo['max_length']}",
                 "lower it, raise max_length, or unset it",
-            )
-        for key, readers in _LOSSES_READING.items():
-            if dpo[key] != DpoSection.__dataclass_fields__[key].default and not (
-                losses & readers
-            ):
-                refuse(
-                    key, f"loss_type {sorted(losses)} does not read it",
-                    f"remove it, or add one of {', '.join(sorted(readers))}",
-                )  # fmt: skip
-        if "exo_pair" in losses and dpo["label_smoothing"] == 0:
-            refuse("label_smoothing", "exo_pair takes its logarithm", "set 1e-3 or so")
-        if dpo["f_divergence_type"] != "reverse_kl" and losses - _F_DIVERGENCE_LOSSES:
-            refuse(
-                "f_divergence_type",
-                f"{sorted(losses - _F_DIVERGENCE_LOSSES)} have only reverse_kl's form",
-                f"set 'reverse_kl', or losses of {sorted(_F_DIVERGENCE_LOSSES)}",
-            )
-        if dpo["use_weighting"] and losses & {"aot", "aot_unpaired"}:
-            refuse(
-                "use_weighting", "aot losses sort the batch: no pair has a weight",
-                "set it false, or remove the aot losses",
+                "training.dpo.max_length", "data.max_length",
             )  # fmt: skip
-        if dpo["reference_free"]:
-            for key in ("precompute_ref_log_probs", "sync_ref_model"):
-                if dpo[key]:
-                    refuse(key, "reference_free is true: no reference", "set it false")
+        if dpo["sync_ref_model"] and dpo["reference_free"]:
+            problem = "reference_free is true: no reference"
+            refuse("sync_ref_model", problem, "set it false")
         if dpo["sync_ref_model"] and dpo["precompute_ref_log_probs"]:
             refuse(
                 "sync_ref_model", "precomputed log-probs are of a fixed reference",

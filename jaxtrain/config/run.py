@@ -11,13 +11,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from ml_collections import ConfigDict
 
 from jaxtrain import schema
-from jaxtrain.config.rules import REFERENCE_FREE, ConfigError, Resolver
+from jaxtrain.config.rules import ConfigError, Resolver
 from jaxtrain.config.sections import (
     PLAIN_SECTIONS,
     SCHEMA,
@@ -36,6 +36,7 @@ from jaxtrain.config.sections import (
     ScheduleSection,
     TrainingType,
 )
+from jaxtrain.objectives.options import ObjectiveRow, Options, RowKind, objective_row
 from jaxtrain.tree import dotted
 
 
@@ -66,16 +67,30 @@ class RunConfig:
         return "next_token" if self.dpo is None else "preference"
 
     @property
-    def row_kind(self) -> Literal["next_token", "preference", "labeled"]:
+    def objective_row(self) -> ObjectiveRow:
+        """The facts about the objective."""
+        row = objective_row(self.loop.objective, on_pairs=self.dpo is not None)
+        assert row is not None  # the rules see to it
+        return row
+
+    @property
+    def objective_options(self) -> Options | None:
+        """All options of the objective, None for a function of the user's own."""
+        row = self.objective_row
+        if ":" in self.objective:
+            return None
+        values = {key: getattr(self.dpo, key) for key in row.keys_of_dpo}
+        return row.options(**values, **(self.loop.objective_kwargs or {}))
+
+    @property
+    def row_kind(self) -> RowKind:
         """What the objective trains on."""
-        if self.dpo is None:
-            return "next_token"
-        return "labeled" if self.objective == "kto" else "preference"
+        return self.objective_row.row_kind
 
     @property
     def has_reference(self) -> bool:
         """Whether the objective compares with a reference model."""
-        return self.dpo is not None and self.objective not in REFERENCE_FREE
+        return self.objective_row.has_reference
 
     def to_dict(self) -> dict[str, Any]:
         """The values this run reads, in the configuration's own layout, for JSON."""

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
 
+from jaxtrain.objectives.options import PreferenceOptions
 from jaxtrain.schema import (
     DERIVED,
     Bound,
@@ -27,11 +28,6 @@ from jaxtrain.tree import dotted
 
 TrainingType = Literal["from_scratch", "sft", "lora", "dpo"]
 Activation = Literal["silu", "gelu", "gelu_pytorch_tanh"]
-LossType = Literal[
-    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair",
-    "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft",
-    "sigmoid_norm",
-]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -340,25 +336,12 @@ class LoraSection:
 
 
 @dataclass(frozen=True)
-class DpoSection:
-    """Direct preference optimization (arXiv:2305.18290)."""
+class DpoSection(PreferenceOptions):
+    """The options of the loss, and what acts on the data and on the reference model."""
 
-    beta: Positive = DERIVED
-    loss_type: tuple[LossType, ...] = ("sigmoid",)
-    loss_weights: tuple[float, ...] | None = None
-    label_smoothing: Annotated[float, Bound(0, 0.5, open_high=True)] = 0.0
-    conservative_smoothing: Annotated[float, Bound(0, 0.5, open_high=True)] = 0.0
-    discopop_tau: Positive = 0.05
+    beta: Positive = DERIVED  # of the objective's own default
     max_length: Annotated[int, Bound(2)] = DERIVED
     max_prompt_length: PositiveInt | None = None
-    reference_free: bool = False
-    precompute_ref_log_probs: bool = False
-    f_divergence_type: Literal[
-        "reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"
-    ] = "reverse_kl"
-    f_alpha_divergence_coef: float = 0.5
-    ld_alpha: Fraction | None = None
-    use_weighting: bool = False
     sync_ref_model: bool = False
     ref_model_mixup_alpha: Fraction = 0.6
     ref_model_sync_steps: PositiveInt = 512

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxtrain.objectives.options import KtoOptions
 from jaxtrain.objectives.preference import (
     count_tokens,
     masked_sum,
@@ -14,19 +15,12 @@ from jaxtrain.objectives.preference import (
 from jaxtrain.objectives.preference_losses import kto_losses
 from jaxtrain.types import Batch, LabeledBatch, LogProbsFn, Metrics, WeightedSum
 
-KTO_LOSSES = ("kto", "apo_zero_unpaired")
-
 
 def kto(
     policy: LogProbsFn,
     reference: LogProbsFn | None,
     batch: LabeledBatch,
-    *,
-    beta: float = 0.1,
-    loss_type: str = "kto",
-    desirable_weight: float = 1.0,
-    undesirable_weight: float = 1.0,
-    precompute_ref_log_probs: bool = False,
+    options: KtoOptions,
 ) -> tuple[WeightedSum, Metrics]:
     """Kahneman-Tversky optimization: a mean of `kto_losses` over real completions.
 
@@ -48,9 +42,9 @@ def kto(
         reference,
         batch.completions,
         batch.ref_logps,
-        precompute_ref_log_probs,
+        options.precompute_ref_log_probs,
     )
-    if loss_type == "kto":
+    if options.loss_type == "kto":
         if batch.mismatched is None:
             raise ValueError(
                 "loss_type='kto': the batch has no mismatched completions for its KL "
@@ -63,7 +57,7 @@ def kto(
                 reference,
                 batch.mismatched,
                 batch.ref_mismatched_logps,
-                precompute_ref_log_probs,
+                options.precompute_ref_log_probs,
             ),
             counted,
         )
@@ -73,13 +67,13 @@ def kto(
 
     logratios = logps - ref_logps
     good, bad = real * batch.desirable, real * (1.0 - batch.desirable)
-    losses = kto_losses(logratios, batch.desirable, kl, beta)
+    losses = kto_losses(logratios, batch.desirable, kl, options.beta)
     loss = WeightedSum(
-        desirable_weight * masked_sum(losses, good).total
-        + undesirable_weight * masked_sum(losses, bad).total,
+        options.desirable_weight * masked_sum(losses, good).total
+        + options.undesirable_weight * masked_sum(losses, bad).total,
         real.sum(),
     )
-    rewards = beta * logratios
+    rewards = options.beta * logratios
     good_reward, bad_reward = masked_sum(rewards, good), masked_sum(rewards, bad)
     both = ((good_reward.weight > 0) & (bad_reward.weight > 0)).astype(jnp.float32)
     return loss, {

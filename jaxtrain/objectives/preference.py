@@ -2,27 +2,34 @@
 
 Each takes the policy and the reference as closures and returns loss and metrics as
 `WeightedSum`s; `table.py` has them all. The equations of the DPO family stand in
-`preference_losses.py`; here completions are scored, summed and measured.
+`preference_losses.py`, the options in `options.py`; here completions are scored,
+summed and measured.
 
 Masked tokens and padding rows count nowhere, whatever values they hold. Metrics are
 named and defined as in TRL 1.16. `num_tokens` is a count: read its `total`; its weight
 is the number of micro-batches.
 """
 
-from collections.abc import Sequence
-from typing import Any
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxtrain.objectives.options import (
+    CpoOptions,
+    OrpoOptions,
+    PreferenceOptions,
+    SimpoOptions,
+)
 from jaxtrain.objectives.preference_losses import (
-    PAIR_LOSSES,
-    LossOptions,
     PairScores,
     alpha_reward,
     f_divergence_scores,
     log_odds_ratio,
+    pair_loss,
     smoothed_sigmoid,
 )
 from jaxtrain.types import (
@@ -81,10 +88,22 @@ def count_tokens(real: Float[Array, "B"], *batches: Batch) -> WeightedSum:
 
 # --- pairs ------------------------------------------------------------------------
 
+T = TypeVar("T")
+U = TypeVar("U")
 
-def score_pairs(
-    score: LogProbsFn, batch: PairBatch
-) -> tuple[TokenLogProbs, TokenLogProbs]:
+
+class Sides(NamedTuple, Generic[T]):
+    """Something of the chosen and of the rejected completions of pairs."""
+
+    chosen: T
+    rejected: T
+
+    def map(self, function: Callable[..., U], *others: "Sides[Any]") -> "Sides[U]":
+        """`function` of each side, and of the same side of `others`."""
+        return Sides(*map(function, self, *others))
+
+
+def score_pairs(score: LogProbsFn, batch: PairBatch) -> Sides[TokenLogProbs]:
     """Score chosen and rejected by one call, on 2B rows, or on B that share prompts.
 
     The 2B rows alternate, chosen and rejected: a device that holds pairs then holds
@@ -92,7 +111,7 @@ def score_pairs(
     """
     if batch.shared is not None:
         scored = score(batch.shared)
-        return scored, scored
+        return Sides(scored, scored)
     rows, width = batch.chosen.tokens.shape
 
     def interleave(chosen: Array, rejected: Array) -> Array:
@@ -100,8 +119,22 @@ def score_pairs(
 
     scored = score(jax.tree.map(interleave, batch.chosen, batch.rejected))
     pairs = jax.tree.map(lambda x: x.reshape(rows, 2, width), scored)
-    chosen, rejected = (jax.tree.map(lambda x, i=i: x[:, i], pairs) for i in (0, 1))
-    return chosen, rejected
+    return Sides(*(jax.tree.map(lambda x, i=i: x[:, i], pairs) for i in (0, 1)))
+
+
+def _sides(batch: PairBatch) -> Sides[Batch]:
+    return Sides(batch.chosen, batch.rejected)
+
+
+def _masks(batch: PairBatch) -> Sides[Array]:
+    return Sides(batch.chosen.loss_mask, batch.rejected.loss_mask)
+
+
+def _sum_pairs(batch: PairBatch, values: Sides[Any], weights: Sides[Any]) -> Sides[Any]:
+    def of_side(values: Array, weights: Array, side: Batch) -> Array:
+        return pair_sums(values, weights, side, batch.pair_ids)
+
+    return values.map(of_side, weights, _sides(batch))
 
 
 def _real_rows(batch: PairBatch) -> Float[Array, "B"]:
@@ -121,49 +154,46 @@ def _real_pairs(batch: PairBatch) -> Float[Array, "N"]:
 
 def _pair_metrics(
     batch: PairBatch,
-    chosen: TokenLogProbs,
-    rejected: TokenLogProbs,
+    scored: Sides[TokenLogProbs],
     *,
-    logps: tuple[Array, Array],
-    rewards: tuple[Array, Array],
+    logps: Sides[Array],
+    rewards: Sides[Array],
 ) -> Metrics:
     """The metrics that every objective on pairs reports."""
-    real = _real_pairs(batch)
-    chosen_mask, rejected_mask = batch.chosen.loss_mask, batch.rejected.loss_mask
+    real, masks = _real_pairs(batch), _masks(batch)
+    chosen, rejected = scored
     return {
-        "rewards/chosen": masked_sum(rewards[0], real),
-        "rewards/rejected": masked_sum(rewards[1], real),
-        "rewards/margins": masked_sum(rewards[0] - rewards[1], real),
-        "rewards/accuracies": masked_sum(rewards[0] > rewards[1], real),
-        "logps/chosen": masked_sum(logps[0], real),
-        "logps/rejected": masked_sum(logps[1], real),
-        "logits/chosen": masked_sum(chosen.mean_logit, chosen_mask),
-        "logits/rejected": masked_sum(rejected.mean_logit, rejected_mask),
-        "entropy": masked_sum(chosen.entropy, chosen_mask)
-        + masked_sum(rejected.entropy, rejected_mask),
-        "mean_token_accuracy": masked_sum(chosen.correct, chosen_mask),
-        "num_tokens": count_tokens(_real_rows(batch), batch.chosen, batch.rejected),
+        "rewards/chosen": masked_sum(rewards.chosen, real),
+        "rewards/rejected": masked_sum(rewards.rejected, real),
+        "rewards/margins": masked_sum(rewards.chosen - rewards.rejected, real),
+        "rewards/accuracies": masked_sum(rewards.chosen > rewards.rejected, real),
+        "logps/chosen": masked_sum(logps.chosen, real),
+        "logps/rejected": masked_sum(logps.rejected, real),
+        "logits/chosen": masked_sum(chosen.mean_logit, masks.chosen),
+        "logits/rejected": masked_sum(rejected.mean_logit, masks.rejected),
+        "entropy": masked_sum(chosen.entropy, masks.chosen)
+        + masked_sum(rejected.entropy, masks.rejected),
+        "mean_token_accuracy": masked_sum(chosen.correct, masks.chosen),
+        "num_tokens": count_tokens(_real_rows(batch), *_sides(batch)),
     }
 
 
-def _completion_weights(
-    batch: PairBatch, ld_alpha: float | None
-) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+def _completion_weights(batch: PairBatch, ld_alpha: float | None) -> Sides[Array]:
     """Token weights of a completion's log-prob: the mask, or LD-DPO's.
 
     LD-DPO (arXiv:2409.06411): log pi(y) = sum_{t <= l} log p_t + alpha sum_{t > l}
     log p_t, where l is the length of the shorter completion of the pair.
     """
-    masks = (batch.chosen.loss_mask, batch.rejected.loss_mask)
+    masks = _masks(batch)
     if ld_alpha is None:
         return masks
-    positions = [jnp.cumsum(mask > 0, axis=-1) for mask in masks]
-    shared = jnp.minimum(positions[0][:, -1:], positions[1][:, -1:])
-    chosen, rejected = (
-        mask * jnp.where(position <= shared, 1.0, ld_alpha)
-        for mask, position in zip(masks, positions, strict=True)
-    )
-    return chosen, rejected
+    positions = masks.map(lambda mask: jnp.cumsum(mask > 0, axis=-1))
+    shared = jnp.minimum(positions.chosen[:, -1:], positions.rejected[:, -1:])
+
+    def weigh_tail(mask: Array, position: Array) -> Array:
+        return mask * jnp.where(position <= shared, 1.0, ld_alpha)
+
+    return masks.map(weigh_tail, positions)
 
 
 def _wpo_weights(
@@ -190,45 +220,96 @@ def _kl_from_reference(logratios: Array, mask: Array) -> WeightedSum:
     return masked_sum(jnp.expm1(logratios) - logratios, mask)
 
 
-def as_names(loss_type: str | Sequence[str]) -> tuple[str, ...]:
-    """One loss or a list of them, as a tuple of names."""
-    return (loss_type,) if isinstance(loss_type, str) else tuple(loss_type)
+@dataclasses.dataclass(frozen=True)
+class _ScoredPairs:
+    """What the policy says of a batch of pairs.
+
+    `weights`: of the tokens in `logps`, the summed log-prob of each completion.
+    `lengths`: trained tokens. `real`: 1, or 0 for a padding pair.
+    """
+
+    tokens: Sides[TokenLogProbs]
+    weights: Sides[Array]
+    real: Array
+    logps: Sides[Array]
+    lengths: Sides[Array]
+
+
+def _score_policy(
+    policy: LogProbsFn, batch: PairBatch, ld_alpha: float | None
+) -> _ScoredPairs:
+    tokens = score_pairs(policy, batch)
+    weights, masks = _completion_weights(batch, ld_alpha), _masks(batch)
+    return _ScoredPairs(
+        tokens,
+        weights,
+        real=_real_pairs(batch),
+        logps=_sum_pairs(batch, tokens.map(lambda scored: scored.logps), weights),
+        lengths=_sum_pairs(batch, masks.map(jnp.ones_like), masks),
+    )
+
+
+def _reference_sums(
+    reference: LogProbsFn | None,
+    batch: PairBatch,
+    pairs: _ScoredPairs,
+    options: PreferenceOptions,
+) -> tuple[Sides[Array], Metrics]:
+    """The reference's log-probs of completions, and the metrics that compare with it.
+
+    Raises:
+        ValueError: the reference is needed and missing, or its sums are.
+    """
+    masks = _masks(batch)
+    if options.reference_free:
+        return Sides(jnp.zeros_like(pairs.real), jnp.zeros_like(pairs.real)), {}
+    if options.precompute_ref_log_probs:
+        if batch.ref_chosen_logps is None or batch.ref_rejected_logps is None:
+            raise ValueError(
+                "precompute_ref_log_probs=True: the batch has no ref_chosen_logps and "
+                "ref_rejected_logps; add them to the data, or set it to False"
+            )
+        given = Sides(batch.ref_chosen_logps, batch.ref_rejected_logps)
+        sums = given.map(lambda logps: weigh(logps, pairs.real))
+        (ref_chosen, ref_rejected), (chosen, rejected) = sums, pairs.logps
+        total = (ref_chosen - chosen + ref_rejected - rejected).sum()
+        return sums, {
+            "kl": WeightedSum(total, masks.chosen.sum() + masks.rejected.sum()),
+            "nll/reference": WeightedSum(-ref_chosen.sum(), masks.chosen.sum()),
+        }
+    if reference is None:
+        raise ValueError(
+            "reference=None: this loss compares with a reference model; give one, "
+            "or set reference_free or precompute_ref_log_probs"
+        )
+    tokens = jax.lax.stop_gradient(score_pairs(reference, batch))
+    logps = tokens.map(lambda scored: scored.logps)
+    sums = _sum_pairs(batch, logps, pairs.weights)
+    kl = pairs.tokens.map(
+        lambda scored, ref_logps, mask: _kl_from_reference(
+            scored.logps - ref_logps, mask
+        ),
+        logps,
+        masks,
+    )
+    return sums, {
+        "kl": kl.chosen + kl.rejected,
+        "nll/reference": masked_sum(-logps.chosen, masks.chosen),
+    }
 
 
 def preference(
     policy: LogProbsFn,
     reference: LogProbsFn | None,
     batch: PairBatch,
-    *,
-    beta: float = 0.1,
-    loss_type: str | Sequence[str] = "sigmoid",
-    loss_weights: Sequence[float] | None = None,
-    label_smoothing: float = 0.0,
-    conservative_smoothing: float = 0.0,
-    f_divergence_type: str = "reverse_kl",
-    f_alpha_divergence_coef: float = 0.5,
-    ld_alpha: float | None = None,
-    use_weighting: bool = False,
-    discopop_tau: float = 0.05,
-    reference_free: bool = False,
-    precompute_ref_log_probs: bool = False,
+    options: PreferenceOptions,
 ) -> tuple[WeightedSum, Metrics]:
     """Direct preference optimization: sum_i w_i L_i, a mean over real pairs.
 
-    arXiv:2305.18290 and its successors; each L_i is in `PAIR_LOSSES`, with its
-    equation. One call of the policy, one of the reference. Options and defaults are
+    arXiv:2305.18290 and its successors; each L_i stands in `preference_losses`, with
+    its equation. One call of the policy, one of the reference. Options and defaults are
     TRL's, and so are these scopes: `aot*` sort and `sft` averages tokens within the
     micro-batch (here over all its devices), so they depend on its size.
-
-    Args:
-        loss_type: a name of `PAIR_LOSSES` or a list; `loss_weights` are 1 if unset.
-        label_smoothing: for robust, exo_pair, aot and aot_unpaired alone.
-        conservative_smoothing: the same for sigmoid (TRL has none).
-        f_divergence_type: `f_divergence_scores`, with `f_alpha_divergence_coef`.
-        ld_alpha: `_completion_weights`; policy and reference alike.
-        use_weighting: multiply by both completions' `_wpo_weights`.
-        reference_free: a uniform reference: all its log-probs count as 0.
-        precompute_ref_log_probs: take the reference's sums from the batch.
 
     Metrics beyond TRL's: `kl` (`_kl_from_reference`, both completions; from precomputed
     sums, the same divergence by -mean log u, which can be negative; absent without a
@@ -240,94 +321,47 @@ def preference(
         ValueError: the reference, its sums or the policy's `collision` are missing.
     """
     if batch.pair_ids is not None and (
-        ld_alpha is not None or precompute_ref_log_probs
+        options.ld_alpha is not None or options.precompute_ref_log_probs
     ):
         raise ValueError(
             "ld_alpha and precompute_ref_log_probs take a pair a row, and these rows "
             "are packed: unset them, or set data.packing = false"
         )
-    chosen, rejected = score_pairs(policy, batch)
-    masks = (batch.chosen.loss_mask, batch.rejected.loss_mask)
-    weights = _completion_weights(batch, ld_alpha)
-    real = _real_pairs(batch)
-
-    def sums(chosen: Array, rejected: Array, weights: Any) -> tuple[Array, Array]:
-        ids = batch.pair_ids
-        return (
-            pair_sums(chosen, weights[0], batch.chosen, ids),
-            pair_sums(rejected, weights[1], batch.rejected, ids),
-        )
-
-    logps = sums(chosen.logps, rejected.logps, weights)
-    lengths = sums(jnp.ones_like(masks[0]), jnp.ones_like(masks[1]), masks)
-    extra_metrics: Metrics = {}
-
-    if reference_free:
-        ref_logps = (jnp.zeros_like(real), jnp.zeros_like(real))
-    elif precompute_ref_log_probs:
-        if batch.ref_chosen_logps is None or batch.ref_rejected_logps is None:
-            raise ValueError(
-                "precompute_ref_log_probs=True: the batch has no ref_chosen_logps and "
-                "ref_rejected_logps; add them to the data, or set it to False"
-            )
-        ref_logps = (
-            weigh(batch.ref_chosen_logps, real),
-            weigh(batch.ref_rejected_logps, real),
-        )
-        logratio_sum = (ref_logps[0] - logps[0] + ref_logps[1] - logps[1]).sum()
-        extra_metrics["kl"] = WeightedSum(logratio_sum, masks[0].sum() + masks[1].sum())
-        ref_nll = WeightedSum(-ref_logps[0].sum(), masks[0].sum())
-        extra_metrics["nll/reference"] = ref_nll
-    else:
-        if reference is None:
-            raise ValueError(
-                "reference=None: this loss compares with a reference model; give one, "
-                "or set reference_free or precompute_ref_log_probs"
-            )
-        ref_chosen, ref_rejected = jax.lax.stop_gradient(score_pairs(reference, batch))
-        ref_logps = sums(ref_chosen.logps, ref_rejected.logps, weights)
-        extra_metrics["kl"] = _kl_from_reference(
-            chosen.logps - ref_chosen.logps, masks[0]
-        ) + _kl_from_reference(rejected.logps - ref_rejected.logps, masks[1])
-        extra_metrics["nll/reference"] = masked_sum(-ref_chosen.logps, masks[0])
-
-    logratios = (logps[0] - ref_logps[0], logps[1] - ref_logps[1])
-    nll = masked_sum(-chosen.logps, masks[0])
+    pairs = _score_policy(policy, batch, options.ld_alpha)
+    ref_logps, extra_metrics = _reference_sums(reference, batch, pairs, options)
+    logratios = pairs.logps.map(lambda ours, ref: ours - ref, ref_logps)
+    masks = _masks(batch)
+    nll = masked_sum(-pairs.tokens.chosen.logps, masks.chosen)
     extra_metrics["nll/policy"] = nll
-    pair = PairScores(
-        chosen_logps=logps[0],
-        rejected_logps=logps[1],
-        ref_chosen_logps=ref_logps[0],
-        ref_rejected_logps=ref_logps[1],
-        chosen_scores=f_divergence_scores(
-            logratios[0], f_divergence_type, f_alpha_divergence_coef
-        ),
-        rejected_scores=f_divergence_scores(
-            logratios[1], f_divergence_type, f_alpha_divergence_coef
-        ),
-        chosen_tokens=jnp.maximum(lengths[0], 1.0),
-        rejected_tokens=jnp.maximum(lengths[1], 1.0),
-        chosen_nll=nll.mean(),
-        real=real,
-    )
-    options = LossOptions(beta, label_smoothing, conservative_smoothing, discopop_tau)
-    names = as_names(loss_type)
-    losses = {name: PAIR_LOSSES[name](pair, options) for name in names}
-    if use_weighting:
-        ids = batch.pair_ids
-        wpo = _wpo_weights(chosen, masks[0], batch.chosen, ids)
-        wpo *= _wpo_weights(rejected, masks[1], batch.rejected, ids)
-        losses = {name: loss * wpo for name, loss in losses.items()}
-    if len(names) > 1:
-        extra_metrics |= {
-            f"loss/{name}": masked_sum(losses[name], real) for name in names
-        }
-    factors = loss_weights or [1.0] * len(names)
-    loss = sum(w * losses[name] for name, w in zip(names, factors, strict=True))
 
-    rewards = (beta * logratios[0], beta * logratios[1])
-    metrics = _pair_metrics(batch, chosen, rejected, logps=logps, rewards=rewards)
-    return masked_sum(jnp.asarray(loss), real), metrics | extra_metrics
+    def divergence_scores(logratios: Array) -> Array:
+        kind, alpha = options.f_divergence_type, options.f_alpha_divergence_coef
+        return f_divergence_scores(logratios, kind, alpha)
+
+    scores = logratios.map(divergence_scores)
+    lengths = pairs.lengths.map(lambda length: jnp.maximum(length, 1.0))
+    pair = PairScores(
+        *pairs.logps, *ref_logps, *scores, *lengths, nll.mean(), pairs.real
+    )
+    losses = {name: pair_loss(name)(pair, options) for name in options.loss_type}
+    if options.use_weighting:
+        wpo = pairs.tokens.map(
+            lambda scored, mask, side: _wpo_weights(scored, mask, side, batch.pair_ids),
+            masks,
+            _sides(batch),
+        )
+        likelihood = wpo.chosen * wpo.rejected
+        losses = {name: loss * likelihood for name, loss in losses.items()}
+    if len(losses) > 1:
+        extra_metrics |= {
+            f"loss/{name}": masked_sum(loss, pairs.real)
+            for name, loss in losses.items()
+        }
+    factors = options.loss_weights or [1.0] * len(losses)
+    loss = sum(w * loss for w, loss in zip(factors, losses.values(), strict=True))
+    rewards = logratios.map(lambda logratio: options.beta * logratio)
+    metrics = _pair_metrics(batch, pairs.tokens, logps=pairs.logps, rewards=rewards)
+    return masked_sum(jnp.asarray(loss), pairs.real), metrics | extra_metrics
 
 
 # --- pairs without a reference ----------------------------------------------------
@@ -341,8 +375,7 @@ def orpo(
     policy: LogProbsFn,
     reference: LogProbsFn | None,
     batch: PairBatch,
-    *,
-    beta: float = 0.1,
+    options: OrpoOptions,
 ) -> tuple[WeightedSum, Metrics]:
     """NLL(x, y_c) - beta log sigma(log odds ratio). ORPO, arXiv:2403.07691 eq. 6.
 
@@ -350,47 +383,30 @@ def orpo(
     micro-batch and, as in the authors' code and TRL's, over prompt and completion.
     """
     del reference
-    chosen, rejected = score_pairs(policy, batch)
+    scored = score_pairs(policy, batch)
     real = _real_pairs(batch)
     # All predictions up to the completion's last one: the prompt's come before it.
     to_the_end = jax.lax.cummax(batch.chosen.loss_mask, axis=1, reverse=True) > 0
     sequence = to_the_end & (batch.chosen.segment_ids > 0)
-    nll = masked_sum(-chosen.logps, sequence.astype(jnp.float32))
-    logps = (
-        _mean_logps(chosen, batch.chosen.loss_mask),
-        _mean_logps(rejected, batch.rejected.loss_mask),
-    )
+    nll = masked_sum(-scored.chosen.logps, sequence.astype(jnp.float32))
+    logps = scored.map(_mean_logps, _masks(batch))
     log_odds = log_odds_ratio(*logps)
     ratio = jax.nn.log_sigmoid(log_odds)
-    metrics = _pair_metrics(
-        batch,
-        chosen,
-        rejected,
-        logps=logps,
-        rewards=(beta * logps[0], beta * logps[1]),
-    )
+    rewards = logps.map(lambda x: options.beta * x)
+    metrics = _pair_metrics(batch, scored, logps=logps, rewards=rewards)
     metrics |= {
         "nll_loss": nll,
         "log_odds_ratio": masked_sum(ratio, real),
         "log_odds_chosen": masked_sum(log_odds, real),
     }
-    return masked_sum(nll.mean() - beta * ratio, real), metrics
-
-
-CPO_LOSSES = ("sigmoid", "hinge", "ipo", "simpo")
+    return masked_sum(nll.mean() - options.beta * ratio, real), metrics
 
 
 def cpo(
     policy: LogProbsFn,
     reference: LogProbsFn | None,
     batch: PairBatch,
-    *,
-    beta: float = 0.1,
-    loss_type: str = "sigmoid",
-    label_smoothing: float = 0.0,
-    cpo_alpha: float = 1.0,
-    simpo_gamma: float = 0.5,
-    alpha: float = 0.0,
+    options: CpoOptions,
 ) -> tuple[WeightedSum, Metrics]:
     """L(r_c - r_r) + cpo_alpha NLL(y_c|x). CPO, arXiv:2401.08417 eq. 3, as TRL has it.
 
@@ -401,31 +417,24 @@ def cpo(
     micro-batch.
     """
     del reference
-    chosen, rejected = score_pairs(policy, batch)
-    masks = (batch.chosen.loss_mask, batch.rejected.loss_mask)
+    beta, loss_type = options.beta, options.loss_type
+    scored, masks = score_pairs(policy, batch), _masks(batch)
     reduce = _mean_logps if loss_type in ("ipo", "simpo") else _sum_logps
-    logps = (reduce(chosen, masks[0]), reduce(rejected, masks[1]))
-    values = (alpha_reward(logps[0], alpha), alpha_reward(logps[1], alpha))
-    difference = values[0] - values[1]
+    logps = scored.map(reduce, masks)
+    values = logps.map(lambda x: alpha_reward(x, options.alpha))
+    difference = values.chosen - values.rejected
     if loss_type == "hinge":
         losses = jax.nn.relu(1.0 - beta * difference)
     elif loss_type == "ipo":
         losses = (difference - 1.0 / (2.0 * beta)) ** 2
     else:
-        gamma = simpo_gamma if loss_type == "simpo" else 0.0
-        losses = smoothed_sigmoid(beta * difference - gamma, label_smoothing)
-    nll = masked_sum(-chosen.logps, masks[0])
-    metrics = _pair_metrics(
-        batch,
-        chosen,
-        rejected,
-        logps=logps,
-        rewards=(beta * values[0], beta * values[1]),
-    )
-    return (
-        masked_sum(losses + cpo_alpha * nll.mean(), _real_pairs(batch)),
-        metrics | {"nll_loss": nll},
-    )
+        gamma = options.simpo_gamma if loss_type == "simpo" else 0.0
+        losses = smoothed_sigmoid(beta * difference - gamma, options.label_smoothing)
+    nll = masked_sum(-scored.chosen.logps, masks.chosen)
+    rewards = values.map(lambda x: beta * x)
+    metrics = _pair_metrics(batch, scored, logps=logps, rewards=rewards)
+    loss = masked_sum(losses + options.cpo_alpha * nll.mean(), _real_pairs(batch))
+    return loss, metrics | {"nll_loss": nll}
 
 
 def _sum_logps(scored: TokenLogProbs, mask: Array) -> Float[Array, "B"]:
@@ -436,26 +445,12 @@ def simpo(
     policy: LogProbsFn,
     reference: LogProbsFn | None,
     batch: PairBatch,
-    *,
-    beta: float = 2.0,
-    simpo_gamma: float = 0.5,
-    label_smoothing: float = 0.0,
-    cpo_alpha: float = 0.0,
-    alpha: float = 0.0,
+    options: SimpoOptions,
 ) -> tuple[WeightedSum, Metrics]:
     """-log sigma(beta (mean log pi(y_c) - mean log pi(y_r)) - gamma).
 
     SimPO, arXiv:2405.14734 eq. 6, with the paper's beta. It is `cpo` with
     `loss_type="simpo"`; `cpo_alpha` > 0 adds its NLL (CPO-SimPO).
     """
-    return cpo(
-        policy,
-        reference,
-        batch,
-        beta=beta,
-        loss_type="simpo",
-        label_smoothing=label_smoothing,
-        cpo_alpha=cpo_alpha,
-        simpo_gamma=simpo_gamma,
-        alpha=alpha,
-    )
+    as_cpo = CpoOptions(loss_type="simpo", **dataclasses.asdict(options))
+    return cpo(policy, reference, batch, as_cpo)

@@ -9,29 +9,25 @@ Notation, for a pair (x, y_c, y_r) of prompt, chosen and rejected completion:
 
 `rho` times beta is the implicit reward of DPO (arXiv:2305.18290). All is in nats and
 float32. Values and gradients are those of TRL 1.16; the tests run it live.
+
+To add a loss of pairs, write its function here, and give it a row of the same name in
+`options.PAIR_LOSSES`. Options of its own are fields of `options.PreferenceOptions`.
 """
 
 import dataclasses
 from collections.abc import Callable
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxtrain.objectives.options import PAIR_LOSSES, FDivergence, PreferenceOptions
+
 # TRL's bound: exp(80) leaves float32 room to add many of them.
 _LARGEST_EXPONENT = 80.0
 # 1 minus the largest float32 below 1: the surest a model can be without certainty.
 _SMALLEST_SURPRISE = 2.0**-24
-
-
-@dataclasses.dataclass(frozen=True)
-class LossOptions:
-    """What shapes a loss beside the pair: the temperature and the smoothings."""
-
-    beta: float = 0.1
-    label_smoothing: float = 0.0
-    conservative_smoothing: float = 0.0
-    discopop_tau: float = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +71,22 @@ class PairScores:
         )
 
 
-PairLoss = Callable[[PairScores, LossOptions], Float[Array, "B"]]
+LossFunction = Callable[[PairScores, PreferenceOptions], Float[Array, "B"]]
+
+
+def pair_loss(name: str) -> LossFunction:
+    """The function of a loss that has a row in `PAIR_LOSSES`.
+
+    Raises:
+        ValueError: this module has no function of that name.
+    """
+    if name in PAIR_LOSSES and callable(function := globals().get(name)):
+        loss: LossFunction = function
+        return loss
+    raise ValueError(
+        f"loss_type = {name!r}: it needs a row in objectives/options.py and a function"
+        " of that name in objectives/preference_losses.py; add what is missing"
+    )
 
 
 # --- f-divergence scores ----------------------------------------------------------
@@ -107,11 +118,9 @@ def f_divergence_scores(
             jnp.exp(jnp.minimum(order * logratios, _LARGEST_EXPONENT)) - 1.0
         ) / order
     raise ValueError(
-        f"f_divergence_type={kind!r} is unknown: use one of {', '.join(F_DIVERGENCES)}"
+        f"f_divergence_type = {kind!r}: unknown; use one of"
+        f" {', '.join(get_args(FDivergence))}"
     )
-
-
-F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 
 
 # --- losses of a pair, named as in TRL --------------------------------------------
@@ -129,7 +138,7 @@ def smoothed_sigmoid(logits: Float[Array, "B"], smoothing: float) -> Float[Array
     return loss
 
 
-def sigmoid(pair: PairScores, options: LossOptions) -> Float[Array, "B"]:
+def sigmoid(pair: PairScores, options: PreferenceOptions) -> Float[Array, "B"]:
     """-log sigma(beta Delta). DPO, arXiv:2305.18290 eq. 7.
 
     With `conservative_smoothing` e > 0 (ours, not TRL's): `smoothed_sigmoid`.
@@ -137,17 +146,17 @@ def sigmoid(pair: PairScores, options: LossOptions) -> Float[Array, "B"]:
     return smoothed_sigmoid(options.beta * pair.margin, options.conservative_smoothing)
 
 
-def sigmoid_norm(pair: PairScores, options: LossOptions) -> Float[Array, "B"]:
+def sigmoid_norm(pair: PairScores, options: PreferenceOptions) -> Float[Array, "B"]:
     """-log sigma(beta (s_c/|y_c| - s_r/|y_r|)). arXiv:2411.15124."""
     return -jax.nn.log_sigmoid(options.beta * pair.margin_per_token)
 
 
-def hinge(pair: PairScores, options: LossOptions) -> Float[Array, "B"]:
+def hinge(pair: PairScores, options: PreferenceOptions) -> Float[Array, "B"]:
     """max(0, 1 - beta Delta). SLiC, arXiv:2305.10425; RSO, arXiv:2309.06657."""
     return jax.nn.relu(1.0 - options.beta * pair.margin)
 
 
-def ipo(pair: PairScores, options: LossOptions) -> Float[Array, "B"]:
+def ipo(pair: PairScores, options: PreferenceOptions) -> Float[Array, "B"]:
     """(s_c/|y_c| - s_r/|y_r| - 1/(2 beta))^2. arXiv:2310.12036 eq. 17.
 
     Per token, as the paper's authors ran it; beta is the paper's tau.
@@ -155,7 +164,7 @@ def ipo(pair: PairScores, options: LossOptions) -> Float[Array, "B"]:
     return (pair.margin_per_token - 1.0 / (2.0 * options.beta)) ** 2
 
 
-def exo_pair(pair: PairScores, options: LossOptions) -> Float[Array, "B"]:
+def exo_pair(pair: PairScores, options: PreferenceOptions) -> Float[Array, "B"]:
     """KL(q || p), q = (sigma(z), sigma(-z)), p = (1-e, e). arXiv:2402.00856 eq. 16.
 
     z = beta Delta; e is `label_smoothing`, which must be positive.
@@ -168,7 +177,7 @@ def exo_pair(pair: PairScores, options: LossOptions) -> Float[Array, "B"]:
     )
 
 
-def robust(pair: PairScores, options: LossOptions) -> Float[Array, "B"]:
+def robust(pair: PairScores, options: PreferenceOptions) -> Float[Array, "B"]:
     """[-(1-e) log sigma(z) + e log sigma(-z)] / (1 - 2e). arXiv:2403.00409.
 
     z = beta Delta; unbiased where labels are flipped with probability e < 1/2.
@@ -180,14 +189,14 @@ def robust(pair: PairScores, options: LossOptions) -> Float[Array, "B"]:
     return (kept - flipped) / (1 - 2 * smoothing)
 
 
-def discopop(pair: PairScores, options: LossOptions) -> Float[Array, "B"]:
+def discopop(pair: PairScores, options: PreferenceOptions) -> Float[Array, "B"]:
     """(1-g)(-log sigma(z)) + g exp(-z), g = sigma(z/tau). arXiv:2406.08414 eq. 5."""
     logits = options.beta * pair.margin
     gate = jax.nn.sigmoid(logits / options.discopop_tau)
     return -jax.nn.log_sigmoid(logits) * (1 - gate) + jnp.exp(-logits) * gate
 
 
-def nca_pair(pair: PairScores, options: LossOptions) -> Float[Array, "B"]:
+def nca_pair(pair: PairScores, options: PreferenceOptions) -> Float[Array, "B"]:
     """-log sigma(r_c) - (log sigma(-r_c) + log sigma(-r_r))/2, r = beta rho.
 
     NCA for two completions, arXiv:2402.05369.
@@ -198,7 +207,7 @@ def nca_pair(pair: PairScores, options: LossOptions) -> Float[Array, "B"]:
     return -jax.nn.log_sigmoid(chosen) - 0.5 * pull_back
 
 
-def bco_pair(pair: PairScores, options: LossOptions) -> Float[Array, "B"]:
+def bco_pair(pair: PairScores, options: PreferenceOptions) -> Float[Array, "B"]:
     """-log sigma(beta rho_c) - log sigma(-beta rho_r). arXiv:2404.04656.
 
     As in TRL's pairwise form, without the paper's running reward shift.
@@ -208,7 +217,7 @@ def bco_pair(pair: PairScores, options: LossOptions) -> Float[Array, "B"]:
     return -jax.nn.log_sigmoid(chosen) - jax.nn.log_sigmoid(-rejected)
 
 
-def sppo_hard(pair: PairScores, options: LossOptions) -> Float[Array, "B"]:
+def sppo_hard(pair: PairScores, options: PreferenceOptions) -> Float[Array, "B"]:
     """(rho_c - 1/(2 beta))^2 + (rho_r + 1/(2 beta))^2. arXiv:2405.00675 eq. 4.7.
 
     With win probabilities of exactly 1 and 0.
@@ -219,14 +228,14 @@ def sppo_hard(pair: PairScores, options: LossOptions) -> Float[Array, "B"]:
     ) ** 2
 
 
-def apo_zero(pair: PairScores, options: LossOptions) -> Float[Array, "B"]:
+def apo_zero(pair: PairScores, options: PreferenceOptions) -> Float[Array, "B"]:
     """1 - sigma(beta rho_c) + sigma(beta rho_r). arXiv:2408.06266 eq. 7."""
     chosen = options.beta * pair.chosen_logratios
     rejected = options.beta * pair.rejected_logratios
     return 1.0 - jax.nn.sigmoid(chosen) + jax.nn.sigmoid(rejected)
 
 
-def apo_down(pair: PairScores, options: LossOptions) -> Float[Array, "B"]:
+def apo_down(pair: PairScores, options: PreferenceOptions) -> Float[Array, "B"]:
     """sigma(beta rho_c) + 1 - sigma(beta (rho_c - rho_r)). arXiv:2408.06266 eq. 8."""
     chosen = options.beta * pair.chosen_logratios
     difference = options.beta * (pair.chosen_logratios - pair.rejected_logratios)
@@ -243,7 +252,7 @@ def _match_quantiles(
     high: Float[Array, "B"],
     low: Float[Array, "B"],
     pair: PairScores,
-    options: LossOptions,
+    options: PreferenceOptions,
 ) -> Float[Array, "B"]:
     """AOT: first-order stochastic dominance of `high` over `low`, by sorted pairing.
 
@@ -258,7 +267,7 @@ def _match_quantiles(
     return jnp.broadcast_to(mean, losses.shape)
 
 
-def aot(pair: PairScores, options: LossOptions) -> Float[Array, "B"]:
+def aot(pair: PairScores, options: PreferenceOptions) -> Float[Array, "B"]:
     """Smoothed -log sigma(beta d), d: sorted policy minus sorted reference log-ratio.
 
     Paired AOT, arXiv:2406.05882: the distribution over the micro-batch of
@@ -269,7 +278,7 @@ def aot(pair: PairScores, options: LossOptions) -> Float[Array, "B"]:
     return _match_quantiles(policy, reference, pair, options)
 
 
-def aot_unpaired(pair: PairScores, options: LossOptions) -> Float[Array, "B"]:
+def aot_unpaired(pair: PairScores, options: PreferenceOptions) -> Float[Array, "B"]:
     """Smoothed -log sigma(beta d), d: sorted rho_c minus sorted rho_r.
 
     Unpaired AOT, arXiv:2406.05882, within the micro-batch. Every row holds
@@ -280,40 +289,13 @@ def aot_unpaired(pair: PairScores, options: LossOptions) -> Float[Array, "B"]:
     )
 
 
-def sft(pair: PairScores, options: LossOptions) -> Float[Array, "B"]:
+def sft(pair: PairScores, options: PreferenceOptions) -> Float[Array, "B"]:
     """-log pi per chosen token, averaged over the micro-batch's tokens.
 
     RPO's regularizer, arXiv:2404.19733: `loss_type=["sigmoid", "sft"]`.
     """
     del options
     return jnp.broadcast_to(pair.chosen_nll, pair.real.shape)
-
-
-PAIR_LOSSES: dict[str, PairLoss] = {
-    "sigmoid": sigmoid,
-    "hinge": hinge,
-    "ipo": ipo,
-    "exo_pair": exo_pair,
-    "nca_pair": nca_pair,
-    "robust": robust,
-    "bco_pair": bco_pair,
-    "sppo_hard": sppo_hard,
-    "aot": aot,
-    "aot_unpaired": aot_unpaired,
-    "apo_zero": apo_zero,
-    "apo_down": apo_down,
-    "discopop": discopop,
-    "sft": sft,
-    "sigmoid_norm": sigmoid_norm,
-}
-
-# Losses of s_c - s_r alone (and sft). beta log Z(x) cancels only in that difference, so
-# the others have no f-divergence form.
-F_DIVERGENCE_LOSSES = frozenset(
-    {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
-)
-LABEL_SMOOTHING_LOSSES = frozenset({"robust", "exo_pair", "aot", "aot_unpaired"})
-SORTING_LOSSES = frozenset({"aot", "aot_unpaired"})
 
 
 # --- losses without a reference, and of single completions ------------------------

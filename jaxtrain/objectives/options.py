@@ -1,0 +1,428 @@
+"""The options of every objective, and the facts about objectives and losses.
+
+Nothing here computes: the configuration, which never imports jax, reads this module
+too. The functions of the same names stand in `preference_losses.py` (losses of pairs)
+and are listed in `table.py` (objectives). The annotation of a field is the type and the
+bounds of an option, as in a section of the configuration.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+
+from jaxtrain import schema
+from jaxtrain.schema import (
+    Bound,
+    Fraction,
+    FractionBelowOne,
+    NonNegative,
+    OneOf,
+    Positive,
+)
+
+FractionBelowHalf = Annotated[float, Bound(0, 0.5, open_high=True)]
+
+
+class Problem(NamedTuple):
+    """Why the value of a key cannot work, and what to do about it."""
+
+    key: str
+    value: Any
+    problem: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.key} = {self.value!r}: {self.problem}; {self.fix}"
+
+
+# --- losses of preference pairs ---------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class PairLoss:
+    """The facts about one loss of preference pairs.
+
+    Attributes:
+        reads: the options that this loss reads and others may not. Each loss reads
+            `beta` if it wants to.
+        f_divergence: whether the loss has a form for every f-divergence. It must be a
+            function of the margin s_c - s_r alone, in which beta log Z(x) cancels.
+        sorts: whether the loss sorts the pairs of a micro-batch, so that no entry of
+            its result belongs to one pair.
+    """
+
+    reads: tuple[str, ...] = ()
+    f_divergence: bool = False
+    sorts: bool = False
+
+
+_SMOOTHED = ("label_smoothing",)
+PAIR_LOSSES: dict[str, PairLoss] = {
+    "sigmoid": PairLoss(("conservative_smoothing",), f_divergence=True),
+    "hinge": PairLoss(f_divergence=True),
+    "ipo": PairLoss(f_divergence=True),
+    "exo_pair": PairLoss(_SMOOTHED, f_divergence=True),
+    "nca_pair": PairLoss(),
+    "robust": PairLoss(_SMOOTHED, f_divergence=True),
+    "bco_pair": PairLoss(),
+    "sppo_hard": PairLoss(),
+    "aot": PairLoss(_SMOOTHED, sorts=True),
+    "aot_unpaired": PairLoss(_SMOOTHED, sorts=True),
+    "apo_zero": PairLoss(),
+    "apo_down": PairLoss(),
+    "discopop": PairLoss(("discopop_tau",), f_divergence=True),
+    "sft": PairLoss(f_divergence=True),
+    "sigmoid_norm": PairLoss(f_divergence=True),
+}
+
+
+# --- options, a dataclass for each objective --------------------------------------
+
+
+class _ReadsARefusedKey(Exception):
+    """Ends a rule that would judge the default of a key whose value was refused."""
+
+
+class _Readable:
+    """Options as a rule sees them: reading a refused key ends the rule."""
+
+    def __init__(self, options: "Options", refused: Collection[str]) -> None:
+        self._options, self._refused = options, refused
+
+    def __getattr__(self, key: str) -> Any:
+        if key in self._refused:
+            raise _ReadsARefusedKey
+        return getattr(self._options, key)
+
+
+Rule = Callable[[Any], Iterator[Problem]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What an objective can be told. The fields are options with their defaults."""
+
+    def rules(self) -> tuple[Rule, ...]:
+        """What several options mean together. A rule gets options to read."""
+        return ()
+
+    def problems(self, refused: Collection[str] = ()) -> list[Problem]:
+        """Every contradiction, except those that concern a refused key."""
+        readable, found = _Readable(self, refused), []
+        for rule in self.rules():
+            try:
+                found += list(rule(readable))
+            except _ReadsARefusedKey:
+                continue
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class NextTokenOptions(Options):
+    """The next-token loss has no options."""
+
+
+FDivergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferenceOptions(Options):
+    """Options of the DPO family, named as in TRL and with TRL's defaults.
+
+    Attributes:
+        beta: the strength of the tie to the reference.
+        loss_type: names of `PAIR_LOSSES`.
+        loss_weights: a factor for each loss. Unset, every factor is 1.
+        label_smoothing: the probability of a flipped label, for the losses that read
+            it.
+        conservative_smoothing: the same for the sigmoid loss. TRL has no such option.
+        reference_free: the reference is uniform; its log-probs count as 0.
+        precompute_ref_log_probs: the batch holds the reference's sums.
+        f_divergence_type: see `f_divergence_scores`, with `f_alpha_divergence_coef`.
+        ld_alpha: the weight of the tokens beyond the shorter completion, for the policy
+            and the reference alike. Unset, it is 1.
+        use_weighting: weigh the pairs by their likelihood under the policy (WPO).
+    """
+
+    beta: Positive = 0.1
+    loss_type: tuple[Annotated[str, OneOf(PAIR_LOSSES)], ...] = ("sigmoid",)
+    loss_weights: tuple[float, ...] | None = None
+    label_smoothing: FractionBelowOne = 0.0
+    conservative_smoothing: FractionBelowHalf = 0.0
+    discopop_tau: Positive = 0.05
+    reference_free: bool = False
+    precompute_ref_log_probs: bool = False
+    f_divergence_type: FDivergence = "reverse_kl"
+    f_alpha_divergence_coef: float = 0.5
+    ld_alpha: Fraction | None = None
+    use_weighting: bool = False
+
+    def rules(self) -> tuple[Rule, ...]:
+        """The rules of the DPO family."""
+        read = {key: None for loss in PAIR_LOSSES.values() for key in loss.reads}
+        return (
+            _names_each_loss_once,
+            _has_a_weight_for_each_loss,
+            *(_is_read_by_a_loss(key) for key in read),
+            _smooths_what_takes_a_logarithm,
+            _smooths_robust_below_half,
+            _has_an_f_divergence_form,
+            _weighs_no_sorted_pairs,
+            _has_a_reference_to_precompute,
+            _precomputes_whole_completions,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class OrpoOptions(Options):
+    """`beta` is the weight of the odds ratio beside the NLL."""
+
+    beta: NonNegative = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class SimpoOptions(Options):
+    """Options of SimPO, with its paper's beta. `cpo_alpha` is the weight of an NLL."""
+
+    beta: Positive = 2.0
+    label_smoothing: FractionBelowHalf = 0.0
+    cpo_alpha: NonNegative = 0.0
+    simpo_gamma: NonNegative = 0.5
+    alpha: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class CpoOptions(Options):
+    """Options of CPO, with TRL's defaults. `alpha` is AlphaPO's."""
+
+    beta: Positive = 0.1
+    loss_type: Literal["sigmoid", "hinge", "ipo", "simpo"] = "sigmoid"
+    label_smoothing: FractionBelowHalf = 0.0
+    cpo_alpha: NonNegative = 1.0
+    simpo_gamma: NonNegative = 0.5
+    alpha: float = 0.0
+
+    def rules(self) -> tuple[Rule, ...]:
+        """Only the two losses of a sigmoid can be smoothed."""
+        return (_smooths_a_sigmoid,)
+
+
+@dataclasses.dataclass(frozen=True)
+class KtoOptions(Options):
+    """Options of KTO. The weights multiply the losses of the rows of their class."""
+
+    beta: Positive = 0.1
+    loss_type: Literal["kto", "apo_zero_unpaired"] = "kto"
+    desirable_weight: NonNegative = 1.0
+    undesirable_weight: NonNegative = 1.0
+    precompute_ref_log_probs: bool = False
+
+
+O = TypeVar("O", bound=Options)  # noqa: E741
+
+
+def make_options(
+    kind: type[O], given: Mapping[str, Any], refused: Collection[str] = ()
+) -> tuple[O, list[tuple[str, str]]]:
+    """Options with the given values, and every problem of these.
+
+    Args:
+        kind: the dataclass of an objective's options.
+        given: values of any type. One that cannot be leaves the default in its place.
+        refused: keys whose values were found bad before, and are not in `given`.
+
+    Returns:
+        The options, and pairs of a key and a line "key = value: problem; fix".
+    """
+    values, wrong = schema.merge(schema.schema_of(kind), given)
+    options = schema.build(kind, values)
+    contradictions = options.problems({*refused, *wrong})
+    return options, [*wrong.items(), *((p.key, str(p)) for p in contradictions)]
+
+
+# --- what options mean together ---------------------------------------------------
+
+
+def _names_each_loss_once(options: PreferenceOptions) -> Iterator[Problem]:
+    names = options.loss_type
+    if not names:
+        fix = "name at least one, such as 'sigmoid'"
+        yield Problem("loss_type", names, "no loss", fix)
+    for name in dict.fromkeys(names):
+        if names.count(name) > 1:
+            yield Problem(
+                "loss_type",
+                names,
+                f"{name!r} is listed twice",
+                "list it once, with the sum of its weights",
+            )
+
+
+def _has_a_weight_for_each_loss(options: PreferenceOptions) -> Iterator[Problem]:
+    weights, names = options.loss_weights, options.loss_type
+    if weights is not None and len(weights) != len(names):
+        problem = f"{len(weights)} weights for {len(names)} loss_type"
+        yield Problem("loss_weights", weights, problem, "give one weight for each")
+
+
+def _is_read_by_a_loss(key: str) -> Rule:
+    """A value that no loss reads would do nothing."""
+
+    def rule(options: PreferenceOptions) -> Iterator[Problem]:
+        losses, value = sorted(options.loss_type), getattr(options, key)
+        readers = sorted(
+            name for name, loss in PAIR_LOSSES.items() if key in loss.reads
+        )
+        is_set = value != getattr(PreferenceOptions, key)
+        if is_set and losses and not set(losses) & set(readers):
+            yield Problem(
+                key,
+                value,
+                f"loss_type {losses} does not read it",
+                f"remove it, or add one of {', '.join(readers)}",
+            )
+
+    return rule
+
+
+def _smooths_what_takes_a_logarithm(options: PreferenceOptions) -> Iterator[Problem]:
+    if "exo_pair" in options.loss_type and options.label_smoothing == 0:
+        yield Problem(
+            "label_smoothing",
+            options.label_smoothing,
+            "exo_pair takes its logarithm",
+            "set 1e-3 or so",
+        )
+
+
+def _smooths_robust_below_half(options: PreferenceOptions) -> Iterator[Problem]:
+    if "robust" in options.loss_type and options.label_smoothing >= 0.5:
+        yield Problem(
+            "label_smoothing",
+            options.label_smoothing,
+            "robust divides by 1 - 2 label_smoothing",
+            "set it below 0.5",
+        )
+
+
+def _has_an_f_divergence_form(options: PreferenceOptions) -> Iterator[Problem]:
+    having = [name for name, loss in PAIR_LOSSES.items() if loss.f_divergence]
+    lacking = sorted(set(options.loss_type) - set(having))
+    if lacking and options.f_divergence_type != "reverse_kl":
+        yield Problem(
+            "f_divergence_type",
+            options.f_divergence_type,
+            f"{lacking} have only reverse_kl's form",
+            f"set 'reverse_kl', or losses of {sorted(having)}",
+        )
+
+
+def _weighs_no_sorted_pairs(options: PreferenceOptions) -> Iterator[Problem]:
+    if options.use_weighting and any(PAIR_LOSSES[n].sorts for n in options.loss_type):
+        yield Problem(
+            "use_weighting",
+            True,
+            "aot losses sort the batch: no pair has a weight",
+            "set it false, or remove the aot losses",
+        )
+
+
+def _has_a_reference_to_precompute(options: PreferenceOptions) -> Iterator[Problem]:
+    if options.reference_free and options.precompute_ref_log_probs:
+        problem = "reference_free is true: no reference"
+        yield Problem("precompute_ref_log_probs", True, problem, "set it false")
+
+
+def _precomputes_whole_completions(options: PreferenceOptions) -> Iterator[Problem]:
+    if options.precompute_ref_log_probs and options.ld_alpha is not None:
+        yield Problem(
+            "ld_alpha",
+            options.ld_alpha,
+            "it weighs the reference's log-prob of each token, and"
+            " precompute_ref_log_probs keeps only their sums",
+            "unset it, or set precompute_ref_log_probs = false",
+        )
+
+
+def _smooths_a_sigmoid(options: CpoOptions) -> Iterator[Problem]:
+    if options.label_smoothing and options.loss_type in ("hinge", "ipo"):
+        yield Problem(
+            "label_smoothing",
+            options.label_smoothing,
+            f"loss_type {options.loss_type!r} does not read it",
+            "remove it, or set loss_type to sigmoid or simpo",
+        )
+
+
+# --- objectives -------------------------------------------------------------------
+
+RowKind = Literal["next_token", "preference", "labeled"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveRow:
+    """The facts about one objective.
+
+    Attributes:
+        options: the dataclass of its options.
+        row_kind: what it trains on. All but next_token are of training_type dpo.
+        has_reference: whether it compares with a reference model, unless an option says
+            that it does not.
+        micro_batch_means: whether the loss and all metrics are means of the means of
+            micro-batches, as in TRL, or else means over all tokens or rows of a step.
+        packs: whether a packed row can hold several of its examples.
+    """
+
+    options: type[Options]
+    row_kind: RowKind
+    has_reference: bool = False
+    micro_batch_means: bool = True
+    packs: bool = False
+
+    @property
+    def keys_of_dpo(self) -> tuple[str, ...]:
+        """The keys of `training.dpo` that are options of this objective."""
+        names = tuple(field.name for field in dataclasses.fields(self.options))
+        if self.options is PreferenceOptions:
+            return names
+        return tuple(key for key in ("beta", "label_smoothing") if key in names)
+
+
+_NEXT_TOKEN = ObjectiveRow(
+    NextTokenOptions, "next_token", micro_batch_means=False, packs=True
+)
+_PREFERENCE = ObjectiveRow(
+    PreferenceOptions, "preference", has_reference=True, packs=True
+)
+OBJECTIVES: dict[str, ObjectiveRow] = {
+    "next_token": _NEXT_TOKEN,
+    "preference": _PREFERENCE,
+    "orpo": ObjectiveRow(OrpoOptions, "preference"),
+    "cpo": ObjectiveRow(CpoOptions, "preference"),
+    "simpo": ObjectiveRow(SimpoOptions, "preference"),
+    "kto": ObjectiveRow(KtoOptions, "labeled", has_reference=True),
+}
+_OWN_ON_PAIRS = dataclasses.replace(_PREFERENCE, micro_batch_means=False, packs=False)
+
+
+def objective_row(name: str, *, on_pairs: bool) -> ObjectiveRow | None:
+    """The row of an objective, None for an unknown name.
+
+    The objective of the training type is `auto`. A function of the user's own, named
+    as module:function, trains on the same rows with the same reference.
+    """
+    if ":" in name:
+        return _OWN_ON_PAIRS if on_pairs else _NEXT_TOKEN
+    if name == "auto":
+        return _PREFERENCE if on_pairs else _NEXT_TOKEN
+    return OBJECTIVES.get(name)
+
+
+def unknown_objective(name: str, *also: str) -> Problem:
+    """The problem of a name that is neither in `OBJECTIVES` nor in `also`."""
+    known = (*also, *OBJECTIVES)
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    fix = f"{hint}use one of {', '.join(known)}, or module:function"
+    return Problem("objective", name, "no objective of that name", fix)
