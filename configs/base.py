@@ -264,7 +264,7 @@ def hyperparameters() -> Section:
         # training_type dpo | module:function, your own: see jaxtrain.objectives.
         "objective": "auto",
         # Its keyword arguments. Of training.dpo, beta and label_smoothing go to an
-        # objective that takes them, where they are not at their defaults.
+        # objective that takes them; each may be set in one place only.
         "objective_kwargs": several(None),
         # Seconds without a finished step, evaluation batch or save after which the
         # process ends with all its stacks: a hang becomes an error. 0: never.
@@ -391,7 +391,8 @@ def dpo() -> Section:
         # discopop | sft | sigmoid_norm.
         "loss_type": several(("sigmoid",)),
         "loss_weights": several(None),  # a number for each loss_type; unset: 1
-        "label_smoothing": 0.0,  # in [0, 0.5): robust, exo_pair, aot, aot_unpaired
+        # In [0, 1), of robust in [0, 0.5): robust, exo_pair, aot, aot_unpaired.
+        "label_smoothing": 0.0,
         "conservative_smoothing": 0.0,  # in [0, 0.5): sigmoid (cDPO)
         "discopop_tau": 0.05,  # discopop
         # Tokens of prompt and completion. Unset: data.max_length, or 1024.

@@ -131,6 +131,14 @@ def test_a_resolved_run_has_the_options_and_its_record_gives_them_back(
     assert not kwargs.keys() & set(OBJECTIVES[name].keys_of_dpo)
 
 
+@pytest.mark.parametrize("loss_type", ["exo_pair", "aot", "aot_unpaired"])
+def test_only_robust_limits_smoothing_to_half_as_in_trl(loss_type: str) -> None:
+    options = {"loss_type": loss_type, "label_smoothing": 0.6}
+    assert problems_in_yaml("auto", dpo=options) == []
+    options["loss_type"] = "robust"
+    assert keys_refused_in_yaml("auto", dpo=options) == ["label_smoothing"]
+
+
 def test_an_own_function_has_its_arguments_as_they_are() -> None:
     given = {"training_type": "dpo", "objective": "mine:loss"}
     run = config.resolve({"training": {**given, "objective_kwargs": {"a": "b"}}})
