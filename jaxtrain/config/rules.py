@@ -29,6 +29,7 @@ from jaxtrain.config.sections import (
 )
 from jaxtrain.objectives.options import (
     ObjectiveRow,
+    PreferenceOptions,
     make_options,
     objective_row,
     unknown_objective,
@@ -99,7 +100,8 @@ class Resolver:
         self.check_data()
         self.check_curriculum()
         self.check_objective()
-        if self.type == "dpo":
+        row = self.objective
+        if self.type == "dpo" and (row is None or row.options is PreferenceOptions):
             self.check_dpo()
         if self.problems:
             raise ConfigError(self.problems)
