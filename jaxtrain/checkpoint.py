@@ -12,7 +12,7 @@ import math
 import pathlib
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -23,7 +23,6 @@ from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
 _T = TypeVar("_T")
-_STATE, _RECORD = "state", "record"
 _TRASH = ".trash"
 _FORMAT = 1
 _SHOWN_DIFFERENCES = 8
@@ -31,14 +30,6 @@ _SHOWN_DIFFERENCES = 8
 
 class CheckpointMismatchError(ValueError):
     """The checkpoint's leaves are not those of the state it should fill."""
-
-
-class ConfigMismatchError(ValueError):
-    """The checkpoint was made by another config, which `saved_config` holds."""
-
-    def __init__(self, message: str, saved_config: dict[str, Any]) -> None:
-        super().__init__(message)
-        self.saved_config = saved_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +137,7 @@ class CheckpointManager:
             step: the number of updates behind `state`.
             state: any tree of `jax.Array`s, PRNG keys included.
             data_state: JSON values; each process gives its own.
-            config: JSON values, for `restore` to compare.
+            config: JSON values, which `restore` gives back.
             metrics: numbers; `best_metric` among them makes the checkpoint eligible.
             clock: times, which may differ between processes: those of process 0 count.
 
@@ -181,10 +172,7 @@ class CheckpointManager:
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                **{
-                    _STATE: ocp.args.PyTreeSave(raw),
-                    _RECORD: ocp.args.JsonSave(record),
-                }
+                state=ocp.args.PyTreeSave(raw), record=ocp.args.JsonSave(record)
             ),
             metrics=numbers,
             force=True,
@@ -196,8 +184,6 @@ class CheckpointManager:
         abstract_state: Any,
         step: int | None = None,
         *,
-        config: Mapping[str, Any] | None = None,
-        ignored_config_keys: Sequence[str] = (),
         partial: bool = False,
     ) -> Restored:
         """Read a checkpoint into the structure and the shardings of `abstract_state`.
@@ -207,41 +193,30 @@ class CheckpointManager:
                 arrays to take these from; a leaf with no sharding goes to the first
                 device. The mesh may differ from the one that saved.
             step: the checkpoint's step; the latest if None.
-            config: if given, it must equal the saved config.
-            ignored_config_keys: dotted keys that may differ, each with all below it.
             partial: leave out what `abstract_state` lacks, such as the optimizer's
                 state, instead of refusing.
 
         Raises:
             FileNotFoundError: there is no such checkpoint.
-            ConfigMismatchError: another config made it; names the first differences.
             CheckpointMismatchError: leaves differ; names the first with their shapes.
         """
         self.wait()
         step = self._existing(step)
         record = self._read_record(step)
-        if config is not None:
-            self._check_config(step, record["config"], config, ignored_config_keys)
         wanted = _named_leaves(abstract_state, abstract=True)
         self._check_layout(step, record["layout"], wanted, partial=partial)
         targets = {name: _raw_struct(leaf) for name, leaf in wanted.items()}
+        to_read = ocp.args.PyTreeRestore(
+            item=targets,
+            restore_args={
+                name: ocp.ArrayRestoreArgs(sharding=target.sharding, dtype=target.dtype)
+                for name, target in targets.items()
+            },
+            partial_restore=partial,
+        )
         restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                **{
-                    _STATE: ocp.args.PyTreeRestore(
-                        item=targets,
-                        restore_args={
-                            name: ocp.ArrayRestoreArgs(
-                                sharding=target.sharding, dtype=target.dtype
-                            )
-                            for name, target in targets.items()
-                        },
-                        partial_restore=partial,
-                    )
-                }
-            ),
-        )[_STATE]
+            step, args=ocp.args.Composite(state=to_read)
+        ).state
         leaves = [_from_raw(restored[name], record["layout"][name]) for name in wanted]
         structure = jax.tree.structure(abstract_state)
         return Restored(
@@ -252,15 +227,6 @@ class CheckpointManager:
             data_states=tuple(record["data_states"]),
             clock=record.get("clock", {}),
         )
-
-    def saved_config(self, step: int | None = None) -> dict[str, Any]:
-        """The config that made a checkpoint; the latest if `step` is None.
-
-        Raises:
-            FileNotFoundError: there is no such checkpoint.
-        """
-        self.wait()
-        return self._read_record(self._existing(step))["config"]
 
     def metrics(self, step: int) -> dict[str, float]:
         """The metrics saved with `step`; empty if there were none."""
@@ -322,8 +288,8 @@ class CheckpointManager:
 
     def _read_record(self, step: int) -> dict[str, Any]:
         record = self._manager.restore(
-            step, args=ocp.args.Composite(**{_RECORD: ocp.args.JsonRestore()})
-        )[_RECORD]
+            step, args=ocp.args.Composite(record=ocp.args.JsonRestore())
+        ).record
         if record["format"] != _FORMAT:
             raise ValueError(
                 f"{self.step_directory(step)} has checkpoint format "
@@ -331,29 +297,6 @@ class CheckpointManager:
                 "the version of jaxtrain that saved it"
             )
         return record
-
-    def _check_config(
-        self,
-        step: int,
-        saved: dict[str, Any],
-        config: Mapping[str, Any],
-        ignored: Sequence[str],
-    ) -> None:
-        before = dict(_flatten(saved))
-        now = dict(_flatten(_as_json("config", config)))
-        lines = [
-            f"{key}: saved {before.get(key, 'absent')!r}, "
-            f"now {now.get(key, 'absent')!r}"
-            for key in sorted(before.keys() | now.keys())
-            if not any(key == name or key.startswith(f"{name}.") for name in ignored)
-            and (key in before, before.get(key)) != (key in now, now.get(key))
-        ]
-        if lines:
-            raise ConfigMismatchError(
-                f"{self.step_directory(step)} was made by another config:\n"
-                f"{_first(lines)}\nUse the saved values, or another workdir",
-                saved,
-            )
 
     def _check_layout(
         self,
@@ -543,15 +486,6 @@ def _gather(value: Any) -> list[Any]:
     return [
         json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)
     ]
-
-
-def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, leaf) pairs of nested dicts; an empty dict is a leaf."""
-    if isinstance(value, Mapping) and value:
-        for key, below in value.items():
-            yield from _flatten(below, f"{prefix}.{key}" if prefix else str(key))
-    elif prefix:
-        yield prefix, value
 
 
 def _first(lines: Sequence[str]) -> str:

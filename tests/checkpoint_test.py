@@ -20,7 +20,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtrain.checkpoint import (
     CheckpointManager,
     CheckpointMismatchError,
-    ConfigMismatchError,
 )
 from jaxtrain.types import TrainState
 
@@ -95,7 +94,7 @@ def test_round_trip_keeps_every_bit_and_sharding(tmp_path):
             7, state, data_state=data_state, config=config, metrics={"loss": 2.5}
         )
     with CheckpointManager(tmp_path) as manager:
-        restored = manager.restore(abstract(state), config=config)
+        restored = manager.restore(abstract(state))
     assert_same_bits(state, restored.state)
     for a, b in zip(
         jax.tree.leaves(state), jax.tree.leaves(restored.state), strict=True
@@ -274,29 +273,6 @@ def test_a_message_names_only_the_first_of_many_differences(tmp_path):
             manager.restore({f"w{i:02}": jnp.zeros(3) for i in range(30)})
     assert "w07" in str(error.value) and "w08" not in str(error.value)
     assert "and 22 more" in str(error.value)
-
-
-def test_a_checkpoint_of_another_config_is_refused_and_gives_the_saved_one(tmp_path):
-    saved = {"model": {"layers": 2}, "training": {"max_steps": 10, "old": None}}
-    now = {"model": {"layers": 4}, "training": {"max_steps": 99, "new": 1}}
-    with CheckpointManager(tmp_path) as manager:
-        manager.save(1, small(1), config=saved)
-        assert manager.saved_config() == saved
-        with pytest.raises(ConfigMismatchError) as error:
-            manager.restore(small(0), config=now)
-        assert error.value.saved_config == saved
-        assert "model.layers: saved 2, now 4" in str(error.value)
-        assert "training.new: saved 'absent', now 1" in str(error.value)
-        assert "training.old: saved None, now 'absent'" in str(error.value)
-        with pytest.raises(ConfigMismatchError) as error:
-            manager.restore(
-                small(0), config=now, ignored_config_keys=["training", "model.lay"]
-            )
-        assert "model.layers" in str(error.value)
-        assert "training" not in str(error.value)
-        manager.restore(
-            small(0), config=now, ignored_config_keys=["training", "model.layers"]
-        )
 
 
 def test_bad_input_is_refused_with_its_name(tmp_path):
