@@ -178,7 +178,6 @@ def generate_texts(
     *,
     key: Key[Array, ""],
     batch_size: int = 8,
-    max_prompt_tokens: int | None = None,
 ) -> list[str]:
     """Continue each prompt; one text each, in their order, special tokens left out.
 
@@ -190,17 +189,11 @@ def generate_texts(
         prompts: strings, lists of messages for the tokenizer's chat template, or
             lists of token ids.
         batch_size: a multiple of the mesh's data-parallel size.
-        max_prompt_tokens: longer prompts lose their beginning.
 
     Raises:
         ValueError: a prompt is empty and the tokenizer has no token to begin with.
     """
     encoded = [_encode(tokenizer, prompt, i) for i, prompt in enumerate(prompts)]
-    if max_prompt_tokens is not None:
-        cut = sum(len(ids) > max_prompt_tokens for ids in encoded)
-        if cut:
-            logger.warning("%d prompts cut to %d tokens", cut, max_prompt_tokens)
-        encoded = [ids[-max_prompt_tokens:] for ids in encoded]
     rows = generate_tokens(generate, params, encoded, key=key, batch_size=batch_size)
     return [
         tokenizer.decode(_until_end(row, generate.eos_ids), skip_special_tokens=True)

@@ -4,7 +4,6 @@ import json
 import os
 import pathlib
 import re
-import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +15,6 @@ from safetensors.numpy import save_file
 
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.hf_names import (
-    TOKENIZER_FILES,
     WEIGHTS,
     WEIGHTS_INDEX,
     Leaf,
@@ -38,14 +36,13 @@ def save_pretrained(
     params: Params,
     *,
     dtype: str | None = None,
-    tokenizer_dir: str | os.PathLike[str] | None = None,
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
     """Write a directory that transformers.AutoModelForCausalLM loads as this model.
 
     Every process must call it; process 0 writes. Weights are fetched one tensor at a
     time and at most `max_shard_bytes` of them are held at once. `dtype` converts the
-    weights; None keeps them. `tokenizer_dir`: where to copy the tokenizer from.
+    weights; None keeps them.
 
     Raises:
         ValueError: `params` are not the weights of `config`, adapters included: merge
@@ -83,7 +80,7 @@ def save_pretrained(
             _write_json(directory / WEIGHTS_INDEX, index)
         stored = dtype or str(flat[("embed_tokens", "embedding")].dtype)
         _write_json(directory / "config.json", {**config.to_hf(), "dtype": stored})
-        _write_companions(directory, config, tokenizer_dir)
+        _write_generation_config(directory, config)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("save_pretrained")
 
@@ -152,19 +149,8 @@ def _fetch_tensor(
     return np.ascontiguousarray(values.astype(jnp.dtype(dtype or values.dtype)))
 
 
-def _write_companions(
-    directory: pathlib.Path,
-    config: ModelConfig,
-    tokenizer_dir: str | os.PathLike[str] | None,
-) -> None:
-    """The tokenizer's files, and the token ids that generation stops at."""
-    source = None if tokenizer_dir is None else pathlib.Path(tokenizer_dir)
-    if source is not None and source.resolve() != directory.resolve():
-        for name in TOKENIZER_FILES:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, directory / name)
-    if source is not None and (source / "generation_config.json").is_file():
-        return
+def _write_generation_config(directory: pathlib.Path, config: ModelConfig) -> None:
+    """Write the token ids that generation starts, stops and pads with."""
     options = config.to_hf()
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")
     given = {name: options[name] for name in ids if options[name] is not None}

@@ -323,14 +323,12 @@ class Decoder:
         batch: Batch,
         *,
         dropout_key: Key[Array, ""] | None = None,
-        with_stats: bool = True,
         with_collision: bool = False,
         with_router_loss: bool = False,
     ) -> TokenLogProbs:
         """Log-probabilities of the batch's targets; never holds B x T x V logits.
 
-        Only `logps` and `router_loss` carry a gradient. Without `with_stats` all else
-        is zero.
+        Only `logps` and `router_loss` carry a gradient.
 
         Raises:
             ValueError: `with_router_loss`, and the model has no router.
@@ -370,7 +368,6 @@ class Decoder:
                 vocab_axis=vocab_axis,
                 softcap=self.config.final_logit_softcapping,
                 chunk=self.loss_chunk,
-                with_stats=with_stats,
                 with_collision=with_collision,
                 adapter=adapter,
                 shards=layout.count(

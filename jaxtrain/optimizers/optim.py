@@ -68,7 +68,6 @@ def make_optimizer(
     beta2: float = 0.999,
     epsilon: float = 1e-8,
     momentum: float | None = None,
-    mask: Callable[[Any], Any] = decay_mask,
 ) -> optax.GradientTransformation:
     """Build the optimizer: float32 state, learning rate from `schedule`.
 
@@ -79,7 +78,6 @@ def make_optimizer(
         beta1, beta2: adamw, lion, and what muon leaves to AdamW.
         epsilon: adamw, and what muon leaves to AdamW.
         momentum: sgd (default 0) and muon (default 0.95).
-        mask: parameters -> tree of bool, True where weight decay applies.
 
     Raises:
         ValueError: unknown name, or momentum for an optimizer that has none.
@@ -92,7 +90,7 @@ def make_optimizer(
             " (only sgd and muon have it)"
         )
     direction = OPTIMIZERS[name](beta1, beta2, epsilon, momentum)
-    decay = optax.add_decayed_weights(weight_decay, mask)
+    decay = optax.add_decayed_weights(weight_decay, decay_mask)
     # torch.optim.SGD's decay is an L2 penalty: part of the gradient, hence of momentum.
     steps = (decay, direction) if name == "sgd" else (direction, decay)
     return _in_float32(optax.chain(*steps, optax.scale_by_learning_rate(schedule)))
@@ -336,6 +334,6 @@ class LossScale:
         )
 
 
-def init_loss_scale(initial_scale: float = 2.0**16) -> LossScale:
+def init_loss_scale() -> LossScale:
     """The scale at the start of a run."""
-    return LossScale(jnp.float32(initial_scale), jnp.int32(0))
+    return LossScale(jnp.float32(2.0**16), jnp.int32(0))

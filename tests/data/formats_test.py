@@ -61,7 +61,7 @@ def test_the_report_names_the_format_and_its_columns():
 
 
 def test_unknown_columns_are_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"answer.*question.*column_map"):
+    with pytest.raises(ValueError, match=r"answer.*question.*rename its columns"):
         detect_format([{"question": "a", "answer": "b"}])
     with pytest.raises(ValueError, match="no rows"):
         detect_format([])

@@ -67,8 +67,9 @@ def streamed(path, **options):
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "feather.arrow"])
-def test_a_stream_has_the_rows_that_datasets_reads(name, folder, tmp_path):
-    expected = load_rows(str(folder / name), cache_dir=str(tmp_path))
+def test_a_stream_has_the_rows_that_datasets_reads(name, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    expected = load_rows(str(folder / name))
     assert streamed(folder / name) == list(expected)
     assert streamed(folder / name, max_rows=7) == list(expected)[:7]
 

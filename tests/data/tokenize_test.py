@@ -144,11 +144,8 @@ def test_a_chat_template_is_given_as_text_or_file(tmp_path, bpe):
 def test_tokenizers_that_cannot_train_are_refused(tmp_path, bpe):
     bpe.eos_token = None
     bpe.save_pretrained(tmp_path / "t")
-    with pytest.raises(ValueError, match=r"no EOS token.*eos_token="):
+    with pytest.raises(ValueError, match=r"no EOS token.*set 'eos_token'"):
         load_tokenizer(str(tmp_path / "t"))
-    assert load_tokenizer(str(tmp_path / "t"), eos_token="<|eos|>").eos_token_id == 1
-    with pytest.raises(ValueError, match="'nope' is not in the vocabulary"):
-        load_tokenizer(str(tmp_path / "t"), eos_token="nope")
     with pytest.raises(ValueError, match="holds no tokenizer"):
         load_tokenizer(str(tmp_path))
     with pytest.raises(ValueError, match="not a folder"):

@@ -146,7 +146,7 @@ def detect_format(
     wanted = "a known format" if kind == "auto" else f"format={kind!r}"
     raise ValueError(
         f"columns {sorted(names)} (filled in the first row: {filled}) are not {wanted}:"
-        f" give {_ACCEPTED}; rename columns with column_map"
+        f" give {_ACCEPTED}; rename its columns"
     )
 
 

@@ -33,16 +33,6 @@ class HeldRows(Sequence[Mapping[str, Any]]):
         """The first rows; all if None."""
         return HeldRows(self.rows[:count], self.places[:count])
 
-    def renamed(self, column_map: Mapping[str, str]) -> "HeldRows":
-        """The same rows with columns renamed, old name to new."""
-        rows = [
-            row
-            if isinstance(row, UnreadableRow)
-            else {column_map.get(name, name): value for name, value in row.items()}
-            for row in self.rows
-        ]
-        return HeldRows(tuple(rows), self.places)
-
 
 def hold(files: Sequence[pathlib.Path]) -> HeldRows:
     """All rows of files in memory, `UnreadableRow`s among them.

@@ -7,7 +7,7 @@ line), each also as `.gz`, or is a folder of such files, or one that
 
 import logging
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import datasets
@@ -28,11 +28,7 @@ def load_rows(
     path_or_name: str,
     *,
     split: str = "train",
-    name: str | None = None,
-    revision: str | None = None,
-    column_map: Mapping[str, str] | None = None,
     max_rows: int | None = None,
-    cache_dir: str | None = None,
 ) -> datasets.Dataset | HeldRows:
     """Load the rows of one split as a memory-mapped `datasets.Dataset`.
 
@@ -44,11 +40,7 @@ def load_rows(
         split: "train" or "eval", or a split's own name. A folder whose subfolders or
             files are named by split gives that split; any other folder, or a file,
             is taken whole.
-        name: configuration of a hub data set.
-        revision: commit or tag of a hub data set.
-        column_map: columns to rename, old name to new.
         max_rows: keep only the first rows.
-        cache_dir: where `datasets` keeps the converted rows.
 
     Raises:
         ValueError: nothing to read there, the split is absent, a file is malformed,
@@ -56,17 +48,13 @@ def load_rows(
     """
     path = pathlib.Path(path_or_name).expanduser()
     if path.exists():
-        rows = _load_local(path, split, cache_dir)
+        rows = _load_local(path, split)
     elif looks_local(path_or_name):
         raise ValueError(f"data path {path_or_name!r} does not exist")
     else:
-        rows = load_hub(
-            path_or_name, split, name=name, revision=revision, cache_dir=cache_dir
-        )
+        rows = load_hub(path_or_name, split)
     if isinstance(rows, HeldRows):
-        return rows.first(max_rows).renamed(column_map or {})
-    if column_map:
-        rows = _rename(rows, column_map)
+        return rows.first(max_rows)
     if max_rows is not None and max_rows < len(rows):
         rows = same_files(rows.select(range(max_rows)), rows)
     logger.info(
@@ -76,9 +64,7 @@ def load_rows(
     return rows
 
 
-def _load_local(
-    path: pathlib.Path, split: str, cache_dir: str | None
-) -> datasets.Dataset | HeldRows:
+def _load_local(path: pathlib.Path, split: str) -> datasets.Dataset | HeldRows:
     if path.is_dir():
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             return _choose_split(datasets.load_from_disk(str(path)), split, str(path))
@@ -98,11 +84,11 @@ def _load_local(
             f"{files[0]} has no known suffix: use one of {', '.join(READERS)} "
             "(each also .gz)"
         )
-    return _read_files(reader, files, cache_dir)
+    return _read_files(reader, files)
 
 
 def _read_files(
-    reader: str, files: Sequence[pathlib.Path], cache_dir: str | None
+    reader: str, files: Sequence[pathlib.Path]
 ) -> datasets.Dataset | HeldRows:
     options: dict[str, Any] = {}
     if reader == "csv" and ".tsv" in files[0].suffixes:
@@ -114,7 +100,6 @@ def _read_files(
             reader,
             data_files=[str(file.resolve()) for file in files],
             split="train",
-            cache_dir=cache_dir,
             **options,
         )
     except Exception as error:  # `datasets` raises its readers' own kinds
@@ -235,19 +220,6 @@ def load_hub(hub_name: str, split: str, **options: Any) -> Any:
             "json, parquet, csv, arrow or txt file, or a folder of them"
         ) from error
     return _choose_split(loaded, split, hub_name)
-
-
-def _rename(rows: datasets.Dataset, column_map: Mapping[str, str]) -> datasets.Dataset:
-    absent = sorted(set(column_map) - set(rows.column_names))
-    if absent:
-        raise ValueError(
-            f"column_map names {absent}, but the columns are {rows.column_names}"
-        )
-    # A column that stands where a renamed one goes would clash.
-    clash = [new for new in column_map.values() if new in rows.column_names]
-    clash = [column for column in clash if column not in column_map]
-    renamed = rows.remove_columns(clash).rename_columns(dict(column_map))
-    return same_files(renamed, rows)
 
 
 def split_aliases(split: str) -> tuple[str, ...]:

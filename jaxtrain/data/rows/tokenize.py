@@ -51,7 +51,6 @@ def load_tokenizer(
     path_or_name: str,
     *,
     chat_template: str | None = None,
-    eos_token: str | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> PreTrainedTokenizerBase:
@@ -59,7 +58,6 @@ def load_tokenizer(
 
     Args:
         chat_template: a Jinja template, or the path of one, in place of its own.
-        eos_token: the end-of-sequence token, for a tokenizer that names none.
 
     A tokenizer without a pad token pads with EOS, which is harmless: every mask comes
     from lengths, never from ids.
@@ -90,10 +88,6 @@ def load_tokenizer(
         ) from error
     if chat_template is not None:
         tokenizer.chat_template = _read_template(chat_template)
-    if eos_token is not None:
-        if eos_token not in tokenizer.get_vocab():
-            raise ValueError(f"eos_token {eos_token!r} is not in the vocabulary")
-        tokenizer.eos_token = eos_token
     check_tokenizer(tokenizer)
     return tokenizer
 
@@ -103,8 +97,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
     if tokenizer.eos_token is None or tokenizer.eos_token_id is None:
         raise ValueError(
             f"tokenizer {tokenizer.name_or_path!r} has no EOS token, so a model could "
-            "not learn to stop: set 'eos_token' in its tokenizer_config.json, or pass "
-            "load_tokenizer(..., eos_token='<|endoftext|>') with a token it knows"
+            "not learn to stop: set 'eos_token' in its tokenizer_config.json"
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

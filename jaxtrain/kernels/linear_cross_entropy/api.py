@@ -37,7 +37,6 @@ class HeadAdapter(NamedTuple):
 class _Options(NamedTuple):
     vocab_axis: int
     softcap: float | None
-    logit_scale: float | None
     shards: int
     slices: int
     width: int
@@ -52,7 +51,6 @@ def linear_log_probs(
     *,
     vocab_axis: Literal[0, 1] = 0,
     softcap: float | None = None,
-    logit_scale: float | None = None,
     chunk: int | None = None,
     with_stats: bool = True,
     with_collision: bool = False,
@@ -61,8 +59,8 @@ def linear_log_probs(
 ) -> tuple[Float[Array, "M"], ...]:
     """(logps, entropy, correct, mean_logit) of each token, float32.
 
-    Logits are `hidden @ unembedding` in float32, with what `adapter` adds, times
-    `logit_scale`, then `softcap * tanh(logits / softcap)`. `logps`: log softmax at the
+    Logits are `hidden @ unembedding` in float32, with what `adapter` adds, then
+    `softcap * tanh(logits / softcap)`. `logps`: log softmax at the
     target (nats); `entropy`: of the softmax (nats); `correct`: 1 where the first argmax
     is the target; `mean_logit`: over the vocabulary. `with_collision` appends
     log sum_v p_v^2. Without `with_stats` all but `logps` are zeros. Only `logps`
@@ -86,7 +84,6 @@ def linear_log_probs(
     options = _Options(
         vocab_axis=vocab_axis,
         softcap=softcap,
-        logit_scale=logit_scale,
         shards=shards,
         slices=slices,
         width=width,
@@ -379,13 +376,10 @@ def _slice_logits(
         gain = _take(options._replace(vocab_axis=0), adapter.gain, turn)
         logits = logits * gain
     chain: Array | float = 1.0
-    if options.logit_scale is not None:
-        logits *= options.logit_scale
-        chain = options.logit_scale
     if options.softcap is not None:
         bent = jnp.tanh(logits / options.softcap)
         logits = options.softcap * bent
-        chain = chain * (1 - bent * bent)
+        chain = 1 - bent * bent
     return logits, chain, plain
 
 
