@@ -20,12 +20,12 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtrain.config.mesh_shape import MESH_AXES, resolve_mesh_shape
+from jaxtrain.types import LogicalAxes
 
 logger = logging.getLogger(__name__)
 
 BATCH_AXES = ("data", "fsdp")
 
-LogicalAxes = tuple[str | None, ...]
 MeshAxes = tuple[str, ...]
 
 # Parameters: which mesh axes split each logical axis.

@@ -13,10 +13,11 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # module belongs to one, every permission is used, and no unit can reach itself.
 ALLOWED: dict[str, set[str]] = {
     "checkpoint": set(),
+    "models.families": set(),
     "tree": set(),
     "schema": {"tree"},
     "objectives.options": {"schema"},
-    "config": {"objectives.options", "schema", "tree"},
+    "config": {"models.families", "objectives.options", "schema", "tree"},
     "batch": set(),
     "data.batches": {"batch", "config"},
     "data.rows": set(),
@@ -26,11 +27,10 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation": {"data.batches", "types"},
     "assets": set(),
     "kernels": set(),
-    "models.families": set(),
     "models": {"kernels", "models.families", "tree", "types"},
     "lora": {"models", "tree", "types"},
     "objectives": {"objectives.options", "types"},
-    "sharding": {"config"},
+    "sharding": {"config", "types"},
     "models.load": {
         "assets",
         "batch",

@@ -7,7 +7,7 @@ key's type and bounds; its default, what it holds if nobody sets it. Fields mark
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from jaxtrain.objectives.options import PreferenceOptions
 from jaxtrain.schema import (
@@ -24,8 +24,13 @@ from jaxtrain.schema import (
     schema_of,
     unset,
 )
+from jaxtrain.models.families import FAMILIES
 from jaxtrain.tree import dotted
 
+if TYPE_CHECKING:  # which cannot compute a Literal
+    ModelType: TypeAlias = str
+else:
+    ModelType = Literal[tuple(FAMILIES)]
 TrainingType = Literal["from_scratch", "sft", "lora", "dpo"]
 Activation = Literal["silu", "gelu", "gelu_pytorch_tanh"]
 
@@ -34,10 +39,7 @@ Activation = Literal["silu", "gelu", "gelu_pytorch_tanh"]
 class ArchitectureSection:
     """Sizes of a model made from scratch, by their Hugging Face names."""
 
-    model_type: Literal[
-        "llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3",
-        "mixtral", "qwen3_moe",
-    ] = "llama"  # fmt: skip
+    model_type: ModelType = "llama"
     vocab_size: PositiveInt | None = None
     hidden_size: PositiveInt = 128
     intermediate_size: PositiveInt = 384

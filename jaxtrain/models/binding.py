@@ -12,9 +12,9 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Key
 
-from jaxtrain.models.layers import LogicalAxes, Options
+from jaxtrain.models.layers import Options
 from jaxtrain.tree import flatten, nest
-from jaxtrain.types import Params
+from jaxtrain.types import LogicalAxes, Params
 
 
 def init_module(module: Any, options: Options, key: Key[Array, ""]) -> Params:

@@ -1,6 +1,9 @@
 """The sizes and options of a decoder, read from and written as Hugging Face configs."""
 
 import dataclasses
+import functools
+import inspect
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +14,7 @@ from jaxtrain.models.families import (
     Family,
 )
 from jaxtrain.models.rope import RopeConfig
+from jaxtrain.tree import flatten
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 _ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu")
@@ -157,19 +161,7 @@ class ModelConfig:
 
     def num_params(self) -> int:
         """Number of weights; a tied embedding counts once."""
-        heads = self.num_attention_heads * self.head_dim
-        kv_heads = self.num_key_value_heads * self.head_dim
-        norms = 4 if self.family.sandwich_norms else 2
-        layer = self._layer_matmul_params(self.num_experts) + norms * self.hidden_size
-        layer += self.qkv_bias * (heads + 2 * kv_heads) + self.o_bias * self.hidden_size
-        layer += self.mlp_bias * (2 * self.intermediate_size + self.hidden_size)
-        layer += 2 * self.head_dim if self.family.qk_norm else 0
-        embeddings = (1 if self.tie_word_embeddings else 2) * self.vocab_size
-        return (
-            self.num_hidden_layers * layer
-            + embeddings * self.hidden_size
-            + self.hidden_size
-        )
+        return sum(map(math.prod, _weight_shapes(self).values()))
 
     def flops_per_token(self, seq_len: int) -> float:
         """Training FLOPs (forward and backward) a token in rows of `seq_len` tokens.
@@ -182,24 +174,17 @@ class ModelConfig:
         appendix B). As there, causality is not discounted and rematerialization not
         counted, so that an MFU from this can be compared with published ones.
         """
-        matmul_params = (
-            self.num_hidden_layers * self._layer_matmul_params(self.num_experts_per_tok)
-            + self.vocab_size * self.hidden_size
-        )
+        matmul_params = self.vocab_size * self.hidden_size
+        for path, shape in _weight_shapes(self).items():
+            if path[0] == "layers" and len(shape) > 2:  # a matrix in each layer
+                is_expert = "experts" in path
+                used = self.num_experts_per_tok / self.num_experts if is_expert else 1
+                matmul_params += round(math.prod(shape) * used)
         keys_read = sum(
             min(seq_len, self.window_of(kind) or seq_len) for kind in self.layer_types
         )
         attention = 12 * self.num_attention_heads * self.head_dim * keys_read
         return float(6 * matmul_params + attention)
-
-    def _layer_matmul_params(self, experts: int) -> int:
-        """Weights of one layer's matrix products, with so many of its experts."""
-        heads = self.num_attention_heads + self.num_key_value_heads
-        attention = 2 * self.hidden_size * heads * self.head_dim
-        if self.expert_width is None:
-            return attention + 3 * self.hidden_size * self.intermediate_size
-        router = self.hidden_size * self.num_experts
-        return attention + router + experts * 3 * self.hidden_size * self.expert_width
 
     @classmethod
     def from_hf(cls, options: Mapping[str, Any]) -> "ModelConfig":
@@ -213,14 +198,14 @@ class ModelConfig:
         """
         family = family_of(options.get("model_type"))
         _refuse_unknown(options, family)
-        given = {**family.defaults, **options}
+        given = {**_defaults_of(options["model_type"]), **options}
         num_layers, num_heads = given["num_hidden_layers"], given["num_attention_heads"]
         layer_types, window = _attention_kinds(given, family)
         local_rope = None
         if family.local_rope:
             local_rope = RopeConfig.from_hf(given, family, SLIDING)
         attention_bias = bool(given.get("attention_bias", False))
-        mixture = _mixture_options(given, family)
+        mixture = _mixture_options(options, given, family)
         eos = given["eos_token_id"]
         return cls(
             model_type=given["model_type"],
@@ -283,7 +268,7 @@ class ModelConfig:
                 or self.max_position_embeddings
             ),
         }
-        values |= {k: v for k, v in optional.items() if k in family.defaults}
+        values |= {k: v for k, v in optional.items() if k in family.keys}
         if self.num_experts:
             # Mixtral's key is num_local_experts, Qwen's num_experts.
             is_mixtral = self.model_type == "mixtral"
@@ -327,6 +312,31 @@ def family_of(model_type: Any) -> Family:
     return FAMILIES[model_type]
 
 
+@functools.cache
+def _defaults_of(model_type: str) -> Mapping[str, Any]:
+    """The values that transformers gives a family's keys where a config lacks them.
+
+    Its classes' signatures are read, not their instances, which have computed values
+    in place of some defaults.
+    """
+    from transformers import CONFIG_MAPPING  # slow, and needed for config.json only
+
+    arguments = inspect.signature(CONFIG_MAPPING[model_type].__init__).parameters
+    return {
+        key: arguments[key].default if key in arguments else None
+        for key in family_of(model_type).keys
+    }
+
+
+@functools.cache
+def _weight_shapes(config: ModelConfig) -> Mapping[tuple[str, ...], tuple[int, ...]]:
+    """The shape of each weight by its path; those of layers are stacked on axis 0."""
+    from jaxtrain.models.transformer import Decoder  # which imports this module
+
+    params = flatten(Decoder(config).abstract_params())
+    return {path: leaf.shape for path, leaf in params.items()}
+
+
 def _refuse_unknown(options: Mapping[str, Any], family: Family) -> None:
     """Refuse every option whose effect this decoder would silently leave out."""
     refused = []
@@ -335,7 +345,7 @@ def _refuse_unknown(options: Mapping[str, Any], family: Family) -> None:
             if value not in REFUSED_UNLESS[name]:
                 refused.append(f"{name} = {value!r} (only {REFUSED_UNLESS[name][0]!r})")
             continue
-        known = name in family.defaults or name in BOOKKEEPING_KEYS
+        known = name in family.keys or name in BOOKKEEPING_KEYS
         known |= name.startswith("_") or name in family.ignored_keys
         # An option of another family that is off changes nothing.
         if not known and value is not None and value is not False:
@@ -351,7 +361,9 @@ def _refuse_unknown(options: Mapping[str, Any], family: Family) -> None:
         )
 
 
-def _mixture_options(given: Mapping[str, Any], family: Family) -> dict[str, Any]:
+def _mixture_options(
+    options: Mapping[str, Any], given: Mapping[str, Any], family: Family
+) -> dict[str, Any]:
     """The fields of a mixture of experts; none for other families.
 
     Raises:
@@ -369,8 +381,11 @@ def _mixture_options(given: Mapping[str, Any], family: Family) -> dict[str, Any]
             f" {sorted(dense)} without experts. Layers are stacked here and must be"
             " alike: only decoder_sparse_step = 1 with no mlp_only_layers can be loaded"
         )
+    # Either name may be set; the default stands under one of them.
+    names = ("num_experts", "num_local_experts")
+    counts = (source.get(name) for source in (options, given) for name in names)
     return {
-        "num_experts": given["num_experts"] or given["num_local_experts"],
+        "num_experts": next(filter(None, counts), None),
         "num_experts_per_tok": given["num_experts_per_tok"],
         "moe_intermediate_size": given.get("moe_intermediate_size"),
         # Mixtral always does, and has no key for it.
@@ -387,13 +402,13 @@ def _attention_kinds(
     num_layers, window = given["num_hidden_layers"], given.get("sliding_window")
     if family.window_rule == "none":
         window = None
-    if "use_sliding_window" in family.defaults and not given["use_sliding_window"]:
+    if "use_sliding_window" in family.keys and not given["use_sliding_window"]:
         window = None
     if given.get("layer_types") is not None:
         layer_types = tuple(given["layer_types"])
     elif family.window_rule == "pattern":
         # Every p-th layer is full: Gemma 2 has p = 2, Gemma 3 p = 6.
-        pattern = given["sliding_window_pattern"]
+        pattern = given["sliding_window_pattern"] or family.window_pattern
         layer_types = tuple(
             SLIDING if (i + 1) % pattern else FULL for i in range(num_layers)
         )

@@ -121,7 +121,7 @@ class DecoderLayer(nnx.Module):
         self.input_layernorm = RMSNorm(width, "embed", options)
         self.self_attn = Attention(options, rngs)
         self.post_attention_layernorm = RMSNorm(width, "embed", options)
-        if options.config.family.sandwich_norms:
+        if options.config.family.norms == "around":
             self.pre_feedforward_layernorm = RMSNorm(width, "embed", options)
             self.post_feedforward_layernorm = RMSNorm(width, "embed", options)
         self.mlp: Mlp | SparseMlp = (
@@ -144,17 +144,17 @@ class DecoderLayer(nnx.Module):
         where there is no router.
         """
         load = None
-        sandwich = self.options.config.family.sandwich_norms
+        around = self.options.config.family.norms == "around"
         with jax.named_scope("attention"):
             added, kept = self.self_attn(
                 self.input_layernorm(x), rotary, attend, dropout_key
             )
-            x += self.post_attention_layernorm(added) if sandwich else added
+            x += self.post_attention_layernorm(added) if around else added
         with jax.named_scope("mlp"):
             if isinstance(self.mlp, SparseMlp):
                 added, load = self.mlp(self.post_attention_layernorm(x), is_token)
                 x += added
-            elif sandwich:
+            elif around:
                 added = self.mlp(self.pre_feedforward_layernorm(x), dropout_key)
                 x += self.post_feedforward_layernorm(added)
             else:

@@ -10,6 +10,7 @@ from jaxtrain.kernels.linear_cross_entropy.api import HeadAdapter
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.layers import (
     LoraShape,
+    Options,
     dora_gain,
     drop_inputs,
     fold_in_name,
@@ -66,7 +67,28 @@ def make_head_adapter(
         return HeadAdapter(low, leaves["lora_b"].astype(dtype), gain)
 
 
-def add_to_logits(
+def unembed(
+    options: Options, params: Params, hidden: Float[Array, "B T D"]
+) -> Float32[Array, "B T V"]:
+    """Logits of hidden states, after the final soft cap."""
+    config = options.config
+    table, vocab_axis = get_unembedding(config, params)
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    with jax.named_scope("unembed"):
+        logits = jnp.einsum(
+            "BTD,VD->BTV" if vocab_axis == 0 else "BTD,DV->BTV",
+            hidden,
+            table.astype(options.compute_dtype),
+            preferred_element_type=jnp.float32,
+        )
+        adapter = make_head_adapter(config, params, options.lora, rows)
+        logits = _add_to_logits(logits, adapter)
+    logits = options.constrain(logits, ("batch", "sequence", "vocab"))
+    cap = config.final_logit_softcapping
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+def _add_to_logits(
     logits: Float32[Array, "B T V"], adapter: HeadAdapter | None
 ) -> Float32[Array, "B T V"]:
     """The adapter's part of logits that are held whole; before any soft cap."""

@@ -20,8 +20,8 @@ from jaxtyping import Array, Float, Int32, Key
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.quantization import Quantization, dequantize, multiply, quantize
 from jaxtrain.models.rope import rotate
+from jaxtrain.types import LogicalAxes
 
-LogicalAxes = tuple[str | None, ...]
 # (query, key, value) -> (what each query read, [B T N H]; whatever must be kept).
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 Rotary = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]
@@ -101,7 +101,46 @@ class LoraParam(nnx.Param):
     """A weight of an adapter."""
 
 
-class Linear(nnx.Module):
+class Adapted(nnx.Module):
+    """A module with a matrix that an adapter may act beside.
+
+    The adapter's weights are the module's own: that is where files have them.
+    """
+
+    def _init_adapter(
+        self,
+        path: str,
+        matrix: Float[Array, "I O"],
+        axes: tuple[str | None, ...],
+        options: Options,
+        rngs: nnx.Rngs,
+    ) -> None:
+        """Declare the adapter's weights if `path` is a target."""
+        lora, dtype = options.lora, jnp.dtype(options.param_dtype)
+        if lora is None or path not in lora.targets:
+            return
+        inputs, outputs = matrix.shape
+        rank, self.scaling = lora.rank_and_scaling(path)
+        a, b = jnp.zeros((inputs, rank)), jnp.zeros((rank, outputs))
+        if path == "embed_tokens":  # as in PEFT, the other way round than elsewhere
+            b = jax.random.normal(rngs.params(), b.shape)
+        else:
+            # Kaiming-uniform with a = sqrt(5) has the bound 1 / sqrt(inputs).
+            bound = 1 / math.sqrt(inputs)
+            a = jax.random.uniform(rngs.params(), a.shape, minval=-bound, maxval=bound)
+        rank_axis = "lora_rank"
+        self.lora_a = LoraParam(a.astype(dtype), logical_axes=(axes[0], rank_axis))
+        self.lora_b = LoraParam(b.astype(dtype), logical_axes=(rank_axis, axes[1]))
+        if lora.use_dora:
+            lengths = jnp.linalg.norm(matrix, axis=0).astype(dtype)
+            self.lora_magnitude = LoraParam(lengths, logical_axes=axes[1:])
+
+    def _dora_gain(self, matrix: Float[Array, "I O"]) -> Float[Array, "O"]:
+        a, b, magnitude = self.lora_a[...], self.lora_b[...], self.lora_magnitude[...]
+        return dora_gain(matrix, a, b, magnitude, self.scaling)
+
+
+class Linear(Adapted):
     """y = x kernel + bias, and an adapter's part where it has one.
 
     The kernel may be kept in few bits, but for that of the head.
@@ -129,24 +168,7 @@ class Linear(nnx.Module):
             self.kernel_scales = nnx.Param(scales, logical_axes=axes)
         if bias:
             self.bias = nnx.Param(jnp.zeros(sizes[1:], dtype), logical_axes=axes[1:])
-        lora = options.lora
-        if lora is not None and path in lora.targets:
-            # Kaiming-uniform with a = sqrt(5) has the bound 1 / sqrt(inputs).
-            bound = 1 / math.sqrt(sizes[0])
-            rank, self.scaling = lora.rank_and_scaling(path)
-            a = jax.random.uniform(
-                rngs.params(), (sizes[0], rank), minval=-bound, maxval=bound
-            )
-            self.lora_a = LoraParam(
-                a.astype(dtype), logical_axes=(axes[0], "lora_rank")
-            )
-            self.lora_b = LoraParam(
-                jnp.zeros((rank, sizes[1]), dtype),
-                logical_axes=("lora_rank", axes[1]),
-            )
-            if lora.use_dora:
-                lengths = jnp.linalg.norm(kernel, axis=0).astype(dtype)
-                self.lora_magnitude = LoraParam(lengths, logical_axes=axes[1:])
+        self._init_adapter(path, kernel, axes, options, rngs)
 
     def __call__(
         self, x: Float[Array, "B T I"], dropout_key: Key[Array, ""] | None = None
@@ -164,10 +186,10 @@ class Linear(nnx.Module):
                 if not lora.use_dora:
                     y += added
                 elif seen is x:
-                    y = self._dora_gain().astype(dtype) * (y + added)
+                    y = self._dora_gain(self._matrix()).astype(dtype) * (y + added)
                 else:
                     # As in PEFT, the base's change of length sees the dropout too.
-                    gain = self._dora_gain().astype(dtype)
+                    gain = self._dora_gain(self._matrix()).astype(dtype)
                     y += (gain - 1) * self._multiply(seen) + gain * added
         if hasattr(self, "bias"):
             y += self.bias[...].astype(dtype)
@@ -179,16 +201,10 @@ class Linear(nnx.Module):
             return x @ self.kernel[...].astype(self.options.compute_dtype)
         return multiply(x, self.kernel_codes[...], self.kernel_scales[...])
 
-    def _dora_gain(self) -> Float[Array, "O"]:
-        return dora_gain(
-            self.kernel[...]
-            if hasattr(self, "kernel")
-            else dequantize(self.kernel_codes[...], self.kernel_scales[...]),
-            self.lora_a[...],
-            self.lora_b[...],
-            self.lora_magnitude[...],
-            self.scaling,
-        )
+    def _matrix(self) -> Float[Array, "I O"]:
+        if hasattr(self, "kernel"):
+            return self.kernel[...]
+        return dequantize(self.kernel_codes[...], self.kernel_scales[...])
 
 
 def dora_gain(
@@ -282,7 +298,7 @@ class Attention(nnx.Module):
             rngs,
             bias=config.o_bias,
         )
-        if config.family.qk_norm:
+        if config.family.qk_norm == "head":
             self.q_norm = RMSNorm(head_dim, None, options)
             self.k_norm = RMSNorm(head_dim, None, options)
 
@@ -298,7 +314,7 @@ class Attention(nnx.Module):
             y.reshape(*y.shape[:2], -1, config.head_dim)
             for y in self._queries_keys_values(x, dropout_key)
         )
-        if config.family.qk_norm:
+        if config.family.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *rotary), rotate(k, *rotary)
         q = constrain(q, ("batch", "sequence", "heads", None))
@@ -364,7 +380,7 @@ class Mlp(nnx.Module):
         return self.down_proj(inner, dropout_key)
 
 
-class Embedding(nnx.Module):
+class Embedding(Adapted):
     """Token vectors, with an adapter's part; Gemma's are scaled by sqrt(width)."""
 
     def __init__(self, options: Options, rngs: nnx.Rngs) -> None:
@@ -373,20 +389,7 @@ class Embedding(nnx.Module):
         sizes = (config.vocab_size, config.hidden_size)
         table = config.initializer_range * jax.random.normal(rngs.params(), sizes)
         self.embedding = nnx.Param(table.astype(dtype), logical_axes=("vocab", "embed"))
-        lora = options.lora
-        if lora is not None and "embed_tokens" in lora.targets:
-            rank, self.scaling = lora.rank_and_scaling("embed_tokens")
-            # As in PEFT, the other way round than beside a kernel.
-            b = jax.random.normal(rngs.params(), (rank, sizes[1]))
-            self.lora_a = LoraParam(
-                jnp.zeros((sizes[0], rank), dtype), logical_axes=("vocab", "lora_rank")
-            )
-            self.lora_b = LoraParam(
-                b.astype(dtype), logical_axes=("lora_rank", "embed")
-            )
-            if lora.use_dora:
-                lengths = jnp.linalg.norm(table, axis=0).astype(dtype)
-                self.lora_magnitude = LoraParam(lengths, logical_axes=("embed",))
+        self._init_adapter("embed_tokens", table, ("vocab", "embed"), options, rngs)
 
     def __call__(self, tokens: Int32[Array, "B T"]) -> Float[Array, "B T D"]:
         config, dtype = self.options.config, self.options.compute_dtype
@@ -397,42 +400,24 @@ class Embedding(nnx.Module):
                 low = jnp.take(self.lora_a[...], tokens, axis=0).astype(dtype)
                 x += low * self.scaling @ self.lora_b[...].astype(dtype)
                 if lora.use_dora:
-                    x *= dora_gain(
-                        self.embedding[...],
-                        self.lora_a[...],
-                        self.lora_b[...],
-                        self.lora_magnitude[...],
-                        self.scaling,
-                    ).astype(dtype)
+                    x *= self._dora_gain(self.embedding[...]).astype(dtype)
         if config.family.scale_embeddings:
             # The factor itself is rounded to the compute type, as transformers does.
             x *= jnp.asarray(math.sqrt(config.hidden_size), dtype)
         return x
 
 
-class TiedHead(nnx.Module):
+class TiedHead(Adapted):
     """The adapter of a head that is the embedding, E^T [D V]; head.py applies it."""
 
     def __init__(
         self, table: Float[Array, "V D"], options: Options, rngs: nnx.Rngs
     ) -> None:
-        assert options.lora is not None  # `Ends` makes it for an adapter only
-        rank, _ = options.lora.rank_and_scaling("lm_head")
-        dtype = jnp.dtype(options.param_dtype)
-        (vocab, width), bound = table.shape, 1 / math.sqrt(table.shape[1])
-        a = jax.random.uniform(
-            rngs.params(), (width, rank), minval=-bound, maxval=bound
-        )
-        self.lora_a = LoraParam(a.astype(dtype), logical_axes=("embed", "lora_rank"))
-        self.lora_b = LoraParam(
-            jnp.zeros((rank, vocab), dtype), logical_axes=("lora_rank", "vocab")
-        )
-        if options.lora.use_dora:
-            lengths = jnp.linalg.norm(table.astype(jnp.float32), axis=1).astype(dtype)
-            self.lora_magnitude = LoraParam(lengths, logical_axes=("vocab",))
+        matrix = table.astype(jnp.float32).T
+        self._init_adapter("lm_head", matrix, ("embed", "vocab"), options, rngs)
 
 
-class Ends(nnx.Module):
+class EmbeddingAndHead(nnx.Module):
     """The parts on either side of the layers: embedding, final norm, unembedding."""
 
     def __init__(self, options: Options, rngs: nnx.Rngs) -> None:

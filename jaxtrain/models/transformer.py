@@ -17,39 +17,35 @@ from jaxtyping import Array, Float, Float32, Int32, Key
 
 from jaxtrain.kernels.attention.api import attention, plan_attention
 from jaxtrain.kernels.attention.partition import Layout
-from jaxtrain.kernels.attention.reference import attend_block
 from jaxtrain.kernels.linear_cross_entropy.api import linear_log_probs
-from jaxtrain.models.binding import (
-    adapted_paths,
-    axes_of,
-    bind,
-    init_module,
-    linear_paths,
-)
+from jaxtrain.models.binding import axes_of, init_module, linear_paths
+from jaxtrain.models.cache import Cache, decode, init_cache
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.decoder_layer import DecoderLayer
 from jaxtrain.models.head import (
     END_TARGETS,
-    add_to_logits,
     get_unembedding,
     make_head_adapter,
+    unembed,
 )
 from jaxtrain.models.layers import (
     Attend,
-    Ends,
-    LogicalAxes,
+    EmbeddingAndHead,
     LoraShape,
     MapShards,
     Options,
-    Rotary,
     on_one_device,
 )
 from jaxtrain.models.moe import RouterLoad, load_balancing_loss
-from jaxtrain.models.quantization import CODES, SCALES, Quantization, is_quantized
-from jaxtrain.models.rope import rotary_tables
-from jaxtrain.types import Batch, Params, TokenLogProbs
-
-Cache = dict[str, Array]
+from jaxtrain.models.parts import (
+    bind_ends,
+    layer_binder,
+    layer_rotary,
+    layer_windows,
+    scanned_layers,
+)
+from jaxtrain.models.quantization import Quantization
+from jaxtrain.types import Batch, LogicalAxes, Params, TokenLogProbs
 
 _policies = jax.checkpoint_policies
 # What a layer keeps for the backward pass; all else is computed again. "full" keeps
@@ -128,20 +124,7 @@ class Decoder:
                 f" {', '.join(REMAT_POLICIES)}"
             )
         if self.lora is not None:
-            modules = self.linear_kernels() | END_TARGETS
-            unknown = sorted(self.lora.targets - modules)
-            if unknown or not self.lora.targets:
-                raise ValueError(
-                    f"lora.targets: {unknown or 'none given'}; a layer's modules are"
-                    f" {', '.join(sorted(modules))}"
-                )
-            drops = self.lora.use_dora and self.lora.dropout > 0
-            if drops and "lm_head" in self.lora.targets:
-                raise ValueError(
-                    "lora.use_dora with lora_dropout on lm_head would compute all"
-                    " logits twice, with and without dropout: set lora_dropout = 0, or"
-                    " leave lm_head out of target_modules"
-                )
+            _check_adapters(self.lora, self.linear_kernels() | END_TARGETS)
 
     def describe(self) -> str:
         """What the numbers depend on beside the weights, as one line."""
@@ -167,7 +150,7 @@ class Decoder:
         layer_keys = jax.random.split(layers_key, self.config.num_hidden_layers)
         make_layer = functools.partial(init_module, DecoderLayer, self._options)
         return {
-            **init_module(Ends, self._options, ends_key),
+            **init_module(EmbeddingAndHead, self._options, ends_key),
             "layers": jax.vmap(make_layer)(layer_keys),
         }
 
@@ -188,7 +171,7 @@ class Decoder:
         """
 
         return {
-            **axes_of(Ends, self._options),
+            **axes_of(EmbeddingAndHead, self._options),
             "layers": axes_of(DecoderLayer, self._options, ("layers",)),
         }
 
@@ -231,34 +214,10 @@ class Decoder:
         reason = self.why_no_shared_prompts(tokens.shape[1])
         if prompt_ids is not None and reason:
             raise ValueError(f"prompt_ids: {reason}; give each completion a row")
-        ends = self._ends(params)
-        windows = self._windows(tokens.shape[1])
-        choices = tuple(dict.fromkeys(windows))
-        by_segments = self.packed or prompt_ids is not None
-        heads = (self.config.num_attention_heads, self.config.head_dim)
-        queries = jax.ShapeDtypeStruct((*tokens.shape, *heads), self.compute_dtype)
-        branches: list[Callable[..., Array]] = []
-        for window in choices:
-            options: dict[str, Any] = {
-                "segment_ids": segment_ids if by_segments else None,
-                "prompt_ids": prompt_ids,
-                "window": window,
-                "softcap": self.config.attn_logit_softcapping,
-                "implementation": self.attention,
-                "layout": self.layout,
-            }
-            branches.append(
-                functools.partial(
-                    attention,
-                    **options,
-                    scale=self.config.attention_scale,
-                    schedule=plan_attention(queries, **options),
-                )
-            )
-        choice_of_layer = jnp.asarray([choices.index(w) for w in windows])
-        rotary_of_layer = self._rotary(positions, segment_ids)
-        bind_layer = self._layer_binder(params)
-
+        ends = bind_ends(self._options, params)
+        attend_of_layer = _attention_over_rows(self, tokens, segment_ids, prompt_ids)
+        rotary_of_layer = layer_rotary(self.config, positions, segment_ids)
+        bind_layer = layer_binder(self._options, params)
         is_token = segment_ids != 0
 
         def body(
@@ -266,17 +225,13 @@ class Decoder:
         ) -> tuple[Array, RouterLoad | None]:
             layer_params, index = inputs
             x = checkpoint_name(x, "layer_input")
-
-            def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
-                if len(branches) == 1:
-                    return branches[0](q, k, v), None
-                return jax.lax.switch(choice_of_layer[index], branches, q, k, v), None
-
             key = (
                 None if dropout_key is None else jax.random.fold_in(dropout_key, index)
             )
             layer = bind_layer(layer_params)
-            x, _, load = layer(x, rotary_of_layer(index), attend, is_token, key)
+            x, _, load = layer(
+                x, rotary_of_layer(index), attend_of_layer(index), is_token, key
+            )
             return x, load
 
         policy = REMAT_POLICIES[self.remat]
@@ -287,7 +242,7 @@ class Decoder:
             x = ends.embed_tokens(tokens)
             x = self.constrain(x, ("batch", "sequence", "embed"))
         with jax.named_scope("layers"):
-            layers = self._scanned_layers(params)
+            layers = scanned_layers(self._options, params)
             x, load = jax.lax.scan(body, x, layers, unroll=not self.scan_layers)
         with jax.named_scope("final_norm"):
             return ends.norm(x), load
@@ -298,7 +253,11 @@ class Decoder:
         A window counts places in the row, where the second completion is further from
         the prompt than its positions say. Longrope goes by a whole document's length.
         """
-        windows = [window for window in self._windows(length) if window is not None]
+        windows = [
+            window
+            for window in layer_windows(self.config, length)
+            if window is not None
+        ]
         if windows:
             return f"the model's window of {min(windows)} is shorter than a row"
         ropes = map(self.config.rope_of, self.config.layer_types)
@@ -315,7 +274,7 @@ class Decoder:
     ) -> Float32[Array, "B T V"]:
         """Scores of every next token, after the final soft cap; for short rows."""
         hidden = self.hidden_states(params, tokens, positions, segment_ids)
-        return self._unembed(params, hidden)
+        return unembed(self._options, params, hidden)
 
     def token_log_probs(
         self,
@@ -348,49 +307,16 @@ class Decoder:
                     f"with_router_loss: a {self.config.model_type} has no router"
                 )
             router_loss = load_balancing_loss(load)
-        table, vocab_axis = get_unembedding(self.config, params)
-        layout = self.layout or Layout()
-        with jax.named_scope("loss_head"):
-            adapter = make_head_adapter(
-                self.config,
-                params,
-                self.lora,
-                hidden.reshape(-1, hidden.shape[-1]),
-                dropout_key,
-            )
-            if adapter is not None:
-                low = adapter.low.reshape(*hidden.shape[:2], -1)
-                adapter = adapter._replace(low=layout.join_tokens(low))
-            outputs = linear_log_probs(
-                self.constrain(layout.join_tokens(hidden), ("tokens", "embed")),
-                table,
-                layout.join_tokens(batch.targets),
-                vocab_axis=vocab_axis,
-                softcap=self.config.final_logit_softcapping,
-                chunk=self.loss_chunk,
-                with_collision=with_collision,
-                adapter=adapter,
-                shards=layout.count(
-                    layout.fitting(layout.vocab, self.config.vocab_size)
-                ),
-            )
-        rows = (layout.split_tokens(x, batch.targets.shape) for x in outputs)
-        return dataclasses.replace(TokenLogProbs(*rows), router_loss=router_loss)
+        outputs = _score_targets(
+            self, params, hidden, batch.targets, dropout_key, with_collision
+        )
+        return dataclasses.replace(outputs, router_loss=router_loss)
 
     # --- one step at a time ------------------------------------------------------
 
     def init_cache(self, batch: int, max_len: int) -> Cache:
         """An empty cache for `decode`: room for `max_len` tokens in each row."""
-        config = self.config
-        sizes = (config.num_hidden_layers, batch, max_len)
-        heads = (config.num_key_value_heads, config.head_dim)
-        return {
-            "key": jnp.zeros(sizes + heads, self.compute_dtype),
-            "value": jnp.zeros(sizes + heads, self.compute_dtype),
-            "positions": jnp.zeros(sizes[1:], jnp.int32),
-            "segment_ids": jnp.zeros(sizes[1:], jnp.int32),
-            "length": jnp.zeros((), jnp.int32),
-        }
+        return init_cache(self._options, batch, max_len)
 
     def decode(
         self,
@@ -411,75 +337,7 @@ class Decoder:
         Raises:
             ValueError: this call alone has more tokens than the cache has places.
         """
-        batch, length = tokens.shape
-        places = cache["positions"].shape[1]
-        if length > places:
-            raise ValueError(f"{length} tokens do not fit a cache of max_len={places}")
-        if segment_ids is None:
-            segment_ids = jnp.ones_like(tokens)
-        start = cache["length"]
-        cache = cache | {
-            name: jax.lax.dynamic_update_slice(cache[name], new, (0, start))
-            for name, new in (("positions", positions), ("segment_ids", segment_ids))
-        }
-        windows = self._windows(places)
-        choices = tuple(dict.fromkeys(windows))
-        choice_of_layer = jnp.asarray([choices.index(w) for w in windows])
-        readable = jnp.stack(
-            [_readable(cache, start, positions, segment_ids, w) for w in choices]
-        )
-        rotary_of_layer = self._rotary(positions, segment_ids)
-        bind_layer = self._layer_binder(params)
-
-        def body(
-            carry: tuple[Array, Array, Array], inputs: tuple[Params, Array]
-        ) -> tuple[tuple[Array, Array, Array], None]:
-            x, keys, values = carry
-            layer_params, index = inputs
-            allowed = readable[choice_of_layer[index]]
-            attend = self._attend_to_cache(keys, values, index, start, allowed)
-            layer = bind_layer(layer_params)
-            x, (keys, values), _ = layer(
-                x, rotary_of_layer(index), attend, segment_ids != 0
-            )
-            return (x, keys, values), None
-
-        ends = self._ends(params)
-        layers = self._scanned_layers(params)
-        carry = (ends.embed_tokens(tokens), cache["key"], cache["value"])
-        (x, keys, values), _ = jax.lax.scan(body, carry, layers)
-        last = length - 1 - jnp.argmax(segment_ids[:, ::-1] != 0, axis=1)
-        hidden = ends.norm(x[jnp.arange(batch), last][:, None])
-        cache |= {"key": keys, "value": values, "length": start + length}
-        return self._unembed(params, hidden)[:, 0], cache
-
-    def _attend_to_cache(
-        self, keys: Array, values: Array, layer: Array, start: Array, allowed: Array
-    ) -> Attend:
-        """Write this layer's keys and values at `start`; read all that is allowed."""
-
-        def attend(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, Array]]:
-            at = (layer, 0, start, 0, 0)
-            written = (
-                jax.lax.dynamic_update_slice(keys, k[None], at),
-                jax.lax.dynamic_update_slice(values, v[None], at),
-            )
-            keys_read, values_read = (
-                jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in written
-            )
-            context = attend_block(
-                q,
-                keys_read,
-                values_read,
-                allowed,
-                softcap=self.config.attn_logit_softcapping,
-                scale=self.config.attention_scale,
-            )
-            return context, written
-
-        return attend
-
-    # --- shared ------------------------------------------------------------------
+        return decode(self._options, params, tokens, positions, cache, segment_ids)
 
     @property
     def _options(self) -> Options:
@@ -493,106 +351,94 @@ class Decoder:
             quantization=self.quantization,
         )
 
-    def _ends(self, params: Params) -> Ends:
-        ends = {name: leaf for name, leaf in params.items() if name != "layers"}
-        return bind(Ends, self._adapted_options(ends), ends)
 
-    def _layer_binder(self, params: Params) -> Callable[[Params], DecoderLayer]:
-        """A function from one layer's weights to its module, adapters where present."""
-        options = self._adapted_options(params["layers"])
-        return functools.partial(bind, DecoderLayer, options)
-
-    def _adapted_options(self, part: Params) -> Options:
-        """The options of a part of the model: adapters where its weights have them."""
-        adapted = adapted_paths(part)
-        if adapted and self.lora is None:
-            raise ValueError(
-                f"params hold adapters of {sorted(adapted)}, but the decoder has no"
-                " LoraShape to scale them by; pass lora=LoraShape(...)"
+def _attention_over_rows(
+    decoder: Decoder, tokens: Array, segment_ids: Array, prompt_ids: Array | None
+) -> Callable[[Array], Attend]:
+    """A function from a layer's number to its attention over whole rows."""
+    windows = layer_windows(decoder.config, tokens.shape[1])
+    choices = tuple(dict.fromkeys(windows))
+    by_segments = decoder.packed or prompt_ids is not None
+    heads = (decoder.config.num_attention_heads, decoder.config.head_dim)
+    queries = jax.ShapeDtypeStruct((*tokens.shape, *heads), decoder.compute_dtype)
+    branches: list[Callable[..., Array]] = []
+    for window in choices:
+        options: dict[str, Any] = {
+            "segment_ids": segment_ids if by_segments else None,
+            "prompt_ids": prompt_ids,
+            "window": window,
+            "softcap": decoder.config.attn_logit_softcapping,
+            "implementation": decoder.attention,
+            "layout": decoder.layout,
+        }
+        branches.append(
+            functools.partial(
+                attention,
+                **options,
+                scale=decoder.config.attention_scale,
+                schedule=plan_attention(queries, **options),
             )
-        lora = self.lora and dataclasses.replace(self.lora, targets=adapted)
-        quantization = self.quantization if is_quantized(part) else None
-        return dataclasses.replace(self._options, lora=lora, quantization=quantization)
+        )
+    choice_of_layer = jnp.asarray([choices.index(w) for w in windows])
 
-    def _scanned_layers(self, params: Params) -> tuple[Params, Array]:
-        """What the scan runs over: each layer's weights and its number.
+    def attend(index: Array, q: Array, k: Array, v: Array) -> tuple[Array, None]:
+        if len(branches) == 1:
+            return branches[0](q, k, v), None
+        return jax.lax.switch(choice_of_layer[index], branches, q, k, v), None
 
-        Weights of matrix products are cast here, all at once: cast within the scan,
-        a second copy of them would be stacked up for the backward pass.
-        """
-
-        def cast(path: tuple[Any, ...], leaf: Array) -> Array:
-            is_whole = path[-1].key in ("scale", "lora_magnitude", CODES, SCALES)
-            return leaf if is_whole else leaf.astype(self.compute_dtype)
-
-        layers = jax.tree_util.tree_map_with_path(cast, params["layers"])
-        return layers, jnp.arange(self.config.num_hidden_layers)
-
-    def _windows(self, length: int) -> list[int | None]:
-        """Each layer's window; None where it reaches over all `length` tokens."""
-        windows = map(self.config.window_of, self.config.layer_types)
-        return [w if w is not None and w < length else None for w in windows]
-
-    def _rotary(
-        self, positions: Int32[Array, "B T"], segment_ids: Int32[Array, "B T"]
-    ) -> Callable[[Array], Rotary]:
-        """A function from a layer's number to its rotary tables, computed once."""
-        config = self.config
-        ropes = [config.rope_of(kind) for kind in config.layer_types]
-        choices = tuple(dict.fromkeys(ropes))
-        with jax.named_scope("rotary"):
-            tables = [
-                rotary_tables(rope, config.head_dim, positions, segment_ids)
-                for rope in choices
-            ]
-        if len(tables) == 1:
-            return lambda index: tables[0]
-        cos, sin = (jnp.stack(parts) for parts in zip(*tables, strict=True))
-        choice_of_layer = jnp.asarray([choices.index(rope) for rope in ropes])
-
-        def rotary_of_layer(index: Array) -> Rotary:
-            choice = choice_of_layer[index]
-            return cos[choice], sin[choice]
-
-        return rotary_of_layer
-
-    def _unembed(
-        self, params: Params, hidden: Float[Array, "B T D"]
-    ) -> Float32[Array, "B T V"]:
-        table, vocab_axis = get_unembedding(self.config, params)
-        rows = hidden.reshape(-1, hidden.shape[-1])
-        with jax.named_scope("unembed"):
-            logits = jnp.einsum(
-                "BTD,VD->BTV" if vocab_axis == 0 else "BTD,DV->BTV",
-                hidden,
-                table.astype(self.compute_dtype),
-                preferred_element_type=jnp.float32,
-            )
-            adapter = make_head_adapter(self.config, params, self.lora, rows)
-            logits = add_to_logits(logits, adapter)
-        logits = self.constrain(logits, ("batch", "sequence", "vocab"))
-        cap = self.config.final_logit_softcapping
-        return logits if cap is None else cap * jnp.tanh(logits / cap)
+    return lambda index: functools.partial(attend, index)
 
 
-def _readable(
-    cache: Cache,
-    start: Int32[Array, ""],
-    positions: Int32[Array, "B T"],
-    segment_ids: Int32[Array, "B T"],
-    window: int | None,
-) -> Array:
-    """Which places of the cache each new token reads: a mask [B T S].
+def _score_targets(
+    decoder: Decoder,
+    params: Params,
+    hidden: Float[Array, "B T D"],
+    targets: Int32[Array, "B T"],
+    dropout_key: Array | None,
+    with_collision: bool,
+) -> TokenLogProbs:
+    """What the loss head makes of hidden states; it never holds all logits."""
+    table, vocab_axis = get_unembedding(decoder.config, params)
+    layout = decoder.layout or Layout()
+    with jax.named_scope("loss_head"):
+        adapter = make_head_adapter(
+            decoder.config,
+            params,
+            decoder.lora,
+            hidden.reshape(-1, hidden.shape[-1]),
+            dropout_key,
+        )
+        if adapter is not None:
+            low = adapter.low.reshape(*hidden.shape[:2], -1)
+            adapter = adapter._replace(low=layout.join_tokens(low))
+        outputs = linear_log_probs(
+            decoder.constrain(layout.join_tokens(hidden), ("tokens", "embed")),
+            table,
+            layout.join_tokens(targets),
+            vocab_axis=vocab_axis,
+            softcap=decoder.config.final_logit_softcapping,
+            chunk=decoder.loss_chunk,
+            with_collision=with_collision,
+            adapter=adapter,
+            shards=layout.count(
+                layout.fitting(layout.vocab, decoder.config.vocab_size)
+            ),
+        )
+    rows = (layout.split_tokens(x, targets.shape) for x in outputs)
+    return TokenLogProbs(*rows)
 
-    The window counts positions, not places: padding between a prompt and what follows
-    it takes places.
-    """
-    place = jnp.arange(cache["positions"].shape[1])
-    own_place = start + jnp.arange(positions.shape[1])
-    own_segment, segment = segment_ids[:, :, None], cache["segment_ids"][:, None]
-    allowed = (segment == own_segment) & (segment != 0)
-    allowed &= place <= own_place[:, None]
-    if window is not None:
-        distance = positions[:, :, None] - cache["positions"][:, None]
-        allowed &= distance < window
-    return allowed
+
+def _check_adapters(lora: LoraShape, modules: frozenset[str]) -> None:
+    """Refuse adapters that `modules` do not take."""
+    unknown = sorted(lora.targets - modules)
+    if unknown or not lora.targets:
+        raise ValueError(
+            f"lora.targets: {unknown or 'none given'}; a layer's modules are"
+            f" {', '.join(sorted(modules))}"
+        )
+    if lora.use_dora and lora.dropout > 0 and "lm_head" in lora.targets:
+        raise ValueError(
+            "lora.use_dora with lora_dropout on lm_head would compute all logits twice,"
+            " with and without dropout: set lora_dropout = 0, or leave lm_head out of"
+            " target_modules"
+        )

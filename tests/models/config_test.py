@@ -121,7 +121,7 @@ def test_qwen_slides_only_where_it_is_told_to() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"model_type": "mamba"}, "'mamba' is not a family.*llama, mistral"),
+        ({"model_type": "mamba"}, "'mamba' is not a family.*llama, qwen2"),
         ({"model_type": "gemma3"}, "'gemma3' is not a family.*gemma3_text"),
         ({"attention_dropout": 0.1}, "attention_dropout = 0.1"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxtrain.models import REMAT_POLICIES, Decoder, LoraShape, layers
+from jaxtrain.models.parts import layer_windows
 from jaxtrain.tree import overlay
 from jaxtrain.types import Batch, Params
 
@@ -221,7 +222,7 @@ def test_the_layers_share_one_schedule_of_blocks(mixed, packed) -> None:
     program = jax.make_jaxpr(functools.partial(model.hidden_states, **rows))(params)
     (scan,) = (e for e in program.eqns if e.primitive.name == "scan")
     assert "argsort" not in str(scan.params["jaxpr"])
-    windows = len(set(model._windows(LENGTH)))
+    windows = len(set(layer_windows(model.config, LENGTH)))
     sorts = 3  # key blocks, query blocks, and query blocks by their visits
     assert str(program).count("name=argsort") == sorts * windows
 
