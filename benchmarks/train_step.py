@@ -24,7 +24,7 @@ import numpy as np
 from step_cases import SHAPES, WARMUP, Case, get_case, make_parser, run_cases
 
 from jaxtrain import lora
-from jaxtrain.models import Decoder, LoraShape, ModelConfig
+from jaxtrain.models import Decoder, ModelConfig
 from jaxtrain.models.quantization import Quantization
 from jaxtrain.objectives import make_objective
 from jaxtrain.optimizers import optim
@@ -120,11 +120,10 @@ def run_case(name: str, options: argparse.Namespace) -> dict[str, Any]:
     params = jax.jit(decoder.init)(jax.random.key(0))
     frozen: Any = {}
     if case.lora:
-        targets = lora.resolve_targets(settings, params)
         adapters = lora.init_adapters(jax.random.key(1), params, settings)
         trainable, frozen = lora.trainable_and_frozen(params, adapters, settings)
-        lora_shape = LoraShape(16, settings.scaling, 0.0, frozenset(targets))
-        scorer = dataclasses.replace(decoder, lora=lora_shape)
+        shape = lora.make_shape(settings, params)
+        scorer = dataclasses.replace(decoder, lora=shape)
     else:
         trainable, scorer = params, decoder
         if case.pairs:

@@ -15,11 +15,10 @@ from jaxtrain.lora import (
     LoraConfig,
     init_adapters,
     load_adapter,
+    make_shape,
     merge_into_base,
-    resolve_ranks,
     resolve_targets,
     save_adapter,
-    ties_adapters,
     trainable_and_frozen,
 )
 from jaxtrain.models.config import ModelConfig
@@ -140,16 +139,7 @@ def test_gradients_of_the_ends_are_those_of_peft(case, tmp_path):
         alpha_pattern=options.get("alpha_pattern", {}),
         **{name: True for name in names},
     )
-    ranks = resolve_ranks(lora, tree)
-    own = tuple((path, *rank) for path, rank in ranks.items())
-    shape = LoraShape(
-        r=RANK,
-        scaling=lora.scaling,
-        targets=frozenset(ranks),
-        own=own,
-        use_dora=lora.use_dora,
-        ties_head=ties_adapters(lora, tree),
-    )
+    shape = make_shape(lora, tree)
     decoder = Decoder(config, compute_dtype="float32", lora=shape, loss_chunk=4)
     ones = np.ones_like(TOKENS)[:, :-1]
     batch = Batch(

@@ -13,15 +13,13 @@ from jaxtrain.lora import (
     LoraConfig,
     init_adapters,
     load_adapter,
+    make_shape,
     merge_into_base,
-    resolve_ranks,
     resolve_targets,
     save_adapter,
-    ties_adapters,
     trainable_and_frozen,
 )
 from jaxtrain.models.config import ModelConfig
-from jaxtrain.models.layers import LoraShape
 from jaxtrain.models.transformer import Decoder
 from jaxtrain.tree import overlay
 
@@ -144,19 +142,7 @@ def torch_logits(model):
 
 def our_logits(config, params, lora=None):
     """Logits of our decoder, with the adapters of `params` if `lora` is given."""
-    if lora is None:
-        shape = None
-    else:
-        ranks = resolve_ranks(lora, params)
-        shape = LoraShape(
-            r=lora.r,
-            scaling=lora.scaling,
-            dropout=lora.dropout,
-            targets=frozenset(ranks),
-            own=tuple((path, *rank) for path, rank in ranks.items()),
-            use_dora=lora.use_dora,
-            ties_head=ties_adapters(lora, params),
-        )
+    shape = lora and make_shape(lora, params)
     decoder = Decoder(
         ModelConfig.from_hf(config.to_dict()), compute_dtype="float32", lora=shape
     )

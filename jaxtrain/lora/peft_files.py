@@ -254,6 +254,25 @@ def read_settings(path: str | pathlib.Path) -> LoraConfig:
     )
 
 
+# What a configuration calls these settings; the others have the same names there.
+_SECTION_NAMES = {"alpha": "lora_alpha", "dropout": "lora_dropout"}
+
+
+def settings_from(section: Any) -> LoraConfig:
+    """The settings of `training.lora`, or of the adapter that its `init_from` names.
+
+    Raises:
+        ValueError: that adapter cannot be read.
+    """
+    if section.init_from:
+        settings = read_settings(section.init_from)
+        return dataclasses.replace(settings, dropout=section.lora_dropout)
+    names = [field.name for field in dataclasses.fields(LoraConfig)]
+    return LoraConfig(
+        **{name: getattr(section, _SECTION_NAMES.get(name, name)) for name in names}
+    )
+
+
 def _that_match(patterns: Mapping[str, Any] | None, names: list[str]) -> dict[str, Any]:
     """Those that match an adapter's name.
 

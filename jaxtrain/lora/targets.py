@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from jaxtrain.models.layers import LoraShape
 from jaxtrain.models.quantization import CODES, kernel_shape
 from jaxtrain.tree import get as tree_get
 
@@ -67,6 +68,8 @@ class LoraConfig:
         if not isinstance(self.target_modules, str):
             object.__setattr__(self, "target_modules", tuple(self.target_modules))
         object.__setattr__(self, "modules_to_save", tuple(self.modules_to_save))
+        for key in ("rank_pattern", "alpha_pattern"):
+            object.__setattr__(self, key, getattr(self, key) or {})
         if self.init_lora_weights not in INITS:
             raise ValueError(
                 f"lora.init_lora_weights = {self.init_lora_weights!r} is unknown:"
@@ -337,6 +340,24 @@ def resolve_ranks(
                 " tells them apart, have no meaning there: unset one of these"
             )
     return ranks
+
+
+def make_shape(lora: LoraConfig, base_tree: Mapping[str, Any]) -> LoraShape:
+    """The adapters of a decoder with these weights.
+
+    Raises:
+        ValueError: the settings do not fit the weights.
+    """
+    ranks = resolve_ranks(lora, base_tree)
+    return LoraShape(
+        r=lora.r,
+        scaling=lora.scaling,
+        dropout=lora.dropout,
+        targets=frozenset(ranks),
+        own=tuple((path, *rank) for path, rank in sorted(ranks.items())),
+        use_dora=lora.use_dora,
+        ties_head=ties_adapters(lora, base_tree),
+    )
 
 
 def _why_not_experts(tree: Mapping[str, Any]) -> str:

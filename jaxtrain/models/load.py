@@ -25,7 +25,7 @@ from jaxtrain.models.quantization import (
     is_quantized,
     quantize_tree,
 )
-from jaxtrain.models.transformer import Decoder, LoraShape
+from jaxtrain.models.transformer import Decoder
 from jaxtrain.objectives import next_token
 from jaxtrain.types import Batch, Metrics, PairBatch, Params
 
@@ -293,18 +293,7 @@ def make_decoder(
     )
     if run.lora is None:
         return decoder
-    settings = lora_config(run)
-    base = decoder.abstract_params()
-    ranks = lora.resolve_ranks(settings, base)
-    shape = LoraShape(
-        r=settings.r,
-        scaling=settings.scaling,
-        dropout=settings.dropout,
-        targets=frozenset(ranks),
-        own=tuple((path, *rank) for path, rank in sorted(ranks.items())),
-        use_dora=settings.use_dora,
-        ties_head=lora.ties_adapters(settings, base),
-    )
+    shape = lora.make_shape(lora_config(run), decoder.abstract_params())
     if run.lora.ensure_weight_tying and not run.lora.init_from and not shape.ties_head:
         raise ValueError(
             "training.lora.ensure_weight_tying = True: this run gives no adapter to an"
@@ -320,26 +309,9 @@ def lora_config(run: RunConfig) -> lora.LoraConfig:
     Raises:
         ValueError: this run trains no adapters.
     """
-    section = run.lora
-    if section is None:
+    if run.lora is None:
         raise ValueError("training.lora.enabled = False: this run has no adapters")
-    if section.init_from:
-        settings = lora.read_settings(section.init_from)
-        return dataclasses.replace(settings, dropout=section.lora_dropout)
-    return lora.LoraConfig(
-        r=section.r,
-        alpha=section.lora_alpha,
-        dropout=section.lora_dropout,
-        target_modules=section.target_modules,
-        bias=section.bias,
-        use_rslora=section.use_rslora,
-        modules_to_save=section.modules_to_save,
-        use_dora=section.use_dora,
-        init_lora_weights=section.init_lora_weights,
-        rank_pattern=section.rank_pattern or {},
-        alpha_pattern=section.alpha_pattern or {},
-        ensure_weight_tying=section.ensure_weight_tying,
-    )
+    return lora.settings_from(run.lora)
 
 
 def router_loss_coefficient(run: RunConfig, config: ModelConfig) -> float:

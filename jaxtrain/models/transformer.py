@@ -253,11 +253,7 @@ class Decoder:
         A window counts places in the row, where the second completion is further from
         the prompt than its positions say. Longrope goes by a whole document's length.
         """
-        windows = [
-            window
-            for window in layer_windows(self.config, length)
-            if window is not None
-        ]
+        windows = [w for w in layer_windows(self.config, length) if w is not None]
         if windows:
             return f"the model's window of {min(windows)} is shorter than a row"
         ropes = map(self.config.rope_of, self.config.layer_types)
