@@ -21,7 +21,6 @@ import jax
 import optax
 
 from jaxtrain import loop, objectives, sharding, step
-from jaxtrain.checkpoint import CheckpointManager
 from jaxtrain.config import RunConfig
 from jaxtrain.data.batches.dataset import PreparedDataset
 from jaxtrain.models.config import ModelConfig
@@ -36,6 +35,7 @@ from jaxtrain.passes.reference import ReferenceScorer, describe
 from jaxtrain.record import diagnostics, writers
 from jaxtrain.record.throughput import ThroughputMeter, peak_flops
 from jaxtrain.run import export
+from jaxtrain.run.checkpoint import CheckpointManager
 from jaxtrain.run.feed import Feed, Prepared
 from jaxtrain.run.sampler import make_sampler
 from jaxtrain.tree import overlay

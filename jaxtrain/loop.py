@@ -14,7 +14,6 @@ import jax
 import numpy as np
 
 from jaxtrain.batch import AnyBatch
-from jaxtrain.checkpoint import CheckpointManager
 from jaxtrain.config import RunConfig, diff
 from jaxtrain.data.batches.dataset import PreparedDataset
 from jaxtrain.data.batches.pipeline import BatchIterator
@@ -35,6 +34,7 @@ from jaxtrain.record.throughput import (
     device_utilization,
     host_memory,
 )
+from jaxtrain.run.checkpoint import CheckpointManager
 from jaxtrain.run.feed import Feed
 from jaxtrain.run.preemption import Preempted, PreemptionWatch, Watchdog
 from jaxtrain.step import EvalStep, TrainStep

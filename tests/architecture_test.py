@@ -12,7 +12,6 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # that stands here by its dotted name is a unit of its own, apart from its folder. Every
 # module belongs to one, every permission is used, and no unit can reach itself.
 ALLOWED: dict[str, set[str]] = {
-    "checkpoint": set(),
     "models.families": set(),
     "tree": set(),
     "schema": {"tree"},
@@ -46,7 +45,6 @@ ALLOWED: dict[str, set[str]] = {
     },
     "record": {"batch", "types"},
     "run": {
-        "checkpoint",
         "config",
         "data.batches",
         "data.stream",
@@ -61,7 +59,6 @@ ALLOWED: dict[str, set[str]] = {
     "step": {"record", "tree", "types"},
     "loop": {
         "batch",
-        "checkpoint",
         "config",
         "data.batches",
         "data.stream",
@@ -87,7 +84,6 @@ ALLOWED: dict[str, set[str]] = {
     },
     "passes": {"data.batches", "models.load", "objectives", "run", "step", "types"},
     "build": {
-        "checkpoint",
         "config",
         "data.batches",
         "loop",

@@ -17,7 +17,7 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxtrain.checkpoint import (
+from jaxtrain.run.checkpoint import (
     CheckpointManager,
     CheckpointMismatchError,
 )
@@ -307,7 +307,7 @@ def test_nothing_on_disk_is_a_pickle(tmp_path):
 
 _ENDLESS_SAVES = """
 import sys, jax
-from jaxtrain.checkpoint import CheckpointManager
+from jaxtrain.run.checkpoint import CheckpointManager
 manager = CheckpointManager(sys.argv[1], save_total_limit=2)
 make = jax.jit(lambda step: jax.random.normal(jax.random.key(step), (2048, 4096)))
 for step in range((manager.latest_step() or 0) + 1, 1000):
@@ -375,7 +375,7 @@ def test_remains_of_an_interrupted_deletion_are_no_checkpoint(tmp_path):
 _ONE_OF_TWO_PROCESSES = """
 import sys, jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtrain.checkpoint import CheckpointManager
+from jaxtrain.run.checkpoint import CheckpointManager
 directory, address, rank = sys.argv[1], sys.argv[2], int(sys.argv[3])
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(address, 2, rank)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
+from jaxtrain.models.families import FAMILIES
 from jaxtrain.objectives.options import PreferenceOptions
 from jaxtrain.schema import (
     DERIVED,
@@ -24,7 +25,6 @@ from jaxtrain.schema import (
     schema_of,
     unset,
 )
-from jaxtrain.models.families import FAMILIES
 from jaxtrain.tree import dotted
 
 if TYPE_CHECKING:  # which cannot compute a Literal

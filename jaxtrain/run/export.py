@@ -8,10 +8,10 @@ from typing import Any
 import jax
 
 from jaxtrain import lora
-from jaxtrain.checkpoint import CheckpointManager
 from jaxtrain.config import RunConfig
 from jaxtrain.models.hf_save import save_pretrained
 from jaxtrain.models.load import LoadedModel, lora_config
+from jaxtrain.run.checkpoint import CheckpointManager
 from jaxtrain.types import Params, TrainState
 
 logger = logging.getLogger(__name__)
