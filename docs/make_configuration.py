@@ -1,119 +1,137 @@
-"""Write docs/configuration.md from configs/base.py: its keys, defaults and comments.
+"""Write docs/configuration.md from the declarations in jaxtrain/config/sections.py.
 
 python docs/make_configuration.py
 """
 
 import ast
-import io
+import inspect
+import itertools
 import pathlib
-import tokenize
+import typing
 from collections.abc import Iterator
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-SOURCE = ROOT / "configs" / "base.py"
-OUTPUT = ROOT / "docs" / "configuration.md"
+from jaxtrain import schema
+from jaxtrain.config.sections import (
+    LORA_LEARNING_RATES,
+    NESTED_SECTIONS,
+    PLAIN_SECTIONS,
+    SCHEMA,
+    TRAINING_SECTIONS,
+    TYPE_DEFAULTS,
+    DpoSection,
+    LoraSection,
+    TrainingType,
+)
 
-# Function of base.py: where its keys stand.
-SECTIONS = {
-    "model": "model",
-    "data": "data",
-    "training": "training",
-    "hyperparameters": "training",
-    "lora": "training.lora",
-    "dpo": "training.dpo",
-    "mesh": "mesh",
-}
+OUTPUT = pathlib.Path(__file__).resolve().parent / "configuration.md"
 HEADER = """# Configuration
 
-Every key of [configs/base.py](../configs/base.py), from which this page is generated
-(`python docs/make_configuration.py`). Set a key in a config file, on the command line
-(`--config.training.dpo.beta=0.2`) or in YAML (`training: {dpo: {beta: 0.2}}`).
+Every key, from its declaration in
+[jaxtrain/config/sections.py](../jaxtrain/config/sections.py), of which this page is
+made (`python docs/make_configuration.py`). Set a key in a config file, on the command
+line (`--config.training.dpo.beta=0.2`) or in YAML (`training: {dpo: {beta: 0.2}}`).
 
 The block of the active `training.training_type` (from_scratch, sft, lora or dpo) may
-hold any key of `training` too, and overrides it. A key that is unknown, of a wrong
-type or without effect beside the others is refused, all of them at once.
+hold any key of `training` too, and overrides it: training.dpo.learning_rate is DPO's.
+What another type's block says is not read, and the log says so. A key that is unknown,
+of a wrong type or without effect beside the others is refused, all of them at once.
 """
+TABLE = "\n| key | default | allowed | what it does |\n|---|---|---|---|\n"
 
 
-def comments_by_line(source: str) -> tuple[dict[int, str], dict[int, str]]:
-    """(whole-line comments, comments behind code), by line number."""
-    whole, behind = {}, {}
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            text = token.string.lstrip("#").strip()
-            alone = token.line.lstrip().startswith("#")
-            (whole if alone else behind)[token.start[0]] = text
-    return whole, behind
+def documentation(section: type) -> dict[str, str]:
+    """The text below each field of a dataclass, inherited ones too, in one line."""
+    texts: dict[str, str] = {}
+    for each in reversed(section.__mro__[:-1]):
+        (node,) = ast.parse(inspect.getsource(each)).body
+        assert isinstance(node, ast.ClassDef)
+        for field, below in itertools.pairwise(node.body):
+            match field, below:
+                case (
+                    ast.AnnAssign(target=ast.Name(name)),
+                    ast.Expr(value=ast.Constant(str(text))),
+                ):
+                    texts[name] = " ".join(text.split())
+    return texts
 
 
-def rows(
-    node: ast.Dict,
-    prefix: str,
-    whole: dict[int, str],
-    behind: dict[int, str],
-) -> Iterator[tuple[str, str, str]]:
-    """(key, default, what it does) of a dict display, sub-dicts included."""
-    for key, value in zip(node.keys, node.values, strict=True):
-        if not isinstance(key, ast.Constant) or _is_block(value):
-            continue  # general keys, and blocks that repeat them: listed elsewhere
-        above, line = [], key.lineno - 1
-        while line in whole and not whole[line].startswith("---"):
-            above.insert(0, whole[line])
-            line -= 1
-        lines = range(key.lineno, (value.end_lineno or key.lineno) + 1)
-        if isinstance(value, ast.Dict):
-            lines = range(key.lineno, key.lineno + 1)
-        text = " ".join([*above, *(behind[n] for n in lines if n in behind)])
-        path = f"{prefix}.{key.value}"
-        if isinstance(value, ast.Dict):
-            yield path, "", text
-            yield from rows(value, path, whole, behind)
+def row(path: str, *cells: str) -> str:
+    escaped = (cell.replace("|", r"\|") for cell in cells)
+    return f"| `{path}` | {' | '.join(escaped)} |\n"
+
+
+def key_row(path: str, leaf: schema.Leaf, text: str) -> str:
+    """A key's default, what it may hold, and what it does."""
+    allowed = schema.describe(leaf.hint)
+    for unit in leaf.all(schema.Unit):
+        allowed += f" ({unit.name})"
+    for readers in leaf.all(schema.ReadBy):
+        text += f" Read by {', '.join(readers.names)}."
+    default = "unset" if leaf.default is None else f"`{leaf.default!r}`"
+    return row(path, default, allowed, text)
+
+
+def rows(section: type, prefix: str) -> Iterator[str]:
+    """A row for each key of a section, its sub-sections' after a row of their own."""
+    texts, shared = documentation(section), getattr(section, "ONLY_IF", None)
+    for name, entry in schema.schema_of(section).items():
+        path = f"{prefix}.{name}"
+        if isinstance(entry, schema.Leaf):
+            own = [each for each in entry.all(schema.OnlyIf) if each is not shared]
+            yield key_row(path, entry, " ".join([texts[name], *map(needs, own)]))
         else:
-            yield path, default_of(value), text
+            below = typing.get_type_hints(section)[name]
+            yield row(path, "", "a section", inspect.getdoc(below) or "")
+            yield from rows(below, path)
 
 
-def _is_block(value: ast.expr) -> bool:
-    """Whether a value only takes over other sections: `{**dpo(), ...}`."""
-    if isinstance(value, ast.Dict):
-        return all(key is None for key in value.keys)
-    return isinstance(value, ast.Call) and ast.unparse(value.func) == "all_unset"
+def needs(condition: schema.OnlyIf) -> str:
+    """The condition of a key's effect as a sentence."""
+    value = condition.value
+    state = "" if value is True else f" {value}" if value else " unset"
+    return f"Only with {condition.key}{state}."
 
 
-def default_of(value: ast.expr) -> str:
-    """A default as a reader writes it; `unset` where nothing is."""
-    if isinstance(value, ast.Call):
-        if ast.unparse(value.func) == "unset":
-            return "unset"
-        inner = ast.unparse(value.args[0]) if value.args else ""
-        return "unset" if inner == "None" else f"`{inner}`"
-    return f"`{ast.unparse(value)}`"
+def section_text(section: type, prefix: str) -> str:
+    """A section's docstring and its table."""
+    text = inspect.getdoc(section) or ""
+    if hasattr(section, "ONLY_IF"):
+        text += f" {needs(section.ONLY_IF)}"
+    return f"\n{text}\n{TABLE}{''.join(rows(section, prefix))}"
 
 
-def make_page(source: str) -> str:
-    """The page for base.py's source."""
-    whole, behind = comments_by_line(source)
-    functions = {
-        node.name: node
-        for node in ast.parse(source).body
-        if isinstance(node, ast.FunctionDef)
-    }
+def defaults_by_type() -> str:
+    types = typing.get_args(TrainingType)
+    text = "\nDefaults by type:\n\n| key |" + "".join(f" {name} |" for name in types)
+    text += "\n" + "|---" * (len(types) + 1) + "|\n"
+    for key in TYPE_DEFAULTS["sft"]:
+        values = [f"{TYPE_DEFAULTS[name][key]}" for name in types]
+        text += row(f"training.{key}", *values)
+    rates = ", ".join(f"{name} {rate}" for name, rate in LORA_LEARNING_RATES.items())
+    return text + f"\nWith training.lora.enabled the learning rate is {rates}.\n"
+
+
+def make_page() -> str:
     parts = [HEADER]
-    for name, prefix in SECTIONS.items():
-        function = functions[name]
-        if name != "hyperparameters":
-            parts.append(f"\n## {prefix}\n")
-        docstring = ast.get_docstring(function)
-        if docstring:
-            parts.append(f"```text\n{docstring}\n```\n")
-        parts.append("| key | default | what it does |\n|---|---|---|")
-        returned = next(n for n in function.body if isinstance(n, ast.Return))
-        assert isinstance(returned.value, ast.Dict)
-        for key, default, text in rows(returned.value, prefix, whole, behind):
-            parts.append(
-                f"| `{key}` | {default} | {text.replace('|', chr(92) + '|')} |"
-            )
-    return "\n".join(parts) + "\n"
+
+    def add(heading: str, *texts: str) -> None:
+        parts.append("".join((f"\n## {heading}\n", *texts)))
+
+    add("model", section_text(PLAIN_SECTIONS["model"], "model"))
+    add("data", section_text(PLAIN_SECTIONS["data"], "data"))
+    training_type = SCHEMA["training"]["training_type"]
+    general = [section_text(each, "training") for each in TRAINING_SECTIONS.values()]
+    nested = [
+        section_text(each, f"training.{name}") for name, each in NESTED_SECTIONS.items()
+    ]
+    what = "What is trained, and how."
+    first = TABLE + key_row("training.training_type", training_type, what)
+    add("training", first, defaults_by_type(), *general, *nested)
+    add("training.lora", section_text(LoraSection, "training.lora"))
+    add("training.dpo", section_text(DpoSection, "training.dpo"))
+    add("mesh", section_text(PLAIN_SECTIONS["mesh"], "mesh"))
+    return "".join(parts)
 
 
 if __name__ == "__main__":
-    OUTPUT.write_text(make_page(SOURCE.read_text()))
+    OUTPUT.write_text(make_page())

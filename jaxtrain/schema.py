@@ -1,8 +1,9 @@
 """Dataclass fields as configuration keys. It knows types and bounds, but no key's name.
 
-A frozen dataclass is a section: its fields' annotations say what each key may hold and
-its defaults what it holds if nobody sets it. `None` is "unset" everywhere. From these
-come the `ConfigDict` that the command line overrides and every check of what was set.
+A frozen dataclass is a section. The annotation of a field says what the key may hold,
+and its default what it holds if nobody sets it. `None` means "unset" everywhere. From
+these come the `ConfigDict` that the command line overrides, every check of what was
+set, and docs/configuration.md.
 """
 
 import dataclasses
@@ -11,11 +12,13 @@ import math
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal, TypeAlias, Union
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar, Union
 
 from ml_collections import ConfigDict, FieldReference
 
 from jaxtrain.tree import dotted
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,11 +64,57 @@ FractionBelowOne = Annotated[float, Bound(0, 1, open_high=True)]
 
 
 @dataclasses.dataclass(frozen=True)
+class OnlyIf:
+    """The condition without which setting a key has no effect.
+
+    The resolved value of `key`, a full key, must be `value` (`True`: any true value).
+    `otherwise` is the reason that the log gives where it is not.
+    """
+
+    key: str
+    value: object = True
+    otherwise: str = ""
+
+    def reason(self, found: Any) -> str:
+        """Why a key has no effect if `key` is `found`; "" if it has."""
+        if (found and self.value is True) or found == self.value:
+            return ""
+        shown = str(found).lower() if isinstance(found, bool) else found
+        return self.otherwise or f"{self.key.removeprefix('training.')} is {shown}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """What a number counts, for the documentation."""
+
+    name: str
+
+
+class ByType:
+    """The default of a DERIVED key for each training type, in their order."""
+
+    def __init__(self, *values: Any) -> None:
+        self.values = values
+
+
+class ReadBy:
+    """The options of another key that read this one; others would ignore it."""
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+
+
+@dataclasses.dataclass(frozen=True)
 class Leaf:
-    """One key: its annotation, and its default (None: unset)."""
+    """One key: its annotation, its default (None: unset), and facts about it."""
 
     hint: Any
     default: Any
+    facts: tuple[Any, ...] = ()
+
+    def all(self, kind: type[T]) -> list[T]:
+        """The facts of one kind, such as `Unit`."""
+        return [fact for fact in self.facts if isinstance(fact, kind)]
 
 
 # The default of a field that is unset in a configuration but never in a resolved run:
@@ -76,20 +125,39 @@ Schema: TypeAlias = dict[str, Any]  # of Leaf, or of Schema for a section
 
 
 def schema_of(section: type) -> Schema:
-    """The keys of a dataclass; a field that is itself a dataclass is a sub-section."""
+    """The keys of a dataclass; a field that is itself a dataclass is a sub-section.
+
+    A class attribute `ONLY_IF` is a condition of every key of the section.
+    """
     hints = typing.get_type_hints(section, include_extras=True)
+    shared = (section.ONLY_IF,) if hasattr(section, "ONLY_IF") else ()
     schema: Schema = {}
     for field in dataclasses.fields(section):
         hint = hints[field.name]
-        nested = dataclasses.is_dataclass(hint)
-        schema[field.name] = schema_of(hint) if nested else Leaf(hint, field.default)
+        if dataclasses.is_dataclass(hint):
+            schema[field.name] = schema_of(typing.cast(type, hint))
+            continue
+        bounded, facts = _split(hint)
+        schema[field.name] = Leaf(bounded, field.default, shared + facts)
     return schema
 
 
-def unset(schema: Schema) -> Schema:
-    """The same keys with no default."""
+def _split(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+    """An annotation with nothing but its bound, and the other facts that it holds."""
+    if typing.get_origin(hint) is not Annotated:
+        return hint, ()
+    bare, *facts = typing.get_args(hint)
+    if not isinstance(facts[0], Bound):
+        return bare, tuple(facts)
+    return Annotated[bare, facts[0]], tuple(facts[1:])
+
+
+def unset(schema: Schema, *facts: Any) -> Schema:
+    """The same keys with no default, and with other facts."""
     return {
-        name: Leaf(entry.hint, None) if isinstance(entry, Leaf) else unset(entry)
+        name: Leaf(entry.hint, None, facts + tuple(entry.all(ByType)))
+        if isinstance(entry, Leaf)
+        else unset(entry, *facts)
         for name, entry in schema.items()
     }
 
@@ -148,7 +216,7 @@ def defaults(schema: Schema) -> dict[str, Any]:
     }
 
 
-def build(section: Any, values: Mapping[str, Any]) -> Any:
+def build(section: type[T], values: Mapping[str, Any]) -> T:
     """An instance of a dataclass from checked values, sub-sections included."""
     hints = typing.get_type_hints(section)
     return section(
@@ -156,7 +224,7 @@ def build(section: Any, values: Mapping[str, Any]) -> Any:
             field.name: build(hints[field.name], values[field.name])
             if dataclasses.is_dataclass(hints[field.name])
             else values[field.name]
-            for field in dataclasses.fields(section)
+            for field in dataclasses.fields(section)  # type: ignore[arg-type]
         }
     )
 

@@ -26,6 +26,7 @@ from jaxtrain.config import (
     to_config_dict,
 )
 from jaxtrain.config.sections import GENERAL_KEYS, SCHEMA, TYPE_DEFAULTS
+from jaxtrain.schema import OnlyIf
 from jaxtrain.tree import dotted
 
 CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
@@ -746,6 +747,88 @@ def test_a_dpo_contradiction_is_refused_by_its_key(
     problems = problems_of(training(training_type="dpo", dpo=keys))
     assert len(problems) == 1, problems
     assert f"training.dpo.{problem}" in problems[0]
+
+
+@pytest.mark.parametrize(
+    ("config", "key"),
+    [
+        # (a refused key, and one whose complaint would rest on its default)
+        ({"training": {"optimizer": "sdg", "momentum": 0.9}}, "training.optimizer"),
+        (
+            {"training": {"sft": {"optimizer": "sdg"}, "momentum": 0.9}},
+            "training.sft.optimizer",
+        ),
+        (
+            {"training": {"lr_scheduler_type": "wdd",
+                          "lr_scheduler_kwargs": {"num_decay_steps": 3}}},
+            "training.lr_scheduler_type",
+        ),
+        (
+            {"training": {"training_type": "lroa", "lora": {"quantization": "nf4"}}},
+            "training.training_type",
+        ),
+        (
+            {"training": {"load_best_model_at_end": True, "save_steps": 20,
+                          "eval_steps": "10"}},
+            "training.eval_steps",
+        ),
+        ({"mesh": {"data": "2", "tensor": 4}}, "mesh.data"),
+        (
+            {"training": {"num_gpus": "2"}, "mesh": {"data": 2}},
+            "training.num_gpus",
+        ),
+        (
+            {"training": {"curriculum": {"enabled": True, "start_length": 2000,
+                                         "end_length": 0}}},
+            "training.curriculum.end_length",
+        ),
+        (
+            {"training": {"max_steps": "9"}, "data": {"streaming": True}},
+            "training.max_steps",
+        ),
+        (
+            {"training": {"training_type": "from_scratch"},
+             "model": {"architecture": {"num_attention_heads": 0, "hidden_size": 33}}},
+            "model.architecture.num_attention_heads",
+        ),
+        (
+            {"training": {"training_type": "dpo",
+                          "dpo": {"loss_type": "robst", "label_smoothing": 0.1}}},
+            "training.dpo.loss_type",
+        ),
+        (
+            {"training": {"training_type": "dpo",
+                          "dpo": {"loss_type": "exo_pair", "label_smoothing": 1.5}}},
+            "training.dpo.label_smoothing",
+        ),
+        (
+            {"training": {"generation": 3, "metric_for_best_model": "bleu"}},
+            "training.generation",
+        ),
+    ],
+)  # fmt: skip
+def test_a_refused_key_causes_no_second_complaint(
+    config: dict[str, Any], key: str
+) -> None:
+    problems = problems_of(config, device_count=6)
+    assert [problem.split(" = ")[0] for problem in problems] == [key]
+
+
+def test_a_valid_value_of_the_block_is_judged_though_the_general_one_is_refused() -> (
+    None
+):
+    problems = problems_of(
+        training(optimizer="sdg", momentum=0.9, sft={"optimizer": "lion"})
+    )
+    assert len(problems) == 2
+    assert "training.momentum = 0.9: optimizer 'lion' does not read it" in problems[1]
+
+
+def test_the_conditions_of_keys_name_keys() -> None:
+    keys = dotted(SCHEMA)
+    conditions = {each.key for leaf in keys.values() for each in leaf.all(OnlyIf)}
+    assert len(conditions) > 5
+    assert conditions <= keys.keys()
 
 
 def test_infinity_and_nan_are_no_numbers() -> None:

@@ -1,14 +1,16 @@
 """The configuration files: base.py is complete, the others run as they stand."""
 
+import dataclasses
 import pathlib
 import runpy
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import pytest
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from jaxtrain.config import default_config, diff, resolve
+from jaxtrain.config import default_config, diff, resolve, sections
 
 CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
 RUNNABLE = ("from_scratch", "sft", "lora", "dpo")
@@ -36,13 +38,73 @@ def load(path: pathlib.Path | str, *arguments: str) -> ConfigDict:
     return holder.value
 
 
-def test_base_lists_every_key_with_the_packages_type_and_default() -> None:
+def stored_type(hint: Any) -> type:
+    """The type of a ConfigDict's key for an annotation; object: any literal."""
+    arms = set(get_args(hint)) - {NoneType}
+    if get_origin(hint) in (Union, UnionType):
+        return stored_type(arms.pop()) if len(arms) == 1 else object
+    if get_origin(hint) is Literal:
+        (kind,) = {type(value) for value in arms}
+        return kind
+    return hint if hint in (bool, int, float, str) else object
+
+
+def declared_keys(section: type, prefix: str) -> dict[str, tuple[type, Any]]:
+    """Every key of a section with its stored type and default, sub-sections too."""
+    keys: dict[str, tuple[type, Any]] = {}
+    for field in dataclasses.fields(section):
+        hint, path = get_type_hints(section)[field.name], f"{prefix}.{field.name}"
+        if dataclasses.is_dataclass(hint):
+            keys |= declared_keys(hint, path)
+        else:
+            keys[path] = (stored_type(hint), field.default)
+    return keys
+
+
+def test_base_has_every_declared_key_with_its_type_and_default() -> None:
+    general: dict[str, tuple[type, Any]] = {}
+    for section in sections.TRAINING_SECTIONS.values():
+        general |= declared_keys(section, "training")
+    for name, section in sections.NESTED_SECTIONS.items():
+        general |= declared_keys(section, f"training.{name}")
+    declared = {"training.training_type": (str, "sft"), **general}
+    for name, section in sections.PLAIN_SECTIONS.items():
+        declared |= declared_keys(section, name)
+    for name in RUNNABLE:  # a block holds every general key, unset
+        declared |= {
+            key.replace("training.", f"training.{name}.", 1): (kind, None)
+            for key, (kind, _) in general.items()
+        }
+    declared |= declared_keys(sections.LoraSection, "training.lora")
+    declared |= declared_keys(sections.DpoSection, "training.dpo")
     listed = keys_of(runpy.run_path(str(CONFIGS / "base.py"))["get_config"]())
-    known = keys_of(default_config())
-    assert listed.keys() == known.keys()
-    for key, (listed_type, default) in listed.items():
-        assert (listed_type, default) == known[key], key
-        assert type(default) is type(known[key][1]), key
+    assert listed == declared
+    for key, (_, default) in listed.items():
+        assert type(default) is type(declared[key][1]), key
+
+
+@pytest.mark.parametrize(
+    ("key", "kind"),
+    [
+        ("data.max_length", int),
+        ("data.packing", bool),
+        ("data.train", object),
+        ("mesh.data", int),
+        ("model.export_dtype", str),
+        ("model.architecture.rope_scaling", object),
+        ("training.deepspeed.zero_stage", int),
+        ("training.learning_rate", float),
+        ("training.max_grad_norm", float),
+        ("training.report_to", object),
+        ("training.dpo.beta", float),
+        ("training.dpo.fp16", bool),
+        ("training.dpo.loss_type", object),
+        ("training.lora.target_modules", object),
+        ("training.sft.run_name", str),
+    ],
+)
+def test_the_command_line_takes_a_key_as_its_type(key: str, kind: type) -> None:
+    assert keys_of(load(CONFIGS / "base.py"))[key][0] is kind
 
 
 @pytest.mark.parametrize("name", RUNNABLE)

@@ -1,8 +1,8 @@
 """ConfigDict -> RunConfig: what keys mean together, and all their problems at once.
 
-`configs/base.py` lists every key with what it does; `config_sections` gives each its
-type, bounds and default. A general training key is looked up in the block of the
-active training_type, then in `training`, then in `TYPE_DEFAULTS`.
+`sections` declares every key, and `rules` say what they mean together. A general
+training key is looked up in the block of the active training_type, then in `training`,
+then in `TYPE_DEFAULTS`.
 """
 
 import importlib.util
@@ -17,7 +17,7 @@ import yaml
 from ml_collections import ConfigDict
 
 from jaxtrain import schema
-from jaxtrain.config.rules import ConfigError, Resolver
+from jaxtrain.config.rules import ConfigError, resolve_sections
 from jaxtrain.config.sections import (
     PLAIN_SECTIONS,
     SCHEMA,
@@ -120,7 +120,7 @@ class RunConfig:
 
 
 def default_config() -> ConfigDict:
-    """Every key at its default, unlocked; `configs/base.py` writes out the same."""
+    """Every key at its default, unlocked."""
     return schema.to_config_dict(SCHEMA)
 
 
@@ -145,7 +145,7 @@ def resolve(
     if isinstance(config, ConfigManager):
         config = config.config_dict
     given = config.to_dict() if isinstance(config, ConfigDict) else config
-    return RunConfig(**Resolver(given, device_count).run())
+    return RunConfig(**resolve_sections(given, device_count))
 
 
 def to_config_dict(run: RunConfig) -> ConfigDict:

@@ -130,33 +130,36 @@ FDivergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_diverg
 class PreferenceOptions(Options):
     """Options of the DPO family, named as in TRL and with TRL's defaults.
 
-    Attributes:
-        beta: the strength of the tie to the reference.
-        loss_type: names of `PAIR_LOSSES`.
-        loss_weights: a factor for each loss. Unset, every factor is 1.
-        label_smoothing: the probability of a flipped label, for the losses that read
-            it.
-        conservative_smoothing: the same for the sigmoid loss. TRL has no such option.
-        reference_free: the reference is uniform; its log-probs count as 0.
-        precompute_ref_log_probs: the batch holds the reference's sums.
-        f_divergence_type: see `f_divergence_scores`, with `f_alpha_divergence_coef`.
-        ld_alpha: the weight of the tokens beyond the shorter completion, for the policy
-            and the reference alike. Unset, it is 1.
-        use_weighting: weigh the pairs by their likelihood under the policy (WPO).
+    The text below an option is its documentation, in docs/configuration.md too.
     """
 
     beta: Positive = 0.1
+    """Strength of the tie to the reference."""
     loss_type: tuple[Annotated[str, OneOf(PAIR_LOSSES)], ...] = ("sigmoid",)
+    """One loss or several."""
     loss_weights: tuple[float, ...] | None = None
+    """A factor for each loss_type. Unset: every factor is 1."""
     label_smoothing: FractionBelowOne = 0.0
+    """The probability of a flipped label: robust (below 0.5), exo_pair, aot and
+    aot_unpaired."""
     conservative_smoothing: FractionBelowHalf = 0.0
+    """The same for sigmoid (cDPO). TRL has no such option."""
     discopop_tau: Positive = 0.05
+    """discopop."""
     reference_free: bool = False
+    """The reference is uniform, its log-probs count as 0: there is no second model."""
     precompute_ref_log_probs: bool = False
+    """Score the reference once, before training, into <workdir>/reference, which frees
+    its memory. The batch then holds its sums."""
     f_divergence_type: FDivergence = "reverse_kl"
+    """The divergence from the reference (arXiv:2309.16240)."""
     f_alpha_divergence_coef: float = 0.5
+    """alpha_divergence."""
     ld_alpha: Fraction | None = None
+    """Weight of the tokens beyond the shorter completion, for the policy and the
+    reference alike (LD-DPO, arXiv:2409.06411). Unset: 1."""
     use_weighting: bool = False
+    """Weigh pairs by their likelihood under the policy (WPO, arXiv:2406.11827)."""
 
     def rules(self) -> tuple[Rule, ...]:
         """The rules of the DPO family."""
