@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtrain import assets
 from jaxtrain.config import resolve
+from jaxtrain.data.prepare.options import PrepareOptions
 from jaxtrain.data.prepare.prepare import prepare
 from jaxtrain.data.rows.tokenize import load_tokenizer
 from jaxtrain.models.load import make_plan
@@ -35,7 +36,9 @@ def make_data(tokenizer, *, last="sky"):
         for n in range(ROWS - 1)
     ]
     rows.append({"prompt": "Where?", "chosen": f" In the {last}", "rejected": " Here"})
-    return prepare(rows, tokenizer, objective="preference", max_length=64)
+    return prepare(
+        rows, tokenizer, PrepareOptions(objective="preference", max_length=64)
+    )
 
 
 def score(params, batch):

@@ -10,6 +10,7 @@ import pytest
 from jaxtrain import assets
 from jaxtrain.config import ConfigError, resolve
 from jaxtrain.data.batches.dataset import TokenStore
+from jaxtrain.data.prepare.options import PrepareOptions
 from jaxtrain.data.prepare.prepare import prepare
 from jaxtrain.data.rows.tokenize import load_tokenizer
 from jaxtrain.evaluation import samples
@@ -26,7 +27,9 @@ def tokenizer():
 
 
 def prepared(rows, tokenizer, objective="next_token", **options):
-    return prepare(rows, tokenizer, objective=objective, max_length=64, **options)
+    return prepare(
+        rows, tokenizer, PrepareOptions(objective=objective, max_length=64, **options)
+    )
 
 
 def test_prompts_are_what_precedes_the_answer_in_every_format(tokenizer):

@@ -9,6 +9,7 @@ green on a terminal). It exits with 1 if any row is bad.
 """
 
 import collections
+import dataclasses
 import functools
 import json
 import logging
@@ -26,8 +27,7 @@ from jaxtrain.config import RunConfig, default_config, resolve
 from jaxtrain.data.batches.dataset import TokenStore
 from jaxtrain.data.batches.mixture import Mixture
 from jaxtrain.data.loading import load_training_rows, prepare_options
-from jaxtrain.data.prepare.cache import Rows
-from jaxtrain.data.prepare.prepare import detect_row_format, prepare
+from jaxtrain.data.prepare.prepare import Rows, detect_row_format, prepare
 from jaxtrain.data.rows.formats import RowProblems, detect_format
 from jaxtrain.data.rows.places import name_rows
 from jaxtrain.data.rows.tokenize import PreTrainedTokenizerBase, load_tokenizer
@@ -55,20 +55,17 @@ def report(
     Raises:
         ValueError: the rows are of no known format, or none of them can be used.
     """
-    options = prepare_options(run) | {"on_bad_row": "skip"}
-    objective = options["objective"]
-    row_format = detect_row_format(
-        rows, objective, run.data.format, run.data.text_column
-    )
+    options = dataclasses.replace(prepare_options(run), on_bad_row="skip")
+    row_format = detect_row_format(rows, options)
     problems = RowProblems(
         "skip", shown=max(shown, 10), name_rows=functools.partial(name_rows, rows)
     )
-    prepared = prepare(rows, tokenizer, **options, problems=problems)
+    prepared = prepare(rows, tokenizer, options, problems)
     # Whole documents, a row each: their true lengths, and what is rendered.
-    whole = prepare(
-        rows, tokenizer, **options
-        | {"max_length": None, "max_prompt_length": None, "packing": None},
-    )  # fmt: skip
+    uncut = dataclasses.replace(
+        options, max_length=None, max_prompt_length=None, packing=None
+    )
+    whole = prepare(rows, tokenizer, uncut)
     lines = [f"format: {row_format.describe()}"]
     lines += _bad_rows(problems, len(rows))
     duplicates = count_duplicates(rows)

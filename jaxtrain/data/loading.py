@@ -3,7 +3,6 @@
 import logging
 import os
 import pathlib
-from typing import Any
 
 import datasets
 
@@ -17,11 +16,17 @@ from jaxtrain.data.batches.mixture import (
     parse_mixture,
     rows_per_epoch,
 )
-from jaxtrain.data.prepare.cache import Rows, prepare_cached
-from jaxtrain.data.prepare.prepare import prepare
+from jaxtrain.data.prepare.cache import prepare_cached
+from jaxtrain.data.prepare.options import PrepareOptions
+from jaxtrain.data.prepare.prepare import Rows, prepare
 from jaxtrain.data.rows.source import load_rows, looks_local
 from jaxtrain.data.rows.tokenize import PreTrainedTokenizerBase
-from jaxtrain.data.stream.batches import StreamDataset, StreamRows, prepare_stream
+from jaxtrain.data.stream.batches import (
+    StreamDataset,
+    StreamRows,
+    StreamSizes,
+    prepare_stream,
+)
 from jaxtrain.data.stream.source import HubSource, head, open_stream
 
 logger = logging.getLogger(__name__)
@@ -118,20 +123,14 @@ def _prepare_stream(
     run: RunConfig, rows: StreamRows, tokenizer: PreTrainedTokenizerBase
 ) -> StreamDataset:
     options = prepare_options(run)
-    del options["difficulty_column"]  # no curriculum over a stream
-    if options["packing"] is None:
+    if options.packing is None:
         logger.info(
             "data.packing = False: rows of a stream are padded to data.max_length = %d "
             "tokens, for the longest is not known",
             run.data.max_length,
         )
-    return prepare_stream(
-        rows,
-        tokenizer,
-        **options,
-        window_rows=run.data.stream_window_rows,
-        shuffle_buffer_size=run.data.shuffle_buffer_size,
-    )
+    sizes = StreamSizes(run.data.stream_window_rows, run.data.shuffle_buffer_size)
+    return prepare_stream(rows, tokenizer, options, sizes)
 
 
 def _prepare_all(
@@ -141,27 +140,27 @@ def _prepare_all(
         return _prepare_mixture(run, rows, tokenizer)
     options = prepare_options(run)
     if run.data.cache:
-        return prepare_cached(rows, tokenizer, run.data.cache_dir, **options)
-    return prepare(rows, tokenizer, **options)
+        return prepare_cached(rows, tokenizer, options, run.data.cache_dir)
+    return prepare(rows, tokenizer, options)
 
 
-def prepare_options(run: RunConfig) -> dict[str, Any]:
-    """The arguments of `prepare` that this configuration means."""
+def prepare_options(run: RunConfig) -> PrepareOptions:
+    """How this configuration wants its rows prepared."""
     packing = "bfd_split" if run.training_type == "from_scratch" else "bfd"
     by_column = run.curriculum.enabled and run.curriculum.column
-    return {
-        "objective": run.row_kind,
-        "max_length": run.data.max_length,
-        "max_prompt_length": run.dpo.max_prompt_length if run.dpo else None,
-        "packing": packing if run.data.packing else None,
-        "completion_only_loss": run.data.completion_only_loss,
-        "assistant_only_loss": run.data.assistant_only_loss,
-        "on_bad_row": run.data.on_bad_row,
-        "kind": run.data.format,
-        "text_column": run.data.text_column,
-        "difficulty_column": run.curriculum.column if by_column else None,
-        "share_prompts": run.data.share_prompts,
-    }
+    return PrepareOptions(
+        objective=run.row_kind,
+        max_length=run.data.max_length,
+        max_prompt_length=run.dpo.max_prompt_length if run.dpo else None,
+        packing=packing if run.data.packing else None,
+        completion_only_loss=run.data.completion_only_loss,
+        assistant_only_loss=run.data.assistant_only_loss,
+        on_bad_row=run.data.on_bad_row,
+        kind=run.data.format,
+        text_column=run.data.text_column,
+        difficulty_column=run.curriculum.column if by_column else None,
+        share_prompts=run.data.share_prompts,
+    )
 
 
 def _prepare_mixture(

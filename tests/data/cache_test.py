@@ -1,3 +1,4 @@
+import dataclasses
 import logging
 import os
 import subprocess
@@ -10,9 +11,10 @@ import pytest
 from jaxtrain.data.batches import dataset
 from jaxtrain.data.prepare import cache
 from jaxtrain.data.prepare.cache import cache_key, prepare_cached
+from jaxtrain.data.prepare.options import PrepareOptions
 
 ROWS = [{"text": "the sky"}, {"text": "is blue"}, {"text": "and green"}]
-OPTIONS = {"objective": "next_token", "max_length": 64}
+OPTIONS = PrepareOptions(objective="next_token", max_length=64)
 
 
 @pytest.fixture
@@ -32,8 +34,8 @@ def test_the_second_time_comes_from_disk_and_is_equal(
     bpe, tmp_path, count_prepares, caplog
 ):
     caplog.set_level(logging.INFO, logger="jaxtrain")
-    made = prepare_cached(ROWS, bpe, tmp_path, **OPTIONS)
-    found = prepare_cached(ROWS, bpe, tmp_path, **OPTIONS)
+    made = prepare_cached(ROWS, bpe, OPTIONS, tmp_path)
+    found = prepare_cached(ROWS, bpe, OPTIONS, tmp_path)
     assert len(count_prepares) == 1
     assert isinstance(found.stores[""].tokens, np.memmap)
     assert found.fingerprint == made.fingerprint and found.stats == made.stats
@@ -46,9 +48,11 @@ def test_the_second_time_comes_from_disk_and_is_equal(
 
 def test_data_tokenizer_and_options_are_in_the_key(bpe, marked_template):
     key = cache_key(ROWS, bpe, OPTIONS)
-    assert key == cache_key([dict(row) for row in ROWS], bpe, dict(OPTIONS))
+    assert key == cache_key(
+        [dict(row) for row in ROWS], bpe, dataclasses.replace(OPTIONS)
+    )
     assert key != cache_key(ROWS[::-1], bpe, OPTIONS)
-    assert key != cache_key(ROWS, bpe, OPTIONS | {"max_length": 65})
+    assert key != cache_key(ROWS, bpe, dataclasses.replace(OPTIONS, max_length=65))
     bpe.chat_template = marked_template
     assert key != cache_key(ROWS, bpe, OPTIONS)
     bpe.add_tokens(["sky"])
@@ -70,14 +74,14 @@ def test_files_have_the_key_of_their_content(bpe):
 def test_a_template_with_todays_date_is_not_cached(bpe, tmp_path, count_prepares):
     bpe.chat_template = "{{ strftime_now('%d') }}"
     for _ in range(2):
-        prepare_cached(ROWS, bpe, tmp_path, **OPTIONS)
+        prepare_cached(ROWS, bpe, OPTIONS, tmp_path)
     assert len(count_prepares) == 2
     assert not list(tmp_path.iterdir())
 
 
 def test_bad_rows_are_refused_and_leave_nothing(bpe, tmp_path):
     with pytest.raises(ValueError, match="row 1: text is empty"):
-        prepare_cached([*ROWS[:1], {"text": ""}], bpe, tmp_path, **OPTIONS)
+        prepare_cached([*ROWS[:1], {"text": ""}], bpe, OPTIONS, tmp_path)
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
 
@@ -88,9 +92,9 @@ def test_an_interrupted_write_is_not_taken_for_an_entry(bpe, tmp_path, monkeypat
 
     with monkeypatch.context() as patched:
         patched.setattr(dataset.PreparedDataset, "save", fail)
-        assert len(prepare_cached(ROWS, bpe, tmp_path, **OPTIONS)) == 3
+        assert len(prepare_cached(ROWS, bpe, OPTIONS, tmp_path)) == 3
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
-    assert len(prepare_cached(ROWS, bpe, tmp_path, **OPTIONS)) == 3
+    assert len(prepare_cached(ROWS, bpe, OPTIONS, tmp_path)) == 3
 
 
 @pytest.mark.slow
@@ -98,10 +102,11 @@ def test_processes_prepare_once_and_share(bpe, tmp_path):
     bpe.save_pretrained(tmp_path / "tokenizer")
     program = (
         "import logging, sys; logging.basicConfig(level=logging.INFO)\n"
-        "from jaxtrain.data.cache import prepare_cached\n"
-        "from jaxtrain.data.tokenize import load_tokenizer\n"
+        "from jaxtrain.data.prepare.cache import prepare_cached\n"
+        "from jaxtrain.data.prepare.options import PrepareOptions\n"
+        "from jaxtrain.data.rows.tokenize import load_tokenizer\n"
         "prepare_cached([{'text': 'the sky'}] * 2000, load_tokenizer(sys.argv[1]),"
-        " sys.argv[2], objective='next_token', max_length=64)"
+        " PrepareOptions(objective='next_token', max_length=64), sys.argv[2])"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "tokenizer"),
                str(tmp_path / "cache")]  # fmt: skip

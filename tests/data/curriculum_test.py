@@ -19,6 +19,7 @@ from jaxtrain.data.batches.curriculum import (
 )
 from jaxtrain.data.batches.dataset import DataStats, PreparedDataset, TokenStore
 from jaxtrain.data.batches.pipeline import make_train_iterator
+from jaxtrain.data.prepare.options import PrepareOptions
 from jaxtrain.data.prepare.prepare import prepare
 
 STATS = DataStats(0, 0, 0, 0, 0, 0, 0, 0, 0.0, 0.0)
@@ -198,7 +199,11 @@ def test_worker_processes_change_nothing():
 
 def test_packed_documents_share_rows_with_their_like(bpe):
     texts = [{"text": "the sky " * n} for n in [1, 2, 3, 1, 2, 25, 30, 4, 5, 2, 1, 3]]
-    data = prepare(texts, bpe, objective="next_token", max_length=128, packing="bfd")
+    data = prepare(
+        texts,
+        bpe,
+        PrepareOptions(objective="next_token", max_length=128, packing="bfd"),
+    )
     assert data.packed
     curriculum = section(start_length=16, end_length=128, num_buckets=2, steps=2)
     extended, plan = plan_first_pass(
@@ -241,7 +246,11 @@ def test_difficulty_is_needed_where_asked_for():
 def test_difficulty_comes_from_a_column(bpe, tmp_path):
     rows = [{"text": "the sky", "level": n} for n in (3, 1, 2.5)]
     data = prepare(
-        rows, bpe, objective="next_token", max_length=64, difficulty_column="level"
+        rows,
+        bpe,
+        PrepareOptions(
+            objective="next_token", max_length=64, difficulty_column="level"
+        ),
     )
     assert data.difficulty.tolist() == [3, 1, 2.5]
     data.save(tmp_path)
@@ -249,18 +258,26 @@ def test_difficulty_comes_from_a_column(bpe, tmp_path):
     rows[1]["level"] = "easy"
     with pytest.raises(ValueError, match=r"row 1: level is 'easy', expected a number"):
         prepare(
-            rows, bpe, objective="next_token", max_length=64, difficulty_column="level"
+            rows,
+            bpe,
+            PrepareOptions(
+                objective="next_token", max_length=64, difficulty_column="level"
+            ),
         )
 
 
 def test_the_difficulty_of_a_packed_row_is_the_mean_over_its_tokens(bpe):
     rows = [{"text": "the sky", "level": 1}, {"text": "the sky", "level": 2}]
     options = {"objective": "next_token", "max_length": 64}
-    packed = prepare(rows, bpe, packing="bfd", difficulty_column="level", **options)
+    packed = prepare(
+        rows, bpe, PrepareOptions(packing="bfd", difficulty_column="level", **options)
+    )
     assert packed.difficulty.tolist() == [1.5]
     rows[0]["text"] *= 30
     split = prepare(
-        rows, bpe, packing="bfd_split", difficulty_column="level", **options
+        rows,
+        bpe,
+        PrepareOptions(packing="bfd_split", difficulty_column="level", **options),
     )
     assert split.packed and set(split.difficulty) > {1.0}
     assert dataclasses.asdict(split.stats)["truncated"] == 0

@@ -10,6 +10,7 @@ from jaxtrain.config import default_config, resolve
 from jaxtrain.data.batches.mixture import Mixture, join, parse_mixture, rows_per_epoch
 from jaxtrain.data.batches.pipeline import RowOrder, make_train_iterator
 from jaxtrain.data.loading import load_training_rows, prepare_rows
+from jaxtrain.data.prepare.options import PrepareOptions
 from jaxtrain.data.prepare.prepare import prepare
 
 
@@ -91,7 +92,7 @@ def prepared_parts(bpe):
     options = {"objective": "next_token", "max_length": 64}
     first = [{"text": "the sky " * n} for n in (1, 2, 3)]
     second = [{"prompt": "Hello", "completion": " there" * n} for n in (1, 9)]
-    return [prepare(rows, bpe, **options) for rows in (first, second)]
+    return [prepare(rows, bpe, PrepareOptions(**options)) for rows in (first, second)]
 
 
 def test_joined_data_sets_have_each_others_rows(bpe):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from jaxtrain.batch import named_arrays
 from jaxtrain.data.batches.dataset import DataStats, PreparedDataset, TokenStore
 from jaxtrain.data.batches.pack import pack_best_fit
+from jaxtrain.data.prepare.options import PrepareOptions
 from jaxtrain.data.prepare.prepare import prepare
 
 LM = {"objective": "next_token", "max_length": 64}
@@ -91,7 +92,7 @@ def test_statistics_count_what_happened(bpe, caplog):
         {"prompt": "the sky", "completion": " is blue" * 40},
         {"prompt": None, "completion": "bad"},
     ]
-    prepared = prepare(rows, bpe, on_bad_row="skip", **LM)
+    prepared = prepare(rows, bpe, PrepareOptions(on_bad_row="skip", **LM))
     stats = prepared.stats
     assert (stats.rows, stats.bad_rows, stats.dropped, stats.truncated) == (4, 1, 1, 1)
     lengths = prepared.row_lengths()
@@ -109,8 +110,8 @@ def test_statistics_count_what_happened(bpe, caplog):
 @pytest.mark.parametrize("packing", ["bfd", "bfd_split", "wrapped"])
 def test_packing_needs_fewer_rows_and_keeps_the_tokens(packing, bpe):
     rows = [{"text": "the sky " * n} for n in (1, 2, 3, 90, 5, 8)]
-    plain = prepare(rows, bpe, objective="next_token", max_length=None)
-    packed = prepare(rows, bpe, packing=packing, **LM)
+    plain = prepare(rows, bpe, PrepareOptions(objective="next_token", max_length=None))
+    packed = prepare(rows, bpe, PrepareOptions(packing=packing, **LM))
     assert packed.row_length == 64
     assert packed.row_lengths().max() <= 64
     assert packed.stats.truncated == (packing == "bfd")
@@ -122,15 +123,15 @@ def test_packing_needs_fewer_rows_and_keeps_the_tokens(packing, bpe):
 def test_one_static_length_holds_the_longest_row(bpe):
     rows = [{"text": "the sky " * n} for n in (1, 20)]
     options = {"objective": "next_token", "max_length": 100, "pad_to_multiple": 8}
-    longest = prepare(rows, bpe, **options)
+    longest = prepare(rows, bpe, PrepareOptions(**options))
     assert longest.row_length == -(-longest.stats.max_length // 8) * 8
-    full = prepare(rows, bpe, pad_to="max_length", **options)
+    full = prepare(rows, bpe, PrepareOptions(pad_to="max_length", **options))
     assert full.row_length == 104
     assert full.batch(np.arange(2)).tokens.shape == (2, 104)
 
 
 def test_pairs_share_length_and_prompt(bpe):
-    pairs = prepare(PAIRS, bpe, objective="preference", max_length=64)
+    pairs = prepare(PAIRS, bpe, PrepareOptions(objective="preference", max_length=64))
     batch = pairs.batch(np.array([[0, 1], [-1, -1]]))
     assert set(batch.sides()) == {"chosen", "rejected"}
     for side in batch.sides().values():
@@ -150,8 +151,8 @@ def test_packed_pairs_stand_in_the_same_rows_on_both_sides(bpe):
         for a, b in ((1, 20), (8, 1), (2, 2), (1, 1), (3, 22))
     ]
     options = {"objective": "preference", "max_length": 64}
-    plain = prepare(rows, bpe, **options)
-    packed = prepare(rows, bpe, packing="bfd", **options)
+    plain = prepare(rows, bpe, PrepareOptions(**options))
+    packed = prepare(rows, bpe, PrepareOptions(packing="bfd", **options))
     assert len(packed) < len(plain) and packed.packed
     for store in packed.stores.values():
         assert store.row_lengths().max() <= 64
@@ -193,7 +194,7 @@ def test_labeled_rows_have_completions_of_other_prompts(bpe):
             ("the dog", " is lazy", True),
         )
     ]
-    data = prepare(rows, bpe, objective="labeled", max_length=64)
+    data = prepare(rows, bpe, PrepareOptions(objective="labeled", max_length=64))
     batch = data.batch(np.arange(-1, 3))
     assert batch.desirable.tolist() == [0, 1, 0, 1]
 
@@ -215,16 +216,16 @@ def test_labeled_rows_have_completions_of_other_prompts(bpe):
 
 
 def test_a_preference_is_two_labeled_rows(bpe):
-    data = prepare(PAIRS, bpe, objective="labeled", max_length=64)
+    data = prepare(PAIRS, bpe, PrepareOptions(objective="labeled", max_length=64))
     assert data.batch(np.arange(4)).desirable.tolist() == [1, 0, 1, 0]
     assert data.stats.rows == 2 and len(data) == 4
     rows = [{"prompt": "a", "completion": "b", "label": 2}]
     with pytest.raises(ValueError, match="row 0: label is 2, expected true or false"):
-        prepare(rows, bpe, objective="labeled", max_length=64)
+        prepare(rows, bpe, PrepareOptions(objective="labeled", max_length=64))
 
 
 def test_reference_log_probs_ride_along(bpe):
-    pairs = prepare(PAIRS, bpe, objective="preference", max_length=64)
+    pairs = prepare(PAIRS, bpe, PrepareOptions(objective="preference", max_length=64))
     with_logps = pairs.with_reference_logps(np.array([-1.0, -2]), np.array([-3.0, -4]))
     batch = with_logps.batch(np.array([[1, 0], [-1, 1]]))
     assert batch.ref_chosen_logps.tolist() == [[-2, -1], [0, -2]]
@@ -235,7 +236,7 @@ def test_reference_log_probs_ride_along(bpe):
 
 def test_saved_data_loads_memory_mapped_and_equal(bpe, tmp_path):
     for rows, objective in ((PAIRS, "preference"), ([{"text": "a"}], "next_token")):
-        made = prepare(rows, bpe, objective=objective, max_length=64)
+        made = prepare(rows, bpe, PrepareOptions(objective=objective, max_length=64))
         made.save(tmp_path / objective)
         loaded = PreparedDataset.load(tmp_path / objective)
         for store in loaded.stores.values():
@@ -248,24 +249,29 @@ def test_saved_data_loads_memory_mapped_and_equal(bpe, tmp_path):
 
 
 def test_the_fingerprint_tells_data_apart(bpe):
-    same = prepare(PAIRS, bpe, objective="preference", max_length=64)
-    again = prepare(PAIRS, bpe, objective="preference", max_length=64)
-    other = prepare(PAIRS[::-1], bpe, objective="preference", max_length=64)
+    same = prepare(PAIRS, bpe, PrepareOptions(objective="preference", max_length=64))
+    again = prepare(PAIRS, bpe, PrepareOptions(objective="preference", max_length=64))
+    other = prepare(
+        PAIRS[::-1], bpe, PrepareOptions(objective="preference", max_length=64)
+    )
     assert same.fingerprint == again.fingerprint != other.fingerprint
 
 
 def test_bad_rows_stop_the_data_set_before_training(bpe):
     rows = [{"text": "a"}, {"text": None}, {"text": "b"}, {"text": ""}]
     with pytest.raises(ValueError, match=r"2 of 4 rows.*row 1: text is None.*row 3"):
-        prepare(rows, bpe, **LM)
-    assert len(prepare(rows, bpe, on_bad_row="skip", batch_size=1, **LM)) == 2
+        prepare(rows, bpe, PrepareOptions(**LM))
+    assert (
+        len(prepare(rows, bpe, PrepareOptions(on_bad_row="skip", batch_size=1, **LM)))
+        == 2
+    )
 
 
 def test_rows_without_assistant_tokens_are_named(bpe):
     user, reply = ({"role": r, "content": "a"} for r in ("user", "assistant"))
     rows = [{"messages": [user, reply]}, {"messages": [user]}]
     with pytest.raises(ValueError, match=r"row 1: no token is the assistant's"):
-        prepare(rows, bpe, assistant_only_loss=True, **LM)
+        prepare(rows, bpe, PrepareOptions(assistant_only_loss=True, **LM))
 
 
 @pytest.mark.parametrize(
@@ -285,7 +291,7 @@ def test_rows_without_assistant_tokens_are_named(bpe):
 )
 def test_options_that_cannot_hold_are_refused(options, message, bpe):
     with pytest.raises(ValueError, match=message):
-        prepare([{"text": "a"}], bpe, **(LM | options))
+        prepare([{"text": "a"}], bpe, PrepareOptions(**(LM | options)))
 
 
 def test_nothing_left_to_train_on_is_refused(bpe):
@@ -293,13 +299,13 @@ def test_nothing_left_to_train_on_is_refused(bpe):
     with pytest.raises(
         ValueError, match=r"nothing to train on: of 1 rows.*raise max_len"
     ):
-        prepare([row], bpe, **LM)
+        prepare([row], bpe, PrepareOptions(**LM))
 
 
 def test_a_long_prompt_is_kept_by_its_end(bpe):
     row = PAIRS[0] | {"prompt": "Hello " * 80 + "Where is the sun?"}
     options = {"objective": "preference", "max_length": 64, "max_prompt_length": 8}
-    pairs = prepare([row], bpe, **options)
+    pairs = prepare([row], bpe, PrepareOptions(**options))
     batch = pairs.batch(np.array([0])).chosen
     length = int(np.argmax(batch.loss_mask[0])) + 1
     assert length == 8

@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 
 from jaxtrain.batch import named_arrays
 from jaxtrain.data.batches.pipeline import make_eval_iterator, make_train_iterator
+from jaxtrain.data.prepare.options import PrepareOptions
 from jaxtrain.data.prepare.prepare import prepare
 from jaxtrain.data.stream.batches import (
     BadRowsError,
     StreamIterator,
     StreamRows,
+    StreamSizes,
     join_states,
     prepare_stream,
 )
@@ -52,9 +54,11 @@ def stream(small, *paths, weights=None, **options):
     rows = StreamRows(
         tuple(open_stream(str(path)) for path in paths), weights or (1.0,) * len(paths)
     )
-    defaults = {"objective": "next_token", "max_length": 64, "window_rows": 5}
-    defaults["shuffle_buffer_size"] = 12
-    return prepare_stream(rows, small, **(defaults | options))
+    sizes = StreamSizes(
+        options.pop("window_rows", 5), options.pop("shuffle_buffer_size", 12)
+    )
+    defaults = {"objective": "next_token", "max_length": 64}
+    return prepare_stream(rows, small, PrepareOptions(**(defaults | options)), sizes)
 
 
 def iterate(data, **options):
@@ -222,7 +226,7 @@ def test_a_window_as_large_as_the_data_gives_the_rows_of_data_in_memory(small, f
     """Tokens, masks, targets, positions: those of `prepare`, in another order."""
     rows = [json.loads(line) for line in (folder / "text.jsonl").open()]
     options = {"objective": "next_token", "max_length": 64, "packing": "bfd"}
-    prepared = prepare(rows, small, **options, pad_to="max_length")
+    prepared = prepare(rows, small, PrepareOptions(**options, pad_to="max_length"))
     expected = list(make_eval_iterator(prepared, micro_batch_rows=1))
     data = stream(small, folder / "text.jsonl", packing="bfd", window_rows=100)
     batches = iterate(
@@ -362,7 +366,9 @@ def test_other_data_other_settings_and_rows_of_another_kind_are_refused(small, f
     with pytest.raises(ValueError, match="fingerprint was"):
         iterate(stream(small, folder / "other.jsonl")).set_state(state)
     rows = [{"text": "in memory"}] * 4
-    prepared = prepare(rows, small, objective="next_token", max_length=64)
+    prepared = prepare(
+        rows, small, PrepareOptions(objective="next_token", max_length=64)
+    )
     in_memory = make_train_iterator(prepared, micro_batch_rows=4, num_steps=2)
     with pytest.raises(ValueError, match="cannot resume the data order"):
         in_memory.set_state(state)

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from jaxtrain.batch import map_arrays
 from jaxtrain.data.batches.dataset import PreparedDataset
 from jaxtrain.data.batches.pipeline import make_train_iterator
+from jaxtrain.data.prepare.options import PrepareOptions
 from jaxtrain.data.prepare.prepare import prepare
 
 pytestmark = pytest.mark.torch
@@ -275,8 +276,7 @@ def test_sft_tokens_equal_trl(kind, any_tokenizer, tiny_model, tmp_path):
     prepared = prepare(
         datasets.Dataset.from_list(rows),
         any_tokenizer,
-        objective="next_token",
-        **options,
+        PrepareOptions(objective="next_token", **options),
     )
     assert_same_sft(trainer, prepared)
 
@@ -286,7 +286,7 @@ def test_completion_only_loss_equals_trl(completion_only, bpe, tiny_model, tmp_p
     rows = SFT_ROWS["prompt_completion"]
     options = {"completion_only_loss": completion_only, "max_length": 64}
     trainer = sft_trainer(rows, bpe, tiny_model, tmp_path, **options)
-    prepared = prepare(rows, bpe, objective="next_token", **options)
+    prepared = prepare(rows, bpe, PrepareOptions(objective="next_token", **options))
     assert_same_sft(trainer, prepared)
 
 
@@ -297,7 +297,9 @@ def test_marked_assistant_masks_equal_trl(
     tokenizer.chat_template = marked_template
     options = {"assistant_only_loss": True, "max_length": 64}
     trainer = sft_trainer(SFT_ROWS[kind], tokenizer, tiny_model, tmp_path, **options)
-    prepared = prepare(SFT_ROWS[kind], tokenizer, objective="next_token", **options)
+    prepared = prepare(
+        SFT_ROWS[kind], tokenizer, PrepareOptions(objective="next_token", **options)
+    )
     assert_same_sft(trainer, prepared)
 
 
@@ -312,7 +314,7 @@ def test_assistant_masks_of_stock_templates_equal_trls_patched_ones(
     rows.append({"messages": [user("a"), assistant("b"), user("c"), assistant("d")]})
     options = {"assistant_only_loss": True, "max_length": 256}
     trainer = sft_trainer(rows, bpe, tiny_model, tmp_path, **options)
-    prepared = prepare(rows, bpe, objective="next_token", **options)
+    prepared = prepare(rows, bpe, PrepareOptions(objective="next_token", **options))
     assert_same_sft(trainer, prepared)
 
 
@@ -325,7 +327,7 @@ def test_assistant_mask_of_stock_qwen3_equals_trl_for_one_turn(
     rows = SFT_ROWS["messages"][:1]
     options = {"assistant_only_loss": True, "max_length": 256}
     trainer = sft_trainer(rows, bpe, tiny_model, tmp_path, **options)
-    prepared = prepare(rows, bpe, objective="next_token", **options)
+    prepared = prepare(rows, bpe, PrepareOptions(objective="next_token", **options))
     assert_same_sft(trainer, prepared)
 
 
@@ -342,7 +344,9 @@ def test_packed_rows_equal_trl(strategy, bpe, tiny_model, tmp_path):
         packing=True, packing_strategy=strategy, max_length=32,
     )  # fmt: skip
     prepared = prepare(
-        rows, bpe, objective="next_token", max_length=32, packing=strategy
+        rows,
+        bpe,
+        PrepareOptions(objective="next_token", max_length=32, packing=strategy),
     )
     store = prepared.stores[""]
     docs = documents(prepared)
@@ -381,7 +385,9 @@ def test_dpo_tokens_equal_trl(kind, any_tokenizer, tiny_model, tmp_path):
         train_dataset=rows,
         processing_class=tokenizer,
     )
-    prepared = prepare(rows, tokenizer, objective="preference", max_length=max_length)
+    prepared = prepare(
+        rows, tokenizer, PrepareOptions(objective="preference", max_length=max_length)
+    )
     assert len(prepared) == len(trainer.train_dataset)
     assert prepared.stats.dropped == len(rows) - len(prepared)
 
@@ -411,7 +417,7 @@ def test_rows_shuffled_by_neither_side_come_in_the_same_order(
     caplog.set_level(logging.ERROR)
     rows = [{"text": f"document {i} " * (i % 5 + 1)} for i in range(11)]
     trainer = sft_trainer(rows, bpe, tiny_model, tmp_path, max_length=64)
-    prepared = prepare(rows, bpe, objective="next_token", max_length=64)
+    prepared = prepare(rows, bpe, PrepareOptions(objective="next_token", max_length=64))
     ours = make_train_iterator(
         prepared, micro_batch_rows=2, shuffle=False, num_epochs=1
     )

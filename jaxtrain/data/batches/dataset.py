@@ -97,6 +97,15 @@ class TokenStore:
             at = stop
 
 
+def row_lengths(
+    stores: Mapping[str, TokenStore], *, shares_prompts: bool = False
+) -> np.ndarray:
+    """int64[rows]: tokens in each row; of a pair in two rows, the longer side's."""
+    if shares_prompts:
+        return shared_prompt.row_lengths(stores)
+    return functools.reduce(np.maximum, [s.row_lengths() for s in stores.values()])
+
+
 @dataclasses.dataclass(frozen=True)
 class PreparedDataset:
     """Token rows of one static length, in memory or memory-mapped.
@@ -135,10 +144,7 @@ class PreparedDataset:
 
     def row_lengths(self) -> np.ndarray:
         """int64[rows]: tokens in each row; of a pair in two rows, the longer side's."""
-        if self.shares_prompts:
-            return shared_prompt.row_lengths(self.stores)
-        sides = [store.row_lengths() for store in self.stores.values()]
-        return functools.reduce(np.maximum, sides)
+        return row_lengths(self.stores, shares_prompts=self.shares_prompts)
 
     def batch(self, rows: np.ndarray, *, row_length: int | None = None) -> AnyBatch:
         """Rows as arrays [*rows.shape, T]; -1 gives an empty row, which counts nowhere.

@@ -7,6 +7,7 @@ into memory and share its pages. Nothing is ever deleted: remove the folder at w
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import json
@@ -15,8 +16,8 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Iterator
+from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -26,11 +27,10 @@ from transformers import PreTrainedTokenizerBase
 
 from jaxtrain import __version__
 from jaxtrain.data.batches.dataset import PreparedDataset
-from jaxtrain.data.prepare.prepare import prepare
+from jaxtrain.data.prepare.options import PrepareOptions
+from jaxtrain.data.prepare.prepare import Rows, prepare
 
 logger = logging.getLogger(__name__)
-
-Rows: TypeAlias = datasets.Dataset | Sequence[Mapping[str, Any]]
 
 _DATE = "strftime_now"  # a template that writes today's date
 
@@ -46,10 +46,10 @@ def default_folder() -> pathlib.Path:
 def prepare_cached(
     rows: Rows,
     tokenizer: PreTrainedTokenizerBase,
+    options: PrepareOptions,
     folder: str | os.PathLike[str] | None = None,
-    **options: Any,
 ) -> PreparedDataset:
-    """`prepare(rows, tokenizer, **options)`, from disk if it was done before.
+    """`prepare(rows, tokenizer, options)`, from disk if it was done before.
 
     While one process prepares, others that want the same wait for it.
 
@@ -61,7 +61,7 @@ def prepare_cached(
     """
     key = cache_key(rows, tokenizer, options)
     if key is None:
-        return prepare(rows, tokenizer, **options)
+        return prepare(rows, tokenizer, options)
     root = pathlib.Path(folder).expanduser() if folder else default_folder()
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -69,11 +69,11 @@ def prepare_cached(
             return _load_or_prepare(root / key, rows, tokenizer, options)
     except OSError as error:
         logger.warning("no cache of token ids: %s", error)
-        return prepare(rows, tokenizer, **options)
+        return prepare(rows, tokenizer, options)
 
 
 def cache_key(
-    rows: Rows, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]
+    rows: Rows, tokenizer: PreTrainedTokenizerBase, options: PrepareOptions
 ) -> str | None:
     """The hash of everything that the result depends on; None where one is unknown.
 
@@ -93,7 +93,7 @@ def cache_key(
         digest.update(source.read_bytes())
     add(tokenizer.backend_tokenizer.to_str())
     add([type(tokenizer).__name__, template, tokenizer.special_tokens_map])
-    add(options)
+    add(dataclasses.asdict(options))
     for block in _blocks(rows):
         digest.update(block)
     return digest.hexdigest()
@@ -116,13 +116,13 @@ def _load_or_prepare(
     entry: pathlib.Path,
     rows: Rows,
     tokenizer: PreTrainedTokenizerBase,
-    options: Mapping[str, Any],
+    options: PrepareOptions,
 ) -> PreparedDataset:
     if (entry / "prepared.json").is_file():
         prepared = PreparedDataset.load(entry)
         logger.info("token ids from %s: %s", entry, prepared.stats.describe())
         return prepared
-    made = prepare(rows, tokenizer, **options)
+    made = prepare(rows, tokenizer, options)
     aside = pathlib.Path(tempfile.mkdtemp(prefix="new-", dir=entry.parent))
     try:
         made.save(aside)

@@ -19,7 +19,9 @@ from transformers import PreTrainedTokenizerBase
 from jaxtrain.batch import AnyBatch, map_arrays
 from jaxtrain.data.batches.dataset import PreparedDataset
 from jaxtrain.data.batches.pipeline import check_identity
-from jaxtrain.data.prepare.prepare import check_options, detect_row_format
+from jaxtrain.data.prepare.kinds import Recipe
+from jaxtrain.data.prepare.options import PrepareOptions
+from jaxtrain.data.prepare.prepare import detect_row_format
 from jaxtrain.data.rows.formats import RowFormat
 from jaxtrain.data.rows.tokenize import check_tokenizer
 from jaxtrain.data.stream.producer import Producer, WindowRunner, run_window
@@ -55,28 +57,52 @@ class StreamRows:
 
 
 @dataclasses.dataclass(frozen=True)
-class StreamDataset:
-    """A stream that can be trained on: what its rows are, and how they are prepared.
+class StreamSizes:
+    """How many raw rows are taken together.
 
-    `row_length`: tokens of every row (T), for lengths are not known in advance.
+    `window_rows` are tokenized and packed together. `shuffle_buffer_size` rows are
+    shuffled together, over all shares; at least a window in each.
     """
+
+    window_rows: int = 1000
+    shuffle_buffer_size: int = 10_000
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamDataset:
+    """A stream that can be trained on: what its rows are, and how they are prepared."""
 
     rows: StreamRows
     makers: tuple[WindowMaker, ...]  # one a source
-    row_length: int
-    packed: bool
-    window_rows: int
-    shuffle_buffer_size: int
-    on_bad_row: str
+    options: PrepareOptions
+    sizes: StreamSizes
+
+    @property
+    def row_length(self) -> int:
+        """Tokens of every row (T), for lengths are not known in advance."""
+        longest = (self.options.max_length or 0) * (1 + self.options.share_prompts)
+        return -(-longest // _ROW_MULTIPLE) * _ROW_MULTIPLE
+
+    @property
+    def packed(self) -> bool:
+        """Whether a row may hold more than one document."""
+        return self.options.packing is not None
 
     @property
     def fingerprint(self) -> str:
         """Hash of the files' names and sizes, the tokenizer and the options."""
+        # Checkpoints hold it: what enters, and in which form, must stay as it is.
+        options = dataclasses.asdict(self.options)
+        elsewhere = ["on_bad_row", "kind", "text_column", "difficulty_column"]
+        if not self.options.most_pairs:
+            elsewhere.append("most_pairs")
+        items = sorted((k, v) for k, v in options.items() if k not in elsewhere)
+        recipes = [maker.recipe for maker in self.makers]
         described = [
             [source.identity() for source in self.rows.sources],
             self.rows.weights,
-            [[repr(m.row_format), sorted(m.options.items())] for m in self.makers],
-            _describe_tokenizer(self.makers[0].tokenizer),
+            [[repr(recipe.row_format), items] for recipe in recipes],
+            _describe_tokenizer(recipes[0].tokenizer),
         ]
         text = json.dumps(described, default=str)
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
@@ -85,57 +111,41 @@ class StreamDataset:
 def prepare_stream(
     rows: StreamRows,
     tokenizer: PreTrainedTokenizerBase,
-    *,
-    objective: str,
-    max_length: int,
-    packing: str | None = None,
-    kind: str = "auto",
-    text_column: str = "text",
-    on_bad_row: str = "error",
-    window_rows: int = 1000,
-    shuffle_buffer_size: int = 10_000,
-    **options: Any,
+    options: PrepareOptions,
+    sizes: StreamSizes | None = None,
 ) -> StreamDataset:
     """Tell the rows' format by the first of them; read nothing else yet.
 
-    Args:
-        window_rows: raw rows that are tokenized and packed together.
-        shuffle_buffer_size: raw rows that are shuffled together, over all shares; at
-            least a window in each.
-        options: more of `prepare_as`.
+    A curriculum's `difficulty_column` does not act, and rows are padded to
+    `max_length`.
 
     Raises:
         ValueError: the rows are of no known format, or not one for the objective.
     """
-    check_options(
-        objective, max_length, options.get("max_prompt_length"), packing, "max_length"
+    sizes = sizes or StreamSizes()
+    options = dataclasses.replace(
+        options,
+        difficulty_column=None,
+        pad_to="max_length",
+        pad_to_multiple=_ROW_MULTIPLE,
+        batch_size=sizes.window_rows,
     )
-    check_tokenizer(tokenizer)
-    options |= {
-        "objective": objective, "max_length": max_length, "packing": packing,
-        "pad_to": "max_length", "pad_to_multiple": _ROW_MULTIPLE,
-        "batch_size": window_rows,
-    }  # fmt: skip
-    if objective == "preference" and packing is not None:
+    if options.objective == "preference" and options.packing is not None:
         # Batches have one shape, so it is settled before the rows are known.
-        options["most_pairs"] = max(max_length // 16, 2)
+        most_pairs = max((options.max_length or 0) // 16, 2)
+        options = dataclasses.replace(options, most_pairs=most_pairs)
+    check_tokenizer(tokenizer)
     makers = []
     for source in rows.sources:
-        row_format = _detect(source, objective, kind, text_column)
+        row_format = _detect(source, options)
         logger.info("detected %s in %s", row_format.describe(), source.name)
-        makers.append(WindowMaker(tokenizer, row_format, options))
-    longest = max_length * (2 if options.get("share_prompts") else 1)
-    row_length = -(-longest // _ROW_MULTIPLE) * _ROW_MULTIPLE
-    return StreamDataset(
-        rows, tuple(makers), row_length, packing is not None, window_rows,
-        shuffle_buffer_size, on_bad_row,
-    )  # fmt: skip
+        makers.append(WindowMaker(Recipe(row_format, tokenizer, options)))
+    return StreamDataset(rows, tuple(makers), options, sizes)
 
 
-def _detect(source: Source, objective: str, kind: str, text_column: str) -> RowFormat:
+def _detect(source: Source, options: PrepareOptions) -> RowFormat:
     try:
-        first = head(source, _DETECT_ROWS)
-        return detect_row_format(first, objective, kind, text_column)
+        return detect_row_format(head(source, _DETECT_ROWS), options)
     except ValueError as error:
         raise ValueError(f"{source.name}: {error}") from error
 
@@ -194,8 +204,8 @@ class StreamIterator(Iterator[AnyBatch]):
         self._identity = {
             "seed": seed,
             "shuffle": shuffle,
-            "shuffle_buffer_size": dataset.shuffle_buffer_size,
-            "stream_window_rows": dataset.window_rows,
+            "shuffle_buffer_size": dataset.sizes.shuffle_buffer_size,
+            "stream_window_rows": dataset.sizes.window_rows,
             "row_length": dataset.row_length,
             "global_micro_batch_rows": micro_batch_rows * process_count,
             "accumulation_steps": accumulation_steps,
@@ -285,7 +295,7 @@ class StreamIterator(Iterator[AnyBatch]):
 
     def _lanes(self, pool: concurrent.futures.Executor, workers: int) -> list[Lane]:
         data = self._dataset
-        window, buffer = data.window_rows, data.shuffle_buffer_size
+        window, buffer = data.sizes.window_rows, data.sizes.shuffle_buffer_size
         block = max(buffer // self._shares, window) if self._shuffle else window
         run = run_window if workers else WindowRunner(data.makers)
         readers = len(self._held) * len(data.makers)
@@ -336,7 +346,7 @@ class StreamIterator(Iterator[AnyBatch]):
         return batch, _Snapshot(states, counts, min(lane.epoch for lane in lanes))
 
     def _take_bad_rows(self, problems: Sequence[tuple[str, str]]) -> None:
-        if self._dataset.on_bad_row == "error":
+        if self._dataset.options.on_bad_row == "error":
             first = "; ".join(f"{p}: {why}" for p, why in problems[:_SHOWN_BAD_ROWS])
             more = "; ..." if len(problems) > _SHOWN_BAD_ROWS else ""
             raise BadRowsError(

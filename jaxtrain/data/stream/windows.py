@@ -14,11 +14,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from jaxtrain.data.batches.dataset import PreparedDataset
-from jaxtrain.data.prepare.prepare import prepare_as
-from jaxtrain.data.rows.formats import RowFormat, RowProblems
+from jaxtrain.data.prepare.kinds import Recipe
+from jaxtrain.data.prepare.prepare import Tokenized, lay_out, tokenize
+from jaxtrain.data.rows.formats import RowProblems
 from jaxtrain.data.stream.source import RawRow, Share, Source, State, random_order
 
 Key = tuple[int, int, int]  # epoch, block in it, window in that
@@ -48,25 +48,20 @@ class Window:
 class WindowMaker:
     """Raw rows to a `Window`. It is sent to worker processes once."""
 
-    tokenizer: PreTrainedTokenizerBase
-    row_format: RowFormat
-    options: Mapping[str, Any]  # of `prepare_as`
+    recipe: Recipe
 
     def __call__(self, rows: Sequence[RawRow], key: Key, share: Share) -> Window:
         """Check, tokenize and pack the rows; a pure function of its arguments."""
         problems = RowProblems("skip", shown=len(rows))
-        counts = {"dropped": 0, "truncated": 0}
-        data = prepare_as(
-            self.row_format, [row.row for row in rows], self.tokenizer, problems,
-            counts, **self.options,
-        )  # fmt: skip
+        tokenized = tokenize([row.row for row in rows], self.recipe, problems)
+        data = lay_out(tokenized, self.recipe)
         found = [(rows[number].place, reason) for number, reason in problems.first]
         order = np.arange(0 if data is None else len(data))
         if data is not None and data.packed and share.seed is not None:
             order = random_order(len(data), share.seed, share.index, *key)
         elif data is not None and data.packed:
             order = _stream_order(data)
-        return Window(data, order, tuple(found), _count(data, len(rows), found, counts))
+        return Window(data, order, tuple(found), _count(data, tokenized))
 
 
 def _stream_order(data: PreparedDataset) -> np.ndarray:
@@ -76,19 +71,18 @@ def _stream_order(data: PreparedDataset) -> np.ndarray:
     return np.argsort(first, kind="stable")
 
 
-def _count(
-    data: PreparedDataset | None, rows: int, bad: Sequence[Any], counts: dict[str, int]
-) -> dict[str, int]:
-    of_data = {name: 0 for name in COUNTED}
+def _count(data: PreparedDataset | None, tokenized: Tokenized) -> dict[str, int]:
+    names = ("rows", "bad_rows", "dropped", "truncated")
+    counts = dict.fromkeys(COUNTED, 0) | {n: getattr(tokenized, n) for n in names}
     if data is not None:
         stats = data.stats
-        of_data |= {
+        counts |= {
             "packed_rows": stats.packed_rows,
             "tokens": stats.tokens,
             "trained_tokens": stats.trained_tokens,
             "slots": round(stats.tokens / stats.packing_efficiency),
         }
-    return of_data | counts | {"rows": rows, "bad_rows": len(bad)}
+    return counts
 
 
 class BlockReader:

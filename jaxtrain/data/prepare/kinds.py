@@ -1,0 +1,267 @@
+"""The three kinds of rows that objectives train on, one class each.
+
+A kind says which formats it reads, how a row becomes token sequences, which sides the
+data set has, and how these are packed.
+"""
+
+import abc
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from jaxtrain.data.batches import pack, shared_prompt
+from jaxtrain.data.batches.dataset import TokenStore
+from jaxtrain.data.prepare.options import PrepareOptions
+from jaxtrain.data.rows.formats import RowFormat
+from jaxtrain.data.rows.tokenize import (
+    Example,
+    OnBad,
+    Pair,
+    tokenize_examples,
+    tokenize_pairs,
+    truncate_example,
+    truncate_pair,
+)
+
+Row = Mapping[str, Any]  # canonical, as `read_row` gives it
+Sides = dict[str, list[Example]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """All that the tokens of raw rows depend on beside the rows."""
+
+    row_format: RowFormat
+    tokenizer: PreTrainedTokenizerBase
+    options: PrepareOptions
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """What truncation left of one row: a sequence a side, or None if nothing trains."""
+
+    row: Row
+    sides: Mapping[str, Example] | None
+    truncated: bool
+
+
+class RowKind(abc.ABC):
+    """What the preparation of rows asks of their kind."""
+
+    formats: ClassVar[tuple[str, ...]]  # that it reads, by `RowFormat.kind`
+    counted: ClassVar[tuple[str, ...]]  # sides whose tokens count in `DataStats`
+    row_values: ClassVar[tuple[tuple[str, str], ...]] = ()  # (batch's field, row's key)
+
+    @abc.abstractmethod
+    def tokenize(
+        self, rows: Sequence[Row], recipe: Recipe, on_bad: OnBad
+    ) -> Iterator[Document]:
+        """The documents of canonical rows; `on_bad` is told which rows have none."""
+
+    def complete(self, sides: Sides, options: PrepareOptions) -> Sides:
+        """The sides of all documents, with those added that several rows make."""
+        return sides
+
+    def shares_prompts(self, options: PrepareOptions) -> bool:
+        """Whether a row holds each prompt once, as `shared_prompt` lays it out."""
+        return False
+
+    def pack(self, sides: Sides, options: PrepareOptions) -> dict[str, TokenStore]:
+        """All documents as one store a side, packed into rows."""
+        return {name: store(examples, options) for name, examples in sides.items()}
+
+
+class NextToken(RowKind):
+    """Texts, prompts with completions, and conversations; one unnamed side."""
+
+    formats = ("text", "prompt_completion", "messages")
+    counted = ("",)
+
+    def tokenize(
+        self, rows: Sequence[Row], recipe: Recipe, on_bad: OnBad
+    ) -> Iterator[Document]:
+        """Documents that packing cuts into pieces are not truncated."""
+        options = recipe.options
+        whole = options.packing in ("bfd_split", "wrapped")
+        examples = tokenize_examples(
+            rows,
+            recipe.row_format,
+            recipe.tokenizer,
+            completion_only_loss=options.completion_only_loss,
+            assistant_only_loss=options.assistant_only_loss,
+            on_bad=on_bad,
+        )
+        return _truncated("", rows, examples, None if whole else options.max_length)
+
+
+class Labeled(RowKind):
+    """Single completions with a verdict; a preference row gives two of them."""
+
+    formats = ("labeled", "preference")
+    counted = ("completions",)  # those that mismatch are only measured on
+    row_values = (("desirable", "label"),)
+
+    def tokenize(
+        self, rows: Sequence[Row], recipe: Recipe, on_bad: OnBad
+    ) -> Iterator[Document]:
+        """Train on completions alone."""
+        each = 1
+        if recipe.row_format.kind == "preference":
+            each = 2
+            rows = [
+                row | {"completion": row[side], "label": label}  # type: ignore[operator]
+                for row in rows
+                for side, label in (("chosen", True), ("rejected", False))
+            ]
+        examples = tokenize_examples(
+            rows,
+            dataclasses.replace(recipe.row_format, kind="prompt_completion"),
+            recipe.tokenizer,
+            completion_only_loss=True,
+            on_bad=lambda index, reason: on_bad(index // each, reason),
+        )
+        return _truncated("completions", rows, examples, recipe.options.max_length)
+
+    def complete(self, sides: Sides, options: PrepareOptions) -> Sides:
+        """Add each prompt with another row's completion."""
+        mixed = mismatch_completions(sides["completions"], options.max_length)
+        return sides | {"mismatched": mixed}
+
+
+class Preference(RowKind):
+    """Pairs of completions, whose documents on both sides correspond."""
+
+    formats = ("preference",)
+    counted = ("chosen", "rejected")
+
+    def tokenize(
+        self, rows: Sequence[Row], recipe: Recipe, on_bad: OnBad
+    ) -> Iterator[Document]:
+        """Train on both completions, behind the same prompt."""
+        options = recipe.options
+        pairs = tokenize_pairs(rows, recipe.row_format, recipe.tokenizer, on_bad=on_bad)
+        for row, pair in zip(rows, pairs, strict=True):
+            if pair is None:
+                continue
+            cut = truncate_pair(pair, options.max_length, options.max_prompt_length)
+            if cut is None:
+                yield Document(row, None, truncated=False)
+                continue
+            shorter = any(
+                len(getattr(cut, part.name)) < len(getattr(pair, part.name))
+                for part in dataclasses.fields(Pair)
+            )
+            sides = {side: _join(cut, side) for side in shared_prompt.SIDES}
+            yield Document(row, sides, shorter)
+
+    def shares_prompts(self, options: PrepareOptions) -> bool:
+        """As the options say."""
+        return options.share_prompts
+
+    def pack(self, sides: Sides, options: PrepareOptions) -> dict[str, TokenStore]:
+        """Pairs are packed by their longer side, so both sides' rows hold the same.
+
+        With shared prompts, a row is as long as both sides together.
+        """
+        alone = dataclasses.replace(options, packing=None)
+        stores = super().pack(sides, alone)
+        if options.packing is None:
+            return stores
+        assert options.max_length is not None
+        if options.share_prompts:
+            lengths = shared_prompt.pair_lengths(stores)
+            capacity = 2 * options.max_length
+        else:
+            lengths = functools.reduce(np.maximum, [s.lengths for s in stores.values()])
+            capacity = options.max_length
+        offsets, documents = pack.pack_best_fit(lengths, capacity)
+        if options.most_pairs:
+            offsets = pack.limit_documents(offsets, options.most_pairs)
+        return {
+            side: dataclasses.replace(
+                store, row_documents=documents, row_offsets=offsets
+            )
+            for side, store in stores.items()
+        }
+
+
+KINDS: dict[str, RowKind] = {
+    "next_token": NextToken(),
+    "preference": Preference(),
+    "labeled": Labeled(),
+}
+
+
+def store(examples: Sequence[Example], options: PrepareOptions) -> TokenStore:
+    """Sequences behind one another, cut and packed as the options say."""
+    lengths = np.fromiter((len(e.ids) for e in examples), np.int64, len(examples))
+    tokens = np.concatenate([np.zeros(0, np.int32), *(e.ids for e in examples)])
+    trained = np.concatenate([np.zeros(0, bool), *(e.trained for e in examples)])
+    starts = np.cumsum(lengths) - lengths
+    packing, max_length = options.packing, options.max_length or 0
+    if packing == "wrapped":
+        starts, lengths = pack.wrap_stream(len(tokens), max_length)
+    elif packing == "bfd_split":
+        starts, lengths = pack.split_documents(starts, lengths, max_length)
+    if packing in ("bfd", "bfd_split"):
+        row_offsets, row_documents = pack.pack_best_fit(lengths, max_length)
+    else:
+        row_documents = np.arange(len(lengths))
+        row_offsets = np.arange(len(lengths) + 1)
+    return TokenStore(tokens, trained, starts, lengths, row_documents, row_offsets)
+
+
+def mismatch_completions(
+    examples: Sequence[Example], max_length: int | None
+) -> list[Example]:
+    """Each prompt with the completion of the next row that has another prompt.
+
+    KTO estimates its KL term on them. The last rows go on at the first. Where all
+    prompts are equal, the next row's completion is taken.
+    """
+    starts = [int(np.argmax(example.trained)) for example in examples]
+    prompts = [e.ids[:n].tobytes() for e, n in zip(examples, starts, strict=True)]
+    count = len(examples)
+    partner = [(i + 1) % count for i in range(count)]
+    different = [i for i in range(count) if prompts[i - 1] != prompts[i]]
+    if different:
+        # The first row behind each run of equal prompts.
+        following = different[0]
+        for i in range(count - 1, -1, -1):
+            partner[i] = following
+            if prompts[i - 1] != prompts[i]:
+                following = i
+    mixed = []
+    for i, j in enumerate(partner):
+        completion = examples[j].ids[starts[j] :]
+        ids = np.concatenate([examples[i].ids[: starts[i]], completion])[:max_length]
+        trained = np.arange(len(ids)) >= starts[i]
+        mixed.append(Example(ids, trained))
+    return mixed
+
+
+def _truncated(
+    side: str,
+    rows: Sequence[Row],
+    examples: Sequence[Example | None],
+    max_length: int | None,
+) -> Iterator[Document]:
+    """Documents of one side, of the rows that are not bad."""
+    for row, example in zip(rows, examples, strict=True):
+        if example is None:
+            continue
+        cut = truncate_example(example, max_length)
+        if cut is None:
+            yield Document(row, None, truncated=False)
+        else:
+            yield Document(row, {side: cut}, len(cut.ids) < len(example.ids))
+
+
+def _join(pair: Pair, side: str) -> Example:
+    """The prompt and one completion, of which the completion is trained."""
+    ids = np.concatenate([pair.prompt, getattr(pair, side)])
+    return Example(ids, np.arange(len(ids)) >= len(pair.prompt))
