@@ -10,6 +10,8 @@ from jaxtrain.config import RunConfig
 from jaxtrain.data.batches.dataset import PreparedDataset
 from jaxtrain.data.batches.pipeline import (
     BatchIterator,
+    BatchShape,
+    Reading,
     epochs_done,
     make_eval_iterator,
     make_train_iterator,
@@ -47,44 +49,40 @@ class Feed:
         return per_device * self.plan.batch_shards // self.readers
 
     @property
-    def _micro_batch_rows(self) -> int:
-        return self._process_rows(self.run.loop.per_device_train_batch_size)
+    def _shape(self) -> BatchShape:
+        loop = self.run.loop
+        rows = self._process_rows(loop.per_device_train_batch_size)
+        return BatchShape(rows, loop.gradient_accumulation_steps, *self.plan.readers)
 
     def train_batches(self, data: Prepared) -> BatchIterator | StreamIterator:
         """The batches of all steps of the run, [A B T] on each process."""
         loop = self.run.loop
         by_steps = loop.max_steps > 0
-        common: dict[str, Any] = {
-            "micro_batch_rows": self._micro_batch_rows,
-            "accumulation_steps": loop.gradient_accumulation_steps,
-            "seed": loop.seed,
-            "shuffle": self.run.data.shuffle,
-            "process_index": self.reader,
-            "process_count": self.readers,
-            "num_workers": self.run.devices.dataloader_num_workers,
-        }
+        reading = Reading(
+            loop.seed,
+            self.run.data.shuffle,
+            num_workers=self.run.devices.dataloader_num_workers,
+        )
         if isinstance(data, StreamDataset):
             shards = self.plan.batch_shards
             # By devices, where these divide, so that other processes can resume.
             shares = shards if shards % self.readers == 0 else self.readers
             return StreamIterator(
-                data, num_steps=loop.max_steps, shares=shares, **common
+                data, self._shape, reading, num_steps=loop.max_steps, shares=shares
             )
         return make_train_iterator(
             data,
+            self._shape,
+            reading,
             num_epochs=None if by_steps else loop.num_train_epochs,
             num_steps=loop.max_steps if by_steps else None,
             curriculum=self.run.curriculum,
-            **common,
         )
 
     def eval_batches(self, data: PreparedDataset) -> BatchIterator:
         """All rows once, in order, [B T] on each process."""
         return make_eval_iterator(
-            data,
-            micro_batch_rows=self.eval_rows,
-            process_index=self.reader,
-            process_count=self.readers,
+            data, BatchShape(self.eval_rows, 1, *self.plan.readers)
         )
 
     def epochs(
@@ -94,11 +92,8 @@ class Feed:
         if isinstance(batches, StreamIterator):
             return batches.num_steps, batches.epochs_done
         assert isinstance(data, PreparedDataset)  # as its batches are no stream's
-        sizes = (
-            len(data),
-            self._micro_batch_rows * self.readers,
-            self.run.loop.gradient_accumulation_steps,
-        )
+        shape = self._shape
+        sizes = len(data), shape.global_micro_batch_rows, shape.accumulation_steps
         return steps_per_epoch(*sizes), lambda step: epochs_done(step, *sizes)
 
     def place(self, batch: Any, leading_axes: int = 0) -> Any:

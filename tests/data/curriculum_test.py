@@ -2,6 +2,8 @@
 
 import dataclasses
 import logging
+import pathlib
+import sys
 
 import numpy as np
 import pytest
@@ -18,9 +20,11 @@ from jaxtrain.data.batches.curriculum import (
     round_length,
 )
 from jaxtrain.data.batches.dataset import DataStats, PreparedDataset, TokenStore
-from jaxtrain.data.batches.pipeline import make_train_iterator
 from jaxtrain.data.prepare.options import PrepareOptions
 from jaxtrain.data.prepare.prepare import prepare
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+from iterators import make_train_iterator
 
 STATS = DataStats(0, 0, 0, 0, 0, 0, 0, 0, 0.0, 0.0)
 

@@ -8,7 +8,12 @@ from hypothesis import strategies as st
 from jaxtrain.batch import map_arrays, named_arrays
 from jaxtrain.config import default_config, resolve
 from jaxtrain.data.batches.mixture import Mixture, join, parse_mixture, rows_per_epoch
-from jaxtrain.data.batches.pipeline import RowOrder, make_train_iterator
+from jaxtrain.data.batches.pipeline import (
+    BatchShape,
+    Reading,
+    RowOrder,
+    make_train_iterator,
+)
 from jaxtrain.data.loading import load_training_rows, prepare_rows
 from jaxtrain.data.prepare.options import PrepareOptions
 from jaxtrain.data.prepare.prepare import prepare
@@ -67,7 +72,9 @@ def test_shares_add_up_to_all_rows_and_follow_the_weights(parts):
 @given(parts, st.integers(0, 2**32 - 1), st.booleans())
 def test_each_epoch_has_its_shares_and_every_row_comes_in_turn(parts, seed, shuffle):
     total = sum(rows for rows, _ in parts)
-    order = RowOrder(total, 3, seed=seed, shuffle=shuffle, parts=tuple(parts))
+    order = RowOrder(
+        total, BatchShape(3), seed=seed, shuffle=shuffle, parts=tuple(parts)
+    )
     borders = np.cumsum([0, *(rows for rows, _ in parts)])
     drawn = [[] for _ in parts]
     for epoch in range(3):
@@ -113,7 +120,7 @@ def test_joined_data_sets_have_each_others_rows(bpe):
 def test_a_mixture_resumes_and_knows_its_weights(bpe):
     def batches(weights):
         return make_train_iterator(
-            join(prepared_parts(bpe), weights), micro_batch_rows=2, num_steps=9
+            join(prepared_parts(bpe), weights), BatchShape(2), Reading(), num_steps=9
         )
 
     whole = [batch.tokens.tobytes() for batch in batches([1.0, 3.0])]

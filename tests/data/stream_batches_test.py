@@ -2,6 +2,8 @@
 
 import json
 import logging
+import pathlib
+import sys
 import threading
 from dataclasses import replace
 
@@ -11,18 +13,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxtrain.batch import named_arrays
-from jaxtrain.data.batches.pipeline import make_eval_iterator, make_train_iterator
+from jaxtrain.data.batches.pipeline import BatchShape, make_eval_iterator
 from jaxtrain.data.prepare.options import PrepareOptions
 from jaxtrain.data.prepare.prepare import prepare
 from jaxtrain.data.stream.batches import (
     BadRowsError,
-    StreamIterator,
     StreamRows,
     StreamSizes,
     join_states,
     prepare_stream,
 )
 from jaxtrain.data.stream.source import open_stream
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+from iterators import make_stream_iterator, make_train_iterator
 
 COUNT = 29
 STEPS = 9
@@ -63,7 +67,7 @@ def stream(small, *paths, weights=None, **options):
 
 def iterate(data, **options):
     defaults = {"num_steps": STEPS, "micro_batch_rows": 4, "seed": 7, "shares": 2}
-    return StreamIterator(data, **(defaults | options))
+    return make_stream_iterator(data, **(defaults | options))
 
 
 def as_bytes(batch):
@@ -227,7 +231,7 @@ def test_a_window_as_large_as_the_data_gives_the_rows_of_data_in_memory(small, f
     rows = [json.loads(line) for line in (folder / "text.jsonl").open()]
     options = {"objective": "next_token", "max_length": 64, "packing": "bfd"}
     prepared = prepare(rows, small, PrepareOptions(**options, pad_to="max_length"))
-    expected = list(make_eval_iterator(prepared, micro_batch_rows=1))
+    expected = list(make_eval_iterator(prepared, BatchShape(1)))
     data = stream(small, folder / "text.jsonl", packing="bfd", window_rows=100)
     batches = iterate(
         data, shares=1, micro_batch_rows=1, shuffle=False, num_steps=len(prepared)

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from jaxtrain.batch import map_arrays
 from jaxtrain.data.batches.dataset import PreparedDataset
-from jaxtrain.data.batches.pipeline import make_train_iterator
+from jaxtrain.data.batches.pipeline import BatchShape, Reading, make_train_iterator
 from jaxtrain.data.prepare.options import PrepareOptions
 from jaxtrain.data.prepare.prepare import prepare
 
@@ -419,7 +419,7 @@ def test_rows_shuffled_by_neither_side_come_in_the_same_order(
     trainer = sft_trainer(rows, bpe, tiny_model, tmp_path, max_length=64)
     prepared = prepare(rows, bpe, PrepareOptions(objective="next_token", max_length=64))
     ours = make_train_iterator(
-        prepared, micro_batch_rows=2, shuffle=False, num_epochs=1
+        prepared, BatchShape(2), Reading(shuffle=False), num_epochs=1
     )
     theirs = list(trainer.get_train_dataloader())
     assert len(ours) == len(theirs) == 6

@@ -48,6 +48,72 @@ def epochs_done(
 
 
 @dataclasses.dataclass(frozen=True)
+class BatchShape:
+    """The rows of a process in an optimizer step: A micro-batches of B rows.
+
+    Process `process_index` takes the columns of one global batch that are its own.
+
+    Attributes:
+        micro_batch_rows: rows of this process in a micro-batch (B).
+        accumulation_steps: micro-batches of an optimizer step (A).
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    micro_batch_rows: int
+    accumulation_steps: int = 1
+    process_index: int = 0
+    process_count: int = 1
+
+    def __post_init__(self) -> None:
+        if self.micro_batch_rows < 1 or self.accumulation_steps < 1:
+            raise ValueError(
+                f"micro_batch_rows={self.micro_batch_rows} and accumulation_steps="
+                f"{self.accumulation_steps} must be at least 1"
+            )
+        if not 0 <= self.process_index < self.process_count:
+            raise ValueError(
+                f"process_index={self.process_index} must lie in 0..process_count - 1 "
+                f"(process_count={self.process_count})"
+            )
+
+    @property
+    def global_micro_batch_rows(self) -> int:
+        """Rows of all processes in a micro-batch."""
+        return self.micro_batch_rows * self.process_count
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """In which order rows are drawn, and how far ahead.
+
+    Attributes:
+        seed: of the shuffle, 0 to 2**32 - 1; each epoch has its own order.
+        shuffle: False keeps the rows' order.
+        num_workers: processes that prepare or assemble batches; 0 uses threads.
+        prefetch: steps read ahead (by each worker).
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    seed: int = 0
+    shuffle: bool = True
+    num_workers: int = 0
+    prefetch: int = 2
+
+    def __post_init__(self) -> None:
+        if self.num_workers < 0 or self.prefetch < 1:
+            raise ValueError(
+                f"num_workers={self.num_workers} must be at least 0 and "
+                f"prefetch={self.prefetch} at least 1"
+            )
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed} must lie in 0..2**32 - 1")
+
+
+@dataclasses.dataclass(frozen=True)
 class RowOrder:
     """Which rows make up an optimizer step, on one process.
 
@@ -59,23 +125,17 @@ class RowOrder:
     """
 
     num_rows: int
-    micro_batch_rows: int
-    accumulation_steps: int = 1
-    process_index: int = 0
-    process_count: int = 1
+    shape: BatchShape
     seed: int = 0
     shuffle: bool = True
     first_pass: FirstPass | None = None  # a curriculum's, before ordinary epochs
     parts: tuple[tuple[int, float], ...] = ()  # (rows, weight) of a mixture
 
     @property
-    def global_micro_batch_rows(self) -> int:
-        return self.micro_batch_rows * self.process_count
-
-    @property
     def steps_per_epoch(self) -> int:
+        shape = self.shape
         return steps_per_epoch(
-            self.num_rows, self.global_micro_batch_rows, self.accumulation_steps
+            self.num_rows, shape.global_micro_batch_rows, shape.accumulation_steps
         )
 
     def rows(self, step: int) -> np.ndarray:
@@ -85,11 +145,9 @@ class RowOrder:
                 return self._own_columns(self.first_pass.rows[step])
             step -= len(self.first_pass)
         epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
-        first = step_of_epoch * self.accumulation_steps
-        micro_batch = first + np.arange(self.accumulation_steps)[:, None]
-        column = self.process_index * self.micro_batch_rows
-        columns = column + np.arange(self.micro_batch_rows)[None, :]
-        places = micro_batch * self.global_micro_batch_rows + columns
+        per_step = self.shape.accumulation_steps * self.shape.global_micro_batch_rows
+        first = step_of_epoch * per_step
+        places = self._own_columns(np.arange(first, first + per_step))
         order = self._order(self.num_rows, self.seed)
         rows = np.full(places.shape, -1, np.int64)
         for index in np.argwhere(places < self.num_rows):
@@ -105,9 +163,10 @@ class RowOrder:
 
     def _own_columns(self, rows: np.ndarray) -> np.ndarray:
         """int64[A, B] of a step's rows in one line."""
-        rows = rows.reshape(self.accumulation_steps, self.global_micro_batch_rows)
-        column = self.process_index * self.micro_batch_rows
-        return rows[:, column : column + self.micro_batch_rows]
+        shape = self.shape
+        rows = rows.reshape(shape.accumulation_steps, shape.global_micro_batch_rows)
+        column = shape.process_index * shape.micro_batch_rows
+        return rows[:, column : column + shape.micro_batch_rows]
 
     def _order(self, num_rows: int, seed: int) -> grain.MapDataset:
         """All epochs as one random-access sequence of row numbers."""
@@ -190,23 +249,15 @@ class BatchIterator(Iterator[AnyBatch]):
     def __init__(
         self,
         reader: BatchReader,
-        *,
         num_steps: int,
-        start_step: int = 0,
-        num_workers: int = 0,
-        prefetch: int = 2,
+        reading: Reading,
         identity: dict[str, Any] | None = None,
     ) -> None:
-        if num_workers < 0 or prefetch < 1:
-            raise ValueError(
-                f"num_workers={num_workers} must be at least 0 and "
-                f"prefetch={prefetch} at least 1"
-            )
         self.num_steps = num_steps
-        self.step = start_step
+        self.step = 0
         self._reader = reader
-        self._num_workers = num_workers
-        self._prefetch = prefetch
+        self._num_workers = reading.num_workers
+        self._prefetch = reading.prefetch
         self._identity = identity or {}
         self._source: Any = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
@@ -278,60 +329,37 @@ class BatchIterator(Iterator[AnyBatch]):
 
 def make_train_iterator(
     dataset: PreparedDataset,
+    shape: BatchShape,
+    reading: Reading,
     *,
-    micro_batch_rows: int,
-    accumulation_steps: int = 1,
-    seed: int = 0,
-    shuffle: bool = True,
     num_epochs: float | None = None,
     num_steps: int | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
-    num_workers: int = 0,
-    prefetch: int = 2,
-    start_step: int = 0,
     curriculum: CurriculumSection | None = None,
 ) -> BatchIterator:
-    """Iterate over training steps: batches of [A, B, T], B rows of this process.
+    """Iterate over training steps: batches of [A, B, T].
 
     Args:
-        micro_batch_rows: rows of this process in a micro-batch (B).
-        accumulation_steps: micro-batches of an optimizer step (A).
-        seed: of the shuffle, 0 to 2**32 - 1; each epoch has its own order.
-        shuffle: False keeps the rows' order.
         num_epochs, num_steps: give exactly one. A fraction of an epoch is rounded up
             to whole steps; steps go on into further epochs.
-        num_workers: processes that assemble batches; 0 uses threads.
-        prefetch: steps read ahead (by each worker).
-        start_step: first step.
         curriculum: short or easy rows first; batches then differ in T. It changes
             neither the number of steps nor of rows in them.
 
     Raises:
-        ValueError: an argument is out of range, or the curriculum asks for a
-            difficulty that the rows do not have.
+        ValueError: not exactly one of `num_epochs` and `num_steps`, or the curriculum
+            asks for a difficulty that the rows do not have.
     """
     if (num_epochs is None) == (num_steps is None):
         raise ValueError(
             f"num_epochs={num_epochs}, num_steps={num_steps}: give exactly one"
         )
-    _check_batch(micro_batch_rows, accumulation_steps, process_index, process_count)
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed={seed} must lie in 0..2**32 - 1")
-    order = RowOrder(
-        len(dataset), micro_batch_rows, accumulation_steps, process_index,
-        process_count, seed, shuffle, parts=dataset.parts,
-    )  # fmt: skip
+    seed, shuffle = reading.seed, reading.shuffle
+    order = RowOrder(len(dataset), shape, seed, shuffle, parts=dataset.parts)
     if num_steps is None:
         assert num_epochs is not None
         num_steps = math.ceil(num_epochs * order.steps_per_epoch)
-    identity = {
-        "seed": seed,
-        "shuffle": shuffle,
+    identity = describe_order(shape, reading) | {
         "num_rows": len(dataset),
         "row_length": dataset.row_length,
-        "global_micro_batch_rows": order.global_micro_batch_rows,
-        "accumulation_steps": accumulation_steps,
         "fingerprint": dataset.fingerprint,
     }
     if dataset.parts:
@@ -340,58 +368,31 @@ def make_train_iterator(
         dataset, first_pass = plan_first_pass(
             dataset,
             curriculum,
-            rows_per_step=accumulation_steps * order.global_micro_batch_rows,
+            rows_per_step=shape.accumulation_steps * shape.global_micro_batch_rows,
             num_steps=num_steps,
             seed=seed,
             shuffle=shuffle,
         )
         order = dataclasses.replace(order, first_pass=first_pass)
         identity["curriculum"] = first_pass.fingerprint
-    return BatchIterator(
-        BatchReader(dataset, order),
-        num_steps=num_steps,
-        start_step=start_step,
-        num_workers=num_workers,
-        prefetch=prefetch,
-        identity=identity,
-    )
+    return BatchIterator(BatchReader(dataset, order), num_steps, reading, identity)
 
 
-def make_eval_iterator(
-    dataset: PreparedDataset,
-    *,
-    micro_batch_rows: int,
-    process_index: int = 0,
-    process_count: int = 1,
-    num_workers: int = 0,
-    prefetch: int = 2,
-) -> BatchIterator:
-    """Iterate once over all rows in order: batches of [B, T].
+def describe_order(shape: BatchShape, reading: Reading) -> dict[str, Any]:
+    """What a saved position holds of them: on these the rows of a step depend."""
+    return {
+        "seed": reading.seed,
+        "shuffle": reading.shuffle,
+        "global_micro_batch_rows": shape.global_micro_batch_rows,
+        "accumulation_steps": shape.accumulation_steps,
+    }
+
+
+def make_eval_iterator(dataset: PreparedDataset, shape: BatchShape) -> BatchIterator:
+    """Iterate once over all rows in order: batches of [B, T], without accumulation.
 
     Every process gets the same number of batches; empty rows fill the last one.
     """
-    _check_batch(micro_batch_rows, 1, process_index, process_count)
-    order = RowOrder(
-        len(dataset), micro_batch_rows, 1, process_index, process_count, shuffle=False
-    )
-    return BatchIterator(
-        BatchReader(dataset, order, flat=True),
-        num_steps=order.steps_per_epoch,
-        num_workers=num_workers,
-        prefetch=prefetch,
-    )
-
-
-def _check_batch(
-    micro_batch_rows: int, accumulation: int, process_index: int, process_count: int
-) -> None:
-    if micro_batch_rows < 1 or accumulation < 1:
-        raise ValueError(
-            f"micro_batch_rows={micro_batch_rows} and accumulation_steps="
-            f"{accumulation} must be at least 1"
-        )
-    if not 0 <= process_index < process_count:
-        raise ValueError(
-            f"process_index={process_index} must lie in 0..process_count - 1 "
-            f"(process_count={process_count})"
-        )
+    order = RowOrder(len(dataset), shape, shuffle=False)
+    reader = BatchReader(dataset, order, flat=True)
+    return BatchIterator(reader, order.steps_per_epoch, Reading())

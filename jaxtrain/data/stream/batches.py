@@ -18,7 +18,12 @@ from transformers import PreTrainedTokenizerBase
 
 from jaxtrain.batch import AnyBatch, map_arrays
 from jaxtrain.data.batches.dataset import PreparedDataset
-from jaxtrain.data.batches.pipeline import check_identity
+from jaxtrain.data.batches.pipeline import (
+    BatchShape,
+    Reading,
+    check_identity,
+    describe_order,
+)
 from jaxtrain.data.prepare.kinds import Recipe
 from jaxtrain.data.prepare.options import PrepareOptions
 from jaxtrain.data.prepare.prepare import detect_row_format
@@ -156,59 +161,42 @@ class StreamIterator(Iterator[AnyBatch]):
     def __init__(
         self,
         dataset: StreamDataset,
+        shape: BatchShape,
+        reading: Reading,
         *,
         num_steps: int,
-        micro_batch_rows: int,
-        accumulation_steps: int = 1,
-        seed: int = 0,
-        shuffle: bool = True,
         shares: int | None = None,
-        process_index: int = 0,
-        process_count: int = 1,
-        num_workers: int = 0,
-        prefetch: int = 2,
     ) -> None:
         """Take up the rows of this process; read nothing yet.
 
         Args:
-            micro_batch_rows: rows of this process in a micro-batch (B).
             shares: how many shares the rows are dealt out to, a multiple of the
                 processes that divides a micro-batch; one a process if None. Batches
                 depend on it, and not on the number of processes.
-            num_workers: processes that tokenize and pack; 0: a thread of this one.
-            prefetch: batches made ahead.
 
         Raises:
-            ValueError: an argument is out of range.
+            ValueError: `shares` does not fit.
         """
-        shares = process_count if shares is None else shares
-        if shares % process_count or micro_batch_rows * process_count % shares:
+        count, rows = shape.process_count, shape.global_micro_batch_rows
+        shares = count if shares is None else shares
+        if shares % count or rows % shares:
             raise ValueError(
-                f"shares={shares} must be a multiple of process_count={process_count} "
-                f"and divide a micro-batch of {micro_batch_rows * process_count} rows"
-            )
-        if num_workers < 0 or prefetch < 1 or not 0 <= seed < 2**32:
-            raise ValueError(
-                f"num_workers={num_workers} must be at least 0, prefetch={prefetch} at "
-                f"least 1 and seed={seed} in 0..2**32 - 1"
+                f"shares={shares} must be a multiple of process_count={count} "
+                f"and divide a micro-batch of {rows} rows"
             )
         self.num_steps = num_steps
         self.step = 0
         self._dataset = dataset
-        self._seed, self._shuffle, self._shares = seed, shuffle, shares
-        self._accumulation = accumulation_steps
-        held = shares // process_count
-        self._held = range(process_index * held, (process_index + 1) * held)
-        self._rows_each = micro_batch_rows // held
-        self._num_workers, self._prefetch = num_workers, prefetch
-        self._identity = {
-            "seed": seed,
-            "shuffle": shuffle,
+        self._reading, self._shares = reading, shares
+        self._accumulation = shape.accumulation_steps
+        held = shares // count
+        first = shape.process_index * held
+        self._held = range(first, first + held)
+        self._rows_each = shape.micro_batch_rows // held
+        self._identity = describe_order(shape, reading) | {
             "shuffle_buffer_size": dataset.sizes.shuffle_buffer_size,
             "stream_window_rows": dataset.sizes.window_rows,
             "row_length": dataset.row_length,
-            "global_micro_batch_rows": micro_batch_rows * process_count,
-            "accumulation_steps": accumulation_steps,
             "shares": shares,
             "fingerprint": dataset.fingerprint,
         }
@@ -224,10 +212,10 @@ class StreamIterator(Iterator[AnyBatch]):
         if self.step >= self.num_steps:
             raise StopIteration
         if self._producer is None:
+            steps = self.num_steps - self.step
             self._producer = Producer(
-                self._lanes, self._assemble, self.num_steps - self.step,
-                self._prefetch, self._num_workers, self._dataset.makers,
-            )  # fmt: skip
+                self._lanes, self._assemble, steps, self._reading, self._dataset.makers
+            )
         batch, snapshot = self._producer.get()
         self.step += 1
         self._states[self.step] = snapshot
@@ -296,15 +284,17 @@ class StreamIterator(Iterator[AnyBatch]):
     def _lanes(self, pool: concurrent.futures.Executor, workers: int) -> list[Lane]:
         data = self._dataset
         window, buffer = data.sizes.window_rows, data.sizes.shuffle_buffer_size
-        block = max(buffer // self._shares, window) if self._shuffle else window
+        block = max(buffer // self._shares, window) if self._reading.shuffle else window
         run = run_window if workers else WindowRunner(data.makers)
         readers = len(self._held) * len(data.makers)
         lanes = []
         for index in self._held:
             parts = []
             for part, source in enumerate(data.rows.sources):
-                seed = (self._seed + part) % 2**32 if self._shuffle else None
-                share = Share(index, self._shares, seed)
+                seed = (self._reading.seed + part) % 2**32
+                share = Share(
+                    index, self._shares, seed if self._reading.shuffle else None
+                )
 
                 def submit(
                     rows: list[RawRow], key: Key, share: Share, part: int = part
@@ -320,9 +310,7 @@ class StreamIterator(Iterator[AnyBatch]):
                         on_bad_rows=self._take_bad_rows,
                     )
                 )
-            lane = Lane(
-                parts, data.rows.weights, Share(index, self._shares), self._seed
-            )
+            lane = Lane(parts, data.rows.weights, index, self._reading.seed)
             if self._lane_states:
                 lane.set_state(self._lane_states[str(index)])
             lanes.append(lane)

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
+from jaxtrain.data.batches.pipeline import Reading
 from jaxtrain.data.stream.source import RawRow, Share
 from jaxtrain.data.stream.windows import Key, Window, WindowMaker
 
@@ -22,12 +23,12 @@ class Producer:
         make_lanes: Any,
         assemble: Any,
         count: int,
-        prefetch: int,
-        workers: int,
+        reading: Reading,
         makers: tuple[WindowMaker, ...],
     ) -> None:
-        self._made: queue.Queue[Any] = queue.Queue(prefetch)
+        self._made: queue.Queue[Any] = queue.Queue(reading.prefetch)
         self._stop = threading.Event()
+        workers = reading.num_workers
         self._pool: concurrent.futures.Executor
         if workers:
             self._pool = concurrent.futures.ProcessPoolExecutor(

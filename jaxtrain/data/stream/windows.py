@@ -277,12 +277,12 @@ class Lane:
         self,
         readers: Sequence[WindowReader],
         weights: Sequence[float],
-        share: Share,
+        index: int,
         seed: int,
     ) -> None:
         self.readers = readers
         self._shares = np.cumsum(weights) / np.sum(weights)
-        random = np.random.SeedSequence([seed, share.index])
+        random = np.random.SeedSequence([seed, index])
         self._phase = int(random.generate_state(1, np.uint64)[0])
         self._drawn = 0
 
