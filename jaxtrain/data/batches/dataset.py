@@ -21,7 +21,9 @@ from jaxtrain.batch import (
 )
 from jaxtrain.data.batches import shared_prompt
 
-_ARRAYS = ("tokens", "trained", "starts", "lengths", "row_documents", "row_offsets")
+_DESCRIBED = (
+    "objective", "row_length", "pad_id", "parts", "shares_prompts", "most_pairs",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,8 +230,8 @@ class PreparedDataset:
         digest = hashlib.blake2b(digest_size=8)
         for name, store in sorted(self.stores.items()):
             digest.update(name.encode())
-            for array in _ARRAYS:
-                digest.update(np.ascontiguousarray(getattr(store, array)).data)
+            for array in vars(store).values():
+                digest.update(np.ascontiguousarray(array).data)
         for name, values in sorted(self.row_values.items()):
             digest.update(name.encode() + np.asarray(values, np.float32).tobytes())
         return digest.hexdigest()
@@ -238,58 +240,41 @@ class PreparedDataset:
         """Write the arrays as .npy files, for `load` to map into memory."""
         folder = pathlib.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        for side, store in self.stores.items():
-            for array in _ARRAYS:
-                np.save(folder / f"{side}{array}.npy", getattr(store, array))
-        for side, logps in (self.reference_logps or {}).items():
-            np.save(folder / f"{side}reference_logps.npy", logps)
-        for name, values in self.row_values.items():
-            np.save(folder / f"{name}.row.npy", values)
-        if self.difficulty is not None:
-            np.save(folder / "difficulty.npy", self.difficulty)
-        described = {
-            "objective": self.objective,
-            "sides": list(self.stores),
-            "row_length": self.row_length,
-            "pad_id": self.pad_id,
-            "stats": dataclasses.asdict(self.stats),
-            "reference_sides": list(self.reference_logps or ()),
-            "row_values": list(self.row_values),
-            "has_difficulty": self.difficulty is not None,
-            "parts": self.parts,
-            "shares_prompts": self.shares_prompts,
+        arrays = {
+            **{side: vars(store) for side, store in self.stores.items()},
+            "reference_logps": self.reference_logps or {},
+            "row_values": self.row_values,
+            "difficulty": {} if self.difficulty is None else {"": self.difficulty},
         }
+        for group, named in arrays.items():
+            for name, array in named.items():
+                np.save(folder / f"{group}.{name}.npy", array)
+        described = {name: getattr(self, name) for name in _DESCRIBED}
+        described["stats"] = dataclasses.asdict(self.stats)
+        described["arrays"] = {group: list(named) for group, named in arrays.items()}
         (folder / "prepared.json").write_text(json.dumps(described))
 
     @classmethod
     def load(cls, folder: str | pathlib.Path) -> "PreparedDataset":
         """Open what `save` wrote, memory-mapped."""
         folder = pathlib.Path(folder)
-
-        def read(name: str) -> np.ndarray:
-            return np.load(folder / f"{name}.npy", mmap_mode="r")
-
         described = json.loads((folder / "prepared.json").read_text())
-        stores = {
-            side: TokenStore(*(read(f"{side}{array}") for array in _ARRAYS))
-            for side in described["sides"]
+        arrays = {
+            group: {
+                name: np.load(folder / f"{group}.{name}.npy", mmap_mode="r")
+                for name in names
+            }
+            for group, names in described.pop("arrays").items()
         }
-        logps = {
-            side: read(f"{side}reference_logps")
-            for side in described["reference_sides"]
+        more: dict[str, Any] = {
+            "reference_logps": arrays.pop("reference_logps") or None,
+            "row_values": arrays.pop("row_values"),
+            "difficulty": arrays.pop("difficulty").get(""),
+            "stores": {side: TokenStore(**named) for side, named in arrays.items()},
+            "stats": DataStats(**described.pop("stats")),
+            "parts": tuple((rows, weight) for rows, weight in described.pop("parts")),
         }
-        return cls(
-            described["objective"],
-            stores,
-            described["row_length"],
-            described["pad_id"],
-            DataStats(**described["stats"]),
-            logps or None,
-            {name: read(f"{name}.row") for name in described["row_values"]},
-            read("difficulty") if described["has_difficulty"] else None,
-            tuple((rows, weight) for rows, weight in described["parts"]),
-            described["shares_prompts"],
-        )
+        return cls(**described, **more)
 
     def _fill(
         self, write_row: Callable[[int, Batch], None], rows: np.ndarray, length: int

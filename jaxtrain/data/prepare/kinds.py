@@ -72,7 +72,7 @@ class RowKind(abc.ABC):
 
     def pack(self, sides: Sides, options: PrepareOptions) -> dict[str, TokenStore]:
         """All documents as one store a side, packed into rows."""
-        return {name: store(examples, options) for name, examples in sides.items()}
+        return {name: make_store(examples, options) for name, examples in sides.items()}
 
 
 class NextToken(RowKind):
@@ -196,7 +196,7 @@ KINDS: dict[str, RowKind] = {
 }
 
 
-def store(examples: Sequence[Example], options: PrepareOptions) -> TokenStore:
+def make_store(examples: Sequence[Example], options: PrepareOptions) -> TokenStore:
     """Sequences behind one another, cut and packed as the options say."""
     lengths = np.fromiter((len(e.ids) for e in examples), np.int64, len(examples))
     tokens = np.concatenate([np.zeros(0, np.int32), *(e.ids for e in examples)])
