@@ -16,8 +16,8 @@ from jinja2.exceptions import TemplateError
 from transformers import AutoConfig, AutoTokenizer
 
 from jaxtrain import assets
-from jaxtrain.assets import build, pairs, passages
-from jaxtrain.assets.passages import Verse
+from tests.embedded import build, pairs, passages
+from tests.embedded.passages import Verse
 
 FILES = [name for files in assets.DATA.values() for name in files]
 

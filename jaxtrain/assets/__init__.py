@@ -1,6 +1,6 @@
 """The embedded default: a tokenizer, data and a small model that need no network.
 
-Everything here is built by `python -m jaxtrain.assets.build` from the public-domain
+Everything here is built by `python -m tests.embedded.build` from the public-domain
 King James text. `asset_path` is the one way in: configs name an asset, not a path.
 """
 
@@ -41,6 +41,6 @@ def asset_path(name: str) -> pathlib.Path:
         names = [MODEL, TOKENIZER, *(file for pair in DATA.values() for file in pair)]
         raise ValueError(
             f"asset {name!r} is not in {root}: use one of {names}, or rebuild them "
-            "with `python -m jaxtrain.assets.build`"
+            "with `python -m tests.embedded.build`"
         )
     return path

@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from jaxtrain.assets.passages import Verse
+from tests.embedded.passages import Verse
 
 Run = Sequence[Verse]
 SftRow = dict[str, str]

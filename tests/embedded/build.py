@@ -1,13 +1,13 @@
 """Build the embedded assets.
 
-    python -m jaxtrain.assets.build --source ../shared/data/kjv.txt.gz
+    python -m tests.embedded.build --source ../shared/data/kjv.txt.gz
 
-writes the tokenizer and the data into this package. The same source gives the same
+writes the tokenizer and the data into jaxtrain/assets. The same source gives the same
 bytes. The model comes from our own from-scratch run on them, made longer:
 
     python -m jaxtrain.main --config=configs/from_scratch.py --workdir=out/model \
         --config.training.max_steps=1600 --config.model.export_dtype=bfloat16
-    python -m jaxtrain.assets.build --model EXPORTED_DIRECTORY
+    python -m tests.embedded.build --model EXPORTED_DIRECTORY
 
 copies that Hugging Face directory in, after a check that it fits.
 """
@@ -21,9 +21,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jaxtrain import assets
-from jaxtrain.assets import pairs, passages, train_tokenizer
+from tests.embedded import pairs, passages, train_tokenizer
 
-PACKAGE_DIR = pathlib.Path(__file__).parent
+PACKAGE_DIR = pathlib.Path(assets.__file__).parent
 TRAIN_PAIRS = 4000  # rows of each kind for training
 EVAL_PAIRS = 256
 CONVERSATIONS = 256

@@ -1,0 +1,1 @@
+"""How the embedded data, tokenizer and model were made; the wheel has the results."""
