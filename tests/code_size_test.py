@@ -1,5 +1,9 @@
 """The package stays within the budgets that make it readable."""
 
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import code_size
 
 

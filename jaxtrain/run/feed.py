@@ -31,13 +31,8 @@ class Feed:
     plan: ShardingPlan
 
     @property
-    def reader(self) -> int:
-        """Which share of the rows this process reads."""
-        return self.plan.readers[0]
-
-    @property
     def readers(self) -> int:
-        """The number of such shares: processes, or groups that read the same rows."""
+        """Shares of the rows: processes, or groups of them that read the same rows."""
         return self.plan.readers[1]
 
     @property
