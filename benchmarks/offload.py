@@ -25,7 +25,7 @@ from jaxtrain.optimizers import offload as streamed
 from jaxtrain.optimizers import optim
 from jaxtrain.optimizers.schedules import make_schedule
 from jaxtrain.run import distributed
-from jaxtrain.step import Placement, StepOptions, make_train_step
+from jaxtrain.step import StepOptions, make_train_step
 from jaxtrain.types import Batch, TrainState
 
 SHAPES = {
@@ -81,18 +81,12 @@ class Run:
             rng=plan.replicated,
         )  # fmt: skip
         self.layouts, self.decoder = layouts, decoder
-        fetch: dict[str, Any] = {}
-        if plan.offload_params:
-            fetch["fetch_params"] = sharding.make_transfer(
-                sharding.on_device(parameters)
-            )
-        if plan.offload_optimizer:
-            fetch["update"] = streamed.make_streamed_update(
-                self.optimizer, parameters, stored
-            )
+        options = streamed.offload(
+            StepOptions(max_grad_norm=1.0), plan, self.optimizer, layouts
+        )
         step = make_train_step(
             make_objective("next_token"), decoder.token_log_probs, self.optimizer,
-            schedule, StepOptions(max_grad_norm=1.0, placement=Placement(**fetch)),
+            schedule, options,
         )  # fmt: skip
         self.step = jax.jit(
             step,

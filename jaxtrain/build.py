@@ -29,7 +29,7 @@ from jaxtrain.models.state import init_state, needs_reference
 from jaxtrain.objectives.added import AddedLoss, with_added_loss, with_router_loss
 from jaxtrain.objectives.options import ObjectiveRow
 from jaxtrain.optimizers.configured import make_optimizer
-from jaxtrain.optimizers.offload import make_placement
+from jaxtrain.optimizers.offload import offload
 from jaxtrain.passes import difficulty
 from jaxtrain.passes.reference import ReferenceScorer, describe
 from jaxtrain.record import diagnostics, writers
@@ -222,17 +222,12 @@ def make_steps(
             diagnostics.parameter_group if run.loop.log_grad_norm_by_group else None
         ),
         is_micro_batch_mean=functools.partial(_is_micro_batch_mean, run.objective_row),
-        placement=make_placement(plan, optimizer, layouts),
     )
+    options = offload(options, plan, optimizer, layouts)
     train_step = step.make_train_step(
         scored.objective, scored.score, optimizer, schedule, options
     )
-    eval_step = step.make_eval_step(
-        scored.objective,
-        scored.score,
-        with_reference=options.with_reference,
-        placement=options.placement,
-    )
+    eval_step = step.make_eval_step(scored.objective, scored.score, options)
     return (
         plan.jit(
             train_step,

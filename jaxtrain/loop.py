@@ -28,12 +28,7 @@ from jaxtrain.evaluation.held_out import (
 from jaxtrain.models.load import LoadedModel
 from jaxtrain.record.diagnostics import save_batch
 from jaxtrain.record.goodput import Goodput
-from jaxtrain.record.throughput import (
-    ThroughputMeter,
-    device_memory,
-    device_utilization,
-    host_memory,
-)
+from jaxtrain.record.throughput import ThroughputMeter, usage
 from jaxtrain.run.checkpoint import CheckpointManager
 from jaxtrain.run.feed import Feed
 from jaxtrain.run.preemption import Preempted, PreemptionWatch, Watchdog
@@ -138,21 +133,16 @@ def restore(parts: Parts, checkpoints: CheckpointManager) -> tuple[Parts, Progre
             does not fit the model or the data.
     """
     settings, state = parts.run.loop, parts.state
-    progress = Progress(
-        BestMetric(
-            settings.greater_is_better,
-            settings.early_stopping_threshold,
-            settings.early_stopping_patience,
-        )
-    )
+    threshold = settings.early_stopping_threshold
+    patience = settings.early_stopping_patience
+    progress = Progress(BestMetric(settings.greater_is_better, threshold, patience))
     latest = checkpoints.latest_step()
     if latest is None:
         return parts, progress
     if settings.resume_from_checkpoint == "never":
         raise ValueError(
-            "training.resume_from_checkpoint = 'never', but"
-            f" {checkpoints.directory} holds step {latest}: use a new"
-            " workdir, or 'auto' to continue"
+            f"training.resume_from_checkpoint = 'never', but {checkpoints.directory}"
+            f" holds step {latest}: use a new workdir, or 'auto' to continue"
         )
     restored = checkpoints.restore(parts.saved(state))
     for line in diff(restored.config, parts.run.to_dict()):
@@ -180,11 +170,11 @@ class Loop:
     ) -> None:
         self.parts, self.progress, self.state = parts, progress, parts.state
         self.checkpoints, self.writer = checkpoints, writer
-        self.settings = parts.run.loop
+        self.run, self.settings = parts.run, parts.run.loop
         self.logged: dict[str, float] = {}
         self.evaluated: dict[str, float] = {}
         self.evaluated_step: int | None = None
-        self._meter = parts.meter
+        self._meter, self._best = parts.meter, progress.best
         self._watchdog = Watchdog(self.settings.step_timeout_secs)
         # Steps whose metrics are still on the device, with their rows on the host.
         self._pending: list[tuple[int, Metrics, AnyBatch]] = []
@@ -205,22 +195,17 @@ class Loop:
             return
         with self._meter.paused():
             self._fetch_pending()  # raises before a broken state is saved
-            self._save()
-        self._watchdog.feed()
-
-    def _save(self) -> None:
-        self.checkpoints.save(
-            self.step,
-            self.parts.saved(self.state),
             # Batches are read ahead; what counts is what was trained on.
-            data_state={
-                "batches": self.parts.train_batches.get_state(self.step),
-                **self.progress.get_state(),
-            },
-            config=self.parts.run.to_dict(),
-            metrics=self.evaluated if self.evaluated_step == self.step else {},
-            clock=self.progress.goodput.get_state(),
-        )
+            batches = self.parts.train_batches.get_state(self.step)
+            self.checkpoints.save(
+                self.step,
+                self.parts.saved(self.state),
+                data_state={"batches": batches, **self.progress.get_state()},
+                config=self.run.to_dict(),
+                metrics=self.evaluated if self.evaluated_step == self.step else {},
+                clock=self.progress.goodput.get_state(),
+            )
+        self._watchdog.feed()
 
     # --- the loop ------------------------------------------------------------------
 
@@ -256,62 +241,54 @@ class Loop:
             self._do_what_is_due()
             if preemption.requested(self.step):
                 self._leave()
-            if self.progress.best.should_stop:
+            if self._best.should_stop:
                 logger.info(
                     "early stop at step %d: %s has not improved on %.4g of step %d",
-                    self.step,
-                    self.settings.metric_for_best_model,
-                    self.progress.best.value,
-                    self.progress.best.step,
+                    *(self.step, self.settings.metric_for_best_model),
+                    *(self._best.value, self._best.step),
                 )
                 break
         return self._finish()
 
     def _do_what_is_due(self) -> None:
         """Log, move the reference, evaluate and save, each every so many steps."""
-        settings, run = self.settings, self.parts.run
-        if self._is_due(settings.logging_steps):
+        if self._is_due(self.settings.logging_steps):
             self.log()
-        if self.parts.sync_reference is not None:
-            assert run.dpo is not None  # no other run has a reference that moves
-            if self._is_due(run.dpo.ref_model_sync_steps):
-                self.state = self.parts.sync_reference(self.state)
-        if self._is_due(settings.eval_steps):
+        sync_reference, dpo = self.parts.sync_reference, self.run.dpo
+        if sync_reference and dpo and self._is_due(dpo.ref_model_sync_steps):
+            self.state = sync_reference(self.state)
+        if self._is_due(self.settings.eval_steps):
             self.evaluate()
-        if self._is_due(settings.save_steps):
+        if self._is_due(self.settings.save_steps):
             self.save()
 
     def _leave(self) -> None:
-        """Save whatever `save_steps` says, and go: the next start goes on from here."""
-        if self._pending or self._unlogged:
-            self.log()
+        """Save regardless of `save_steps` and stop; the next run resumes from there."""
+        self._log_the_rest()
         self.save()
         self.checkpoints.wait()
-        self.parts.train_batches.close()
         logger.warning("preempted: step %d is saved, start again to go on", self.step)
         raise Preempted(self.step)
 
     def _finish(self) -> dict[str, Any]:
         settings = self.settings
-        if self._pending or self._unlogged:
-            self.log()
+        self._log_the_rest()
         if settings.eval_steps != 0 and self.evaluated_step != self.step:
             self.evaluate()
         if settings.save_steps != 0:
             self.save()
         self.checkpoints.wait()
-        self.parts.train_batches.close()
         return {
             **self.logged,
             **self.evaluated,
             "final_loss": self.logged.get("loss", math.nan),
             "global_step": self.step,
-            "best_metric": self.progress.best.value,
+            "best_metric": self._best.value,
         }
 
     def _placed_batches(self) -> Iterator[tuple[Any, AnyBatch]]:
         """Batches on the devices and on the host, one ahead of the running step."""
-        ahead = 1 if self.parts.run.devices.dataloader_pin_memory else 0
+        ahead = 1 if self.run.devices.dataloader_pin_memory else 0
         queue: collections.deque[tuple[Any, AnyBatch]] = collections.deque()
         while True:
             while len(queue) <= ahead:
@@ -345,6 +322,10 @@ class Loop:
 
     # --- metrics -------------------------------------------------------------------
 
+    def _log_the_rest(self) -> None:
+        if self._pending or self._unlogged:
+            self.log()
+
     def log(self) -> None:
         """Write the means of the metrics since the last log, and rates."""
         self._fetch_pending()
@@ -363,21 +344,12 @@ class Loop:
         means["num_tokens"] = self.progress.num_tokens
         if skipped:
             means["skipped_steps"] = skipped
-        if self.parts.run.objective == "next_token":
-            means["perplexity"] = perplexity(
-                without_added(means, self.parts.added_losses)
-            )
+        if self.run.objective == "next_token":
+            likelihood = without_added(means, self.parts.added_losses)
+            means["perplexity"] = perplexity(likelihood)
         self.logged = means
-        device = jax.local_devices()[0]
-        self.writer.write(
-            self.step,
-            means
-            | self._meter.report()
-            | {"goodput_share": self.progress.goodput.share()}
-            | device_memory(device)
-            | device_utilization(device)
-            | host_memory(),
-        )
+        rates = self._meter.report() | {"goodput_share": self.progress.goodput.share()}
+        self.writer.write(self.step, means | rates | usage(jax.local_devices()[0]))
 
     def _fetch_pending(self) -> None:
         """Bring finished steps' metrics to the host.
@@ -434,15 +406,14 @@ class Loop:
         """Evaluate, log the result and see whether it is the best so far."""
         if self.parts.eval_data is None:
             return
+        batches = self.parts.feed.eval_batches(self.parts.eval_data)
         with self._meter.paused():
             self._fetch_pending()
             self.evaluated = evaluate(
                 self.parts.eval_step,
                 self.state,
-                self._placed_eval_batches(
-                    self.parts.feed.eval_batches(self.parts.eval_data)
-                ),
-                with_perplexity=self.parts.run.objective == "next_token",
+                self._placed_eval_batches(batches),
+                with_perplexity=self.run.objective == "next_token",
                 added_losses=self.parts.added_losses,
             )
             if self.parts.sampler is not None:
@@ -459,7 +430,7 @@ class Loop:
                 f" {self.settings.metric_for_best_model!r} is no evaluation metric;"
                 f" these are: {', '.join(sorted(self.evaluated))}"
             )
-        if self.progress.best.update(self.evaluated[key], self.step):
+        if self._best.update(self.evaluated[key], self.step):
             logger.info("%s = %.4g, the best so far", key, self.evaluated[key])
 
     def _placed_eval_batches(self, batches: Iterator[Any]) -> Iterator[Any]:

@@ -14,7 +14,7 @@ import optax
 from jaxtyping import Array, Float
 
 from jaxtrain.record.diagnostics import GroupOf, detect_spike, sum_squares_by_group
-from jaxtrain.tree import overlay
+from jaxtrain.tree import overlay, select
 from jaxtrain.types import (
     Batch,
     LogProbsFn,
@@ -40,54 +40,6 @@ class ScoreFn(Protocol):
     ) -> TokenLogProbs: ...
 
 
-class LossScaler(Protocol):
-    """Dynamic loss scaling for float16 (arXiv:1710.03740)."""
-
-    scale: Float[Array, ""]
-
-    def update(self, finite: Array) -> "LossScaler": ...
-
-
-def _identity(tree: Any) -> Any:
-    return tree
-
-
-def _never(name: str) -> bool:
-    return False
-
-
-def _closures(
-    score: ScoreFn,
-    trainable: Params,
-    frozen: Params,
-    key: Array | None,
-    with_reference: bool,
-) -> tuple[LogProbsFn, LogProbsFn | None]:
-    """The policy, and the reference that is never differentiated."""
-
-    def policy(batch: Batch) -> TokenLogProbs:
-        return score(overlay(frozen, trainable), batch, dropout_key=key)
-
-    def reference(batch: Batch) -> TokenLogProbs:
-        return jax.lax.stop_gradient(score(frozen, batch))
-
-    return policy, reference if with_reference else None
-
-
-@dataclasses.dataclass(frozen=True)
-class Placement:
-    """How state that rests in host memory takes part in a step.
-
-    `fetch_*` bring that part of the state to device memory. `update` applies the
-    optimizer in place of `make_whole_update`, to parameters and state as they are
-    stored.
-    """
-
-    fetch_params: Callable[[Any], Any] = _identity
-    fetch_frozen: Callable[[Any], Any] = _identity
-    update: UpdateFn | None = None
-
-
 @dataclasses.dataclass(frozen=True)
 class StepOptions:
     """What a train step does beyond the gradient of its objective.
@@ -102,6 +54,8 @@ class StepOptions:
     `is_micro_batch_mean`: true of a name ("loss" or a metric's) that is averaged within
     each micro-batch first and over micro-batches then, so that a short last one counts
     as much as the others. Empty ones count nowhere.
+    `fetch`: bring what the step reads of the state from host to device memory.
+    `update`: the optimizer's update in place of `make_whole_update`, of state as stored.
     """
 
     max_grad_norm: float | None = None
@@ -111,8 +65,9 @@ class StepOptions:
     spike_threshold: float | None = None
     skip_spikes: bool = False
     group_of: GroupOf | None = None
-    is_micro_batch_mean: Callable[[str], bool] = _never
-    placement: Placement = Placement()
+    is_micro_batch_mean: Callable[[str], bool] = lambda name: False
+    fetch: Callable[[TrainState], TrainState] = lambda state: state
+    update: UpdateFn | None = None
 
 
 def make_train_step(
@@ -127,22 +82,17 @@ def make_train_step(
     The batch's leaves carry A accumulation micro-batches as their first axis. Totals
     and weights are summed over them in float32 and divided once, so that A
     micro-batches give the gradient of one large batch;
-    `StepOptions.is_micro_batch_mean` names the exceptions.
-
-    Args:
-        objective: loss and metrics from log-probs (`jaxtrain.objectives`).
-        score: the model.
-        optimizer: applied to clipped gradients; `schedule` is only logged here.
+    `StepOptions.is_micro_batch_mean` names the exceptions. The schedule acts through
+    `optimizer`; here it is only logged.
 
     Metrics: those of the objective, `loss`, `grad_norm` (before clipping),
     `learning_rate` (of this step), `nonfinite` (1 where the gradient was not finite),
     with `group_of` `grad_norm/<group>`, with a threshold `spike` (1 where it was one).
     """
-    placement = options.placement
-    update = placement.update or make_whole_update(optimizer)
+    update = options.update or make_whole_update(optimizer)
 
-    def micro_batch_gradient(
-        trainable: Params, frozen: Params, key: Array, scale: Array | float
+    def make_micro_step(
+        state: TrainState, key: Array, scale: Array | float
     ) -> Callable[[Any, Array], tuple[Params, Metrics]]:
         """The gradient of one micro-batch's total, and its sums."""
 
@@ -151,31 +101,26 @@ def make_train_step(
         ) -> tuple[Array, Metrics]:
             dropout = jax.random.fold_in(key, index) if options.with_dropout else None
             policy, reference = _closures(
-                score, trainable, frozen, dropout, options.with_reference
+                score, trainable, state.frozen, dropout, options
             )
             loss, metrics = objective(policy, reference, micro_batch)
-            sums = {
-                name: _as_one_vote(value)
-                if options.is_micro_batch_mean(name)
-                else value
-                for name, value in {"loss": loss, **metrics}.items()
-            }
+            sums = {"loss": loss, **metrics}
+            for name in filter(options.is_micro_batch_mean, sums):
+                sums[name] = _as_one_vote(sums[name])
             return sums["loss"].total * scale, sums
 
         def micro_step(micro_batch: Any, index: Array) -> tuple[Params, Metrics]:
-            grads, sums = jax.grad(scaled_total, has_aux=True)(
-                trainable, micro_batch, index
-            )
+            gradient = jax.grad(scaled_total, has_aux=True)
+            grads, sums = gradient(state.trainable, micro_batch, index)
             return jax.tree.map(lambda g: g.astype(jnp.float32), grads), sums
 
         return micro_step
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        trainable = placement.fetch_params(state.trainable)
-        frozen = placement.fetch_frozen(state.frozen)
+        fetched = options.fetch(state)
         key = jax.random.fold_in(state.rng, state.step)
         scale = 1.0 if state.loss_scale is None else state.loss_scale.scale
-        micro_step = micro_batch_gradient(trainable, frozen, key, scale)
+        micro_step = make_micro_step(fetched, key, scale)
         grads, metrics = _sum_over_micro_batches(micro_step, batch)
 
         weight = metrics["loss"].weight
@@ -191,8 +136,8 @@ def make_train_step(
         is_spike, loss_window = _look_for_spike(state, metrics["loss"], options)
         good = _is_good(finite, is_spike, options, state.loss_scale is not None)
         with jax.named_scope("optimizer"):
-            stored = trainable if placement.update is None else state.trainable
-            new_trainable, opt_state = update(grads, state.opt_state, stored, good)
+            old = fetched if options.update is None else state
+            trainable, opt_state = update(grads, old.opt_state, old.trainable, good)
 
         numbers = {
             "grad_norm": grad_norm,
@@ -213,7 +158,7 @@ def make_train_step(
         new_state = dataclasses.replace(
             state,
             step=state.step + 1,
-            trainable=new_trainable,
+            trainable=trainable,
             opt_state=opt_state,
             loss_scale=loss_scale,
             loss_window=loss_window,
@@ -221,6 +166,24 @@ def make_train_step(
         return new_state, metrics
 
     return train_step
+
+
+def _closures(
+    score: ScoreFn,
+    trainable: Params,
+    frozen: Params,
+    key: Array | None,
+    options: StepOptions,
+) -> tuple[LogProbsFn, LogProbsFn | None]:
+    """The policy, and the reference that is never differentiated."""
+
+    def policy(batch: Batch) -> TokenLogProbs:
+        return score(overlay(frozen, trainable), batch, dropout_key=key)
+
+    def reference(batch: Batch) -> TokenLogProbs:
+        return jax.lax.stop_gradient(score(frozen, batch))
+
+    return policy, reference if options.with_reference else None
 
 
 def _look_for_spike(
@@ -296,11 +259,7 @@ def _sum_over_micro_batches(
 
 
 def make_eval_step(
-    objective: Objective,
-    score: ScoreFn,
-    *,
-    with_reference: bool = False,
-    placement: Placement = Placement(),
+    objective: Objective, score: ScoreFn, options: StepOptions = StepOptions()
 ) -> EvalStep:
     """Build `eval_step(state, batch) -> metrics`, one micro-batch, no dropout.
 
@@ -308,12 +267,9 @@ def make_eval_step(
     """
 
     def eval_step(state: TrainState, batch: Any) -> Metrics:
+        fetched = options.fetch(state)
         policy, reference = _closures(
-            score,
-            placement.fetch_params(state.trainable),
-            placement.fetch_frozen(state.frozen),
-            None,
-            with_reference,
+            score, fetched.trainable, fetched.frozen, None, options
         )
         loss, metrics = objective(policy, reference, batch)
         return {"loss": loss, **metrics}
@@ -328,18 +284,13 @@ def make_reference_sync(mixup: float) -> Callable[[TrainState], TrainState]:
     move, which `state.frozen` then holds beside the base: A and B each, as they are.
     """
 
-    def mix(old: Params, policy: Params) -> Params:
-        mixed = dict(old)
-        for name, value in policy.items():
-            if isinstance(value, dict):
-                mixed[name] = mix(old[name], value)
-            else:
-                blend = mixup * value.astype(jnp.float32)
-                blend += (1 - mixup) * old[name].astype(jnp.float32)
-                mixed[name] = blend.astype(old[name].dtype)
-        return mixed
+    def mix(old: Array, policy: Array) -> Array:
+        blend = mixup * policy.astype(jnp.float32)
+        return (blend + (1 - mixup) * old.astype(jnp.float32)).astype(old.dtype)
 
     def sync(state: TrainState) -> TrainState:
-        return dataclasses.replace(state, frozen=mix(state.frozen, state.trainable))
+        moving = select(state.frozen, state.trainable)
+        moved = jax.tree.map(mix, moving, state.trainable)
+        return dataclasses.replace(state, frozen=overlay(state.frozen, moved))
 
     return sync

@@ -16,7 +16,7 @@ import optax
 from jaxtyping import Array
 
 from jaxtrain import sharding
-from jaxtrain.step import Placement, UpdateFn, make_whole_update
+from jaxtrain.step import StepOptions, UpdateFn, make_whole_update
 from jaxtrain.types import Params, TrainState
 
 LAYERS = "layers"
@@ -145,28 +145,29 @@ def _move(tree: Any, stored: Any, to: Any) -> Any:
     return jax.tree.map(move, tree, stored, to)
 
 
-def make_placement(
+def offload(
+    options: StepOptions,
     plan: sharding.ShardingPlan,
     optimizer: optax.GradientTransformation,
     layouts: TrainState,
-) -> Placement:
-    """Make what brings state that is kept in host memory to the device in a step.
+) -> StepOptions:
+    """Return the options of a step that brings state in host memory to the device.
 
     Args:
         layouts: where each leaf of the state is kept, as a tree of shardings.
     """
-
-    def fetch(layouts: Any) -> Callable[[Any], Any]:
-        return sharding.make_transfer(sharding.on_device(layouts))
-
-    placement = Placement()
     if plan.offload_optimizer or plan.offload_params:
         update = make_streamed_update(optimizer, layouts.trainable, layouts.opt_state)
-        placement = dataclasses.replace(placement, update=update)
-    if plan.offload_params:
-        placement = dataclasses.replace(
-            placement,
-            fetch_params=fetch(layouts.trainable),
-            fetch_frozen=fetch(layouts.frozen),
-        )
-    return placement
+        options = dataclasses.replace(options, update=update)
+    if not plan.offload_params:
+        return options
+    to_device = [
+        sharding.make_transfer(sharding.on_device(tree))
+        for tree in (layouts.trainable, layouts.frozen)
+    ]
+
+    def fetch(state: TrainState) -> TrainState:
+        trainable, frozen = to_device[0](state.trainable), to_device[1](state.frozen)
+        return dataclasses.replace(state, trainable=trainable, frozen=frozen)
+
+    return dataclasses.replace(options, fetch=fetch)

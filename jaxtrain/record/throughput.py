@@ -163,6 +163,11 @@ def host_memory() -> dict[str, float]:
     return {"host_memory_gib": pages * os.sysconf("SC_PAGE_SIZE") / _GIB}
 
 
+def usage(device: Any) -> dict[str, float]:
+    """What this host and its devices, of which `device` is one, are using now."""
+    return device_memory(device) | device_utilization(device) | host_memory()
+
+
 class ThroughputMeter:
     """Rates and step times since the last report.
 
