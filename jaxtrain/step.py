@@ -55,7 +55,7 @@ class StepOptions:
     each micro-batch first and over micro-batches then, so that a short last one counts
     as much as the others. Empty ones count nowhere.
     `fetch`: bring what the step reads of the state from host to device memory.
-    `update`: the optimizer's update in place of `make_whole_update`, of state as stored.
+    `update`: in place of `make_whole_update`, of state as it is stored.
     """
 
     max_grad_norm: float | None = None

@@ -76,8 +76,7 @@ class LoadedModel:
             ValueError: an earlier training has taken them.
         """
         decoder = dataclasses.replace(self.decoder, packed=packed)
-        weights = self.take_weights()
-        return LoadedModel(decoder, weights, self.tokenizer, self.plan, self.directory)
+        return dataclasses.replace(self, decoder=decoder, weights=self.take_weights())
 
     @property
     def config(self) -> ModelConfig:
@@ -91,14 +90,14 @@ class LoadedModel:
         return tuple(sorted(ids - {None}))
 
     def make_generator(self, max_new_tokens: int, **options: Any) -> Generator:
-        """`generate.make_generate` for this model, with its end tokens."""
-        return make_generate(
-            self.decoder,
-            max_new_tokens=max_new_tokens,
-            eos_ids=self.eos_ids,
-            pad_id=self.tokenizer.pad_token_id,
-            **options,
-        )
+        """`generate.make_generate` for this model, with its end tokens; made once."""
+        key = (max_new_tokens, *sorted(options.items()))
+        if key not in self._generators:
+            options |= {"eos_ids": self.eos_ids, "pad_id": self.tokenizer.pad_token_id}
+            self._generators[key] = make_generate(
+                self.decoder, max_new_tokens=max_new_tokens, **options
+            )
+        return self._generators[key]
 
     def on_device(self, params: Params) -> Params:
         """The same weights in device memory, where they rest in host memory."""
@@ -140,14 +139,11 @@ class LoadedModel:
         Raises:
             ValueError: the weights went into a training, or a setting is out of range.
         """
-        settings = (max_new_tokens, temperature, top_k, top_p)
-        if settings not in self._generators:
-            self._generators[settings] = self.make_generator(
-                max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p
-            )
         shards = self.plan.batch_shards
         return generate_texts(
-            self._generators[settings],
+            self.make_generator(
+                max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p
+            ),
             self.on_device(self.params),
             self.tokenizer,
             prompts,
@@ -231,7 +227,7 @@ def adopt(model: LoadedModel, run: RunConfig) -> LoadedModel:
     layouts = jax.tree.map(lambda leaf: leaf.sharding, described)
     model.take_weights()
     params = jax.device_put(converted, layouts)
-    return LoadedModel(decoder, params, model.tokenizer, plan, model.directory)
+    return dataclasses.replace(model, decoder=decoder, weights=params, plan=plan)
 
 
 def load_abstract_model(run: RunConfig, devices: Sequence[jax.Device]) -> LoadedModel:
@@ -411,11 +407,8 @@ def _load_config(run: RunConfig, directory: str | None, tokenizer: Any) -> Model
         if value is not None
     }
     options.setdefault("vocab_size", len(tokenizer))
-    options |= {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        options[name] = getattr(tokenizer, name)
     try:
         return ModelConfig.from_hf(options)
     except ValueError as error:
