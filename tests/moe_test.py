@@ -21,7 +21,8 @@ from jaxtrain.models.hf import load_config, load_params
 from jaxtrain.models.hf_experts import split_fused
 from jaxtrain.models.hf_names import leaves_of
 from jaxtrain.models.load import router_loss_coefficient
-from jaxtrain.objectives import make_objective, with_router_loss
+from jaxtrain.objectives import make_objective
+from jaxtrain.objectives.added import with_router_loss
 from jaxtrain.optimizers import optim
 from jaxtrain.step import StepOptions, make_train_step
 from jaxtrain.tree import flatten, select

@@ -6,26 +6,15 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from jaxtrain.objectives.added import with_router_loss
-    from jaxtrain.objectives.table import (
-        OBJECTIVES,
-        load_objective,
-        make_objective,
-        next_token,
-    )
+from jaxtrain.objectives.options import OBJECTIVES
 
-__all__ = [
-    "OBJECTIVES",
-    "load_objective",
-    "make_objective",
-    "next_token",
-    "with_router_loss",
-]
+if TYPE_CHECKING:
+    from jaxtrain.objectives.table import load_objective, make_objective, next_token
+
+__all__ = ["OBJECTIVES", "load_objective", "make_objective", "next_token"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:
-        home = "added" if name == "with_router_loss" else "table"
-        return getattr(importlib.import_module(f"jaxtrain.objectives.{home}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("jaxtrain.objectives.table"), name)

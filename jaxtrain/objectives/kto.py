@@ -12,7 +12,6 @@ from jaxtrain.objectives.preference import (
     row_sums,
     weigh,
 )
-from jaxtrain.objectives.preference_losses import kto_losses
 from jaxtrain.types import Batch, LabeledBatch, LogProbsFn, Metrics, WeightedSum
 
 
@@ -22,11 +21,12 @@ def kto(
     batch: LabeledBatch,
     options: KtoOptions,
 ) -> tuple[WeightedSum, Metrics]:
-    """Kahneman-Tversky optimization: a mean of `kto_losses` over real completions.
+    """1 - sigma(beta (rho - z)) where desirable, else 1 - sigma(beta (z - rho)).
 
-    arXiv:2402.01306. The KL term z is max(0, mean rho) over the micro-batch's
-    `mismatched` rows, not differentiated; `apo_zero_unpaired` has z = 0 and needs none.
-    `desirable_weight` and `undesirable_weight` multiply the losses of their rows.
+    Kahneman-Tversky optimization, arXiv:2402.01306 eq. 7, a mean over real completions;
+    `desirable_weight` and `undesirable_weight` multiply the losses of their rows. The
+    KL term z is max(0, mean rho) over the micro-batch's `mismatched` rows, not
+    differentiated; `apo_zero_unpaired` (TRL's, arXiv:2408.06266) has z = 0, needs none.
 
     Metrics as TRL: per-class means of rewards, logps and logits; `rewards/margins`, the
     difference of the two means of rewards in each micro-batch that has both; `kl` is z.
@@ -38,36 +38,25 @@ def kto(
     mask = batch.completions.loss_mask
     scored = policy(batch.completions)
     logps = row_sums(scored.logps, mask)
-    ref_logps = _reference_sums(
-        reference,
-        batch.completions,
-        batch.ref_logps,
-        options.precompute_ref_log_probs,
-    )
+    ref_logps = _reference_sums(reference, batch.completions, batch.ref_logps, options)
     if options.loss_type == "kto":
         if batch.mismatched is None:
             raise ValueError(
                 "loss_type='kto': the batch has no mismatched completions for its KL "
                 "term; add them to the data, or use 'apo_zero_unpaired'"
             )
-        counted = real_rows(batch.mismatched)
-        drift = masked_sum(
-            row_sums(policy(batch.mismatched).logps, batch.mismatched.loss_mask)
-            - _reference_sums(
-                reference,
-                batch.mismatched,
-                batch.ref_mismatched_logps,
-                options.precompute_ref_log_probs,
-            ),
-            counted,
-        )
-        kl = jnp.maximum(drift.mean(), 0.0)
+        rows, ref_sums = batch.mismatched, batch.ref_mismatched_logps
+        counted = real_rows(rows)
+        sums = row_sums(policy(rows).logps, rows.loss_mask)
+        ref_sums = _reference_sums(reference, rows, ref_sums, options)
+        kl = jnp.maximum(masked_sum(sums - ref_sums, counted).mean(), 0.0)
     else:
         kl = jnp.float32(0)
 
     logratios = logps - ref_logps
     good, bad = real * batch.desirable, real * (1.0 - batch.desirable)
-    losses = kto_losses(logratios, batch.desirable, kl, options.beta)
+    value = options.beta * (logratios - jax.lax.stop_gradient(kl))
+    losses = 1.0 - jax.nn.sigmoid(jnp.where(batch.desirable > 0, value, -value))
     loss = WeightedSum(
         options.desirable_weight * masked_sum(losses, good).total
         + options.undesirable_weight * masked_sum(losses, bad).total,
@@ -92,21 +81,21 @@ def kto(
 
 def _reference_sums(
     reference: LogProbsFn | None,
-    batch: Batch,
+    rows: Batch,
     precomputed: Float[Array, "B"] | None,
-    use_precomputed: bool,
+    options: KtoOptions,
 ) -> Float[Array, "B"]:
     """Summed reference log-probs: those in the batch, or the model's."""
-    if use_precomputed:
+    if options.precompute_ref_log_probs:
         if precomputed is None:
             raise ValueError(
                 "precompute_ref_log_probs=True: the batch has no precomputed reference "
                 "log-probs; add them to the data, or set it to False"
             )
-        return weigh(precomputed, real_rows(batch))
+        return weigh(precomputed, real_rows(rows))
     if reference is None:
         raise ValueError(
             "reference=None: this loss compares with a reference model; give one, or "
             "set precompute_ref_log_probs"
         )
-    return jax.lax.stop_gradient(row_sums(reference(batch).logps, batch.loss_mask))
+    return jax.lax.stop_gradient(row_sums(reference(rows).logps, rows.loss_mask))

@@ -8,20 +8,13 @@ bounds of an option, as in a section of the configuration.
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from jaxtrain import schema
-from jaxtrain.schema import (
-    Bound,
-    Fraction,
-    FractionBelowOne,
-    NonNegative,
-    OneOf,
-    Positive,
-)
+from jaxtrain.schema import Fraction, FractionBelowOne, NonNegative, OneOf, Positive
 
-FractionBelowHalf = Annotated[float, Bound(0, 0.5, open_high=True)]
+FractionBelowHalf = Annotated[float, schema.Bound(0, 0.5, open_high=True)]
 
 
 class Problem(NamedTuple):
@@ -80,42 +73,17 @@ PAIR_LOSSES: dict[str, PairLoss] = {
 # --- options, a dataclass for each objective --------------------------------------
 
 
-class _ReadsARefusedKey(Exception):
-    """Ends a rule that would judge the default of a key whose value was refused."""
-
-
-class _Readable:
-    """Options as a rule sees them: reading a refused key ends the rule."""
-
-    def __init__(self, options: "Options", refused: Collection[str]) -> None:
-        self._options, self._refused = options, refused
-
-    def __getattr__(self, key: str) -> Any:
-        if key in self._refused:
-            raise _ReadsARefusedKey
-        return getattr(self._options, key)
-
-
-Rule = Callable[[Any], Iterator[Problem]]
+# The option whose value is at fault and the others that were judged, problem and fix.
+Contradiction = tuple[tuple[str, ...], str, str]
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """What an objective can be told. The fields are options with their defaults."""
 
-    def rules(self) -> tuple[Rule, ...]:
-        """What several options mean together. A rule gets options to read."""
-        return ()
-
-    def problems(self, refused: Collection[str] = ()) -> list[Problem]:
-        """Every contradiction, except those that concern a refused key."""
-        readable, found = _Readable(self, refused), []
-        for rule in self.rules():
-            try:
-                found += list(rule(readable))
-            except _ReadsARefusedKey:
-                continue
-        return found
+    def contradictions(self) -> Iterator[Contradiction]:
+        """What these values, each good by itself, cannot mean together."""
+        yield from ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,20 +129,63 @@ class PreferenceOptions(Options):
     use_weighting: bool = False
     """Weigh pairs by their likelihood under the policy (WPO, arXiv:2406.11827)."""
 
-    def rules(self) -> tuple[Rule, ...]:
-        """The rules of the DPO family."""
-        read = {key: None for loss in PAIR_LOSSES.values() for key in loss.reads}
-        return (
-            _names_each_loss_once,
-            _has_a_weight_for_each_loss,
-            *(_is_read_by_a_loss(key) for key in read),
-            _smooths_what_takes_a_logarithm,
-            _smooths_robust_below_half,
-            _has_an_f_divergence_form,
-            _weighs_no_sorted_pairs,
-            _has_a_reference_to_precompute,
-            _precomputes_whole_completions,
-        )
+    def contradictions(self) -> Iterator[Contradiction]:
+        """What the losses, their options and the reference cannot mean together."""
+        names, weights = self.loss_type, self.loss_weights
+        if not names:
+            yield ("loss_type",), "no loss", "name at least one, such as 'sigmoid'"
+        for name in dict.fromkeys(names):
+            if names.count(name) > 1:
+                fix = "list it once, with the sum of its weights"
+                yield ("loss_type",), f"{name!r} is listed twice", fix
+        if weights is not None and len(weights) != len(names):
+            problem = f"{len(weights)} weights for {len(names)} loss_type"
+            yield ("loss_weights", "loss_type"), problem, "give one weight for each"
+        yield from self._unread_options()
+        if "exo_pair" in names and self.label_smoothing == 0:
+            problem = "exo_pair takes its logarithm"
+            yield ("label_smoothing", "loss_type"), problem, "set 1e-3 or so"
+        if "robust" in names and self.label_smoothing >= 0.5:
+            problem = "robust divides by 1 - 2 label_smoothing"
+            yield ("label_smoothing", "loss_type"), problem, "set it below 0.5"
+        having = sorted(name for name, loss in PAIR_LOSSES.items() if loss.f_divergence)
+        lacking = sorted({*names} - {*having})
+        if lacking and self.f_divergence_type != "reverse_kl":
+            problem = f"{lacking} have only reverse_kl's form"
+            fix = f"set 'reverse_kl', or losses of {having}"
+            yield ("f_divergence_type", "loss_type"), problem, fix
+        if self.use_weighting and any(PAIR_LOSSES[name].sorts for name in names):
+            problem = "aot losses sort the batch: no pair has a weight"
+            fix = "set it false, or remove the aot losses"
+            yield ("use_weighting", "loss_type"), problem, fix
+        if self.reference_free and self.precompute_ref_log_probs:
+            problem = "reference_free is true: no reference"
+            yield (
+                ("precompute_ref_log_probs", "reference_free"),
+                problem,
+                "set it false",
+            )
+        if self.precompute_ref_log_probs and self.ld_alpha is not None:
+            problem = (
+                "it weighs the reference's log-prob of each token, and"
+                " precompute_ref_log_probs keeps only their sums"
+            )
+            fix = "unset it, or set precompute_ref_log_probs = false"
+            yield ("ld_alpha", "precompute_ref_log_probs"), problem, fix
+
+    def _unread_options(self) -> Iterator[Contradiction]:
+        """Options that are set, and none of the listed losses would do a thing."""
+        losses = sorted(self.loss_type)
+        for key in dict.fromkeys(
+            key for row in PAIR_LOSSES.values() for key in row.reads
+        ):
+            readers = sorted(
+                name for name, row in PAIR_LOSSES.items() if key in row.reads
+            )
+            is_set = getattr(self, key) != getattr(PreferenceOptions, key)
+            if is_set and losses and not {*losses} & {*readers}:
+                fix = f"remove it, or add one of {', '.join(readers)}"
+                yield (key, "loss_type"), f"loss_type {losses} does not read it", fix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,9 +217,12 @@ class CpoOptions(Options):
     simpo_gamma: NonNegative = 0.5
     alpha: float = 0.0
 
-    def rules(self) -> tuple[Rule, ...]:
+    def contradictions(self) -> Iterator[Contradiction]:
         """Only the two losses of a sigmoid can be smoothed."""
-        return (_smooths_a_sigmoid,)
+        if self.label_smoothing and self.loss_type in ("hinge", "ipo"):
+            problem = f"loss_type {self.loss_type!r} does not read it"
+            fix = "remove it, or set loss_type to sigmoid or simpo"
+            yield ("label_smoothing", "loss_type"), problem, fix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,123 +253,13 @@ def make_options(
         The options, and pairs of a key and a line "key = value: problem; fix".
     """
     values, wrong = schema.merge(schema.schema_of(kind), given)
-    options = schema.build(kind, values)
-    contradictions = options.problems({*refused, *wrong})
-    return options, [*wrong.items(), *((p.key, str(p)) for p in contradictions)]
-
-
-# --- what options mean together ---------------------------------------------------
-
-
-def _names_each_loss_once(options: PreferenceOptions) -> Iterator[Problem]:
-    names = options.loss_type
-    if not names:
-        fix = "name at least one, such as 'sigmoid'"
-        yield Problem("loss_type", names, "no loss", fix)
-    for name in dict.fromkeys(names):
-        if names.count(name) > 1:
-            yield Problem(
-                "loss_type",
-                names,
-                f"{name!r} is listed twice",
-                "list it once, with the sum of its weights",
-            )
-
-
-def _has_a_weight_for_each_loss(options: PreferenceOptions) -> Iterator[Problem]:
-    weights, names = options.loss_weights, options.loss_type
-    if weights is not None and len(weights) != len(names):
-        problem = f"{len(weights)} weights for {len(names)} loss_type"
-        yield Problem("loss_weights", weights, problem, "give one weight for each")
-
-
-def _is_read_by_a_loss(key: str) -> Rule:
-    """A value that no loss reads would do nothing."""
-
-    def rule(options: PreferenceOptions) -> Iterator[Problem]:
-        losses, value = sorted(options.loss_type), getattr(options, key)
-        readers = sorted(
-            name for name, loss in PAIR_LOSSES.items() if key in loss.reads
-        )
-        is_set = value != getattr(PreferenceOptions, key)
-        if is_set and losses and not set(losses) & set(readers):
-            yield Problem(
-                key,
-                value,
-                f"loss_type {losses} does not read it",
-                f"remove it, or add one of {', '.join(readers)}",
-            )
-
-    return rule
-
-
-def _smooths_what_takes_a_logarithm(options: PreferenceOptions) -> Iterator[Problem]:
-    if "exo_pair" in options.loss_type and options.label_smoothing == 0:
-        yield Problem(
-            "label_smoothing",
-            options.label_smoothing,
-            "exo_pair takes its logarithm",
-            "set 1e-3 or so",
-        )
-
-
-def _smooths_robust_below_half(options: PreferenceOptions) -> Iterator[Problem]:
-    if "robust" in options.loss_type and options.label_smoothing >= 0.5:
-        yield Problem(
-            "label_smoothing",
-            options.label_smoothing,
-            "robust divides by 1 - 2 label_smoothing",
-            "set it below 0.5",
-        )
-
-
-def _has_an_f_divergence_form(options: PreferenceOptions) -> Iterator[Problem]:
-    having = [name for name, loss in PAIR_LOSSES.items() if loss.f_divergence]
-    lacking = sorted(set(options.loss_type) - set(having))
-    if lacking and options.f_divergence_type != "reverse_kl":
-        yield Problem(
-            "f_divergence_type",
-            options.f_divergence_type,
-            f"{lacking} have only reverse_kl's form",
-            f"set 'reverse_kl', or losses of {sorted(having)}",
-        )
-
-
-def _weighs_no_sorted_pairs(options: PreferenceOptions) -> Iterator[Problem]:
-    if options.use_weighting and any(PAIR_LOSSES[n].sorts for n in options.loss_type):
-        yield Problem(
-            "use_weighting",
-            True,
-            "aot losses sort the batch: no pair has a weight",
-            "set it false, or remove the aot losses",
-        )
-
-
-def _has_a_reference_to_precompute(options: PreferenceOptions) -> Iterator[Problem]:
-    if options.reference_free and options.precompute_ref_log_probs:
-        problem = "reference_free is true: no reference"
-        yield Problem("precompute_ref_log_probs", True, problem, "set it false")
-
-
-def _precomputes_whole_completions(options: PreferenceOptions) -> Iterator[Problem]:
-    if options.precompute_ref_log_probs and options.ld_alpha is not None:
-        yield Problem(
-            "ld_alpha",
-            options.ld_alpha,
-            "it weighs the reference's log-prob of each token, and"
-            " precompute_ref_log_probs keeps only their sums",
-            "unset it, or set precompute_ref_log_probs = false",
-        )
-
-
-def _smooths_a_sigmoid(options: CpoOptions) -> Iterator[Problem]:
-    if options.label_smoothing and options.loss_type in ("hinge", "ipo"):
-        yield Problem(
-            "label_smoothing",
-            options.label_smoothing,
-            f"loss_type {options.loss_type!r} does not read it",
-            "remove it, or set loss_type to sigmoid or simpo",
-        )
+    options, problems = kind(**values), list(wrong.items())
+    for keys, problem, fix in options.contradictions():
+        # In place of a refused value the options have a default, which nobody set.
+        if not {*keys} & {*refused, *wrong}:
+            key = keys[0]
+            problems.append((key, str(Problem(key, values[key], problem, fix))))
+    return options, problems
 
 
 # --- objectives -------------------------------------------------------------------
@@ -392,21 +296,18 @@ class ObjectiveRow:
         return tuple(key for key in ("beta", "label_smoothing") if key in names)
 
 
-_NEXT_TOKEN = ObjectiveRow(
-    NextTokenOptions, "next_token", micro_batch_means=False, packs=True
-)
-_PREFERENCE = ObjectiveRow(
-    PreferenceOptions, "preference", has_reference=True, packs=True
-)
 OBJECTIVES: dict[str, ObjectiveRow] = {
-    "next_token": _NEXT_TOKEN,
-    "preference": _PREFERENCE,
+    "next_token": ObjectiveRow(
+        NextTokenOptions, "next_token", micro_batch_means=False, packs=True
+    ),
+    "preference": ObjectiveRow(
+        PreferenceOptions, "preference", has_reference=True, packs=True
+    ),
     "orpo": ObjectiveRow(OrpoOptions, "preference"),
     "cpo": ObjectiveRow(CpoOptions, "preference"),
     "simpo": ObjectiveRow(SimpoOptions, "preference"),
     "kto": ObjectiveRow(KtoOptions, "labeled", has_reference=True),
 }
-_OWN_ON_PAIRS = dataclasses.replace(_PREFERENCE, micro_batch_means=False, packs=False)
 
 
 def objective_row(name: str, *, on_pairs: bool) -> ObjectiveRow | None:
@@ -415,17 +316,25 @@ def objective_row(name: str, *, on_pairs: bool) -> ObjectiveRow | None:
     The objective of the training type is `auto`. A function of the user's own, named
     as module:function, trains on the same rows with the same reference.
     """
-    if ":" in name:
-        return _OWN_ON_PAIRS if on_pairs else _NEXT_TOKEN
-    if name == "auto":
-        return _PREFERENCE if on_pairs else _NEXT_TOKEN
-    return OBJECTIVES.get(name)
+    own = ":" in name
+    if not own and name != "auto":
+        return OBJECTIVES.get(name)
+    if not on_pairs:
+        return OBJECTIVES["next_token"]
+    preference = OBJECTIVES["preference"]
+    return dataclasses.replace(preference, micro_batch_means=not own, packs=not own)
 
 
 def unknown_objective(name: str, *also: str) -> Problem:
     """The problem of a name that is neither in `OBJECTIVES` nor in `also`."""
     known = (*also, *OBJECTIVES)
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    fix = f"{hint}use one of {', '.join(known)}, or module:function"
+    fix = (
+        f"{did_you_mean(name, known)}use one of {', '.join(known)}, or module:function"
+    )
     return Problem("objective", name, "no objective of that name", fix)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A question that names what was probably meant, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {close[0]!r}? " if close else ""

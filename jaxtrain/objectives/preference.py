@@ -11,8 +11,8 @@ is the number of micro-batches.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, Generic, NamedTuple, TypeVar
+import operator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ from jaxtrain.objectives.options import (
 )
 from jaxtrain.objectives.preference_losses import (
     PairScores,
-    alpha_reward,
+    Sides,
     f_divergence_scores,
     log_odds_ratio,
     pair_loss,
@@ -56,20 +56,6 @@ def row_sums(
     return weigh(values, weights).sum(-1)
 
 
-def pair_sums(
-    values: Float[Array, "B T"], weights: Float[Array, "B T"], side: Batch, ids: Any
-) -> Float[Array, "N"]:
-    """Each pair's weighted sum: a row's, or by `PairBatch.pair_ids` [B P] N = B P."""
-    if ids is None:
-        return row_sums(values, weights)
-    # Three segments a pair where prompts are shared.
-    shares = side.prompt_ids is not None
-    pair_of_token = (side.segment_ids + 2) // 3 if shares else side.segment_ids
-    inside = (pair_of_token[:, None, :] == ids[:, :, None]) & (ids[:, :, None] > 0)
-    weighed = weigh(values, weights)
-    return jnp.where(inside, weighed[:, None, :], 0.0).sum(-1).reshape(-1)
-
-
 def masked_sum(values: Array, weights: Array) -> WeightedSum:
     """sum of values * weights, and of weights; any shape that the two share."""
     return WeightedSum(weigh(values, weights).sum(), weights.sum())
@@ -87,20 +73,6 @@ def count_tokens(real: Float[Array, "B"], *batches: Batch) -> WeightedSum:
 
 
 # --- pairs ------------------------------------------------------------------------
-
-T = TypeVar("T")
-U = TypeVar("U")
-
-
-class Sides(NamedTuple, Generic[T]):
-    """Something of the chosen and of the rejected completions of pairs."""
-
-    chosen: T
-    rejected: T
-
-    def map(self, function: Callable[..., U], *others: "Sides[Any]") -> "Sides[U]":
-        """`function` of each side, and of the same side of `others`."""
-        return Sides(*map(function, self, *others))
 
 
 def score_pairs(score: LogProbsFn, batch: PairBatch) -> Sides[TokenLogProbs]:
@@ -130,26 +102,44 @@ def _masks(batch: PairBatch) -> Sides[Array]:
     return Sides(batch.chosen.loss_mask, batch.rejected.loss_mask)
 
 
-def _sum_pairs(batch: PairBatch, values: Sides[Any], weights: Sides[Any]) -> Sides[Any]:
-    def of_side(values: Array, weights: Array, side: Batch) -> Array:
-        return pair_sums(values, weights, side, batch.pair_ids)
+def _pair_sums(
+    values: Float[Array, "B T"], weights: Float[Array, "B T"], side: Batch, ids: Any
+) -> Float[Array, "N"]:
+    """Each pair's weighted sum: a row's, or by `PairBatch.pair_ids` [B P] N = B P."""
+    if ids is None:
+        return row_sums(values, weights)
+    # Three segments a pair where prompts are shared.
+    shares = side.prompt_ids is not None
+    pair_of_token = (side.segment_ids + 2) // 3 if shares else side.segment_ids
+    inside = (pair_of_token[:, None, :] == ids[:, :, None]) & (ids[:, :, None] > 0)
+    weighed = weigh(values, weights)
+    return jnp.where(inside, weighed[:, None, :], 0.0).sum(-1).reshape(-1)
 
-    return values.map(of_side, weights, _sides(batch))
+
+def _sum_pairs(batch: PairBatch, values: Sides[Any], weights: Sides[Any]) -> Sides[Any]:
+    ids = Sides(batch.pair_ids, batch.pair_ids)
+    return values.map(_pair_sums, weights, _sides(batch), ids)
+
+
+def _sum_logps(
+    batch: PairBatch, scored: Sides[TokenLogProbs], weights: Sides[Array]
+) -> Sides[Float[Array, "N"]]:
+    return _sum_pairs(batch, scored.map(lambda side: side.logps), weights)
 
 
 def _real_rows(batch: PairBatch) -> Float[Array, "B"]:
-    return jnp.maximum(real_rows(batch.chosen), real_rows(batch.rejected))
+    return jnp.maximum(*_sides(batch).map(real_rows))
 
 
 def _real_pairs(batch: PairBatch) -> Float[Array, "N"]:
     """1 where a pair trains any token; a row of packed pairs has several entries."""
     if batch.pair_ids is None:
         return _real_rows(batch)
-    tokens = sum(
-        pair_sums(jnp.ones_like(side.loss_mask), side.loss_mask, side, batch.pair_ids)
-        for side in (batch.chosen, batch.rejected)
+    trained = sum(
+        _pair_sums(jnp.ones_like(side.loss_mask), side.loss_mask, side, batch.pair_ids)
+        for side in _sides(batch)
     )
-    return (jnp.asarray(tokens) > 0).astype(jnp.float32)
+    return (jnp.asarray(trained) > 0).astype(jnp.float32)
 
 
 def _pair_metrics(
@@ -178,7 +168,7 @@ def _pair_metrics(
     }
 
 
-def _completion_weights(batch: PairBatch, ld_alpha: float | None) -> Sides[Array]:
+def _token_weights(batch: PairBatch, ld_alpha: float | None) -> Sides[Array]:
     """Token weights of a completion's log-prob: the mask, or LD-DPO's.
 
     LD-DPO (arXiv:2409.06411): log pi(y) = sum_{t <= l} log p_t + alpha sum_{t > l}
@@ -190,32 +180,40 @@ def _completion_weights(batch: PairBatch, ld_alpha: float | None) -> Sides[Array
     positions = masks.map(lambda mask: jnp.cumsum(mask > 0, axis=-1))
     shared = jnp.minimum(positions.chosen[:, -1:], positions.rejected[:, -1:])
 
-    def weigh_tail(mask: Array, position: Array) -> Array:
-        return mask * jnp.where(position <= shared, 1.0, ld_alpha)
-
-    return masks.map(weigh_tail, positions)
+    factors = positions.map(lambda index: jnp.where(index <= shared, 1.0, ld_alpha))
+    return masks.map(operator.mul, factors)
 
 
 def _wpo_weights(
-    scored: TokenLogProbs, mask: Array, side: Batch, ids: Any
+    batch: PairBatch, scored: Sides[TokenLogProbs], tokens: Sides[Array]
 ) -> Float[Array, "N"]:
-    """exp(mean_t (log p_t - log sum_v p_v^2)): WPO, arXiv:2406.11827 eq. 2."""
-    if scored.collision is None:
-        raise ValueError(
-            "use_weighting=True: the policy gave no TokenLogProbs.collision; build it "
-            "to compute log sum_v p_v^2"
-        )
-    aligned = pair_sums(scored.logps - scored.collision, mask, side, ids)
-    length = jnp.maximum(pair_sums(jnp.ones_like(mask), mask, side, ids), 1.0)
-    return jax.lax.stop_gradient(jnp.exp(aligned / length))
+    """exp(mean_t (log p_t - log sum_v p_v^2)), the product over both completions.
+
+    WPO, arXiv:2406.11827 eq. 2; `tokens` are their lengths.
+    """
+
+    def aligned(side: TokenLogProbs) -> Array:
+        if side.collision is None:
+            raise ValueError(
+                "use_weighting=True: the policy gave no TokenLogProbs.collision; build"
+                " it to compute log sum_v p_v^2"
+            )
+        return side.logps - side.collision
+
+    means = _sum_pairs(batch, scored.map(aligned), _masks(batch))
+    likelihoods = means.map(operator.truediv, tokens).map(jnp.exp)
+    return jax.lax.stop_gradient(likelihoods.chosen * likelihoods.rejected)
 
 
-def _kl_from_reference(logratios: Array, mask: Array) -> WeightedSum:
+def _kl_from_reference(
+    policy: TokenLogProbs, reference: TokenLogProbs, mask: Array
+) -> WeightedSum:
     """Per-token KL(pi_ref || pi) by the estimator k3 = (u - 1) - log u, u = pi/pi_ref.
 
     Schulman 2020, "Approximating KL divergence", for tokens sampled from pi_ref, as
     DPO takes its completions to be. Never negative; 0 where the models agree.
     """
+    logratios = policy.logps - reference.logps
     logratios = jnp.where(mask > 0, logratios, 0.0)
     return masked_sum(jnp.expm1(logratios) - logratios, mask)
 
@@ -225,28 +223,13 @@ class _ScoredPairs:
     """What the policy says of a batch of pairs.
 
     `weights`: of the tokens in `logps`, the summed log-prob of each completion.
-    `lengths`: trained tokens. `real`: 1, or 0 for a padding pair.
+    `real`: 1, or 0 for a padding pair.
     """
 
     tokens: Sides[TokenLogProbs]
     weights: Sides[Array]
     real: Array
     logps: Sides[Array]
-    lengths: Sides[Array]
-
-
-def _score_policy(
-    policy: LogProbsFn, batch: PairBatch, ld_alpha: float | None
-) -> _ScoredPairs:
-    tokens = score_pairs(policy, batch)
-    weights, masks = _completion_weights(batch, ld_alpha), _masks(batch)
-    return _ScoredPairs(
-        tokens,
-        weights,
-        real=_real_pairs(batch),
-        logps=_sum_pairs(batch, tokens.map(lambda scored: scored.logps), weights),
-        lengths=_sum_pairs(batch, masks.map(jnp.ones_like), masks),
-    )
 
 
 def _reference_sums(
@@ -262,7 +245,7 @@ def _reference_sums(
     """
     masks = _masks(batch)
     if options.reference_free:
-        return Sides(jnp.zeros_like(pairs.real), jnp.zeros_like(pairs.real)), {}
+        return pairs.logps.map(jnp.zeros_like), {}
     if options.precompute_ref_log_probs:
         if batch.ref_chosen_logps is None or batch.ref_rejected_logps is None:
             raise ValueError(
@@ -283,18 +266,11 @@ def _reference_sums(
             "or set reference_free or precompute_ref_log_probs"
         )
     tokens = jax.lax.stop_gradient(score_pairs(reference, batch))
-    logps = tokens.map(lambda scored: scored.logps)
-    sums = _sum_pairs(batch, logps, pairs.weights)
-    kl = pairs.tokens.map(
-        lambda scored, ref_logps, mask: _kl_from_reference(
-            scored.logps - ref_logps, mask
-        ),
-        logps,
-        masks,
-    )
+    sums = _sum_logps(batch, tokens, pairs.weights)
+    kl = pairs.tokens.map(_kl_from_reference, tokens, masks)
     return sums, {
         "kl": kl.chosen + kl.rejected,
-        "nll/reference": masked_sum(-logps.chosen, masks.chosen),
+        "nll/reference": masked_sum(-tokens.chosen.logps, masks.chosen),
     }
 
 
@@ -327,41 +303,33 @@ def preference(
             "ld_alpha and precompute_ref_log_probs take a pair a row, and these rows "
             "are packed: unset them, or set data.packing = false"
         )
-    pairs = _score_policy(policy, batch, options.ld_alpha)
-    ref_logps, extra_metrics = _reference_sums(reference, batch, pairs, options)
-    logratios = pairs.logps.map(lambda ours, ref: ours - ref, ref_logps)
-    masks = _masks(batch)
-    nll = masked_sum(-pairs.tokens.chosen.logps, masks.chosen)
-    extra_metrics["nll/policy"] = nll
-
-    def divergence_scores(logratios: Array) -> Array:
-        kind, alpha = options.f_divergence_type, options.f_alpha_divergence_coef
-        return f_divergence_scores(logratios, kind, alpha)
-
-    scores = logratios.map(divergence_scores)
-    lengths = pairs.lengths.map(lambda length: jnp.maximum(length, 1.0))
-    pair = PairScores(
-        *pairs.logps, *ref_logps, *scores, *lengths, nll.mean(), pairs.real
+    tokens, weights = (
+        score_pairs(policy, batch),
+        _token_weights(batch, options.ld_alpha),
     )
+    real, logps = _real_pairs(batch), _sum_logps(batch, tokens, weights)
+    masks = _masks(batch)
+    trained = _sum_pairs(batch, masks.map(jnp.ones_like), masks)
+    pairs = _ScoredPairs(tokens, weights, real, logps)
+    ref_logps, extra_metrics = _reference_sums(reference, batch, pairs, options)
+    logratios = logps.map(operator.sub, ref_logps)
+    nll = masked_sum(-tokens.chosen.logps, masks.chosen)
+    extra_metrics["nll/policy"] = nll
+    divergence = options.f_divergence_type, options.f_alpha_divergence_coef
+    scores = logratios.map(lambda rho: f_divergence_scores(rho, *divergence))
+    lengths = trained.map(lambda count: jnp.maximum(count, 1.0))
+    pair = PairScores(logps, ref_logps, logratios, scores, lengths, nll.mean(), real)
     losses = {name: pair_loss(name)(pair, options) for name in options.loss_type}
     if options.use_weighting:
-        wpo = pairs.tokens.map(
-            lambda scored, mask, side: _wpo_weights(scored, mask, side, batch.pair_ids),
-            masks,
-            _sides(batch),
-        )
-        likelihood = wpo.chosen * wpo.rejected
+        likelihood = _wpo_weights(batch, tokens, lengths)
         losses = {name: loss * likelihood for name, loss in losses.items()}
     if len(losses) > 1:
-        extra_metrics |= {
-            f"loss/{name}": masked_sum(loss, pairs.real)
-            for name, loss in losses.items()
-        }
+        for name, loss in losses.items():
+            extra_metrics[f"loss/{name}"] = masked_sum(loss, real)
     factors = options.loss_weights or [1.0] * len(losses)
-    loss = sum(w * loss for w, loss in zip(factors, losses.values(), strict=True))
-    rewards = logratios.map(lambda logratio: options.beta * logratio)
-    metrics = _pair_metrics(batch, pairs.tokens, logps=pairs.logps, rewards=rewards)
-    return masked_sum(jnp.asarray(loss), pairs.real), metrics | extra_metrics
+    total = sum(w * loss for w, loss in zip(factors, losses.values(), strict=True))
+    metrics = _pair_metrics(batch, tokens, logps=logps, rewards=pair.rewards(options))
+    return masked_sum(jnp.asarray(total), real), metrics | extra_metrics
 
 
 # --- pairs without a reference ----------------------------------------------------
@@ -411,17 +379,20 @@ def cpo(
     """L(r_c - r_r) + cpo_alpha NLL(y_c|x). CPO, arXiv:2401.08417 eq. 3, as TRL has it.
 
     r(y) is log pi(y|x): the sum over tokens for `sigmoid` and `hinge`, their mean for
-    `ipo` and `simpo`; with `alpha`, `alpha_reward` of it. L(d) is -log sigma(beta d),
+    `ipo` and `simpo`; with `alpha` a > 0 it is AlphaPO's (1 - pi^-a) / a,
+    arXiv:2501.03884. L(d) is -log sigma(beta d),
     max(0, 1 - beta d), (d - 1/(2 beta))^2, or SimPO's -log sigma(beta d - gamma);
     `label_smoothing` acts on the two sigmoids. The NLL is a token mean over the
     micro-batch.
     """
     del reference
-    beta, loss_type = options.beta, options.loss_type
+    alpha, beta, loss_type = options.alpha, options.beta, options.loss_type
     scored, masks = score_pairs(policy, batch), _masks(batch)
-    reduce = _mean_logps if loss_type in ("ipo", "simpo") else _sum_logps
-    logps = scored.map(reduce, masks)
-    values = logps.map(lambda x: alpha_reward(x, options.alpha))
+    if loss_type in ("ipo", "simpo"):
+        logps = scored.map(_mean_logps, masks)
+    else:
+        logps = scored.map(lambda side, mask: row_sums(side.logps, mask), masks)
+    values = logps.map(lambda x: -jnp.expm1(-alpha * x) / alpha) if alpha else logps
     difference = values.chosen - values.rejected
     if loss_type == "hinge":
         losses = jax.nn.relu(1.0 - beta * difference)
@@ -435,10 +406,6 @@ def cpo(
     metrics = _pair_metrics(batch, scored, logps=logps, rewards=rewards)
     loss = masked_sum(losses + options.cpo_alpha * nll.mean(), _real_pairs(batch))
     return loss, metrics | {"nll_loss": nll}
-
-
-def _sum_logps(scored: TokenLogProbs, mask: Array) -> Float[Array, "B"]:
-    return row_sums(scored.logps, mask)
 
 
 def simpo(

@@ -2,7 +2,7 @@
 
 Notation, for a pair (x, y_c, y_r) of prompt, chosen and rejected completion:
 
-    rho(y) = log pi(y|x) - log pi_ref(y|x)    the log-ratio ("chosen_logratios", ...)
+    rho(y) = log pi(y|x) - log pi_ref(y|x)    the log-ratio; rho_c is that of y_c
     s(y)   = f'(pi / pi_ref)                  its f-divergence score; rho by default
     Delta  = s(y_c) - s(y_r)                  the margin
     |y|    = number of trained tokens of y
@@ -15,8 +15,9 @@ To add a loss of pairs, write its function here, and give it a row of the same n
 """
 
 import dataclasses
+import operator
 from collections.abc import Callable
-from typing import get_args
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -30,48 +31,56 @@ _LARGEST_EXPONENT = 80.0
 _SMALLEST_SURPRISE = 2.0**-24
 
 
+PerPair: TypeAlias = Float[Array, "B"]
+T = TypeVar("T")
+U = TypeVar("U")
+
+
+class Sides(NamedTuple, Generic[T]):
+    """Something of the chosen and of the rejected completions of pairs."""
+
+    chosen: T
+    rejected: T
+
+    def map(self, function: Callable[..., U], *others: "Sides[Any]") -> "Sides[U]":
+        """`function` of each side, and of the same side of `others`."""
+        return Sides(*map(function, self, *others))
+
+
 @dataclasses.dataclass(frozen=True)
 class PairScores:
     """What a preference loss may know of B pairs.
 
-    `*_logps`: completions' summed log-probs under the policy, `ref_*_logps` under the
-    reference. `*_scores`: f-divergence scores s. `*_tokens`: |y|, at least 1.
-    `chosen_nll`: -log pi per token, averaged over all chosen tokens of the batch.
-    `real`: 1, or 0 for a padding pair, whose loss the caller drops.
+    `logps`: completions' summed log-probs under the policy, `ref_logps` under the
+    reference, `logratios` their difference rho. `scores`: f-divergence scores s.
+    `tokens`: |y|, at least 1. `chosen_nll`: -log pi per token, averaged over all
+    chosen tokens of the batch. `real`: 1, or 0 for a padding pair, whose loss the
+    caller drops.
     """
 
-    chosen_logps: Float[Array, "B"]
-    rejected_logps: Float[Array, "B"]
-    ref_chosen_logps: Float[Array, "B"]
-    ref_rejected_logps: Float[Array, "B"]
-    chosen_scores: Float[Array, "B"]
-    rejected_scores: Float[Array, "B"]
-    chosen_tokens: Float[Array, "B"]
-    rejected_tokens: Float[Array, "B"]
+    logps: Sides[PerPair]
+    ref_logps: Sides[PerPair]
+    logratios: Sides[PerPair]
+    scores: Sides[PerPair]
+    tokens: Sides[PerPair]
     chosen_nll: Float[Array, ""]
-    real: Float[Array, "B"]
+    real: PerPair
 
     @property
-    def chosen_logratios(self) -> Float[Array, "B"]:
-        return self.chosen_logps - self.ref_chosen_logps
+    def margin(self) -> PerPair:
+        return self.scores.chosen - self.scores.rejected
 
     @property
-    def rejected_logratios(self) -> Float[Array, "B"]:
-        return self.rejected_logps - self.ref_rejected_logps
+    def margin_per_token(self) -> PerPair:
+        chosen, rejected = self.scores.map(operator.truediv, self.tokens)
+        return chosen - rejected
 
-    @property
-    def margin(self) -> Float[Array, "B"]:
-        return self.chosen_scores - self.rejected_scores
-
-    @property
-    def margin_per_token(self) -> Float[Array, "B"]:
-        return (
-            self.chosen_scores / self.chosen_tokens
-            - self.rejected_scores / self.rejected_tokens
-        )
+    def rewards(self, options: PreferenceOptions) -> Sides[PerPair]:
+        """DPO's implicit rewards, beta rho."""
+        return self.logratios.map(lambda logratio: options.beta * logratio)
 
 
-LossFunction = Callable[[PairScores, PreferenceOptions], Float[Array, "B"]]
+LossFunction = Callable[[PairScores, PreferenceOptions], PerPair]
 
 
 def pair_loss(name: str) -> LossFunction:
@@ -80,9 +89,9 @@ def pair_loss(name: str) -> LossFunction:
     Raises:
         ValueError: this module has no function of that name.
     """
-    if name in PAIR_LOSSES and callable(function := globals().get(name)):
-        loss: LossFunction = function
-        return loss
+    function: LossFunction | None = globals().get(name)
+    if name in PAIR_LOSSES and function:
+        return function
     raise ValueError(
         f"loss_type = {name!r}: it needs a row in objectives/options.py and a function"
         " of that name in objectives/preference_losses.py; add what is missing"
@@ -92,9 +101,7 @@ def pair_loss(name: str) -> LossFunction:
 # --- f-divergence scores ----------------------------------------------------------
 
 
-def f_divergence_scores(
-    logratios: Float[Array, "B"], kind: str, alpha: float
-) -> Float[Array, "B"]:
+def f_divergence_scores(logratios: PerPair, kind: str, alpha: float) -> PerPair:
     """s = f'(u), u = exp(rho), up to a constant that the margin cancels.
 
     f-DPO, arXiv:2309.16240. reverse_kl: log u. forward_kl: 1 - 1/u. js_divergence:
@@ -114,19 +121,16 @@ def f_divergence_scores(
         order = alpha - 1.0
         if abs(order) < 1e-6:
             return logratios
-        return (
-            jnp.exp(jnp.minimum(order * logratios, _LARGEST_EXPONENT)) - 1.0
-        ) / order
-    raise ValueError(
-        f"f_divergence_type = {kind!r}: unknown; use one of"
-        f" {', '.join(get_args(FDivergence))}"
-    )
+        exponent = jnp.minimum(order * logratios, _LARGEST_EXPONENT)
+        return (jnp.exp(exponent) - 1.0) / order
+    kinds = ", ".join(get_args(FDivergence))
+    raise ValueError(f"f_divergence_type = {kind!r}: unknown; use one of {kinds}")
 
 
 # --- losses of a pair, named as in TRL --------------------------------------------
 
 
-def smoothed_sigmoid(logits: Float[Array, "B"], smoothing: float) -> Float[Array, "B"]:
+def smoothed_sigmoid(logits: PerPair, smoothing: float) -> PerPair:
     """-(1 - e) log sigma(z) - e log sigma(-z): cross-entropy with labels flipped by e.
 
     Conservative DPO: Mitchell 2023, "A note on DPO with noisy preferences"; compared
@@ -138,7 +142,7 @@ def smoothed_sigmoid(logits: Float[Array, "B"], smoothing: float) -> Float[Array
     return loss
 
 
-def sigmoid(pair: PairScores, options: PreferenceOptions) -> Float[Array, "B"]:
+def sigmoid(pair: PairScores, options: PreferenceOptions) -> PerPair:
     """-log sigma(beta Delta). DPO, arXiv:2305.18290 eq. 7.
 
     With `conservative_smoothing` e > 0 (ours, not TRL's): `smoothed_sigmoid`.
@@ -146,17 +150,17 @@ def sigmoid(pair: PairScores, options: PreferenceOptions) -> Float[Array, "B"]:
     return smoothed_sigmoid(options.beta * pair.margin, options.conservative_smoothing)
 
 
-def sigmoid_norm(pair: PairScores, options: PreferenceOptions) -> Float[Array, "B"]:
+def sigmoid_norm(pair: PairScores, options: PreferenceOptions) -> PerPair:
     """-log sigma(beta (s_c/|y_c| - s_r/|y_r|)). arXiv:2411.15124."""
     return -jax.nn.log_sigmoid(options.beta * pair.margin_per_token)
 
 
-def hinge(pair: PairScores, options: PreferenceOptions) -> Float[Array, "B"]:
+def hinge(pair: PairScores, options: PreferenceOptions) -> PerPair:
     """max(0, 1 - beta Delta). SLiC, arXiv:2305.10425; RSO, arXiv:2309.06657."""
     return jax.nn.relu(1.0 - options.beta * pair.margin)
 
 
-def ipo(pair: PairScores, options: PreferenceOptions) -> Float[Array, "B"]:
+def ipo(pair: PairScores, options: PreferenceOptions) -> PerPair:
     """(s_c/|y_c| - s_r/|y_r| - 1/(2 beta))^2. arXiv:2310.12036 eq. 17.
 
     Per token, as the paper's authors ran it; beta is the paper's tau.
@@ -164,7 +168,7 @@ def ipo(pair: PairScores, options: PreferenceOptions) -> Float[Array, "B"]:
     return (pair.margin_per_token - 1.0 / (2.0 * options.beta)) ** 2
 
 
-def exo_pair(pair: PairScores, options: PreferenceOptions) -> Float[Array, "B"]:
+def exo_pair(pair: PairScores, options: PreferenceOptions) -> PerPair:
     """KL(q || p), q = (sigma(z), sigma(-z)), p = (1-e, e). arXiv:2402.00856 eq. 16.
 
     z = beta Delta; e is `label_smoothing`, which must be positive.
@@ -172,12 +176,11 @@ def exo_pair(pair: PairScores, options: PreferenceOptions) -> Float[Array, "B"]:
     logits = options.beta * pair.margin
     log_win, log_lose = jax.nn.log_sigmoid(logits), jax.nn.log_sigmoid(-logits)
     smoothing = jnp.float32(options.label_smoothing)
-    return jnp.exp(log_win) * (log_win - jnp.log1p(-smoothing)) + jnp.exp(log_lose) * (
-        log_lose - jnp.log(smoothing)
-    )
+    win = jnp.exp(log_win) * (log_win - jnp.log1p(-smoothing))
+    return win + jnp.exp(log_lose) * (log_lose - jnp.log(smoothing))
 
 
-def robust(pair: PairScores, options: PreferenceOptions) -> Float[Array, "B"]:
+def robust(pair: PairScores, options: PreferenceOptions) -> PerPair:
     """[-(1-e) log sigma(z) + e log sigma(-z)] / (1 - 2e). arXiv:2403.00409.
 
     z = beta Delta; unbiased where labels are flipped with probability e < 1/2.
@@ -189,107 +192,94 @@ def robust(pair: PairScores, options: PreferenceOptions) -> Float[Array, "B"]:
     return (kept - flipped) / (1 - 2 * smoothing)
 
 
-def discopop(pair: PairScores, options: PreferenceOptions) -> Float[Array, "B"]:
+def discopop(pair: PairScores, options: PreferenceOptions) -> PerPair:
     """(1-g)(-log sigma(z)) + g exp(-z), g = sigma(z/tau). arXiv:2406.08414 eq. 5."""
     logits = options.beta * pair.margin
     gate = jax.nn.sigmoid(logits / options.discopop_tau)
     return -jax.nn.log_sigmoid(logits) * (1 - gate) + jnp.exp(-logits) * gate
 
 
-def nca_pair(pair: PairScores, options: PreferenceOptions) -> Float[Array, "B"]:
+def nca_pair(pair: PairScores, options: PreferenceOptions) -> PerPair:
     """-log sigma(r_c) - (log sigma(-r_c) + log sigma(-r_r))/2, r = beta rho.
 
     NCA for two completions, arXiv:2402.05369.
     """
-    chosen = options.beta * pair.chosen_logratios
-    rejected = options.beta * pair.rejected_logratios
+    chosen, rejected = pair.rewards(options)
     pull_back = jax.nn.log_sigmoid(-chosen) + jax.nn.log_sigmoid(-rejected)
     return -jax.nn.log_sigmoid(chosen) - 0.5 * pull_back
 
 
-def bco_pair(pair: PairScores, options: PreferenceOptions) -> Float[Array, "B"]:
+def bco_pair(pair: PairScores, options: PreferenceOptions) -> PerPair:
     """-log sigma(beta rho_c) - log sigma(-beta rho_r). arXiv:2404.04656.
 
     As in TRL's pairwise form, without the paper's running reward shift.
     """
-    chosen = options.beta * pair.chosen_logratios
-    rejected = options.beta * pair.rejected_logratios
+    chosen, rejected = pair.rewards(options)
     return -jax.nn.log_sigmoid(chosen) - jax.nn.log_sigmoid(-rejected)
 
 
-def sppo_hard(pair: PairScores, options: PreferenceOptions) -> Float[Array, "B"]:
+def sppo_hard(pair: PairScores, options: PreferenceOptions) -> PerPair:
     """(rho_c - 1/(2 beta))^2 + (rho_r + 1/(2 beta))^2. arXiv:2405.00675 eq. 4.7.
 
     With win probabilities of exactly 1 and 0.
     """
-    target = 0.5 / options.beta
-    return (pair.chosen_logratios - target) ** 2 + (
-        pair.rejected_logratios + target
-    ) ** 2
+    (chosen, rejected), target = pair.logratios, 0.5 / options.beta
+    return (chosen - target) ** 2 + (rejected + target) ** 2
 
 
-def apo_zero(pair: PairScores, options: PreferenceOptions) -> Float[Array, "B"]:
+def apo_zero(pair: PairScores, options: PreferenceOptions) -> PerPair:
     """1 - sigma(beta rho_c) + sigma(beta rho_r). arXiv:2408.06266 eq. 7."""
-    chosen = options.beta * pair.chosen_logratios
-    rejected = options.beta * pair.rejected_logratios
+    chosen, rejected = pair.rewards(options)
     return 1.0 - jax.nn.sigmoid(chosen) + jax.nn.sigmoid(rejected)
 
 
-def apo_down(pair: PairScores, options: PreferenceOptions) -> Float[Array, "B"]:
+def apo_down(pair: PairScores, options: PreferenceOptions) -> PerPair:
     """sigma(beta rho_c) + 1 - sigma(beta (rho_c - rho_r)). arXiv:2408.06266 eq. 8."""
-    chosen = options.beta * pair.chosen_logratios
-    difference = options.beta * (pair.chosen_logratios - pair.rejected_logratios)
-    return jax.nn.sigmoid(chosen) + 1.0 - jax.nn.sigmoid(difference)
-
-
-def sort_real(values: Float[Array, "B"], real: Float[Array, "B"]) -> Float[Array, "B"]:
-    """Sort the real pairs' values upwards; padding goes last and is 0."""
-    ordered = jnp.sort(jnp.where(real > 0, values, jnp.inf))
-    return jnp.where(jnp.arange(real.shape[0]) < real.sum(), ordered, 0.0)
+    chosen, rejected = pair.logratios
+    difference = options.beta * (chosen - rejected)
+    return jax.nn.sigmoid(options.beta * chosen) + 1.0 - jax.nn.sigmoid(difference)
 
 
 def _match_quantiles(
-    high: Float[Array, "B"],
-    low: Float[Array, "B"],
-    pair: PairScores,
-    options: PreferenceOptions,
-) -> Float[Array, "B"]:
+    high: PerPair, low: PerPair, pair: PairScores, options: PreferenceOptions
+) -> PerPair:
     """AOT: first-order stochastic dominance of `high` over `low`, by sorted pairing.
 
     Entry i of a sorted array is a quantile and belongs to no pair, so every row gets
     the mean over quantiles.
     """
-    difference = sort_real(high, pair.real) - sort_real(low, pair.real)
-    losses = smoothed_sigmoid(options.beta * difference, options.label_smoothing)
-    # Sorting gathered the real entries at the front, wherever the real rows stand.
+    # Sorting gathers the real pairs' values at the front; padding goes last and is 0.
     front = jnp.arange(pair.real.shape[0]) < pair.real.sum()
+
+    def sort_real(values: PerPair) -> PerPair:
+        ordered = jnp.sort(jnp.where(pair.real > 0, values, jnp.inf))
+        return jnp.where(front, ordered, 0.0)
+
+    logits = options.beta * (sort_real(high) - sort_real(low))
+    losses = smoothed_sigmoid(logits, options.label_smoothing)
     mean = jnp.where(front, losses, 0.0).sum() / jnp.maximum(pair.real.sum(), 1.0)
     return jnp.broadcast_to(mean, losses.shape)
 
 
-def aot(pair: PairScores, options: PreferenceOptions) -> Float[Array, "B"]:
+def aot(pair: PairScores, options: PreferenceOptions) -> PerPair:
     """Smoothed -log sigma(beta d), d: sorted policy minus sorted reference log-ratio.
 
     Paired AOT, arXiv:2406.05882: the distribution over the micro-batch of
     log pi(y_c) - log pi(y_r) shall dominate the reference's. Every row holds the mean.
     """
-    policy = pair.chosen_logps - pair.rejected_logps
-    reference = pair.ref_chosen_logps - pair.ref_rejected_logps
+    policy, reference = (x.chosen - x.rejected for x in (pair.logps, pair.ref_logps))
     return _match_quantiles(policy, reference, pair, options)
 
 
-def aot_unpaired(pair: PairScores, options: PreferenceOptions) -> Float[Array, "B"]:
+def aot_unpaired(pair: PairScores, options: PreferenceOptions) -> PerPair:
     """Smoothed -log sigma(beta d), d: sorted rho_c minus sorted rho_r.
 
-    Unpaired AOT, arXiv:2406.05882, within the micro-batch. Every row holds
-    the mean.
+    Unpaired AOT, arXiv:2406.05882, within the micro-batch. Every row holds the mean.
     """
-    return _match_quantiles(
-        pair.chosen_logratios, pair.rejected_logratios, pair, options
-    )
+    return _match_quantiles(*pair.logratios, pair, options)
 
 
-def sft(pair: PairScores, options: PreferenceOptions) -> Float[Array, "B"]:
+def sft(pair: PairScores, options: PreferenceOptions) -> PerPair:
     """-log pi per chosen token, averaged over the micro-batch's tokens.
 
     RPO's regularizer, arXiv:2404.19733: `loss_type=["sigmoid", "sft"]`.
@@ -298,18 +288,16 @@ def sft(pair: PairScores, options: PreferenceOptions) -> Float[Array, "B"]:
     return jnp.broadcast_to(pair.chosen_nll, pair.real.shape)
 
 
-# --- losses without a reference, and of single completions ------------------------
+# --- odds -------------------------------------------------------------------------
 
 
-def log_odds_ratio(
-    chosen_logps: Float[Array, "B"], rejected_logps: Float[Array, "B"]
-) -> Float[Array, "B"]:
+def log_odds_ratio(chosen_logps: PerPair, rejected_logps: PerPair) -> PerPair:
     """log(odds(y_c) / odds(y_r)), odds(p) = p / (1 - p). ORPO, arXiv:2403.07691.
 
     Takes log-probs per token. A log-prob of 0, certainty, counts as -2^-24.
     """
 
-    def log_odds(logps: Float[Array, "B"]) -> Float[Array, "B"]:
+    def log_odds(logps: PerPair) -> PerPair:
         logps = jnp.minimum(logps, -_SMALLEST_SURPRISE)
         # log(1 - exp(x)) in the form that keeps its digits on either side of log 1/2.
         likely = logps > -jnp.log(2.0)
@@ -318,23 +306,3 @@ def log_odds_ratio(
         return logps - jnp.where(likely, near, far)
 
     return log_odds(chosen_logps) - log_odds(rejected_logps)
-
-
-def alpha_reward(logps: Float[Array, "B"], alpha: float) -> Float[Array, "B"]:
-    """(1 - p^-alpha) / alpha, and log p at alpha = 0. AlphaPO, arXiv:2501.03884."""
-    return logps if alpha == 0 else -jnp.expm1(-alpha * logps) / alpha
-
-
-def kto_losses(
-    logratios: Float[Array, "B"],
-    desirable: Float[Array, "B"],
-    kl: Float[Array, ""],
-    beta: float,
-) -> Float[Array, "B"]:
-    """1 - sigma(beta (rho - z)) where desirable, else 1 - sigma(beta (z - rho)).
-
-    KTO, arXiv:2402.01306 eq. 7, without its weights; z = `kl` is not differentiated.
-    With z = 0 this is the unpaired APO-zero of TRL (arXiv:2408.06266).
-    """
-    value = beta * (logratios - jax.lax.stop_gradient(kl))
-    return 1.0 - jax.nn.sigmoid(jnp.where(desirable > 0, value, -value))

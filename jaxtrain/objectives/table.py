@@ -8,7 +8,6 @@ To add one: write the function, list it in `FUNCTIONS`, declare its options and 
 in `options.py`, and test it. One of your own needs no edit here: see `load_objective`.
 """
 
-import difflib
 import functools
 import importlib
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from jaxtrain.objectives.kto import kto
 from jaxtrain.objectives.options import (
     OBJECTIVES,
     NextTokenOptions,
+    did_you_mean,
     make_options,
     unknown_objective,
 )
@@ -30,13 +30,7 @@ from jaxtrain.objectives.preference import (
     real_rows,
     simpo,
 )
-from jaxtrain.types import (
-    Batch,
-    LogProbsFn,
-    Metrics,
-    Objective,
-    WeightedSum,
-)
+from jaxtrain.types import Batch, LogProbsFn, Metrics, Objective, WeightedSum
 
 
 def next_token(
@@ -121,13 +115,11 @@ def load_objective(path: str) -> Callable[..., tuple[WeightedSum, Metrics]]:
             f"objective={path!r}: {error}; install it, or put its folder on PYTHONPATH"
         ) from error
     function: Any = getattr(module, function_name, None)
+    if callable(function):
+        return function
+    problem = f"{function_name} is not a function"
     if function is None:
         public = [attribute for attribute in vars(module) if attribute[0] != "_"]
-        close = difflib.get_close_matches(function_name, public, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ValueError(
-            f"objective={path!r}: {hint}{module_name} has no {function_name}"
-        )
-    if not callable(function):
-        raise ValueError(f"objective={path!r}: {function_name} is not a function")
-    return function
+        hint = did_you_mean(function_name, public)
+        problem = f"{hint}{module_name} has no {function_name}"
+    raise ValueError(f"objective={path!r}: {problem}")
