@@ -66,9 +66,7 @@ def with_router_loss(objective: Objective, coefficient: float) -> Objective:
     def objective_alone(
         policy: LogProbsFn, reference: LogProbsFn | None, batch: Any
     ) -> tuple[WeightedSum, Metrics]:
-        return objective(
-            without(policy), None if reference is None else without(reference), batch
-        )
+        return objective(without(policy), reference and without(reference), batch)
 
     def router_loss(outputs: TokenLogProbs, rows: Batch) -> jax.Array:
         assert outputs.router_loss is not None  # the score function was told to give it

@@ -72,9 +72,8 @@ PAIR_LOSSES: dict[str, PairLoss] = {
 
 # --- options, a dataclass for each objective --------------------------------------
 
-
-# The option whose value is at fault and the others that were judged, problem and fix.
-Contradiction = tuple[tuple[str, ...], str, str]
+# The option at fault, the other one that was judged with it, the problem, and a fix.
+Contradiction = tuple[str, str, str, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,59 +132,53 @@ class PreferenceOptions(Options):
         """What the losses, their options and the reference cannot mean together."""
         names, weights = self.loss_type, self.loss_weights
         if not names:
-            yield ("loss_type",), "no loss", "name at least one, such as 'sigmoid'"
+            fix = "name at least one, such as 'sigmoid'"
+            yield "loss_type", "loss_type", "no loss", fix
         for name in dict.fromkeys(names):
             if names.count(name) > 1:
                 fix = "list it once, with the sum of its weights"
-                yield ("loss_type",), f"{name!r} is listed twice", fix
+                yield "loss_type", "loss_type", f"{name!r} is listed twice", fix
         if weights is not None and len(weights) != len(names):
             problem = f"{len(weights)} weights for {len(names)} loss_type"
-            yield ("loss_weights", "loss_type"), problem, "give one weight for each"
+            yield "loss_weights", "loss_type", problem, "give one weight for each"
         yield from self._unread_options()
         if "exo_pair" in names and self.label_smoothing == 0:
             problem = "exo_pair takes its logarithm"
-            yield ("label_smoothing", "loss_type"), problem, "set 1e-3 or so"
+            yield "label_smoothing", "loss_type", problem, "set 1e-3 or so"
         if "robust" in names and self.label_smoothing >= 0.5:
             problem = "robust divides by 1 - 2 label_smoothing"
-            yield ("label_smoothing", "loss_type"), problem, "set it below 0.5"
+            yield "label_smoothing", "loss_type", problem, "set it below 0.5"
         having = sorted(name for name, loss in PAIR_LOSSES.items() if loss.f_divergence)
         lacking = sorted({*names} - {*having})
         if lacking and self.f_divergence_type != "reverse_kl":
             problem = f"{lacking} have only reverse_kl's form"
             fix = f"set 'reverse_kl', or losses of {having}"
-            yield ("f_divergence_type", "loss_type"), problem, fix
+            yield "f_divergence_type", "loss_type", problem, fix
         if self.use_weighting and any(PAIR_LOSSES[name].sorts for name in names):
             problem = "aot losses sort the batch: no pair has a weight"
             fix = "set it false, or remove the aot losses"
-            yield ("use_weighting", "loss_type"), problem, fix
+            yield "use_weighting", "loss_type", problem, fix
         if self.reference_free and self.precompute_ref_log_probs:
             problem = "reference_free is true: no reference"
-            yield (
-                ("precompute_ref_log_probs", "reference_free"),
-                problem,
-                "set it false",
-            )
+            yield "precompute_ref_log_probs", "reference_free", problem, "set it false"
         if self.precompute_ref_log_probs and self.ld_alpha is not None:
             problem = (
                 "it weighs the reference's log-prob of each token, and"
                 " precompute_ref_log_probs keeps only their sums"
             )
             fix = "unset it, or set precompute_ref_log_probs = false"
-            yield ("ld_alpha", "precompute_ref_log_probs"), problem, fix
+            yield "ld_alpha", "precompute_ref_log_probs", problem, fix
 
     def _unread_options(self) -> Iterator[Contradiction]:
         """Options that are set, and none of the listed losses would do a thing."""
         losses = sorted(self.loss_type)
-        for key in dict.fromkeys(
-            key for row in PAIR_LOSSES.values() for key in row.reads
-        ):
-            readers = sorted(
-                name for name, row in PAIR_LOSSES.items() if key in row.reads
-            )
+        keys = (key for row in PAIR_LOSSES.values() for key in row.reads)
+        for key in dict.fromkeys(keys):
+            readers = sorted(n for n, row in PAIR_LOSSES.items() if key in row.reads)
             is_set = getattr(self, key) != getattr(PreferenceOptions, key)
             if is_set and losses and not {*losses} & {*readers}:
                 fix = f"remove it, or add one of {', '.join(readers)}"
-                yield (key, "loss_type"), f"loss_type {losses} does not read it", fix
+                yield key, "loss_type", f"loss_type {losses} does not read it", fix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,7 +190,10 @@ class OrpoOptions(Options):
 
 @dataclasses.dataclass(frozen=True)
 class SimpoOptions(Options):
-    """Options of SimPO, with its paper's beta. `cpo_alpha` is the weight of an NLL."""
+    """Options of SimPO, with its paper's beta.
+
+    `cpo_alpha` is the weight of an NLL, `alpha` is AlphaPO's.
+    """
 
     beta: Positive = 2.0
     label_smoothing: FractionBelowHalf = 0.0
@@ -207,22 +203,19 @@ class SimpoOptions(Options):
 
 
 @dataclasses.dataclass(frozen=True)
-class CpoOptions(Options):
-    """Options of CPO, with TRL's defaults. `alpha` is AlphaPO's."""
+class CpoOptions(SimpoOptions):
+    """Options of CPO, of which SimPO is one loss, with TRL's defaults."""
 
     beta: Positive = 0.1
-    loss_type: Literal["sigmoid", "hinge", "ipo", "simpo"] = "sigmoid"
-    label_smoothing: FractionBelowHalf = 0.0
     cpo_alpha: NonNegative = 1.0
-    simpo_gamma: NonNegative = 0.5
-    alpha: float = 0.0
+    loss_type: Literal["sigmoid", "hinge", "ipo", "simpo"] = "sigmoid"
 
     def contradictions(self) -> Iterator[Contradiction]:
         """Only the two losses of a sigmoid can be smoothed."""
         if self.label_smoothing and self.loss_type in ("hinge", "ipo"):
             problem = f"loss_type {self.loss_type!r} does not read it"
             fix = "remove it, or set loss_type to sigmoid or simpo"
-            yield ("label_smoothing", "loss_type"), problem, fix
+            yield "label_smoothing", "loss_type", problem, fix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,10 +247,9 @@ def make_options(
     """
     values, wrong = schema.merge(schema.schema_of(kind), given)
     options, problems = kind(**values), list(wrong.items())
-    for keys, problem, fix in options.contradictions():
+    for key, other, problem, fix in options.contradictions():
         # In place of a refused value the options have a default, which nobody set.
-        if not {*keys} & {*refused, *wrong}:
-            key = keys[0]
+        if not {key, other} & {*refused, *wrong}:
             problems.append((key, str(Problem(key, values[key], problem, fix))))
     return options, problems
 
@@ -328,9 +320,8 @@ def objective_row(name: str, *, on_pairs: bool) -> ObjectiveRow | None:
 def unknown_objective(name: str, *also: str) -> Problem:
     """The problem of a name that is neither in `OBJECTIVES` nor in `also`."""
     known = (*also, *OBJECTIVES)
-    fix = (
-        f"{did_you_mean(name, known)}use one of {', '.join(known)}, or module:function"
-    )
+    hint = did_you_mean(name, known)
+    fix = f"{hint}use one of {', '.join(known)}, or module:function"
     return Problem("objective", name, "no objective of that name", fix)
 
 

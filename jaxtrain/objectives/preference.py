@@ -121,12 +121,6 @@ def _sum_pairs(batch: PairBatch, values: Sides[Any], weights: Sides[Any]) -> Sid
     return values.map(_pair_sums, weights, _sides(batch), ids)
 
 
-def _sum_logps(
-    batch: PairBatch, scored: Sides[TokenLogProbs], weights: Sides[Array]
-) -> Sides[Float[Array, "N"]]:
-    return _sum_pairs(batch, scored.map(lambda side: side.logps), weights)
-
-
 def _real_rows(batch: PairBatch) -> Float[Array, "B"]:
     return jnp.maximum(*_sides(batch).map(real_rows))
 
@@ -179,7 +173,6 @@ def _token_weights(batch: PairBatch, ld_alpha: float | None) -> Sides[Array]:
         return masks
     positions = masks.map(lambda mask: jnp.cumsum(mask > 0, axis=-1))
     shared = jnp.minimum(positions.chosen[:, -1:], positions.rejected[:, -1:])
-
     factors = positions.map(lambda index: jnp.where(index <= shared, 1.0, ld_alpha))
     return masks.map(operator.mul, factors)
 
@@ -266,7 +259,7 @@ def _reference_sums(
             "or set reference_free or precompute_ref_log_probs"
         )
     tokens = jax.lax.stop_gradient(score_pairs(reference, batch))
-    sums = _sum_logps(batch, tokens, pairs.weights)
+    sums = _sum_pairs(batch, tokens.map(lambda side: side.logps), pairs.weights)
     kl = pairs.tokens.map(_kl_from_reference, tokens, masks)
     return sums, {
         "kl": kl.chosen + kl.rejected,
@@ -303,12 +296,9 @@ def preference(
             "ld_alpha and precompute_ref_log_probs take a pair a row, and these rows "
             "are packed: unset them, or set data.packing = false"
         )
-    tokens, weights = (
-        score_pairs(policy, batch),
-        _token_weights(batch, options.ld_alpha),
-    )
-    real, logps = _real_pairs(batch), _sum_logps(batch, tokens, weights)
-    masks = _masks(batch)
+    tokens, masks = score_pairs(policy, batch), _masks(batch)
+    weights, real = _token_weights(batch, options.ld_alpha), _real_pairs(batch)
+    logps = _sum_pairs(batch, tokens.map(lambda side: side.logps), weights)
     trained = _sum_pairs(batch, masks.map(jnp.ones_like), masks)
     pairs = _ScoredPairs(tokens, weights, real, logps)
     ref_logps, extra_metrics = _reference_sums(reference, batch, pairs, options)
@@ -379,11 +369,10 @@ def cpo(
     """L(r_c - r_r) + cpo_alpha NLL(y_c|x). CPO, arXiv:2401.08417 eq. 3, as TRL has it.
 
     r(y) is log pi(y|x): the sum over tokens for `sigmoid` and `hinge`, their mean for
-    `ipo` and `simpo`; with `alpha` a > 0 it is AlphaPO's (1 - pi^-a) / a,
-    arXiv:2501.03884. L(d) is -log sigma(beta d),
-    max(0, 1 - beta d), (d - 1/(2 beta))^2, or SimPO's -log sigma(beta d - gamma);
-    `label_smoothing` acts on the two sigmoids. The NLL is a token mean over the
-    micro-batch.
+    `ipo` and `simpo`; `alpha` a other than 0 makes it AlphaPO's (1 - p^-a) / a of that
+    log p, arXiv:2501.03884. L(d) is -log sigma(beta d), max(0, 1 - beta d),
+    (d - 1/(2 beta))^2, or SimPO's -log sigma(beta d - gamma); `label_smoothing` acts on
+    the two sigmoids. The NLL is a token mean over the micro-batch.
     """
     del reference
     alpha, beta, loss_type = options.alpha, options.beta, options.loss_type
