@@ -9,7 +9,7 @@ import importlib.util
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +17,9 @@ import yaml
 from ml_collections import ConfigDict
 
 from jaxtrain import schema
+from jaxtrain.config import sections
 from jaxtrain.config.rules import ConfigError, resolve_sections
-from jaxtrain.config.sections import (
-    PLAIN_SECTIONS,
-    SCHEMA,
-    TRAINING_SECTIONS,
-    CurriculumSection,
-    DataSection,
-    DevicesSection,
-    DpoSection,
-    GenerationSection,
-    LoopSection,
-    LoraSection,
-    MeshSection,
-    ModelSection,
-    OptimizerSection,
-    PrecisionSection,
-    ScheduleSection,
-    TrainingType,
-)
+from jaxtrain.config.sections import SCHEMA
 from jaxtrain.objectives.options import ObjectiveRow, Options, RowKind, objective_row
 from jaxtrain.tree import dotted
 
@@ -44,19 +28,19 @@ from jaxtrain.tree import dotted
 class RunConfig:
     """A checked configuration of one run. `resolve` makes it."""
 
-    training_type: TrainingType
-    model: ModelSection
-    data: DataSection
-    optimizer: OptimizerSection
-    schedule: ScheduleSection
-    precision: PrecisionSection
-    loop: LoopSection
-    devices: DevicesSection
-    curriculum: CurriculumSection
-    generation: GenerationSection
-    mesh: MeshSection
-    lora: LoraSection | None  # None: all parameters train
-    dpo: DpoSection | None  # None: the objective is next_token
+    training_type: sections.TrainingType
+    model: sections.ModelSection
+    data: sections.DataSection
+    optimizer: sections.OptimizerSection
+    schedule: sections.ScheduleSection
+    precision: sections.PrecisionSection
+    loop: sections.LoopSection
+    devices: sections.DevicesSection
+    curriculum: sections.CurriculumSection
+    generation: sections.GenerationSection
+    mesh: sections.MeshSection
+    lora: sections.LoraSection | None  # None: all parameters train
+    dpo: sections.DpoSection | None  # None: the objective is next_token
     notes: tuple[str, ...] = field(default=(), compare=False)
 
     @property
@@ -95,19 +79,16 @@ class RunConfig:
     def to_dict(self) -> dict[str, Any]:
         """The values this run reads, in the configuration's own layout, for JSON."""
         training: dict[str, Any] = {"training_type": self.training_type}
-        for name in TRAINING_SECTIONS:
+        for name in sections.TRAINING_SECTIONS:
             training |= asdict(getattr(self, name))
-        if self.curriculum.enabled:
-            training["curriculum"] = asdict(self.curriculum)
-        if self.generation.enabled:
-            training["generation"] = asdict(self.generation)
-        for name in ("lora", "dpo"):
-            if section := getattr(self, name):
+        for name in ("curriculum", "generation", "lora", "dpo"):
+            section = getattr(self, name)
+            if section and getattr(section, "enabled", True):
                 training[name] = asdict(section)
-        sections = {name: asdict(getattr(self, name)) for name in PLAIN_SECTIONS}
+        plain = {name: asdict(getattr(self, name)) for name in sections.PLAIN_SECTIONS}
         if self.training_type != "from_scratch":
-            del sections["model"]["architecture"]
-        return _with_lists(sections | {"training": training})
+            del plain["model"]["architecture"]
+        return _with_lists(plain | {"training": training})
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> "RunConfig":
@@ -145,7 +126,14 @@ def resolve(
     if isinstance(config, ConfigManager):
         config = config.config_dict
     given = config.to_dict() if isinstance(config, ConfigDict) else config
-    return RunConfig(**resolve_sections(given, device_count))
+    found = resolve_sections(given, device_count)
+    values = {each.name: getattr(found, each.name) for each in fields(RunConfig)}
+    values["notes"] = tuple(found.notes)
+    if not found.lora.enabled:
+        values["lora"] = None
+    if not found.is_dpo:
+        values["dpo"] = None
+    return RunConfig(**values)
 
 
 def to_config_dict(run: RunConfig) -> ConfigDict:

@@ -3,104 +3,89 @@
 from dataclasses import replace
 
 from jaxtrain.config.rules.resolution import Resolution
-from jaxtrain.config.sections import TEXT_METRIC_SCORES, GenerationSection, LoopSection
+from jaxtrain.config.sections import TEXT_METRIC_SCORES, GenerationSection
 
-_SET_EVAL_STEPS = "set eval_steps, or unset it to evaluate after each epoch"
+_NEVER_EVALUATES = (
+    "eval_steps = 0 never evaluates; set eval_steps, or unset it to evaluate after each"
+    " epoch"
+)
 
 
-def resolve_loop(loop: LoopSection, found: Resolution) -> LoopSection:
+def resolve_loop(run: Resolution) -> None:
     """Settle the metric's direction and the trackers; check evaluations and saves."""
+    loop = run.loop
     if loop.max_steps != -1 and loop.max_steps < 1:
-        found.add(
+        run.problem(
             "max_steps",
-            "neither -1 nor positive",
-            "set -1 to count epochs, or the number of optimizer steps",
+            "neither -1 nor positive; set -1 to count epochs, or the number of"
+            " optimizer steps",
         )
     if loop.greater_is_better is None:
         is_loss = loop.metric_for_best_model.endswith(("loss", "perplexity", "kl"))
-        loop = replace(loop, greater_is_better=not is_loss)
+        run.loop = replace(run.loop, greater_is_better=not is_loss)
     if "none" in loop.report_to:
         if len(loop.report_to) > 1:
-            found.add(
-                "report_to",
-                "'none' stands beside other trackers",
-                "remove one or the other",
-            )
-        loop = replace(loop, report_to=())
+            text = "'none' stands beside other trackers; remove one or the other"
+            run.problem("report_to", text)
+        run.loop = replace(run.loop, report_to=())
     for key in ("early_stopping_patience", "load_best_model_at_end"):
         if getattr(loop, key) and loop.eval_steps == 0:
-            found.add(key, "eval_steps = 0 never evaluates", _SET_EVAL_STEPS)
+            run.problem(key, _NEVER_EVALUATES)
     if loop.load_best_model_at_end:
-        _check_checkpoints_are_evaluated(loop, found)
-    return loop
+        _check_checkpoints_are_evaluated(run)
 
 
-def _check_checkpoints_are_evaluated(loop: LoopSection, found: Resolution) -> None:
-    evals, saves = loop.eval_steps, loop.save_steps
+def _check_checkpoints_are_evaluated(run: Resolution) -> None:
+    evals, saves = run.loop.eval_steps, run.loop.save_steps
+    fix = "set save_steps to a multiple of eval_steps"
     if saves == 0:
-        found.add(
-            "save_steps",
-            "load_best_model_at_end needs checkpoints",
-            "set save_steps to a multiple of eval_steps",
-        )
+        run.problem("save_steps", f"load_best_model_at_end needs checkpoints; {fix}")
     elif evals != saves and not (evals and saves and saves % evals == 0):
-        found.add(
+        run.problem(
             "save_steps",
-            f"load_best_model_at_end needs each checkpoint evaluated, and eval_steps ="
-            f" {evals}",
-            "set save_steps to a multiple of eval_steps, or leave both unset",
+            "load_best_model_at_end needs each checkpoint evaluated, and eval_steps ="
+            f" {evals}; {fix}, or leave both unset",
             causes=["eval_steps"],
         )
 
 
-def resolve_generation(
-    generation: GenerationSection, loop: LoopSection, found: Resolution
-) -> GenerationSection:
+def resolve_generation(run: Resolution) -> None:
     """Decide whether texts are generated, and check the metrics on them."""
-    enabled = generation.enabled
+    enabled = run.generation.enabled
     if enabled is None:
-        enabled = bool(generation.metrics)
-    generation = replace(
-        generation if enabled else GenerationSection(), enabled=enabled
-    )
-    if enabled and loop.eval_steps == 0 and not loop.eval_on_start:
-        found.add(
-            "generation.enabled",
-            "eval_steps = 0 never evaluates",
-            _SET_EVAL_STEPS,
-            value=True,
-            causes=["eval_on_start"],
-        )
-    for name in generation.metrics:
+        enabled = bool(run.generation.metrics)
+    given = run.generation if enabled else GenerationSection()
+    run.generation = replace(given, enabled=enabled)
+    if enabled and run.loop.eval_steps == 0 and not run.loop.eval_on_start:
+        key, causes = "generation.enabled", ["eval_on_start"]
+        run.problem(key, _NEVER_EVALUATES, value=True, causes=causes)
+    for name in run.generation.metrics:
         if name not in TEXT_METRIC_SCORES and ":" not in name:
-            found.add(
+            run.problem(
                 "generation.metrics",
-                f"{name!r} is no metric",
-                f"choose from {', '.join(TEXT_METRIC_SCORES)}, or write a function of"
-                " your own as module:function",
+                f"{name!r} is no metric; choose from {', '.join(TEXT_METRIC_SCORES)},"
+                " or write a function of your own as module:function",
             )
-    if "bertscore" in generation.metrics and not generation.bertscore_model:
-        found.add(
+    if "bertscore" in run.generation.metrics and not run.generation.bertscore_model:
+        run.problem(
             "generation.metrics",
-            "bertscore needs an encoder",
-            "set generation.bertscore_model to a local Hugging Face directory",
+            "bertscore needs an encoder; set generation.bertscore_model to a local"
+            " Hugging Face directory",
             causes=["generation.bertscore_model"],
         )
-    _check_best_metric_is_generated(generation, loop, found)
-    return generation
+    _check_best_metric_is_generated(run)
 
 
-def _check_best_metric_is_generated(
-    generation: GenerationSection, loop: LoopSection, found: Resolution
-) -> None:
-    metrics, best = generation.metrics, loop.metric_for_best_model
+def _check_best_metric_is_generated(run: Resolution) -> None:
+    metrics = run.generation.metrics
+    best = run.loop.metric_for_best_model.removeprefix("eval_")
     if any(":" in metric for metric in metrics):
         return  # a function of the user's own may give a score of any name
     for name, scores in TEXT_METRIC_SCORES.items():
-        if best.removeprefix("eval_") in scores and name not in metrics:
-            found.add(
+        if best in scores and name not in metrics:
+            run.problem(
                 "metric_for_best_model",
-                f"generation.metrics = {metrics} does not compute it",
-                f"add {name!r} to generation.metrics",
+                f"generation.metrics = {metrics} does not compute it; add {name!r} to"
+                " generation.metrics",
                 causes=("generation.metrics", "generation.enabled"),
             )

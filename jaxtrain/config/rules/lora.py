@@ -3,49 +3,46 @@
 from dataclasses import replace
 
 from jaxtrain.config.rules.resolution import Resolution
-from jaxtrain.config.sections import LoraSection, Quantization
+from jaxtrain.config.sections import Quantization
 
 _TAKEN_FROM_THE_BASE = ("pissa", "olora")
 
 
-def resolve_lora(
-    lora: LoraSection, sync_ref_model: bool, found: Resolution
-) -> LoraSection:
+def resolve_lora(run: Resolution) -> None:
     """Decide whether adapters train, and in which kind of base."""
-    enabled, training_type = lora.enabled, found.training_type
-    if training_type == "lora" and enabled is False:
-        found.add(
+    lora = run.lora
+    if run.training_type == "lora" and lora.enabled is False:
+        run.problem(
             "training.lora.enabled",
-            "training_type is 'lora'",
-            "set it true, or train all parameters with training_type 'sft'",
+            "training_type is 'lora'; set it true, or train all parameters with"
+            " training_type 'sft'",
         )
-    if training_type == "from_scratch" and enabled:
-        found.add(
+    if run.training_type == "from_scratch" and lora.enabled:
+        run.problem(
             "training.lora.enabled",
-            "adapters on random weights learn little: from_scratch trains all",
-            "set it false, or choose training_type sft, lora or dpo",
+            "adapters on random weights learn little: from_scratch trains all;"
+            " set it false, or choose training_type sft, lora or dpo",
         )
-        enabled = False
-    lora = replace(lora, enabled=training_type == "lora" or bool(enabled))
-    if lora.enabled and not lora.target_modules:
-        found.add(
+    run.lora = replace(lora, enabled=run.has_adapters)
+    if run.lora.enabled and not lora.target_modules:
+        run.problem(
             "training.lora.target_modules",
-            "no module would get an adapter",
-            'set "all-linear" or names such as ["q_proj", "v_proj"]',
+            'no module would get an adapter; set "all-linear" or names such as'
+            ' ["q_proj", "v_proj"]',
         )
-    lora = _resolve_quantization(lora, found)
-    takes_base = lora.enabled and lora.init_lora_weights in _TAKEN_FROM_THE_BASE
-    if takes_base and training_type == "dpo" and sync_ref_model:
-        found.add(
+    _resolve_quantization(run)
+    takes_base = run.lora.enabled and lora.init_lora_weights in _TAKEN_FROM_THE_BASE
+    if takes_base and run.is_dpo and run.dpo.sync_ref_model:
+        run.problem(
             "training.lora.init_lora_weights",
-            "the reference holds the first adapters, which sync_ref_model moves",
-            "set it to default or gaussian, or sync_ref_model to false",
+            "the reference holds the first adapters, which sync_ref_model moves;"
+            " set it to default or gaussian, or sync_ref_model to false",
         )
-    return lora
 
 
-def _resolve_quantization(lora: LoraSection, found: Resolution) -> LoraSection:
+def _resolve_quantization(run: Resolution) -> None:
     """One of the base's kinds, by our key or by transformers' names."""
+    lora = run.lora
     asked: dict[str, Quantization | None] = {
         "quantization": lora.quantization,
         "load_in_4bit": lora.bnb_4bit_quant_type if lora.load_in_4bit else None,
@@ -53,31 +50,30 @@ def _resolve_quantization(lora: LoraSection, found: Resolution) -> LoraSection:
     }
     named = [(f"training.lora.{name}", kind) for name, kind in asked.items() if kind]
     if not named:
-        return lora
+        return
     key, kind = named[0]
     if others := [name for name, other in named if other != kind]:
-        problem = f"{others[0]} asks for another"
-        found.add(key, problem, "set one of them only", value=kind)
+        text = f"{others[0]} asks for another; set one of them only"
+        run.problem(key, text, value=kind)
     if not lora.enabled:
-        found.add(
+        run.problem(
             key,
-            "a quantized base does not train, only adapters beside it",
-            "set training.lora.enabled = True (or training_type lora), or unset it",
+            "a quantized base does not train, only adapters beside it; set"
+            " training.lora.enabled = True (or training_type lora), or unset it",
             value=kind,
             causes=("training.lora.enabled", "training.training_type"),
         )
     if lora.quantization_block_size % 2:
-        found.add(
+        run.problem(
             "training.lora.quantization_block_size",
-            "two codes make a byte",
-            "set an even number that divides the model's widths, such as 64",
+            "two codes make a byte; set an even number that divides the model's widths,"
+            " such as 64",
         )
     if lora.init_lora_weights in _TAKEN_FROM_THE_BASE and not lora.init_from:
-        found.add(
+        run.problem(
             "training.lora.init_lora_weights",
             "it takes the first adapters out of the base, and the base's codes cannot"
-            " hold the difference",
-            f"set it to default or gaussian, or unset {key}",
+            f" hold the difference; set it to default or gaussian, or unset {key}",
             causes=["training.lora.init_from"],
         )
-    return replace(lora, quantization=kind)
+    run.lora = replace(lora, quantization=kind)

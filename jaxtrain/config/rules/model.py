@@ -3,65 +3,56 @@
 from dataclasses import asdict, replace
 
 from jaxtrain.config.rules.resolution import Resolution
-from jaxtrain.config.sections import ArchitectureSection, ModelSection
+from jaxtrain.config.sections import ArchitectureSection
 
 _PREFIX = "model.architecture."
 
 
-def resolve_model(model: ModelSection, found: Resolution) -> ModelSection:
+def resolve_model(run: Resolution) -> None:
     """Check the sizes of a model made from scratch; others have their own."""
-    sizes, usual = model.architecture, ArchitectureSection()
-    from_scratch = found.training_type == "from_scratch"
-    if from_scratch and model.name_or_path:
-        defaults = asdict(usual)
-        for name, value in asdict(sizes).items():
-            if value != defaults[name]:
-                found.add(
-                    _PREFIX + name,
-                    f"model.name_or_path = {model.name_or_path!r} gives the sizes of"
-                    " this model",
-                    "unset one of the two",
-                )
-    if not from_scratch or model.name_or_path:
+    name, sizes, usual = (
+        run.model.name_or_path,
+        run.model.architecture,
+        ArchitectureSection(),
+    )
+    from_scratch = run.training_type == "from_scratch"
+    if from_scratch and name:
+        problem = f"model.name_or_path = {name!r} gives the sizes of this model"
+        for key, default in asdict(usual).items():
+            if getattr(sizes, key) != default:
+                run.problem(_PREFIX + key, f"{problem}; unset one of the two")
+    elif from_scratch:
+        _check_sizes(run)
+    if not from_scratch or name:
         sizes = usual
-    else:
-        _check_sizes(sizes, found)
     head_dim = sizes.head_dim or sizes.hidden_size // sizes.num_attention_heads
-    return replace(model, architecture=replace(sizes, head_dim=head_dim))
+    run.model = replace(run.model, architecture=replace(sizes, head_dim=head_dim))
 
 
-def _check_sizes(sizes: ArchitectureSection, found: Resolution) -> None:
-    heads, kv_heads = sizes.num_attention_heads, sizes.num_key_value_heads
+def _check_sizes(run: Resolution) -> None:
+    sizes = run.model.architecture
+    heads, width = sizes.num_attention_heads, sizes.hidden_size
     count = _PREFIX + "num_attention_heads"
-    if heads % kv_heads:
-        found.add(
-            _PREFIX + "num_key_value_heads",
-            f"does not divide num_attention_heads = {heads}",
-            "set a divisor",
-            causes=[count],
-        )
-    head_dim = sizes.head_dim or sizes.hidden_size // heads
-    if not sizes.head_dim and sizes.hidden_size % heads:
-        found.add(
+    if heads % sizes.num_key_value_heads:
+        text = f"does not divide num_attention_heads = {heads}; set a divisor"
+        run.problem(_PREFIX + "num_key_value_heads", text, causes=[count])
+    head_dim = sizes.head_dim or width // heads
+    if not sizes.head_dim and width % heads:
+        run.problem(
             _PREFIX + "hidden_size",
-            f"not a multiple of num_attention_heads = {heads}",
-            "change one of them, or set head_dim",
+            f"not a multiple of num_attention_heads = {heads}; change one of them, or"
+            " set head_dim",
             causes=(count, _PREFIX + "head_dim"),
         )
     elif head_dim % 2:
-        found.add(
+        run.problem(
             _PREFIX + "head_dim",
-            "rotary positions need pairs",
-            "set an even one",
+            "rotary positions need pairs; set an even one",
             value=head_dim,
             causes=(count, _PREFIX + "hidden_size"),
         )
     is_gemma = sizes.model_type.startswith("gemma")
     read, other = ("hidden_activation", "hidden_act")[:: 1 if is_gemma else -1]
     if getattr(sizes, other) is not None:
-        found.add(
-            _PREFIX + other,
-            f"{sizes.model_type} does not read it",
-            f"set {read} instead",
-            causes=[_PREFIX + "model_type"],
-        )
+        text = f"{sizes.model_type} does not read it; set {read} instead"
+        run.problem(_PREFIX + other, text, causes=[_PREFIX + "model_type"])
