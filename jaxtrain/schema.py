@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, TypeAlias, TypeVar, Union
 
 from ml_collections import ConfigDict, FieldReference
 
-from jaxtrain.tree import dotted
+from jaxtrain.tree import dotted, flatten, get, nest
 
 T = TypeVar("T")
 
@@ -106,15 +106,16 @@ class ReadBy:
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """One key: its annotation, its default (None: unset), and facts about it."""
+    """One key: its annotation, its default (None: unset), and facts beside these."""
 
     hint: Any
     default: Any
-    facts: tuple[Any, ...] = ()
+    shared: tuple[Any, ...] = ()
 
     def all(self, kind: type[T]) -> list[T]:
-        """The facts of one kind, such as `Unit`."""
-        return [fact for fact in self.facts if isinstance(fact, kind)]
+        """The facts of one kind, such as `Unit`; the shared ones first."""
+        facts = self.shared + getattr(self.hint, "__metadata__", ())
+        return [fact for fact in facts if isinstance(fact, kind)]
 
 
 # The default of a field that is unset in a configuration but never in a resolved run:
@@ -131,62 +132,39 @@ def schema_of(section: type) -> Schema:
     """
     hints = typing.get_type_hints(section, include_extras=True)
     shared = (section.ONLY_IF,) if hasattr(section, "ONLY_IF") else ()
-    schema: Schema = {}
-    for field in dataclasses.fields(section):
-        hint = hints[field.name]
-        if dataclasses.is_dataclass(hint):
-            schema[field.name] = schema_of(typing.cast(type, hint))
-            continue
-        bounded, facts = _split(hint)
-        schema[field.name] = Leaf(bounded, field.default, shared + facts)
-    return schema
-
-
-def _split(hint: Any) -> tuple[Any, tuple[Any, ...]]:
-    """An annotation with nothing but its bound, and the other facts that it holds."""
-    if typing.get_origin(hint) is not Annotated:
-        return hint, ()
-    bare, *facts = typing.get_args(hint)
-    if not isinstance(facts[0], Bound):
-        return bare, tuple(facts)
-    return Annotated[bare, facts[0]], tuple(facts[1:])
+    return {
+        field.name: schema_of(hints[field.name])
+        if dataclasses.is_dataclass(hints[field.name])
+        else Leaf(hints[field.name], field.default, shared)
+        for field in dataclasses.fields(section)
+    }
 
 
 def unset(schema: Schema, *facts: Any) -> Schema:
     """The same keys with no default, and with other facts."""
-    return {
-        name: Leaf(entry.hint, None, facts + tuple(entry.all(ByType)))
-        if isinstance(entry, Leaf)
-        else unset(entry, *facts)
-        for name, entry in schema.items()
-    }
+    leaves = flatten(schema).items()
+    return nest({path: Leaf(leaf.hint, None, facts) for path, leaf in leaves})
 
 
 def to_config_dict(schema: Schema) -> ConfigDict:
     """The defaults as a ConfigDict whose every key the command line can override."""
-    config = ConfigDict()
-    for name, entry in schema.items():
-        if not isinstance(entry, Leaf):
-            config[name] = to_config_dict(entry)
-            continue
-        storage = _storage_type(entry.hint)
+
+    def stored(leaf: Leaf) -> Any:
+        storage = _storage_type(leaf.hint)
         # Only a FieldReference can be None now and typed later, or hold several types.
-        typed = entry.default is not None and storage is not object
-        config[name] = (
-            entry.default if typed else FieldReference(entry.default, storage)
-        )
-    return config
+        typed = leaf.default is not None and storage is not object
+        return leaf.default if typed else FieldReference(leaf.default, storage)
+
+    leaves = flatten(schema).items()
+    return ConfigDict(nest({path: stored(leaf) for path, leaf in leaves}))
 
 
 def overlay(config: ConfigDict, schema: Schema, given: Mapping[str, Any]) -> list[str]:
     """Set on `config` what `given` holds; return a line for each key it can't set."""
     problems: dict[str, str] = {}
     for path, value in _check(schema, given, "", problems, schema):
-        section = config
-        for name in path[:-1]:
-            section = section[name]
         if value is not None:
-            section[path[-1]] = value
+            get(config, path[:-1])[path[-1]] = value
     return list(problems.values())
 
 
@@ -201,19 +179,13 @@ def merge(
     problems: dict[str, str] = {}
     values = defaults(schema)
     for path, value in _check(schema, given, "", problems, schema):
-        section = values
-        for name in path[:-1]:
-            section = section[name]
-        section[path[-1]] = value
+        get(values, path[:-1])[path[-1]] = value
     return values, problems
 
 
 def defaults(schema: Schema) -> dict[str, Any]:
     """Every key's default, as nested plain dicts."""
-    return {
-        name: entry.default if isinstance(entry, Leaf) else defaults(entry)
-        for name, entry in schema.items()
-    }
+    return nest({path: leaf.default for path, leaf in flatten(schema).items()})
 
 
 def build(section: type[T], values: Mapping[str, Any]) -> T:
@@ -244,14 +216,11 @@ def _check(
             fix = _suggest_key(str(name), prefix, schema, root)
             problems[path] = f"{path} = {value!r}: unknown key; {fix}"
         elif isinstance(entry, Leaf):
+            is_unset = value is None and entry.default is None
             try:
-                converted = None if _may_be_unset(value, entry) else convert(
-                    value, entry.hint
-                )  # fmt: skip
+                yield (name,), None if is_unset else convert(value, entry.hint)
             except ValueError as error:
                 problems[path] = f"{path} = {value!r}: {error}"
-            else:
-                yield (name,), converted
         elif isinstance(value, Mapping):
             for below, converted in _check(entry, value, f"{path}.", problems, root):
                 yield (name, *below), converted
@@ -260,10 +229,6 @@ def _check(
                 f"{path} = {value!r}: a section, not a value; set keys under it:"
                 f" {', '.join(entry)}"
             )
-
-
-def _may_be_unset(value: Any, leaf: Leaf) -> bool:
-    return value is None and leaf.default is None
 
 
 def _suggest_key(name: str, prefix: str, schema: Schema, root: Schema) -> str:
@@ -304,9 +269,10 @@ def describe(hint: Any) -> str:
     """What a key may hold, in words: "an integer >= 1", "one of a, b"."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
-        of_a_table = isinstance(arguments[1], OneOf)
-        kind = "" if of_a_table else f"{describe(arguments[0])} "
-        return f"{kind}{arguments[1]}"
+        checks = [fact for fact in arguments[1:] if isinstance(fact, Bound | OneOf)]
+        names_all = any(isinstance(check, OneOf) for check in checks)
+        kind = [] if names_all else [describe(arguments[0])]
+        return " ".join([*kind, *map(str, checks)])
     if origin is Literal:
         return f"one of {', '.join(map(str, arguments))}"
     if origin in (Union, types.UnionType):
@@ -323,8 +289,9 @@ def _convert(value: Any, hint: Any) -> tuple[Any] | None:
     """The converted value in a 1-tuple, or None if it does not fit."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
+        checks = [fact for fact in arguments[1:] if isinstance(fact, Bound | OneOf)]
         fits = _convert(value, arguments[0])
-        return fits if fits and fits[0] in arguments[1] else None
+        return fits if fits and all(fits[0] in check for check in checks) else None
     if origin is Literal:
         same_type = type(value) is type(arguments[0])  # True is no stage 1
         return (value,) if same_type and value in arguments else None
@@ -351,9 +318,7 @@ def _convert_items(value: Any, hint: Any) -> tuple[Any] | None:
     if not isinstance(value, Sequence):
         return None
     items = [_convert(item, hint) for item in value]
-    if any(fits is None for fits in items):
-        return None
-    return (tuple(fits[0] for fits in items if fits),)
+    return (tuple(fits[0] for fits in items if fits),) if all(items) else None
 
 
 def _storage_type(hint: Any) -> type:
@@ -370,11 +335,11 @@ def _storage_type(hint: Any) -> type:
 
 
 def _allowed_texts(hint: Any) -> list[str]:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
+    if isinstance(hint, OneOf):
+        return list(hint.table)
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) is Literal:
         return [str(item) for item in arguments]
-    if origin is Annotated and isinstance(arguments[1], OneOf):
-        return list(arguments[1].table)
     return [text for arm in arguments for text in _allowed_texts(arm)]
 
 

@@ -146,8 +146,9 @@ def test_an_own_function_has_its_arguments_as_they_are() -> None:
     run = config.resolve({"training": {**given, "objective_kwargs": {"a": "b"}}})
     assert run.objective_options is None
     assert run.loop.objective_kwargs == {"a": "b"}
-    assert (run.row_kind, run.has_reference) == ("preference", True)
-    assert not run.objective_row.micro_batch_means
+    row = run.objective_row
+    assert (row.row_kind, row.has_reference) == ("preference", True)
+    assert not row.micro_batch_means
 
 
 @pytest.mark.parametrize("name", ["preference", "simpo"])

@@ -292,9 +292,9 @@ def _abstract_batch(model: LoadedModel, run: RunConfig) -> Any:
             prompt_ids=ids if shares else None,
         )  # fmt: skip
 
-    if run.row_kind == "next_token":
+    if run.objective_row.row_kind == "next_token":
         return side()
-    if run.row_kind == "labeled":
+    if run.objective_row.row_kind == "labeled":
         labels: Any = jax.ShapeDtypeStruct(shape[:2], jnp.float32, sharding=layout)
         return LabeledBatch(side(), labels, mismatched=side())
     assert run.dpo is not None  # row_kind says so

@@ -20,7 +20,7 @@ from jaxtrain import schema
 from jaxtrain.config import sections
 from jaxtrain.config.rules import ConfigError, resolve_sections
 from jaxtrain.config.sections import SCHEMA
-from jaxtrain.objectives.options import ObjectiveRow, Options, RowKind, objective_row
+from jaxtrain.objectives.options import ObjectiveRow, Options, objective_row
 from jaxtrain.tree import dotted
 
 
@@ -65,16 +65,6 @@ class RunConfig:
             return None
         values = {key: getattr(self.dpo, key) for key in row.keys_of_dpo}
         return row.options(**values, **(self.loop.objective_kwargs or {}))
-
-    @property
-    def row_kind(self) -> RowKind:
-        """What the objective trains on."""
-        return self.objective_row.row_kind
-
-    @property
-    def has_reference(self) -> bool:
-        """Whether the objective compares with a reference model."""
-        return self.objective_row.has_reference
 
     def to_dict(self) -> dict[str, Any]:
         """The values this run reads, in the configuration's own layout, for JSON."""
@@ -129,10 +119,8 @@ def resolve(
     found = resolve_sections(given, device_count)
     values = {each.name: getattr(found, each.name) for each in fields(RunConfig)}
     values["notes"] = tuple(found.notes)
-    if not found.lora.enabled:
-        values["lora"] = None
-    if not found.is_dpo:
-        values["dpo"] = None
+    values["lora"] = found.lora if found.lora.enabled else None
+    values["dpo"] = found.dpo if found.is_dpo else None
     return RunConfig(**values)
 
 
@@ -168,58 +156,49 @@ def _with_lists(tree: Any) -> Any:
 
 
 def _explain(run: RunConfig) -> list[str]:
-    mesh, devices, loop = run.mesh, run.devices, run.loop
-    stage = devices.deepspeed.zero_stage
-    split = (
-        "nothing",
-        "optimizer state",
-        "optimizer state",
-        "parameters and optimizer",
+    mesh, devices, loop, precision = run.mesh, run.devices, run.loop, run.precision
+    deepspeed, curriculum = devices.deepspeed, run.curriculum
+    state = "optimizer state"
+    split = ("nothing", state, state, "parameters and optimizer")[deepspeed.zero_stage]
+    offloaded = {
+        state: deepspeed.offload_optimizer,
+        "parameters": deepspeed.offload_param,
+    }
+    host = " and ".join(name for name, is_there in offloaded.items() if is_there)
+    rows: int | str = (
+        loop.per_device_train_batch_size * loop.gradient_accumulation_steps
     )
-    used = "all" if devices.num_gpus is None else str(devices.num_gpus)
-    host = [
-        name
-        for name, offloaded in (
-            ("optimizer state", devices.deepspeed.offload_optimizer),
-            ("parameters", devices.deepspeed.offload_param),
-        )
-        if offloaded
-    ]
+    if -1 in (mesh.data, mesh.fsdp):
+        rows = f"{rows} times data-parallel devices"
+    else:
+        rows *= mesh.data * mesh.fsdp
     lines = [
         f"training.distributed = {devices.distributed}: one mesh spans the devices of"
         " every process; the launcher's environment says how many there are",
-        f"training.num_gpus = {devices.num_gpus}: {used} devices in a mesh of"
+        f"training.num_gpus = {devices.num_gpus}: {devices.num_gpus or 'all'} devices"
+        " in a mesh of"
         f" {' x '.join(f'{axis} {size}' for axis, size in mesh.sizes.items())}"
         " (-1: the rest)",
         f"training.per_device_train_batch_size = {loop.per_device_train_batch_size},"
         f" gradient_accumulation_steps = {loop.gradient_accumulation_steps}:"
-        f" {_rows_per_step(run)} rows an optimizer step",
-        f"training.deepspeed.zero_stage = {stage}: {split[stage]} split over devices",
+        f" {rows} rows an optimizer step",
+        f"training.deepspeed.zero_stage = {deepspeed.zero_stage}: {split} split over"
+        " devices",
         f"training.cpu_offload = {devices.cpu_offload}, deepspeed.offload_*:"
-        f" {' and '.join(host) or 'nothing'} in pinned host memory between steps",
-        f"training.fp16 = {run.precision.fp16}, bf16 = {run.precision.bf16}:"
-        f" {run.precision.compute_dtype} compute, {run.model.param_dtype} parameters",
-        f"training.gradient_checkpointing = {run.precision.gradient_checkpointing}:"
-        f" rematerialization policy {run.precision.remat!r}",
+        f" {host or 'nothing'} in pinned host memory between steps",
+        f"training.fp16 = {precision.fp16}, bf16 = {precision.bf16}:"
+        f" {precision.compute_dtype} compute, {run.model.param_dtype} parameters",
+        f"training.gradient_checkpointing = {precision.gradient_checkpointing}:"
+        f" rematerialization policy {precision.remat!r}",
         f"training.dataloader_pin_memory = {devices.dataloader_pin_memory}: batches are"
         f"{'' if devices.dataloader_pin_memory else ' not'} copied to the device ahead",
     ]
-    if run.curriculum.enabled:
+    if curriculum.enabled:
         lines.append(
-            f"training.curriculum: {run.curriculum.strategy},"
-            f" {run.curriculum.start_length} to {run.curriculum.end_length} tokens"
-            f" in {run.curriculum.steps} steps"
+            f"training.curriculum: {curriculum.strategy}, {curriculum.start_length} to"
+            f" {curriculum.end_length} tokens in {curriculum.steps} steps"
         )
     return lines
-
-
-def _rows_per_step(run: RunConfig) -> str:
-    per_device = (
-        run.loop.per_device_train_batch_size * run.loop.gradient_accumulation_steps
-    )
-    if -1 in (run.mesh.data, run.mesh.fsdp):
-        return f"{per_device} times data-parallel devices"
-    return str(per_device * run.mesh.data * run.mesh.fsdp)
 
 
 # --- Files and the Python interface --------------------------------------------------
@@ -239,9 +218,8 @@ class ConfigManager:
     _config: ConfigDict
 
     def __init__(self, config: ConfigDict | None = None) -> None:
-        self.__dict__["_config"] = (
-            default_config() if config is None else config
-        ).lock()
+        config = default_config() if config is None else config
+        self.__dict__["_config"] = config.lock()
 
     @property
     def config_dict(self) -> ConfigDict:

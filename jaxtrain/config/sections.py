@@ -38,12 +38,11 @@ Activation = Literal["silu", "gelu", "gelu_pytorch_tanh"]
 LayerType = Literal["full_attention", "sliding_attention"]
 Dtype = Literal["float32", "bfloat16"]
 Quantization = Literal["nf4", "int8"]
+Tracker = Literal["tensorboard", "wandb", "jsonl", "none"]
 
 TOKENS, ROWS, STEPS = Unit("tokens"), Unit("rows"), Unit("optimizer steps")
 STREAMED = OnlyIf("data.streaming")
-WITH_ADAPTERS = OnlyIf(
-    "training.lora.enabled", otherwise="training.lora.enabled is false"
-)
+WITH_ADAPTERS = OnlyIf("training.lora.enabled", True, "training.lora.enabled is false")
 NEW_ADAPTERS = OnlyIf(
     "training.lora.init_from", "", "training.lora.init_from brings its own"
 )
@@ -365,10 +364,7 @@ class LoopSection:
     """Export in Hugging Face's format at the end of the run."""
     logging_steps: PositiveInt = 10
     """Steps between records of the log."""
-    report_to: tuple[Literal["tensorboard", "wandb", "jsonl", "none"], ...] = (
-        "tensorboard",
-        "jsonl",
-    )
+    report_to: tuple[Tracker, ...] = ("tensorboard", "jsonl")
     """Where metrics go; none stands alone."""
     run_name: str | None = None
     """Unset: the work directory's name."""
@@ -626,12 +622,8 @@ class MeshSection:
     @property
     def sizes(self) -> dict[str, int]:
         """Axis sizes by axis name; `expert` and `stage` are always 1 and left out."""
-        return {
-            "data": self.data,
-            "fsdp": self.fsdp,
-            "context": self.context,
-            "tensor": self.tensor,
-        }
+        axes = ("data", "fsdp", "context", "tensor")
+        return {axis: getattr(self, axis) for axis in axes}
 
     @property
     def slices(self) -> dict[str, int]:
@@ -657,32 +649,22 @@ TRAINING_SECTIONS: Mapping[str, type] = {
     "devices": DevicesSection,
 }
 # The general keys that have a section of their own under `training`.
-NESTED_SECTIONS: Mapping[str, type] = {
-    "curriculum": CurriculumSection,
-    "generation": GenerationSection,
-}
-PLAIN_SECTIONS: Mapping[str, type] = {
-    "model": ModelSection,
-    "data": DataSection,
-    "mesh": MeshSection,
-}
+NESTED_SECTIONS = {"curriculum": CurriculumSection, "generation": GenerationSection}
+PLAIN_SECTIONS = {"model": ModelSection, "data": DataSection, "mesh": MeshSection}
 
 
 def make_schema() -> Schema:
     """Every key, as a configuration nests them."""
+    plain = {name: schema_of(section) for name, section in PLAIN_SECTIONS.items()}
     general: Schema = {}
     for section in TRAINING_SECTIONS.values():
         general |= schema_of(section)
     general |= {name: schema_of(section) for name, section in NESTED_SECTIONS.items()}
+    training = {"training_type": Leaf(TrainingType, "sft"), **general}
     blocks = {"lora": schema_of(LoraSection), "dpo": schema_of(DpoSection)}
-    training: Schema = {
-        "training_type": Leaf(TrainingType, "sft"),
-        **general,
-    }
     for name in get_args(TrainingType):
         is_active = OnlyIf("training.training_type", name)
         training[name] = blocks.get(name, {}) | unset(general, is_active)
-    plain = {name: schema_of(section) for name, section in PLAIN_SECTIONS.items()}
     return {**plain, "training": training}
 
 

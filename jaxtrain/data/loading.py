@@ -149,7 +149,7 @@ def prepare_options(run: RunConfig) -> PrepareOptions:
     packing = "bfd_split" if run.training_type == "from_scratch" else "bfd"
     by_column = run.curriculum.enabled and run.curriculum.column
     return PrepareOptions(
-        objective=run.row_kind,
+        objective=run.objective_row.row_kind,
         max_length=run.data.max_length,
         max_prompt_length=run.dpo.max_prompt_length if run.dpo else None,
         packing=packing if run.data.packing else None,
@@ -199,6 +199,6 @@ def _load(
 
 def _embedded(run: RunConfig, evaluation: bool) -> os.PathLike[str]:
     kind = "next_token" if run.training_type == "from_scratch" else "sft"
-    if run.row_kind != "next_token":
+    if run.objective_row.row_kind != "next_token":
         kind = "preference"  # for KTO, each as two completions
     return assets.asset_path(assets.DATA[kind][evaluation])

@@ -18,7 +18,7 @@ from jaxtrain.types import Params, TrainState
 
 def needs_reference(run: RunConfig) -> bool:
     """Whether the step scores batches by the frozen model too."""
-    if run.dpo is None or not run.has_reference:
+    if run.dpo is None or not run.objective_row.has_reference:
         return False
     return not (run.dpo.reference_free or run.dpo.precompute_ref_log_probs)
 
