@@ -10,31 +10,16 @@ and initial values are PEFT's.
 import functools
 import math
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.experimental import multihost_utils
 from jaxtyping import Array, Float
 
-from jaxtrain.lora.targets import (
-    ADAPTER_LEAVES,
-    EMBEDDING,
-    HEAD,
-    LoraConfig,
-    TreePath,
-    full_names,
-    is_tied,
-    is_within,
-    label_path,
-    matrix_shape,
-    resolve_modules_to_save,
-    resolve_ranks,
-    resolve_targets,
-    ties_adapters,
-)
+from jaxtrain.lora import targets
+from jaxtrain.lora.targets import EMBEDDING, HEAD, LoraConfig, TreePath
+from jaxtrain.models.hf_save import to_host
 from jaxtrain.models.quantization import CODES, SCALES, dequantize_on_device
 from jaxtrain.tree import flatten, nest, overlay
 from jaxtrain.tree import get as tree_get
@@ -57,59 +42,59 @@ def init_adapters(key: Array, base_tree: Mapping[str, Any], lora: LoraConfig) ->
         ValueError: a rank is too large for pissa or olora.
     """
     leaves: dict[TreePath, Array] = {}
-    for label, (rank, scaling) in sorted(resolve_ranks(lora, base_tree).items()):
-        path = label_path(label)
-        *layers, width_in, width_out = matrix_shape(base_tree, path)
+    ranks = targets.resolve_ranks(lora, base_tree)
+    for label, (rank, scaling) in sorted(ranks.items()):
+        path = targets.label_path(label)
+        *layers, width_in, width_out = targets.matrix_shape(base_tree, path)
         draw_key = jax.random.fold_in(key, zlib.crc32(label.encode()))
         if path == EMBEDDING:
             a = jnp.zeros((width_in, rank), jnp.float32)
             b = jax.random.normal(draw_key, (rank, width_out), jnp.float32)
         elif lora.changes_base:
-            _check_factors(lora, label, rank, base_tree)
-            factorize = _pissa if lora.init_lora_weights == "pissa" else _olora
-            kernel = _matrix(base_tree, path)
-            a, b = factorize(_stacked(kernel), rank=rank, scaling=scaling)
-            a, b = (a, b) if layers else (a[0], b[0])
+            a, b = _take_out(lora, label, base_tree, rank, scaling)
         else:
             a = _draw(draw_key, (*layers, width_in, rank), lora.init_lora_weights)
             b = jnp.zeros((*layers, rank, width_out), jnp.float32)
         leaves[*path, "lora_a"], leaves[*path, "lora_b"] = a, b
         if lora.use_dora:
-            leaves[*path, "lora_magnitude"] = _column_lengths(_matrix(base_tree, path))
+            matrix = _matrix(base_tree, path).astype(jnp.float32)
+            leaves[*path, "lora_magnitude"] = jnp.linalg.norm(matrix, axis=-2)
     return nest(leaves)
 
 
-def _check_factors(
-    lora: LoraConfig, label: str, rank: int, base_tree: Mapping[str, Any]
-) -> None:
-    """Whether a matrix can be factorized, and its residual take its place."""
-    init, shape = lora.init_lora_weights, matrix_shape(base_tree, label_path(label))
-    if rank > min(shape[-2:]):
+def _take_out(
+    lora: LoraConfig,
+    label: str,
+    base_tree: Mapping[str, Any],
+    rank: int,
+    scaling: float,
+) -> tuple[Float[Array, "*L I R"], Float[Array, "*L R O"]]:
+    """The first A and B out of the matrix itself, which its residual shall replace."""
+    init, matrix = lora.init_lora_weights, _matrix(base_tree, targets.label_path(label))
+    if rank > min(matrix.shape[-2:]):
         raise ValueError(
-            f"lora.r = {rank}: {init} needs a rank of at most {min(shape[-2:])} for"
-            f" {label}"
+            f"lora.r = {rank}: {init} needs a rank of at most {min(matrix.shape[-2:])}"
+            f" for {label}"
         )
-    if label == "lm_head" and is_tied(base_tree):
+    if label == "lm_head" and targets.is_tied(base_tree):
         raise ValueError(
             f"lora.init_lora_weights = {init!r} takes the head's first adapter out of"
             " the embedding, which this head is: set it to default or gaussian, or"
             " leave lm_head out of target_modules"
         )
+    factorize = _pissa if init == "pissa" else _olora
+    return factorize(matrix, rank, scaling)
 
 
 def _matrix(base_tree: Mapping[str, Any], path: TreePath) -> Array:
     """What an adapter adds to, [L in out] or [in out]."""
-    if path == HEAD and is_tied(base_tree):
+    if path == HEAD and targets.is_tied(base_tree):
         return _matrix(base_tree, EMBEDDING).T
     leaves = tree_get(base_tree, path)
     if CODES in leaves:
         codes, scales = (_on_device(leaves[name]) for name in (CODES, SCALES))
         return dequantize_on_device(codes, scales)
     return _on_device(leaves["kernel" if "kernel" in leaves else "embedding"])
-
-
-def _stacked(matrix: Array) -> Float[Array, "L I O"]:
-    return matrix if matrix.ndim == 3 else matrix[None]
 
 
 def _draw(key: Array, shape: tuple[int, ...], init: str) -> Float[Array, "*L I R"]:
@@ -121,9 +106,7 @@ def _draw(key: Array, shape: tuple[int, ...], init: str) -> Float[Array, "*L I R
 
 
 @functools.partial(jax.jit, static_argnames=("rank", "scaling"))
-def _pissa(
-    kernel: Float[Array, "L I O"], *, rank: int, scaling: float
-) -> tuple[Float[Array, "L I R"], Float[Array, "L R O"]]:
+def _pissa(matrix: Array, rank: int, scaling: float) -> tuple[Array, Array]:
     """W ~ U S V: A = U sqrt(S / s), B = sqrt(S / s) V, of the r largest S."""
 
     def factorize(w: Array) -> tuple[Array, Array]:
@@ -131,25 +114,25 @@ def _pissa(
         root = jnp.sqrt(s[:rank] / scaling)
         return u[:, :rank] * root, root[:, None] * v[:rank]
 
-    return jax.lax.map(factorize, kernel)
+    return _by_layer(factorize, matrix)
 
 
-@functools.partial(jax.jit, static_argnames=("rank", "scaling"))
-def _olora(
-    kernel: Float[Array, "L I O"], *, rank: int, scaling: float
-) -> tuple[Float[Array, "L I R"], Float[Array, "L R O"]]:
+@functools.partial(jax.jit, static_argnames="rank")
+def _olora(matrix: Array, rank: int, _: float) -> tuple[Array, Array]:
     """W' = Q R: A = R'[:, :r], B = Q'[:r]. W here is [in out], torch's W'."""
-    del scaling  # PEFT leaves it out of the factors
 
     def factorize(w: Array) -> tuple[Array, Array]:
         q, r = jnp.linalg.qr(w.astype(jnp.float32).T)
         return r[:rank].T, q[:, :rank].T
 
-    return jax.lax.map(factorize, kernel)
+    return _by_layer(factorize, matrix)  # PEFT leaves the scaling out of the factors
 
 
-def _column_lengths(matrix: Float[Array, "*L I O"]) -> Float[Array, "*L O"]:
-    return jnp.linalg.norm(matrix.astype(jnp.float32), axis=-2)
+def _by_layer(function: Callable[..., Any], matrix: Array, *others: Any) -> Any:
+    """`function` of one matrix, or of each in a stack: one at a time is float32."""
+    if matrix.ndim == 2:
+        return function(matrix, *others)
+    return jax.lax.map(lambda layer: function(*layer), (matrix, *others))
 
 
 def trainable_and_frozen(
@@ -161,42 +144,33 @@ def trainable_and_frozen(
     `lora.changes_base`: there it is W - s A B, and only with these adapters the model.
     With tied embeddings, embed_tokens in `modules_to_save` trains the head as well.
     """
-    saved = resolve_modules_to_save(lora, base_params)
-    labels = resolve_targets(lora, base_params)
-    targets = {label_path(label) for label in labels}
-    if both := [path for path in targets if is_within(path, saved)]:
+    saved = targets.resolve_modules_to_save(lora, base_params)
+    labels = targets.resolve_targets(lora, base_params)
+    adapted = {targets.label_path(label) for label in labels}
+    if both := [path for path in adapted if targets.is_within(path, saved)]:
         raise ValueError(
             f"lora.modules_to_save and target_modules both select {sorted(both)}:"
             " leave them out of one"
         )
-    if HEAD in targets and EMBEDDING in saved and is_tied(base_params):
+    if HEAD in adapted and EMBEDDING in saved and targets.is_tied(base_params):
         raise ValueError(
             "lora.modules_to_save trains embed_tokens, which is the head that"
             " target_modules adapts: leave lm_head out"
         )
-
-    whole = [path[:-1] for path in flatten(base_params) if path[-1] == CODES]
-    if frozen_only := [path for path in whole if is_within(path, saved)]:
-        names = sorted({".".join(path[1:]) for path in frozen_only})
+    flat = flatten(base_params)
+    whole = [path for path in flat if targets.is_within(path, saved)]
+    if codes := {".".join(path[1:-1]) for path in whole if path[-1] == CODES}:
         raise ValueError(
-            f"lora.modules_to_save trains {names} in full, which the quantized base"
-            " keeps as codes: give them adapters (target_modules), or unset"
+            f"lora.modules_to_save trains {sorted(codes)} in full, which the quantized"
+            " base keeps as codes: give them adapters (target_modules), or unset"
             " training.lora.quantization"
         )
-
-    def is_trained(path: TreePath) -> bool:
-        if is_within(path, saved):
-            return True
-        is_chosen = lora.bias == "all" or (
-            lora.bias == "lora_only" and path[:-1] in targets
-        )
-        return path[-1] == "bias" and is_chosen
-
+    biased = {"all": {path[:-1] for path in flat}, "lora_only": adapted, "none": set()}
     copies = {
         # A copy even where float32 already: the step donates what trains.
         path: jnp.array(_on_device(leaf), jnp.float32, copy=True)
-        for path, leaf in flatten(base_params).items()
-        if is_trained(path)
+        for path, leaf in flat.items()
+        if path in whole or (path[-1] == "bias" and path[:-1] in biased[lora.bias])
     }
     frozen = base_params
     if lora.changes_base:
@@ -216,7 +190,11 @@ def merge_into_base(frozen: Params, trainable: Params, lora: LoraConfig) -> Para
     adapted = {
         path for path in (EMBEDDING, HEAD) if "lora_a" in trainable.get(path[0], {})
     }
-    if not adapted or not is_tied(frozen) or ties_adapters(lora, frozen):
+    if (
+        not adapted
+        or not targets.is_tied(frozen)
+        or targets.ties_adapters(lora, frozen)
+    ):
         return merged
     table = frozen["embed_tokens"]["embedding"]
     head: Params = {"lm_head": {"kernel": jnp.asarray(_on_device(table)).T}}
@@ -230,38 +208,27 @@ def _add_adapters(
     """W + sign s A B, with DoRA's lengths if sign is 1; other leaves replace theirs."""
     flat = flatten(adapters)
     merged: dict[TreePath, Any] = {}
-    for path, leaf, from_codes in _plain_leaves(base):
-        a, b, magnitude = (flat.get((*path[:-1], name)) for name in ADAPTER_LEAVES)
+    for path, leaf in flatten(base).items():
+        module, name = path[:-1], path[-1]
+        if name == SCALES:
+            continue
+        if name == CODES:
+            path, leaf = (*module, "kernel"), _matrix(base, module)
+        a, b, magnitude = (flat.get((*module, x)) for x in targets.ADAPTER_LEAVES)
         if path[-1] in ("kernel", "embedding") and a is not None:
-            _, scaling = lora.rank_and_scaling(full_names(path[:-1], leaf.shape[0]))
-            operands = [_on_device(x) for x in (leaf, a, b)]
-            operands.append(_on_device(magnitude) if sign > 0 else None)
-            if leaf.ndim == 2:
-                operands = [x if x is None else x[None] for x in operands]
+            names = targets.full_names(module, leaf.shape[0])
+            _, scaling = lora.rank_and_scaling(names)
+            lengths = magnitude if sign > 0 else None
+            operands = [_on_device(x) for x in (leaf, a, b, lengths)]
             total = _add_product(*operands, scaling=sign * scaling)
-            merged[path] = _laid_out_as(leaf, total.reshape(leaf.shape))
+            merged[path] = _laid_out_as(leaf, total)
         else:
             merged[path] = jnp.asarray(_on_device(flat.get(path, leaf)), leaf.dtype)
-        if from_codes:
+        if name == CODES:
+            # In host memory: a model kept in few bits may fit no device whole.
             dtype = base["embed_tokens"]["embedding"].dtype
-            merged[path] = _on_host(merged[path].astype(dtype))
+            merged[path] = to_host(merged[path].astype(dtype))
     return nest(merged)
-
-
-def _plain_leaves(base: Params) -> Iterator[tuple[TreePath, Any, bool]]:
-    """Leaves by path; a kernel kept in few bits as float32, and whether it was one."""
-    for path, leaf in flatten(base).items():
-        if path[-1] == CODES:
-            yield (*path[:-1], "kernel"), _matrix(base, path[:-1]), True
-        elif path[-1] != SCALES:
-            yield path, leaf, False
-
-
-def _on_host(array: Array) -> np.ndarray:
-    """All of it in host memory: a model kept in few bits may fit no device whole."""
-    if not array.is_fully_addressable:
-        return multihost_utils.process_allgather(array, tiled=True)
-    return np.asarray(array)
 
 
 def _laid_out_as(leaf: Any, value: Array) -> Array:
@@ -283,15 +250,14 @@ def _on_device(leaf: Any) -> Any:
 
 @functools.partial(jax.jit, static_argnames="scaling")
 def _add_product(
-    kernel: Float[Array, "L I O"],
-    lora_a: Float[Array, "L I R"],
-    lora_b: Float[Array, "L R O"],
-    lengths: Float[Array, "L O"] | None,
+    kernel: Float[Array, "*L I O"],
+    lora_a: Float[Array, "*L I R"],
+    lora_b: Float[Array, "*L R O"],
+    lengths: Float[Array, "*L O"] | None,
     *,
     scaling: float,
-) -> Float[Array, "L I O"]:
-    def add(layer: tuple[Array, Array, Array, Array | None]) -> Array:
-        w, a, b, length = layer
+) -> Float[Array, "*L I O"]:
+    def add(w: Array, a: Array, b: Array, length: Array | None) -> Array:
         delta = scaling * jnp.matmul(
             a.astype(jnp.float32),
             b.astype(jnp.float32),
@@ -302,5 +268,4 @@ def _add_product(
             total *= length.astype(jnp.float32) / jnp.linalg.norm(total, axis=0)
         return total.astype(w.dtype)
 
-    # Layer by layer: only one float32 kernel is held at a time.
-    return jax.lax.map(add, (kernel, lora_a, lora_b, lengths))
+    return _by_layer(add, kernel, lora_a, lora_b, lengths)

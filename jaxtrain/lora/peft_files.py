@@ -16,25 +16,11 @@ import jax
 import numpy as np
 import safetensors
 import safetensors.numpy
-from jax.experimental import multihost_utils
 
-from jaxtrain.lora.peft_tensors import (
-    PREFIX,
-    TRANSPOSED,
-    WEIGHTS_FILE,
-    fit_to_base,
-    read_stacks,
-)
-from jaxtrain.lora.targets import (
-    ADAPTER_LEAVES,
-    EMBEDDING,
-    LoraConfig,
-    full_names,
-    is_tied,
-    is_within,
-    resolve_modules_to_save,
-    resolve_ranks,
-)
+from jaxtrain.lora import peft_tensors, targets
+from jaxtrain.lora.peft_tensors import PREFIX, WEIGHTS_FILE
+from jaxtrain.lora.targets import ADAPTER_LEAVES, EMBEDDING, LoraConfig
+from jaxtrain.models.hf_save import to_host
 from jaxtrain.tree import flatten, nest
 from jaxtrain.types import Params
 
@@ -83,18 +69,21 @@ def save_adapter(
                 " pass the first adapters as `initial`"
             )
         trainable, lora = _as_plain(trainable, initial, lora)
-    flat = {key: _to_host(leaf) for key, leaf in flatten(trainable).items()}
-    targets = {key[:-1] for key in flat if key[-1] == "lora_a"}
+    flat = {
+        key: np.asarray(to_host(leaf), np.float32)
+        for key, leaf in flatten(trainable).items()
+    }
+    adapted = {key[:-1] for key in flat if key[-1] == "lora_a"}
     tensors: dict[str, np.ndarray] = {}
     for key, value in flat.items():
         leaf = _TORCH_LEAVES[key[-1]]
         if key[:-1] == EMBEDDING:
             leaf = _EMBEDDING_LEAVES.get(key[-1], leaf)
-        if key[-1] == "bias" and key[:-1] in targets:
+        if key[-1] == "bias" and key[:-1] in adapted:
             leaf = "base_layer.bias"
-        if key[-1] in TRANSPOSED:
+        if key[-1] in peft_tensors.TRANSPOSED:
             value = value.swapaxes(-1, -2)
-        names = full_names(key[:-1], value.shape[0])
+        names = targets.full_names(key[:-1], value.shape[0])
         layers = value if key[0] == "layers" else [value]
         for name, array in zip(names, layers, strict=True):
             tensors[f"{PREFIX}{name}.{leaf}"] = np.ascontiguousarray(array)
@@ -118,7 +107,7 @@ def save_adapter(
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout,
         # A module's last name is unique in these decoders.
-        "target_modules": sorted(target[-1] for target in targets),
+        "target_modules": sorted(path[-1] for path in adapted),
         "bias": lora.bias,
         "use_rslora": lora.use_rslora,
         "use_dora": lora.use_dora,
@@ -144,9 +133,9 @@ def _as_plain(
     joined = flatten(trainable)
     for path, leaf in joined.items():
         if path[-1] == "lora_a":
-            joined[path] = np.concatenate([_to_host(leaf), _to_host(first[path])], -1)
+            joined[path] = np.concatenate([to_host(leaf), to_host(first[path])], -1)
         elif path[-1] == "lora_b":
-            joined[path] = np.concatenate([_to_host(leaf), -_to_host(first[path])], -2)
+            joined[path] = np.concatenate([to_host(leaf), -to_host(first[path])], -2)
     # What keeps the scaling where the rank doubles.
     factor = math.sqrt(2) if lora.use_rslora else 2
     plain = dataclasses.replace(
@@ -158,12 +147,6 @@ def _as_plain(
         init_lora_weights="default",
     )
     return nest(joined), plain
-
-
-def _to_host(leaf: Any) -> np.ndarray:
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        leaf = multihost_utils.process_allgather(leaf, tiled=True)
-    return np.asarray(leaf, np.float32)
 
 
 # Keys of PEFT's config that we read, or that change nothing once weights are trained.
@@ -199,8 +182,8 @@ def load_adapter(
     path = pathlib.Path(path)
     lora = read_settings(path)
     config = _read_config(path)
-    ties = is_tied(base_tree) and bool(config.get("ensure_weight_tying"))
-    stacks = read_stacks(path, base_tree, drop_head=ties)
+    ties = targets.is_tied(base_tree) and bool(config.get("ensure_weight_tying"))
+    stacks = peft_tensors.read_stacks(path, base_tree, drop_head=ties)
     having = {
         leaf: {key[:-1] for key in stacks if key[-1] == leaf} for leaf in ADAPTER_LEAVES
     }
@@ -214,8 +197,8 @@ def load_adapter(
             f"adapter {path}: use_dora = {lora.use_dora}, but it holds magnitudes of"
             f" {sorted(having['lora_magnitude'])}: save it anew with PEFT"
         )
-    resolve_ranks(lora, base_tree)  # refuses what takes no adapter
-    trainable = nest(fit_to_base(path, stacks, base_tree, lora))
+    targets.resolve_ranks(lora, base_tree)  # refuses what takes no adapter
+    trainable = nest(peft_tensors.fit_to_base(path, stacks, base_tree, lora))
     _check_saved_modules(path, trainable, lora, base_tree, ties=ties)
     return trainable, lora
 
@@ -232,12 +215,9 @@ def read_settings(path: str | pathlib.Path) -> LoraConfig:
     with safetensors.safe_open(path / WEIGHTS_FILE, "numpy") as file:
         keys = file.keys()
     ties = bool(config.get("ensure_weight_tying"))
-    names = [
-        re.split(r"\.lora_(?:A\.|embedding_A)", key)[0]
-        for key in keys
-        if ".lora_A." in key or ".lora_embedding_A" in key
-    ]
+    names = re.findall(r"(\S+)\.lora_(?:A\.|embedding_A)", "\n".join(keys))
     has_embedding = any(name.endswith("embed_tokens") for name in names)
+    saved = config.get("modules_to_save") or ()
     return LoraConfig(
         r=int(config.get("r", 8)),  # PEFT's defaults, here and below
         alpha=config.get("lora_alpha", 8),
@@ -249,7 +229,12 @@ def read_settings(path: str | pathlib.Path) -> LoraConfig:
         use_dora=bool(config.get("use_dora", False)),
         rank_pattern=_that_match(config.get("rank_pattern"), names),
         alpha_pattern=_that_match(config.get("alpha_pattern"), names),
-        modules_to_save=_own_entries(config.get("modules_to_save")),
+        modules_to_save=tuple(
+            # Not those that PEFT itself adds for tied weights ("model.embed_tokens").
+            entry
+            for entry in saved
+            if not (entry.startswith("model.") and entry[len("model.") :] in saved)
+        ),
         ensure_weight_tying=ties and has_embedding,
     )
 
@@ -281,10 +266,7 @@ def _that_match(patterns: Mapping[str, Any] | None, names: list[str]) -> dict[st
     return {
         pattern: value
         for pattern, value in (patterns or {}).items()
-        if any(
-            re.match(rf"(.*\.)?({pattern})$", name.removeprefix(PREFIX))
-            for name in names
-        )
+        if any(targets.ends_name(pattern, n.removeprefix(PREFIX)) for n in names)
     }
 
 
@@ -296,17 +278,6 @@ def _read_config(path: pathlib.Path) -> dict[str, Any]:
                 " (safe_serialization, its default)"
             )
     return json.loads((path / CONFIG_FILE).read_text())
-
-
-def _own_entries(modules_to_save: list[str] | None) -> tuple[str, ...]:
-    """Without those that PEFT itself adds for tied weights ("model.embed_tokens")."""
-    entries = modules_to_save or []
-    return tuple(
-        entry
-        for entry in entries
-        if entry.removeprefix("model.") == entry
-        or entry.removeprefix("model.") not in entries
-    )
 
 
 def _refuse_variants(path: pathlib.Path, config: Mapping[str, Any]) -> None:
@@ -345,16 +316,16 @@ def _check_saved_modules(
 ) -> None:
     """Whole weights must be those that modules_to_save names, and tied as ours are."""
     trains_table = "embedding" in trainable.get("embed_tokens", {})
-    if trains_table and is_tied(base_tree) and not ties:
+    if trains_table and targets.is_tied(base_tree) and not ties:
         raise ValueError(
             f"adapter {path}: it trains embed_tokens apart from the head, but here they"
             " are one array: save it with ensure_weight_tying=True, or untie the base"
             " (tie_word_embeddings=False)"
         )
-    saved = resolve_modules_to_save(lora, base_tree)
+    saved = targets.resolve_modules_to_save(lora, base_tree)
     for key in flatten(trainable):
         is_whole = key[-1] not in (*ADAPTER_LEAVES, "bias")
-        if is_whole and not is_within(key, saved):
+        if is_whole and not targets.is_within(key, saved):
             raise ValueError(
                 f"adapter {path}: it holds {'.'.join(key)}, which its modules_to_save"
                 f" = {list(lora.modules_to_save)} does not name: add it there"

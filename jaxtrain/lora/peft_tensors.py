@@ -9,16 +9,8 @@ import jax
 import numpy as np
 import safetensors.numpy
 
-from jaxtrain.lora.targets import (
-    ADAPTER_LEAVES,
-    HEAD,
-    LoraConfig,
-    TreePath,
-    full_names,
-    is_tied,
-    iterate_modules,
-    matrix_shape,
-)
+from jaxtrain.lora import targets
+from jaxtrain.lora.targets import LoraConfig, Module, TreePath
 from jaxtrain.models.quantization import CODES
 from jaxtrain.tree import get as tree_get
 
@@ -27,7 +19,21 @@ PREFIX = "base_model.model."
 # Ours are [in out], torch's [out in].
 TRANSPOSED = ("lora_a", "lora_b", "kernel", "weight")
 
-_LAYER_NAME = re.compile(r"(?:model\.)?layers\.(\d+)\.(.+)")
+# PEFT adds the base's own matrices to a file that adapts them.
+_BASE_COPIES = ("lm_head.base_layer.weight", "model.embed_tokens.base_layer.weight")
+_MATRICES = ("kernel", CODES, "tied")
+# Tensors of a module: our name, and what it must hold one of to have such a tensor.
+_LEAVES = {
+    "lora_A.weight": ("lora_a", _MATRICES),
+    "lora_B.weight": ("lora_b", _MATRICES),
+    "lora_embedding_A": ("lora_a", ("embedding",)),
+    "lora_embedding_B": ("lora_b", ("embedding",)),
+    "lora_magnitude_vector": ("lora_magnitude", (*_MATRICES, "embedding")),
+    "lora_magnitude_vector.weight": ("lora_magnitude", (*_MATRICES, "embedding")),
+    "bias": ("bias", ("bias",)),
+    "base_layer.bias": ("bias", ("bias",)),
+}
+_TENSOR = re.compile(rf"(.+?)\.({'|'.join(map(re.escape, (*_LEAVES, 'weight')))})")
 
 
 def read_stacks(
@@ -41,8 +47,14 @@ def read_stacks(
     Raises:
         ValueError: a tensor has no place in the base, or is not of this base.
     """
-    modules = {module.path: module.leaves for module in iterate_modules(base_tree)}
-    modules.setdefault(HEAD, {"tied": None})
+    places = {
+        name: (module, layer)
+        for module in (
+            Module(targets.HEAD, ("lm_head",), {"tied": None}),
+            *targets.iterate_modules(base_tree),
+        )
+        for layer, name in enumerate(module.names)
+    }
     stacks: dict[TreePath, dict[int, np.ndarray]] = {}
     tensors = safetensors.numpy.load_file(path / WEIGHTS_FILE)
     for key, value in tensors.items():
@@ -54,34 +66,19 @@ def read_stacks(
         if name in _BASE_COPIES:
             _check_base_copy(path, name, value, base_tree)
             continue
-        match = re.fullmatch(
-            r"(.+?)\.(lora_[AB]\.weight|lora_embedding_[AB]"
-            r"|lora_magnitude_vector(?:\.weight)?|(?:base_layer\.)?bias|weight)",
-            name,
-        )
-        module, leaf = match.groups() if match else (name, "")
-        in_layer = _LAYER_NAME.fullmatch(module)
-        layer = int(in_layer[1]) if in_layer else 0
-        module_path: TreePath = (
-            ("layers", *in_layer[2].split("."))
-            if in_layer
-            else tuple(module.removeprefix("model.").split("."))
-        )
-        leaves = modules.get(module_path)
-        own_leaf = _own_leaf(leaf, leaves or {})
-        if own_leaf is None:
+        match = _TENSOR.fullmatch(name)
+        stem, leaf = match.groups() if match else (name, "")
+        module, layer = places.get(stem) or places.get(f"model.{stem}") or (None, 0)
+        own_leaf = _own_leaf(leaf, module.leaves) if module else None
+        if module is None or own_leaf is None:
             raise ValueError(
                 f"adapter {path}: {key} has no place in this model: load the base that"
                 " the adapter was trained on"
             )
         if own_leaf in TRANSPOSED:
             value = value.swapaxes(-1, -2)
-        stacks.setdefault((*module_path, own_leaf), {})[layer] = value
+        stacks.setdefault((*module.path, own_leaf), {})[layer] = value
     return stacks
-
-
-# PEFT adds the base's own matrices to a file that adapts them.
-_BASE_COPIES = ("lm_head.base_layer.weight", "model.embed_tokens.base_layer.weight")
 
 
 def _check_base_copy(
@@ -89,16 +86,15 @@ def _check_base_copy(
 ) -> None:
     """Refuse an adapter whose embedding is not the base's, as after a resize."""
     module = name.removeprefix("model.").split(".")[0]
-    tied = module == "lm_head" and is_tied(base_tree)
+    tied = module == "lm_head" and targets.is_tied(base_tree)
     leaves = base_tree["embed_tokens" if tied else module]
-    leaf = leaves.get("embedding", leaves.get("kernel"))
-    ours = leaf.shape if "embedding" in leaves else leaf.shape[::-1]
-    is_other = tuple(ours) != value.shape
-    if not is_other and isinstance(leaf, jax.Array) and leaf.is_fully_addressable:
-        own = np.asarray(leaf)
-        own = own if "embedding" in leaves else own.T
-        is_other = not np.array_equal(own, value.astype(own.dtype))
-    if is_other:
+    is_table = "embedding" in leaves
+    leaf = leaves["embedding" if is_table else "kernel"]
+    is_same = (leaf.shape if is_table else leaf.shape[::-1]) == value.shape
+    if is_same and isinstance(leaf, jax.Array) and leaf.is_fully_addressable:
+        own = np.asarray(leaf) if is_table else np.asarray(leaf).T
+        is_same = np.array_equal(own, value.astype(own.dtype))
+    if not is_same:
         raise ValueError(
             f"adapter {path}: its {module} {value.shape} is not that of this base: load"
             " the base that the adapter was trained on, with its embeddings resized as"
@@ -108,23 +104,11 @@ def _check_base_copy(
 
 def _own_leaf(torch_leaf: str, leaves: Mapping[str, Any]) -> str | None:
     """Our name of a module's tensor, or None where the module has no such."""
-    if torch_leaf.startswith("lora_embedding_"):
-        return (
-            torch_leaf.lower().replace("_embedding", "")
-            if "embedding" in leaves
-            else None
-        )
-    if torch_leaf.startswith("lora_"):
-        own = torch_leaf.removesuffix(".weight").removesuffix("_vector").lower()
-        takes: tuple[str, ...] = ("kernel", CODES, "tied")
-        if own == "lora_magnitude":
-            takes += ("embedding",)
-        return own if any(name in leaves for name in takes) else None
-    if torch_leaf.endswith("bias"):
-        return "bias" if "bias" in leaves else None
-    kinds = ("kernel", "embedding", "scale", "weight")
-    names = [name for name in kinds if name in leaves]
-    return names[0] if torch_leaf == "weight" and names else None
+    if torch_leaf == "weight":
+        kinds = ("kernel", "embedding", "scale", "weight")
+        return next((name for name in kinds if name in leaves), None)
+    own, beside = _LEAVES.get(torch_leaf, (None, ()))
+    return own if any(name in leaves for name in beside) else None
 
 
 def fit_to_base(
@@ -140,9 +124,9 @@ def fit_to_base(
     """
     fitted = {}
     for key, by_layer in stacks.items():
-        if key[-1] in ADAPTER_LEAVES:
-            *layers, width_in, width_out = matrix_shape(base_tree, key[:-1])
-            names = full_names(key[:-1], *layers or [1])
+        if key[-1] in targets.ADAPTER_LEAVES:
+            *layers, width_in, width_out = targets.matrix_shape(base_tree, key[:-1])
+            names = targets.full_names(key[:-1], *layers or [1])
             rank, _ = lora.rank_and_scaling(names)
             inner = {
                 "lora_a": (width_in, rank),

@@ -22,6 +22,10 @@ ADAPTER_LEAVES = ("lora_a", "lora_b", "lora_magnitude")
 INITS = ("default", "gaussian", "pissa", "olora")
 
 TreePath = tuple[str, ...]
+EMBEDDING: TreePath = ("embed_tokens",)
+HEAD: TreePath = ("lm_head",)
+# Settings that hold regular expressions.
+_PATTERNS = ("target_modules", "modules_to_save", "rank_pattern", "alpha_pattern")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,23 +85,25 @@ class LoraConfig:
                     f"lora.rank_pattern = {{{key!r}: {rank!r}}}: a rank is a whole"
                     " number, at least 1"
                 )
-        for key in ("target_modules", "modules_to_save"):
-            _check_patterns(f"lora.{key}", getattr(self, key))
-        for key in ("rank_pattern", "alpha_pattern"):
-            _check_patterns(f"lora.{key}", tuple(getattr(self, key)))
-
-    @property
-    def scaling(self) -> float:
-        """What A B is multiplied by, where no pattern says otherwise."""
-        return self._scaling(self.r, self.alpha)
-
-    def _scaling(self, rank: int, alpha: float) -> float:
-        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+        for key in _PATTERNS:
+            patterns = getattr(self, key)
+            for pattern in [patterns] if isinstance(patterns, str) else patterns:
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise ValueError(
+                        f"lora.{key} = {pattern!r} is no regular expression ({error}):"
+                        " escape what is meant literally"
+                    ) from None
 
     @property
     def changes_base(self) -> bool:
         """Whether the frozen base is the model less its first adapters."""
         return self.init_lora_weights in ("pissa", "olora")
+
+    def scaling(self, rank: int, alpha: float) -> float:
+        """What A B is multiplied by."""
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def rank_and_scaling(self, names: tuple[str, ...]) -> tuple[int, float]:
         """The rank of a module, and what its A B is multiplied by.
@@ -108,46 +114,31 @@ class LoraConfig:
         Raises:
             ValueError: a pattern tells layers apart, which are stacked here.
         """
-        rank = _by_pattern("lora.rank_pattern", self.rank_pattern, names, self.r)
-        alpha = _by_pattern("lora.alpha_pattern", self.alpha_pattern, names, self.alpha)
-        return rank, self._scaling(rank, alpha)
+        chosen: list[Any] = []
+        for key, default in (("rank_pattern", self.r), ("alpha_pattern", self.alpha)):
+            patterns = getattr(self, key)
+            values = [
+                next((v for p, v in patterns.items() if ends_name(p, name)), default)
+                for name in names
+            ]
+            if len(set(values)) > 1:
+                raise ValueError(
+                    f"lora.{key} = {dict(patterns)} gives {names[0]} and its like in"
+                    f" other layers {values}, but layers are stacked: write patterns"
+                    " without layer numbers"
+                )
+            chosen.append(values[0])
+        rank, alpha = chosen
+        return rank, self.scaling(rank, alpha)
 
 
-def _by_pattern(
-    key: str, patterns: Mapping[str, Any], names: tuple[str, ...], default: Any
-) -> Any:
-    """What the first pattern that matches says, by PEFT's rule; the same in all."""
-
-    def choose(name: str) -> Any:
-        for pattern, value in patterns.items():
-            if re.match(rf"(.*\.)?({pattern})$", name):
-                return value
-        return default
-
-    values = [choose(name) for name in names]
-    if len(set(values)) > 1:
-        raise ValueError(
-            f"{key} = {dict(patterns)} gives {names[0]} and its like in other layers"
-            f" {values}, but layers are stacked: write patterns without layer numbers"
-        )
-    return values[0]
-
-
-def _check_patterns(key: str, patterns: tuple[str, ...] | str) -> None:
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(
-                f"{key} = {pattern!r} is no regular expression ({error}): escape what"
-                " is meant literally"
-            ) from None
+def ends_name(pattern: str, name: str) -> bool:
+    """PEFT's rule for patterns of ranks: a regular expression of a name's end."""
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 
 # --- modules and their names -------------------------------------------------------
 
-EMBEDDING: TreePath = ("embed_tokens",)
-HEAD: TreePath = ("lm_head",)
 # Leaves that hold a matrix that an adapter may stand beside, or its codes.
 _MATRICES = frozenset({"kernel", CODES})
 
@@ -213,10 +204,9 @@ def matrix_shape(tree: Mapping[str, Any], path: TreePath) -> tuple[int, ...]:
     if path == HEAD and is_tied(tree):
         return matrix_shape(tree, EMBEDDING)[::-1]
     leaves = tree_get(tree, path)
-    for name in ("kernel", "embedding"):
-        if name in leaves:
-            return tuple(leaves[name].shape)
-    return kernel_shape(leaves[CODES])
+    if CODES in leaves:
+        return kernel_shape(leaves[CODES])
+    return tuple(leaves["kernel" if "kernel" in leaves else "embedding"].shape)
 
 
 def full_names(path: TreePath, layers: int) -> tuple[str, ...]:
@@ -228,18 +218,9 @@ def full_names(path: TreePath, layers: int) -> tuple[str, ...]:
     return (name if name == "lm_head" else f"model.{name}",)
 
 
-def _names_module(target: tuple[str, ...] | str, name: str) -> bool:
-    """PEFT's rule for target_modules: a whole match of a regex, or the name's end."""
-    if isinstance(target, str):
-        return re.fullmatch(target, name) is not None
-    return any(name == entry or name.endswith(f".{entry}") for entry in target)
-
-
-def _is_excluded(lora: LoraConfig, name: str) -> bool:
-    """PEFT gives no adapter to what modules_to_save trains, nor inside it."""
-    return any(
-        re.match(rf"(^|.*\.){entry}($|\..*)", name) for entry in lora.modules_to_save
-    )
+def is_within(path: TreePath, parents: set[TreePath]) -> bool:
+    """Whether `path` is one of `parents` or below one."""
+    return any(path[: len(parent)] == parent for parent in parents)
 
 
 def _in_every_layer(key: str, module: Module, matched: list[bool]) -> bool:
@@ -252,6 +233,33 @@ def _in_every_layer(key: str, module: Module, matched: list[bool]) -> bool:
             r" in every layer, such as .*\.layers\.\d+\..*"
         )
     return all(matched)
+
+
+def _is_target(lora: LoraConfig, rule: tuple[str, ...] | str, module: Module) -> bool:
+    """PEFT's rule: every inner linear layer, a whole match, or the end of a name.
+
+    What modules_to_save trains gets no adapter, nor what is inside it.
+    """
+    if rule == "all-linear" and not module.is_inner_linear:
+        return False
+
+    def matches(name: str) -> bool:
+        saved = (rf"(^|.*\.){entry}($|\..*)" for entry in lora.modules_to_save)
+        if any(re.match(pattern, name) for pattern in saved):
+            return False
+        if isinstance(rule, str):
+            return rule == "all-linear" or re.fullmatch(rule, name) is not None
+        return any(f".{name}".endswith(f".{entry}") for entry in rule)
+
+    key = f"lora.target_modules = {rule!r}"
+    return _in_every_layer(key, module, [matches(name) for name in module.names])
+
+
+_EXPERTS_TAKE_NONE = (
+    ". A router and experts take none: they are no linear layers but plain arrays,"
+    " PEFT's target_parameters, which are not supported here; all-linear means the"
+    " attention's layers. To train experts, set training.lora.enabled = False"
+)
 
 
 def resolve_targets(lora: LoraConfig, base_tree: Mapping[str, Any]) -> set[str]:
@@ -270,40 +278,33 @@ def resolve_targets(lora: LoraConfig, base_tree: Mapping[str, Any]) -> set[str]:
     modules = list(iterate_modules(base_tree))
     if "embed_tokens" in base_tree and "lm_head" not in base_tree:
         modules.append(Module(HEAD, ("lm_head",), {}))
-    targets = lora.target_modules
     available = sorted(module.label for module in modules if module.takes_adapter)
-
-    def select(target: tuple[str, ...] | str) -> set[str]:
-        found = set()
-        for module in modules:
-            if target == "all-linear" and not module.is_inner_linear:
-                continue
-            matched = [
-                not _is_excluded(lora, name)
-                and (target == "all-linear" or _names_module(target, name))
-                for name in module.names
-            ]
-            if _in_every_layer(f"lora.target_modules = {target!r}", module, matched):
-                _check_takes_adapter(module, target, available, base_tree)
-                found.add(module.label)
-        return found
-
+    has_experts = "experts" in base_tree.get("layers", {}).get("mlp", {})
+    why_not_experts = _EXPERTS_TAKE_NONE if has_experts else ""
+    targets = lora.target_modules
+    rules: dict[str, tuple[str, ...] | str]
     if isinstance(targets, str):
-        selections = {
-            targets: select(
-                "all-linear" if targets.lower() == "all-linear" else targets
-            )
-        }
+        is_all = targets.lower() == "all-linear"
+        rules = {targets: "all-linear" if is_all else targets}
     else:
-        selections = {entry: select((entry,)) for entry in targets}
-    for entry, found in selections.items():
-        if not found:
+        rules = {entry: (entry,) for entry in targets}
+    found: set[str] = set()
+    for entry, rule in rules.items():
+        chosen = [module for module in modules if _is_target(lora, rule, module)]
+        for module in chosen:
+            if not module.takes_adapter:
+                raise ValueError(
+                    f"lora.target_modules = {rule!r} selects {module.label}, which is"
+                    " neither a linear layer nor the embedding and takes no adapter:"
+                    f" choose from {available}{why_not_experts}"
+                )
+        if not chosen:
             raise ValueError(
                 f"lora.target_modules: {entry!r} matches no module of this model"
                 f"{' outside modules_to_save' if lora.modules_to_save else ''}:"
-                f" choose from {available}, or all-linear{_why_not_experts(base_tree)}"
+                f" choose from {available}, or all-linear{why_not_experts}"
             )
-    found = set().union(*selections.values())
+        found |= {module.label for module in chosen}
     ends = {"embed_tokens", "lm_head"}
     if lora.ensure_weight_tying and is_tied(base_tree) and found & ends:
         return found - ends | {"embed_tokens"}
@@ -321,11 +322,10 @@ def resolve_ranks(
     targets = resolve_targets(lora, base_tree)
     modules = {m.label: m.names for m in iterate_modules(base_tree)}
     modules.setdefault("lm_head", ("lm_head",))  # no module of its own where tied
+    names = [name for label in targets for name in modules[label]]
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(lora, key):
-            matcher = re.compile(rf"(.*\.)?({pattern})$")
-            names = [name for label in targets for name in modules[label]]
-            if not any(map(matcher.match, names)):
+            if not any(ends_name(pattern, name) for name in names):
                 raise ValueError(
                     f"lora.{key}: {pattern!r} matches no module with an adapter:"
                     f" choose from {sorted(targets)}"
@@ -351,35 +351,13 @@ def make_shape(lora: LoraConfig, base_tree: Mapping[str, Any]) -> LoraShape:
     ranks = resolve_ranks(lora, base_tree)
     return LoraShape(
         r=lora.r,
-        scaling=lora.scaling,
+        scaling=lora.scaling(lora.r, lora.alpha),
         dropout=lora.dropout,
         targets=frozenset(ranks),
         own=tuple((path, *rank) for path, rank in sorted(ranks.items())),
         use_dora=lora.use_dora,
         ties_head=ties_adapters(lora, base_tree),
     )
-
-
-def _why_not_experts(tree: Mapping[str, Any]) -> str:
-    """A sentence for trees that hold experts."""
-    if "experts" not in tree.get("layers", {}).get("mlp", {}):
-        return ""
-    return (
-        ". A router and experts take none: they are no linear layers but plain arrays,"
-        " PEFT's target_parameters, which are not supported here; all-linear means the"
-        " attention's layers. To train experts, set training.lora.enabled = False"
-    )
-
-
-def _check_takes_adapter(
-    module: Module, target: Any, available: list[str], tree: Mapping[str, Any]
-) -> None:
-    if not module.takes_adapter:
-        raise ValueError(
-            f"lora.target_modules = {target!r} selects {module.label}, which is neither"
-            " a linear layer nor the embedding and takes no adapter: choose from"
-            f" {available}{_why_not_experts(tree)}"
-        )
 
 
 def resolve_modules_to_save(
@@ -390,42 +368,30 @@ def resolve_modules_to_save(
     Raises:
         ValueError: an entry matches nothing, or only some layers.
     """
-    paths = set()
+    modules = list(iterate_modules(base_tree))
+    paths: set[TreePath] = set()
     for entry in lora.modules_to_save:
+        key = f"lora.modules_to_save = {entry!r}"
         found = {
             module.path
-            for module in iterate_modules(base_tree)
-            if _in_every_layer(
-                f"lora.modules_to_save = {entry!r}",
-                module,
-                [name.endswith(entry) for name in module.names],
-            )
+            for module in modules
+            if _in_every_layer(key, module, [n.endswith(entry) for n in module.names])
         }
         if not found and entry == "lm_head":
             raise ValueError(
-                "lora.modules_to_save = 'lm_head': this model's head is its embedding"
-                " (tie_word_embeddings); name embed_tokens, which trains both as one"
+                f"{key}: this model's head is its embedding (tie_word_embeddings); name"
+                " embed_tokens, which trains both as one"
             )
         if not found:
-            names = sorted({module.label for module in iterate_modules(base_tree)})
             raise ValueError(
                 f"lora.modules_to_save: {entry!r} matches no module of this model:"
-                f" choose from {names}"
+                f" choose from {sorted({module.label for module in modules})}"
             )
-        whole = {path for path in found if "experts" in tree_get(base_tree, path)}
-        if whole or any("experts" in path for path in found):
+        if any("experts" in (*path, *tree_get(base_tree, path)) for path in found):
             raise ValueError(
-                f"lora.modules_to_save = {entry!r} selects the experts, which PEFT and"
-                " the hub store in different forms; to train them set lora.enabled ="
-                " False. Their router can be saved: name mlp.gate"
+                f"{key} selects the experts, which PEFT and the hub store in different"
+                " forms; to train them set lora.enabled = False. Their router can be"
+                " saved: name mlp.gate"
             )
         paths |= found
     return paths
-
-
-# --- nested dicts ------------------------------------------------------------------
-
-
-def is_within(path: TreePath, parents: set[TreePath]) -> bool:
-    """Whether `path` is one of `parents` or below one."""
-    return any(path[: len(parent)] == parent for parent in parents)

@@ -140,13 +140,18 @@ def _fetch_tensor(
     for number in place:
         on_host = isinstance(array, np.ndarray)
         array = array[number] if on_host else _take(array, number)
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
-        array = multihost_utils.process_allgather(array, tiled=True)
+    values = to_host(array)
     if not writes:
         return None
-    values = np.asarray(array)
     values = values.T if leaf.transposed else values
     return np.ascontiguousarray(values.astype(jnp.dtype(dtype or values.dtype)))
+
+
+def to_host(array: Any) -> np.ndarray:
+    """All of an array in host memory; a collective call where processes share it."""
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        array = multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)
 
 
 def _write_generation_config(directory: pathlib.Path, config: ModelConfig) -> None:
