@@ -28,32 +28,26 @@ BATCH_AXES = ("data", "fsdp")
 
 MeshAxes = tuple[str, ...]
 
+Rules = Mapping[str, MeshAxes]
+
+_WIDTHS = dict.fromkeys(("vocab", "heads", "kv_heads", "mlp"), ("tensor",))
 # Parameters: which mesh axes split each logical axis.
-PARAMETER_RULES: Mapping[str, MeshAxes] = {
+PARAMETER_RULES: Rules = {
+    **_WIDTHS,
     # Devices that share rows would hold the same weights otherwise.
     "embed": ("fsdp", "context"),
-    "vocab": ("tensor",),
-    "heads": ("tensor",),
-    "kv_heads": ("tensor",),
-    "mlp": ("tensor",),
     # Where their number divides; else "embed" of the same array is split instead.
     "experts": ("fsdp",),
 }
 # Optimizer state under ZeRO 1 and 2, whose parameters are whole on every device.
-OPTIMIZER_RULES: Mapping[str, MeshAxes] = {
-    **PARAMETER_RULES,
-    "embed": ("data", "fsdp", "context"),
-}
+OPTIMIZER_RULES: Rules = {**PARAMETER_RULES, "embed": ("data", "fsdp", "context")}
 # Activations: rows over every data-parallel device, tokens over `context`; their width
 # stays whole. "tokens" are those of all rows in one axis.
-ACTIVATION_RULES: Mapping[str, MeshAxes] = {
+ACTIVATION_RULES: Rules = {
+    **_WIDTHS,
     "batch": BATCH_AXES,
     "sequence": ("context",),
     "tokens": (*BATCH_AXES, "context"),
-    "vocab": ("tensor",),
-    "heads": ("tensor",),
-    "kv_heads": ("tensor",),
-    "mlp": ("tensor",),
 }
 
 
@@ -75,30 +69,25 @@ def make_mesh(
     devices = list(jax.devices() if devices is None else devices)
     shape = resolve_mesh_shape(sizes, len(devices))
     over = _axes_over_slices(shape, devices, slices or {})
-    if math.prod(over.values()) > 1:
-        return Mesh(
-            mesh_utils.create_hybrid_device_mesh(
-                tuple(shape[axis] // over.get(axis, 1) for axis in MESH_AXES),
-                tuple(over.get(axis, 1) for axis in MESH_AXES),
-                devices,
-                process_is_granule=not _have_slices(devices),
-                allow_split_physical_axes=True,
-            ),
-            MESH_AXES,
-        )
-    dimensions = tuple(shape.values())
     present = jax.devices()
-    if len(devices) == len(present) or devices[0] not in present:
+    if math.prod(over.values()) > 1:
+        arranged = mesh_utils.create_hybrid_device_mesh(
+            [shape[axis] // over.get(axis, 1) for axis in MESH_AXES],
+            [over.get(axis, 1) for axis in MESH_AXES],
+            devices,
+            process_is_granule=not _have_slices(devices),
+            allow_split_physical_axes=True,
+        )
+    elif len(devices) == len(present) or devices[0] not in present:
         # Follows the interconnect's topology, so near mesh neighbours are near chips.
         # An axis that no axes of the torus make up (32 on 8x16x16) takes part of one,
         # which `jax.make_mesh` refuses.
-        return Mesh(
-            mesh_utils.create_device_mesh(
-                dimensions, devices, allow_split_physical_axes=True
-            ),
-            MESH_AXES,
+        arranged = mesh_utils.create_device_mesh(
+            tuple(shape.values()), devices, allow_split_physical_axes=True
         )
-    return Mesh(np.asarray(devices).reshape(dimensions), MESH_AXES)
+    else:
+        arranged = np.asarray(devices).reshape(tuple(shape.values()))
+    return Mesh(arranged, MESH_AXES)
 
 
 def _have_slices(devices: Sequence[jax.Device]) -> bool:
@@ -188,11 +177,10 @@ class ShardingPlan:
         times the traffic of gathering the weights first (docs/scaling.md). Under tensor
         parallelism, which that is for, it is left alone.
         """
-        is_tpu = self.mesh.devices.flat[0].platform == "tpu"
-        split = self.mesh.shape["fsdp"] * self.mesh.shape["context"] > 1
-        if not is_tpu or not split or self.mesh.shape["tensor"] > 1:
-            return None
-        return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+        is_tpu, shape = self.mesh.devices.flat[0].platform == "tpu", self.mesh.shape
+        if is_tpu and shape["fsdp"] * shape["context"] > 1 and shape["tensor"] == 1:
+            return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+        return None
 
     def jit(self, program: Callable, **options: Any) -> Any:
         """`jax.jit` for this mesh: with `compiler_options`."""
@@ -255,8 +243,7 @@ class ShardingPlan:
             }
 
             def add_up(*parts: jax.Array) -> jax.Array:
-                partial = function(*parts)
-                over = split[summed]
+                over, partial = split[summed], function(*parts)
                 return partial if over is None else jax.lax.psum(partial, over)
 
             return jax.shard_map(
@@ -269,14 +256,12 @@ class ShardingPlan:
         return mapped
 
     @property
-    def _parameter_rules(self) -> Mapping[str, MeshAxes]:
+    def _parameter_rules(self) -> Rules:
         if self.zero_stage >= 3:
             return PARAMETER_RULES
         return {**PARAMETER_RULES, "embed": (), "experts": ()}
 
-    def _tree(
-        self, abstract: Any, logical_axes: Any, rules: Mapping[str, MeshAxes]
-    ) -> Any:
+    def _tree(self, abstract: Any, logical_axes: Any, rules: Rules) -> Any:
         def shard(leaf: Any, axes: LogicalAxes) -> NamedSharding:
             spec = _partition_spec(leaf.shape, axes, rules, self.mesh)
             return NamedSharding(self.mesh, spec)
@@ -285,10 +270,7 @@ class ShardingPlan:
 
 
 def _partition_spec(
-    shape: Sequence[int],
-    logical_axes: LogicalAxes,
-    rules: Mapping[str, MeshAxes],
-    mesh: Mesh,
+    shape: Sequence[int], logical_axes: LogicalAxes, rules: Rules, mesh: Mesh
 ) -> PartitionSpec:
     """Split each axis by its rule, each mesh axis once, over as many as divide it."""
     if len(shape) != len(logical_axes):
@@ -311,10 +293,8 @@ def _partition_spec(
 
 @functools.cache
 def _log_whole(name: str, size: int, axes: MeshAxes) -> None:
-    logger.info(
-        "axis %r of size %d does not divide over %s: kept whole there",
-        name, size, axes,
-    )  # fmt: skip
+    message = "axis %r of size %d does not divide over %s: kept whole there"
+    logger.info(message, name, size, axes)
 
 
 def _in_host_memory(shardings: Any) -> Any:
