@@ -70,8 +70,8 @@ class ModelConfig:
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        family_of(self.model_type)
-        for name in _SIZES:
+        has_experts = family_of(self.model_type).expert_width_key is not None
+        for name in (*_SIZES, *(_EXPERT_SIZES if has_experts else ())):
             size = getattr(self, name)
             if not isinstance(size, int) or size < 1:
                 raise ValueError(f"model.{name} = {size!r}: must be a positive integer")
@@ -103,21 +103,15 @@ class ModelConfig:
         for rope in (self.rope, self.local_rope):
             if rope is not None:
                 rope.check(self.head_dim)
-        self._check_experts()
+        self._check_experts(has_experts)
 
-    def _check_experts(self) -> None:
+    def _check_experts(self, has_experts: bool) -> None:
         chosen = self.num_experts_per_tok
-        if self.family.expert_width_key is None and (self.num_experts or chosen):
+        if not has_experts and (self.num_experts or chosen):
             raise ValueError(
                 f"model.num_experts = {self.num_experts}: a {self.model_type} has no"
                 " experts; use a model_type of mixtral or qwen3_moe"
             )
-        if self.family.expert_width_key is None:
-            return
-        for name in ("num_experts", "num_experts_per_tok", "expert_width"):
-            size = getattr(self, name)
-            if not isinstance(size, int) or size < 1:
-                raise ValueError(f"model.{name} = {size!r}: must be a positive integer")
         if chosen > self.num_experts:
             raise ValueError(
                 f"model.num_experts_per_tok = {chosen} exceeds num_experts ="
@@ -199,103 +193,64 @@ class ModelConfig:
         family = family_of(options.get("model_type"))
         _refuse_unknown(options, family)
         given = {**_defaults_of(options["model_type"]), **options}
-        num_layers, num_heads = given["num_hidden_layers"], given["num_attention_heads"]
+        num_heads = given["num_attention_heads"]
         layer_types, window = _attention_kinds(given, family)
-        local_rope = None
-        if family.local_rope:
-            local_rope = RopeConfig.from_hf(given, family, SLIDING)
         attention_bias = bool(given.get("attention_bias", False))
-        mixture = _mixture_options(options, given, family)
         eos = given["eos_token_id"]
-        return cls(
-            model_type=given["model_type"],
-            vocab_size=given["vocab_size"],
-            hidden_size=given["hidden_size"],
-            intermediate_size=given["intermediate_size"],
-            num_hidden_layers=num_layers,
-            num_attention_heads=num_heads,
-            num_key_value_heads=given.get("num_key_value_heads") or num_heads,
-            head_dim=given.get("head_dim") or given["hidden_size"] // num_heads,
-            max_position_embeddings=given["max_position_embeddings"],
-            rope=RopeConfig.from_hf(given, family, FULL),
-            local_rope=local_rope,
-            layer_types=layer_types,
-            sliding_window=window,
-            hidden_act=given[family.activation_key],
-            rms_norm_eps=given["rms_norm_eps"],
-            initializer_range=given["initializer_range"],
-            tie_word_embeddings=given["tie_word_embeddings"],
-            qkv_bias=attention_bias or family.always_qkv_bias,
-            o_bias=attention_bias,
-            mlp_bias=bool(given.get("mlp_bias", False)),
-            query_pre_attn_scalar=given.get("query_pre_attn_scalar"),
-            attn_logit_softcapping=given.get("attn_logit_softcapping"),
-            final_logit_softcapping=given.get("final_logit_softcapping"),
-            bos_token_id=given["bos_token_id"],
-            eos_token_id=tuple(eos) if isinstance(eos, list | tuple) else eos,
-            pad_token_id=given["pad_token_id"],
-            **mixture,
-        )
+        own_names = {field.name for field in dataclasses.fields(cls)}
+        values = {name: given[name] for name in own_names & family.keys} | {
+            "num_key_value_heads": given["num_key_value_heads"] or num_heads,
+            "head_dim": given["head_dim"] or given["hidden_size"] // num_heads,
+            "rope": RopeConfig.from_hf(given, family, FULL),
+            "layer_types": layer_types,
+            "sliding_window": window,
+            "hidden_act": given[family.activation_key],
+            "qkv_bias": attention_bias or family.always_qkv_bias,
+            "o_bias": attention_bias,
+            "mlp_bias": bool(given.get("mlp_bias", False)),
+            "eos_token_id": tuple(eos) if isinstance(eos, list | tuple) else eos,
+            **_mixture_options(options, given, family),
+        }
+        if family.local_rope:
+            values["local_rope"] = RopeConfig.from_hf(given, family, SLIDING)
+        return cls(**values)
 
     def to_hf(self) -> dict[str, Any]:
         """The config.json that transformers 5 reads as the same model."""
-        family, eos = self.family, self.eos_token_id
-        values: dict[str, Any] = {
-            **{name: getattr(self, name) for name in _COMMON_KEYS},
-            "architectures": [family.architecture],
-            "head_dim": self.head_dim,
-            family.activation_key: self.hidden_act,
-            "eos_token_id": list(eos) if isinstance(eos, tuple) else eos,
-            "rope_parameters": self._rope_to_hf(),
-        }
-        optional = {
+        family, types = self.family, self.layer_types
+        ropes: Any = self.rope.to_hf()
+        if self.local_rope is not None:
+            ropes = {FULL: ropes, SLIDING: self.local_rope.to_hf()}
+        trained_length = self.rope.original_max_position_embeddings
+        derived = {
             "attention_bias": self.o_bias,
-            "mlp_bias": self.mlp_bias,
-            "layer_types": list(self.layer_types),
-            "sliding_window": self.sliding_window,
             "use_sliding_window": self.sliding_window is not None,
-            "max_window_layers": self._first_sliding_layer(),
-            "query_pre_attn_scalar": self.query_pre_attn_scalar,
-            "attn_logit_softcapping": self.attn_logit_softcapping,
-            "final_logit_softcapping": self.final_logit_softcapping,
-            "num_experts_per_tok": self.num_experts_per_tok,
-            "moe_intermediate_size": self.moe_intermediate_size,
-            "norm_topk_prob": self.norm_topk_prob,
-            "router_aux_loss_coef": self.router_aux_loss_coef,
-            "output_router_logits": self.output_router_logits,
+            "max_window_layers": (*types, SLIDING).index(SLIDING),
             "original_max_position_embeddings": (
-                self.rope.original_max_position_embeddings
-                or self.max_position_embeddings
+                trained_length or self.max_position_embeddings
             ),
         }
-        values |= {k: v for k, v in optional.items() if k in family.keys}
+        # A mixture's number of experts has one of two names, the activation too.
+        own_names = family.keys - {"num_experts", "hidden_act"}
+        values = {
+            **{k: v for k, v in vars(self).items() if k in own_names},
+            **{k: v for k, v in derived.items() if k in family.keys},
+            "architectures": [family.architecture],
+            family.activation_key: self.hidden_act,
+            "rope_parameters": ropes,
+        }
         if self.num_experts:
-            # Mixtral's key is num_local_experts, Qwen's num_experts.
             is_mixtral = self.model_type == "mixtral"
             key = "num_local_experts" if is_mixtral else "num_experts"
             values[key] = self.num_experts
-        return values
-
-    def _rope_to_hf(self) -> dict[str, Any]:
-        if self.local_rope is None:
-            return self.rope.to_hf()
-        return {FULL: self.rope.to_hf(), SLIDING: self.local_rope.to_hf()}
-
-    def _first_sliding_layer(self) -> int:
-        types = self.layer_types
-        return types.index(SLIDING) if SLIDING in types else len(types)
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
 _SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
     "num_attention_heads", "num_key_value_heads", "head_dim",
 )  # fmt: skip
-_COMMON_KEYS = (
-    "model_type", "vocab_size", "hidden_size", "intermediate_size",
-    "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-    "max_position_embeddings", "rms_norm_eps", "initializer_range",
-    "tie_word_embeddings", "bos_token_id", "pad_token_id",
-)  # fmt: skip
+_EXPERT_SIZES = ("num_experts", "num_experts_per_tok", "expert_width")
 
 
 def family_of(model_type: Any) -> Family:
