@@ -66,20 +66,8 @@ def axes_of(module: Any, options: Options, leading: LogicalAxes = ()) -> Params:
     )
 
 
-def linear_paths(module: Any, options: Options) -> frozenset[str]:
-    """Paths of all modules within this one that have a kernel."""
-    _, state = _definition(module, options)
+def paths_with(leaf: str, tree: Params) -> frozenset[str]:
+    """Paths of all modules in this tree that have such a leaf."""
     return frozenset(
-        ".".join(map(str, path[:-1]))
-        for path, _ in nnx.to_flat_state(state)
-        if path[-1] == "kernel"
-    )
-
-
-def adapted_paths(params: Params) -> frozenset[str]:
-    """Paths of all modules that have an adapter in this tree."""
-    return frozenset(
-        ".".join(map(str, path[:-1]))
-        for path in flatten(params)
-        if path[-1] == "lora_a"
+        ".".join(map(str, path[:-1])) for path in flatten(tree) if path[-1] == leaf
     )

@@ -5,16 +5,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int32
 
 from jaxtrain.kernels.attention.reference import attend_block
+from jaxtrain.models import head, parts
 from jaxtrain.models.config import ModelConfig
-from jaxtrain.models.head import unembed
 from jaxtrain.models.layers import Attend, Options
-from jaxtrain.models.parts import (
-    bind_ends,
-    layer_binder,
-    layer_rotary,
-    layer_windows,
-    scanned_layers,
-)
 from jaxtrain.types import Params
 
 Cache = dict[str, Array]
@@ -54,14 +47,14 @@ def decode(
         name: jax.lax.dynamic_update_slice(cache[name], new, (0, start))
         for name, new in (("positions", positions), ("segment_ids", segment_ids))
     }
-    windows = layer_windows(options.config, places)
+    windows = parts.layer_windows(options.config, places)
     choices = tuple(dict.fromkeys(windows))
     choice_of_layer = jnp.asarray([choices.index(w) for w in windows])
     readable = jnp.stack(
         [_readable(cache, start, positions, segment_ids, w) for w in choices]
     )
-    rotary_of_layer = layer_rotary(options.config, positions, segment_ids)
-    bind_layer = layer_binder(options, params)
+    rotary_of_layer = parts.layer_rotary(options.config, positions, segment_ids)
+    bind_layer = parts.layer_binder(options, params)
 
     def body(
         carry: tuple[Array, Array, Array], inputs: tuple[Params, Array]
@@ -76,14 +69,14 @@ def decode(
         )
         return (x, keys, values), None
 
-    ends = bind_ends(options, params)
-    layers = scanned_layers(options, params)
+    ends = parts.bind_ends(options, params)
+    layers = parts.scanned_layers(options, params)
     carry = (ends.embed_tokens(tokens), cache["key"], cache["value"])
     (x, keys, values), _ = jax.lax.scan(body, carry, layers)
     last = length - 1 - jnp.argmax(segment_ids[:, ::-1] != 0, axis=1)
     hidden = ends.norm(x[jnp.arange(batch), last][:, None])
     cache |= {"key": keys, "value": values, "length": start + length}
-    return unembed(options, params, hidden)[:, 0], cache
+    return head.unembed(options, params, hidden)[:, 0], cache
 
 
 def _attend_to_cache(

@@ -8,21 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 
-from jaxtrain.models.layers import (
-    ACTIVATIONS,
-    Attend,
-    Attention,
-    Mlp,
-    Options,
-    RMSNorm,
-    Rotary,
-)
-from jaxtrain.models.moe import (
-    RouterLoad,
-    apply_experts,
-    choose_experts,
-    measure_load,
-)
+from jaxtrain.models import layers, moe
+from jaxtrain.models.layers import Attend, Attention, Mlp, Options, RMSNorm, Rotary
+from jaxtrain.models.moe import RouterLoad
 
 
 class Router(nnx.Module):
@@ -46,20 +34,15 @@ class Experts(nnx.Module):
     """Gated MLPs of one shape, their weights stacked."""
 
     def __init__(self, options: Options, rngs: nnx.Rngs) -> None:
-        config = options.config
-        count, width, inner = (
-            config.num_experts,
-            config.hidden_size,
-            config.expert_width,
-        )
+        config, width = options.config, options.config.hidden_size
+        inner = config.expert_width
         assert inner is not None  # the config has experts
 
         def stack(sizes: tuple[int, int], axes: tuple[str, str]) -> nnx.Param:
-            shape = (count, *sizes)
+            shape = (config.num_experts, *sizes)
             weight = config.initializer_range * jax.random.normal(rngs.params(), shape)
-            return nnx.Param(
-                weight.astype(options.param_dtype), logical_axes=("experts", *axes)
-            )
+            weight = weight.astype(options.param_dtype)
+            return nnx.Param(weight, logical_axes=("experts", *axes))
 
         self.gate_proj = stack((width, inner), ("embed", "mlp"))
         self.up_proj = stack((width, inner), ("embed", "mlp"))
@@ -85,16 +68,18 @@ class SparseMlp(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], RouterLoad]:
         config, dtype = self.options.config, self.options.compute_dtype
         with jax.named_scope("router"):
-            probabilities, weights, experts = choose_experts(
+            probabilities, weights, experts = moe.choose_experts(
                 self.gate(x),
                 config.num_experts_per_tok,
                 normalize=config.norm_topk_prob,
             )
-            load = measure_load(probabilities, experts, is_token)
+            load = moe.measure_load(probabilities, experts, is_token)
         choice, rows = ("batch", "sequence", None), ("batch", "sequence", "embed")
         inwards, outwards = ("experts", "embed", "mlp"), ("experts", "mlp", "embed")
         apply = self.options.map_shards(
-            functools.partial(apply_experts, activation=ACTIVATIONS[config.hidden_act]),
+            functools.partial(
+                moe.apply_experts, activation=layers.ACTIVATIONS[config.hidden_act]
+            ),
             (rows, choice, choice, inwards, inwards, outwards),
             rows,
             "mlp",
@@ -124,11 +109,8 @@ class DecoderLayer(nnx.Module):
         if options.config.family.norms == "around":
             self.pre_feedforward_layernorm = RMSNorm(width, "embed", options)
             self.post_feedforward_layernorm = RMSNorm(width, "embed", options)
-        self.mlp: Mlp | SparseMlp = (
-            SparseMlp(options, rngs)
-            if options.config.num_experts
-            else Mlp(options, rngs)
-        )
+        mlp = SparseMlp if options.config.num_experts else Mlp
+        self.mlp: Mlp | SparseMlp = mlp(options, rngs)
 
     def __call__(
         self,

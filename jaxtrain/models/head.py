@@ -7,14 +7,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Key
 
 from jaxtrain.kernels.linear_cross_entropy.api import HeadAdapter
+from jaxtrain.models import layers
 from jaxtrain.models.config import ModelConfig
-from jaxtrain.models.layers import (
-    LoraShape,
-    Options,
-    dora_gain,
-    drop_inputs,
-    fold_in_name,
-)
+from jaxtrain.models.layers import LoraShape, Options
 from jaxtrain.types import Params
 
 # Modules outside the layers that an adapter may stand beside.
@@ -52,12 +47,14 @@ def make_head_adapter(
     _, scaling = lora.rank_and_scaling(path)
     dtype = hidden.dtype
     with jax.named_scope("lora"):
-        seen = drop_inputs(hidden, lora.dropout, fold_in_name(dropout_key, "lm_head"))
+        seen = layers.drop_inputs(
+            hidden, lora.dropout, layers.fold_in_name(dropout_key, "lm_head")
+        )
         low = seen @ leaves["lora_a"].astype(dtype) * scaling
         gain = None
         if lora.use_dora:
             table, vocab_axis = get_unembedding(config, params)
-            gain = dora_gain(
+            gain = layers.dora_gain(
                 table.T if vocab_axis == 0 else table,
                 leaves["lora_a"],
                 leaves["lora_b"],

@@ -84,17 +84,23 @@ def on_one_device(
     return function
 
 
+def unconstrained(x: Array, logical_axes: LogicalAxes) -> Array:
+    """The `constrain` of a single device: as it is."""
+    return x
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
     """What every module of one decoder shares; static."""
 
     config: ModelConfig
-    compute_dtype: str
-    param_dtype: str
-    constrain: Callable[[Array, LogicalAxes], Array]
-    map_shards: MapShards = on_one_device
+    _: dataclasses.KW_ONLY
+    compute_dtype: str = "bfloat16"
+    param_dtype: str = "float32"
     lora: LoraShape | None = None
     quantization: Quantization | None = None
+    constrain: Callable[[Array, LogicalAxes], Array] = unconstrained
+    map_shards: MapShards = on_one_device
 
 
 class LoraParam(nnx.Param):
@@ -178,9 +184,8 @@ class Linear(Adapted):
         lora = self.options.lora
         if lora is not None and hasattr(self, "lora_a"):
             with jax.named_scope("lora"):
-                seen = drop_inputs(
-                    x, lora.dropout, fold_in_name(dropout_key, self.path)
-                )
+                own_key = fold_in_name(dropout_key, self.path)
+                seen = drop_inputs(x, lora.dropout, own_key)
                 low = seen @ self.lora_a[...].astype(dtype) * self.scaling
                 added = low @ self.lora_b[...].astype(dtype)
                 if not lora.use_dora:
@@ -244,7 +249,7 @@ class RMSNorm(nnx.Module):
 
     def __init__(self, width: int, axis: str | None, options: Options) -> None:
         self.options = options
-        self.offset = 1.0 if options.config.family.unit_offset_norm else 0.0
+        self.offset = float(options.config.family.unit_offset_norm)
         scale = jnp.full(width, 1.0 - self.offset, options.param_dtype)
         self.scale = nnx.Param(scale, logical_axes=(axis,))
 
@@ -290,14 +295,8 @@ class Attention(nnx.Module):
             self.q_proj = project("q_proj", q_width, "heads")
             self.k_proj = project("k_proj", kv_width, "kv_heads")
             self.v_proj = project("v_proj", kv_width, "kv_heads")
-        self.o_proj = Linear(
-            "self_attn.o_proj",
-            (q_width, width),
-            ("heads", "embed"),
-            options,
-            rngs,
-            bias=config.o_bias,
-        )
+        sizes, axes, bias = (q_width, width), ("heads", "embed"), config.o_bias
+        self.o_proj = Linear("self_attn.o_proj", sizes, axes, options, rngs, bias=bias)
         if config.family.qk_norm == "head":
             self.q_norm = RMSNorm(head_dim, None, options)
             self.k_norm = RMSNorm(head_dim, None, options)
@@ -310,10 +309,16 @@ class Attention(nnx.Module):
         dropout_key: Key[Array, ""] | None,
     ) -> tuple[Float[Array, "B T D"], Any]:
         config, constrain = self.options.config, self.options.constrain
-        q, k, v = (
-            y.reshape(*y.shape[:2], -1, config.head_dim)
-            for y in self._queries_keys_values(x, dropout_key)
-        )
+        if config.family.fused_projections:
+            q_width = config.num_attention_heads * config.head_dim
+            kv_width = config.num_key_value_heads * config.head_dim
+            fused, ends = self.qkv_proj(x, dropout_key), [q_width, q_width + kv_width]
+            projected = jnp.split(fused, ends, axis=-1)
+        else:
+            projections = (self.q_proj, self.k_proj, self.v_proj)
+            projected = [project(x, dropout_key) for project in projections]
+        heads = (*x.shape[:2], -1, config.head_dim)
+        q, k, v = (y.reshape(heads) for y in projected)
         if config.family.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *rotary), rotate(k, *rotary)
@@ -325,22 +330,6 @@ class Attention(nnx.Module):
         context, kept = attend(q, k, v)
         context = constrain(context, ("batch", "sequence", "heads", None))
         return self.o_proj(context.reshape(*x.shape[:2], -1), dropout_key), kept
-
-    def _queries_keys_values(
-        self, x: Array, dropout_key: Key[Array, ""] | None
-    ) -> tuple[Array, Array, Array]:
-        config = self.options.config
-        if not config.family.fused_projections:
-            return (
-                self.q_proj(x, dropout_key),
-                self.k_proj(x, dropout_key),
-                self.v_proj(x, dropout_key),
-            )
-        q_width = config.num_attention_heads * config.head_dim
-        kv_width = config.num_key_value_heads * config.head_dim
-        fused = self.qkv_proj(x, dropout_key)
-        q, k, v = jnp.split(fused, [q_width, q_width + kv_width], axis=-1)
-        return q, k, v
 
 
 class Mlp(nnx.Module):
@@ -355,13 +344,12 @@ class Mlp(nnx.Module):
             path = f"mlp.{name}"
             return Linear(path, sizes, axes, options, rngs, bias=config.mlp_bias)
 
+        inwards = ("embed", "mlp")
         if config.family.fused_projections:
-            self.gate_up_proj = project(
-                "gate_up_proj", (width, 2 * inner), ("embed", "mlp")
-            )
+            self.gate_up_proj = project("gate_up_proj", (width, 2 * inner), inwards)
         else:
-            self.gate_proj = project("gate_proj", (width, inner), ("embed", "mlp"))
-            self.up_proj = project("up_proj", (width, inner), ("embed", "mlp"))
+            self.gate_proj = project("gate_proj", (width, inner), inwards)
+            self.up_proj = project("up_proj", (width, inner), inwards)
         self.down_proj = project("down_proj", (inner, width), ("mlp", "embed"))
 
     def __call__(
@@ -372,8 +360,7 @@ class Mlp(nnx.Module):
             gate, up = jnp.split(self.gate_up_proj(x, dropout_key), 2, axis=-1)
         else:
             gate, up = self.gate_proj(x, dropout_key), self.up_proj(x, dropout_key)
-        gate = checkpoint_name(gate, "mlp_gate")
-        up = checkpoint_name(up, "mlp_up")
+        gate, up = checkpoint_name(gate, "mlp_gate"), checkpoint_name(up, "mlp_up")
         activation = ACTIVATIONS[config.hidden_act]
         inner = _recomputed(lambda gate, up: activation(gate) * up)(gate, up)
         inner = constrain(inner, ("batch", "sequence", "mlp"))

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
-from jaxtrain.models.binding import adapted_paths, bind
+from jaxtrain.models.binding import bind, paths_with
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.decoder_layer import DecoderLayer
 from jaxtrain.models.layers import EmbeddingAndHead, Options, Rotary
@@ -40,7 +40,7 @@ def adapted_options(options: Options, part: Params) -> Options:
     Raises:
         ValueError: it has adapters, and the options do not say how to scale them.
     """
-    adapted = adapted_paths(part)
+    adapted = paths_with("lora_a", part)
     if adapted and options.lora is None:
         raise ValueError(
             f"params hold adapters of {sorted(adapted)}, but the decoder has no"

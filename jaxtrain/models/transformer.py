@@ -18,34 +18,13 @@ from jaxtyping import Array, Float, Float32, Int32, Key
 from jaxtrain.kernels.attention.api import attention, plan_attention
 from jaxtrain.kernels.attention.partition import Layout
 from jaxtrain.kernels.linear_cross_entropy.api import linear_log_probs
-from jaxtrain.models.binding import axes_of, init_module, linear_paths
+from jaxtrain.models import head, parts
+from jaxtrain.models.binding import axes_of, init_module, paths_with
 from jaxtrain.models.cache import Cache, decode, init_cache
-from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.decoder_layer import DecoderLayer
-from jaxtrain.models.head import (
-    END_TARGETS,
-    get_unembedding,
-    make_head_adapter,
-    unembed,
-)
-from jaxtrain.models.layers import (
-    Attend,
-    EmbeddingAndHead,
-    LoraShape,
-    MapShards,
-    Options,
-    on_one_device,
-)
+from jaxtrain.models.layers import Attend, EmbeddingAndHead, LoraShape, Options
 from jaxtrain.models.moe import RouterLoad, load_balancing_loss
-from jaxtrain.models.parts import (
-    bind_ends,
-    layer_binder,
-    layer_rotary,
-    layer_windows,
-    scanned_layers,
-)
-from jaxtrain.models.quantization import Quantization
-from jaxtrain.types import Batch, LogicalAxes, Params, TokenLogProbs
+from jaxtrain.types import Batch, Params, TokenLogProbs
 
 _policies = jax.checkpoint_policies
 # What a layer keeps for the backward pass; all else is computed again. "full" keeps
@@ -73,12 +52,8 @@ REMAT_POLICIES: Mapping[str, Callable[..., bool] | None] = {
 }  # fmt: skip
 
 
-def _unconstrained(x: Array, logical_axes: LogicalAxes) -> Array:
-    return x
-
-
-@dataclasses.dataclass(frozen=True)
-class Decoder:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Decoder(Options):
     """A decoder-only language model: static and hashable; it holds no arrays.
 
     `params` is everywhere the nested dict that `init` makes and `load_params` reads. A
@@ -100,19 +75,11 @@ class Decoder:
         ValueError: an option is unknown, or an adapter's target is no module.
     """
 
-    config: ModelConfig
-    _: dataclasses.KW_ONLY
-    compute_dtype: str = "bfloat16"
-    param_dtype: str = "float32"
-    lora: LoraShape | None = None
-    quantization: Quantization | None = None
     remat: str = "none"
     attention: str = "auto"
     loss_chunk: int | None = None
     scan_layers: bool = True
     packed: bool = True
-    constrain: Callable[[Array, LogicalAxes], Array] = _unconstrained
-    map_shards: MapShards = on_one_device
     layout: Layout | None = None
 
     def __post_init__(self) -> None:
@@ -124,20 +91,20 @@ class Decoder:
                 f" {', '.join(REMAT_POLICIES)}"
             )
         if self.lora is not None:
-            _check_adapters(self.lora, self.linear_kernels() | END_TARGETS)
+            _check_adapters(self.lora, self.linear_kernels() | head.END_TARGETS)
 
     def describe(self) -> str:
         """What the numbers depend on beside the weights, as one line."""
-        parts = [repr(self.config), self.compute_dtype]
+        words = [repr(self.config), self.compute_dtype]
         if self.lora is not None:
             ranks = sorted(
                 (path, *self.lora.rank_and_scaling(path)) for path in self.lora.targets
             )
-            parts += [repr(ranks), f"use_dora={self.lora.use_dora}"]
-            parts += ["ties_head"] * self.lora.ties_head
+            words += [repr(ranks), f"use_dora={self.lora.use_dora}"]
+            words += ["ties_head"] * self.lora.ties_head
         if self.quantization is not None:
-            parts.append(repr(self.quantization))
-        return " ".join(parts)
+            words.append(repr(self.quantization))
+        return " ".join(words)
 
     # --- the tree of weights -----------------------------------------------------
 
@@ -161,7 +128,7 @@ class Decoder:
     def linear_kernels(self) -> frozenset[str]:
         """The modules of a layer that `quantization` acts on, such as "mlp.up_proj"."""
         plain = dataclasses.replace(self._options, lora=None, quantization=None)
-        return linear_paths(DecoderLayer, plain)
+        return paths_with("kernel", axes_of(DecoderLayer, plain))
 
     def logical_axes(self) -> Params:
         """The same tree with the name of each axis, or None, as leaves.
@@ -214,10 +181,10 @@ class Decoder:
         reason = self.why_no_shared_prompts(tokens.shape[1])
         if prompt_ids is not None and reason:
             raise ValueError(f"prompt_ids: {reason}; give each completion a row")
-        ends = bind_ends(self._options, params)
+        ends = parts.bind_ends(self._options, params)
         attend_of_layer = _attention_over_rows(self, tokens, segment_ids, prompt_ids)
-        rotary_of_layer = layer_rotary(self.config, positions, segment_ids)
-        bind_layer = layer_binder(self._options, params)
+        rotary_of_layer = parts.layer_rotary(self.config, positions, segment_ids)
+        bind_layer = parts.layer_binder(self._options, params)
         is_token = segment_ids != 0
 
         def body(
@@ -225,13 +192,11 @@ class Decoder:
         ) -> tuple[Array, RouterLoad | None]:
             layer_params, index = inputs
             x = checkpoint_name(x, "layer_input")
-            key = (
-                None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-            )
-            layer = bind_layer(layer_params)
-            x, _, load = layer(
-                x, rotary_of_layer(index), attend_of_layer(index), is_token, key
-            )
+            key = dropout_key
+            if key is not None:
+                key = jax.random.fold_in(key, index)
+            rotary, attend = rotary_of_layer(index), attend_of_layer(index)
+            x, _, load = bind_layer(layer_params)(x, rotary, attend, is_token, key)
             return x, load
 
         policy = REMAT_POLICIES[self.remat]
@@ -242,7 +207,7 @@ class Decoder:
             x = ends.embed_tokens(tokens)
             x = self.constrain(x, ("batch", "sequence", "embed"))
         with jax.named_scope("layers"):
-            layers = scanned_layers(self._options, params)
+            layers = parts.scanned_layers(self._options, params)
             x, load = jax.lax.scan(body, x, layers, unroll=not self.scan_layers)
         with jax.named_scope("final_norm"):
             return ends.norm(x), load
@@ -253,7 +218,7 @@ class Decoder:
         A window counts places in the row, where the second completion is further from
         the prompt than its positions say. Longrope goes by a whole document's length.
         """
-        windows = [w for w in layer_windows(self.config, length) if w is not None]
+        windows = [w for w in parts.layer_windows(self.config, length) if w is not None]
         if windows:
             return f"the model's window of {min(windows)} is shorter than a row"
         ropes = map(self.config.rope_of, self.config.layer_types)
@@ -270,7 +235,7 @@ class Decoder:
     ) -> Float32[Array, "B T V"]:
         """Scores of every next token, after the final soft cap; for short rows."""
         hidden = self.hidden_states(params, tokens, positions, segment_ids)
-        return unembed(self._options, params, hidden)
+        return head.unembed(self._options, params, hidden)
 
     def token_log_probs(
         self,
@@ -337,28 +302,22 @@ class Decoder:
 
     @property
     def _options(self) -> Options:
-        return Options(
-            config=self.config,
-            compute_dtype=self.compute_dtype,
-            param_dtype=self.param_dtype,
-            constrain=self.constrain,
-            map_shards=self.map_shards,
-            lora=self.lora,
-            quantization=self.quantization,
-        )
+        """What its modules share, and nothing of how rows run through them."""
+        shared = [field.name for field in dataclasses.fields(Options)]
+        return Options(**{name: getattr(self, name) for name in shared})
 
 
 def _attention_over_rows(
     decoder: Decoder, tokens: Array, segment_ids: Array, prompt_ids: Array | None
 ) -> Callable[[Array], Attend]:
     """A function from a layer's number to its attention over whole rows."""
-    windows = layer_windows(decoder.config, tokens.shape[1])
+    windows = parts.layer_windows(decoder.config, tokens.shape[1])
     choices = tuple(dict.fromkeys(windows))
     by_segments = decoder.packed or prompt_ids is not None
     heads = (decoder.config.num_attention_heads, decoder.config.head_dim)
     queries = jax.ShapeDtypeStruct((*tokens.shape, *heads), decoder.compute_dtype)
-    branches: list[Callable[..., Array]] = []
-    for window in choices:
+
+    def within(window: int | None) -> Callable[..., Array]:
         options: dict[str, Any] = {
             "segment_ids": segment_ids if by_segments else None,
             "prompt_ids": prompt_ids,
@@ -367,14 +326,11 @@ def _attention_over_rows(
             "implementation": decoder.attention,
             "layout": decoder.layout,
         }
-        branches.append(
-            functools.partial(
-                attention,
-                **options,
-                scale=decoder.config.attention_scale,
-                schedule=plan_attention(queries, **options),
-            )
-        )
+        schedule = plan_attention(queries, **options)
+        scale = decoder.config.attention_scale
+        return functools.partial(attention, **options, scale=scale, schedule=schedule)
+
+    branches = [within(window) for window in choices]
     choice_of_layer = jnp.asarray([choices.index(w) for w in windows])
 
     def attend(index: Array, q: Array, k: Array, v: Array) -> tuple[Array, None]:
@@ -394,10 +350,10 @@ def _score_targets(
     with_collision: bool,
 ) -> TokenLogProbs:
     """What the loss head makes of hidden states; it never holds all logits."""
-    table, vocab_axis = get_unembedding(decoder.config, params)
+    table, vocab_axis = head.get_unembedding(decoder.config, params)
     layout = decoder.layout or Layout()
     with jax.named_scope("loss_head"):
-        adapter = make_head_adapter(
+        adapter = head.make_head_adapter(
             decoder.config,
             params,
             decoder.lora,
