@@ -12,16 +12,12 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+
+import numpy as np
 
 from jaxtrain.aot.hlo_groups import device_groups, network_share
-from jaxtrain.aot.hlo_text import (
-    Computation,
-    Instruction,
-    count_elements,
-    parse,
-    shape_bytes,
-)
+from jaxtrain.aot.hlo_text import Instruction, count_elements, parse, shape_bytes
 
 _COLLECTIVES = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
@@ -64,34 +60,25 @@ def analyze(
     `per_host`: devices that fast links join, where a network joins the rest of the
     `device_count` (GPUs; a program for several slices of TPUs tells by itself).
     """
-    computations, entry = parse(text)
-    counts = _execution_counts(computations, entry)
     traffic = 0.0
-    found: dict[str, list[float]] = collections.defaultdict(lambda: [0.0, 0.0])
-    network: dict[str, list[float]] = collections.defaultdict(lambda: [0.0, 0.0])
-    for name, count in counts.items():
-        scope = computations[name]
-        for instruction in scope.values():
-            kind = instruction.opcode.removesuffix("-start")
-            is_fused = count < 0
-            if kind in _COLLECTIVES and not (
-                is_fused and _is_under_way(instruction, scope)
-            ):
-                received = abs(count) * _received_bytes(instruction, scope)
-                found[kind][0] += abs(count)
-                found[kind][1] += received
-                if per_host is not None and device_count > per_host:
-                    groups = device_groups(instruction.rest, device_count)
-                    share = network_share(kind, groups, per_host)
-                    network[kind][0] += abs(count) * (share > 0)
-                    network[kind][1] += received * share
-            between = re.search(r'_megascale_transfer_type="(\w+)"', instruction.rest)
-            if between and instruction.opcode == "recv":
-                kind = between.group(1).lower().replace("_", "-")
-                network[kind][0] += abs(count)
-                network[kind][1] += abs(count) * _received_bytes(instruction, scope)
-            if not is_fused:  # else the instruction that it is part of counts
-                traffic += count * _traffic(instruction, scope, computations)
+    # By kind: (times it runs, bytes that arrive).
+    found: dict[str, np.ndarray] = collections.defaultdict(lambda: np.zeros(2))
+    network: dict[str, np.ndarray] = collections.defaultdict(lambda: np.zeros(2))
+    for instruction, count, is_fused in _executions(text):
+        kind = instruction.kind
+        if kind in _COLLECTIVES and not (is_fused and _is_under_way(instruction)):
+            arrived = np.array([1.0, _received_bytes(instruction)]) * count
+            found[kind] += arrived
+            if per_host is not None and device_count > per_host:
+                groups = device_groups(instruction.rest, device_count)
+                share = network_share(kind, groups, per_host)
+                network[kind] += arrived * [share > 0, share]
+        between = re.search(r'_megascale_transfer_type="(\w+)"', instruction.rest)
+        if between and instruction.opcode == "recv":
+            kind = between.group(1).lower().replace("_", "-")
+            network[kind] += np.array([1.0, _received_bytes(instruction)]) * count
+        if not is_fused:  # else the instruction that it is part of counts
+            traffic += count * _traffic(instruction)
     return ProgramCost(
         traffic,
         {kind: (n, b) for kind, (n, b) in found.items()},
@@ -100,126 +87,100 @@ def analyze(
     )
 
 
-def _execution_counts(
-    computations: Mapping[str, Computation], entry: str
-) -> dict[str, float]:
-    """How often each computation runs; negative for one inside a fused instruction."""
-    counts: dict[str, float] = {}
+def _executions(text: str) -> Iterator[tuple[Instruction, float, bool]]:
+    """Each instruction, how often it runs, and whether it is part of a fused one."""
+    program, entry = parse(text)
 
-    def visit(name: str, count: float, *, fused: bool) -> None:
-        counts[name] = counts.get(name, 0.0) + (-count if fused else count)
-        for instruction in computations[name].values():
+    def visit(
+        name: str, count: float, fused: bool
+    ) -> Iterator[tuple[Instruction, float, bool]]:
+        for instruction in program[name].values():
+            yield instruction, count, fused
             inside = fused or instruction.opcode not in ("while", "call", "conditional")
-            times = count
-            if instruction.opcode == "while":
-                times *= _trip_count(instruction, computations)
+            is_loop = instruction.opcode == "while"
+            times = count * (_trip_count(instruction) if is_loop else 1)
             for called in instruction.called:
-                if called in computations:
-                    visit(called, times, fused=inside)
+                yield from visit(called, times, inside)
 
-    visit(entry, 1.0, fused=False)
-    return counts
+    return visit(entry, 1.0, False)
 
 
-def _trip_count(loop: Instruction, computations: Mapping[str, Computation]) -> int:
+def _trip_count(loop: Instruction) -> int:
     """Iterations of a counting loop; 1 where the text does not tell."""
     if known := re.search(r'known_trip_count[^}]*?"n":"(\d+)"', loop.rest):
         return int(known.group(1))
     condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)
+    inside = loop.program.get(condition.group(1), {}) if condition else {}
     constants = [
         int(match.group(1))
-        for instruction in computations.get(
-            condition.group(1) if condition else "", {}
-        ).values()
+        for instruction in inside.values()
         if instruction.opcode == "constant"
         and (match := re.match(r"(\d+)\)", instruction.rest))
     ]
     return max(constants, default=1)
 
 
-def _received_bytes(collective: Instruction, scope: Computation) -> float:
+def _received_bytes(collective: Instruction) -> float:
     """Bytes that arrive at least: the result, or all parts that a sum is made of."""
-    if collective.opcode.startswith("reduce-scatter"):
-        shapes = [_shape_of(name, scope) for name in collective.operands]
-    else:
-        shapes = collective.results
+    is_sum = collective.kind == "reduce-scatter"
+    shapes = collective.operand_shapes if is_sum else collective.results
     return sum(map(shape_bytes, shapes))
 
 
-def _traffic(
-    instruction: Instruction,
-    scope: Computation,
-    computations: Mapping[str, Computation],
-) -> float:
-    """Device memory that one instruction of `scope` reads and writes."""
+def _traffic(instruction: Instruction) -> float:
+    """Device memory that one instruction reads and writes."""
     if instruction.opcode in _FREE or instruction.opcode.endswith("-done"):
         return 0.0
     total = 0.0
-    for index, name in enumerate(instruction.operands):
-        shape = _shape_of(name, scope)
+    for index, shape in enumerate(instruction.operand_shapes):
         if whole := shape_bytes(shape, device_memory_only=True):
-            read = _elements_read(instruction, index, scope, computations)
+            read = _elements_read(instruction, index)
             total += whole * min(1.0, read / count_elements(shape))
-    shares = _shares_written(instruction, scope, computations)
+    shares = _shares_written(instruction)
     for shape, share in zip(instruction.results, shares, strict=True):
         total += share * shape_bytes(shape, device_memory_only=True)
     return total
 
 
-def _elements_read(
-    use: Instruction,
-    index: int,
-    scope: Computation,
-    computations: Mapping[str, Computation],
-) -> float:
+def _elements_read(use: Instruction, index: int) -> float:
     """Of its operand `index`; infinity for all."""
-    kind = use.opcode.removesuffix("-start")
+    kind = use.kind
     if index == 0 and kind in ("slice", "dynamic-slice", "gather"):
         return sum(map(count_elements, use.results))
     if index == 0 and kind == "dynamic-update-slice":
         return 0.0  # updated in place
     if index == 0 and kind == "scatter":  # the rows that it adds to
-        return count_elements(_shape_of(use.operands[-1], scope))
-    inside = _body(use, computations)
-    for parameter in inside.values():
+        return count_elements(use.operand_shapes[-1])
+    for parameter in use.body.values():
         if parameter.opcode == "parameter" and parameter.rest.startswith(f"{index})"):
-            return _elements_used(parameter, inside, computations)
+            return _elements_used(parameter)
     # Where a slice begins is told by scalars.
     told = kind.startswith("dynamic-") and index >= 1 + (kind != "dynamic-slice")
     return 0.0 if told else math.inf
 
 
-def _elements_used(
-    value: Instruction, scope: Computation, computations: Mapping[str, Computation]
-) -> float:
+def _elements_used(value: Instruction) -> float:
     """Of a value in a fused computation: what the others there read of it."""
     total = math.inf if value.is_root else 0.0
-    for use in scope.values():
-        if (use.is_root and use.opcode == "tuple") or _is_under_way(use, scope):
+    for use in value.scope.values():
+        if (use.is_root and use.opcode == "tuple") or _is_under_way(use):
             continue  # handed on
         for index, name in enumerate(use.operands):
-            if name != value.name:
-                continue
-            if use.opcode in _VIEWS:
-                total += _elements_used(use, scope, computations)
-            else:
-                total += _elements_read(use, index, scope, computations)
+            if name == value.name:
+                is_view = use.opcode in _VIEWS
+                total += _elements_used(use) if is_view else _elements_read(use, index)
     return total
 
 
-def _shares_written(
-    instruction: Instruction,
-    scope: Computation,
-    computations: Mapping[str, Computation],
-) -> list[float]:
+def _shares_written(instruction: Instruction) -> list[float]:
     """Of each of its results, what share is written: all, but for updates in place."""
     if instruction.opcode in ("dynamic-update-slice", "scatter"):
         update = 1 if instruction.opcode == "dynamic-update-slice" else -1
-        elements = count_elements(_shape_of(instruction.operands[update], scope))
+        elements = count_elements(instruction.operand_shapes[update])
         share = elements / max(1, count_elements(instruction.shape))
         return [min(1.0, share)] * len(instruction.results)
     shares = [1.0] * len(instruction.results)
-    if not (body := _body(instruction, computations)):
+    if not (body := instruction.body):
         return shares
     root = next(inner for inner in body.values() if inner.is_root)
     roots = [root]
@@ -230,17 +191,17 @@ def _shares_written(
             shares[0] = 0.0  # the operand, handed on
         return shares
     for place, inner in enumerate(roots):
-        if inner.opcode == "parameter" or _is_under_way(inner, body):
+        if inner.opcode == "parameter" or _is_under_way(inner):
             shares[place] = 0.0
             continue
         while inner.opcode in _VIEWS and inner.operands[0] in body:
             inner = body[inner.operands[0]]
         if inner.opcode in ("dynamic-update-slice", "scatter", "fusion"):
-            shares[place] = _shares_written(inner, body, computations)[0]
+            shares[place] = _shares_written(inner)[0]
     return shares
 
 
-def _is_under_way(instruction: Instruction, scope: Computation) -> bool:
+def _is_under_way(instruction: Instruction) -> bool:
     """Whether a fused computation only carries a collective on, or ends it.
 
     One that overlaps with others stands in each fusion on its way, as if it ran there:
@@ -250,25 +211,9 @@ def _is_under_way(instruction: Instruction, scope: Computation) -> bool:
         return _COLLECTIVE_ENDS in instruction.rest
     if instruction.opcode not in _COLLECTIVES:
         return False
-    uses = [other for other in scope.values() if instruction.name in other.operands]
-    handed_on = {
-        name
-        for use in uses
-        if use.is_root and use.opcode == "tuple"
-        for name in use.operands
-    }
+    others = instruction.scope.values()
+    uses = [other for other in others if instruction.name in other.operands]
+    tuples = (use for use in uses if use.is_root and use.opcode == "tuple")
+    handed_on = {name for use in tuples for name in use.operands}
     ends = all(_COLLECTIVE_ENDS in use.rest for use in uses)
     return bool(uses) and (ends or set(instruction.operands) <= handed_on)
-
-
-def _body(
-    instruction: Instruction, computations: Mapping[str, Computation]
-) -> Computation:
-    """The computation of a fusion; empty for anything else."""
-    if instruction.opcode.removesuffix("-start") != "fusion":
-        return {}
-    return computations.get(next(iter(instruction.called), ""), {})
-
-
-def _shape_of(name: str, scope: Computation) -> str:
-    return scope[name].shape if name in scope else ""

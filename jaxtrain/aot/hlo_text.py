@@ -14,24 +14,44 @@ _OPCODE = re.compile(r"(?:^|[\s)\]}])([a-z][a-z0-9\-]*)\((.*)$")
 _CALLED = re.compile(r"\b(?:to_apply|calls|body|branch_computations)=\{?([^,}\s]+)")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Instruction:
-    """One line of a computation. `shape` and `rest` are text."""
+    """One line of a computation, its `scope`. `shape` and `rest` are text."""
 
     name: str
     shape: str
     opcode: str
     rest: str
     is_root: bool
+    scope: "Computation"
+    program: "Mapping[str, Computation]"
+
+    @property
+    def kind(self) -> str:
+        """The opcode; of an asynchronous one that of what it starts."""
+        return self.opcode.removesuffix("-start")
 
     @functools.cached_property
     def operands(self) -> list[str]:
         return re.findall(r"%([\w.\-]+)", self.rest.split("), ")[0])
 
     @property
+    def operand_shapes(self) -> list[str]:
+        """As text, which is empty for what is not of this computation."""
+        known = self.scope
+        return [known[name].shape if name in known else "" for name in self.operands]
+
+    @property
     def called(self) -> list[str]:
         """Names of the computations that it runs."""
-        return [name.lstrip("%") for name in _CALLED.findall(self.rest)]
+        names = (name.lstrip("%") for name in _CALLED.findall(self.rest))
+        return [name for name in names if name in self.program]
+
+    @property
+    def body(self) -> "Computation":
+        """The computation of a fusion; empty for anything else."""
+        is_fusion = self.kind == "fusion" and self.called
+        return self.program[self.called[0]] if is_fusion else {}
 
     @property
     def results(self) -> list[str]:
@@ -64,7 +84,7 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
             if operation := _OPCODE.search(definition):
                 shape = definition[: operation.start(1)]
                 current[name] = Instruction(
-                    name, shape, operation.group(1), operation.group(2), bool(root)
+                    name, shape, *operation.groups(), bool(root), current, computations
                 )
     return computations, entry
 
