@@ -101,8 +101,8 @@ def measure(case: Case) -> dict[str, Any]:
         "secs": report.secs,
         "tokens_per_sec": report.tokens / report.step_secs if report.fits else 0.0,
         "mfu": report.mfu if report.fits else 0.0,
-        "collectives": dict(report.collectives),
-        "kernels": report.kernels,
+        "collectives": dict(report.cost.collectives),
+        "kernels": report.cost.kernels,
     }
 
 

@@ -112,10 +112,10 @@ def test_every_candidate_uses_all_devices_and_long_rows_may_be_split():
 def test_a_candidate_is_told_as_keys_of_a_configuration():
     mesh = (("data", 1), ("fsdp", 4), ("context", 2), ("tensor", 1))
     assert search.as_flags(Candidate(mesh, "full", 2)) == {
-        "mesh.fsdp": "4",
-        "mesh.context": "2",
-        "training.deepspeed.zero_stage": "3",
-        "training.gradient_checkpointing": "True",
+        "mesh.fsdp": 4,
+        "mesh.context": 2,
+        "training.deepspeed.zero_stage": 3,
+        "training.gradient_checkpointing": True,
         "training.remat_policy": "full",
-        "training.per_device_train_batch_size": "2",
+        "training.per_device_train_batch_size": 2,
     }

@@ -1,8 +1,8 @@
 """Compile the train step of a configuration for devices that are described."""
 
-import dataclasses
 import functools
 import math
+import operator
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -51,18 +51,10 @@ def compile_for(
     model = model.for_training(packed=run.data.packing)
     step, state = describe_step(run, model)
     batch = _abstract_batch(model, run)
-    report = Report(
-        topology=topology,
-        device_count=len(devices),
-        chip=chip or CHIPS[devices[0].device_kind],
-        tokens=sum(
-            leaf.size
-            for path, leaf in jax.tree.leaves_with_path(batch)
-            if path[-1].name == "tokens"
-        ),
-        run=run,
-        compile_secs=0.0,
-    )
+    chip = chip or CHIPS[devices[0].device_kind]
+    leaves = jax.tree.leaves_with_path(batch)
+    tokens = sum(leaf.size for path, leaf in leaves if path[-1].name == "tokens")
+    report = functools.partial(Report, topology, len(devices), chip, tokens, run)
     start = time.perf_counter()
     traced = step.trace(state, batch)
     try:
@@ -70,16 +62,10 @@ def compile_for(
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return dataclasses.replace(report, refusal=_first_lines(str(error)))
+        return report(refusal=_first_lines(str(error)))
     memory = compiled.memory_analysis()
-    cost = analyze(
-        compiled.as_text(),
-        device_count=len(devices),
-        per_host=report.chip.per_host,
-    )
     per_token = build.flops_per_token(run, model.config, run.data.max_length)
-    return dataclasses.replace(
-        report,
+    return report(
         compile_secs=time.perf_counter() - start,
         argument_bytes=memory.argument_size_in_bytes
         + memory.output_size_in_bytes
@@ -91,11 +77,10 @@ def compile_for(
         - memory.host_alias_size_in_bytes
         + memory.host_temp_size_in_bytes,
         flops=count_flops(traced.jaxpr) / len(devices),
-        model_flops=per_token * report.tokens / len(devices),
-        bytes_accessed=cost.bytes_accessed,
-        collectives=cost.collectives,
-        between_slices=cost.between_slices,
-        kernels=cost.kernels,
+        model_flops=per_token * tokens / len(devices),
+        cost=analyze(
+            compiled.as_text(), device_count=len(devices), per_host=chip.per_host
+        ),
     )
 
 
@@ -171,27 +156,17 @@ def search_settings(
 def _with_settings(config: Any, candidate: search.Candidate) -> Any:
     """The config with the candidate's keys in place of its own."""
     config = config.copy_and_resolve_references()
-    flags = search.as_flags(candidate)
+    own = config.training.get(config.training.training_type, {})
+    settings = {f"mesh.{axis}": size for axis, size in candidate.mesh}
+    settings |= search.as_flags(candidate)
     with config.unlocked():
-        own = config.training.get(config.training.training_type, {})
-        for axis in ("data", "fsdp", "context", "tensor"):
-            config.mesh[axis] = dict(candidate.mesh)[axis]
-        for key, text in flags.items():
-            if not key.startswith("mesh."):
-                _set_key(config, key.split("."), text)
-                # A key of the training type's own section would win.
-                last = key.split(".")[-1]
-                if last in own and own[last] is not None:
-                    _set_key(own, [last], text)
+        for key, value in settings.items():
+            *above, name = key.split(".")
+            functools.reduce(operator.getitem, above, config)[name] = value
+            # A key of the training type's own section would win.
+            if own.get(name) is not None:
+                own[name] = value
     return config
-
-
-def _set_key(section: Any, path: Sequence[str], text: str) -> None:
-    *above, name = path
-    for part in above:
-        section = section[part]
-    literal = {"True": True, "False": False}.get(text, text)
-    section[name] = int(text) if text.isdecimal() else literal
 
 
 def _bytes_on_device(state: Any) -> float:
@@ -283,25 +258,17 @@ def _abstract_batch(model: LoadedModel, run: RunConfig) -> Any:
     # A pair in one row is at most as long as both sides.
     shape = (run.loop.gradient_accumulation_steps, rows, length * (1 + shares))
     layout = model.plan.batch(1)
-
-    def side() -> Batch:
-        ids: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=layout)
-        mask: Any = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=layout)
-        return Batch(
-            tokens=ids, targets=ids, segment_ids=ids, positions=ids, loss_mask=mask,
-            prompt_ids=ids if shares else None,
-        )  # fmt: skip
-
+    ids: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=layout)
+    mask: Any = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=layout)
+    numbers: Any = jax.ShapeDtypeStruct(shape[:2], jnp.float32, sharding=layout)
+    side = Batch(ids, ids, ids, ids, mask, prompt_ids=ids if shares else None)
     if run.objective_row.row_kind == "next_token":
-        return side()
+        return side
     if run.objective_row.row_kind == "labeled":
-        labels: Any = jax.ShapeDtypeStruct(shape[:2], jnp.float32, sharding=layout)
-        return LabeledBatch(side(), labels, mismatched=side())
+        return LabeledBatch(side, numbers, mismatched=side)
     assert run.dpo is not None  # row_kind says so
-    logps: Any = None
-    if run.dpo.precompute_ref_log_probs:
-        logps = jax.ShapeDtypeStruct(shape[:2], jnp.float32, sharding=layout)
-    return PairBatch(side(), side(), logps, logps, shared=side() if shares else None)
+    logps = numbers if run.dpo.precompute_ref_log_probs else None
+    return PairBatch(side, side, logps, logps, shared=side if shares else None)
 
 
 def _first_lines(text: str, count: int = 6) -> str:

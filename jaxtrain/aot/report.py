@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 
+from jaxtrain.aot.hlo_cost import ProgramCost
 from jaxtrain.config import RunConfig
 from jaxtrain.models.state import needs_reference
 
@@ -43,6 +44,9 @@ CHIPS = {
 }
 
 
+_NOTHING = ProgramCost(0.0, {}, {}, 0)
+
+
 @dataclasses.dataclass(frozen=True)
 class Report:
     """One step of one run on one topology; bytes and FLOPs are of one device.
@@ -56,7 +60,7 @@ class Report:
     chip: Chip
     tokens: int
     run: RunConfig
-    compile_secs: float
+    compile_secs: float = 0.0
     refusal: str | None = None
     argument_bytes: float = 0.0
     temporary_bytes: float = 0.0
@@ -64,14 +68,7 @@ class Report:
     host_bytes: float = 0.0
     flops: float = 0.0
     model_flops: float = 0.0
-    bytes_accessed: float = 0.0
-    collectives: Mapping[str, tuple[float, float]] = dataclasses.field(
-        default_factory=dict
-    )
-    between_slices: Mapping[str, tuple[float, float]] = dataclasses.field(
-        default_factory=dict
-    )
-    kernels: int = 0
+    cost: ProgramCost = _NOTHING
 
     @property
     def device_bytes(self) -> float:
@@ -85,14 +82,13 @@ class Report:
     @property
     def secs(self) -> dict[str, float]:
         """The least time for each resource, were the others free."""
-        received = sum(size for _, size in self.collectives.values())
         secs = {
             "compute": self.flops / self.chip.flops,
-            "memory": self.bytes_accessed / self.chip.memory_rate,
-            "links": received / self.chip.link_rate,
+            "memory": self.cost.bytes_accessed / self.chip.memory_rate,
+            "links": _total_bytes(self.cost.collectives) / self.chip.link_rate,
         }
-        if self.between_slices:
-            received = sum(size for _, size in self.between_slices.values())
+        if self.cost.between_slices:
+            received = _total_bytes(self.cost.between_slices)
             secs["network"] = received / self.chip.slice_rate
         return secs
 
@@ -107,15 +103,20 @@ class Report:
         return self.model_flops / self.chip.flops / self.step_secs
 
 
+def _total_bytes(received: Mapping[str, tuple[float, float]]) -> float:
+    return sum(size for _, size in received.values())
+
+
 def describe(report: Report) -> str:
     """What `main` prints."""
     run, chip = report.run, report.chip
     mesh = " x ".join(f"{name} {size}" for name, size in run.mesh.sizes.items())
+    cost = report.cost
     lines = [
         f"{report.topology}: {report.device_count} devices of {chip.name}, mesh {mesh}",
         f"{run.training_type}, {report.tokens} tokens a step, rematerialization"
         f" {run.precision.remat!r}, attention {run.model.attention!r}"
-        f" ({report.kernels or 'no'} Pallas kernels in the program)",
+        f" ({cost.kernels or 'no'} Pallas kernels in the program)",
     ]
     if report.refusal:
         lines += ["DOES NOT FIT:", report.refusal, *advise(run)]
@@ -133,11 +134,11 @@ def describe(report: Report) -> str:
         "work a device and step:",
         f"  FLOPs              {report.flops / 1e12:9.2f} T"
         f" ({report.model_flops / 1e12:.2f} T without recomputation)",
-        f"  device memory      {report.bytes_accessed / 1e9:9.2f} GB read and written",
+        f"  device memory      {cost.bytes_accessed / 1e9:9.2f} GB read and written",
     ]
-    for kind, (count, size) in sorted(report.collectives.items()):
+    for kind, (count, size) in sorted(cost.collectives.items()):
         lines.append(f"  {kind:18s} {size / 1e9:9.2f} GB in {count:.0f} calls")
-    for kind, (count, size) in sorted(report.between_slices.items()):
+    for kind, (count, size) in sorted(cost.between_slices.items()):
         name = f"{kind}, {'hosts' if chip.per_host else 'slices'}"
         lines.append(f"  {name:18s} {size / 1e9:9.2f} GB in {count:.0f} calls")
     times = ", ".join(f"{name} {secs:.3f} s" for name, secs in report.secs.items())

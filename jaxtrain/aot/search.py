@@ -7,12 +7,16 @@ alone take, by a smaller candidate that did not fit, by a result that no bound b
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+from jaxtrain.aot.report import Report
 
 # From the one that keeps most for the backward pass to the one that keeps least.
 REMATS = ("none", "minimal", "save_attention", "full")
 ROWS = (1, 2, 4, 8, 16, 32)
+AXES = ("data", "fsdp", "context", "tensor")
 # Fewer tokens of a row than this are not worth splitting it.
 _FEWEST_TOKENS = 4096
 _MOST_TENSOR = 8
@@ -33,29 +37,12 @@ class Bound(NamedTuple):
     secs: float
 
 
-class Result(Protocol):
-    """What a compilation tells (`aot.Report`)."""
-
-    @property
-    def fits(self) -> bool: ...
-    @property
-    def device_bytes(self) -> float: ...
-    @property
-    def step_secs(self) -> float: ...
-    @property
-    def tokens(self) -> int: ...
-    @property
-    def mfu(self) -> float: ...
-    @property
-    def refusal(self) -> str | None: ...
-
-
 @dataclasses.dataclass(frozen=True)
 class Outcome:
     """A candidate with its compilation, or the reason why there was none."""
 
     candidate: Candidate
-    result: Result | None
+    result: Report | None
     reason: str = ""
 
     @property
@@ -78,24 +65,17 @@ def make_candidates(
     per_slice = device_count // num_slices
     for tensor in _divisors(per_slice, at_most=_MOST_TENSOR):
         for context in _divisors(per_slice // tensor, at_most=32):
-            if heads % tensor or (
-                context > 1 and row_tokens < context * _FEWEST_TOKENS
-            ):
+            is_short = context > 1 and row_tokens < context * _FEWEST_TOKENS
+            if heads % tensor or is_short:
                 continue
             left = per_slice // tensor // context
             for data in (1, 2, 4, left):
                 if left % data == 0:
-                    sizes = {
-                        "data": data * num_slices, "fsdp": left // data,
-                        "context": context, "tensor": tensor,
-                    }  # fmt: skip
-                    found.add(tuple(sizes.items()))
-    return [
-        Candidate(mesh, remat, rows)
-        for mesh in sorted(found)
-        for remat in REMATS
-        for rows in ROWS
-    ]
+                    sizes = (data * num_slices, left // data, context, tensor)
+                    found.add(tuple(zip(AXES, sizes, strict=True)))
+    return list(
+        itertools.starmap(Candidate, itertools.product(sorted(found), REMATS, ROWS))
+    )
 
 
 def _divisors(number: int, *, at_most: int) -> list[int]:
@@ -107,7 +87,7 @@ def _divisors(number: int, *, at_most: int) -> list[int]:
 def search(
     candidates: Iterable[Candidate],
     bound: Callable[[Candidate], Bound],
-    compile_candidate: Callable[[Candidate], Result],
+    compile_candidate: Callable[[Candidate], Report],
     *,
     memory_bytes: float,
     max_compiles: int,
@@ -168,16 +148,17 @@ def choose_best(outcomes: Sequence[Outcome]) -> Outcome | None:
     return best if best is not None and best.tokens_per_sec > 0 else None
 
 
-def as_flags(candidate: Candidate) -> Mapping[str, str]:
+def as_flags(candidate: Candidate) -> dict[str, Any]:
     """The keys of a configuration that set it."""
     sizes = dict(candidate.mesh)
-    flags = {f"mesh.{axis}": str(size) for axis, size in sizes.items() if size > 1}
-    flags["training.deepspeed.zero_stage"] = "3" if sizes["fsdp"] > 1 else "1"
-    flags["training.gradient_checkpointing"] = str(candidate.remat != "none")
-    if candidate.remat != "none":
-        flags["training.remat_policy"] = candidate.remat
-    flags["training.per_device_train_batch_size"] = str(candidate.rows)
-    return flags
+    remat = candidate.remat
+    return {
+        **{f"mesh.{axis}": size for axis, size in sizes.items() if size > 1},
+        "training.deepspeed.zero_stage": 3 if sizes["fsdp"] > 1 else 1,
+        "training.gradient_checkpointing": remat != "none",
+        **({} if remat == "none" else {"training.remat_policy": remat}),
+        "training.per_device_train_batch_size": candidate.rows,
+    }
 
 
 def format_table(outcomes: Sequence[Outcome], memory_bytes: float) -> str:
