@@ -52,14 +52,12 @@ def device_memory(device: Any) -> dict[str, float]:
     Args:
         device: a `jax.Device`.
     """
-    statistics = device.memory_stats() or {}
     names = {
-        "device_memory_gib": "bytes_in_use",
-        "device_memory_peak_gib": "peak_bytes_in_use",
+        "bytes_in_use": "device_memory_gib",
+        "peak_bytes_in_use": "device_memory_peak_gib",
     }
-    return {
-        name: statistics[key] / _GIB for name, key in names.items() if key in statistics
-    }
+    found = device.memory_stats() or {}
+    return {name: found[key] / _GIB for key, name in names.items() if key in found}
 
 
 @functools.cache
@@ -84,9 +82,8 @@ def _open_tpu_monitoring() -> Any:
 
 def device_utilization(device: Any = None) -> dict[str, float]:
     """How busy this host's accelerators of `device`'s kind are; see the two below."""
-    if getattr(device, "platform", None) == "tpu":
-        return tpu_utilization()
-    return gpu_utilization()
+    is_tpu = getattr(device, "platform", None) == "tpu"
+    return tpu_utilization() if is_tpu else gpu_utilization()
 
 
 def tpu_utilization() -> dict[str, float]:
@@ -121,30 +118,21 @@ def gpu_utilization() -> dict[str, float]:
         return {}
     found: dict[str, list[float]] = {}
     for device in _visible_gpus(nvml):
-        readings = (
-            (
-                "gpu_utilization",
-                lambda d: nvml.nvmlDeviceGetUtilizationRates(d).gpu,
-                100,
-            ),
-            ("gpu_power_watts", nvml.nvmlDeviceGetPowerUsage, 1000),
-        )
-        for name, read, unit in readings:
-            with contextlib.suppress(nvml.NVMLError):
-                value = read(device) / unit
-                found.setdefault(name, []).append(value)
+        with contextlib.suppress(nvml.NVMLError):
+            share = nvml.nvmlDeviceGetUtilizationRates(device).gpu / 100
+            found.setdefault("gpu_utilization", []).append(share)
+        with contextlib.suppress(nvml.NVMLError):
+            watts = nvml.nvmlDeviceGetPowerUsage(device) / 1000
+            found.setdefault("gpu_power_watts", []).append(watts)
     return {name: sum(values) / len(values) for name, values in found.items()}
 
 
 def _visible_gpus(nvml: Any) -> list[Any]:
     """NVML handles of the devices that this process may use."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        names = [str(index) for index in range(nvml.nvmlDeviceGetCount())]
-    else:
-        names = [name.strip() for name in visible.split(",") if name.strip()]
+    every = ",".join(map(str, range(nvml.nvmlDeviceGetCount())))
+    names = os.environ.get("CUDA_VISIBLE_DEVICES", every).split(",")
     handles = []
-    for name in names:
+    for name in filter(None, map(str.strip, names)):
         with contextlib.suppress(nvml.NVMLError):
             handles.append(
                 nvml.nvmlDeviceGetHandleByIndex(int(name))
@@ -204,12 +192,7 @@ class ThroughputMeter:
         """
         self._clock = clock
         self._flops_per_token = flops_per_token
-        self._peak_flops = (
-            None
-            if peak_flops_per_device is None
-            else peak_flops_per_device * device_count
-        )
-        self._paused_secs = 0.0
+        self._peak_flops = (peak_flops_per_device or 0.0) * device_count
         self.start()
 
     def start(self) -> None:

@@ -5,6 +5,7 @@ writes. A resumed run first takes back what was recorded after its checkpoint, s
 step stands in each curve once.
 """
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -27,22 +28,18 @@ class Writer(Protocol):
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record numbers at `step`."""
-        ...
 
     def write_text(self, step: int, texts: Mapping[str, str]) -> None:
         """Record texts at `step`, such as sample outputs."""
-        ...
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Record the run's config, secrets masked."""
-        ...
 
     def close(self) -> None:
         """Flush and release."""
-        ...
 
 
-class Writers:
+class Writers(contextlib.AbstractContextManager["Writers"]):
     """Several writers as one; none is a writer that drops everything."""
 
     def __init__(self, writers: Sequence[Writer]) -> None:
@@ -55,7 +52,6 @@ class Writers:
             writer.write(step, numbers)
 
     def write_text(self, step: int, texts: Mapping[str, str]) -> None:
-        """Record texts at `step`."""
         for writer in self.writers:
             writer.write_text(step, texts)
 
@@ -66,12 +62,8 @@ class Writers:
             writer.write_config(masked)
 
     def close(self) -> None:
-        """Close all."""
         for writer in self.writers:
             writer.close()
-
-    def __enter__(self) -> "Writers":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -160,30 +152,24 @@ class JsonlWriter:
             drop_lines_after(folder / name, resume_step)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append one line to metrics.jsonl."""
-        finite = {
-            name: value if math.isfinite(value) else None
-            for name, value in metrics.items()
-        }
-        self._append("metrics.jsonl", {"step": step, "time": self._clock(), **finite})
+        finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+        self._append("metrics.jsonl", step, finite)
 
     def write_text(self, step: int, texts: Mapping[str, str]) -> None:
-        """Append one line to samples.jsonl."""
-        self._append("samples.jsonl", {"step": step, "time": self._clock(), **texts})
+        self._append("samples.jsonl", step, texts)
 
     def write_config(self, config: Mapping[str, Any]) -> None:
-        """Write config.json."""
         text = json.dumps(config, indent=2, default=str)
         (self._folder / "config.json").write_text(f"{text}\n")
 
     def close(self) -> None:
-        """Close the files."""
         for file in self._files.values():
             file.close()
 
-    def _append(self, name: str, record: Mapping[str, Any]) -> None:
+    def _append(self, name: str, step: int, values: Mapping[str, Any]) -> None:
         if name not in self._files:
             self._files[name] = open(self._folder / name, "a", encoding="utf-8")  # noqa: SIM115
+        record = {"step": step, "time": self._clock(), **values}
         line = json.dumps(record, ensure_ascii=False, allow_nan=False)
         self._files[name].write(f"{line}\n")
         self._files[name].flush()
@@ -230,7 +216,6 @@ class TensorBoardWriter:
         )
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record scalars."""
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
@@ -247,7 +232,6 @@ class TensorBoardWriter:
         self.write_text(0, {"config": json.dumps(config, indent=2, default=str)})
 
     def close(self) -> None:
-        """Flush and close."""
         self._writer.close()
 
 
@@ -284,7 +268,6 @@ class WandbWriter:
         )
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record numbers."""
         self._run.log(dict(metrics), step=step)
 
     def write_text(self, step: int, texts: Mapping[str, str]) -> None:
@@ -295,11 +278,9 @@ class WandbWriter:
         self._run.log({"samples": table}, step=step)
 
     def write_config(self, config: Mapping[str, Any]) -> None:
-        """Record the config."""
         self._run.config.update(dict(config), allow_val_change=True)
 
     def close(self) -> None:
-        """Finish the run."""
         self._run.finish()
 
 
@@ -307,10 +288,7 @@ class WandbWriter:
 
 # Shown first, in this order, under these names; anything else follows as it is named.
 _CONSOLE_NAMES = {
-    "loss": "loss",
-    "eval_loss": "eval_loss",
-    "perplexity": "perplexity",
-    "eval_perplexity": "eval_perplexity",
+    **{name: name for name in ("loss", "eval_loss", "perplexity", "eval_perplexity")},
     "learning_rate": "lr",
     "grad_norm": "grad_norm",
     "tokens_per_sec": "tokens/s",
@@ -340,14 +318,14 @@ class ConsoleWriter:
         self._stream = stream or sys.stdout
         self._total = total_steps
         shown = sys.stderr.isatty() if show_bar is None else show_bar
+        self._last_step = resume_step or 0
         self._bar = tqdm(
             total=total_steps,
-            initial=resume_step or 0,
+            initial=self._last_step,
             unit="step",
             dynamic_ncols=True,
             disable=not shown,
         )
-        self._last_step = resume_step or 0
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Advance the bar to `step` and print one line."""
@@ -368,7 +346,6 @@ class ConsoleWriter:
         """Nothing: config.json is the place to read it."""
 
     def close(self) -> None:
-        """Leave the bar as it is."""
         self._bar.close()
 
     def _print(self, line: str) -> None:
@@ -378,13 +355,11 @@ class ConsoleWriter:
 
 def format_metrics(metrics: Mapping[str, float]) -> str:
     """`loss 2.3026 | lr 1.00e-04 | tokens/s 81.2k`, the usual ones first."""
-    order = list(_CONSOLE_NAMES)
-    names = sorted(
-        metrics, key=lambda name: order.index(name) if name in order else len(order)
-    )
+    names = dict.fromkeys([*_CONSOLE_NAMES, *metrics])
     return " | ".join(
         f"{_CONSOLE_NAMES.get(name, name)} {_format(name, metrics[name])}"
         for name in names
+        if name in metrics
     )
 
 
