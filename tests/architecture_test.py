@@ -53,6 +53,7 @@ ALLOWED: dict[str, set[str]] = {
         "models",
         "models.load",
         "sharding",
+        "tree",
         "types",
     },
     "run.preemption": set(),

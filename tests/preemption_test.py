@@ -111,7 +111,7 @@ def test_outside_the_main_thread_signals_are_left_alone():
 def run_watched(body):
     code = f"""
 import time
-from jaxtrain.preemption import Watchdog
+from jaxtrain.run.preemption import Watchdog
 def stuck():
     time.sleep(20)
 with Watchdog(1.0) as watchdog:

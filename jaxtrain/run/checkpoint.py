@@ -6,6 +6,7 @@ killed at any moment leaves only whole checkpoints. On disk: arrays as Orbax's Z
 everything else as JSON; never pickle.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -21,6 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
+from orbax.checkpoint import checkpoint_managers as managers
 
 _T = TypeVar("_T")
 _TRASH = ".trash"
@@ -71,7 +73,7 @@ class Restored:
         return first
 
 
-class CheckpointManager:
+class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
     """Save asynchronously, restore onto any shardings, keep the newest and the best.
 
     Every process of a run makes one, on the same directory, and calls it alike.
@@ -180,11 +182,7 @@ class CheckpointManager:
         return True
 
     def restore(
-        self,
-        abstract_state: Any,
-        step: int | None = None,
-        *,
-        partial: bool = False,
+        self, abstract_state: Any, step: int | None = None, *, partial: bool = False
     ) -> Restored:
         """Read a checkpoint into the structure and the shardings of `abstract_state`.
 
@@ -208,16 +206,11 @@ class CheckpointManager:
         targets = {name: _raw_struct(leaf) for name, leaf in wanted.items()}
         to_read = ocp.args.PyTreeRestore(
             item=targets,
-            restore_args={
-                name: ocp.ArrayRestoreArgs(sharding=target.sharding, dtype=target.dtype)
-                for name, target in targets.items()
-            },
+            restore_args=ocp.checkpoint_utils.construct_restore_args(targets),
             partial_restore=partial,
         )
-        restored = self._manager.restore(
-            step, args=ocp.args.Composite(state=to_read)
-        ).state
-        leaves = [_from_raw(restored[name], record["layout"][name]) for name in wanted]
+        read = self._manager.restore(step, args=ocp.args.Composite(state=to_read)).state
+        leaves = [_from_raw(read[name], record["layout"][name]) for name in wanted]
         structure = jax.tree.structure(abstract_state)
         return Restored(
             step=step,
@@ -245,10 +238,6 @@ class CheckpointManager:
         self.wait()
         return self._policy.best([(s, self.metrics(s)) for s in self.all_steps()])
 
-    def step_directory(self, step: int) -> pathlib.Path:
-        """Where a checkpoint lies on disk."""
-        return self.directory / str(step)
-
     def delete_after(self, step: int) -> None:
         """Delete the checkpoints later than `step`, to train on from an older one."""
         self.wait()
@@ -267,9 +256,6 @@ class CheckpointManager:
         self.wait()
         self._manager.close()
         self._deleter.shutdown()
-
-    def __enter__(self) -> "CheckpointManager":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -292,7 +278,7 @@ class CheckpointManager:
         ).record
         if record["format"] != _FORMAT:
             raise ValueError(
-                f"{self.step_directory(step)} has checkpoint format "
+                f"{self.directory / str(step)} has checkpoint format "
                 f"{record['format']}, this version reads {_FORMAT}: restore it with "
                 "the version of jaxtrain that saved it"
             )
@@ -306,30 +292,30 @@ class CheckpointManager:
         *,
         partial: bool,
     ) -> None:
-        lines = []
-        for name, leaf in wanted.items():
-            now = _describe(leaf)
-            if name not in saved:
-                lines.append(
-                    f"{name}: not in the checkpoint, the model has {_show(now)}"
-                )
-            # A key's implementation is free to differ only if its dtype does not.
-            elif any(saved[name][part] != now[part] for part in ("shape", "dtype")):
-                lines.append(
-                    f"{name}: {_show(saved[name])} in the checkpoint, "
-                    f"the model has {_show(now)}"
-                )
+        # A key's implementation is free to differ only if its dtype does not.
+        then = {name: _show(description) for name, description in saved.items()}
+        now = {name: _show(_describe(leaf)) for name, leaf in wanted.items()}
+        lines = [
+            f"{name}: {then[name]} in the checkpoint, the model has {shown}"
+            if name in then
+            else f"{name}: not in the checkpoint, the model has {shown}"
+            for name, shown in now.items()
+            if then.get(name) != shown
+        ]
         if not partial:
             lines += [
-                f"{name}: {_show(description)} in the checkpoint, not in the model"
-                for name, description in saved.items()
-                if name not in wanted
+                f"{name}: {shown} in the checkpoint, not in the model"
+                for name, shown in then.items()
+                if name not in now
             ]
         if lines:
+            more = len(lines) - _SHOWN_DIFFERENCES
             raise CheckpointMismatchError(
-                f"{self.step_directory(step)} does not fit the model; "
-                f"{len(lines)} leaves differ:\n{_first(lines)}\n"
-                "Use the model and optimizer that saved it, or another workdir"
+                f"{self.directory / str(step)} does not fit the model; "
+                f"{len(lines)} leaves differ:\n  "
+                + "\n  ".join(lines[:_SHOWN_DIFFERENCES])
+                + (f"\n  ... and {more} more" if more > 0 else "")
+                + "\nUse the model and optimizer that saved it, or another workdir"
             )
 
     def _empty_trash(self) -> None:
@@ -348,7 +334,7 @@ class CheckpointManager:
 
 
 @dataclasses.dataclass(frozen=True)
-class _NewestAndBest(ocp.checkpoint_managers.PreservationPolicy):
+class _NewestAndBest(managers.PreservationPolicy):
     """Retention: the newest `save_total_limit` checkpoints, and the best."""
 
     save_total_limit: int | None
@@ -356,19 +342,11 @@ class _NewestAndBest(ocp.checkpoint_managers.PreservationPolicy):
     greater_is_better: bool
 
     def should_preserve(
-        self,
-        checkpoints: Sequence[ocp.checkpoint_managers.PolicyCheckpointInfo],
-        *,
-        context: ocp.checkpoint_managers.PreservationContext,
+        self, checkpoints: Sequence[managers.PolicyCheckpointInfo], **_: Any
     ) -> Sequence[bool]:
         """Whether to keep each of `checkpoints`, which ascend by step."""
-        del context
-        limit = (
-            len(checkpoints)
-            if self.save_total_limit is None
-            else (self.save_total_limit)
-        )
-        kept = {info.step for info in checkpoints[-limit:]}
+        newest = checkpoints[-(self.save_total_limit or 0) :]  # no limit: all of them
+        kept = {info.step for info in newest}
         kept.add(self.best([(info.step, info.metrics or {}) for info in checkpoints]))
         return [info.step in kept for info in checkpoints]
 
@@ -477,20 +455,8 @@ def _gather(value: Any) -> list[Any]:
     """The JSON value of every process, in process order."""
     if jax.process_count() == 1:
         return [value]
-    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    lengths = multihost_utils.process_allgather(np.array([text.size]))
-    padded = np.zeros(int(lengths.max()), np.uint8)
-    padded[: text.size] = text
+    text = json.dumps(value).encode()
+    longest = int(multihost_utils.process_allgather(np.array(len(text))).max())
+    padded = np.frombuffer(text.ljust(longest), np.uint8)  # JSON ends in no space
     rows = np.asarray(multihost_utils.process_allgather(padded))
-    sizes = np.asarray(lengths).reshape(-1)
-    return [
-        json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)
-    ]
-
-
-def _first(lines: Sequence[str]) -> str:
-    """The first few lines, indented, and how many more there are."""
-    shown = [f"  {line}" for line in lines[:_SHOWN_DIFFERENCES]]
-    if len(lines) > len(shown):
-        shown.append(f"  ... and {len(lines) - len(shown)} more")
-    return "\n".join(shown)
+    return [json.loads(row.tobytes()) for row in rows]

@@ -13,7 +13,6 @@ import dataclasses
 import logging
 import os
 from collections.abc import Mapping, MutableMapping
-from typing import Any
 
 import jax
 
@@ -105,15 +104,15 @@ def initialize(environ: MutableMapping[str, str] = os.environ) -> None:
     launch = detect(environ)
     if launch is None or jax.distributed.is_initialized():
         return
-    timeout = _seconds(environ, "JAXTRAIN_INIT_TIMEOUT_SECS", 300)
-    heartbeat = _seconds(environ, "JAXTRAIN_HEARTBEAT_TIMEOUT_SECS", 100)
+    timeout = _number(environ, "JAXTRAIN_INIT_TIMEOUT_SECS", "300")
+    heartbeat = _number(environ, "JAXTRAIN_HEARTBEAT_TIMEOUT_SECS", "100")
     if environ.get("JAX_PLATFORMS", "").startswith("cpu"):
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    given: dict[str, Any] = dataclasses.asdict(launch)
-    given.pop("launcher")
     try:
         jax.distributed.initialize(
-            **given,
+            coordinator_address=launch.coordinator_address,
+            num_processes=launch.num_processes,
+            process_id=launch.process_id,
             initialization_timeout=timeout,
             heartbeat_timeout_seconds=heartbeat,
         )
@@ -134,11 +133,8 @@ def initialize(environ: MutableMapping[str, str] = os.environ) -> None:
     )
 
 
-def _number(environ: Mapping[str, str], name: str) -> int:
-    if not environ[name].isdecimal():
-        raise ValueError(f"{name} = {environ[name]!r} is no number: set 0 or more")
-    return int(environ[name])
-
-
-def _seconds(environ: Mapping[str, str], name: str, default: int) -> int:
-    return _number(environ, name) if name in environ else default
+def _number(environ: Mapping[str, str], name: str, default: str = "") -> int:
+    text = environ.get(name, default)
+    if not text.isdecimal():
+        raise ValueError(f"{name} = {text!r} is no number: set 0 or more")
+    return int(text)

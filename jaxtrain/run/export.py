@@ -7,12 +7,12 @@ from typing import Any
 
 import jax
 
-from jaxtrain import lora
+from jaxtrain import lora, tree
 from jaxtrain.config import RunConfig
 from jaxtrain.models.hf_save import save_pretrained
 from jaxtrain.models.load import LoadedModel, lora_config
 from jaxtrain.run.checkpoint import CheckpointManager
-from jaxtrain.types import Params, TrainState
+from jaxtrain.types import TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -31,20 +31,15 @@ def export_models(
     Returns:
         `model_path` and `best_model_path`; equal where the last weights are the best.
     """
-    last, best = int(state.step), checkpoints.best_step()
-    if best is None or best == last:
-        path = export_model(workdir / "model", model, run, state)
-        return {"model_path": path, "best_model_path": path}
-    if run.loop.load_best_model_at_end:
-        path = export_model(
-            workdir / "model", model, run, _restore_weights(state, checkpoints, best)
-        )
-        return {"model_path": path, "best_model_path": path}
-    last_path = export_model(workdir / "model", model, run, state)
-    best_path = export_model(
-        workdir / "best_model", model, run, _restore_weights(state, checkpoints, best)
-    )
-    return {"model_path": last_path, "best_model_path": best_path}
+    best = checkpoints.best_step()
+    is_last = best in (None, int(state.step))
+    if not is_last and run.loop.load_best_model_at_end:
+        state, is_last = _restore_weights(state, checkpoints, best), True
+    path = best_path = export_model(workdir / "model", model, run, state)
+    if not is_last:
+        state = _restore_weights(state, checkpoints, best)
+        best_path = export_model(workdir / "best_model", model, run, state)
+    return {"model_path": path, "best_model_path": best_path}
 
 
 def export_model(
@@ -57,7 +52,11 @@ def export_model(
     params, config = state.trainable, model.config
     if run.lora is not None:
         settings = lora_config(run)
-        base = _without_adapters(state.frozen)
+        # The frozen tree may hold adapters: a DPO reference's, or the first ones.
+        leaves = tree.flatten(state.frozen).items()
+        base = tree.nest(
+            {path: x for path, x in leaves if not path[-1].startswith("lora_")}
+        )
         adapter_directory = directory.with_name(
             directory.name.replace("model", "adapter")
         )
@@ -83,17 +82,6 @@ def export_model(
         model.tokenizer.save_pretrained(str(directory))
     logger.info("model saved to %s", directory)
     return str(directory)
-
-
-def _without_adapters(tree: Params) -> Params:
-    """The frozen tree may hold adapters: a DPO reference's, or the first ones."""
-    kept = {
-        name: _without_adapters(value) if isinstance(value, dict) else value
-        for name, value in tree.items()
-        if not name.startswith("lora_")
-    }
-    # A tied head is nothing but its adapter.
-    return {k: v for k, v in kept.items() if not isinstance(v, dict) or v}
 
 
 def _restore_weights(

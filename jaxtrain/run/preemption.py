@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import threading
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import jax
@@ -47,12 +47,7 @@ class PreemptionWatch(contextlib.AbstractContextManager["PreemptionWatch"]):
             self._previous = signal.signal(signal.SIGTERM, self._take_note)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._listens:
             signal.signal(signal.SIGTERM, self._previous)
 
@@ -84,12 +79,7 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
         self.feed()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._timeout_secs:
             faulthandler.cancel_dump_traceback_later()
 
