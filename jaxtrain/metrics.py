@@ -5,6 +5,7 @@ Beside it stand `text_metrics`, which compares generated texts with references, 
 """
 
 import dataclasses
+import functools
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,9 +15,10 @@ import jax
 import numpy as np
 
 from jaxtrain.batch import Batch, unpacked_rows
-from jaxtrain.evaluation.held_out import perplexity
+from jaxtrain.evaluation.held_out import add_metrics, perplexity, to_floats
 from jaxtrain.evaluation.text_metrics import align_references, make_text_metric
-from jaxtrain.types import WeightedSum
+from jaxtrain.record.writers import Writer
+from jaxtrain.types import Metrics, WeightedSum
 
 logger = logging.getLogger(__name__)
 
@@ -40,15 +42,6 @@ class ScoringModel(Protocol):
         "loss" must be among them (nats). It is what an evaluation step returns, with
         its state bound.
         """
-        ...
-
-
-class MetricsWriter(Protocol):
-    """Where `log_metrics` sends numbers: any writer of `record.writers`."""
-
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record `metrics` at `step`."""
-        ...
 
 
 class MetricsCalculator:
@@ -58,7 +51,7 @@ class MetricsCalculator:
         self,
         config: Any = None,
         *,
-        writers: Sequence[MetricsWriter] = (),
+        writers: Sequence[Writer] = (),
         text_metrics: Sequence[str] | None = None,
         bertscore_model: str | None = None,
         batch_size: int = 8,
@@ -69,7 +62,7 @@ class MetricsCalculator:
         Args:
             config: the run's config; its `training.generation` names the metrics where
                 the two arguments below do not.
-            writers: where `log_metrics` writes.
+            writers: where `log_metrics` writes; only their `write` is called.
             text_metrics: names from `text_metrics.TEXT_METRICS`, or functions of your
                 own as `module:function`; without a config, exact_match.
             bertscore_model: directory of the encoder that BERTScore uses.
@@ -89,10 +82,8 @@ class MetricsCalculator:
             text_metrics = getattr(settings, "metrics", None) or ("exact_match",)
         if bertscore_model is None:
             bertscore_model = getattr(settings, "bertscore_model", None)
-        self._text_metrics = [
-            make_text_metric(name, bertscore_model=bertscore_model)
-            for name in text_metrics
-        ]
+        make = functools.partial(make_text_metric, bertscore_model=bertscore_model)
+        self._text_metrics = list(map(make, text_metrics))
         self._batch_size = batch_size
         self._max_length = max_length
 
@@ -145,18 +136,13 @@ class MetricsCalculator:
             ValueError: there is no token to score, or a row has none of the fields.
         """
         rows: list[_TextRow] = []
-        sums: dict[str, list[float]] = {}
+        sums: Metrics | None = None
         for batch in self._batches(eval_dataset, tokenizer, rows):
-            for name, value in jax.device_get(dict(model.score(batch))).items():
-                total = sums.setdefault(name, [0.0, 0.0])
-                total[0] += float(value.total)
-                total[1] += float(value.weight)
-        if not sums.get("loss", (0.0, 0.0))[1]:
+            scored = jax.device_get(dict(model.score(batch)))
+            sums = add_metrics(sums, jax.tree.map(float, scored))  # in double precision
+        if sums is None or not sums["loss"].weight:
             raise ValueError("eval_dataset has no token to score: is it empty?")
-        metrics = {
-            f"eval_{name}": total / weight if weight else 0.0
-            for name, (total, weight) in sums.items()
-        }
+        metrics = {f"eval_{name}": value for name, value in to_floats(sums).items()}
         metrics["eval_perplexity"] = perplexity(metrics["eval_loss"])
         generate = getattr(model, "generate", None)
         asked = [row for row in rows if row.prompt]
@@ -267,8 +253,8 @@ class _TextRow:
 def _is_text_row(item: Any) -> bool:
     if not isinstance(item, Mapping):
         return False
-    fields = [item.get(name) for name in ("text", "prompt", "messages")]
-    return any(isinstance(value, str | list) for value in fields)
+    fields = ("text", "prompt", "messages")
+    return any(isinstance(item.get(name), str | list) for name in fields)
 
 
 def _read_text_row(row: Mapping[str, Any], index: int, tokenizer: Any) -> _TextRow:
@@ -296,10 +282,9 @@ def _read_conversation(
     prompt: list[Any], answer: list[Any], tokenizer: Any
 ) -> _TextRow:
     """The template's text up to the answer, and the answer as the template ends it."""
-    asked = tokenizer.apply_chat_template(
-        prompt, tokenize=False, add_generation_prompt=True
-    )
-    whole = tokenizer.apply_chat_template([*prompt, *answer], tokenize=False)
+    render = functools.partial(tokenizer.apply_chat_template, tokenize=False)
+    asked = render(prompt, add_generation_prompt=True)
+    whole = render([*prompt, *answer])
     if not whole.startswith(asked):
         raise ValueError(
             "the chat template changes the prompt once it is answered, so the answer "
@@ -320,11 +305,11 @@ def _make_text_batch(
     encoded = []
     for row in rows:
         special = not row.templated
-        prompt, text = [], row.references[0]
+        prompt = []
         if row.prompt:
             prompt = tokenizer(row.prompt, add_special_tokens=special)["input_ids"]
             special = False
-        answer = tokenizer(text, add_special_tokens=special)["input_ids"]
+        answer = tokenizer(row.references[0], add_special_tokens=special)["input_ids"]
         ids = [*prompt, *answer, *([] if row.templated else eos)]
         encoded.append((ids[: max_length + 1], max(len(prompt) - 1, 0)))
     longest = max(len(ids) for ids, _ in encoded) - 1

@@ -155,7 +155,7 @@ ALLOWED: dict[str, set[str]] = {
         "types",
     },
     "main": {"data.stream", "run.distributed", "trainer"},
-    "metrics": {"batch", "evaluation", "types"},
+    "metrics": {"batch", "evaluation", "record", "types"},
     "report": {"tree"},
 }
 ONLY_IN = {"flax": {"models"}, "torch": set(), "pickle": set()}

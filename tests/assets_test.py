@@ -19,6 +19,10 @@ from jaxtrain import assets
 from tests.embedded import build, pairs, passages
 from tests.embedded.passages import Verse
 
+TEXT_TRAIN, TEXT_EVAL = assets.DATA["next_token"]
+SFT_TRAIN, SFT_EVAL = assets.DATA["sft"]
+MESSAGES_TRAIN, MESSAGES_EVAL = assets.DATA["messages"]
+PREFERENCE_TRAIN, PREFERENCE_EVAL = assets.DATA["preference"]
 FILES = [name for files in assets.DATA.values() for name in files]
 
 
@@ -79,12 +83,12 @@ def test_an_unknown_asset_is_refused_with_the_names_there_are() -> None:
 @pytest.mark.parametrize(
     ("name", "rows"),
     [
-        (assets.SFT_TRAIN, 4000),
-        (assets.SFT_EVAL, 256),
-        (assets.MESSAGES_TRAIN, 256),
-        (assets.MESSAGES_EVAL, 64),
-        (assets.PREFERENCE_TRAIN, 4000),
-        (assets.PREFERENCE_EVAL, 256),
+        (SFT_TRAIN, 4000),
+        (SFT_EVAL, 256),
+        (MESSAGES_TRAIN, 256),
+        (MESSAGES_EVAL, 64),
+        (PREFERENCE_TRAIN, 4000),
+        (PREFERENCE_EVAL, 256),
     ],
 )
 def test_each_file_of_pairs_has_as_many_rows_as_asked_for(name: str, rows: int) -> None:
@@ -104,7 +108,7 @@ def test_every_row_has_the_columns_of_its_form_and_no_empty_one(name: str) -> No
         assert all(row.values())
 
 
-@pytest.mark.parametrize("name", [assets.TEXT_TRAIN, assets.TEXT_EVAL])
+@pytest.mark.parametrize("name", [TEXT_TRAIN, TEXT_EVAL])
 def test_a_passage_and_its_end_token_fit_in_256_tokens(
     name: str, tokenizer: Any
 ) -> None:
@@ -126,8 +130,8 @@ def test_no_verse_of_any_eval_file_stands_in_any_training_file() -> None:
 
 
 def test_every_training_pair_is_of_verses_that_the_text_has() -> None:
-    text = long_verses(assets.TEXT_TRAIN)
-    for name in (assets.SFT_TRAIN, assets.PREFERENCE_TRAIN):
+    text = long_verses(TEXT_TRAIN)
+    for name in (SFT_TRAIN, PREFERENCE_TRAIN):
         assert long_verses(name) <= text
 
 
@@ -135,7 +139,7 @@ def test_every_training_pair_is_of_verses_that_the_text_has() -> None:
 
 
 def test_sft_rows_ask_for_three_kinds_of_answer_all_of_them_often() -> None:
-    rows = read_rows(assets.SFT_TRAIN)
+    rows = read_rows(SFT_TRAIN)
     tasks = collections.Counter(row["prompt"].split("\n")[0] for row in rows)
     assert set(tasks) == {pairs.CONTINUE, pairs.NEXT, pairs.NAME}
     assert min(tasks.values()) > 1000
@@ -147,8 +151,8 @@ def test_prompt_tokens_are_a_prefix_of_the_tokens_with_the_answer(
     tokenizer: Any,
 ) -> None:
     for name, answers in (
-        (assets.SFT_EVAL, ["completion"]),
-        (assets.PREFERENCE_EVAL, ["chosen", "rejected"]),
+        (SFT_EVAL, ["completion"]),
+        (PREFERENCE_EVAL, ["chosen", "rejected"]),
     ):
         for row in read_rows(name):
             prompt = tokenizer(row["prompt"]).input_ids
@@ -158,7 +162,7 @@ def test_prompt_tokens_are_a_prefix_of_the_tokens_with_the_answer(
                 assert len(whole) > len(prompt)
 
 
-@pytest.mark.parametrize("name", [assets.PREFERENCE_TRAIN, assets.PREFERENCE_EVAL])
+@pytest.mark.parametrize("name", [PREFERENCE_TRAIN, PREFERENCE_EVAL])
 def test_chosen_and_rejected_are_equally_long_on_average(
     name: str, tokenizer: Any
 ) -> None:
@@ -174,7 +178,7 @@ def test_chosen_and_rejected_are_equally_long_on_average(
 
 def test_a_rejected_answer_is_of_one_of_four_kinds_equally_often() -> None:
     kinds: collections.Counter[str] = collections.Counter()
-    for row in read_rows(assets.PREFERENCE_TRAIN):
+    for row in read_rows(PREFERENCE_TRAIN):
         chosen, rejected = row["chosen"].split(), row["rejected"].split()
         assert chosen != rejected
         assert row["rejected"].startswith(" ")
@@ -212,7 +216,7 @@ def test_the_tokenizer_has_one_stop_token_and_a_pad_token_of_its_own(
 def test_the_tokenizer_packs_held_out_text_in_a_third_of_its_bytes(
     tokenizer: Any,
 ) -> None:
-    texts = [row["text"] for row in read_rows(assets.TEXT_EVAL)]
+    texts = [row["text"] for row in read_rows(TEXT_EVAL)]
     tokens = sum(map(len, tokenizer(texts).input_ids))
     assert sum(map(len, texts)) / tokens > 3.5
 

@@ -9,21 +9,16 @@ import pathlib
 
 MODEL = "model"
 TOKENIZER = "tokenizer"
-TEXT_TRAIN = "data/text/train.jsonl.gz"
-TEXT_EVAL = "data/text/eval.jsonl.gz"
-SFT_TRAIN = "data/sft/train.jsonl.gz"
-SFT_EVAL = "data/sft/eval.jsonl.gz"
-MESSAGES_TRAIN = "data/messages/train.jsonl.gz"
-MESSAGES_EVAL = "data/messages/eval.jsonl.gz"
-PREFERENCE_TRAIN = "data/preference/train.jsonl.gz"
-PREFERENCE_EVAL = "data/preference/eval.jsonl.gz"
 
 # The (train, eval) files of each form of data.
 DATA = {
-    "next_token": (TEXT_TRAIN, TEXT_EVAL),
-    "sft": (SFT_TRAIN, SFT_EVAL),
-    "messages": (MESSAGES_TRAIN, MESSAGES_EVAL),
-    "preference": (PREFERENCE_TRAIN, PREFERENCE_EVAL),
+    form: (f"data/{folder}/train.jsonl.gz", f"data/{folder}/eval.jsonl.gz")
+    for form, folder in (
+        ("next_token", "text"),
+        ("sft", "sft"),
+        ("messages", "messages"),
+        ("preference", "preference"),
+    )
 }
 
 SIZE_LIMIT_BYTES = 8 * 2**20  # of all assets together: a clone stays small

@@ -29,7 +29,6 @@ class CachedDecoder(Protocol):
 
     def init_cache(self, batch: int, max_len: int) -> Any:
         """An empty cache for `max_len` tokens a row."""
-        ...
 
     def decode(
         self,
@@ -40,7 +39,6 @@ class CachedDecoder(Protocol):
         segment_ids: Int32[Array, "B T"],
     ) -> tuple[Float[Array, "B V"], Any]:
         """Append tokens (segment 0 = padding); logits after each row's last one."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +194,7 @@ def generate_texts(
     encoded = [_encode(tokenizer, prompt, i) for i, prompt in enumerate(prompts)]
     rows = generate_tokens(generate, params, encoded, key=key, batch_size=batch_size)
     return [
-        tokenizer.decode(_until_end(row, generate.eos_ids), skip_special_tokens=True)
+        tokenizer.decode(until_end(row, generate.eos_ids), skip_special_tokens=True)
         for row in rows
     ]
 
@@ -241,9 +239,8 @@ def _encode(
         )
         # The template writes the special tokens itself.
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if not ids:
-        first = [tokenizer.bos_token_id, tokenizer.eos_token_id]
-        ids = [token for token in first if token is not None][:1]
+    first = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    ids = ids or [token for token in first if token is not None][:1]
     if not ids:
         raise ValueError(
             f"prompt {index} is empty and the tokenizer has neither a bos nor an eos "
@@ -266,7 +263,8 @@ def _left_pad(
     return tokens, mask
 
 
-def _until_end(row: np.ndarray, eos_ids: Sequence[int]) -> list[int]:
+def until_end(row: np.ndarray, eos_ids: Sequence[int]) -> list[int]:
+    """The tokens before the first of `eos_ids`."""
     ends = np.flatnonzero(np.isin(row, list(eos_ids)))
     return row[: ends[0]].tolist() if ends.size else row.tolist()
 

@@ -5,6 +5,7 @@ model is trained and evaluated on, to the token: chat template, truncation and a
 """
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -84,13 +85,12 @@ def _assistant_header(tokenizer: Any) -> list[int]:
     """The tokens by which the chat template opens an answer; none if it has none."""
     if not getattr(tokenizer, "chat_template", None):
         return []
-    question = [{"role": "user", "content": "?"}]
-    closed, opened = (
-        tokenizer.apply_chat_template(
-            question, tokenize=False, add_generation_prompt=opens
-        )
-        for opens in (False, True)
+    render = functools.partial(
+        tokenizer.apply_chat_template,
+        [{"role": "user", "content": "?"}],
+        tokenize=False,
     )
+    closed, opened = (render(add_generation_prompt=opens) for opens in (False, True))
     if not opened.startswith(closed):
         return []
     return tokenizer(opened[len(closed) :], add_special_tokens=False)["input_ids"]
@@ -128,10 +128,8 @@ class Sampler:
         words = [len(text.split()) for text in texts]
         scores["generated_words"] = sum(words) / len(words)
         samples: dict[str, str] = {}
-        logged = zip(self.prompts, texts, strict=True)
+        logged = zip(self.prompts[: self.num_logged], texts, strict=False)
         for number, (prompt, text) in enumerate(logged, start=1):
-            if number > self.num_logged:
-                break
             samples[f"sample_{number}/prompt"] = prompt.text
             samples[f"sample_{number}/output"] = text
             samples[f"sample_{number}/reference"] = prompt.reference

@@ -5,15 +5,16 @@ The libraries are extras; one that is missing is named with its pip command.
 """
 
 import importlib
+import itertools
 import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
+Texts = list[str]
+Scores = dict[str, float]
 # Each maps predictions [n] and their acceptable references [n][1..] to named scores.
-TextMetric = Callable[[list[str], list[list[str]]], dict[str, float]]
+TextMetric = Callable[[Texts, list[Texts]], Scores]
 
 
 def make_text_metric(name: str, *, bertscore_model: str | None = None) -> TextMetric:
@@ -60,7 +61,7 @@ def load_text_metric(path: str) -> TextMetric:
             f"text metric {path!r}: {module_name} has no function {function_name!r}"
         )
 
-    def custom(predictions: list[str], references: list[list[str]]) -> dict[str, float]:
+    def custom(predictions: Texts, references: list[Texts]) -> Scores:
         result = function(predictions, references)
         scores = result if isinstance(result, Mapping) else {function_name: result}
         return {name: float(value) for name, value in scores.items()}
@@ -68,32 +69,22 @@ def load_text_metric(path: str) -> TextMetric:
     return custom
 
 
-def make_exact_match() -> TextMetric:
+def exact_match(predictions: Texts, references: list[Texts]) -> Scores:
     """`exact_match`: share of texts equal to a reference, but for outer whitespace."""
-
-    def exact_match(
-        predictions: list[str], references: list[list[str]]
-    ) -> dict[str, float]:
-        hits = [
-            text.strip() in {reference.strip() for reference in alternatives}
-            for text, alternatives in zip(predictions, references, strict=True)
-        ]
-        return {"exact_match": sum(hits) / len(hits)}
-
-    return exact_match
+    hits = [
+        text.strip() in {reference.strip() for reference in alternatives}
+        for text, alternatives in zip(predictions, references, strict=True)
+    ]
+    return {"exact_match": sum(hits) / len(hits)}
 
 
 def make_bleu() -> TextMetric:
     """`bleu`, 0 to 100: corpus BLEU as sacrebleu computes it by default."""
     sacrebleu = _import("sacrebleu", extra="metrics")
 
-    def bleu(predictions: list[str], references: list[list[str]]) -> dict[str, float]:
+    def bleu(predictions: Texts, references: list[Texts]) -> Scores:
         # sacrebleu wants one list for each reference; None fills the gaps.
-        most = max(len(alternatives) for alternatives in references)
-        columns = [
-            [texts[i] if i < len(texts) else None for texts in references]
-            for i in range(most)
-        ]
+        columns = list(map(list, itertools.zip_longest(*references)))
         return {"bleu": sacrebleu.corpus_bleu(predictions, columns).score}
 
     return bleu
@@ -105,7 +96,7 @@ def make_rouge() -> TextMetric:
     kinds = ["rouge1", "rouge2", "rougeL"]
     scorer = scorer_module.RougeScorer(kinds, use_stemmer=False)
 
-    def rouge(predictions: list[str], references: list[list[str]]) -> dict[str, float]:
+    def rouge(predictions: Texts, references: list[Texts]) -> Scores:
         totals = dict.fromkeys(kinds, 0.0)
         for text, alternatives in zip(predictions, references, strict=True):
             scores = scorer.score_multi(alternatives, text)
@@ -142,10 +133,8 @@ def make_bertscore(model: str | None = None) -> TextMetric:
     limit = min(scorer._tokenizer.model_max_length, longest)
     scorer._tokenizer.model_max_length = limit
 
-    def bertscore(
-        predictions: list[str], references: list[list[str]]
-    ) -> dict[str, float]:
-        totals = np.zeros(3)
+    def bertscore(predictions: Texts, references: list[Texts]) -> Scores:
+        totals = [0.0, 0.0, 0.0]
         pairs = [
             (text, [reference for reference in alternatives if reference.strip()])
             for text, alternatives in zip(predictions, references, strict=True)
@@ -153,19 +142,16 @@ def make_bertscore(model: str | None = None) -> TextMetric:
         full = [(text, refs) for text, refs in pairs if text.strip() and refs]
         if full:
             scores = scorer.score([text for text, _ in full], [r for _, r in full])
-            totals += [float(part.sum()) for part in scores]
-        names = ("precision", "recall", "f1")
-        means = totals / len(predictions)
-        return {
-            f"bertscore_{name}": float(mean)
-            for name, mean in zip(names, means, strict=True)
-        }
+            totals = [float(part.sum()) for part in scores]
+        names = ("bertscore_precision", "bertscore_recall", "bertscore_f1")
+        means = (total / len(predictions) for total in totals)
+        return dict(zip(names, means, strict=True))
 
     return bertscore
 
 
 TEXT_METRICS: dict[str, Callable[[], TextMetric]] = {
-    "exact_match": make_exact_match,
+    "exact_match": lambda: exact_match,
     "bleu": make_bleu,
     "rouge": make_rouge,
     "bertscore": make_bertscore,
@@ -184,7 +170,7 @@ def _import(module: str, *, extra: str) -> Any:
 
 def align_references(
     predictions: Sequence[str], references: Sequence[str | Sequence[str]]
-) -> tuple[list[str], list[list[str]]]:
+) -> tuple[Texts, list[Texts]]:
     """Predictions, and for each the list of its references.
 
     Raises:
@@ -197,7 +183,7 @@ def align_references(
             "one reference, or one list of them, for each of at least one prediction"
         )
     alternatives = [[r] if isinstance(r, str) else list(r) for r in references]
-    for index, texts in enumerate(alternatives):
-        if not texts:
-            raise ValueError(f"references[{index}] is an empty list: give one or more")
+    if [] in alternatives:
+        index = alternatives.index([])
+        raise ValueError(f"references[{index}] is an empty list: give one or more")
     return list(predictions), alternatives

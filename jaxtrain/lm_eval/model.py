@@ -19,7 +19,7 @@ import numpy as np
 from jaxtrain import assets
 from jaxtrain.batch import Batch, unpacked_rows
 from jaxtrain.config import default_config
-from jaxtrain.evaluation.generate import Generator, generate_tokens, make_generate
+from jaxtrain.evaluation import generate
 from jaxtrain.model_manager import LoadedModel, ModelManager
 from jaxtrain.models import hf
 from jaxtrain.types import Params
@@ -138,7 +138,7 @@ class JaxtrainLM(TemplateLM):
             )
         self.max_gen_toks = max_gen_toks
         self._key = jax.random.key(seed)
-        self._generators: dict[Any, Generator] = {}
+        self._generators: dict[Any, generate.Generator] = {}
 
     # --- text and tokens --------------------------------------------------------------
 
@@ -199,21 +199,24 @@ class JaxtrainLM(TemplateLM):
         A request is its texts, the context's tokens and the continuation's. The
         beginning of what exceeds `max_length` is cut off.
         """
-        rows = [
-            _Row(context, answer, self.max_length) for _, context, answer in requests
-        ]
+        documents = []  # each with the first position whose prediction counts
+        for _, context, answer in requests:
+            tokens = [*context, *answer][-self.max_length - 1 :]
+            documents.append((tokens, len(tokens) - 1 - len(answer)))
         # The longest first: memory that does not suffice shows at once.
-        order = sorted(range(len(rows)), key=lambda i: -len(rows[i].tokens))
+        order = sorted(range(len(documents)), key=lambda i: -len(documents[i][0]))
         params = self.model.on_device(self.model.params)
-        results: list[tuple[float, bool]] = [(0.0, True)] * len(rows)
+        results: list[tuple[float, bool]] = [(0.0, True)] * len(documents)
         for start in range(0, len(order), self.batch_size):
             members = order[start : start + self.batch_size]
-            batch = _make_batch([rows[i] for i in members], self.batch_size)
+            longest = len(documents[members[0]][0]) - 1
+            width = max(1 << (longest - 1).bit_length(), _SHORTEST_ROW)
+            shape = (self.batch_size, width)
+            batch = unpacked_rows([documents[i] for i in members], shape)
             logps, greedy = jax.device_get(self._score(params, self._place(batch)))
             for index, logp, is_greedy in zip(members, logps, greedy, strict=False):
                 results[index] = (float(logp), bool(is_greedy))
-                texts = requests[index][0]
-                if texts is not None:
+                if (texts := requests[index][0]) is not None:
                     self.cache_hook.add_partial("loglikelihood", texts, results[index])
         return results
 
@@ -254,13 +257,8 @@ class JaxtrainLM(TemplateLM):
 
     def _place(self, batch: Batch) -> Batch:
         """Rows over the devices; every process holds all rows and gives its own."""
-        layout = self.model.plan.batch()
-        return jax.tree.map(
-            lambda rows: jax.make_array_from_callback(
-                rows.shape, layout, rows.__getitem__
-            ),
-            batch,
-        )
+        make, layout = jax.make_array_from_callback, self.model.plan.batch()
+        return jax.tree.map(lambda x: make(x.shape, layout, x.__getitem__), batch)
 
     # --- generation -------------------------------------------------------------------
 
@@ -284,7 +282,7 @@ class JaxtrainLM(TemplateLM):
                     f" context in max_length={self.max_length}: lower it"
                 )
             contexts = [self.tok_encode(requests[i].args[0])[-room:] for i in members]
-            rows = generate_tokens(
+            rows = generate.generate_tokens(
                 self._generator(settings, stops),
                 params,
                 [context or [self.prefix_token_id] for context in contexts],
@@ -312,6 +310,8 @@ class JaxtrainLM(TemplateLM):
         limits = [rest.pop(name, None) for name in _TOKEN_LIMITS]
         limits = [limit for limit in limits if limit is not None]
         temperature = float(rest.pop("temperature", 0.0) or 0.0)
+        top_k = int(rest.pop("top_k", 0) or 0)
+        top_p = float(rest.pop("top_p", 1.0) or 1.0)
         do_sample = rest.pop("do_sample", temperature > 0)
         if do_sample and not temperature:
             raise ValueError(
@@ -321,12 +321,9 @@ class JaxtrainLM(TemplateLM):
         settings = {
             "max_new_tokens": int(limits[0]) if limits else self.max_gen_toks,
             "temperature": temperature if do_sample else 0.0,
-            "top_k": int(rest.pop("top_k", 0) or 0) if do_sample else 0,
-            "top_p": float(rest.pop("top_p", 1.0) or 1.0) if do_sample else 1.0,
+            "top_k": top_k if do_sample else 0,
+            "top_p": top_p if do_sample else 1.0,
         }
-        if not do_sample:
-            rest.pop("top_k", None)
-            rest.pop("top_p", None)
         unknown = {k: v for k, v in rest.items() if _NEUTRAL.get(k) != v}
         if unknown:
             raise ValueError(
@@ -338,25 +335,21 @@ class JaxtrainLM(TemplateLM):
 
     def _generator(
         self, settings: Mapping[str, Any], stops: Sequence[str]
-    ) -> Generator:
+    ) -> generate.Generator:
         """A generator for which a token with a stop text in it ends a row too."""
         key = (*settings.values(), *stops)
         if key not in self._generators:
-            generator = make_generate(
+            ends = set(self.model.eos_ids)
+            for token, text in enumerate(self._texts_of_tokens):
+                if any(stop in text for stop in stops):
+                    ends.add(token)
+            self._generators[key] = generate.make_generate(
                 self.model.decoder,
-                eos_ids=sorted({*self.model.eos_ids, *self._tokens_with(stops)}),
+                eos_ids=sorted(ends),
                 pad_id=self.tokenizer.pad_token_id,
                 **settings,
             )
-            self._generators[key] = generator
         return self._generators[key]
-
-    def _tokens_with(self, stops: Sequence[str]) -> set[int]:
-        return {
-            token
-            for token, text in enumerate(self._texts_of_tokens)
-            if any(stop in text for stop in stops)
-        }
 
     @functools.cached_property
     def _texts_of_tokens(self) -> list[str]:
@@ -364,35 +357,8 @@ class JaxtrainLM(TemplateLM):
         return self.tokenizer.batch_decode(ids, clean_up_tokenization_spaces=False)
 
     def _cut(self, row: np.ndarray, stops: Sequence[str]) -> str:
-        ends = np.flatnonzero(np.isin(row, list(self.model.eos_ids)))
-        ids = row[: ends[0]] if ends.size else row
-        text = self.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
+        ids = generate.until_end(row, self.model.eos_ids)
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
         for stop in stops:
             text = text.split(stop)[0]
         return text
-
-
-@dataclasses.dataclass(frozen=True)
-class _Row:
-    """A context and its continuation, of which the last `limit` + 1 tokens are kept."""
-
-    context: Sequence[int]
-    continuation: Sequence[int]
-    limit: int
-
-    @property
-    def tokens(self) -> list[int]:
-        return [*self.context, *self.continuation][-self.limit - 1 :]
-
-    @property
-    def scored(self) -> int:
-        return len(self.continuation)
-
-
-def _make_batch(rows: Sequence[_Row], batch_size: int) -> Batch:
-    """One padded batch [batch_size T], T a power of two; only continuations count."""
-    longest = max(len(row.tokens) for row in rows) - 1
-    shape = (batch_size, max(1 << (longest - 1).bit_length(), _SHORTEST_ROW))
-    return unpacked_rows(
-        [(row.tokens, len(row.tokens) - 1 - row.scored) for row in rows], shape
-    )

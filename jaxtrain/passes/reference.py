@@ -53,13 +53,11 @@ class ReferenceScorer:
         self._identity = {"weights": fingerprint(params), **identity}
 
         def sums(params: Params, batch: PairBatch) -> tuple[jax.Array, jax.Array]:
-            scored = score_pairs(functools.partial(score, params), batch)
-            sides = (batch.chosen, batch.rejected)
-            chosen, rejected = (
-                row_sums(of_side.logps, side.loss_mask)
-                for of_side, side in zip(scored, sides, strict=True)
+            chosen, rejected = score_pairs(functools.partial(score, params), batch)
+            return (
+                row_sums(chosen.logps, batch.chosen.loss_mask),
+                row_sums(rejected.logps, batch.rejected.loss_mask),
             )
-            return chosen, rejected
 
         self._sums = feed.jit(sums)
 
@@ -114,12 +112,9 @@ class _Cache:
         described = directory / "identity.json"
         if described.is_file():
             found = json.loads(described.read_text())
-            differing = sorted(
-                key
-                for key in found.keys() | identity.keys()
-                if found.get(key) != identity.get(key)
-            )
-            if differing:
+            if differing := sorted(
+                {key for key, _ in found.items() ^ identity.items()}
+            ):
                 raise ValueError(
                     f"the reference log-probs in {directory} are stale: they belong to"
                     f" other {' and '.join(differing)}. Delete that folder to compute"
@@ -167,9 +162,8 @@ def fingerprint(tree: Any) -> str:
     """A hash of names, types and every bit of a tree of arrays; any layout gives it."""
     digest = hashlib.blake2b(digest_size=8)
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        digest.update(
-            f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode()
-        )
+        name = jax.tree_util.keystr(path)
+        digest.update(f"{name} {leaf.dtype} {leaf.shape}".encode())
         digest.update(np.asarray(_hash_bits(leaf)).tobytes())
     return digest.hexdigest()
 
@@ -197,15 +191,11 @@ def _hash_bits(x: Array) -> UInt32[Array, "2"]:
     bits = x.view(f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
     place = jnp.zeros(x.shape, jnp.uint32)
     for axis, size in enumerate(x.shape):
-        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(
-            jnp.uint32, x.shape, axis
-        )
-    return jnp.stack(
-        [
-            _mix(bits ^ _mix(place + jnp.uint32(seed))).sum(dtype=jnp.uint32)
-            for seed in (0x9E3779B9, 0x7F4A7C15)
-        ]
-    )
+        along = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        place = place * jnp.uint32(size) + along
+    seeds = (jnp.uint32(0x9E3779B9), jnp.uint32(0x7F4A7C15))
+    mixed = (_mix(bits ^ _mix(place + seed)) for seed in seeds)
+    return jnp.stack([numbers.sum(dtype=jnp.uint32) for numbers in mixed])
 
 
 def _mix(x: UInt32[Array, "*dims"]) -> UInt32[Array, "*dims"]:

@@ -23,6 +23,10 @@ from typing import Any
 from jaxtrain import assets
 from tests.embedded import pairs, passages, train_tokenizer
 
+TEXT_TRAIN, TEXT_EVAL = assets.DATA["next_token"]
+SFT_TRAIN, SFT_EVAL = assets.DATA["sft"]
+MESSAGES_TRAIN, MESSAGES_EVAL = assets.DATA["messages"]
+PREFERENCE_TRAIN, PREFERENCE_EVAL = assets.DATA["preference"]
 PACKAGE_DIR = pathlib.Path(assets.__file__).parent
 TRAIN_PAIRS = 4000  # rows of each kind for training
 EVAL_PAIRS = 256
@@ -42,16 +46,14 @@ def build_data(source: pathlib.Path, output: pathlib.Path) -> None:
     )
     counts = pairs.count_words(train)
     files: dict[str, Sequence[Mapping[str, Any]]] = {
-        assets.TEXT_TRAIN: _text_rows(train),
-        assets.TEXT_EVAL: _text_rows(held_out),
-        assets.SFT_TRAIN: pairs.make_sft_rows(train, TRAIN_PAIRS),
-        assets.SFT_EVAL: pairs.make_sft_rows(held_out, EVAL_PAIRS),
-        assets.MESSAGES_TRAIN: pairs.make_conversations(train, CONVERSATIONS),
-        assets.MESSAGES_EVAL: pairs.make_conversations(held_out, EVAL_CONVERSATIONS),
-        assets.PREFERENCE_TRAIN: pairs.make_preference_rows(train, counts, TRAIN_PAIRS),
-        assets.PREFERENCE_EVAL: pairs.make_preference_rows(
-            held_out, counts, EVAL_PAIRS
-        ),
+        TEXT_TRAIN: _text_rows(train),
+        TEXT_EVAL: _text_rows(held_out),
+        SFT_TRAIN: pairs.make_sft_rows(train, TRAIN_PAIRS),
+        SFT_EVAL: pairs.make_sft_rows(held_out, EVAL_PAIRS),
+        MESSAGES_TRAIN: pairs.make_conversations(train, CONVERSATIONS),
+        MESSAGES_EVAL: pairs.make_conversations(held_out, EVAL_CONVERSATIONS),
+        PREFERENCE_TRAIN: pairs.make_preference_rows(train, counts, TRAIN_PAIRS),
+        PREFERENCE_EVAL: pairs.make_preference_rows(held_out, counts, EVAL_PAIRS),
     }
     for name, rows in files.items():
         write_jsonl_gz(output / name, rows)
