@@ -84,7 +84,8 @@ FIXED = [
 def measure(case: Case) -> dict[str, Any]:
     """Compile one case; what the tables need of it."""
     start = time.perf_counter()
-    report = aot.compile_step(case.config, f"v5p:{CHIPS[case.chips]}")
+    topology = f"v5p:{CHIPS[case.chips]}"
+    report = aot.compile_for(case.config, aot.describe_devices(topology), topology)
     return {
         "case": case.name,
         "versions": {of: importlib.metadata.version(of) for of in ("jax", "libtpu")},

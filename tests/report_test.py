@@ -14,6 +14,7 @@ import pytest
 
 from jaxtrain import report
 from jaxtrain.record.writers import make_writers
+from jaxtrain.report.__main__ import main
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 NASTY = 'He said: </script><img src=x onerror="document.title=1"> & "so"\u2028.'
@@ -71,7 +72,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "lo')  # a first half line
     with pytest.raises(ValueError, match="no step yet"):
         report.read_run(tmp_path)
-    assert report.main([str(tmp_path / "nothing")]) == 2
+    assert main([str(tmp_path / "nothing")]) == 2
     assert "nothing is no work directory" in capsys.readouterr().err
 
 

@@ -1,11 +1,13 @@
 """The command `python -m jaxtrain.aot`."""
 
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from jaxtrain.aot import compile_step, describe_devices, search, search_settings
+from jaxtrain.aot import compile_for, describe_devices, search, search_settings
 from jaxtrain.aot.report import CHIPS, describe
 
 DOES_NOT_FIT = 3
@@ -18,9 +20,10 @@ def main(argv: list[str]) -> None:
     config: ConfigDict = _CONFIG.value
     topology, num_slices = str(_TOPOLOGY.value), _NUM_SLICES.value
     try:
+        devices = describe_devices(topology, num_slices)
         if _SEARCH.value:
-            _search_and_exit(config, topology, num_slices, _MAX_COMPILES.value)
-        report = compile_step(config, topology, num_slices)
+            _search_and_exit(config, devices, topology, num_slices)
+        report = compile_for(config, devices, topology)
     except ValueError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
@@ -29,11 +32,11 @@ def main(argv: list[str]) -> None:
 
 
 def _search_and_exit(
-    config: ConfigDict, topology: str, num_slices: int, max_compiles: int
+    config: ConfigDict, devices: Sequence[Any], topology: str, num_slices: int
 ) -> None:
-    devices = describe_devices(topology, num_slices)
+    most = _MAX_COMPILES.value
     outcomes, best = search_settings(
-        config, devices, topology, num_slices=num_slices, max_compiles=max_compiles
+        config, devices, topology, num_slices=num_slices, max_compiles=most
     )
     memory = CHIPS[devices[0].device_kind].memory_bytes
     print(search.format_table(outcomes, memory))

@@ -26,26 +26,18 @@ from jaxtrain.types import Batch, LabeledBatch, PairBatch, TrainState
 _TOTAL_STEPS = 1000
 
 
-def compile_step(config: Any, topology: str, num_slices: int = 1) -> Report:
-    """Compile the train step of `config` for `topology`, such as "v5e:4x4".
-
-    Args:
-        config: what `TrainingOrchestrator` takes. Its mesh spans the topology.
-        topology: generation and shape of a slice, v4, v5e, v5p, v6e, tpu7x; or a
-            number of GPUs, h100 or h200.
-        num_slices: how many of them, joined by the data centre's network.
-
-    Raises:
-        ValueError: the compiler knows no such topology, or is not installed; the
-            config.
-    """
-    return compile_for(config, describe_devices(topology, num_slices), topology)
-
-
 def compile_for(
     config: Any, devices: Sequence[Any], topology: str, *, chip: Chip | None = None
 ) -> Report:
-    """`compile_step` for devices that `describe_devices` made; `topology` is a name."""
+    """Compile the train step of `config` for devices that `describe_devices` made.
+
+    Args:
+        config: what `TrainingOrchestrator` takes. Its mesh spans the devices.
+        topology: their name in the report.
+
+    Raises:
+        ValueError: the config.
+    """
     run = resolve(config, device_count=len(devices))
     model = load_abstract_model(run, devices)
     model = model.for_training(packed=run.data.packing)
@@ -225,7 +217,12 @@ def _least_secs(
 
 
 def describe_devices(topology: str, num_slices: int = 1) -> list[Any]:
-    """The devices of `num_slices` slices that need not be present.
+    """The devices of a topology such as "v5e:4x4", which need not be present.
+
+    Args:
+        topology: generation and shape of a slice, v4, v5e, v5p, v6e, tpu7x; or a
+            number of GPUs, h100 or h200.
+        num_slices: how many of them, joined by the data centre's network.
 
     Raises:
         ValueError: the compiler knows no such topology, or is not installed.

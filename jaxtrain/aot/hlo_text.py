@@ -82,9 +82,12 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
         elif current is not None and (match := _INSTRUCTION.match(line)):
             root, name, definition = match.groups()
             if operation := _OPCODE.search(definition):
-                shape = definition[: operation.start(1)]
+                shape, (opcode, rest) = (
+                    definition[: operation.start(1)],
+                    operation.groups(),
+                )
                 current[name] = Instruction(
-                    name, shape, *operation.groups(), bool(root), current, computations
+                    name, shape, opcode, rest, bool(root), current, computations
                 )
     return computations, entry
 

@@ -1,5 +1,6 @@
 """Held-out loss, perplexity and the objective's metrics over a whole evaluation set."""
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -46,9 +47,8 @@ def evaluate(
     Raises:
         ValueError: no batch, or no counted prediction in any of them.
     """
-    total: Metrics | None = None
-    for batch in batches:
-        total = add_metrics(total, eval_step(state, batch))
+    steps = (eval_step(state, batch) for batch in batches)
+    total = functools.reduce(add_metrics, steps, None)
     if total is None or float(total["loss"].weight) == 0:
         raise ValueError("the evaluation set has no row with a token to predict")
     total.pop("num_tokens", None)  # counts what was trained on

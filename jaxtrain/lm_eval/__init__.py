@@ -6,7 +6,6 @@ Task files of your own: `--include_path=DIR`. From Python, import this module an
 `lm_eval.simple_evaluate` a `JaxtrainLM`, or `model="jaxtrain"`.
 """
 
-from jaxtrain.lm_eval.command import evaluate, main
 from jaxtrain.lm_eval.model import JaxtrainLM, load
 
-__all__ = ["JaxtrainLM", "evaluate", "load", "main"]
+__all__ = ["JaxtrainLM", "load"]

@@ -200,7 +200,7 @@ class JaxtrainLM(TemplateLM):
         beginning of what exceeds `max_length` is cut off.
         """
         documents = []  # each with the first position whose prediction counts
-        for _, context, answer in requests:
+        for _texts, context, answer in requests:
             tokens = [*context, *answer][-self.max_length - 1 :]
             documents.append((tokens, len(tokens) - 1 - len(answer)))
         # The longest first: memory that does not suffice shows at once.

@@ -5,11 +5,9 @@ It shows curves, throughput, sample outputs and the configuration; of several ru
 curve in one plot and the settings in which they differ.
 """
 
-import argparse
 import json
 import math
 import pathlib
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,7 +25,7 @@ def read_run(workdir: pathlib.Path) -> dict[str, Any]:
     Raises:
         ValueError: there are no metrics in it.
     """
-    path = workdir / "metrics.jsonl"
+    path, samples = workdir / "metrics.jsonl", workdir / "samples.jsonl"
     if not path.is_file():
         raise ValueError(
             f"{workdir} is no work directory of a run: it has no metrics.jsonl. Give"
@@ -43,7 +41,10 @@ def read_run(workdir: pathlib.Path) -> dict[str, Any]:
         "path": str(workdir),
         "config": dotted(settings),
         "records": thin(records, _MOST_RECORDS),
-        "samples": [_split_samples(line) for line in _samples(workdir)],
+        "samples": [
+            _split_samples(line)
+            for line in (_read_lines(samples) if samples.is_file() else ())
+        ],
         "summary": summarize(records, settings),
     }
 
@@ -57,23 +58,31 @@ def summarize(
     summary["steps"] = records[-1].get("step")
     summary["hours"] = (records[-1]["time"] - records[0]["time"]) / 3600
     for name in ("loss", "num_tokens"):
-        summary[name] = _last(records, name)
+        if values := _numbers(records, name):
+            summary[name], _ = values[-1]
     metric = training.get("metric_for_best_model", "eval_loss")
     metric = f"eval_{metric.removeprefix('eval_')}"
-    values = [(r[metric], r["step"]) for r in records if _is_number(r.get(metric))]
-    if values:
+    if values := _numbers(records, metric):
         choose = max if training.get("greater_is_better") else min
         best, step = choose(values, key=lambda pair: pair[0])
         summary |= {"best_metric": metric, "best": best, "best_step": step}
     for name in ("tokens_per_sec", "samples_per_sec", "mfu"):
-        rates = sorted(r[name] for r in records if _is_number(r.get(name)))
-        if rates:
-            summary[name] = rates[len(rates) // 2]
-    memory = "device_memory_peak_gib"
-    peaks = [r[memory] for r in records if _is_number(r.get(memory))]
-    if peaks:
-        summary[memory] = max(peaks)
+        if rates := sorted(_numbers(records, name)):
+            summary[name], _ = rates[len(rates) // 2]
+    if peaks := _numbers(records, "device_memory_peak_gib"):
+        summary["device_memory_peak_gib"], _ = max(peaks)
     return {name: value for name, value in summary.items() if value is not None}
+
+
+def _numbers(
+    records: Sequence[Mapping[str, Any]], name: str
+) -> list[tuple[float, int]]:
+    """(value, step) of the records that have a finite number of that name."""
+    return [
+        (record[name], record["step"])
+        for record in records
+        if isinstance(record.get(name), int | float) and math.isfinite(record[name])
+    ]
 
 
 def thin(records: list[dict[str, Any]], most: int) -> list[dict[str, Any]]:
@@ -89,21 +98,17 @@ def thin(records: list[dict[str, Any]], most: int) -> list[dict[str, Any]]:
     for start in range(0, len(records), size):
         group = records[start : start + size]
         others = [r for r in group if not any(k.startswith("eval_") for k in r)]
-        worst = max(others, key=_loss_or_infinity, default=None)
+        losses = [math.inf if r.get("loss") is None else r["loss"] for r in others]
+        worst = others[losses.index(max(losses))] if others else None
         kept += [r for r in group if r is worst or r not in others]
     return kept
-
-
-def _loss_or_infinity(record: Mapping[str, Any]) -> float:
-    loss = record.get("loss")
-    return loss if loss is not None else math.inf
 
 
 def make_page(runs: Sequence[Mapping[str, Any]]) -> str:
     """The HTML page of what `read_run` gave; names are made unique."""
     names = [run["name"] for run in runs]
     shown = [
-        {**run, "name": run["path"] if names.count(run["name"]) > 1 else run["name"]}
+        {**run, "name": run["path" if names.count(run["name"]) > 1 else "name"]}
         for run in runs
     ]
     data = json.dumps(shown, ensure_ascii=False, allow_nan=False)
@@ -143,11 +148,6 @@ def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
     return found
 
 
-def _samples(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    path = workdir / "samples.jsonl"
-    return _read_lines(path) if path.is_file() else []
-
-
 def _split_samples(line: Mapping[str, Any]) -> dict[str, Any]:
     """{"sample_1/prompt": ...} -> {"step": ..., "texts": [{"prompt": ...}]}."""
     texts: dict[str, dict[str, str]] = {}
@@ -157,32 +157,3 @@ def _split_samples(line: Mapping[str, Any]) -> dict[str, Any]:
         sample, _, part = name.rpartition("/")
         texts.setdefault(sample or name, {})[part if sample else "output"] = text
     return {"step": line["step"], "texts": list(texts.values())}
-
-
-def _last(records: Sequence[Mapping[str, Any]], name: str) -> float | None:
-    values = (r[name] for r in reversed(records) if _is_number(r.get(name)))
-    return next(values, None)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m jaxtrain.report",
-        description="Write one HTML page of one or several runs.",
-    )
-    parser.add_argument("workdir", nargs="+", type=pathlib.Path)
-    parser.add_argument(
-        "--output", type=pathlib.Path, help="default: report.html in the first workdir"
-    )
-    arguments = parser.parse_args(argv)
-    try:
-        path = write_report(arguments.workdir, arguments.output)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
-    print(path)
-    return 0

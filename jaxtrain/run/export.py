@@ -31,12 +31,13 @@ def export_models(
     Returns:
         `model_path` and `best_model_path`; equal where the last weights are the best.
     """
-    best = checkpoints.best_step()
-    is_last = best in (None, int(state.step))
-    if not is_last and run.loop.load_best_model_at_end:
-        state, is_last = _restore_weights(state, checkpoints, best), True
+    last, best = int(state.step), checkpoints.best_step()
+    if best is None:
+        best = last
+    if best != last and run.loop.load_best_model_at_end:
+        state, last = _restore_weights(state, checkpoints, best), best
     path = best_path = export_model(workdir / "model", model, run, state)
-    if not is_last:
+    if best != last:
         state = _restore_weights(state, checkpoints, best)
         best_path = export_model(workdir / "best_model", model, run, state)
     return {"model_path": path, "best_model_path": best_path}
