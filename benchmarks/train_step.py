@@ -24,6 +24,7 @@ import numpy as np
 from step_cases import SHAPES, WARMUP, Case, get_case, make_parser, run_cases
 
 from jaxtrain import lora
+from jaxtrain.data.batches.shared_prompt import share_prompts
 from jaxtrain.models import Decoder, ModelConfig
 from jaxtrain.models.quantization import Quantization
 from jaxtrain.objectives import make_objective
@@ -31,7 +32,7 @@ from jaxtrain.optimizers import optim
 from jaxtrain.optimizers.schedules import make_schedule
 from jaxtrain.record.throughput import peak_flops
 from jaxtrain.step import StepOptions, make_train_step
-from jaxtrain.types import Batch, PairBatch, TrainState, share_prompts
+from jaxtrain.types import Batch, PairBatch, TrainState
 
 SHARED = "_shared"  # behind a case of pairs: their prompts are computed once
 

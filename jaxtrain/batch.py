@@ -5,8 +5,8 @@ On the host their leaves are numpy arrays; in a step and on the devices, jax arr
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias, TypeVar
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 from jaxtyping import Float, Int32
@@ -86,89 +86,22 @@ class LabeledBatch:
 
 
 AnyBatch: TypeAlias = Batch | PairBatch | LabeledBatch
-_SomeBatch = TypeVar("_SomeBatch", Batch, PairBatch, LabeledBatch)
-
-
-def empty_rows(
-    shape: tuple[int, ...], *, pad_id: int = 0, shares_prompts: bool = False
-) -> Batch:
-    """Rows of padding to write documents into, as numpy arrays of this shape."""
-    return Batch(
-        tokens=np.full(shape, pad_id, np.int32),
-        targets=np.full(shape, pad_id, np.int32),
-        segment_ids=np.zeros(shape, np.int32),
-        positions=np.zeros(shape, np.int32),
-        loss_mask=np.zeros(shape, np.float32),
-        prompt_ids=np.zeros(shape, np.int32) if shares_prompts else None,
-    )
 
 
 def unpacked_rows(
     documents: Sequence[tuple[Sequence[int], int]], shape: tuple[int, int]
 ) -> Batch:
-    """Rows of one document each, padded to `shape`.
+    """Rows of one document each, padded to `shape`, as numpy arrays.
 
     Each document is its token ids and the first position whose prediction counts.
     """
-    batch = empty_rows(shape)
+    tokens, targets, segment_ids, positions = np.zeros((4, *shape), np.int32)
+    loss_mask = np.zeros(shape, np.float32)
     for b, (ids, first_counted) in enumerate(documents):
         length = max(len(ids) - 1, 0)
-        batch.tokens[b, :length] = ids[:-1]
-        batch.targets[b, :length] = ids[1:]
-        batch.segment_ids[b, :length] = 1
-        batch.positions[b, :length] = np.arange(length)
-        batch.loss_mask[b, first_counted:length] = 1
-    return batch
-
-
-def share_prompts(rows: Batch, **fields: Any) -> PairBatch:
-    """The pairs of rows that hold a prompt once and then both completions.
-
-    Pair p of a row has its prompt in segment 3 p - 2, the chosen completion in 3 p - 1
-    and the rejected one in 3 p. `fields`: of the result.
-    """
-
-    def less(other: int) -> Batch:
-        kept = (rows.segment_ids % 3 != other) | (rows.segment_ids == 0)
-        return dataclasses.replace(
-            rows,
-            segment_ids=rows.segment_ids * kept,
-            loss_mask=rows.loss_mask * kept,
-        )
-
-    return PairBatch(chosen=less(0), rejected=less(2), shared=rows, **fields)
-
-
-def map_arrays(function: Callable[..., Any], *batches: _SomeBatch) -> _SomeBatch:
-    """Call `function` with each array of these batches, which are of one type.
-
-    This is `jax.tree.map` for where jax is not imported.
-    """
-
-    def of(*leaves: Any) -> Any:
-        if leaves[0] is None:
-            return None
-        if isinstance(leaves[0], Batch):
-            return map_arrays(function, *leaves)
-        return function(*leaves)
-
-    names = [field.name for field in dataclasses.fields(batches[0])]
-    return type(batches[0])(**{n: of(*(getattr(b, n) for b in batches)) for n in names})
-
-
-def named_arrays(batch: AnyBatch) -> dict[str, Any]:
-    """The arrays of a batch by name: `tokens`, `chosen/tokens`, `pair_ids`.
-
-    Of pairs that share prompts `chosen` and `rejected` are left out, for `shared` has
-    all that they have.
-    """
-    sides = batch.sides()
-    found = {
-        f"{side}/{name}" if side else name: array
-        for side, rows in sides.items()
-        for name, array in vars(rows).items()
-    }
-    if not isinstance(batch, Batch):
-        rest = vars(batch).items()
-        found |= {name: x for name, x in rest if not isinstance(x, Batch)}
-    return {name: array for name, array in found.items() if array is not None}
+        tokens[b, :length] = ids[:-1]
+        targets[b, :length] = ids[1:]
+        segment_ids[b, :length] = 1
+        positions[b, :length] = np.arange(length)
+        loss_mask[b, first_counted:length] = 1
+    return Batch(tokens, targets, segment_ids, positions, loss_mask)

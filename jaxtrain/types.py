@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from jaxtrain.batch import Batch, LabeledBatch, PairBatch
-from jaxtrain.batch import share_prompts as share_prompts
 
 LogicalAxes = tuple[str | None, ...]  # a name, or None, for each axis of an array
 Params = dict[str, Any]  # a nested plain dict of arrays, named as in Hugging Face

@@ -32,7 +32,6 @@ ALLOWED: dict[str, set[str]] = {
     "sharding": {"config", "types"},
     "models.load": {
         "assets",
-        "batch",
         "config",
         "data.rows",
         "evaluation",

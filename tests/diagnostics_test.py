@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 
 from jaxtrain import loop
-from jaxtrain.batch import empty_rows, named_arrays
+from jaxtrain.data.batches.shared_prompt import share_prompts
 from jaxtrain.record import diagnostics
+from jaxtrain.record.diagnostics import named_arrays
 from jaxtrain.run.feed import Feed
 from jaxtrain.trainer import TrainingOrchestrator
-from jaxtrain.types import Batch, PairBatch, WeightedSum, share_prompts
+from jaxtrain.types import Batch, PairBatch, WeightedSum
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from runs import tiny_config
@@ -67,7 +68,9 @@ def test_a_level_that_rises_for_good_is_soon_normal():
 
 
 def test_a_pair_batch_is_saved_flat(tmp_path):
-    chosen, rejected = (empty_rows((1, 2, 2), pad_id=pad_id) for pad_id in (3, 4))
+    chosen, rejected = (
+        Batch(*np.full((5, 1, 2, 2), pad_id, np.int32)) for pad_id in (3, 4)
+    )
     pairs = PairBatch(chosen, rejected, ref_chosen_logps=np.ones(2))
     path = diagnostics.save_batch(tmp_path / "new", 7, pairs)
     assert path.name == "step_7.npz"
@@ -80,7 +83,7 @@ def test_a_pair_batch_is_saved_flat(tmp_path):
 
 
 def test_rows_that_share_prompts_are_saved_once(tmp_path):
-    rows = empty_rows((1, 2, 4), shares_prompts=True)
+    rows = Batch(*np.zeros((6, 1, 2, 4), np.int32))
     pairs = share_prompts(rows, pair_ids=np.ones((1, 2, 1), np.int32))
     saved = np.load(diagnostics.save_batch(tmp_path, 1, pairs))
     fields = {field.name for field in dataclasses.fields(Batch)}

@@ -23,7 +23,7 @@ from jaxtrain.types import Batch
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from runs import train_pairs
 
-STATS = DataStats(0, 0, 0, 0, 0, 0, 0, 0, 0.0, 0.0)
+STATS = DataStats()
 SIDES = ("chosen", "rejected")
 
 pair_sizes = st.tuples(st.integers(0, 5), st.integers(0, 5), st.integers(0, 5)).filter(

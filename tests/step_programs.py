@@ -41,10 +41,11 @@ import jax.numpy as jnp
 
 from jaxtrain import build
 from jaxtrain.config import default_config, resolve
+from jaxtrain.data.batches.shared_prompt import share_prompts
 from jaxtrain.models.load import load_abstract_model
 from jaxtrain.models.state import abstract_state
 from jaxtrain.optimizers.configured import make_optimizer
-from jaxtrain.types import Batch, LabeledBatch, PairBatch, share_prompts
+from jaxtrain.types import Batch, LabeledBatch, PairBatch
 
 RECORD = pathlib.Path(__file__).with_suffix(".json")
 ROWS, LENGTH, PAIRS = 8, 64, 3  # of a micro-batch; tokens; pairs of a packed row

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtrain import assets, lora, sharding
-from jaxtrain.batch import map_arrays
 from jaxtrain.config import RunConfig
 from jaxtrain.data.rows.tokenize import load_tokenizer
 from jaxtrain.evaluation.generate import Generator, generate_texts, make_generate
@@ -119,7 +118,7 @@ class LoadedModel:
         rows = batch.chosen if isinstance(batch, PairBatch) else batch
         missing = -len(rows.tokens) % self.plan.batch_shards
         if missing:
-            rows = map_arrays(lambda x: np.pad(x, ((0, missing), (0, 0))), rows)
+            rows = jax.tree.map(lambda x: np.pad(x, ((0, missing), (0, 0))), rows)
         placed: Any = sharding.place_batch(rows, self.plan.batch())
         return self._score(self.on_device(self.params), placed)
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from jaxtrain.batch import AnyBatch, named_arrays
+from jaxtrain.batch import AnyBatch, PairBatch
 from jaxtrain.types import Params
 
 # A spread smaller than this share of the mean is rounding, not the batches'.
@@ -78,6 +78,20 @@ def detect_spike(
 
 
 # --- the batch --------------------------------------------------------------------
+
+
+def named_arrays(batch: AnyBatch) -> dict[str, np.ndarray]:
+    """The arrays of a batch by name: `tokens`, `chosen/tokens`, `pair_ids`.
+
+    Of pairs that share prompts `chosen` and `rejected` are left out, for `shared` has
+    all that they have.
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(batch)
+    named = {"/".join(key.name for key in path): array for path, array in leaves}
+    if not isinstance(batch, PairBatch) or batch.shared is None:
+        return named
+    sides = ("chosen/", "rejected/")
+    return {name: x for name, x in named.items() if not name.startswith(sides)}
 
 
 def save_batch(

@@ -26,7 +26,7 @@ from jaxtrain.data.prepare.prepare import prepare
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 from iterators import make_train_iterator
 
-STATS = DataStats(0, 0, 0, 0, 0, 0, 0, 0, 0.0, 0.0)
+STATS = DataStats()
 
 
 def rows_of_lengths(lengths, row_length) -> PreparedDataset:

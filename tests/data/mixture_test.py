@@ -1,11 +1,11 @@
 import logging
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxtrain.batch import map_arrays, named_arrays
 from jaxtrain.config import default_config, resolve
 from jaxtrain.data.batches.mixture import Mixture, join, parse_mixture, rows_per_epoch
 from jaxtrain.data.batches.pipeline import (
@@ -17,6 +17,7 @@ from jaxtrain.data.batches.pipeline import (
 from jaxtrain.data.loading import load_training_rows, prepare_rows
 from jaxtrain.data.prepare.options import PrepareOptions
 from jaxtrain.data.prepare.prepare import prepare
+from jaxtrain.record.diagnostics import named_arrays
 
 
 @pytest.mark.parametrize(
@@ -109,7 +110,7 @@ def test_joined_data_sets_have_each_others_rows(bpe):
     length = joined.row_length
     every = joined.batch(np.arange(5))
     apart = [data.batch(np.arange(len(data)), row_length=length) for data in both]
-    expected = named_arrays(map_arrays(lambda *x: np.concatenate(x), *apart))
+    expected = named_arrays(jax.tree.map(lambda *x: np.concatenate(x), *apart))
     for name, array in named_arrays(every).items():
         np.testing.assert_array_equal(array, expected[name])
     assert joined.stats.rows == 5

@@ -2,12 +2,12 @@ import json
 import pathlib
 import sys
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxtrain.batch import map_arrays, named_arrays
 from jaxtrain.data.batches.dataset import DataStats, PreparedDataset, TokenStore
 from jaxtrain.data.batches.pipeline import (
     BatchShape,
@@ -15,11 +15,12 @@ from jaxtrain.data.batches.pipeline import (
     make_eval_iterator,
     steps_per_epoch,
 )
+from jaxtrain.record.diagnostics import named_arrays
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 from iterators import make_train_iterator
 
-STATS = DataStats(0, 0, 0, 0, 0, 0, 0, 0, 0.0, 0.0)
+STATS = DataStats()
 
 
 def numbered_rows(count: int) -> PreparedDataset:
@@ -136,7 +137,7 @@ def test_the_state_holds_for_any_process_count():
     for half in two:
         half.set_state(one.get_state())
     expected = next(one)
-    halves = map_arrays(lambda *x: np.concatenate(x, axis=1), *map(next, two))
+    halves = jax.tree.map(lambda *x: np.concatenate(x, axis=1), *map(next, two))
     assert as_bytes(halves) == as_bytes(expected)
 
 
@@ -191,7 +192,7 @@ def test_evaluation_sees_every_row_once_in_order(rows, batch, processes):
     seen = []
     for batches in zip(*shares, strict=True):
         assert all(b.tokens.shape == (batch, 4) for b in batches)
-        joined = map_arrays(lambda *x: np.concatenate(x), *batches)
+        joined = jax.tree.map(lambda *x: np.concatenate(x), *batches)
         seen += row_numbers(joined)
     assert seen == list(range(rows))
 

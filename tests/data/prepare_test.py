@@ -6,18 +6,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxtrain.batch import named_arrays
 from jaxtrain.data.batches.dataset import DataStats, PreparedDataset, TokenStore
 from jaxtrain.data.batches.pack import pack_best_fit
 from jaxtrain.data.prepare.options import PrepareOptions
 from jaxtrain.data.prepare.prepare import prepare
+from jaxtrain.record.diagnostics import named_arrays
 
 LM = {"objective": "next_token", "max_length": 64}
 PAIRS = [
     {"prompt": "What color is the sky?", "chosen": " It is blue.", "rejected": " No."},
     {"prompt": "Where is the sun?", "chosen": " Here.", "rejected": " It is there."},
 ]
-STATS = DataStats(0, 0, 0, 0, 0, 0, 0, 0, 0.0, 0.0)
+STATS = DataStats()
 
 
 def store_of(documents, trained, rows):

@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxtrain.batch import named_arrays
 from jaxtrain.data.batches.pipeline import BatchShape, make_eval_iterator
 from jaxtrain.data.prepare.options import PrepareOptions
 from jaxtrain.data.prepare.prepare import prepare
@@ -24,6 +23,7 @@ from jaxtrain.data.stream.batches import (
     prepare_stream,
 )
 from jaxtrain.data.stream.source import open_stream
+from jaxtrain.record.diagnostics import named_arrays
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 from iterators import make_stream_iterator, make_train_iterator

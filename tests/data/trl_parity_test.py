@@ -8,11 +8,11 @@ import uuid
 from typing import Any
 
 import datasets
+import jax
 import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from jaxtrain.batch import map_arrays
 from jaxtrain.data.batches.dataset import PreparedDataset
 from jaxtrain.data.batches.pipeline import BatchShape, Reading, make_train_iterator
 from jaxtrain.data.prepare.options import PrepareOptions
@@ -397,7 +397,7 @@ def test_dpo_tokens_equal_trl(kind, any_tokenizer, tiny_model, tmp_path):
         count, length = len(ids) // 2, ids.shape[1]
         pairs = prepared.batch(np.arange(first, first + count))
         first += count
-        ours = map_arrays(
+        ours = jax.tree.map(
             lambda *sides: np.concatenate(sides), pairs.chosen, pairs.rejected
         )
         attended = batch["attention_mask"].numpy() == 1

@@ -10,15 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxtrain.batch import (
-    AnyBatch,
-    Batch,
-    LabeledBatch,
-    PairBatch,
-    empty_rows,
-    map_arrays,
-    share_prompts,
-)
+from jaxtrain.batch import AnyBatch, Batch, LabeledBatch, PairBatch
 from jaxtrain.data.batches import shared_prompt
 
 _DESCRIBED = (
@@ -32,20 +24,36 @@ class DataStats:
 
     `trained_tokens` are those the loss predicts. `dropped` rows have nothing left to
     train after truncation (a prompt that fills max_length). A preference row counts
-    the tokens of both sides, and its length is the longer side's.
-    `packing_efficiency` is tokens / (packed rows * max_length).
+    the tokens of both sides, and its length is the longer side's. `slots` are the
+    tokens for which the packed rows have room. Checkpoints of streams hold the names.
     """
 
-    rows: int
-    bad_rows: int
-    dropped: int
-    truncated: int
-    packed_rows: int
-    tokens: int
-    trained_tokens: int
-    max_length: int
-    mean_length: float
-    packing_efficiency: float
+    rows: int = 0
+    bad_rows: int = 0
+    dropped: int = 0
+    truncated: int = 0
+    packed_rows: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    slots: int = 0
+    documents: int = 0
+    summed_lengths: int = 0
+    max_length: int = 0
+
+    def __add__(self, other: "DataStats") -> "DataStats":
+        sums = {name: x + getattr(other, name) for name, x in vars(self).items()}
+        longest = max(self.max_length, other.max_length)
+        return DataStats(**sums | {"max_length": longest})
+
+    @property
+    def mean_length(self) -> float:
+        """Tokens of a document; 0 where there is none."""
+        return self.summed_lengths / max(self.documents, 1)
+
+    @property
+    def packing_efficiency(self) -> float:
+        """The filled share of the slots; 0 where there is none."""
+        return self.tokens / max(self.slots, 1)
 
     def describe(self) -> str:
         """One line for the log."""
@@ -99,15 +107,6 @@ class TokenStore:
             at = stop
 
 
-def row_lengths(
-    stores: Mapping[str, TokenStore], *, shares_prompts: bool = False
-) -> np.ndarray:
-    """int64[rows]: tokens in each row; of a pair in two rows, the longer side's."""
-    if shares_prompts:
-        return shared_prompt.row_lengths(stores)
-    return functools.reduce(np.maximum, [s.row_lengths() for s in stores.values()])
-
-
 @dataclasses.dataclass(frozen=True)
 class PreparedDataset:
     """Token rows of one static length, in memory or memory-mapped.
@@ -140,13 +139,16 @@ class PreparedDataset:
     def packed(self) -> bool:
         """Whether any row holds more than one document."""
         return any(
-            bool((np.diff(store.row_offsets) > 1).any())
-            for store in self.stores.values()
+            bool((np.diff(s.row_offsets) > 1).any()) for s in self.stores.values()
         )
 
     def row_lengths(self) -> np.ndarray:
         """int64[rows]: tokens in each row; of a pair in two rows, the longer side's."""
-        return row_lengths(self.stores, shares_prompts=self.shares_prompts)
+        stores = self.stores
+        if self.shares_prompts:  # the documents of a row are the same on both sides
+            both = shared_prompt.pair_lengths(stores)
+            stores = {"": dataclasses.replace(stores["chosen"], lengths=both)}
+        return functools.reduce(np.maximum, [s.row_lengths() for s in stores.values()])
 
     def batch(self, rows: np.ndarray, *, row_length: int | None = None) -> AnyBatch:
         """Rows as arrays [*rows.shape, T]; -1 gives an empty row, which counts nowhere.
@@ -159,7 +161,7 @@ class PreparedDataset:
                 shared_prompt.write_row, self.stores, self._prompt_lengths
             )
             shared = self._fill(write, rows, length)
-            return share_prompts(shared, **self._values(rows))
+            return shared_prompt.share_prompts(shared, **self._values(rows))
         fields: dict[str, Any] = {
             name: self._fill(store.write_row, rows, length)
             for name, store in self.stores.items()
@@ -206,13 +208,13 @@ class PreparedDataset:
                 "reference log-probs are one a row, and packed rows hold several "
                 "pairs: set data.packing = false, or precompute_ref_log_probs = false"
             )
-        for name, logps in (("chosen", chosen), ("rejected", rejected)):
+        both = {"chosen": chosen, "rejected": rejected}
+        for name, logps in both.items():
             if np.shape(logps) != (len(self),):
                 raise ValueError(
                     f"{name} log-probs have shape {np.shape(logps)}, expected one of "
                     f"each of the {len(self)} rows"
                 )
-        both = {"chosen": chosen, "rejected": rejected}
         return dataclasses.replace(self, reference_logps=both)
 
     def with_difficulty(self, difficulty: np.ndarray) -> "PreparedDataset":
@@ -279,12 +281,17 @@ class PreparedDataset:
     def _fill(
         self, write_row: Callable[[int, Batch], None], rows: np.ndarray, length: int
     ) -> Batch:
-        batch = empty_rows(
-            (*rows.shape, length),
-            pad_id=self.pad_id,
-            shares_prompts=self.shares_prompts,
-        )
-        for index in np.ndindex(rows.shape):
-            if rows[index] >= 0:
-                write_row(int(rows[index]), map_arrays(lambda x, i=index: x[i], batch))
-        return batch
+        shape = (*rows.shape, length)
+        arrays = {
+            "tokens": np.full(shape, self.pad_id, np.int32),
+            "targets": np.full(shape, self.pad_id, np.int32),
+            "segment_ids": np.zeros(shape, np.int32),
+            "positions": np.zeros(shape, np.int32),
+            "loss_mask": np.zeros(shape, np.float32),
+        }
+        if self.shares_prompts:
+            arrays["prompt_ids"] = np.zeros(shape, np.int32)
+        for index in np.argwhere(rows >= 0):
+            at = tuple(index)
+            write_row(int(rows[at]), Batch(**{n: x[at] for n, x in arrays.items()}))
+        return Batch(**arrays)

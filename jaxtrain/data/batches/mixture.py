@@ -118,7 +118,7 @@ def join(
         stores,
         max(data.row_length for data in prepared),
         first.pad_id,
-        _join_stats([data.stats for data in prepared]),
+        sum((data.stats for data in prepared), DataStats()),
         row_values=values,
         difficulty=difficulty,
         parts=tuple(
@@ -145,21 +145,4 @@ def _join_stores(stores: Sequence[TokenStore]) -> TokenStore:
         np.concatenate([s.lengths for s in stores]),
         shifted("row_documents", [len(s.lengths) for s in stores]),
         np.delete(ends, borders[1:]),
-    )
-
-
-def _join_stats(stats: Sequence[DataStats]) -> DataStats:
-    def total(name: str) -> int:
-        return sum(getattr(each, name) for each in stats)
-
-    tokens = total("tokens")
-    slots = sum(each.tokens / each.packing_efficiency for each in stats)
-    documents = sum(each.tokens / each.mean_length for each in stats)
-    counted = ("rows", "bad_rows", "dropped", "truncated", "packed_rows", "tokens")
-    return DataStats(
-        **{name: total(name) for name in counted},
-        trained_tokens=total("trained_tokens"),
-        max_length=max(each.max_length for each in stats),
-        mean_length=tokens / documents,
-        packing_efficiency=tokens / slots,
     )

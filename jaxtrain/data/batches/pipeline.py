@@ -223,19 +223,16 @@ class BatchReader:
 
 def check_identity(saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
     """Raise ValueError where a saved state is of other data, seed or batch shape."""
-    differing = {
-        key: (saved.get(key), present.get(key))
-        for key in saved.keys() | present.keys()
+    keys = (saved.keys() | present.keys()) - {"next_step", "lanes"}  # the position
+    differing = [
+        f"{key} was {saved.get(key)!r} and is {present.get(key)!r}"
+        for key in sorted(keys)
         if saved.get(key) != present.get(key)
-    }
+    ]
     if differing:
-        listed = ", ".join(
-            f"{key} was {old!r} and is {new!r}"
-            for key, (old, new) in sorted(differing.items())
-        )
         raise ValueError(
-            f"cannot resume the data order: {listed}. Restore these values, or start "
-            "in a fresh workdir"
+            f"cannot resume the data order: {', '.join(differing)}. Restore "
+            "these values, or start in a fresh workdir"
         )
 
 
@@ -286,9 +283,7 @@ class BatchIterator(Iterator[AnyBatch]):
         Raises:
             ValueError: the state was saved with other data, seed or batch shape.
         """
-        own = ("next_step", "lanes")  # a stream's state has lanes
-        saved = {key: value for key, value in state.items() if key not in own}
-        check_identity(saved, self._identity)
+        check_identity(state, self._identity)
         self._close_source()
         self.step = int(state["next_step"])
 

@@ -6,17 +6,32 @@ starts with the prompt's last token, because that predicts another token in each
 its `prompt_ids` name the prompt. Positions go on after the prompt in both.
 """
 
+import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxtrain.batch import Batch
+from jaxtrain.batch import Batch, PairBatch
 
 if TYPE_CHECKING:  # that module lays out rows by this one
     from jaxtrain.data.batches.dataset import TokenStore
 
 SIDES = ("chosen", "rejected")
+
+
+def share_prompts(rows: Batch, **fields: Any) -> PairBatch:
+    """The pairs of rows that are laid out as above. `fields`: of the result."""
+
+    def less(other: int) -> Batch:
+        kept = (rows.segment_ids % 3 != other) | (rows.segment_ids == 0)
+        return dataclasses.replace(
+            rows,
+            segment_ids=rows.segment_ids * kept,
+            loss_mask=rows.loss_mask * kept,
+        )
+
+    return PairBatch(chosen=less(0), rejected=less(2), shared=rows, **fields)
 
 
 def prompt_lengths(stores: Mapping[str, "TokenStore"]) -> np.ndarray:
@@ -28,13 +43,6 @@ def pair_lengths(stores: Mapping[str, "TokenStore"]) -> np.ndarray:
     """int64[documents]: tokens of a pair laid out as above."""
     both = stores["chosen"].lengths.astype(np.int64) + stores["rejected"].lengths
     return both - np.maximum(prompt_lengths(stores) - 1, 0)
-
-
-def row_lengths(stores: Mapping[str, "TokenStore"]) -> np.ndarray:
-    """int64[rows]: tokens of each row."""
-    store = stores["chosen"]  # the documents of a row are the same on both sides
-    total = np.concatenate([[0], np.cumsum(pair_lengths(stores)[store.row_documents])])
-    return total[store.row_offsets[1:]] - total[store.row_offsets[:-1]]
 
 
 def _untrained_prefix(store: "TokenStore") -> np.ndarray:

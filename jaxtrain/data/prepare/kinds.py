@@ -62,14 +62,6 @@ class RowKind(abc.ABC):
     ) -> Iterator[Document]:
         """The documents of canonical rows; `on_bad` is told which rows have none."""
 
-    def complete(self, sides: Sides, options: PrepareOptions) -> Sides:
-        """The sides of all documents, with those added that several rows make."""
-        return sides
-
-    def shares_prompts(self, options: PrepareOptions) -> bool:
-        """Whether a row holds each prompt once, as `shared_prompt` lays it out."""
-        return False
-
     def pack(self, sides: Sides, options: PrepareOptions) -> dict[str, TokenStore]:
         """All documents as one store a side, packed into rows."""
         return {name: make_store(examples, options) for name, examples in sides.items()}
@@ -126,10 +118,10 @@ class Labeled(RowKind):
         )
         return _truncated("completions", rows, examples, recipe.options.max_length)
 
-    def complete(self, sides: Sides, options: PrepareOptions) -> Sides:
+    def pack(self, sides: Sides, options: PrepareOptions) -> dict[str, TokenStore]:
         """Add each prompt with another row's completion."""
         mixed = mismatch_completions(sides["completions"], options.max_length)
-        return sides | {"mismatched": mixed}
+        return super().pack(sides | {"mismatched": mixed}, options)
 
 
 class Preference(RowKind):
@@ -157,10 +149,6 @@ class Preference(RowKind):
             )
             sides = {side: _join(cut, side) for side in shared_prompt.SIDES}
             yield Document(row, sides, shorter)
-
-    def shares_prompts(self, options: PrepareOptions) -> bool:
-        """As the options say."""
-        return options.share_prompts
 
     def pack(self, sides: Sides, options: PrepareOptions) -> dict[str, TokenStore]:
         """Pairs are packed by their longer side, so both sides' rows hold the same.
@@ -225,18 +213,12 @@ def mismatch_completions(
     """
     starts = [int(np.argmax(example.trained)) for example in examples]
     prompts = [e.ids[:n].tobytes() for e, n in zip(examples, starts, strict=True)]
-    count = len(examples)
-    partner = [(i + 1) % count for i in range(count)]
-    different = [i for i in range(count) if prompts[i - 1] != prompts[i]]
-    if different:
-        # The first row behind each run of equal prompts.
-        following = different[0]
-        for i in range(count - 1, -1, -1):
-            partner[i] = following
-            if prompts[i - 1] != prompts[i]:
-                following = i
+    every = np.arange(len(examples))
+    # The first rows of runs of equal prompts, or every row.
+    firsts = [i for i in every if prompts[i - 1] != prompts[i]] or every
+    partners = np.take(firsts, np.searchsorted(firsts, every, "right"), mode="wrap")
     mixed = []
-    for i, j in enumerate(partner):
+    for i, j in enumerate(partners):
         completion = examples[j].ids[starts[j] :]
         ids = np.concatenate([examples[i].ids[: starts[i]], completion])[:max_length]
         trained = np.arange(len(ids)) >= starts[i]

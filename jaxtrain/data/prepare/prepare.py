@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import itertools
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,12 +13,7 @@ import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from jaxtrain.data.batches.dataset import (
-    DataStats,
-    PreparedDataset,
-    TokenStore,
-    row_lengths,
-)
+from jaxtrain.data.batches.dataset import DataStats, PreparedDataset, TokenStore
 from jaxtrain.data.prepare.kinds import KINDS, Recipe, Row, Sides
 from jaxtrain.data.prepare.options import PrepareOptions
 from jaxtrain.data.rows.formats import (
@@ -39,7 +35,7 @@ Rows: TypeAlias = datasets.Dataset | Sequence[Mapping[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Tokenized:
-    """The documents of raw rows, and what became of the rows.
+    """The documents of raw rows, and what became of the rows so far.
 
     `sides` has one sequence a document and side. `values` has one number a document
     for each name in `RowKind.row_values`, and its difficulty where a column has it.
@@ -47,10 +43,7 @@ class Tokenized:
 
     sides: Sides
     values: Mapping[str, list[float]]
-    rows: int
-    bad_rows: int
-    dropped: int
-    truncated: int
+    stats: DataStats
 
 
 def prepare(
@@ -86,7 +79,7 @@ def prepare(
     if prepared is None:
         raise ValueError(
             f"nothing to train on: of {len(rows)} rows {problems.count} are bad and "
-            f"{tokenized.dropped} have no trained token within "
+            f"{tokenized.stats.dropped} have no trained token within "
             f"max_length={options.max_length}; raise max_length, or set "
             "max_prompt_length"
         )
@@ -121,19 +114,21 @@ def tokenize(rows: Rows, recipe: Recipe, problems: RowProblems) -> Tokenized:
 
     Bad rows are added to `problems`; the caller reports them.
     """
-    kind = KINDS[recipe.options.objective]
+    kind, size = KINDS[recipe.options.objective], recipe.options.batch_size
     names = list(kind.row_values)
     if recipe.options.difficulty_column is not None:
         names.append((_DIFFICULTY, _DIFFICULTY))
     sides: Sides = collections.defaultdict(list)
     values: dict[str, list[float]] = {name: [] for name, _ in names}
     dropped = truncated = 0
-    for numbers, batch in _canonical_batches(rows, recipe, problems):
+    good = _read_rows(rows, recipe, problems)
+    while batch := list(itertools.islice(good, size)):
+        numbers, canonical = zip(*batch, strict=True)
 
-        def on_bad(index: int, reason: str, numbers: list[int] = numbers) -> None:
+        def on_bad(index: int, reason: str, numbers: Any = numbers) -> None:
             problems.add(numbers[index], reason)
 
-        for document in kind.tokenize(batch, recipe, on_bad):
+        for document in kind.tokenize(canonical, recipe, on_bad):
             truncated += document.truncated
             if document.sides is None:
                 dropped += 1
@@ -142,7 +137,8 @@ def tokenize(rows: Rows, recipe: Recipe, problems: RowProblems) -> Tokenized:
                 sides[side].append(example)
             for name, key in names:
                 values[name].append(float(document.row[key]))
-    return Tokenized(sides, values, len(rows), problems.count, dropped, truncated)
+    stats = DataStats(len(rows), problems.count, dropped, truncated)
+    return Tokenized(sides, values, stats)
 
 
 def lay_out(tokenized: Tokenized, recipe: Recipe) -> PreparedDataset | None:
@@ -151,53 +147,44 @@ def lay_out(tokenized: Tokenized, recipe: Recipe) -> PreparedDataset | None:
         return None
     options = recipe.options
     kind = KINDS[options.objective]
-    stores = kind.pack(kind.complete(tokenized.sides, options), options)
-    shares = kind.shares_prompts(options)
-    lengths = row_lengths(stores, shares_prompts=shares)
-    longest = int(lengths.max())
-    if options.pad_to == "max_length":
-        longest = (options.max_length or 0) * (2 if shares else 1)
+    values = {name: np.asarray(x, np.float32) for name, x in tokenized.values.items()}
+    values.pop(_DIFFICULTY, None)
     prepared = PreparedDataset(
         options.objective,
-        stores,
-        -(-longest // options.pad_to_multiple) * options.pad_to_multiple,
-        recipe.tokenizer.pad_token_id,
-        _count(tokenized, stores, lengths, options),
-        row_values={
-            name: np.asarray(tokenized.values[name], np.float32)
-            for name, _ in kind.row_values
-        },
-        shares_prompts=shares,
+        kind.pack(tokenized.sides, options),
+        row_length=0,  # told below
+        pad_id=recipe.tokenizer.pad_token_id,
+        stats=tokenized.stats,
+        row_values=values,
+        shares_prompts=options.share_prompts and options.objective == "preference",
         most_pairs=options.most_pairs,
     )
-    if _DIFFICULTY not in tokenized.values:
-        return prepared
-    difficulty = _difficulty_of_rows(tokenized, next(iter(stores.values())), options)
-    return prepared.with_difficulty(difficulty)
+    lengths = prepared.row_lengths()
+    longest = int(lengths.max())
+    if options.pad_to == "max_length":
+        longest = (options.max_length or 0) * (1 + prepared.shares_prompts)
+    return dataclasses.replace(
+        prepared,
+        row_length=-(-longest // options.pad_to_multiple) * options.pad_to_multiple,
+        stats=tokenized.stats + _count(prepared, lengths, options),
+        difficulty=_difficulty_of_rows(tokenized, prepared, options),
+    )
 
 
-def _canonical_batches(
+def _read_rows(
     rows: Rows, recipe: Recipe, problems: RowProblems
-) -> Iterator[tuple[list[int], list[Row]]]:
-    """Batches of row numbers and canonical rows; bad rows go to `problems`."""
-    size, column = recipe.options.batch_size, recipe.options.difficulty_column
-    numbers: list[int] = []
-    batch: list[Row] = []
-    for number, row in enumerate(_raw_rows(rows, size)):
+) -> Iterator[tuple[int, Row]]:
+    """Numbers of rows and canonical rows; bad rows go to `problems`."""
+    column = recipe.options.difficulty_column
+    for number, row in enumerate(_raw_rows(rows, recipe.options.batch_size)):
         try:
             read = read_row(row, recipe.row_format)
             if column is not None:
-                read = read | {_DIFFICULTY: _read_number(row, column)}
+                read |= {_DIFFICULTY: _read_number(row, column)}
         except BadRow as bad:
             problems.add(number, str(bad))
-            continue
-        batch.append(read)
-        numbers.append(number)
-        if len(batch) == size:
-            yield numbers, batch
-            numbers, batch = [], []
-    if batch:
-        yield numbers, batch
+        else:
+            yield number, read
 
 
 def _raw_rows(rows: Rows, batch_size: int) -> Iterator[Mapping[str, Any]]:
@@ -220,9 +207,12 @@ def _read_number(row: Mapping[str, Any], column: str) -> float:
 
 
 def _difficulty_of_rows(
-    tokenized: Tokenized, store: TokenStore, options: PrepareOptions
-) -> np.ndarray:
-    """float32[rows]: means over the tokens of a row's documents."""
+    tokenized: Tokenized, prepared: PreparedDataset, options: PrepareOptions
+) -> np.ndarray | None:
+    """float32[rows]: means over the tokens of a row's documents; None: not known."""
+    if _DIFFICULTY not in tokenized.values:
+        return None
+    store = next(iter(prepared.stores.values()))
     values = np.asarray(tokenized.values[_DIFFICULTY])
     if options.packing == "bfd_split":  # the store has the pieces of documents
         (examples,) = tokenized.sides.values()
@@ -235,30 +225,24 @@ def _difficulty_of_rows(
 
 
 def _count(
-    tokenized: Tokenized,
-    stores: Mapping[str, TokenStore],
-    lengths: np.ndarray,
-    options: PrepareOptions,
+    prepared: PreparedDataset, lengths: np.ndarray, options: PrepareOptions
 ) -> DataStats:
-    """Statistics of rows of these `lengths` in tokens."""
-    kind = KINDS[options.objective]
-    sides = [stores[name] for name in kind.counted]
+    """What the documents became: rows of these `lengths` in tokens."""
+    sides = [prepared.stores[name] for name in KINDS[options.objective].counted]
     of_documents = functools.reduce(np.maximum, [side.lengths for side in sides])
-    tokens = sum(len(side.tokens) for side in sides)
-    if kind.shares_prompts(options):
-        tokens = int(lengths.sum())
-    slots = len(sides) * len(lengths) * (options.max_length or int(lengths.max()))
+    longest = options.max_length or int(lengths.max())
     return DataStats(
-        rows=tokenized.rows,
-        bad_rows=tokenized.bad_rows,
-        dropped=tokenized.dropped,
-        truncated=tokenized.truncated,
         packed_rows=len(lengths),
-        tokens=tokens,
+        tokens=(
+            int(lengths.sum())
+            if prepared.shares_prompts
+            else sum(len(side.tokens) for side in sides)
+        ),
         trained_tokens=sum(_predicted(side) for side in sides),
+        slots=len(sides) * len(lengths) * longest,
+        documents=len(of_documents),
+        summed_lengths=int(of_documents.sum()),
         max_length=int(of_documents.max()),
-        mean_length=float(of_documents.mean()),
-        packing_efficiency=tokens / slots,
     )
 
 

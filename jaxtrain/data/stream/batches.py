@@ -7,6 +7,7 @@ do not depend on the number of processes, nor on that of worker processes.
 
 import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -16,8 +17,8 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from jaxtrain.batch import AnyBatch, map_arrays
-from jaxtrain.data.batches.dataset import PreparedDataset
+from jaxtrain.batch import AnyBatch
+from jaxtrain.data.batches.dataset import DataStats, PreparedDataset
 from jaxtrain.data.batches.pipeline import (
     BatchShape,
     Reading,
@@ -29,17 +30,9 @@ from jaxtrain.data.prepare.options import PrepareOptions
 from jaxtrain.data.prepare.prepare import detect_row_format
 from jaxtrain.data.rows.formats import RowFormat
 from jaxtrain.data.rows.tokenize import check_tokenizer
-from jaxtrain.data.stream.producer import Producer, WindowRunner, run_window
-from jaxtrain.data.stream.source import RawRow, Share, Source, State, head
-from jaxtrain.data.stream.windows import (
-    COUNTED,
-    BlockReader,
-    Key,
-    Lane,
-    Window,
-    WindowMaker,
-    WindowReader,
-)
+from jaxtrain.data.stream.producer import Producer, run_window
+from jaxtrain.data.stream.source import Share, Source, State, head
+from jaxtrain.data.stream.windows import BlockReader, Lane, WindowMaker, WindowReader
 
 logger = logging.getLogger(__name__)
 
@@ -220,9 +213,9 @@ class StreamIterator(Iterator[AnyBatch]):
         self.step += 1
         self._states[self.step] = snapshot
         self._states.pop(self.step - _KEPT_STATES, None)
-        if snapshot.counts["rows"] >= self._next_report:
-            self._report(snapshot)
-            self._next_report = 2 * snapshot.counts["rows"]
+        if snapshot.counts.rows >= self._next_report:
+            self._report(snapshot.counts)
+            self._next_report = 2 * snapshot.counts.rows
         return batch
 
     def __len__(self) -> int:
@@ -250,8 +243,7 @@ class StreamIterator(Iterator[AnyBatch]):
             ValueError: it was saved with other data, another order, or lacks a share
                 of this process.
         """
-        own = ("next_step", "lanes")
-        check_identity({k: v for k, v in state.items() if k not in own}, self._identity)
+        check_identity(state, self._identity)
         lanes = state["lanes"]
         missing = [index for index in self._held if str(index) not in lanes]
         if missing and state["next_step"]:
@@ -271,7 +263,7 @@ class StreamIterator(Iterator[AnyBatch]):
     def close(self) -> None:
         """Stop the thread and the worker processes; say what became of the rows."""
         if self.step in self._states:
-            self._report(self._states[self.step])
+            self._report(self._states[self.step].counts)
         self._close_producer()
 
     def _close_producer(self) -> None:
@@ -285,7 +277,6 @@ class StreamIterator(Iterator[AnyBatch]):
         data = self._dataset
         window, buffer = data.sizes.window_rows, data.sizes.shuffle_buffer_size
         block = max(buffer // self._shares, window) if self._reading.shuffle else window
-        run = run_window if workers else WindowRunner(data.makers)
         readers = len(self._held) * len(data.makers)
         lanes = []
         for index in self._held:
@@ -295,12 +286,9 @@ class StreamIterator(Iterator[AnyBatch]):
                 share = Share(
                     index, self._shares, seed if self._reading.shuffle else None
                 )
-
-                def submit(
-                    rows: list[RawRow], key: Key, share: Share, part: int = part
-                ) -> "concurrent.futures.Future[Window]":
-                    return pool.submit(run, part, rows, key, share)
-
+                submit = functools.partial(pool.submit, data.makers[part])
+                if workers:  # these have the makers
+                    submit = functools.partial(pool.submit, run_window, part)
                 parts.append(
                     WindowReader(
                         BlockReader(source, share, block),
@@ -326,7 +314,7 @@ class StreamIterator(Iterator[AnyBatch]):
         rows = len(taken) // self._accumulation
         batch = _batch(taken, (self._accumulation, rows))
         readers = [reader for lane in lanes for reader in lane.readers]
-        counts = {n: sum(reader.counts[n] for reader in readers) for n in COUNTED}
+        counts = sum((reader.counts for reader in readers), DataStats())
         states = {
             str(index): lane.get_state()
             for index, lane in zip(self._held, lanes, strict=True)
@@ -346,22 +334,10 @@ class StreamIterator(Iterator[AnyBatch]):
                 logger.warning("skipped: %s: %s", place, reason)
             self._bad_rows += 1
 
-    def _report(self, snapshot: "_Snapshot") -> None:
-        counts = snapshot.counts
-        if counts["rows"] == self._reported:
-            return
-        self._reported = counts["rows"]
-        logger.info("stream so far: %s", describe_counts(counts))
-
-
-def describe_counts(counts: Mapping[str, int]) -> str:
-    """What became of a stream's rows, for the log."""
-    return (
-        f"{counts['rows']} rows ({counts['bad_rows']} bad, {counts['dropped']} dropped,"
-        f" {counts['truncated']} truncated) -> {counts['packed_rows']} rows of "
-        f"{counts['tokens']} tokens, {counts['trained_tokens']} trained; filled "
-        f"{counts['tokens'] / max(counts['slots'], 1):.1%}"
-    )
+    def _report(self, counts: DataStats) -> None:
+        if counts.rows != self._reported:
+            self._reported = counts.rows
+            logger.info("stream so far: %s", counts.describe())
 
 
 def join_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -388,7 +364,7 @@ class _Snapshot:
     """Behind a batch: states by share, what became of the rows, epochs done."""
 
     lanes: dict[str, State]
-    counts: dict[str, int]
+    counts: DataStats
     epoch: int
 
 
@@ -401,14 +377,18 @@ def _batch(
         if not pieces or pieces[-1][0] is not data:
             pieces.append((data, []))
         pieces[-1][1].append(row)
-    made: list[Any] = [data.batch(np.asarray(rows)) for data, rows in pieces]
+    return _join(shape, *(data.batch(np.asarray(rows)) for data, rows in pieces))
 
-    def join(*parts: np.ndarray) -> np.ndarray:
-        array = np.concatenate(parts)
-        return array.reshape(*shape, *array.shape[1:])
 
-    joined: AnyBatch = map_arrays(join, *made)
-    return joined
+def _join(shape: tuple[int, int], *parts: Any) -> Any:
+    """The rows of batches behind one another, as arrays [*shape, ...]."""
+    if parts[0] is None:
+        return None
+    if dataclasses.is_dataclass(parts[0]):
+        fields = zip(*(vars(part).values() for part in parts), strict=True)
+        return type(parts[0])(*(_join(shape, *arrays) for arrays in fields))
+    array = np.concatenate(parts)
+    return array.reshape(*shape, *array.shape[1:])
 
 
 def _describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> list[str]:

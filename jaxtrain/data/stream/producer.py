@@ -79,23 +79,11 @@ class Producer:
         self._thread.join()
 
 
-class WindowRunner:
-    """Makes windows of any source."""
-
-    def __init__(self, makers: Sequence[WindowMaker]) -> None:
-        self._makers = makers
-
-    def __call__(
-        self, part: int, rows: Sequence[RawRow], key: Key, share: Share
-    ) -> Window:
-        return self._makers[part](rows, key, share)
-
-
-_RUNNER: list[WindowRunner] = []  # a worker process's own
+_MAKERS: list[WindowMaker] = []  # a worker process's own
 
 
 def _start_worker(makers: Sequence[WindowMaker]) -> None:
-    """Take the tokenizer; leave signals to the parent, and end when it ends."""
+    """Take the tokenizers; leave signals to the parent, and end when it ends."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
@@ -107,9 +95,9 @@ def _start_worker(makers: Sequence[WindowMaker]) -> None:
             os._exit(1)
 
         threading.Thread(target=follow, daemon=True).start()
-    _RUNNER[:] = [WindowRunner(makers)]
+    _MAKERS[:] = makers
 
 
 def run_window(part: int, rows: Sequence[RawRow], key: Key, share: Share) -> Window:
     """A window of a source, made in a worker process."""
-    return _RUNNER[0](part, rows, key, share)
+    return _MAKERS[part](rows, key, share)

@@ -10,24 +10,20 @@ it, one block is read and one window is prepared again.
 import collections
 import concurrent.futures
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from jaxtrain.data.batches.dataset import PreparedDataset
+from jaxtrain.data.batches.dataset import DataStats, PreparedDataset
 from jaxtrain.data.prepare.kinds import Recipe
-from jaxtrain.data.prepare.prepare import Tokenized, lay_out, tokenize
+from jaxtrain.data.prepare.prepare import lay_out, tokenize
 from jaxtrain.data.rows.formats import RowProblems
 from jaxtrain.data.stream.source import RawRow, Share, Source, State, random_order
 
 Key = tuple[int, int, int]  # epoch, block in it, window in that
 Submit = Callable[[list[RawRow], Key, Share], "concurrent.futures.Future[Window]"]
 
-COUNTED = (
-    "rows", "bad_rows", "dropped", "truncated", "packed_rows", "tokens",
-    "trained_tokens", "slots",
-)  # fmt: skip
 _GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio, for evenly spread draws
 
 
@@ -35,13 +31,13 @@ _GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio, for evenly spread draws
 class Window:
     """Some rows, prepared: which of them to take, in order, and what became of all.
 
-    `problems` are (place, reason) of bad rows; `counts` has the names in `COUNTED`.
+    `problems` are (place, reason) of bad rows.
     """
 
     data: PreparedDataset | None
     order: np.ndarray
     problems: tuple[tuple[str, str], ...]
-    counts: Mapping[str, int]
+    stats: DataStats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,12 +52,14 @@ class WindowMaker:
         tokenized = tokenize([row.row for row in rows], self.recipe, problems)
         data = lay_out(tokenized, self.recipe)
         found = [(rows[number].place, reason) for number, reason in problems.first]
-        order = np.arange(0 if data is None else len(data))
-        if data is not None and data.packed and share.seed is not None:
+        if data is None:
+            return Window(None, np.arange(0), tuple(found), tokenized.stats)
+        order = np.arange(len(data))
+        if data.packed and share.seed is not None:
             order = random_order(len(data), share.seed, share.index, *key)
-        elif data is not None and data.packed:
+        elif data.packed:
             order = _stream_order(data)
-        return Window(data, order, tuple(found), _count(data, tokenized))
+        return Window(data, order, tuple(found), data.stats)
 
 
 def _stream_order(data: PreparedDataset) -> np.ndarray:
@@ -69,20 +67,6 @@ def _stream_order(data: PreparedDataset) -> np.ndarray:
     store = next(iter(data.stores.values()))
     first = np.minimum.reduceat(store.row_documents, store.row_offsets[:-1])
     return np.argsort(first, kind="stable")
-
-
-def _count(data: PreparedDataset | None, tokenized: Tokenized) -> dict[str, int]:
-    names = ("rows", "bad_rows", "dropped", "truncated")
-    counts = dict.fromkeys(COUNTED, 0) | {n: getattr(tokenized, n) for n in names}
-    if data is not None:
-        stats = data.stats
-        counts |= {
-            "packed_rows": stats.packed_rows,
-            "tokens": stats.tokens,
-            "trained_tokens": stats.trained_tokens,
-            "slots": round(stats.tokens / stats.packing_efficiency),
-        }
-    return counts
 
 
 class BlockReader:
@@ -176,22 +160,9 @@ class WindowReader:
         self._ahead = ahead
         self._on_bad_rows = on_bad_rows
         self._pending: collections.deque[_Pending] = collections.deque()
-        self._windows: list[list[RawRow]] = []  # of the block that was read last
-        self._next_window = 0
-        self._block_state: State = blocks.get_state()
-        self._current: _Pending | None = None
-        self._window: Window | None = None
-        self._row = 0
-        self._start: State = self._state(self._block_state, 0)
-        self.counts = dict.fromkeys(COUNTED, 0)  # the current window's too
-        self._counts_before = dict(self.counts)
-
-    @property
-    def epoch(self) -> int:
-        """Epochs that are done."""
-        if self._current is None:
-            return int(self._start["blocks"]["epoch"])
-        return self._current.epoch
+        counts = dataclasses.asdict(DataStats())
+        start = {"blocks": blocks.get_state(), "window": 0, "row": 0, "counts": counts}
+        self.set_state(start)
 
     def take(self) -> tuple[PreparedDataset, int]:
         """The next row: a data set and the row's number in it.
@@ -207,7 +178,7 @@ class WindowReader:
                     raise ValueError(
                         f"nothing to train on: a whole epoch of "
                         f"{self._blocks.source.name} has no usable row "
-                        f"({self.counts['bad_rows']} bad, {self.counts['dropped']} with"
+                        f"({self.counts.bad_rows} bad, {self.counts.dropped} with"
                         " no trained token within max_length)"
                     )
             self._open_next()
@@ -218,56 +189,48 @@ class WindowReader:
 
     def get_state(self) -> State:
         """JSON values, from which `set_state` goes on with the same next row."""
-        if self._current is None:
-            return self._start
-        state = self._state(self._current.blocks, self._current.window)
-        return state | {"row": self._row, "counts": dict(self._counts_before)}
+        return self._start | {"row": self._row}
 
     def set_state(self, state: State) -> None:
         """Go on at a saved state."""
         self._pending.clear()
         self._blocks.set_state(state["blocks"])
-        self._windows, self._next_window = [], int(state["window"])
-        self._current = self._window = None
-        self._start = state
-        self.counts = dict(state["counts"])
+        self._made = self._make_windows(int(state["window"]))
+        self._window: Window | None = None
+        self._start = state  # where the window starts, and what was counted before it
         self._row = 0
+        self.epoch = int(state["blocks"]["epoch"])  # epochs that are done
+        self.counts = DataStats(**state["counts"])  # the current window's too
         if state["row"]:
             self._open_next(quietly=True)  # its bad rows were reported
             self._row = int(state["row"])
 
-    @staticmethod
-    def _state(blocks: State, window: int) -> State:
-        zeros = dict.fromkeys(COUNTED, 0)
-        return {"blocks": blocks, "window": window, "row": 0, "counts": zeros}
-
     def _open_next(self, *, quietly: bool = False) -> None:
         while len(self._pending) <= self._ahead:
-            self._pending.append(self._make_next())
-        self._current = self._pending.popleft()
-        window = self._window = self._current.made.result()
-        self._row = 0
-        self._counts_before = dict(self.counts)
-        self.counts = {n: self.counts[n] + window.counts[n] for n in COUNTED}
+            self._pending.append(next(self._made))
+        opened = self._pending.popleft()
+        window = self._window = opened.made.result()
+        counts = dataclasses.asdict(self.counts)
+        self._start = dict(blocks=opened.blocks, window=opened.window, counts=counts)
+        self._row, self.epoch = 0, opened.epoch
+        self.counts += window.stats
         if window.problems and not quietly:
             self._on_bad_rows(window.problems)
 
-    def _make_next(self) -> _Pending:
-        if not self._windows:
-            self._block_state = self._blocks.get_state()
-            rows = next(self._blocks)
+    def _make_windows(self, first: int) -> Iterator[_Pending]:
+        """Every window from the `first` of the next block on."""
+        blocks = self._blocks
+        while True:
+            start = blocks.get_state()
+            rows = next(blocks)
             count = -(-len(rows) // self._window_rows)
             parts = np.array_split(np.arange(len(rows)), count)
-            self._windows = [[rows[i] for i in part] for part in parts]
-        epoch, number = self._blocks.epoch, self._next_window
-        key = (epoch, self._blocks.block - 1, number)
-        rows = self._windows[number]
-        made = self._submit(rows, key, self._blocks.share)
-        pending = _Pending(self._block_state, number, epoch, made)
-        self._next_window += 1
-        if self._next_window == len(self._windows):
-            self._windows, self._next_window = [], 0
-        return pending
+            for number in range(first, count):
+                key = (blocks.epoch, blocks.block - 1, number)
+                window = [rows[i] for i in parts[number]]
+                made = self._submit(window, key, blocks.share)
+                yield _Pending(start, number, blocks.epoch, made)
+            first = 0
 
 
 class Lane:
