@@ -5,6 +5,7 @@ Otherwise the spans are found by rendering the conversation's beginnings: the te
 turn starts where the generation prompt ends and stops where the next turn begins.
 """
 
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -41,17 +42,8 @@ def render_chat(
     add_generation_prompt: bool = False,
 ) -> str:
     """The conversation as text. Raises BadRow where the template refuses it."""
-    try:
-        text = tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            **template_kwargs,
-        )
-    except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
-        raise BadRow(f"the chat template refuses the conversation: {error}") from error
-    assert isinstance(text, str)
-    return text
+    options = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
+    return str(_apply_template(tokenizer, messages, template_kwargs, options))
 
 
 def encode_with_assistant_mask(
@@ -68,7 +60,11 @@ def encode_with_assistant_mask(
         None, template_kwargs.get("tools")
     )
     if _GENERATION_TAG.search(template):
-        ids, mask = _encode_marked(tokenizer, messages, template_kwargs)
+        options = dict.fromkeys(
+            ("tokenize", "return_dict", "return_assistant_tokens_mask"), True
+        )
+        encoded = _apply_template(tokenizer, messages, template_kwargs, options)
+        ids, mask = encoded["input_ids"], np.asarray(encoded["assistant_masks"], bool)
     else:
         ids, mask = _encode_unmarked(tokenizer, messages, template_kwargs)
     if not mask.any():
@@ -128,22 +124,17 @@ def mask_tokens(
     return mask
 
 
-def _encode_marked(
+def _apply_template(
     tokenizer: PreTrainedTokenizerBase,
     messages: Messages,
     template_kwargs: Mapping[str, Any],
-) -> tuple[list[int], np.ndarray]:
+    options: Mapping[str, Any],
+) -> Any:
+    own = [dict(message) for message in messages]
     try:
-        encoded: Any = tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            **template_kwargs,
-        )
+        return tokenizer.apply_chat_template(own, **options, **template_kwargs)
     except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
         raise BadRow(f"the chat template refuses the conversation: {error}") from error
-    return encoded["input_ids"], np.asarray(encoded["assistant_masks"], bool)
 
 
 def _encode_unmarked(
@@ -151,14 +142,7 @@ def _encode_unmarked(
     messages: Messages,
     template_kwargs: Mapping[str, Any],
 ) -> tuple[list[int], np.ndarray]:
-    def render(messages: Messages, *, add_generation_prompt: bool = False) -> str:
-        return render_chat(
-            tokenizer,
-            messages,
-            template_kwargs,
-            add_generation_prompt=add_generation_prompt,
-        )
-
+    render = functools.partial(render_chat, tokenizer, template_kwargs=template_kwargs)
     eos = tokenizer.eos_token
     spans = find_assistant_spans(
         render, messages, closing=eos if isinstance(eos, str) else ""

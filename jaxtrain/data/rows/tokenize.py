@@ -9,6 +9,7 @@ completion.
 """
 
 import dataclasses
+import itertools
 import logging
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -123,32 +124,24 @@ def tokenize_examples(
     prompt/completion rows. `assistant_only_loss`: train on assistant turns alone. Both
     given, a token must be in both.
     """
-    has_prompt = row_format.kind == "prompt_completion"
     _check_loss_options(row_format, completion_only_loss, assistant_only_loss)
-    mask_prompt = has_prompt and completion_only_loss is not False
-
-    if not row_format.conversational:
-        texts = [_full_text(row, tokenizer.eos_token) for row in rows]
-        full = _encode(tokenizer, texts)
-        masks: list[np.ndarray | None] = [np.ones(len(ids), bool) for ids in full]
+    encoder = _Encoder(tokenizer, row_format.conversational, on_bad)
+    has_prompt = row_format.kind == "prompt_completion"
+    columns = ("prompt", "completion") if has_prompt else (row_format.kind,)
+    if assistant_only_loss:
+        examples = encoder.mark_assistant(rows, columns)
     else:
-        require_chat_template(tokenizer)
-        talks = [
-            row.get("messages") or row["prompt"] + row["completion"] for row in rows
+        examples = [
+            ids if ids is None else Example(ids, np.ones(len(ids), bool))
+            for ids in encoder.encode(rows, columns)
         ]
-        full, masks = _encode_talks(tokenizer, talks, rows, assistant_only_loss, on_bad)
-    if mask_prompt:
-        heads = _encode_prompts(tokenizer, rows, row_format, masks, on_bad)
-        for ids, mask, head in zip(full, masks, heads, strict=True):
-            if mask is not None and head is not None:
-                mask[: common_prefix_length(head, ids)] = False
-            # A prompt that no template renders makes the row bad.
-    else:
-        heads = [()] * len(rows)
-    return [
-        None if mask is None or head is None else Example(_int32(ids), mask)
-        for ids, mask, head in zip(full, masks, heads, strict=True)
-    ]
+    if not has_prompt or completion_only_loss is False:
+        return examples
+    heads = encoder.encode(_where(rows, examples), ("prompt",), prompts=True)
+    for example, head in zip(examples, heads, strict=True):
+        if example is not None and head is not None:
+            example.trained[: common_prefix_length(head, example.ids)] = False
+    return _where(examples, heads)  # a prompt that no template renders is bad too
 
 
 def tokenize_pairs(
@@ -163,35 +156,19 @@ def tokenize_pairs(
     The shared prompt is the shorter of what the prompt's tokens have in common with
     either side; later prompt tokens are left out.
     """
-    ok: list[np.ndarray | None] = [np.empty(0)] * len(rows)
-    sides: list[list[Sequence[int]]] = []
-    for side in ("chosen", "rejected"):
-        if row_format.conversational:
-            require_chat_template(tokenizer)
-            talks = [row["prompt"] + row[side] for row in rows]
-            ids, masks = _encode_talks(tokenizer, talks, rows, False, on_bad, ok)
-            ok = masks
-        else:
-            eos = tokenizer.eos_token
-            texts = [row["prompt"] + _with_eos(row[side], eos) for row in rows]
-            ids = _encode(tokenizer, texts)
-        sides.append(ids)
-    heads = _encode_prompts(tokenizer, rows, row_format, ok, on_bad)
+    encoder = _Encoder(tokenizer, row_format.conversational, on_bad)
+    chosen = encoder.encode(rows, ("prompt", "chosen"))
+    good = _where(rows, chosen)
+    rejected = encoder.encode(good, ("prompt", "rejected"))
+    good = _where(good, rejected)
+    heads = encoder.encode(good, ("prompt",), prompts=True)
     pairs: list[Pair | None] = []
-    for head, chosen, rejected in zip(heads, *sides, strict=True):
+    for head, *sides in zip(heads, chosen, rejected, strict=True):
         if head is None:
             pairs.append(None)
             continue
-        shared = min(
-            common_prefix_length(head, chosen), common_prefix_length(head, rejected)
-        )
-        pairs.append(
-            Pair(
-                _int32(head[:shared]),
-                _int32(chosen[shared:]),
-                _int32(rejected[shared:]),
-            )
-        )
+        shared = min(common_prefix_length(head, side) for side in sides)
+        pairs.append(Pair(head[:shared], *(side[shared:] for side in sides)))
     return pairs
 
 
@@ -224,9 +201,8 @@ def truncate_pair(
 def common_prefix_length(left: Sequence[int], right: Sequence[int]) -> int:
     """How many leading tokens two sequences share."""
     shorter = min(len(left), len(right))
-    if left[:shorter] == right[:shorter]:
-        return shorter
-    return next(i for i in range(shorter) if left[i] != right[i])
+    differ = np.not_equal(left[:shorter], right[:shorter])
+    return int(differ.argmax()) if differ.any() else shorter
 
 
 def _check_loss_options(
@@ -244,99 +220,89 @@ def _check_loss_options(
         )
 
 
-def _encode_talks(
-    tokenizer: PreTrainedTokenizerBase,
-    talks: Sequence[list[dict[str, Any]]],
-    rows: Sequence[Row],
-    assistant_only: bool,
-    on_bad: OnBad,
-    ok: Sequence[np.ndarray | None] | None = None,
-) -> tuple[list[Sequence[int]], list[np.ndarray | None]]:
-    """Ids and masks of conversations; a mask of None marks a bad row.
+@dataclasses.dataclass(frozen=True)
+class _Encoder:
+    """Texts or conversations to tokens; `on_bad` is told what cannot be rendered."""
 
-    Rows whose `ok` is None are bad already and are passed over.
-    """
-    count = len(talks)
-    alive = [ok is None or ok[i] is not None for i in range(count)]
-    ids: list[Sequence[int]] = [()] * count
-    masks: list[np.ndarray | None] = [None] * count
-    texts: dict[int, str] = {}
-    for i, (talk, row) in enumerate(zip(talks, rows, strict=True)):
-        if not alive[i]:
-            continue
-        kwargs = row["template_kwargs"]
-        try:
-            if assistant_only:
-                ids[i], masks[i] = encode_with_assistant_mask(tokenizer, talk, kwargs)
-            else:
-                texts[i] = render_chat(tokenizer, talk, kwargs)
-        except BadRow as bad:
-            on_bad(i, str(bad))
-    encoded = _encode(tokenizer, list(texts.values()), add_special_tokens=False)
-    for i, row_ids in zip(texts, encoded, strict=True):
-        ids[i], masks[i] = row_ids, np.ones(len(row_ids), bool)
-    return ids, masks
+    tokenizer: PreTrainedTokenizerBase
+    conversational: bool
+    on_bad: OnBad
 
+    def __post_init__(self) -> None:
+        if self.conversational:
+            require_chat_template(self.tokenizer)
 
-def _encode_prompts(
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
-    row_format: RowFormat,
-    ok: Sequence[np.ndarray | None],
-    on_bad: OnBad,
-) -> list[Sequence[int] | None]:
-    """Ids of the prompts alone, with the generation prompt; None for a bad row."""
-    if not row_format.conversational:
-        return list(_encode(tokenizer, [row["prompt"] for row in rows]))
-    texts: dict[int, str] = {}
-    for i, row in enumerate(rows):
-        if ok[i] is None:
-            continue
-        try:
-            texts[i] = render_chat(
-                tokenizer,
-                row["prompt"],
+    def encode(
+        self,
+        rows: Sequence[Row | None],
+        columns: Sequence[str],
+        *,
+        prompts: bool = False,
+    ) -> list[Any]:
+        """int32 ids of rows' columns behind one another; None: of none or a bad one.
+
+        `prompts`: a completion is still to come.
+        """
+
+        def text(row: Row) -> str:
+            *before, last = (row[column] for column in columns)
+            if not self.conversational:
+                eos = self.tokenizer.eos_token
+                return "".join(before) + (last if prompts else _with_eos(last, eos))
+            return render_chat(
+                self.tokenizer,
+                [*itertools.chain(*before, last)],
                 row["template_kwargs"],
-                add_generation_prompt=True,
+                add_generation_prompt=prompts,
             )
-        except BadRow as bad:
-            on_bad(i, str(bad))
-    heads: list[Sequence[int] | None] = [None] * len(rows)
-    encoded = _encode(tokenizer, list(texts.values()), add_special_tokens=False)
-    for i, ids in zip(texts, encoded, strict=True):
-        heads[i] = ids
-    return heads
+
+        texts = self._each(rows, text)
+        given = [text for text in texts if text is not None]
+        if not given:
+            return texts
+        encoded = self.tokenizer(
+            given,
+            add_special_tokens=not self.conversational,
+            return_attention_mask=False,
+            verbose=False,  # lengths are cut later: no warning about the model's most
+        )
+        ids = iter(encoded["input_ids"])
+        return [t if t is None else np.asarray(next(ids), np.int32) for t in texts]
+
+    def mark_assistant(
+        self, rows: Sequence[Row], columns: Sequence[str]
+    ) -> list[Example | None]:
+        """Conversations of which the assistant's tokens are trained."""
+
+        def example(row: Row) -> Example:
+            messages = [*itertools.chain(*(row[column] for column in columns))]
+            ids, mask = encode_with_assistant_mask(
+                self.tokenizer, messages, row["template_kwargs"]
+            )
+            return Example(np.asarray(ids, np.int32), mask)
+
+        return self._each(rows, example)
+
+    def _each(
+        self, rows: Sequence[Row | None], function: Callable[[Row], Any]
+    ) -> list[Any]:
+        """`function` of each row; None where there is none or it raises BadRow."""
+        found: list[Any] = [None] * len(rows)
+        for index, row in enumerate(rows):
+            try:
+                found[index] = row if row is None else function(row)
+            except BadRow as bad:
+                self.on_bad(index, str(bad))
+        return found
 
 
-def _encode(
-    tokenizer: PreTrainedTokenizerBase,
-    texts: list[str],
-    *,
-    add_special_tokens: bool = True,
-) -> list[Sequence[int]]:
-    if not texts:
-        return []
-    encoded = tokenizer(
-        texts,
-        add_special_tokens=add_special_tokens,
-        return_attention_mask=False,
-        verbose=False,  # lengths are cut later: no warning about the model's maximum
-    )
-    return encoded["input_ids"]
-
-
-def _full_text(row: Row, eos: str) -> str:
-    if "text" in row:
-        return _with_eos(row["text"], eos)
-    return row["prompt"] + _with_eos(row["completion"], eos)
+def _where(values: Sequence[Any], others: Sequence[Any]) -> list[Any]:
+    """The values beside which something stands; None for the rest."""
+    return [v if o is not None else None for v, o in zip(values, others, strict=True)]
 
 
 def _with_eos(text: str, eos: str) -> str:
     return text if text.endswith(eos) else text + eos
-
-
-def _int32(ids: Sequence[int]) -> np.ndarray:
-    return np.asarray(ids, np.int32)
 
 
 def _read_template(template: str) -> str:
