@@ -5,6 +5,7 @@ The first two are pure and traced inside the train step; `save_batch` is host co
 
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -80,7 +81,7 @@ def detect_spike(
 # --- the batch --------------------------------------------------------------------
 
 
-def named_arrays(batch: AnyBatch) -> dict[str, np.ndarray]:
+def named_arrays(batch: AnyBatch) -> dict[str, Any]:
     """The arrays of a batch by name: `tokens`, `chosen/tokens`, `pair_ids`.
 
     Of pairs that share prompts `chosen` and `rejected` are left out, for `shared` has

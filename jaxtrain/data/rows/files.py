@@ -18,12 +18,12 @@ import pathlib
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, TypeAlias
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jaxtrain.data.rows.formats import BadRow
+from jaxtrain.data.rows.formats import BadRow, UnreadableRow
 
 # Suffix of a file (without .gz) -> reader in `datasets`, and here.
 READERS = {
@@ -67,13 +67,20 @@ class Unit:
             ValueError: the file cannot be read; names it.
         """
         try:
-            yield from _READ[self.reader](self, start)
+            yield from _FORMATS[self.reader][0](self, start)
         except (OSError, EOFError, zlib.error, pa.ArrowException, csv.Error) as error:
             raise ValueError(f"cannot read {self.path}: {error}") from error
 
     def parse(self, item: Item) -> dict[str, Any]:
         """The row of an item. Raises BadRow where it is none."""
-        return _PARSE[self.reader](item.payload)
+        return _FORMATS[self.reader][1](item.payload)
+
+    def row(self, item: Item) -> Mapping[str, Any]:
+        """The row of an item; an `UnreadableRow` where it is none."""
+        try:
+            return self.parse(item)
+        except BadRow as bad:
+            return UnreadableRow(str(bad))
 
     def place(self, item: Item) -> str:
         """Where an item stands, for messages."""
@@ -161,44 +168,28 @@ def _parse_text(line: bytes) -> dict[str, Any]:
 # --- csv --------------------------------------------------------------------------
 
 
-class _CountedLines:
-    """Decoded lines of a file, and how far they were read."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self.offset, self.number = START
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        line = self._file.readline()
-        if not line:
-            raise StopIteration
-        self.offset += len(line)
-        self.number += 1
-        return line.removeprefix(_BOM).decode(errors="replace")
-
-    def seek(self, position: Position) -> None:
-        self.offset, self.number = position
-        self._file.seek(self.offset)
-
-
 def _csv(unit: Unit, start: Position) -> Iterator[Item]:
     """Records, which may span lines; the reader takes no line before it needs it."""
     csv.field_size_limit(sys.maxsize)  # documents are longer than the default
     delimiter = "\t" if unit.reader == "tsv" else ","
     with _open(unit.path) as file:
-        lines = _CountedLines(file)
-        header = next(csv.reader(lines, delimiter=delimiter), None)
+        offset, number = START
+
+        def lines() -> Iterator[str]:
+            nonlocal offset, number
+            while line := file.readline():
+                offset, number = offset + len(line), number + 1
+                yield line.removeprefix(_BOM).decode(errors="replace")
+
+        header = next(csv.reader(lines(), delimiter=delimiter), None)
         if header is None:
             return
         if start != START:
-            lines.seek(start)
-        for cells in csv.reader(lines, delimiter=delimiter):
+            offset, number = start
+            file.seek(offset)
+        for cells in csv.reader(lines(), delimiter=delimiter):
             if cells:
-                end = (lines.offset, lines.number)
-                yield Item((header, cells), lines.number, end)
+                yield Item((header, cells), number, (offset, number))
 
 
 def _parse_csv(payload: tuple[list[str], list[str]]) -> dict[str, Any]:
@@ -258,19 +249,12 @@ def _parse_cells(payload: tuple[pa.RecordBatch, int]) -> dict[str, Any]:
     return {name: batch.column(i)[index].as_py() for i, name in enumerate(names)}
 
 
-_READ: Mapping[str, Callable[[Unit, Position], Iterator[Item]]] = {
-    "json": _lines,
-    "text": _lines,
-    "csv": _csv,
-    "tsv": _csv,
-    "parquet": _parquet,
-    "arrow": _arrow,
-}
-_PARSE: Mapping[str, Callable[[Any], dict[str, Any]]] = {
-    "json": _parse_json,
-    "text": _parse_text,
-    "csv": _parse_csv,
-    "tsv": _parse_csv,
-    "parquet": _parse_cells,
-    "arrow": _parse_cells,
+_Read: TypeAlias = Callable[[Unit, Position], Iterator[Item]]
+_FORMATS: Mapping[str, tuple[_Read, Callable[[Any], dict[str, Any]]]] = {
+    "json": (_lines, _parse_json),
+    "text": (_lines, _parse_text),
+    "csv": (_csv, _parse_csv),
+    "tsv": (_csv, _parse_csv),
+    "parquet": (_parquet, _parse_cells),
+    "arrow": (_arrow, _parse_cells),
 }

@@ -157,20 +157,11 @@ def _possible_formats(
     columns = {name for name in names if first.get(name) is not None}
     if {"chosen", "rejected"} <= columns:
         yield _preference_format(first, columns)
-    if {"prompt", "completion"} <= columns:
-        yield RowFormat(
-            "prompt_completion",
-            _is_conversation(first["completion"]),
-            ("prompt", "completion"),
-            dialect=_dialect(first["completion"]),
-        )
-    if {"prompt", "completion", "label"} <= columns:
-        yield RowFormat(
-            "labeled",
-            _is_conversation(first["completion"]),
-            ("prompt", "completion", "label"),
-            dialect=_dialect(first["completion"]),
-        )
+    read = ("prompt", "completion")
+    if columns.issuperset(read):
+        yield _format("prompt_completion", first["completion"], read)
+    if columns.issuperset((*read, "label")):
+        yield _format("labeled", first["completion"], (*read, "label"))
     for name in ("messages", "conversations"):
         if name in columns:
             yield RowFormat("messages", True, (name,), dialect=_dialect(first[name]))
@@ -240,22 +231,24 @@ def extract_prompt(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
     return shorter - 1
 
 
+def _format(kind: Kind, value: Any, columns: tuple[str, ...]) -> RowFormat:
+    """The format of rows in whose columns such values stand."""
+    return RowFormat(kind, _is_conversation(value), columns, dialect=_dialect(value))
+
+
 def _preference_format(first: Row, columns: set[str]) -> RowFormat:
-    conversational = _is_conversation(first["chosen"])
-    dialect = _dialect(first["chosen"])
+    chosen = first["chosen"]
+    sides = _format("preference", chosen, ("chosen", "rejected"))
     prompt = next((c for c in ("prompt", "conversations") if c in columns), None)
     if prompt is None:
-        found: tuple[str, ...] = ("chosen", "rejected")
-        implicit = True
-    else:
-        found = (prompt, "chosen", "rejected")
-        # A string beside full conversations repeats their first turn.
-        implicit = (
-            conversational
-            and not _is_conversation(first[prompt])
-            and _starts_conversation(first["chosen"])
-        )
-    return RowFormat("preference", conversational, found, implicit, dialect)
+        return dataclasses.replace(sides, implicit_prompt=True)
+    # A string beside full conversations repeats their first turn.
+    repeated = sides.conversational and not _is_conversation(first[prompt])
+    return dataclasses.replace(
+        sides,
+        columns=(prompt, *sides.columns),
+        implicit_prompt=repeated and _starts_conversation(chosen),
+    )
 
 
 def _read_preference(row: Row, row_format: RowFormat) -> dict[str, Any]:
@@ -379,18 +372,19 @@ def _is_conversation(value: Any) -> bool:
 
 def _starts_conversation(value: Any) -> bool:
     """Whether a message list opens with a turn that is not the assistant's."""
-    first = value[0] if isinstance(value, list) and value else value
-    if not isinstance(first, Mapping):
-        return False
-    role = first.get("role") or first.get("from")
-    return ROLE_ALIASES.get(str(role), role) != "assistant"
+    turn = _first_turn(value)
+    role = turn.get("role") or turn.get("from")
+    return bool(turn) and ROLE_ALIASES.get(str(role), role) != "assistant"
 
 
 def _dialect(value: Any) -> Literal["native", "sharegpt"]:
+    return "native" if _first_turn(value).get("from") is None else "sharegpt"
+
+
+def _first_turn(value: Any) -> Mapping[str, Any]:
+    """The first message, or the only one; empty where there is none."""
     first = value[0] if isinstance(value, list) and value else value
-    if isinstance(first, Mapping) and first.get("from") is not None:
-        return "sharegpt"
-    return "native"
+    return first if isinstance(first, Mapping) else {}
 
 
 def _shown(value: Any) -> str:

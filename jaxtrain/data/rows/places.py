@@ -9,7 +9,6 @@ from typing import Any
 import datasets
 
 from jaxtrain.data.rows.files import Item, Unit, make_units
-from jaxtrain.data.rows.formats import BadRow, UnreadableRow
 
 _FILES: "weakref.WeakKeyDictionary[datasets.Dataset, tuple[pathlib.Path, ...]]" = (
     weakref.WeakKeyDictionary()
@@ -40,15 +39,8 @@ def hold(files: Sequence[pathlib.Path]) -> HeldRows:
     Raises:
         ValueError: a file cannot be read as rows.
     """
-    rows: list[Mapping[str, Any]] = []
-    places = []
-    for unit, item in _items(files):
-        places.append(unit.place(item))
-        try:
-            rows.append(unit.parse(item))
-        except BadRow as bad:
-            rows.append(UnreadableRow(str(bad)))
-    return HeldRows(tuple(rows), tuple(places))
+    found = [(unit.row(item), unit.place(item)) for unit, item in _items(files)]
+    return HeldRows(tuple(row for row, _ in found), tuple(at for _, at in found))
 
 
 def remember_files(rows: datasets.Dataset, files: Sequence[pathlib.Path]) -> None:
@@ -81,7 +73,5 @@ def name_rows(rows: Any, numbers: Sequence[int]) -> list[str]:
 
 
 def _items(files: Sequence[pathlib.Path]) -> Iterator[tuple[Unit, Item]]:
-    for file in files:
-        for unit in make_units(file):
-            for item in unit.items():
-                yield unit, item
+    units = (unit for file in files for unit in make_units(file))
+    return ((unit, item) for unit in units for item in unit.items())

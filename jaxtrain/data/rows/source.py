@@ -66,8 +66,8 @@ def load_rows(
 
 def _load_local(path: pathlib.Path, split: str) -> datasets.Dataset | HeldRows:
     if path.is_dir():
-        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-            return _choose_split(datasets.load_from_disk(str(path)), split, str(path))
+        if (saved := load_saved(path, split)) is not None:
+            return saved
         files = split_files(path, split)
     else:
         files = [path]
@@ -85,6 +85,14 @@ def _load_local(path: pathlib.Path, split: str) -> datasets.Dataset | HeldRows:
             "(each also .gz)"
         )
     return _read_files(reader, files)
+
+
+def load_saved(folder: pathlib.Path, split: str) -> datasets.Dataset | None:
+    """What `save_to_disk` wrote to a folder, or None."""
+    if any((folder / f).is_file() for f in ("state.json", "dataset_dict.json")):
+        loaded = datasets.load_from_disk(str(folder))
+        return _choose_split(loaded, split, str(folder))
+    return None
 
 
 def _read_files(
@@ -151,11 +159,10 @@ def _unreadable(files: Sequence[pathlib.Path], cause: object) -> ValueError:
 
 def split_files(folder: pathlib.Path, split: str) -> list[pathlib.Path]:
     """The data files of a split; the whole folder where nothing is named by split."""
-    files = sorted(
-        file
-        for file in folder.rglob("*")
-        if reader_of(file) and not _hidden(file.relative_to(folder))
+    named = sorted(
+        file.relative_to(folder) for file in folder.rglob("*") if reader_of(file)
     )
+    files = [n for n in named if not any(part.startswith(".") for part in n.parts)]
     if not files:
         raise ValueError(
             f"{folder} holds no data file: expected {', '.join(READERS)} (each also "
@@ -163,9 +170,9 @@ def split_files(folder: pathlib.Path, split: str) -> list[pathlib.Path]:
         )
     by_split: dict[str | None, list[pathlib.Path]] = {}
     for file in files:
-        by_split.setdefault(_split_of(file.relative_to(folder)), []).append(file)
+        by_split.setdefault(_split_of(file), []).append(folder / file)
     if set(by_split) == {None}:
-        return files
+        return by_split[None]
     for alias in split_aliases(split):
         if alias in by_split:
             return by_split[alias]
@@ -176,10 +183,6 @@ def split_files(folder: pathlib.Path, split: str) -> list[pathlib.Path]:
         f"{folder} has no split {split!r}, only {found}: name a folder or file "
         f"{' or '.join(split_aliases(split))}, or point at one file"
     )
-
-
-def _hidden(file: pathlib.Path) -> bool:
-    return any(part.startswith(".") for part in file.parts)
 
 
 def _split_of(file: pathlib.Path) -> str | None:

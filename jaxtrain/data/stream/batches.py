@@ -286,13 +286,14 @@ class StreamIterator(Iterator[AnyBatch]):
                 share = Share(
                     index, self._shares, seed if self._reading.shuffle else None
                 )
-                submit = functools.partial(pool.submit, data.makers[part])
-                if workers:  # these have the makers
-                    submit = functools.partial(pool.submit, run_window, part)
+                # Workers have the makers already.
+                own = functools.partial(run_window, part)
+                make = own if workers else data.makers[part]
                 parts.append(
                     WindowReader(
                         BlockReader(source, share, block),
-                        submit,
+                        pool,
+                        make,
                         window_rows=window,
                         ahead=max(1, -(-2 * workers // readers)),
                         on_bad_rows=self._take_bad_rows,
@@ -384,7 +385,7 @@ def _join(shape: tuple[int, int], *parts: Any) -> Any:
     """The rows of batches behind one another, as arrays [*shape, ...]."""
     if parts[0] is None:
         return None
-    if dataclasses.is_dataclass(parts[0]):
+    if isinstance(parts[0], AnyBatch):
         fields = zip(*(vars(part).values() for part in parts), strict=True)
         return type(parts[0])(*(_join(shape, *arrays) for arrays in fields))
     array = np.concatenate(parts)

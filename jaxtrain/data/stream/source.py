@@ -6,22 +6,21 @@ number divides evenly; otherwise every share reads all units and keeps one row i
 `share.count`. Which ones moves on from epoch to epoch, and so does the units' order.
 """
 
+import abc
 import copy
 import dataclasses
 import itertools
-import json
 import logging
 import pathlib
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import datasets
 import numpy as np
 
-from jaxtrain.data.rows.files import START, Unit, make_units
-from jaxtrain.data.rows.formats import BadRow, UnreadableRow
+from jaxtrain.data.rows.files import START, Item, Unit, make_units
 from jaxtrain.data.rows.places import HeldRows
-from jaxtrain.data.rows.source import load_hub, looks_local, split_aliases, split_files
+from jaxtrain.data.rows.source import load_hub, load_saved, looks_local, split_files
 
 logger = logging.getLogger(__name__)
 
@@ -45,25 +44,37 @@ class Share:
     seed: int | None = None
 
 
-class Cursor(Protocol):
-    """The rows of one epoch in one share. The state is behind the last row given."""
+class Cursor(abc.ABC, Iterator[RawRow]):
+    """The rows of one epoch in one share. The state is behind the last row given.
 
-    def __iter__(self) -> Iterator[RawRow]: ...
+    A share that reads units of its own takes all that it reads (`whole`), another one
+    row in `share.count`.
+    """
 
-    def __next__(self) -> RawRow: ...
+    _reading: Iterator[Any]
 
-    def get_state(self) -> State: ...
+    def __init__(
+        self, share: Share, epoch: int, limit: int | None, *, whole: bool, rows: int
+    ) -> None:
+        self._dealt = 1 if whole else share.count
+        self._mine = 0 if whole else (share.index + epoch) % share.count
+        self._limit = limit
+        self._rows = rows  # read so far
 
+    def __next__(self) -> RawRow:
+        while self._limit is None or self._rows < self._limit:
+            read = next(self._reading)
+            self._rows += 1
+            if (self._rows - 1) % self._dealt == self._mine:
+                return self._make_row(read)
+        raise StopIteration
 
-class Source(Protocol):
-    """A data set that is read as a stream."""
+    @abc.abstractmethod
+    def _make_row(self, read: Any) -> RawRow: ...
 
-    @property
-    def name(self) -> str: ...
-
-    def open(self, share: Share, epoch: int, at: State | None) -> Cursor: ...
-
-    def identity(self) -> list[Any]: ...
+    @abc.abstractmethod
+    def get_state(self) -> State:
+        """JSON values."""
 
 
 def random_order(count: int, *key: int) -> np.ndarray:
@@ -75,7 +86,7 @@ def random_order(count: int, *key: int) -> np.ndarray:
 
 def open_stream(
     path_or_name: str, *, split: str = "train", max_rows: int | None = None
-) -> Source:
+) -> "Source":
     """A file, a folder (see `source.load_rows`) or a data set of the hub.
 
     Args:
@@ -86,7 +97,11 @@ def open_stream(
     """
     path = pathlib.Path(path_or_name).expanduser()
     if path.is_dir():
-        files = _saved_files(path, split) or split_files(path, split)
+        saved = load_saved(path, split)
+        if saved is None:
+            files = split_files(path, split)
+        else:
+            files = [pathlib.Path(file["filename"]) for file in saved.cache_files]
     elif path.exists():
         files = [path]
     elif looks_local(path_or_name):
@@ -124,54 +139,39 @@ class FileSource:
         return [*named, len(self.units), self.max_rows]
 
 
-class _FileCursor:
+class _FileCursor(Cursor):
     def __init__(
         self, source: FileSource, share: Share, epoch: int, at: State | None
     ) -> None:
+        at = at or {"unit": 0, "position": START, "rows": 0}
         count, limit = len(source.units), source.max_rows
+        whole = limit is None and count % share.count == 0
+        super().__init__(share, epoch, limit, whole=whole, rows=int(at["rows"]))
         order = np.arange(count)
         if share.seed is not None and limit is None:
             order = random_order(count, share.seed, epoch)
-        by_unit = limit is None and count % share.count == 0
-        if by_unit:
+        if whole:
             order = order[share.index :: share.count]
         self._units = [source.units[number] for number in order]
-        self._dealt = 1 if by_unit else share.count
-        self._mine = 0 if by_unit else (share.index + epoch) % share.count
-        self._limit = limit
-        at = at or {"unit": 0, "position": START, "rows": 0}
-        self._unit, self._rows = int(at["unit"]), int(at["rows"])
+        self._unit = int(at["unit"])
         self._position = (int(at["position"][0]), int(at["position"][1]))
         self._reading = self._read()
 
-    def __iter__(self) -> Iterator[RawRow]:
-        return self
-
-    def __next__(self) -> RawRow:
-        return next(self._reading)
-
     def get_state(self) -> State:
-        return {
-            "unit": self._unit,
-            "position": list(self._position),
-            "rows": self._rows,
-        }
+        position = list(self._position)
+        return {"unit": self._unit, "position": position, "rows": self._rows}
 
-    def _read(self) -> Iterator[RawRow]:
+    def _read(self) -> Iterator[tuple[Unit, Item]]:
         while self._unit < len(self._units):
             unit = self._units[self._unit]
             for item in unit.items(self._position):
-                if self._limit is not None and self._rows >= self._limit:
-                    return
                 self._position = item.end
-                self._rows += 1
-                if (self._rows - 1) % self._dealt != self._mine:
-                    continue
-                try:
-                    yield RawRow(unit.place(item), unit.parse(item))
-                except BadRow as bad:
-                    yield RawRow(unit.place(item), UnreadableRow(str(bad)))
+                yield unit, item
             self._unit, self._position = self._unit + 1, START
+
+    def _make_row(self, read: tuple[Unit, Item]) -> RawRow:
+        unit, item = read
+        return RawRow(unit.place(item), unit.row(item))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,60 +194,39 @@ class HubSource:
         return [self.name, self.rows.num_shards, self.max_rows]
 
 
-class _HubCursor:
+class _HubCursor(Cursor):
     def __init__(
         self, source: HubSource, share: Share, epoch: int, at: State | None
     ) -> None:
-        by_shard = source.max_rows is None and source.rows.num_shards % share.count == 0
-        mine = (share.index + epoch) % share.count
+        limit = source.max_rows
+        whole = limit is None and source.rows.num_shards % share.count == 0
+        rows = int(at["rows"]) if at else 0
+        super().__init__(share, epoch, limit, whole=whole, rows=rows)
         # `shard` copies: a data set keeps its state, and each cursor needs its own.
-        rows = source.rows.shard(
-            share.count if by_shard else 1, mine if by_shard else 0, contiguous=False
+        self._dataset = source.rows.shard(
+            share.count if whole else 1,
+            (share.index + epoch) % share.count if whole else 0,
+            contiguous=False,
         )
-        self._dealt = 1 if by_shard else share.count
-        self._mine = 0 if by_shard else mine
-        self._dataset, self._limit = rows, source.max_rows
         self._place = f"{source.name} row"
-        if by_shard and share.count > 1:
+        if whole and share.count > 1:
             self._place = f"{source.name} (share {share.index} of {share.count}) row"
-        self._rows = 0
         if at is not None:
-            self._rows = int(at["rows"])
-            rows.load_state_dict(copy.deepcopy(at["hub"]))
-        self._iterator = iter(rows)
-
-    def __iter__(self) -> Iterator[RawRow]:
-        return self
-
-    def __next__(self) -> RawRow:
-        while True:
-            if self._limit is not None and self._rows >= self._limit:
-                raise StopIteration
-            row = next(self._iterator)
-            self._rows += 1
-            if (self._rows - 1) % self._dealt == self._mine:
-                return RawRow(f"{self._place} {self._rows}", row)
+            self._dataset.load_state_dict(copy.deepcopy(at["hub"]))
+        self._reading = iter(self._dataset)
 
     def get_state(self) -> State:
         hub = copy.deepcopy(self._dataset.state_dict())
         return {"hub": hub, "rows": self._rows}
+
+    def _make_row(self, read: Mapping[str, Any]) -> RawRow:
+        return RawRow(f"{self._place} {self._rows}", read)
+
+
+Source: TypeAlias = FileSource | HubSource
 
 
 def head(source: Source, count: int | None) -> HeldRows:
     """The first rows of a stream, in the order of its files; all if None."""
     rows = list(itertools.islice(source.open(Share(), 0, None), count))
     return HeldRows(tuple(r.row for r in rows), tuple(r.place for r in rows))
-
-
-def _saved_files(folder: pathlib.Path, split: str) -> list[pathlib.Path] | None:
-    """The files of a folder that `save_to_disk` wrote, or None."""
-    if (folder / "dataset_dict.json").is_file():
-        splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
-        for alias in split_aliases(split):
-            if alias in splits:
-                return _saved_files(folder / alias, split)
-        raise ValueError(f"{folder} has no split {split!r}, only {sorted(splits)}")
-    if not (folder / "state.json").is_file():
-        return None
-    saved = json.loads((folder / "state.json").read_text())
-    return [folder / file["filename"] for file in saved["_data_files"]]

@@ -22,7 +22,7 @@ from jaxtrain.data.rows.formats import RowProblems
 from jaxtrain.data.stream.source import RawRow, Share, Source, State, random_order
 
 Key = tuple[int, int, int]  # epoch, block in it, window in that
-Submit = Callable[[list[RawRow], Key, Share], "concurrent.futures.Future[Window]"]
+Make = Callable[[list[RawRow], Key, Share], "Window"]
 
 _GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio, for evenly spread draws
 
@@ -144,7 +144,8 @@ class WindowReader:
     def __init__(
         self,
         blocks: BlockReader,
-        submit: Submit,
+        pool: concurrent.futures.Executor,
+        make: Make,
         *,
         window_rows: int,
         ahead: int,
@@ -155,7 +156,7 @@ class WindowReader:
         `on_bad_rows` is told of every window's bad rows as the window is opened.
         """
         self._blocks = blocks
-        self._submit = submit
+        self._pool, self._make = pool, make
         self._window_rows = window_rows
         self._ahead = ahead
         self._on_bad_rows = on_bad_rows
@@ -228,7 +229,7 @@ class WindowReader:
             for number in range(first, count):
                 key = (blocks.epoch, blocks.block - 1, number)
                 window = [rows[i] for i in parts[number]]
-                made = self._submit(window, key, blocks.share)
+                made = self._pool.submit(self._make, window, key, blocks.share)
                 yield _Pending(start, number, blocks.epoch, made)
             first = 0
 
