@@ -198,7 +198,9 @@ def truncate_pair(
     return Pair(prompt, pair.chosen[:room], pair.rejected[:room])
 
 
-def common_prefix_length(left: Sequence[int], right: Sequence[int]) -> int:
+def common_prefix_length(
+    left: Sequence[int] | np.ndarray, right: Sequence[int] | np.ndarray
+) -> int:
     """How many leading tokens two sequences share."""
     shorter = min(len(left), len(right))
     differ = np.not_equal(left[:shorter], right[:shorter])
