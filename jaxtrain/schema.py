@@ -67,7 +67,8 @@ FractionBelowOne = Annotated[float, Bound(0, 1, open_high=True)]
 class OnlyIf:
     """The condition without which setting a key has no effect.
 
-    The resolved value of `key`, a full key, must be `value` (`True`: any true value).
+    The resolved value of `key`, a full key, must be `value` (`True`: any true value);
+    it is training_type, or a key of a section that has a field of its own in RunConfig.
     `otherwise` is the reason that the log gives where it is not.
     """
 

@@ -157,21 +157,14 @@ def _with_lists(tree: Any) -> Any:
 
 def _explain(run: RunConfig) -> list[str]:
     mesh, devices, loop, precision = run.mesh, run.devices, run.loop, run.precision
-    deepspeed, curriculum = devices.deepspeed, run.curriculum
-    state = "optimizer state"
-    split = ("nothing", state, state, "parameters and optimizer")[deepspeed.zero_stage]
-    offloaded = {
-        state: deepspeed.offload_optimizer,
-        "parameters": deepspeed.offload_param,
-    }
+    zero, curriculum, state = devices.deepspeed, run.curriculum, "optimizer state"
+    split = ("nothing", state, state, "parameters and optimizer")[zero.zero_stage]
+    offloaded = {state: zero.offload_optimizer, "parameters": zero.offload_param}
     host = " and ".join(name for name, is_there in offloaded.items() if is_there)
-    rows: int | str = (
-        loop.per_device_train_batch_size * loop.gradient_accumulation_steps
-    )
-    if -1 in (mesh.data, mesh.fsdp):
-        rows = f"{rows} times data-parallel devices"
-    else:
-        rows *= mesh.data * mesh.fsdp
+    per_device = loop.per_device_train_batch_size * loop.gradient_accumulation_steps
+    rows = f"{per_device} times data-parallel devices"
+    if -1 not in (mesh.data, mesh.fsdp):
+        rows = str(per_device * mesh.data * mesh.fsdp)
     lines = [
         f"training.distributed = {devices.distributed}: one mesh spans the devices of"
         " every process; the launcher's environment says how many there are",
@@ -182,7 +175,7 @@ def _explain(run: RunConfig) -> list[str]:
         f"training.per_device_train_batch_size = {loop.per_device_train_batch_size},"
         f" gradient_accumulation_steps = {loop.gradient_accumulation_steps}:"
         f" {rows} rows an optimizer step",
-        f"training.deepspeed.zero_stage = {deepspeed.zero_stage}: {split} split over"
+        f"training.deepspeed.zero_stage = {zero.zero_stage}: {split} split over"
         " devices",
         f"training.cpu_offload = {devices.cpu_offload}, deepspeed.offload_*:"
         f" {host or 'nothing'} in pinned host memory between steps",

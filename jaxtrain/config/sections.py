@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
+from jaxtrain import schema
 from jaxtrain.models.families import FAMILIES
 from jaxtrain.objectives.options import PreferenceOptions
 from jaxtrain.schema import (
@@ -18,7 +19,6 @@ from jaxtrain.schema import (
     ByType,
     Fraction,
     FractionBelowOne,
-    Leaf,
     NonNegative,
     NonNegativeInt,
     OneOf,
@@ -26,10 +26,8 @@ from jaxtrain.schema import (
     Positive,
     PositiveInt,
     ReadBy,
-    Schema,
     Unit,
     schema_of,
-    unset,
 )
 from jaxtrain.tree import dotted
 
@@ -653,18 +651,18 @@ NESTED_SECTIONS = {"curriculum": CurriculumSection, "generation": GenerationSect
 PLAIN_SECTIONS = {"model": ModelSection, "data": DataSection, "mesh": MeshSection}
 
 
-def make_schema() -> Schema:
+def make_schema() -> schema.Schema:
     """Every key, as a configuration nests them."""
     plain = {name: schema_of(section) for name, section in PLAIN_SECTIONS.items()}
-    general: Schema = {}
+    general: schema.Schema = {}
     for section in TRAINING_SECTIONS.values():
         general |= schema_of(section)
     general |= {name: schema_of(section) for name, section in NESTED_SECTIONS.items()}
-    training = {"training_type": Leaf(TrainingType, "sft"), **general}
+    training = {"training_type": schema.Leaf(TrainingType, "sft"), **general}
     blocks = {"lora": schema_of(LoraSection), "dpo": schema_of(DpoSection)}
     for name in get_args(TrainingType):
         is_active = OnlyIf("training.training_type", name)
-        training[name] = blocks.get(name, {}) | unset(general, is_active)
+        training[name] = blocks.get(name, {}) | schema.unset(general, is_active)
     return {**plain, "training": training}
 
 

@@ -7,16 +7,7 @@ that it finds; so one run of the command shows them all. `RULES` is their order.
 from collections.abc import Mapping
 from typing import Any
 
-from jaxtrain.config.rules import (
-    data,
-    dpo,
-    lengths,
-    loop,
-    lora,
-    mesh,
-    model,
-    optimization,
-)
+from jaxtrain.config.rules import data, dpo, loop, lora, mesh, model, optimization
 from jaxtrain.config.rules.resolution import ConfigError, Resolution
 
 __all__ = ["ConfigError", "resolve_sections"]
@@ -30,12 +21,12 @@ RULES = (
     loop.resolve_generation,
     mesh.resolve_devices,
     mesh.resolve_mesh,
-    lengths.resolve_lengths,
-    lengths.check_lengths,
+    data.resolve_lengths,
+    data.check_lengths,
     model.resolve_model,
     dpo.resolve_options,
     data.resolve_data,
-    lengths.check_curriculum,
+    data.check_curriculum,
     dpo.check_objective,
     dpo.check_dpo,
 )

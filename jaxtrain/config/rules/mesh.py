@@ -58,10 +58,8 @@ def resolve_mesh(run: Resolution) -> None:
     """
     for axis, size in asdict(run.mesh).items():
         if size is not None and size != -1 and size < 1:
-            text = (
-                "not a size; set a positive integer, or -1 for the rest of the devices"
-            )
-            run.problem(f"mesh.{axis}", text)
+            fix = "set a positive integer, or -1 for the rest of the devices"
+            run.problem(f"mesh.{axis}", f"not a size; {fix}")
             return
     for axis, text in _RESERVED.items():
         if getattr(run.mesh, axis) != 1:
