@@ -25,6 +25,8 @@ from jaxtrain.tree import flatten, nest
 from jaxtrain.types import Params
 
 CONFIG_FILE = "adapter_config.json"
+# What PEFT and a configuration call these settings; the others have the same names.
+_SETTING_NAMES = {"alpha": "lora_alpha", "dropout": "lora_dropout"}
 _TORCH_LEAVES = {
     "lora_a": "lora_A.weight",
     "lora_b": "lora_B.weight",
@@ -99,20 +101,18 @@ def save_adapter(
     if ties:
         table = tensors[f"{PREFIX}model.embed_tokens.weight"]
         tensors[f"{PREFIX}lm_head.weight"] = table.copy()
+    settings = {
+        _SETTING_NAMES.get(name, name): value
+        for name, value in vars(lora).items()
+        if name not in ("init_lora_weights", "ensure_weight_tying")
+    }
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model_name,
-        "r": lora.r,
-        "lora_alpha": lora.alpha,
-        "lora_dropout": lora.dropout,
+        **settings,
         # A module's last name is unique in these decoders.
         "target_modules": sorted(path[-1] for path in adapted),
-        "bias": lora.bias,
-        "use_rslora": lora.use_rslora,
-        "use_dora": lora.use_dora,
-        "rank_pattern": dict(lora.rank_pattern),
-        "alpha_pattern": dict(lora.alpha_pattern),
         "modules_to_save": list(lora.modules_to_save) or None,
         "inference_mode": True,
     } | ({"ensure_weight_tying": True} if ties or tied_adapters else {})
@@ -239,10 +239,6 @@ def read_settings(path: str | pathlib.Path) -> LoraConfig:
     )
 
 
-# What a configuration calls these settings; the others have the same names there.
-_SECTION_NAMES = {"alpha": "lora_alpha", "dropout": "lora_dropout"}
-
-
 def settings_from(section: Any) -> LoraConfig:
     """The settings of `training.lora`, or of the adapter that its `init_from` names.
 
@@ -253,9 +249,9 @@ def settings_from(section: Any) -> LoraConfig:
         settings = read_settings(section.init_from)
         return dataclasses.replace(settings, dropout=section.lora_dropout)
     names = [field.name for field in dataclasses.fields(LoraConfig)]
-    return LoraConfig(
-        **{name: getattr(section, _SECTION_NAMES.get(name, name)) for name in names}
-    )
+    settings = {n: getattr(section, _SETTING_NAMES.get(n, n)) for n in names}
+    # A pattern that is not set is None there.
+    return LoraConfig(**{n: {} if v is None else v for n, v in settings.items()})
 
 
 def _that_match(patterns: Mapping[str, Any] | None, names: list[str]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ ADAPTER_LEAVES = ("lora_a", "lora_b", "lora_magnitude")
 # Initial values of adapters: PEFT's default and its variants of these names. The last
 # two take the start of training out of the base.
 INITS = ("default", "gaussian", "pissa", "olora")
+BIASES = ("none", "all", "lora_only")
 
 TreePath = tuple[str, ...]
 EMBEDDING: TreePath = ("embed_tokens",)
@@ -35,7 +36,7 @@ class LoraConfig:
     `target_modules`: "all-linear" (of a mixture of experts: attention), a regular
     expression that must match the whole module name
     ("model.layers.0.self_attn.q_proj"), or names that end it. `bias`: which biases
-    train too: "none", "all", "lora_only" (of the targets). `modules_to_save`:
+    train too, one of BIASES ("lora_only": the targets'). `modules_to_save`:
     endings of module names that train in full. `use_dora`: a magnitude for each output.
     `init_lora_weights`: one of INITS. `rank_pattern`, `alpha_pattern`: a module's own
     rank and alpha, by a regular expression of its name's end; the first match counts.
@@ -49,11 +50,11 @@ class LoraConfig:
     target_modules: tuple[str, ...] | str = "all-linear"
     bias: str = "none"
     use_rslora: bool = False
-    modules_to_save: tuple[str, ...] = ()
     use_dora: bool = False
-    init_lora_weights: str = "default"
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    modules_to_save: tuple[str, ...] = ()
+    init_lora_weights: str = "default"
     ensure_weight_tying: bool = False
 
     def __post_init__(self) -> None:
@@ -61,23 +62,15 @@ class LoraConfig:
             raise ValueError(f"lora.r = {self.r} must be at least 1")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"lora.lora_dropout = {self.dropout} must be in [0, 1)")
-        if self.bias not in ("none", "all", "lora_only"):
-            raise ValueError(
-                f"lora.bias = {self.bias!r} is unknown: choose none, all or lora_only"
-            )
+        for key, known in (("bias", BIASES), ("init_lora_weights", INITS)):
+            if getattr(self, key) not in known:
+                raise ValueError(
+                    f"lora.{key} = {getattr(self, key)!r} is unknown: choose from"
+                    f" {', '.join(known)}"
+                )
         if not self.target_modules:
             raise ValueError(
                 "lora.target_modules is empty: name modules, or say all-linear"
-            )
-        if not isinstance(self.target_modules, str):
-            object.__setattr__(self, "target_modules", tuple(self.target_modules))
-        object.__setattr__(self, "modules_to_save", tuple(self.modules_to_save))
-        for key in ("rank_pattern", "alpha_pattern"):
-            object.__setattr__(self, key, getattr(self, key) or {})
-        if self.init_lora_weights not in INITS:
-            raise ValueError(
-                f"lora.init_lora_weights = {self.init_lora_weights!r} is unknown:"
-                f" choose from {', '.join(INITS)}"
             )
         for key, rank in self.rank_pattern.items():
             if not isinstance(rank, int) or rank < 1:
@@ -240,7 +233,8 @@ def _is_target(lora: LoraConfig, rule: tuple[str, ...] | str, module: Module) ->
 
     What modules_to_save trains gets no adapter, nor what is inside it.
     """
-    if rule == "all-linear" and not module.is_inner_linear:
+    is_all = isinstance(rule, str) and rule.lower() == "all-linear"
+    if is_all and not module.is_inner_linear:
         return False
 
     def matches(name: str) -> bool:
@@ -248,7 +242,7 @@ def _is_target(lora: LoraConfig, rule: tuple[str, ...] | str, module: Module) ->
         if any(re.match(pattern, name) for pattern in saved):
             return False
         if isinstance(rule, str):
-            return rule == "all-linear" or re.fullmatch(rule, name) is not None
+            return is_all or re.fullmatch(rule, name) is not None
         return any(f".{name}".endswith(f".{entry}") for entry in rule)
 
     key = f"lora.target_modules = {rule!r}"
@@ -282,12 +276,9 @@ def resolve_targets(lora: LoraConfig, base_tree: Mapping[str, Any]) -> set[str]:
     has_experts = "experts" in base_tree.get("layers", {}).get("mlp", {})
     why_not_experts = _EXPERTS_TAKE_NONE if has_experts else ""
     targets = lora.target_modules
+    # How an entry is applied: a string as a whole, each of several to a name's end.
     rules: dict[str, tuple[str, ...] | str]
-    if isinstance(targets, str):
-        is_all = targets.lower() == "all-linear"
-        rules = {targets: "all-linear" if is_all else targets}
-    else:
-        rules = {entry: (entry,) for entry in targets}
+    rules = {targets: targets} if isinstance(targets, str) else {e: (e,) for e in targets}
     found: set[str] = set()
     for entry, rule in rules.items():
         chosen = [module for module in modules if _is_target(lora, rule, module)]

@@ -88,24 +88,16 @@ def _attend_to_cache(
 ) -> Attend:
     """Write this layer's keys and values at `start`; read all that is allowed."""
 
-    def attend(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, Array]]:
-        keys, values = keys_and_values
-        at = (layer, 0, start, 0, 0)
-        written = (
-            jax.lax.dynamic_update_slice(keys, k[None], at),
-            jax.lax.dynamic_update_slice(values, v[None], at),
+    def attend(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, ...]]:
+        written = tuple(
+            jax.lax.dynamic_update_slice(old, new[None], (layer, 0, start, 0, 0))
+            for old, new in zip(keys_and_values, (k, v), strict=True)
         )
-        keys_read, values_read = (
+        keys, values = (
             jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in written
         )
-        context = attend_block(
-            q,
-            keys_read,
-            values_read,
-            allowed,
-            softcap=config.attn_logit_softcapping,
-            scale=config.attention_scale,
-        )
+        scale, softcap = config.attention_scale, config.attn_logit_softcapping
+        context = attend_block(q, keys, values, allowed, softcap=softcap, scale=scale)
         return context, written
 
     return attend

@@ -7,12 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from jaxtrain.models.families import (
-    BOOKKEEPING_KEYS,
-    FAMILIES,
-    REFUSED_UNLESS,
-    Family,
-)
+from jaxtrain.models.families import BOOKKEEPING_KEYS, FAMILIES, REFUSED_UNLESS, Family
 from jaxtrain.models.rope import RopeConfig
 from jaxtrain.tree import flatten
 

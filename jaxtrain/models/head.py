@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Float32, Key
 from jaxtrain.kernels.linear_cross_entropy.api import HeadAdapter
 from jaxtrain.models import layers
 from jaxtrain.models.config import ModelConfig
-from jaxtrain.models.layers import LoraShape, Options
+from jaxtrain.models.layers import Options
 from jaxtrain.types import Params
 
 # Modules outside the layers that an adapter may stand beside.
@@ -24,9 +24,8 @@ def get_unembedding(config: ModelConfig, params: Params) -> tuple[Array, Literal
 
 
 def make_head_adapter(
-    config: ModelConfig,
+    options: Options,
     params: Params,
-    lora: LoraShape | None,
     hidden: Float[Array, "M D"],
     dropout_key: Key[Array, ""] | None = None,
 ) -> HeadAdapter | None:
@@ -35,6 +34,7 @@ def make_head_adapter(
     With `lora.ties_head`, a tied head acts as (E + s A B)^T, of the embedding's own
     adapter: its A is B^T, its B is A^T.
     """
+    config, lora = options.config, options.lora
     leaves, path = params.get("lm_head", {}), "lm_head"
     if "lora_a" not in leaves:
         below = params["embed_tokens"]
@@ -46,22 +46,17 @@ def make_head_adapter(
     assert lora is not None  # binding refuses adapters without their shape
     _, scaling = lora.rank_and_scaling(path)
     dtype = hidden.dtype
+    a, b = leaves["lora_a"], leaves["lora_b"]
     with jax.named_scope("lora"):
-        seen = layers.drop_inputs(
-            hidden, lora.dropout, layers.fold_in_name(dropout_key, "lm_head")
-        )
-        low = seen @ leaves["lora_a"].astype(dtype) * scaling
+        own_key = layers.fold_in_name(dropout_key, "lm_head")
+        seen = layers.drop_inputs(hidden, lora.dropout, own_key)
+        low = seen @ a.astype(dtype) * scaling
         gain = None
         if lora.use_dora:
             table, vocab_axis = get_unembedding(config, params)
-            gain = layers.dora_gain(
-                table.T if vocab_axis == 0 else table,
-                leaves["lora_a"],
-                leaves["lora_b"],
-                leaves["lora_magnitude"],
-                scaling,
-            )
-        return HeadAdapter(low, leaves["lora_b"].astype(dtype), gain)
+            matrix = table.T if vocab_axis == 0 else table
+            gain = layers.dora_gain(matrix, a, b, leaves["lora_magnitude"], scaling)
+        return HeadAdapter(low, b.astype(dtype), gain)
 
 
 def unembed(
@@ -78,19 +73,14 @@ def unembed(
             table.astype(options.compute_dtype),
             preferred_element_type=jnp.float32,
         )
-        adapter = make_head_adapter(config, params, options.lora, rows)
-        logits = _add_to_logits(logits, adapter)
+        adapter = make_head_adapter(options, params, rows)
+        if adapter is not None:
+            added = jnp.matmul(
+                adapter.low, adapter.up, preferred_element_type=jnp.float32
+            )
+            logits += added.reshape(logits.shape)
+            if adapter.gain is not None:
+                logits *= adapter.gain
     logits = options.constrain(logits, ("batch", "sequence", "vocab"))
     cap = config.final_logit_softcapping
     return logits if cap is None else cap * jnp.tanh(logits / cap)
-
-
-def _add_to_logits(
-    logits: Float32[Array, "B T V"], adapter: HeadAdapter | None
-) -> Float32[Array, "B T V"]:
-    """The adapter's part of logits that are held whole; before any soft cap."""
-    if adapter is None:
-        return logits
-    added = jnp.matmul(adapter.low, adapter.up, preferred_element_type=jnp.float32)
-    logits = logits + added.reshape(logits.shape)
-    return logits if adapter.gain is None else logits * adapter.gain

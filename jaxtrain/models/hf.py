@@ -3,6 +3,7 @@
 `save_pretrained` (hf_save.py) writes what `load_params` reads.
 """
 
+import collections
 import contextlib
 import itertools
 import json
@@ -105,7 +106,9 @@ def load_params(
         ValueError: there are no safetensors, or they are not the tensors of the
             model's config; it names all that are missing, unexpected or misshapen.
     """
-    targets = None if shardings is None else flatten(shardings)
+    first = SingleDeviceSharding(jax.local_devices()[0])
+    on_first = collections.defaultdict[Path, Sharding](lambda: first)
+    targets = on_first if shardings is None else flatten(shardings)
     keep = dtype is None or dtype == "keep"
     with _open_checkpoint(pathlib.Path(path)) as stored_tensors:
         tensors = split_fused(model.config.model_type, stored_tensors)
@@ -119,14 +122,8 @@ def load_params(
             if few_bits and is_kernel and ".".join(leaf.path[1:-1]) in few_bits:
                 loaded |= _load_in_few_bits(leaf, tensors, targets, model, stored)
                 continue
-            loaded[leaf.path] = _load_leaf(
-                leaf,
-                tensors,
-                SingleDeviceSharding(jax.local_devices()[0])
-                if targets is None
-                else targets[leaf.path],
-                _NUMPY_TYPES[stored] if keep else jnp.dtype(dtype),
-            )
+            kind = _NUMPY_TYPES[stored] if keep else jnp.dtype(dtype)
+            loaded[leaf.path] = _load_leaf(leaf, tensors, targets[leaf.path], kind)
     return nest(loaded)
 
 
@@ -220,7 +217,7 @@ def _load_leaf(
 def _load_in_few_bits(
     leaf: Leaf,
     tensors: Mapping[str, Any],
-    targets: Mapping[Path, Any] | None,
+    targets: Mapping[Path, Sharding],
     model: Decoder,
     stored: str,
 ) -> dict[Path, jax.Array]:
@@ -231,36 +228,26 @@ def _load_in_few_bits(
     assert model.quantization is not None
     paths = [(*leaf.path[:-1], name) for name in (CODES, SCALES)]
     dtype = _NUMPY_TYPES[stored]
-    first = SingleDeviceSharding(jax.local_devices()[0])
-    layouts = [first if targets is None else targets[path] for path in paths]
-    whole = _load_leaf(
-        leaf,
-        tensors,
-        layouts[0].with_memory_kind("device"),
-        np.dtype(np.float32) if dtype.itemsize > 4 else dtype,
-    )
+    dtype = np.dtype(np.float32) if dtype.itemsize > 4 else dtype
+    on_device = targets[paths[0]].with_memory_kind("device")
+    whole = _load_leaf(leaf, tensors, on_device, dtype)
     parts = quantize_on_device(whole, model.quantization)
     return {
-        path: jax.device_put(part, layout)
-        for path, part, layout in zip(paths, parts, layouts, strict=True)
+        path: jax.device_put(part, targets[path])
+        for path, part in zip(paths, parts, strict=True)
     }
 
 
 def _read_slice(
-    leaf: Leaf,
-    tensors: Mapping[str, Any],
-    bounds: tuple[range, ...],
-    dtype: np.dtype,
+    leaf: Leaf, tensors: Mapping[str, Any], bounds: tuple[range, ...], dtype: np.dtype
 ) -> np.ndarray:
     out = np.empty([len(part) for part in bounds], dtype)
     stacked = bounds[: leaf.stacked_axes]
     inner = [slice(part.start, part.stop) for part in bounds[leaf.stacked_axes :]]
     for place in itertools.product(*stacked):
         tensor = tensors[leaf.tensor_name(place)]
-        if leaf.transposed:
-            values = tensor[tuple(inner[::-1])].T
-        else:
-            values = tensor[tuple(inner)]
+        transposed = leaf.transposed
+        values = tensor[tuple(inner[::-1])].T if transposed else tensor[tuple(inner)]
         at = tuple(i - part.start for i, part in zip(place, stacked, strict=True))
         out[at or ...] = values
     return out

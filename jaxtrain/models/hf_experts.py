@@ -14,35 +14,14 @@ from typing import Any
 import numpy as np
 
 # The module that holds router and experts, and the experts' projections in it.
-_NAMES: Mapping[str, tuple[str, Mapping[str, str]]] = {
+NAMES: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "mixtral": (
         "block_sparse_moe",
         {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"},
     ),
-    "qwen3_moe": (
-        "mlp",
-        {name: name for name in ("gate_proj", "up_proj", "down_proj")},
-    ),
+    "qwen3_moe": ("mlp", {n: n for n in ("gate_proj", "up_proj", "down_proj")}),
 }
 _FUSED = re.compile(r"(model\.layers\.\d+\.)mlp\.(experts\.|)(\w+)(\.weight|)")
-
-
-def is_expert(path: tuple[str, ...]) -> bool:
-    """Whether a leaf holds matrices of experts."""
-    return "experts" in path
-
-
-def mixture_module(model_type: str) -> str:
-    """The module of a layer that holds its router and its experts."""
-    return _NAMES[model_type][0]
-
-
-def expert_tensor(
-    model_type: str, path: tuple[str, ...], place: tuple[int, ...]
-) -> tuple[str, ...]:
-    """The modules within a layer down to one expert's projection."""
-    module, projections = _NAMES[model_type]
-    return module, "experts", str(place[1]), projections[path[-1]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,9 +56,9 @@ def split_fused(model_type: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
 
     Changes nothing of families without experts, and nothing that is in that form.
     """
-    if model_type not in _NAMES:
+    if model_type not in NAMES:
         return dict(tensors)
-    module, projections = _NAMES[model_type]
+    module, projections = NAMES[model_type]
     split = {}
     for name, tensor in tensors.items():
         match = _FUSED.fullmatch(name)

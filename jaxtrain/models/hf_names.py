@@ -8,8 +8,8 @@ mixture of experts each expert's matrices are tensors of their own (hf_experts.p
 import dataclasses
 import itertools
 
+from jaxtrain.models import hf_experts
 from jaxtrain.models.config import ModelConfig
-from jaxtrain.models.hf_experts import expert_tensor, is_expert, mixture_module
 from jaxtrain.models.transformer import Decoder
 from jaxtrain.tree import flatten
 
@@ -38,13 +38,18 @@ class Leaf:
         return self.path[0] == "layers"
 
     @property
+    def is_expert(self) -> bool:
+        """Whether it holds matrices of experts."""
+        return "experts" in self.path
+
+    @property
     def stacked_axes(self) -> int:
         """How many axes count tensors: layers, then experts."""
-        return self.stacked + is_expert(self.path)
+        return self.stacked + self.is_expert
 
     @property
     def transposed(self) -> bool:
-        return self.path[-1] in ("kernel", "weight") or is_expert(self.path)
+        return self.path[-1] in ("kernel", "weight") or self.is_expert
 
     @property
     def places(self) -> list[Place]:
@@ -55,10 +60,12 @@ class Leaf:
         modules = self.path[:-1]
         if self.stacked:
             modules = ("layers", str(place[0]), *modules[1:])
+        mixture, projections = hf_experts.NAMES.get(self.model_type, ("mlp", {}))
         if modules[-1] == "gate":
-            modules = (*modules[:-2], mixture_module(self.model_type), "gate")
-        if is_expert(self.path):
-            modules = (*modules[:2], *expert_tensor(self.model_type, self.path, place))
+            modules = (*modules[:-2], mixture, "gate")
+        if self.is_expert:
+            expert = ("experts", str(place[1]), projections[self.path[-1]])
+            modules = (*modules[:2], mixture, *expert)
         if modules[0] != "lm_head":
             modules = ("model", *modules)
         return ".".join((*modules, "bias" if self.path[-1] == "bias" else "weight"))

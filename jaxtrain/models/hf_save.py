@@ -1,5 +1,6 @@
 """Writing a Hugging Face directory that transformers loads as the same model."""
 
+import functools
 import json
 import os
 import pathlib
@@ -80,7 +81,13 @@ def save_pretrained(
             _write_json(directory / WEIGHTS_INDEX, index)
         stored = dtype or str(flat[("embed_tokens", "embedding")].dtype)
         _write_json(directory / "config.json", {**config.to_hf(), "dtype": stored})
-        _write_generation_config(directory, config)
+        # The token ids that generation starts, stops and pads with.
+        given = {
+            name: value
+            for name, value in config.to_hf().items()
+            if name.endswith("_token_id") and value is not None
+        }
+        _write_json(directory / "generation_config.json", given)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("save_pretrained")
 
@@ -104,10 +111,7 @@ def _check_params(
 
 
 def _plan_shards(
-    leaves: list[Leaf],
-    flat: Mapping[Path, Any],
-    dtype: str | None,
-    max_bytes: int,
+    leaves: list[Leaf], flat: Mapping[Path, Any], dtype: str | None, max_bytes: int
 ) -> list[list[tuple[Leaf, Place]]]:
     """Which tensors go into which file, layer after layer."""
     tensors = [(leaf, place) for leaf in leaves for place in leaf.places]
@@ -126,11 +130,7 @@ def _plan_shards(
 
 
 # The number is an argument of the compiled program, so one serves all layers.
-_take = jax.jit(
-    lambda stacked, number: jax.lax.dynamic_index_in_dim(
-        stacked, number, keepdims=False
-    )
-)
+_take = jax.jit(functools.partial(jax.lax.dynamic_index_in_dim, keepdims=False))
 
 
 def _fetch_tensor(
@@ -152,14 +152,6 @@ def to_host(array: Any) -> np.ndarray:
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         array = multihost_utils.process_allgather(array, tiled=True)
     return np.asarray(array)
-
-
-def _write_generation_config(directory: pathlib.Path, config: ModelConfig) -> None:
-    """Write the token ids that generation starts, stops and pads with."""
-    options = config.to_hf()
-    ids = ("bos_token_id", "eos_token_id", "pad_token_id")
-    given = {name: options[name] for name in ids if options[name] is not None}
-    _write_json(directory / "generation_config.json", given)
 
 
 def _write_json(file: pathlib.Path, content: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ and each expert multiplies its own run of rows in one grouped product.
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -102,10 +103,8 @@ def apply_experts(
     gate = checkpoint_name(jax.lax.ragged_dot(rows, gate_proj, sizes), "mlp_gate")
     up = checkpoint_name(jax.lax.ragged_dot(rows, up_proj, sizes), "mlp_up")
 
-    def combine(gate: Array, up: Array) -> Array:
-        return activation(gate) * up
-
-    inner = jax.checkpoint(combine, prevent_cse=False)(gate, up)
+    combine = jax.checkpoint(lambda gate, up: activation(gate) * up, prevent_cse=False)
+    inner = combine(gate, up)
     outputs = jax.lax.ragged_dot(inner, down_proj, sizes)
     outputs *= weights.reshape(-1)[order, None].astype(outputs.dtype)
     return _collect(outputs, order, places, copies).reshape(x.shape)
@@ -141,22 +140,15 @@ def _collect(
 
 
 def _forward(
-    function: Callable[..., Array],
-    rows: Array,
-    order: Array,
-    places: Array,
-    copies: int,
-) -> tuple[Array, tuple[Array, Array]]:
-    return function(rows, order, places, copies), (order, places)
+    function: Callable[..., Array], rows: Array, *how: Any
+) -> tuple[Array, tuple[Any, ...]]:
+    return function(rows, *how), how[:2]
 
 
 def _backward(
-    transpose: Callable[..., Array],
-    copies: int,
-    residuals: tuple[Array, Array],
-    gradient: Array,
+    transpose: Callable[..., Array], copies: int, how: tuple[Any, ...], gradient: Array
 ) -> tuple[Array, None, None]:
-    return transpose(gradient, *residuals, copies), None, None
+    return transpose(gradient, *how, copies), None, None
 
 
 _send.defvjp(functools.partial(_forward, _send), functools.partial(_backward, _collect))

@@ -11,7 +11,6 @@ reading them needs no extra package.
 """
 
 import dataclasses
-import functools
 import importlib.util
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -183,15 +182,5 @@ def quantize_tree(
     return {**params, "layers": convert(params["layers"], ())}
 
 
-@functools.partial(jax.jit, static_argnames="how")
-def quantize_on_device(
-    kernel: Float[Array, "*L I O"], how: Quantization
-) -> tuple[Codes, Scales]:
-    """`quantize`, compiled."""
-    return quantize(kernel, how)
-
-
-@jax.jit
-def dequantize_on_device(codes: Codes, scales: Scales) -> Float32[Array, "*L I O"]:
-    """`dequantize`, compiled."""
-    return dequantize(codes, scales)
+quantize_on_device = jax.jit(quantize, static_argnames="how")
+dequantize_on_device = jax.jit(dequantize)

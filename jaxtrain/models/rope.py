@@ -18,29 +18,18 @@ from jaxtyping import Array, Float, Int32
 
 from jaxtrain.models.families import Family
 
-# Kinds and the parameters each one understands, besides theta.
-_PARAMETERS: Mapping[str, tuple[str, ...]] = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": (
-        "factor", "low_freq_factor", "high_freq_factor",
-        "original_max_position_embeddings",
-    ),
+_LENGTH = "original_max_position_embeddings"
+# Kinds, the parameters that each one needs, and the others it has; besides theta.
+_PARAMETERS: Mapping[str, tuple[str, str]] = {
+    "default": ("", ""),
+    "linear": ("factor", ""),
+    "llama3": ("factor low_freq_factor high_freq_factor", _LENGTH),
     "yarn": (
-        "factor", "original_max_position_embeddings", "attention_factor",
-        "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate",
+        "factor",
+        f"{_LENGTH} attention_factor beta_fast beta_slow mscale mscale_all_dim"
+        " truncate",
     ),
-    "longrope": (
-        "factor", "original_max_position_embeddings", "attention_factor",
-        "short_factor", "long_factor",
-    ),
-}  # fmt: skip
-_REQUIRED: Mapping[str, tuple[str, ...]] = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-    "yarn": ("factor",),
-    "longrope": ("short_factor", "long_factor"),
+    "longrope": ("short_factor long_factor", f"factor {_LENGTH} attention_factor"),
 }
 
 
@@ -79,23 +68,26 @@ class RopeConfig:
         """
         parameters, theta = _find_parameters(options, family, layer_type)
         kind = parameters.pop("rope_type", parameters.pop("type", None)) or "default"
-        parameters.pop("type", None)
         if family.partial_rotary and kind in ("su", "yarn"):
             kind = "longrope"  # the names that early Phi-3 configs gave it
         theta = parameters.pop("rope_theta", None) or theta
         partial = parameters.pop("partial_rotary_factor", None)
-        partial = partial or options.get("partial_rotary_factor") or 1.0
+        partial = float(partial or options.get("partial_rotary_factor") or 1.0)
         if kind not in _PARAMETERS:
             raise ValueError(
                 f"rope_type = {kind!r} is not implemented; this decoder has"
                 f" {', '.join(_PARAMETERS)}"
             )
-        parameters = {k: v for k, v in parameters.items() if v is not None}
-        unknown = sorted(set(parameters) - set(_PARAMETERS[kind]))
         if kind == "default":  # a length that nothing is scaled by
-            unknown = [k for k in unknown if k != "original_max_position_embeddings"]
-            parameters.pop("original_max_position_embeddings", None)
-        missing = [name for name in _REQUIRED[kind] if name not in parameters]
+            parameters.pop(_LENGTH, None)
+        parameters = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in parameters.items()
+            if value is not None
+        }
+        required, optional = (words.split() for words in _PARAMETERS[kind])
+        unknown = sorted(parameters.keys() - {*required, *optional})
+        missing = [name for name in required if name not in parameters]
         if unknown or missing:
             raise ValueError(
                 f"rope_parameters of kind {kind!r}: unknown {unknown},"
@@ -106,29 +98,19 @@ class RopeConfig:
                 f"partial_rotary_factor = {partial} is not implemented for"
                 f" {options['model_type']}; only 1.0 is"
             )
-        if "original_max_position_embeddings" in _PARAMETERS[kind]:
+        if _LENGTH in optional:
             length = options["max_position_embeddings"]
             # Phi-3 keeps the trained length outside of the rope parameters.
-            trained = options.get("original_max_position_embeddings")
-            trained = trained or parameters.get("original_max_position_embeddings")
-            parameters["original_max_position_embeddings"] = trained or length
-            parameters.setdefault("factor", length / (trained or length))
-        for name in ("short_factor", "long_factor"):
-            if name in parameters:
-                parameters[name] = tuple(parameters[name])
-        return cls(
-            kind=kind,
-            theta=float(theta),
-            partial_rotary_factor=float(partial),
-            **parameters,
-        )
+            trained = options.get(_LENGTH) or parameters.get(_LENGTH) or length
+            parameters = {"factor": length / trained, **parameters, _LENGTH: trained}
+        return cls(kind, float(theta), partial, **parameters)
 
     def to_hf(self) -> dict[str, Any]:
         """The `rope_parameters` of transformers 5."""
         values: dict[str, Any] = {"rope_type": self.kind, "rope_theta": self.theta}
         if self.partial_rotary_factor != 1.0:
             values["partial_rotary_factor"] = self.partial_rotary_factor
-        for name in _PARAMETERS[self.kind]:
+        for name in " ".join(_PARAMETERS[self.kind]).split():
             value = getattr(self, name)
             if value is not None:
                 values[name] = list(value) if isinstance(value, tuple) else value
@@ -216,10 +198,8 @@ def _llama3(rope: RopeConfig, base: np.ndarray) -> np.ndarray:
 
 def _yarn(rope: RopeConfig, base: np.ndarray, width: int) -> tuple[np.ndarray, float]:
     """Interpolate by a ramp over feature pairs, from beta_fast to beta_slow turns."""
-    factor, length = (
-        _given(rope.factor),
-        _given(rope.original_max_position_embeddings),
-    )
+    factor = _given(rope.factor)
+    length = _given(rope.original_max_position_embeddings)
 
     def pair_that_turns(times: float) -> float:
         ratio = math.log(length / (times * 2 * math.pi)) / math.log(rope.theta)
@@ -233,12 +213,11 @@ def _yarn(rope: RopeConfig, base: np.ndarray, width: int) -> tuple[np.ndarray, f
     span = (last - first) or 0.001
     ramp = np.clip((np.arange(width // 2) - first) / span, 0.0, 1.0)
     scale = rope.attention_factor
-    if scale is None and rope.mscale and rope.mscale_all_dim:
-        scale = _yarn_scale(factor, rope.mscale) / _yarn_scale(
-            factor, rope.mscale_all_dim
-        )
     if scale is None:
-        scale = _yarn_scale(factor, 1.0)
+        weight, whole = rope.mscale, rope.mscale_all_dim
+        if not (weight and whole):
+            weight, whole = 1.0, 0.0
+        scale = _yarn_scale(factor, weight) / _yarn_scale(factor, whole)
     return base * (ramp / factor + (1 - ramp)), float(scale)
 
 

@@ -136,7 +136,6 @@ class Decoder(Options):
         Names: "layers", "embed", "vocab", "heads", "kv_heads", "mlp", "experts",
         "lora_rank".
         """
-
         return {
             **axes_of(EmbeddingAndHead, self._options),
             "layers": axes_of(DecoderLayer, self._options, ("layers",)),
@@ -235,7 +234,7 @@ class Decoder(Options):
     ) -> Float32[Array, "B T V"]:
         """Scores of every next token, after the final soft cap; for short rows."""
         hidden = self.hidden_states(params, tokens, positions, segment_ids)
-        return head.unembed(self._options, params, hidden)
+        return head.unembed(self, params, hidden)
 
     def token_log_probs(
         self,
@@ -350,16 +349,11 @@ def _score_targets(
     with_collision: bool,
 ) -> TokenLogProbs:
     """What the loss head makes of hidden states; it never holds all logits."""
-    table, vocab_axis = head.get_unembedding(decoder.config, params)
-    layout = decoder.layout or Layout()
+    config, layout = decoder.config, decoder.layout or Layout()
+    table, vocab_axis = head.get_unembedding(config, params)
     with jax.named_scope("loss_head"):
-        adapter = head.make_head_adapter(
-            decoder.config,
-            params,
-            decoder.lora,
-            hidden.reshape(-1, hidden.shape[-1]),
-            dropout_key,
-        )
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        adapter = head.make_head_adapter(decoder, params, rows, dropout_key)
         if adapter is not None:
             low = adapter.low.reshape(*hidden.shape[:2], -1)
             adapter = adapter._replace(low=layout.join_tokens(low))
@@ -368,16 +362,13 @@ def _score_targets(
             table,
             layout.join_tokens(targets),
             vocab_axis=vocab_axis,
-            softcap=decoder.config.final_logit_softcapping,
+            softcap=config.final_logit_softcapping,
             chunk=decoder.loss_chunk,
             with_collision=with_collision,
             adapter=adapter,
-            shards=layout.count(
-                layout.fitting(layout.vocab, decoder.config.vocab_size)
-            ),
+            shards=layout.count(layout.fitting(layout.vocab, config.vocab_size)),
         )
-    rows = (layout.split_tokens(x, targets.shape) for x in outputs)
-    return TokenLogProbs(*rows)
+    return TokenLogProbs(*(layout.split_tokens(x, targets.shape) for x in outputs))
 
 
 def _check_adapters(lora: LoraShape, modules: frozenset[str]) -> None:

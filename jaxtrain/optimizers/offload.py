@@ -49,9 +49,8 @@ def make_streamed_update(
             return _move(whole(grads, state, params, good), layouts, layouts)
 
         def part(stacked: bool) -> tuple[Any, ...]:
-            trees = (grads, state, params, parameters, opt_state)
-            g, s, p, *layouts = (_only(tree, stacked) for tree in trees)
-            return g, s, p, tuple(layouts)
+            trees = (grads, state, params, (parameters, opt_state))
+            return tuple(_only(tree, stacked) for tree in trees)
 
         ends, layers = part(False), part(True)
         new_params: Params = {}
@@ -76,11 +75,11 @@ def _by_layer(
     layouts: tuple[Any, Any],
 ) -> tuple[Params, Any]:
     """`step` on each layer's part of stacked trees, one after the other."""
-    leaves, structure = jax.tree.flatten((params, state))
+    paths, structure = jax.tree.flatten_with_path((params, state))
+    leaves = [leaf for _, leaf in paths]
     # Step counts and the like belong to no layer: each turn finds the old ones.
     is_stacked = [
-        any(getattr(key, "key", None) == LAYERS for key in path)
-        for path, _ in jax.tree.leaves_with_path((params, state))
+        any(getattr(key, "key", None) == LAYERS for key in path) for path, _ in paths
     ]
 
     def turn(index: Array, carry: list[Array]) -> list[Array]:
@@ -95,10 +94,8 @@ def _by_layer(
         layer_grads = jax.tree.map(slice_of, grads)
         done = step(layer_grads, layer_state, layer_params, layouts)
         return [
-            jax.lax.dynamic_update_slice_in_dim(whole, new, index, 0)
-            if stacked
-            else new
-            for whole, new, stacked in zip(
+            jax.lax.dynamic_update_slice_in_dim(before, new, index, 0) if part else new
+            for before, new, part in zip(
                 carry, jax.tree.leaves(done), is_stacked, strict=True
             )
         ]

@@ -11,9 +11,9 @@ nearly 0.
 """
 
 import dataclasses
+import itertools
 import math
 import re
-from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -58,6 +58,8 @@ def decay_mask(params: Any) -> Any:
 
 # --- optimizers --------------------------------------------------------------------
 
+OPTIMIZERS = ("adamw", "adafactor", "lion", "muon", "sgd")
+
 
 def make_optimizer(
     name: str,
@@ -72,7 +74,7 @@ def make_optimizer(
     """Build the optimizer: float32 state, learning rate from `schedule`.
 
     Args:
-        name: a key of `OPTIMIZERS`.
+        name: one of `OPTIMIZERS`.
         schedule: learning rate by optimizer step.
         weight_decay: decoupled, times the learning rate; for sgd added to the gradient.
         beta1, beta2: adamw, lion, and what muon leaves to AdamW.
@@ -89,7 +91,16 @@ def make_optimizer(
             f"momentum = {momentum} has no meaning for optim = {name!r}: remove it"
             " (only sgd and muon have it)"
         )
-    direction = OPTIMIZERS[name](beta1, beta2, epsilon, momentum)
+    make_direction = {
+        # Adam's (arXiv:1412.6980), with the decay decoupled (arXiv:1711.05101).
+        "adamw": lambda: optax.scale_by_adam(beta1, beta2, epsilon),
+        "adafactor": _adafactor,
+        # The sign of an interpolated momentum (arXiv:2302.06675).
+        "lion": lambda: optax.scale_by_lion(beta1, beta2),
+        "muon": lambda: _muon(beta1, beta2, epsilon, momentum),
+        "sgd": lambda: optax.trace(momentum) if momentum else optax.identity(),
+    }
+    direction = make_direction[name]()
     decay = optax.add_decayed_weights(weight_decay, decay_mask)
     # torch.optim.SGD's decay is an L2 penalty: part of the gradient, hence of momentum.
     steps = (decay, direction) if name == "sgd" else (direction, decay)
@@ -111,21 +122,6 @@ def _in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformatio
     return optax.GradientTransformation(init, update)
 
 
-def _adamw(b1: float, b2: float, eps: float, _: Any) -> optax.GradientTransformation:
-    """Adam's direction (arXiv:1412.6980), decay decoupled (arXiv:1711.05101)."""
-    return optax.scale_by_adam(b1, b2, eps)
-
-
-def _lion(b1: float, b2: float, *_: Any) -> optax.GradientTransformation:
-    """Sign of an interpolated momentum (arXiv:2302.06675)."""
-    return optax.scale_by_lion(b1, b2)
-
-
-def _sgd(b1: float, b2: float, eps: float, m: Any) -> optax.GradientTransformation:
-    """Heavy-ball momentum, or none."""
-    return optax.trace(m) if m else optax.identity()
-
-
 class FactoredMoment(NamedTuple):
     """A matrix's mean squared gradients, over its columns and over its rows."""
 
@@ -140,7 +136,7 @@ class AdafactorState(NamedTuple):
     moments: Any  # the parameters' tree of FactoredMoment, or full arrays for vectors
 
 
-def _adafactor(*_: Any) -> optax.GradientTransformation:
+def _adafactor() -> optax.GradientTransformation:
     """Adafactor's direction (arXiv:1804.04235), as Trainer sets it.
 
     No momentum, no scaling by the parameter, clip threshold 1, decay exponent 0.8.
@@ -241,15 +237,6 @@ def orthogonal_factor(matrices: Float[Array, "*L I O"]) -> Float[Array, "*L I O"
     return jnp.swapaxes(x, -1, -2) if tall else x
 
 
-OPTIMIZERS: Mapping[str, Callable[..., optax.GradientTransformation]] = {
-    "adamw": _adamw,
-    "adafactor": _adafactor,
-    "lion": _lion,
-    "muon": _muon,
-    "sgd": _sgd,
-}
-
-
 def state_shardings(
     tx: optax.GradientTransformation,
     abstract_params: Any,
@@ -280,13 +267,9 @@ def state_shardings(
     def shard(path: Path, leaf: Any) -> NamedSharding:
         # A state holds copies of the parameters' tree, so a moment's path ends in its
         # parameter's names (the last run of dict keys), then perhaps in a field.
-        end = len(path)
-        while end and not isinstance(path[end - 1], jax.tree_util.DictKey):
-            end -= 1
-        start = end
-        while start and isinstance(path[start - 1], jax.tree_util.DictKey):
-            start -= 1
-        shape, sharding = by_names.get(_names(path[start:end]), (None, replicated))
+        runs = itertools.groupby(path, lambda k: isinstance(k, jax.tree_util.DictKey))
+        names = [_names(tuple(run)) for is_dict, run in runs if is_dict]
+        shape, sharding = by_names.get((names or [()])[-1], (None, replicated))
         if shape == leaf.shape:
             return sharding
         field = getattr(path[-1], "name", None)

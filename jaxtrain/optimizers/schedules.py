@@ -110,10 +110,6 @@ def _constant(run: _Run) -> Factor:
     return lambda step: 1.0
 
 
-def _constant_with_warmup(run: _Run) -> Factor:
-    return run.after_warmup(lambda step: 1.0)
-
-
 def _linear(run: _Run) -> Factor:
     return run.after_warmup(
         lambda step: jnp.maximum(0.0, (run.total_steps - step) / run.decay_steps)
@@ -121,10 +117,9 @@ def _linear(run: _Run) -> Factor:
 
 
 def _cosine(run: _Run, num_cycles: float = 0.5) -> Factor:
-    def decay(step: Array) -> Array:
-        return _half_cosine(2 * num_cycles * run.progress(step))
-
-    return run.after_warmup(decay)
+    return run.after_warmup(
+        lambda step: _half_cosine(2 * num_cycles * run.progress(step))
+    )
 
 
 def _cosine_with_restarts(run: _Run, num_cycles: int = 1) -> Factor:
@@ -175,8 +170,7 @@ def _polynomial(run: _Run, lr_end: float = 1e-7, power: float = 1.0) -> Factor:
     end = lr_end / run.learning_rate
 
     def decay(step: Array) -> Array:
-        remaining = jnp.clip(1 - run.progress(step), 0.0, 1.0)
-        return end + (1 - end) * remaining**power
+        return end + (1 - end) * _clip(1 - run.progress(step)) ** power
 
     return run.after_warmup(decay)
 
@@ -184,10 +178,9 @@ def _polynomial(run: _Run, lr_end: float = 1e-7, power: float = 1.0) -> Factor:
 def _inverse_sqrt(run: _Run, timescale: int | None = None) -> Factor:
     scale = timescale or run.warmup_steps or 10_000
 
-    def decay(step: Array) -> Array:
-        return jax.lax.rsqrt((step - run.warmup_steps + scale) / scale)
-
-    return run.after_warmup(decay)
+    return run.after_warmup(
+        lambda step: jax.lax.rsqrt((step - run.warmup_steps + scale) / scale)
+    )
 
 
 def _warmup_stable_decay(
@@ -224,12 +217,8 @@ def _warmup_stable_decay(
     decay_steps = num_decay_steps
 
     def factor(step: Array) -> Array:
-        rise = rises[warmup_type](
-            jnp.clip(1 - step / max(1, run.warmup_steps), 0.0, 1.0)
-        )
-        fall = curves[decay_type](
-            jnp.clip((step - stable_end) / max(1, decay_steps), 0.0, 1.0)
-        )
+        rise = rises[warmup_type](_clip(1 - step / max(1, run.warmup_steps)))
+        fall = curves[decay_type](_clip((step - stable_end) / max(1, decay_steps)))
         fall = jnp.where(step < stable_end + decay_steps, fall, 0.0)
         level = jnp.where(step < stable_end, 1.0, fall)
         level = jnp.where(step < run.warmup_steps, rise, level)
@@ -243,13 +232,17 @@ def _half_cosine(x: Any) -> Array:
     return 0.5 * (1.0 + jnp.cos(jnp.pi * x))
 
 
+def _clip(x: Any) -> Array:
+    return jnp.clip(x, 0.0, 1.0)
+
+
 SCHEDULES: Mapping[str, Callable[..., Factor]] = {
     "linear": _linear,
     "cosine": _cosine,
     "cosine_with_restarts": _cosine_with_restarts,
     "cosine_with_min_lr": _cosine_with_min_lr,
     "constant": _constant,
-    "constant_with_warmup": _constant_with_warmup,
+    "constant_with_warmup": lambda run: run.after_warmup(lambda step: 1.0),
     "polynomial": _polynomial,
     "inverse_sqrt": _inverse_sqrt,
     "wsd": _warmup_stable_decay,
