@@ -36,14 +36,9 @@ def _names(path: Path) -> tuple[str, ...]:
     return tuple(str(getattr(key, "key", key)) for key in path)
 
 
-def _is_stacked(path: Path) -> bool:
-    """Whether axis 0 of the leaf counts layers."""
-    return _names(path)[0] == "layers"
-
-
 def _matrix_rank(path: Path, leaf: Any) -> int:
-    """Axes of one layer's array; 3 of a stack of experts' matrices."""
-    return leaf.ndim - _is_stacked(path)
+    """Axes of one layer's array, less the layers'; 3 of experts' stacked matrices."""
+    return leaf.ndim - (_names(path)[0] == "layers")
 
 
 def decay_mask(params: Any) -> Any:
@@ -255,13 +250,11 @@ def state_shardings(
         `jax.eval_shape(tx.init, abstract_params)` with a NamedSharding at each leaf. A
         factored moment takes its parameter's, less the axis it averages over.
     """
+    leaves = jax.tree.leaves_with_path(abstract_params)
+    layouts = jax.tree.leaves(moment_shardings)
     by_names = {
-        _names(path): (leaf.shape, sharding)
-        for (path, leaf), sharding in zip(
-            jax.tree_util.tree_leaves_with_path(abstract_params),
-            jax.tree.leaves(moment_shardings),
-            strict=True,
-        )
+        _names(path): (leaf.shape, layout)
+        for (path, leaf), layout in zip(leaves, layouts, strict=True)
     }
 
     def shard(path: Path, leaf: Any) -> NamedSharding:
@@ -298,21 +291,19 @@ class LossScale:
 
     scale: Float[Array, ""]
     good_steps: Int[Array, ""]
-    growth_factor: float = dataclasses.field(default=2.0, metadata={"static": True})
-    backoff_factor: float = dataclasses.field(default=0.5, metadata={"static": True})
     growth_interval: int = dataclasses.field(default=2000, metadata={"static": True})
 
     def update(self, finite: Bool[Array, ""]) -> "LossScale":
         """The scale of the next step, by whether this step's gradients were finite."""
         good_steps = self.good_steps + 1
         grows = good_steps >= self.growth_interval
-        grown = self.scale * self.growth_factor
+        grown = self.scale * 2.0
         # Growing past float32's range would stop training for good.
         grown = jnp.where(jnp.isfinite(grown), grown, self.scale)
         scale = jnp.where(grows, grown, self.scale)
         return dataclasses.replace(
             self,
-            scale=jnp.where(finite, scale, self.scale * self.backoff_factor),
+            scale=jnp.where(finite, scale, self.scale * 0.5),
             good_steps=jnp.where(finite & ~grows, good_steps, 0),
         )
 
