@@ -15,7 +15,6 @@ from jaxtrain.aot.report import CHIPS, Chip
 from jaxtrain.kernels.attention import hopper
 
 _KINDS = {"h100": "NVIDIA H100 80GB HBM3", "h200": "NVIDIA H200"}  # as jax names them
-_NAME = re.compile(r"(h100|h200):([1-9]\d*)")
 
 
 def is_gpu(topology: str) -> bool:
@@ -30,10 +29,10 @@ def describe_gpus(topology: str) -> list[Any]:
         ValueError: the name or the number is none; the CUDA plugin is not installed;
             jax is too old.
     """
-    match = _NAME.fullmatch(topology)
-    count = int(match.group(2)) if match else 0
-    kind = _KINDS[topology.split(":")[0]]
+    name, _, number = topology.partition(":")
+    kind = _KINDS[name]
     chip = CHIPS[kind]
+    count = int(number) if re.fullmatch(r"[1-9]\d*", number) else 0
     per_host = chip.per_host or 1
     hosts = max(1, count // per_host)
     if count != hosts * min(count, per_host) or count == 0:

@@ -119,8 +119,7 @@ def describe(report: Report) -> str:
         f" ({cost.kernels or 'no'} Pallas kernels in the program)",
     ]
     if report.refusal:
-        lines += ["DOES NOT FIT:", report.refusal, *advise(run)]
-        return "\n".join(lines)
+        return "\n".join([*lines, "DOES NOT FIT:", report.refusal, *advise(run)])
     share = report.device_bytes / chip.memory_bytes
     lines += [
         f"compiled in {report.compile_secs:.0f} s",
@@ -148,9 +147,8 @@ def describe(report: Report) -> str:
         f" ({report.tokens / report.step_secs:,.0f} tokens/s), MFU at most"
         f" {report.mfu:.0%}",
     ]
-    if report.fits:
-        return "\n".join([*lines, "FITS"])
-    return "\n".join([*lines, "DOES NOT FIT:", *advise(run)])
+    verdict = ["FITS"] if report.fits else ["DOES NOT FIT:", *advise(run)]
+    return "\n".join([*lines, *verdict])
 
 
 def advise(run: RunConfig) -> list[str]:

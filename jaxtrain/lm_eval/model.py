@@ -67,10 +67,8 @@ def load(
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: use one of {', '.join(DTYPES)}")
-    if model:
-        directory = pathlib.Path(hf.resolve_model_path(model, revision=revision))
-    else:
-        directory = assets.asset_path(assets.MODEL)
+    model = model or str(assets.asset_path(assets.MODEL))
+    directory = hf.resolve_model_path(model, revision=revision)
     limit = hf.load_config(directory).max_position_embeddings
     if dtype == "auto":
         dtype = _stored_dtype(directory)

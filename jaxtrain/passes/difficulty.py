@@ -60,10 +60,8 @@ def measure(
         for batch in feed.eval_batches(data)
     ]
     difficulty = np.concatenate(found)[: len(data)].astype(np.float32)
-    logger.info(
-        "difficulty of %d rows: %.3f to %.3f nats a token",
-        len(data), np.min(difficulty), np.max(difficulty),
-    )  # fmt: skip
+    told = "difficulty of %d rows: %.3f to %.3f nats a token"
+    logger.info(told, len(data), difficulty.min(), difficulty.max())
     if jax.process_index() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f"new-{path.name}")

@@ -80,13 +80,8 @@ class ReferenceScorer:
             done = multihost_utils.broadcast_one_to_all(np.int32(cache.rows()))
             first = int(done) // global_rows * global_rows
             self._score_from(first, data, cache)
-        logger.info(
-            "reference log-probs of %d %s pairs: %d are new, all in %s",
-            len(data),
-            name,
-            len(data) - first,
-            cache.directory,
-        )
+        told = "reference log-probs of %d %s pairs: %d are new, all in %s"
+        logger.info(told, len(data), name, len(data) - first, cache.directory)
         multihost_utils.sync_global_devices(f"reference {name}")
         return data.with_reference_logps(*cache.read(len(data)))
 

@@ -62,8 +62,8 @@ class Restored:
         saved, present = len(self.data_states), jax.process_count()
         if saved == present:
             return self.data_states[jax.process_index()]
-        first = self.data_states[0]
-        if any(state != first for state in self.data_states):
+        first, *others = self.data_states
+        if any(state != first for state in others):
             raise ValueError(
                 f"the checkpoint of step {self.step} holds the data position of "
                 f"{saved} processes, but {present} run now, and the positions differ: "
@@ -201,8 +201,9 @@ class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
         self.wait()
         step = self._existing(step)
         record = self._read_record(step)
+        layout = record["layout"]
         wanted = _named_leaves(abstract_state, abstract=True)
-        self._check_layout(step, record["layout"], wanted, partial=partial)
+        self._check_layout(step, layout, wanted, partial=partial)
         targets = {name: _raw_struct(leaf) for name, leaf in wanted.items()}
         to_read = ocp.args.PyTreeRestore(
             item=targets,
@@ -210,16 +211,11 @@ class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
             partial_restore=partial,
         )
         read = self._manager.restore(step, args=ocp.args.Composite(state=to_read)).state
-        leaves = [_from_raw(read[name], record["layout"][name]) for name in wanted]
-        structure = jax.tree.structure(abstract_state)
-        return Restored(
-            step=step,
-            state=jax.tree.unflatten(structure, leaves),
-            config=record["config"],
-            metrics=self.metrics(step),
-            data_states=tuple(record["data_states"]),
-            clock=record.get("clock", {}),
-        )
+        leaves = [_from_raw(read[name], layout[name]) for name in wanted]
+        state = jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
+        positions, clock = tuple(record["data_states"]), record.get("clock", {})
+        config, metrics = record["config"], self.metrics(step)
+        return Restored(step, state, config, metrics, positions, clock)
 
     def metrics(self, step: int) -> dict[str, float]:
         """The metrics saved with `step`; empty if there were none."""
@@ -264,13 +260,11 @@ class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
         steps = self.all_steps()
         if not steps:
             raise FileNotFoundError(f"no checkpoint in {self.directory}")
-        if step is None:
-            return steps[-1]
-        if step not in steps:
+        if step not in (None, *steps):
             raise FileNotFoundError(
                 f"no checkpoint of step {step} in {self.directory}; there are {steps}"
             )
-        return step
+        return steps[-1] if step is None else step
 
     def _read_record(self, step: int) -> dict[str, Any]:
         record = self._manager.restore(

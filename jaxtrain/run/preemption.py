@@ -35,9 +35,8 @@ class PreemptionWatch(contextlib.AbstractContextManager["PreemptionWatch"]):
     """
 
     def __init__(self) -> None:
-        self._requested = False
+        self._requested = self._listens = False
         self._previous: Any = None
-        self._listens = False
 
     def __enter__(self) -> "PreemptionWatch":
         # Python allows handlers in the main thread only.
