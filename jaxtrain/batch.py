@@ -32,10 +32,6 @@ class Batch:
     loss_mask: Float[Array, "*A B T"]
     prompt_ids: Int32[Array, "*A B T"] | None = None
 
-    def sides(self) -> dict[str, "Batch"]:
-        """The rows that hold the tokens, each token once, by name."""
-        return {"": self}
-
 
 @dataclasses.dataclass(frozen=True)
 class PairBatch:
@@ -57,12 +53,6 @@ class PairBatch:
     pair_ids: Int32[Array, "*A B P"] | None = None
     shared: Batch | None = None
 
-    def sides(self) -> dict[str, Batch]:
-        """The rows that hold the tokens, each token once, by name."""
-        if self.shared is not None:
-            return {"shared": self.shared}
-        return {"chosen": self.chosen, "rejected": self.rejected}
-
 
 @dataclasses.dataclass(frozen=True)
 class LabeledBatch:
@@ -79,13 +69,16 @@ class LabeledBatch:
     ref_logps: Float[Array, "*A B"] | None = None
     ref_mismatched_logps: Float[Array, "*A B"] | None = None
 
-    def sides(self) -> dict[str, Batch]:
-        """The rows that hold the tokens, each token once, by name."""
-        both = {"completions": self.completions, "mismatched": self.mismatched}
-        return {name: side for name, side in both.items() if side is not None}
-
 
 AnyBatch: TypeAlias = Batch | PairBatch | LabeledBatch
+
+
+def rows_of(batch: AnyBatch) -> list[Batch]:
+    """The rows that hold the tokens, each token once."""
+    if isinstance(batch, PairBatch) and batch.shared is not None:
+        return [batch.shared]
+    parts = [batch] if isinstance(batch, Batch) else vars(batch).values()
+    return [part for part in parts if isinstance(part, Batch)]
 
 
 def unpacked_rows(

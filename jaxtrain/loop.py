@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxtrain.batch import AnyBatch
+from jaxtrain.batch import AnyBatch, rows_of
 from jaxtrain.config import RunConfig, diff
 from jaxtrain.data.batches.dataset import PreparedDataset
 from jaxtrain.data.batches.pipeline import BatchIterator
@@ -441,7 +441,7 @@ class Loop:
 
 def _count(batch: AnyBatch, readers: int) -> tuple[float, float]:
     """(tokens, rows) of a global batch; other processes' are taken to be like ours."""
-    segment_ids = [side.segment_ids for side in batch.sides().values()]
+    segment_ids = [rows.segment_ids for rows in rows_of(batch)]
     tokens = sum(np.count_nonzero(ids) for ids in segment_ids)
     rows = np.count_nonzero(segment_ids[0].any(-1))
     return float(tokens * readers), float(rows * readers)

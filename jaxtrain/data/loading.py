@@ -1,5 +1,6 @@
 """The rows that a run's configuration names, loaded and prepared as it says."""
 
+import functools
 import logging
 import os
 import pathlib
@@ -50,14 +51,10 @@ def load_training_rows(
             for name, _ in parts
         )
         return StreamRows(tuple(sources), tuple(weight for _, weight in parts))
+    load = functools.partial(_load, run, split=data.train_split, evaluation=False)
     if parts is None:
-        assert isinstance(data.train, str)
-        return _load(run, path or data.train, data.train_split, evaluation=False)
-    loaded = (
-        Part(name, _load(run, name, data.train_split, evaluation=False), weight)
-        for name, weight in parts
-    )
-    return Mixture(tuple(loaded))
+        return load(path or str(data.train))
+    return Mixture(tuple(Part(name, load(name), weight) for name, weight in parts))
 
 
 def load_evaluation_rows(
@@ -77,7 +74,7 @@ def load_evaluation_rows(
                 "so it is not clear of which data set; set data.eval"
             )
         source = run.data.train
-    return _load(run, source, run.data.eval_split or "eval", evaluation=True)
+    return _load(run, source, split=run.data.eval_split or "eval", evaluation=True)
 
 
 def prepare_rows(
@@ -100,9 +97,19 @@ def prepare_rows(
             )
         source = HubSource("train_dataset", rows, run.data.max_train_rows)
         rows = StreamRows((source,))
-    if isinstance(rows, StreamRows):
-        return _prepare_stream(run, rows, tokenizer)
-    return _prepare_all(run, rows, tokenizer)
+    if isinstance(rows, Mixture):
+        return _prepare_mixture(run, rows, tokenizer)
+    if not isinstance(rows, StreamRows):
+        return _prepare_held(run, rows, tokenizer)
+    options = prepare_options(run)
+    if options.packing is None:
+        logger.info(
+            "data.packing = False: rows of a stream are padded to data.max_length = %d "
+            "tokens, for the longest is not known",
+            run.data.max_length,
+        )
+    sizes = StreamSizes(run.data.stream_window_rows, run.data.shuffle_buffer_size)
+    return prepare_stream(rows, tokenizer, options, sizes)
 
 
 def check_held(rows: PreparedDataset | StreamDataset | None) -> PreparedDataset | None:
@@ -119,25 +126,9 @@ def check_held(rows: PreparedDataset | StreamDataset | None) -> PreparedDataset 
     return rows
 
 
-def _prepare_stream(
-    run: RunConfig, rows: StreamRows, tokenizer: PreTrainedTokenizerBase
-) -> StreamDataset:
-    options = prepare_options(run)
-    if options.packing is None:
-        logger.info(
-            "data.packing = False: rows of a stream are padded to data.max_length = %d "
-            "tokens, for the longest is not known",
-            run.data.max_length,
-        )
-    sizes = StreamSizes(run.data.stream_window_rows, run.data.shuffle_buffer_size)
-    return prepare_stream(rows, tokenizer, options, sizes)
-
-
-def _prepare_all(
-    run: RunConfig, rows: Rows | Mixture, tokenizer: PreTrainedTokenizerBase
+def _prepare_held(
+    run: RunConfig, rows: Rows, tokenizer: PreTrainedTokenizerBase
 ) -> PreparedDataset:
-    if isinstance(rows, Mixture):
-        return _prepare_mixture(run, rows, tokenizer)
     options = prepare_options(run)
     if run.data.cache:
         return prepare_cached(rows, tokenizer, options, run.data.cache_dir)
@@ -169,7 +160,7 @@ def _prepare_mixture(
     prepared = []
     for part in mixture.parts:
         try:
-            prepared.append(_prepare_all(run, part.rows, tokenizer))
+            prepared.append(_prepare_held(run, part.rows, tokenizer))
         except ValueError as error:
             raise ValueError(f"{part.name}: {error}") from error
     joined = join(prepared, [part.weight for part in mixture.parts])
@@ -184,16 +175,13 @@ def _prepare_mixture(
 
 
 def _load(
-    run: RunConfig, path: str | os.PathLike[str], split: str, *, evaluation: bool
+    run: RunConfig, path: str | os.PathLike[str], *, split: str, evaluation: bool
 ) -> Rows:
-    if not path:
-        path = _embedded(run, evaluation)
     max_rows = run.data.max_eval_rows if evaluation else run.data.max_train_rows
-    name = os.fspath(path)
+    name = os.fspath(path or _embedded(run, evaluation))
     local = pathlib.Path(name).expanduser().exists() or looks_local(name)
     if run.data.streaming and not local:
-        source = open_stream(name, split=split, max_rows=max_rows)
-        return head(source, max_rows)
+        return head(open_stream(name, split=split, max_rows=max_rows), max_rows)
     return load_rows(name, split=split, max_rows=max_rows)
 
 

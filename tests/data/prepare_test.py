@@ -133,8 +133,8 @@ def test_one_static_length_holds_the_longest_row(bpe):
 def test_pairs_share_length_and_prompt(bpe):
     pairs = prepare(PAIRS, bpe, PrepareOptions(objective="preference", max_length=64))
     batch = pairs.batch(np.array([[0, 1], [-1, -1]]))
-    assert set(batch.sides()) == {"chosen", "rejected"}
-    for side in batch.sides().values():
+    assert batch.shared is None
+    for side in (batch.chosen, batch.rejected):
         assert side.tokens.shape == (2, 2, pairs.row_length)
         assert not side.loss_mask[1].any()
     sides = [getattr(batch, side) for side in ("chosen", "rejected")]

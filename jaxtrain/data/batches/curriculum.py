@@ -16,13 +16,14 @@ seed and step, worked out before training.
 import dataclasses
 import functools
 import hashlib
+import itertools
 import logging
 
 import numpy as np
 
 from jaxtrain.config import CurriculumSection
 from jaxtrain.data.batches import pack
-from jaxtrain.data.batches.dataset import PreparedDataset, TokenStore
+from jaxtrain.data.batches.dataset import PreparedDataset
 
 logger = logging.getLogger(__name__)
 
@@ -154,7 +155,7 @@ def make_stages(
             )
         measure = _ranks(dataset.difficulty[rows])
         shares = heights / heights[-1]
-        limits = [int(np.ceil(share * len(rows) - 1e-6)) for share in shares]
+        limits = np.ceil(shares * len(rows) - 1e-6).astype(int).tolist()
         lengths = [dataset.row_length] * len(limits)
     limits[-1], lengths[-1] = int(measure.max()), dataset.row_length
 
@@ -187,9 +188,8 @@ def make_first_pass(
     drawn = np.zeros(int(stages[-1].rows.max()) + 1, np.int64)
     taken: list[np.ndarray] = []
     lengths: list[int] = []
-    ends = [stage.first_step for stage in stages[1:]]
-    for stage, end in zip(stages[:-1], ends, strict=True):
-        steps = end - stage.first_step
+    for stage, after in itertools.pairwise(stages):
+        steps = after.first_step - stage.first_step
         missing = steps * rows_per_step
         lengths += [stage.row_length] * steps
         while missing:
@@ -229,12 +229,11 @@ def pack_by_length(
             "training.curriculum.strategy = 'length_based' does not go with packed "
             "pairs: set data.packing = false"
         )
-    (store,) = dataset.stores.values()
+    ((name, store),) = dataset.stores.items()
     heights = levels(section.start_length, section.end_length, section.num_buckets)
-    caps = sorted({min(round_length(h), dataset.row_length) for h in heights[:-1]})
-    caps = [cap for cap in caps if cap < dataset.row_length] + [dataset.row_length]
+    most = dataset.row_length
+    caps = sorted({most, *(min(round_length(h), most) for h in heights[:-1])})
     offsets, documents = [store.row_offsets], [store.row_documents]
-    old_rows = len(store)
     below = 0
     for cap in caps:
         inside = np.flatnonzero((store.lengths > below) & (store.lengths <= cap))
@@ -242,17 +241,13 @@ def pack_by_length(
         row_offsets, picked = pack.pack_best_fit(store.lengths[inside], cap)
         offsets.append(row_offsets[1:] + offsets[-1][-1])
         documents.append(inside[picked])
-    both = TokenStore(
-        store.tokens,
-        store.trained,
-        store.starts,
-        store.lengths,
-        np.concatenate(documents),
-        np.concatenate(offsets),
+    both = dataclasses.replace(
+        store,
+        row_documents=np.concatenate(documents),
+        row_offsets=np.concatenate(offsets),
     )
-    stores = {name: both for name in dataset.stores}
-    extended = dataclasses.replace(dataset, stores=stores)
-    return extended, np.arange(old_rows, len(both))
+    extended = dataclasses.replace(dataset, stores={name: both})
+    return extended, np.arange(len(store), len(both))
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:

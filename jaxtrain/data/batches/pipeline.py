@@ -7,8 +7,8 @@ exact, and a process takes its columns of one global batch whatever the process 
 
 import contextlib
 import dataclasses
+import functools
 import math
-import pathlib
 import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -148,11 +148,10 @@ class RowOrder:
         per_step = self.shape.accumulation_steps * self.shape.global_micro_batch_rows
         first = step_of_epoch * per_step
         places = self._own_columns(np.arange(first, first + per_step))
-        order = self._order(self.num_rows, self.seed)
+        inside = places < self.num_rows
+        drawn = places[inside] + epoch * self.num_rows
         rows = np.full(places.shape, -1, np.int64)
-        for index in np.argwhere(places < self.num_rows):
-            place = int(places[tuple(index)])
-            rows[tuple(index)] = order[epoch * self.num_rows + place]
+        rows[inside] = self._draw(self.num_rows, self.seed, drawn)
         return self._of_parts(rows, epoch) if self.parts else rows
 
     def row_length(self, step: int) -> int | None:
@@ -168,12 +167,13 @@ class RowOrder:
         column = shape.process_index * shape.micro_batch_rows
         return rows[:, column : column + shape.micro_batch_rows]
 
-    def _order(self, num_rows: int, seed: int) -> grain.MapDataset:
-        """All epochs as one random-access sequence of row numbers."""
+    def _draw(self, num_rows: int, seed: int, places: np.ndarray) -> np.ndarray:
+        """The row numbers at some places of all epochs behind one another."""
         order = grain.MapDataset.range(num_rows)
         if self.shuffle:
             order = order.shuffle(seed=seed)  # `repeat` reseeds every epoch
-        return order.repeat()
+        order = order.repeat()
+        return np.asarray([order[int(place)] for place in places], np.int64)
 
     def _of_parts(self, slots: np.ndarray, epoch: int) -> np.ndarray:
         """The rows that an epoch's slots stand for: so many slots for each part."""
@@ -182,43 +182,32 @@ class RowOrder:
         first_slots, first_rows = (np.cumsum([0, *n]) for n in (quotas, sizes))
         rows = slots.copy()
         for part, (quota, size) in enumerate(zip(quotas, sizes, strict=True)):
-            order = self._order(size, (self.seed + 1 + part) % 2**32)
+            seed = (self.seed + 1 + part) % 2**32
             inside = (slots >= first_slots[part]) & (slots < first_slots[part + 1])
-            for index in np.argwhere(inside):
-                drawn = int(slots[tuple(index)] - first_slots[part]) + epoch * quota
-                rows[tuple(index)] = first_rows[part] + order[drawn]
+            drawn = slots[inside] - first_slots[part] + epoch * quota
+            rows[inside] = self._draw(size, seed, drawn) + first_rows[part]
         return rows
 
 
+@dataclasses.dataclass(frozen=True)
 class BatchReader:
-    """`reader(step)` assembles the batch of a step. Workers open the data by path."""
+    """`reader(step)` assembles the batch of a step.
 
-    def __init__(
-        self, dataset: PreparedDataset, order: RowOrder, *, flat: bool = False
-    ) -> None:
-        self._dataset: PreparedDataset | None = dataset
-        self._order = order
-        self._flat = flat  # [B, T] in place of [1, B, T]
-        self._folder: str | None = None
+    Worker processes are given the folder that holds the data, and map it into memory.
+    """
 
-    def share(self, folder: str) -> None:
-        """Write the data to a folder, which worker processes map into memory."""
-        assert self._dataset is not None
-        if not (pathlib.Path(folder) / "prepared.json").exists():
-            self._dataset.save(folder)
-        self._folder = folder
+    data: PreparedDataset | str
+    order: RowOrder
+    flat: bool = False  # [B, T] in place of [1, B, T]
 
     def __call__(self, step: int) -> AnyBatch:
-        if self._dataset is None:
-            assert self._folder is not None
-            self._dataset = PreparedDataset.load(self._folder)
-        rows = self._order.rows(step)
-        return self._dataset.batch(
-            rows[0] if self._flat else rows, row_length=self._order.row_length(step)
-        )
+        data = _load(self.data) if isinstance(self.data, str) else self.data
+        rows = self.order.rows(step)
+        length = self.order.row_length(step)
+        return data.batch(rows[0] if self.flat else rows, row_length=length)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | ({"_dataset": None} if self._folder else {})
+
+_load = functools.lru_cache(maxsize=1)(PreparedDataset.load)  # a worker process's own
 
 
 def check_identity(saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
@@ -253,8 +242,7 @@ class BatchIterator(Iterator[AnyBatch]):
         self.num_steps = num_steps
         self.step = 0
         self._reader = reader
-        self._num_workers = reading.num_workers
-        self._prefetch = reading.prefetch
+        self._reading = reading
         self._identity = identity or {}
         self._source: Any = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
@@ -295,22 +283,24 @@ class BatchIterator(Iterator[AnyBatch]):
             self._folder = None
 
     def _open(self) -> Iterator[AnyBatch]:
+        reader, ahead = self._reader, self._reading.prefetch
+        workers = self._reading.num_workers
+        if workers:
+            if self._folder is None:
+                self._folder = tempfile.TemporaryDirectory(prefix="jaxtrain-data-")
+                assert isinstance(reader.data, PreparedDataset)
+                reader.data.save(self._folder.name)
+            reader = dataclasses.replace(reader, data=self._folder.name)
+        options = grain.ReadOptions(min(ahead, 4), prefetch_buffer_size=ahead)
         steps = grain.MapDataset.range(self.step, self.num_steps)
-        options = grain.ReadOptions(
-            num_threads=min(self._prefetch, 4), prefetch_buffer_size=self._prefetch
-        )
-        if self._num_workers and self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="jaxtrain-data-")
-            self._reader.share(self._folder.name)
-        batches = steps.map(self._reader).to_iter_dataset(options)
-        if self._num_workers:
+        batches = steps.map(reader).to_iter_dataset(options)
+        if workers:
             if not flags.FLAGS.is_parsed():
                 # Grain reads its flags here; as a library we were started without.
                 flags.FLAGS.mark_as_parsed()
             batches = batches.mp_prefetch(
                 grain.MultiprocessingOptions(
-                    num_workers=self._num_workers,
-                    per_worker_buffer_size=self._prefetch,
+                    num_workers=workers, per_worker_buffer_size=ahead
                 )
             )
         return iter(batches)

@@ -9,6 +9,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -373,12 +374,11 @@ def _batch(
     taken: Sequence[tuple[PreparedDataset, int]], shape: tuple[int, int]
 ) -> AnyBatch:
     """Rows of several windows as arrays [*shape, ...]."""
-    pieces: list[tuple[PreparedDataset, list[int]]] = []
-    for data, row in taken:
-        if not pieces or pieces[-1][0] is not data:
-            pieces.append((data, []))
-        pieces[-1][1].append(row)
-    return _join(shape, *(data.batch(np.asarray(rows)) for data, rows in pieces))
+    made = []
+    for _, run in itertools.groupby(taken, lambda item: id(item[0])):
+        data, rows = zip(*run, strict=True)
+        made.append(data[0].batch(np.asarray(rows)))
+    return _join(shape, *made)
 
 
 def _join(shape: tuple[int, int], *parts: Any) -> Any:
