@@ -88,6 +88,12 @@ class Unit:
         return f"{self.path.name} {kind} {item.number}"
 
 
+def reader_of(file: pathlib.Path) -> str | None:
+    """What reads a file, told by its suffix; None for other files."""
+    name = file.name.lower().removesuffix(".gz")
+    return READERS.get(pathlib.PurePath(name).suffix)
+
+
 def make_units(path: pathlib.Path) -> list[Unit]:
     """The units of a data file.
 
@@ -96,7 +102,7 @@ def make_units(path: pathlib.Path) -> list[Unit]:
     """
     name = path.name.lower()
     suffix = pathlib.PurePath(name.removesuffix(".gz")).suffix
-    reader = READERS.get(suffix)
+    reader = reader_of(path)
     if reader is None:
         raise ValueError(f"{path} has no known suffix: use one of {', '.join(READERS)}")
     if reader == "csv" and suffix == ".tsv":

@@ -82,7 +82,9 @@ class RowProblems:
         on_bad_row: str,
         *,
         shown: int = 5,
-        name_rows: Callable[[Sequence[int]], Sequence[str]] | None = None,
+        name_rows: Callable[[Sequence[int]], Sequence[str]] = lambda rows: [
+            f"row {row}" for row in rows
+        ],
     ) -> None:
         if on_bad_row not in ("error", "skip"):
             raise ValueError(f"on_bad_row={on_bad_row!r}: use 'error' or 'skip'")
@@ -99,12 +101,8 @@ class RowProblems:
 
     def listed(self) -> list[str]:
         """The first bad rows, each with where it stands and the reason."""
-        numbers = [row for row, _ in self.first]
-        names = [f"row {row}" for row in numbers]
-        if self._name_rows is not None:
-            names = list(self._name_rows(numbers))
-        reasons = [reason for _, reason in self.first]
-        return [f"{n}: {why}" for n, why in zip(names, reasons, strict=True)]
+        names = self._name_rows([row for row, _ in self.first])
+        return [f"{n}: {why}" for n, (_, why) in zip(names, self.first, strict=True)]
 
     def report(self, total: int) -> None:
         """Raise ValueError (on_bad_row='error') or log a warning, if any row is bad."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import datasets
 
-from jaxtrain.data.rows.files import READERS
+from jaxtrain.data.rows.files import READERS, reader_of
 from jaxtrain.data.rows.formats import UnreadableRow
 from jaxtrain.data.rows.places import HeldRows, hold, remember_files, same_files
 
@@ -231,12 +231,6 @@ def split_aliases(split: str) -> tuple[str, ...]:
         if split in aliases:
             return (split, *(alias for alias in aliases if alias != split))
     return (split,)
-
-
-def reader_of(file: pathlib.Path) -> str | None:
-    """What reads a file, told by its suffix; None for other files."""
-    name = file.name.lower().removesuffix(".gz")
-    return READERS.get(pathlib.PurePath(name).suffix)
 
 
 def looks_local(name: str) -> bool:

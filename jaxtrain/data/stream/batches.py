@@ -33,7 +33,7 @@ from jaxtrain.data.rows.formats import RowFormat
 from jaxtrain.data.rows.tokenize import check_tokenizer
 from jaxtrain.data.stream.producer import Producer, run_window
 from jaxtrain.data.stream.source import Share, Source, State, head
-from jaxtrain.data.stream.windows import BlockReader, Lane, WindowMaker, WindowReader
+from jaxtrain.data.stream.windows import BlockReader, Lane, WindowReader, make_window
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class StreamDataset:
     """A stream that can be trained on: what its rows are, and how they are prepared."""
 
     rows: StreamRows
-    makers: tuple[WindowMaker, ...]  # one a source
+    recipes: tuple[Recipe, ...]  # one a source
     options: PrepareOptions
     sizes: StreamSizes
 
@@ -96,12 +96,11 @@ class StreamDataset:
         if not self.options.most_pairs:
             elsewhere.append("most_pairs")
         items = sorted((k, v) for k, v in options.items() if k not in elsewhere)
-        recipes = [maker.recipe for maker in self.makers]
         described = [
             [source.identity() for source in self.rows.sources],
             self.rows.weights,
-            [[repr(recipe.row_format), items] for recipe in recipes],
-            _describe_tokenizer(recipes[0].tokenizer),
+            [[repr(recipe.row_format), items] for recipe in self.recipes],
+            _describe_tokenizer(self.recipes[0].tokenizer),
         ]
         text = json.dumps(described, default=str)
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
@@ -134,12 +133,12 @@ def prepare_stream(
         most_pairs = max((options.max_length or 0) // 16, 2)
         options = dataclasses.replace(options, most_pairs=most_pairs)
     check_tokenizer(tokenizer)
-    makers = []
+    recipes = []
     for source in rows.sources:
         row_format = _detect(source, options)
         logger.info("detected %s in %s", row_format.describe(), source.name)
-        makers.append(WindowMaker(Recipe(row_format, tokenizer, options)))
-    return StreamDataset(rows, tuple(makers), options, sizes)
+        recipes.append(Recipe(row_format, tokenizer, options))
+    return StreamDataset(rows, tuple(recipes), options, sizes)
 
 
 def _detect(source: Source, options: PrepareOptions) -> RowFormat:
@@ -208,7 +207,7 @@ class StreamIterator(Iterator[AnyBatch]):
         if self._producer is None:
             steps = self.num_steps - self.step
             self._producer = Producer(
-                self._lanes, self._assemble, steps, self._reading, self._dataset.makers
+                self._lanes, self._assemble, steps, self._reading, self._dataset.recipes
             )
         batch, snapshot = self._producer.get()
         self.step += 1
@@ -278,7 +277,7 @@ class StreamIterator(Iterator[AnyBatch]):
         data = self._dataset
         window, buffer = data.sizes.window_rows, data.sizes.shuffle_buffer_size
         block = max(buffer // self._shares, window) if self._reading.shuffle else window
-        readers = len(self._held) * len(data.makers)
+        readers = len(self._held) * len(data.recipes)
         lanes = []
         for index in self._held:
             parts = []
@@ -287,9 +286,9 @@ class StreamIterator(Iterator[AnyBatch]):
                 share = Share(
                     index, self._shares, seed if self._reading.shuffle else None
                 )
-                # Workers have the makers already.
-                own = functools.partial(run_window, part)
-                make = own if workers else data.makers[part]
+                make = functools.partial(make_window, data.recipes[part])
+                if workers:  # these have the recipes already
+                    make = functools.partial(run_window, part)
                 parts.append(
                     WindowReader(
                         BlockReader(source, share, block),

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxtrain.data.batches.pipeline import Reading
+from jaxtrain.data.prepare.kinds import Recipe
 from jaxtrain.data.stream.source import RawRow, Share
-from jaxtrain.data.stream.windows import Key, Window, WindowMaker
+from jaxtrain.data.stream.windows import Key, Window, make_window
 
 
 class Producer:
@@ -24,7 +25,7 @@ class Producer:
         assemble: Any,
         count: int,
         reading: Reading,
-        makers: tuple[WindowMaker, ...],
+        recipes: tuple[Recipe, ...],
     ) -> None:
         self._made: queue.Queue[Any] = queue.Queue(reading.prefetch)
         self._stop = threading.Event()
@@ -36,7 +37,7 @@ class Producer:
                 # Forking a process that has threads, as jax does, may hang it.
                 mp_context=multiprocessing.get_context("spawn"),
                 initializer=_start_worker,
-                initargs=(makers,),
+                initargs=(recipes,),
             )
         else:
             self._pool = concurrent.futures.ThreadPoolExecutor(1, "jaxtrain-tokenize")
@@ -79,10 +80,10 @@ class Producer:
         self._thread.join()
 
 
-_MAKERS: list[WindowMaker] = []  # a worker process's own
+_RECIPES: list[Recipe] = []  # a worker process's own
 
 
-def _start_worker(makers: Sequence[WindowMaker]) -> None:
+def _start_worker(recipes: Sequence[Recipe]) -> None:
     """Take the tokenizers; leave signals to the parent, and end when it ends."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -95,9 +96,9 @@ def _start_worker(makers: Sequence[WindowMaker]) -> None:
             os._exit(1)
 
         threading.Thread(target=follow, daemon=True).start()
-    _MAKERS[:] = makers
+    _RECIPES[:] = recipes
 
 
 def run_window(part: int, rows: Sequence[RawRow], key: Key, share: Share) -> Window:
     """A window of a source, made in a worker process."""
-    return _MAKERS[part](rows, key, share)
+    return make_window(_RECIPES[part], rows, key, share)

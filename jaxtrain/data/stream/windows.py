@@ -10,6 +10,7 @@ it, one block is read and one window is prepared again.
 import collections
 import concurrent.futures
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -40,26 +41,22 @@ class Window:
     stats: DataStats
 
 
-@dataclasses.dataclass(frozen=True)
-class WindowMaker:
-    """Raw rows to a `Window`. It is sent to worker processes once."""
-
-    recipe: Recipe
-
-    def __call__(self, rows: Sequence[RawRow], key: Key, share: Share) -> Window:
-        """Check, tokenize and pack the rows; a pure function of its arguments."""
-        problems = RowProblems("skip", shown=len(rows))
-        tokenized = tokenize([row.row for row in rows], self.recipe, problems)
-        data = lay_out(tokenized, self.recipe)
-        found = [(rows[number].place, reason) for number, reason in problems.first]
-        if data is None:
-            return Window(None, np.arange(0), tuple(found), tokenized.stats)
-        order = np.arange(len(data))
-        if data.packed and share.seed is not None:
-            order = random_order(len(data), share.seed, share.index, *key)
-        elif data.packed:
-            order = _stream_order(data)
-        return Window(data, order, tuple(found), data.stats)
+def make_window(
+    recipe: Recipe, rows: Sequence[RawRow], key: Key, share: Share
+) -> Window:
+    """Check, tokenize and pack raw rows; a pure function of its arguments."""
+    problems = RowProblems("skip", shown=len(rows))
+    tokenized = tokenize([row.row for row in rows], recipe, problems)
+    data = lay_out(tokenized, recipe)
+    found = tuple((rows[number].place, reason) for number, reason in problems.first)
+    if data is None:
+        return Window(None, np.arange(0), found, tokenized.stats)
+    order = np.arange(len(data))
+    if data.packed and share.seed is not None:
+        order = random_order(len(data), share.seed, share.index, *key)
+    elif data.packed:
+        order = _stream_order(data)
+    return Window(data, order, found, data.stats)
 
 
 def _stream_order(data: PreparedDataset) -> np.ndarray:
@@ -118,11 +115,7 @@ class BlockReader:
             # Blocks of each epoch start elsewhere, so that other rows meet.
             random = np.random.Philox(np.random.SeedSequence([*key, 1]))
             size -= int(random.random_raw() % (size // 2))
-        rows = []
-        for row in self._cursor:
-            rows.append(row)
-            if len(rows) == size:
-                break
+        rows = list(itertools.islice(self._cursor, size))
         if seed is None:
             return rows
         return [rows[index] for index in random_order(len(rows), *key)]
