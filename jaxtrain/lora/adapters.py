@@ -63,20 +63,16 @@ def init_adapters(key: Array, base_tree: Mapping[str, Any], lora: LoraConfig) ->
 
 
 def _take_out(
-    lora: LoraConfig,
-    label: str,
-    base_tree: Mapping[str, Any],
-    rank: int,
-    scaling: float,
+    lora: LoraConfig, label: str, base: Mapping[str, Any], rank: int, scaling: float
 ) -> tuple[Float[Array, "*L I R"], Float[Array, "*L R O"]]:
     """The first A and B out of the matrix itself, which its residual shall replace."""
-    init, matrix = lora.init_lora_weights, _matrix(base_tree, targets.label_path(label))
+    init, matrix = lora.init_lora_weights, _matrix(base, targets.label_path(label))
     if rank > min(matrix.shape[-2:]):
         raise ValueError(
             f"lora.r = {rank}: {init} needs a rank of at most {min(matrix.shape[-2:])}"
             f" for {label}"
         )
-    if label == "lm_head" and targets.is_tied(base_tree):
+    if label == "lm_head" and targets.is_tied(base):
         raise ValueError(
             f"lora.init_lora_weights = {init!r} takes the head's first adapter out of"
             " the embedding, which this head is: set it to default or gaussian, or"
@@ -190,11 +186,8 @@ def merge_into_base(frozen: Params, trainable: Params, lora: LoraConfig) -> Para
     adapted = {
         path for path in (EMBEDDING, HEAD) if "lora_a" in trainable.get(path[0], {})
     }
-    if (
-        not adapted
-        or not targets.is_tied(frozen)
-        or targets.ties_adapters(lora, frozen)
-    ):
+    ties = targets.ties_adapters(lora, frozen)
+    if not adapted or ties or not targets.is_tied(frozen):
         return merged
     table = frozen["embed_tokens"]["embedding"]
     head: Params = {"lm_head": {"kernel": jnp.asarray(_on_device(table)).T}}

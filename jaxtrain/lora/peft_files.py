@@ -32,10 +32,6 @@ _TORCH_LEAVES = {
     "lora_b": "lora_B.weight",
     "lora_magnitude": "lora_magnitude_vector",
     "bias": "bias",
-    "kernel": "weight",
-    "weight": "weight",  # a router's
-    "embedding": "weight",
-    "scale": "weight",
 }
 # Beside the embedding, PEFT's adapter has other names and is no module of its own.
 _EMBEDDING_LEAVES = {"lora_a": "lora_embedding_A", "lora_b": "lora_embedding_B"}
@@ -78,7 +74,7 @@ def save_adapter(
     adapted = {key[:-1] for key in flat if key[-1] == "lora_a"}
     tensors: dict[str, np.ndarray] = {}
     for key, value in flat.items():
-        leaf = _TORCH_LEAVES[key[-1]]
+        leaf = _TORCH_LEAVES.get(key[-1], "weight")
         if key[:-1] == EMBEDDING:
             leaf = _EMBEDDING_LEAVES.get(key[-1], leaf)
         if key[-1] == "bias" and key[:-1] in adapted:
@@ -91,12 +87,11 @@ def save_adapter(
             tensors[f"{PREFIX}{name}.{leaf}"] = np.ascontiguousarray(array)
     tied_adapters = tied_embeddings and lora.ensure_weight_tying
     if tied_adapters and (*EMBEDDING, "lora_a") in flat:
-        for head, below in (
-            ("lora_A", "lora_embedding_B"),
-            ("lora_B", "lora_embedding_A"),
-        ):
-            values = tensors[f"{PREFIX}model.embed_tokens.{below}"]
-            tensors[f"{PREFIX}lm_head.{head}.weight"] = np.ascontiguousarray(values.T)
+        for own, other in ("AB", "BA"):
+            values = tensors[f"{PREFIX}model.embed_tokens.lora_embedding_{other}"]
+            tensors[f"{PREFIX}lm_head.lora_{own}.weight"] = np.ascontiguousarray(
+                values.T
+            )
     ties = tied_embeddings and ("embed_tokens", "embedding") in flat
     if ties:
         table = tensors[f"{PREFIX}model.embed_tokens.weight"]
@@ -129,13 +124,12 @@ def _as_plain(
     trainable: Params, initial: Params, lora: LoraConfig
 ) -> tuple[Params, LoraConfig]:
     """The same adapters beside the base as it was before they changed it."""
-    first = flatten(initial)
     joined = flatten(trainable)
-    for path, leaf in joined.items():
-        if path[-1] == "lora_a":
-            joined[path] = np.concatenate([to_host(leaf), to_host(first[path])], -1)
-        elif path[-1] == "lora_b":
-            joined[path] = np.concatenate([to_host(leaf), -to_host(first[path])], -2)
+    for path, first in flatten(initial).items():
+        if path[-1] in ("lora_a", "lora_b"):
+            sign, axis = (1, -1) if path[-1] == "lora_a" else (-1, -2)
+            parts = [to_host(joined[path]), sign * to_host(first)]
+            joined[path] = np.concatenate(parts, axis)
     # What keeps the scaling where the rank doubles.
     factor = math.sqrt(2) if lora.use_rslora else 2
     plain = dataclasses.replace(
@@ -215,8 +209,19 @@ def read_settings(path: str | pathlib.Path) -> LoraConfig:
     with safetensors.safe_open(path / WEIGHTS_FILE, "numpy") as file:
         keys = file.keys()
     ties = bool(config.get("ensure_weight_tying"))
-    names = re.findall(r"(\S+)\.lora_(?:A\.|embedding_A)", "\n".join(keys))
+    prefix = re.escape(PREFIX)
+    tensor_name = rf"(?:{prefix})?(\S+)\.lora_(?:A\.|embedding_A)"
+    names = re.findall(tensor_name, "\n".join(keys))
     has_embedding = any(name.endswith("embed_tokens") for name in names)
+    patterns = {
+        # PEFT itself writes patterns of a mixture's stacked experts, adapted or not.
+        key: {
+            p: v
+            for p, v in (config.get(key) or {}).items()
+            if targets.ends_one(p, names)
+        }
+        for key in ("rank_pattern", "alpha_pattern")
+    }
     saved = config.get("modules_to_save") or ()
     return LoraConfig(
         r=int(config.get("r", 8)),  # PEFT's defaults, here and below
@@ -227,8 +232,7 @@ def read_settings(path: str | pathlib.Path) -> LoraConfig:
         bias=config.get("bias", "none"),
         use_rslora=bool(config.get("use_rslora", False)),
         use_dora=bool(config.get("use_dora", False)),
-        rank_pattern=_that_match(config.get("rank_pattern"), names),
-        alpha_pattern=_that_match(config.get("alpha_pattern"), names),
+        **patterns,
         modules_to_save=tuple(
             # Not those that PEFT itself adds for tied weights ("model.embed_tokens").
             entry
@@ -252,18 +256,6 @@ def settings_from(section: Any) -> LoraConfig:
     settings = {n: getattr(section, _SETTING_NAMES.get(n, n)) for n in names}
     # A pattern that is not set is None there.
     return LoraConfig(**{n: {} if v is None else v for n, v in settings.items()})
-
-
-def _that_match(patterns: Mapping[str, Any] | None, names: list[str]) -> dict[str, Any]:
-    """Those that match an adapter's name.
-
-    PEFT itself writes patterns of a mixture's stacked experts, adapted or not.
-    """
-    return {
-        pattern: value
-        for pattern, value in (patterns or {}).items()
-        if any(targets.ends_name(pattern, n.removeprefix(PREFIX)) for n in names)
-    }
 
 
 def _read_config(path: pathlib.Path) -> dict[str, Any]:

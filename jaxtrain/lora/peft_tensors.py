@@ -10,7 +10,7 @@ import numpy as np
 import safetensors.numpy
 
 from jaxtrain.lora import targets
-from jaxtrain.lora.targets import LoraConfig, Module, TreePath
+from jaxtrain.lora.targets import LoraConfig, TreePath
 from jaxtrain.models.quantization import CODES
 from jaxtrain.tree import get as tree_get
 
@@ -49,10 +49,7 @@ def read_stacks(
     """
     places = {
         name: (module, layer)
-        for module in (
-            Module(targets.HEAD, ("lm_head",), {"tied": None}),
-            *targets.iterate_modules(base_tree),
-        )
+        for module in targets.iterate_modules(base_tree)
         for layer, name in enumerate(module.names)
     }
     stacks: dict[TreePath, dict[int, np.ndarray]] = {}

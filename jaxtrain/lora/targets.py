@@ -6,8 +6,9 @@ although the tree stacks layers and holds each module once.
 
 import dataclasses
 import math
+import operator
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -111,7 +112,7 @@ class LoraConfig:
         for key, default in (("rank_pattern", self.r), ("alpha_pattern", self.alpha)):
             patterns = getattr(self, key)
             values = [
-                next((v for p, v in patterns.items() if ends_name(p, name)), default)
+                next((v for p, v in patterns.items() if ends_one(p, [name])), default)
                 for name in names
             ]
             if len(set(values)) > 1:
@@ -125,15 +126,12 @@ class LoraConfig:
         return rank, self.scaling(rank, alpha)
 
 
-def ends_name(pattern: str, name: str) -> bool:
+def ends_one(pattern: str, names: Iterable[str]) -> bool:
     """PEFT's rule for patterns of ranks: a regular expression of a name's end."""
-    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+    return any(re.match(rf"(.*\.)?({pattern})$", name) for name in names)
 
 
 # --- modules and their names -------------------------------------------------------
-
-# Leaves that hold a matrix that an adapter may stand beside, or its codes.
-_MATRICES = frozenset({"kernel", CODES})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +145,7 @@ class Module:
     @property
     def is_inner_linear(self) -> bool:
         """Whether "all-linear" means it: PEFT leaves the head out."""
-        return self.path[0] == "layers" and not _MATRICES.isdisjoint(self.leaves)
+        return self.path[0] == "layers" and bool({"kernel", CODES} & self.leaves.keys())
 
     @property
     def takes_adapter(self) -> bool:
@@ -160,7 +158,7 @@ class Module:
 
 
 def iterate_modules(tree: Mapping[str, Any], path: TreePath = ()) -> Iterator[Module]:
-    """Every node below the root, groups before what is in them, sorted by name."""
+    """Every node below the root, groups before what is in them, and a tied head."""
     for key in sorted(tree):
         child, child_path = tree[key], (*path, key)
         if not isinstance(child, Mapping):
@@ -170,6 +168,8 @@ def iterate_modules(tree: Mapping[str, Any], path: TreePath = ()) -> Iterator[Mo
             layers = jax.tree.leaves(child)[0].shape[0]
             yield Module(child_path, full_names(child_path, layers), leaves)
         yield from iterate_modules(child, child_path)
+    if not path and "embed_tokens" in tree and "lm_head" not in tree:
+        yield Module(HEAD, ("lm_head",), {"tied": tree["embed_tokens"]["embedding"]})
 
 
 def is_tied(tree: Mapping[str, Any]) -> bool:
@@ -216,8 +216,9 @@ def is_within(path: TreePath, parents: set[TreePath]) -> bool:
     return any(path[: len(parent)] == parent for parent in parents)
 
 
-def _in_every_layer(key: str, module: Module, matched: list[bool]) -> bool:
-    """Whether all of the module's names matched; some but not all is refused."""
+def _in_every_layer(key: str, module: Module, matches: Callable[[str], bool]) -> bool:
+    """Whether all of the module's names match; some but not all is refused."""
+    matched = [matches(name) for name in module.names]
     if any(matched) and not all(matched):
         layers = [i for i, hit in enumerate(matched) if hit]
         raise ValueError(
@@ -228,25 +229,24 @@ def _in_every_layer(key: str, module: Module, matched: list[bool]) -> bool:
     return all(matched)
 
 
-def _is_target(lora: LoraConfig, rule: tuple[str, ...] | str, module: Module) -> bool:
-    """PEFT's rule: every inner linear layer, a whole match, or the end of a name.
+def _is_target(lora: LoraConfig, entry: str, module: Module) -> bool:
+    """PEFT's rule for an entry of target_modules; a list's are the ends of names.
 
     What modules_to_save trains gets no adapter, nor what is inside it.
     """
-    is_all = isinstance(rule, str) and rule.lower() == "all-linear"
-    if is_all and not module.is_inner_linear:
-        return False
+    pattern = rf"(.*\.)?{re.escape(entry)}"
+    if isinstance(lora.target_modules, str):
+        is_all = entry.lower() == "all-linear"
+        if is_all and not module.is_inner_linear:
+            return False
+        pattern = ".*" if is_all else entry
 
     def matches(name: str) -> bool:
         saved = (rf"(^|.*\.){entry}($|\..*)" for entry in lora.modules_to_save)
-        if any(re.match(pattern, name) for pattern in saved):
-            return False
-        if isinstance(rule, str):
-            return is_all or re.fullmatch(rule, name) is not None
-        return any(f".{name}".endswith(f".{entry}") for entry in rule)
+        is_saved = any(re.match(inside, name) for inside in saved)
+        return not is_saved and re.fullmatch(pattern, name) is not None
 
-    key = f"lora.target_modules = {rule!r}"
-    return _in_every_layer(key, module, [matches(name) for name in module.names])
+    return _in_every_layer(f"lora.target_modules = {entry!r}", module, matches)
 
 
 _EXPERTS_TAKE_NONE = (
@@ -270,22 +270,17 @@ def resolve_targets(lora: LoraConfig, base_tree: Mapping[str, Any]) -> set[str]:
             adapter.
     """
     modules = list(iterate_modules(base_tree))
-    if "embed_tokens" in base_tree and "lm_head" not in base_tree:
-        modules.append(Module(HEAD, ("lm_head",), {}))
     available = sorted(module.label for module in modules if module.takes_adapter)
     has_experts = "experts" in base_tree.get("layers", {}).get("mlp", {})
     why_not_experts = _EXPERTS_TAKE_NONE if has_experts else ""
     targets = lora.target_modules
-    # How an entry is applied: a string as a whole, each of several to a name's end.
-    rules: dict[str, tuple[str, ...] | str]
-    rules = {targets: targets} if isinstance(targets, str) else {e: (e,) for e in targets}
     found: set[str] = set()
-    for entry, rule in rules.items():
-        chosen = [module for module in modules if _is_target(lora, rule, module)]
+    for entry in [targets] if isinstance(targets, str) else targets:
+        chosen = [module for module in modules if _is_target(lora, entry, module)]
         for module in chosen:
             if not module.takes_adapter:
                 raise ValueError(
-                    f"lora.target_modules = {rule!r} selects {module.label}, which is"
+                    f"lora.target_modules = {entry!r} selects {module.label}, which is"
                     " neither a linear layer nor the embedding and takes no adapter:"
                     f" choose from {available}{why_not_experts}"
                 )
@@ -312,11 +307,10 @@ def resolve_ranks(
     """
     targets = resolve_targets(lora, base_tree)
     modules = {m.label: m.names for m in iterate_modules(base_tree)}
-    modules.setdefault("lm_head", ("lm_head",))  # no module of its own where tied
     names = [name for label in targets for name in modules[label]]
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(lora, key):
-            if not any(ends_name(pattern, name) for name in names):
+            if not ends_one(pattern, names):
                 raise ValueError(
                     f"lora.{key}: {pattern!r} matches no module with an adapter:"
                     f" choose from {sorted(targets)}"
@@ -359,14 +353,14 @@ def resolve_modules_to_save(
     Raises:
         ValueError: an entry matches nothing, or only some layers.
     """
-    modules = list(iterate_modules(base_tree))
+    modules = [m for m in iterate_modules(base_tree) if "tied" not in m.leaves]
     paths: set[TreePath] = set()
     for entry in lora.modules_to_save:
         key = f"lora.modules_to_save = {entry!r}"
         found = {
             module.path
             for module in modules
-            if _in_every_layer(key, module, [n.endswith(entry) for n in module.names])
+            if _in_every_layer(key, module, operator.methodcaller("endswith", entry))
         }
         if not found and entry == "lm_head":
             raise ValueError(
