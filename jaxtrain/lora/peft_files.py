@@ -213,7 +213,7 @@ def read_settings(path: str | pathlib.Path) -> LoraConfig:
     tensor_name = rf"(?:{prefix})?(\S+)\.lora_(?:A\.|embedding_A)"
     names = re.findall(tensor_name, "\n".join(keys))
     has_embedding = any(name.endswith("embed_tokens") for name in names)
-    patterns = {
+    patterns: dict[str, Any] = {
         # PEFT itself writes patterns of a mixture's stacked experts, adapted or not.
         key: {
             p: v
@@ -253,9 +253,9 @@ def settings_from(section: Any) -> LoraConfig:
         settings = read_settings(section.init_from)
         return dataclasses.replace(settings, dropout=section.lora_dropout)
     names = [field.name for field in dataclasses.fields(LoraConfig)]
-    settings = {n: getattr(section, _SETTING_NAMES.get(n, n)) for n in names}
+    values = {n: getattr(section, _SETTING_NAMES.get(n, n)) for n in names}
     # A pattern that is not set is None there.
-    return LoraConfig(**{n: {} if v is None else v for n, v in settings.items()})
+    return LoraConfig(**{n: {} if v is None else v for n, v in values.items()})
 
 
 def _read_config(path: pathlib.Path) -> dict[str, Any]:
