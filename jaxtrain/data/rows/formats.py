@@ -82,9 +82,7 @@ class RowProblems:
         on_bad_row: str,
         *,
         shown: int = 5,
-        name_rows: Callable[[Sequence[int]], Sequence[str]] = lambda rows: [
-            f"row {row}" for row in rows
-        ],
+        name_rows: Callable[[Sequence[int]], Sequence[str]] | None = None,
     ) -> None:
         if on_bad_row not in ("error", "skip"):
             raise ValueError(f"on_bad_row={on_bad_row!r}: use 'error' or 'skip'")
@@ -101,7 +99,9 @@ class RowProblems:
 
     def listed(self) -> list[str]:
         """The first bad rows, each with where it stands and the reason."""
-        names = self._name_rows([row for row, _ in self.first])
+        names = [f"row {row}" for row, _ in self.first]
+        if self._name_rows is not None:
+            names = [*self._name_rows([row for row, _ in self.first])]
         return [f"{n}: {why}" for n, (_, why) in zip(names, self.first, strict=True)]
 
     def report(self, total: int) -> None:
@@ -185,7 +185,7 @@ def read_row(row: Row, row_format: RowFormat) -> dict[str, Any]:
         raise BadRow(row.reason)
     if row_format.kind == "text":
         (column,) = row_format.columns
-        text = _string(row, column)
+        text = _plain(row.get(column), column)
         if not text:
             raise BadRow(f"{column} is empty")
         return {"text": text}
@@ -279,13 +279,14 @@ def _read_alpaca(row: Row) -> dict[str, Any]:
             raise BadRow(f"history holds {_shown(turn)}, expected pairs of strings")
         prompt.append({"role": "user", "content": _plain(turn[0], "history")})
         prompt.append({"role": "assistant", "content": _plain(turn[1], "history")})
-    instruction = _string(row, "instruction")
+    instruction = _plain(row.get("instruction"), "instruction")
     if extra := row.get("input"):
         instruction = f"{instruction}\n\n{_plain(extra, 'input')}"
     if not instruction:
         raise BadRow("instruction is empty")
     prompt.append({"role": "user", "content": instruction})
-    completion = [{"role": "assistant", "content": _string(row, "output")}]
+    output = _plain(row.get("output"), "output")
+    completion = [{"role": "assistant", "content": output}]
     return {"prompt": _attach_system(prompt, row), "completion": completion}
 
 
@@ -352,10 +353,6 @@ def _label(value: Any) -> bool:
     if isinstance(value, bool) or (isinstance(value, int) and value in (0, 1)):
         return bool(value)
     raise BadRow(f"label is {_shown(value)}, expected true or false")
-
-
-def _string(row: Row, column: str) -> str:
-    return _plain(row.get(column), column)
 
 
 def _plain(value: Any, column: str) -> str:
