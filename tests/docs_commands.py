@@ -4,6 +4,7 @@ A new process for each would spend the tests' time on imports and compilations.
 """
 
 import contextlib
+import importlib
 import importlib.util
 import io
 import math
@@ -143,7 +144,10 @@ def _run_module(module: str, arguments: list[str]) -> str:
             _train(arguments)
         else:
             name = f"python -m {module}"
-            function = __import__(module, fromlist=["main"]).main
+            loaded = importlib.import_module(module)
+            if hasattr(loaded, "__path__"):  # a package, whose command has its own file
+                loaded = importlib.import_module(f"{module}.__main__")
+            function = loaded.main
             with_name = module == "jaxtrain.data.inspect"
             code = function([name, *arguments] if with_name else arguments)
             assert not code, f"exit code {code}: {printed.getvalue()}"
