@@ -4,8 +4,10 @@ import os
 from typing import Any
 
 from jaxtrain.data.batches.dataset import PreparedDataset
+from jaxtrain.data.loading import AnyRows as Rows
 from jaxtrain.models.load import LoadedModel
-from jaxtrain.trainer import Prepared, Rows, TrainingOrchestrator
+from jaxtrain.run.feed import Prepared
+from jaxtrain.trainer import TrainingOrchestrator
 
 
 class DPOTrainer(TrainingOrchestrator):

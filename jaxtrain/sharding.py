@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtrain.config.mesh_shape import MESH_AXES, resolve_mesh_shape
@@ -316,3 +316,12 @@ def place_batch(batch: Any, sharding: NamedSharding) -> Any:
     return jax.tree.map(
         lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch
     )
+
+
+def to_host(array: Any) -> np.ndarray:
+    """All of an array in host memory; a collective call where processes share it."""
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        if array.is_fully_replicated:
+            return np.asarray(array.addressable_data(0))
+        array = multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)

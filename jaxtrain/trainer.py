@@ -8,10 +8,8 @@ import copy
 import logging
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
-import datasets
 import jax
 from ml_collections import ConfigDict
 
@@ -19,8 +17,9 @@ from jaxtrain import build
 from jaxtrain.config import ConfigManager, RunConfig, resolve, to_config_dict
 from jaxtrain.data import loading
 from jaxtrain.data.batches.dataset import PreparedDataset
-from jaxtrain.data.batches.mixture import Mixture, parse_mixture
-from jaxtrain.data.stream.batches import StreamDataset, StreamRows
+from jaxtrain.data.batches.mixture import parse_mixture
+from jaxtrain.data.loading import AnyRows as Rows
+from jaxtrain.data.stream.batches import StreamDataset
 from jaxtrain.models import load
 from jaxtrain.record import writers
 from jaxtrain.run import accelerator as accelerate
@@ -30,19 +29,13 @@ from jaxtrain.types import Batch, Objective, TokenLogProbs, WeightedSum
 
 logger = logging.getLogger(__name__)
 
+Path = str | os.PathLike[str]
+
 _NEVER_RUN = (
     "custom_training_step would never run: a step is compiled as a whole here, backward"
     " pass and update included. Override compute_auxiliary_loss(outputs, batch) and set"
     " training.use_auxiliary_loss = True to add a loss, make_objective() to replace it,"
     " prepare_rows(rows) to preprocess the data"
-)
-
-Rows: TypeAlias = (
-    datasets.Dataset
-    | datasets.IterableDataset
-    | Sequence[Mapping[str, Any]]
-    | Mixture
-    | StreamRows
 )
 
 
@@ -67,7 +60,7 @@ class TrainingOrchestrator:
         config: Any,
         accelerator: Any = None,
         *,
-        workdir: str | os.PathLike[str] | None = None,
+        workdir: Path | None = None,
     ) -> None:
         """Take a `ConfigManager`, a `ConfigDict` or a `RunConfig`; start nothing.
 
@@ -128,11 +121,11 @@ class TrainingOrchestrator:
         name = run.loop.run_name or run.training_type
         return pathlib.Path(self._workdir or pathlib.Path("out") / name)
 
-    def load_training_data(self, path: str | os.PathLike[str] | None = None) -> Rows:
+    def load_training_data(self, path: Path | None = None) -> Rows:
         """Raw rows of `path`, of `data.train`, or the embedded ones."""
         return loading.load_training_rows(self._prepared_run(), path)
 
-    def load_evaluation_data(self, path: str | None = None) -> Rows | None:
+    def load_evaluation_data(self, path: Path | None = None) -> Rows | None:
         """The same for `data.eval`; None if training data are given and these not."""
         return loading.load_evaluation_rows(self._prepared_run(), path)
 
@@ -238,7 +231,7 @@ def _override(
             accelerate.take_over(accelerator, config)
 
 
-def _check_workdir(workdir: str | os.PathLike[str] | None) -> None:
+def _check_workdir(workdir: Path | None) -> None:
     if workdir is not None and "://" in os.fspath(workdir):
         raise ValueError(
             f"workdir = {os.fspath(workdir)!r} is an address, not a folder: mount"

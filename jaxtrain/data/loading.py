@@ -4,6 +4,7 @@ import functools
 import logging
 import os
 import pathlib
+from typing import TypeAlias
 
 import datasets
 
@@ -32,10 +33,12 @@ from jaxtrain.data.stream.source import HubSource, head, open_stream
 
 logger = logging.getLogger(__name__)
 
+AnyRows: TypeAlias = Rows | Mixture | StreamRows | datasets.IterableDataset
+
 
 def load_training_rows(
     run: RunConfig, path: str | os.PathLike[str] | None = None
-) -> Rows | Mixture | StreamRows:
+) -> AnyRows:
     """Raw rows of `path`, of `data.train`, or the embedded ones.
 
     `data.max_train_rows` holds for each data set of a mixture.
@@ -79,7 +82,7 @@ def load_evaluation_rows(
 
 def prepare_rows(
     run: RunConfig,
-    rows: Rows | Mixture | StreamRows | datasets.IterableDataset,
+    rows: AnyRows,
     tokenizer: PreTrainedTokenizerBase,
 ) -> PreparedDataset | StreamDataset:
     """Check and tokenize raw rows for this run's objective; the log says the rest.

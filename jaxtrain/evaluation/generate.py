@@ -13,9 +13,9 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jaxtyping import Array, Bool, Float, Int, Int32, Key
 
+from jaxtrain.sharding import to_host
 from jaxtrain.types import Params
 
 logger = logging.getLogger(__name__)
@@ -220,7 +220,7 @@ def generate_tokens(
         rows = members + members[:1] * (batch_size - len(members))
         tokens, mask = _left_pad([prompts[i] for i in rows], generate.pad_id)
         keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.asarray(rows))
-        new_tokens = _fetch(generate(params, tokens, mask, keys))
+        new_tokens = to_host(generate(params, tokens, mask, keys))
         for index, row in zip(members, new_tokens, strict=False):
             results[index] = row
     return results
@@ -267,12 +267,3 @@ def until_end(row: np.ndarray, eos_ids: Sequence[int]) -> list[int]:
     """The tokens before the first of `eos_ids`."""
     ends = np.flatnonzero(np.isin(row, list(eos_ids)))
     return row[: ends[0]].tolist() if ends.size else row.tolist()
-
-
-def _fetch(array: jax.Array) -> np.ndarray:
-    """The whole array on this host, wherever its shards are."""
-    if array.is_fully_addressable:
-        return np.asarray(array)
-    if array.is_fully_replicated:
-        return np.asarray(array.addressable_data(0))
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))

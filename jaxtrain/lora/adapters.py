@@ -19,8 +19,8 @@ from jaxtyping import Array, Float
 
 from jaxtrain.lora import targets
 from jaxtrain.lora.targets import EMBEDDING, HEAD, LoraConfig, TreePath
-from jaxtrain.models.hf_save import to_host
 from jaxtrain.models.quantization import CODES, SCALES, dequantize_on_device
+from jaxtrain.sharding import to_host
 from jaxtrain.tree import flatten, nest, overlay
 from jaxtrain.tree import get as tree_get
 from jaxtrain.types import Params

@@ -20,7 +20,7 @@ import safetensors.numpy
 from jaxtrain.lora import peft_tensors, targets
 from jaxtrain.lora.peft_tensors import PREFIX, WEIGHTS_FILE
 from jaxtrain.lora.targets import ADAPTER_LEAVES, EMBEDDING, LoraConfig
-from jaxtrain.models.hf_save import to_host
+from jaxtrain.sharding import to_host
 from jaxtrain.tree import flatten, nest
 from jaxtrain.types import Params
 

@@ -23,6 +23,7 @@ from jaxtrain.models.hf_names import (
     Place,
     leaves_of,
 )
+from jaxtrain.sharding import to_host
 from jaxtrain.tree import flatten
 from jaxtrain.types import Params
 
@@ -145,13 +146,6 @@ def _fetch_tensor(
         return None
     values = values.T if leaf.transposed else values
     return np.ascontiguousarray(values.astype(jnp.dtype(dtype or values.dtype)))
-
-
-def to_host(array: Any) -> np.ndarray:
-    """All of an array in host memory; a collective call where processes share it."""
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
-        array = multihost_utils.process_allgather(array, tiled=True)
-    return np.asarray(array)
 
 
 def _write_json(file: pathlib.Path, content: Mapping[str, Any]) -> None:

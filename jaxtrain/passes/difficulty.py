@@ -12,8 +12,8 @@ from jaxtyping import Array, Float
 
 from jaxtrain.data.batches.dataset import PreparedDataset
 from jaxtrain.objectives.preference import row_sums, score_pairs
-from jaxtrain.passes.reference import rows_on_host
 from jaxtrain.run.feed import Feed
+from jaxtrain.sharding import to_host
 from jaxtrain.step import ScoreFn
 from jaxtrain.types import Batch, LabeledBatch, PairBatch, Params, TokenLogProbs
 
@@ -56,7 +56,7 @@ def measure(
         return data.with_difficulty(np.load(path))
     of_batch = feed.jit(lambda params, batch: row_difficulty(score, params, batch))
     found = [
-        rows_on_host(of_batch(params, feed.place(batch)))
+        to_host(of_batch(params, feed.place(batch)))
         for batch in feed.eval_batches(data)
     ]
     difficulty = np.concatenate(found)[: len(data)].astype(np.float32)

@@ -22,6 +22,7 @@ from jaxtrain.data.batches.dataset import PreparedDataset
 from jaxtrain.models.load import LoadedModel
 from jaxtrain.objectives.preference import row_sums, score_pairs
 from jaxtrain.run.feed import Feed
+from jaxtrain.sharding import to_host
 from jaxtrain.step import ScoreFn
 from jaxtrain.types import PairBatch, Params
 
@@ -92,7 +93,7 @@ class ReferenceScorer:
         cache.truncate(first)
         for batch in batches:
             sums = self._sums(self._params, self._feed.place(batch))
-            pairs = np.stack([rows_on_host(side) for side in sums], axis=-1)
+            pairs = np.stack([to_host(side) for side in sums], axis=-1)
             cache.append(pairs[: len(data) - first])  # without empty rows at the end
             first += global_rows
         batches.close()
@@ -141,13 +142,6 @@ class _Cache:
         """Both sides, mapped into memory."""
         pairs = np.memmap(self._file, np.float32, "r", shape=(rows, 2))
         return pairs[:, 0], pairs[:, 1]
-
-
-def rows_on_host(values: jax.Array) -> np.ndarray:
-    """All rows of a batch, of every process, in order."""
-    if values.is_fully_addressable:
-        return np.asarray(values)
-    return np.asarray(multihost_utils.process_allgather(values, tiled=True))
 
 
 # --- what the numbers depend on ----------------------------------------------------
