@@ -34,13 +34,11 @@ class ScoringModel(Protocol):
     """
 
     def score(self, batch: Any) -> Mapping[str, WeightedSum]:
-        """Sums over one batch of numpy arrays [B T].
+        """Sums over one batch of numpy arrays [B T], "loss" (nats) among them.
 
-        It is a `types.Batch`, a batch of a prepared data set, or an item of
-        `eval_dataset` that is no row of text, as it is.
-
-        "loss" must be among them (nats). It is what an evaluation step returns, with
-        its state bound.
+        The batch is a `types.Batch`, one of a prepared data set, or an item of
+        `eval_dataset` that is no row of text, as it is. The sums are what an
+        evaluation step returns, with its state bound.
         """
 
 
@@ -187,20 +185,17 @@ class MetricsCalculator:
                 # Row -1 is an empty row: every batch has one shape.
                 yield eval_dataset.batch(np.where(ids < len(eval_dataset), ids, -1))
             return
-        waiting: list[_TextRow] = []
         for index, item in enumerate(eval_dataset):
             if not _is_text_row(item):
                 yield item
                 continue
             if tokenizer is None:
                 raise ValueError(f"row {index} of eval_dataset is text: pass tokenizer")
-            waiting.append(_read_text_row(item, index, tokenizer))
-            read.append(waiting[-1])
-            if len(waiting) == size:
-                yield _make_text_batch(waiting, tokenizer, size, self._max_length)
-                waiting = []
-        if waiting:
-            yield _make_text_batch(waiting, tokenizer, size, self._max_length)
+            read.append(_read_text_row(item, index, tokenizer))
+            if len(read) % size == 0:
+                yield _make_text_batch(read[-size:], tokenizer, size, self._max_length)
+        if rest := len(read) % size:
+            yield _make_text_batch(read[-rest:], tokenizer, size, self._max_length)
 
 
 def token_accuracy(predictions: Any, references: Any) -> float:
@@ -251,9 +246,7 @@ class _TextRow:
 
 
 def _is_text_row(item: Any) -> bool:
-    if not isinstance(item, Mapping):
-        return False
-    fields = ("text", "prompt", "messages")
+    fields = ("text", "prompt", "messages") if isinstance(item, Mapping) else ()
     return any(isinstance(item.get(name), str | list) for name in fields)
 
 
@@ -263,10 +256,7 @@ def _read_text_row(row: Mapping[str, Any], index: int, tokenizer: Any) -> _TextR
     if row.get("messages"):
         return _read_conversation(row["messages"][:-1], row["messages"][-1:], tokenizer)
     prompt = row.get("prompt")
-    for field in _REFERENCE_FIELDS if prompt is not None else ():
-        answer = row.get(field)
-        if not answer:
-            continue
+    for answer in filter(None, map(row.get, _REFERENCE_FIELDS)):
         if isinstance(prompt, list) and isinstance(answer, list):
             return _read_conversation(prompt, answer, tokenizer)
         if isinstance(prompt, str):

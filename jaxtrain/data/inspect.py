@@ -66,7 +66,10 @@ def report(
     )
     whole = prepare(rows, tokenizer, uncut)
     lines = [f"format: {row_format.describe()}"]
-    lines += _bad_rows(problems, len(rows))
+    lines += [f"validation: {problems.count} of {len(rows)} rows cannot be used"]
+    lines += [f"  {line}" for line in problems.listed()]
+    if problems.count > len(problems.first):
+        lines += [f"  and {problems.count - len(problems.first)} more"]
     duplicates = count_duplicates(rows)
     lines += [f"duplicates: {duplicates} rows are copies of an earlier one", ""]
     lines += [f"as trained: {prepared.stats.describe()}"]
@@ -106,14 +109,6 @@ def count_duplicates(rows: Rows) -> int:
     return len(rows) - len(different)
 
 
-def _bad_rows(problems: RowProblems, total: int) -> Iterator[str]:
-    yield f"validation: {problems.count} of {total} rows cannot be used"
-    for line in problems.listed():
-        yield f"  {line}"
-    if problems.count > len(problems.first):
-        yield f"  and {problems.count - len(problems.first)} more"
-
-
 def _lengths(lengths: np.ndarray, max_length: int) -> Iterator[str]:
     """Quantiles, and a histogram in about ten bins."""
     quantiles = np.quantile(lengths, [0, 0.5, 0.9, 0.99, 1]).astype(int)
@@ -147,10 +142,9 @@ def _run_of_file(path: str, max_length: int | None) -> RunConfig:
 
 
 def _tokenizer(run: RunConfig, given: str | None) -> PreTrainedTokenizerBase:
-    embedded = str(assets.asset_path(assets.TOKENIZER))
-    named = run.model.tokenizer_name_or_path or run.model.name_or_path
+    named = given or run.model.tokenizer_name_or_path or run.model.name_or_path
     return load_tokenizer(
-        given or named or embedded,
+        named or str(assets.asset_path(assets.TOKENIZER)),
         revision=None if given else run.model.revision,
         chat_template=run.data.chat_template,
     )
@@ -196,12 +190,8 @@ def _parts(run: RunConfig, rows: Any) -> Mapping[str, Rows]:
     if isinstance(rows, Mixture):
         return {part.name: part.rows for part in rows.parts}
     if isinstance(rows, StreamRows):
-        return {
-            f"{source.name} (of a stream, the first {_STREAM_ROWS} rows)": head(
-                source, _STREAM_ROWS
-            )
-            for source in rows.sources
-        }
+        part = f"(of a stream, the first {_STREAM_ROWS} rows)"
+        return {f"{s.name} {part}": head(s, _STREAM_ROWS) for s in rows.sources}
     return {str(run.data.train): rows}
 
 

@@ -28,9 +28,8 @@ def parameter_group(path: tuple[str, ...]) -> str:
     """
     if any(name.startswith("lora_") for name in path):
         return "lora"
-    if any("norm" in name for name in path):
-        return "norm"
     for group, words in (
+        ("norm", ("norm",)),
         ("embed", ("embed",)),
         ("head", ("lm_head",)),
         ("attention", ("attn",)),
@@ -48,9 +47,6 @@ def sum_squares_by_group(grads: Params, group_of: GroupOf) -> dict[str, Array]:
         group = group_of(tuple(str(getattr(key, "key", key)) for key in path))
         sums[group] = sums.get(group, jnp.float32(0)) + jnp.sum(grad * grad)
     return sums
-
-
-# --- spikes -----------------------------------------------------------------------
 
 
 def init_loss_window(size: int) -> Float[Array, "W"]:
@@ -76,9 +72,6 @@ def detect_spike(
     entry = jnp.where(is_spike, limit, loss)
     moved = jnp.roll(window, -1).at[-1].set(entry)
     return is_spike, jnp.where(jnp.isfinite(loss), moved, window)
-
-
-# --- the batch --------------------------------------------------------------------
 
 
 def named_arrays(batch: AnyBatch) -> dict[str, Any]:

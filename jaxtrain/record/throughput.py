@@ -40,10 +40,9 @@ _PEAK_FLOPS: tuple[tuple[str, float], ...] = (
 
 def peak_flops(device_kind: str) -> float | None:
     """Dense bf16 FLOP/s of one device, by jax's `device_kind`; None if unknown."""
-    for pattern, flops in _PEAK_FLOPS:
-        if re.search(pattern, device_kind.lower()):
-            return flops or None
-    return None
+    kind = device_kind.lower()
+    found = (flops for pattern, flops in _PEAK_FLOPS if re.search(pattern, kind))
+    return next(found, 0.0) or None
 
 
 def device_memory(device: Any) -> dict[str, float]:

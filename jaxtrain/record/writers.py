@@ -21,6 +21,10 @@ from typing import Any, Protocol, TextIO
 from tqdm import tqdm
 
 _MASK = "***"
+_NO_WANDB = (
+    "report_to has 'wandb', which is not installed: pip install 'jaxtrain[wandb]', or "
+    "take it out of report_to"
+)
 
 
 class Writer(Protocol):
@@ -122,10 +126,7 @@ def check_installed(report_to: Sequence[str]) -> None:
         ValueError: names the pip extra.
     """
     if "wandb" in report_to and importlib.util.find_spec("wandb") is None:
-        raise ValueError(
-            "training.report_to has 'wandb', which is not installed: pip install "
-            "'jaxtrain[wandb]', or take it out of report_to"
-        )
+        raise ValueError(f"training.{_NO_WANDB}")
 
 
 # ----------------------------------------------------------------------- JSON lines
@@ -135,7 +136,7 @@ class JsonlWriter:
     """metrics.jsonl and samples.jsonl: one JSON object a line, with step and time.
 
     `time` is seconds since 1970. A number that JSON cannot hold (NaN, infinity) is
-    null. Lines are flushed as they are written.
+    null. No file stays open: a line is on disk once it is written.
     """
 
     def __init__(
@@ -147,7 +148,6 @@ class JsonlWriter:
     ) -> None:
         self._folder = folder
         self._clock = clock
-        self._files: dict[str, TextIO] = {}
         for name in ("metrics.jsonl", "samples.jsonl"):
             drop_lines_after(folder / name, resume_step)
 
@@ -163,16 +163,13 @@ class JsonlWriter:
         (self._folder / "config.json").write_text(f"{text}\n")
 
     def close(self) -> None:
-        for file in self._files.values():
-            file.close()
+        """Nothing is left open."""
 
     def _append(self, name: str, step: int, values: Mapping[str, Any]) -> None:
-        if name not in self._files:
-            self._files[name] = open(self._folder / name, "a", encoding="utf-8")  # noqa: SIM115
         record = {"step": step, "time": self._clock(), **values}
         line = json.dumps(record, ensure_ascii=False, allow_nan=False)
-        self._files[name].write(f"{line}\n")
-        self._files[name].flush()
+        with open(self._folder / name, "a", encoding="utf-8") as file:
+            file.write(f"{line}\n")
 
 
 def drop_lines_after(path: pathlib.Path, step: int | None) -> None:
@@ -206,11 +203,10 @@ class TensorBoardWriter:
     def __init__(self, folder: pathlib.Path, resume_step: int | None = None) -> None:
         from tensorboardX import SummaryWriter
 
-        # TensorBoard then hides what earlier files hold from this step on.
-        first_step = 0 if resume_step is None else resume_step + 1
         self._writer = SummaryWriter(
             str(folder),
-            purge_step=first_step,
+            # TensorBoard hides what earlier files hold from this step on.
+            purge_step=0 if resume_step is None else resume_step + 1,
             # The name holds whole seconds: a quick restart would overwrite the file.
             filename_suffix=f".{time.time_ns()}",
         )
@@ -251,10 +247,7 @@ class WandbWriter:
         try:
             import wandb
         except ImportError as error:
-            raise ImportError(
-                "report_to has 'wandb', which is not installed: pip install "
-                "'jaxtrain[wandb]', or take it out of report_to"
-            ) from error
+            raise ImportError(_NO_WANDB) from error
         self._wandb = wandb
         id_file = folder / "wandb_run_id.txt"
         if resume_step is None or not id_file.exists():
@@ -317,14 +310,13 @@ class ConsoleWriter:
         """Lines go to `stream` (stdout), the bar to stderr if that is a terminal."""
         self._stream = stream or sys.stdout
         self._total = total_steps
-        shown = sys.stderr.isatty() if show_bar is None else show_bar
         self._last_step = resume_step or 0
         self._bar = tqdm(
             total=total_steps,
             initial=self._last_step,
             unit="step",
             dynamic_ncols=True,
-            disable=not shown,
+            disable=None if show_bar is None else not show_bar,
         )
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -383,7 +375,6 @@ def _format(name: str, value: float) -> str:
 _SECRET_WORDS = frozenset(
     {"password", "passwd", "passphrase", "secret", "secrets", "credentials", "apikey"}
 )
-_MAYBE_SECRET_WORDS = frozenset({"token", "key"})
 # What stands before "token" where it is a token of the vocabulary.
 _VOCABULARY_WORDS = frozenset(
     {"pad", "eos", "bos", "unk", "mask", "sep", "cls", "special", "stop", "image"}
@@ -417,6 +408,6 @@ def _is_secret(name: str, value: Any) -> bool:
     if _SECRET_WORDS & set(words):
         return True
     return isinstance(value, str) and any(
-        word in _MAYBE_SECRET_WORDS and before not in _VOCABULARY_WORDS
+        word in ("token", "key") and before not in _VOCABULARY_WORDS
         for before, word in zip(["", *words], words, strict=False)
     )

@@ -1,7 +1,7 @@
 """Rules of objectives, their options and `training.dpo`."""
 
 from collections.abc import Iterable
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 from jaxtrain import schema
@@ -64,8 +64,7 @@ def _is_on_pairs(row: ObjectiveRow) -> bool:
 
 
 def _set_in_dpo(dpo: DpoSection, keys: Iterable[str]) -> dict[str, Any]:
-    usual = {field.name: field.default for field in fields(DpoSection)}
-    values = vars(dpo)
+    values, usual = vars(dpo), vars(DpoSection())
     return {key: values[key] for key in keys if values[key] != usual[key]}
 
 
@@ -92,7 +91,7 @@ def check_objective(run: Resolution) -> None:
         read.add("max_prompt_length")
     if row.has_reference:
         read |= {"sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"}
-    ignored = [field.name for field in fields(DpoSection) if field.name not in read]
+    ignored = [key for key in vars(run.dpo) if key not in read]
     for key, value in _set_in_dpo(run.dpo, ignored).items():
         run.problem(
             _DPO + key,

@@ -10,11 +10,8 @@ _PREFIX = "model.architecture."
 
 def resolve_model(run: Resolution) -> None:
     """Check the sizes of a model made from scratch; others have their own."""
-    name, sizes, usual = (
-        run.model.name_or_path,
-        run.model.architecture,
-        ArchitectureSection(),
-    )
+    name, sizes = run.model.name_or_path, run.model.architecture
+    usual = ArchitectureSection()
     from_scratch = run.training_type == "from_scratch"
     if from_scratch and name:
         problem = f"model.name_or_path = {name!r} gives the sizes of this model"

@@ -112,15 +112,11 @@ class Resolution:
             value = get(self.values, key)
             if value == leaf.default:
                 continue
-            reasons = (
-                condition.reason(
-                    attrgetter(condition.key.removeprefix("training."))(self)
-                )
-                for condition in leaf.all(schema.OnlyIf)
-                if condition.key != key
-            )
-            if reason := next(filter(None, reasons), ""):
-                self.notes.append(f"{key} = {value!r} has no effect: {reason}")
+            for condition in leaf.all(schema.OnlyIf):
+                settled = attrgetter(condition.key.removeprefix("training."))
+                if condition.key != key and (why := condition.reason(settled(self))):
+                    self.notes.append(f"{key} = {value!r} has no effect: {why}")
+                    break
 
 
 def _take_precedence(run: Resolution) -> None:

@@ -7,6 +7,7 @@ line), each also as `.gz`, or is a folder of such files, or one that
 
 import logging
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,10 +26,7 @@ SPLITS = {
 
 
 def load_rows(
-    path_or_name: str,
-    *,
-    split: str = "train",
-    max_rows: int | None = None,
+    path_or_name: str, *, split: str = "train", max_rows: int | None = None
 ) -> datasets.Dataset | HeldRows:
     """Load the rows of one split as a memory-mapped `datasets.Dataset`.
 
@@ -65,12 +63,9 @@ def load_rows(
 
 
 def _load_local(path: pathlib.Path, split: str) -> datasets.Dataset | HeldRows:
-    if path.is_dir():
-        if (saved := load_saved(path, split)) is not None:
-            return saved
-        files = split_files(path, split)
-    else:
-        files = [path]
+    if (saved := load_saved(path, split)) is not None:
+        return saved
+    files = split_files(path, split) if path.is_dir() else [path]
     readers = {reader_of(file) for file in files}
     if len(readers) != 1:
         names = sorted(file.name for file in files)[:5]
@@ -99,10 +94,10 @@ def _read_files(
     reader: str, files: Sequence[pathlib.Path]
 ) -> datasets.Dataset | HeldRows:
     options: dict[str, Any] = {}
-    if reader == "csv" and ".tsv" in files[0].suffixes:
-        options["sep"] = "\t"
     if reader == "csv":
         options["keep_default_na"] = False  # "NA" and "" are text like any other
+        if ".tsv" in files[0].suffixes:
+            options["sep"] = "\t"
     try:
         rows = datasets.load_dataset(
             reader,
@@ -188,13 +183,11 @@ def split_files(folder: pathlib.Path, split: str) -> list[pathlib.Path]:
 def _split_of(file: pathlib.Path) -> str | None:
     """Which split a file's first folder, or its own name, stands for."""
     known = {alias for aliases in SPLITS.values() for alias in aliases}
-    first = file.parts[0].lower()
-    if len(file.parts) > 1 and first in known:
-        return first
-    stem = file.name.lower().split(".")[0]
-    words = stem.replace("_", "-").split("-")
+    first_folder = [folder.lower() for folder in file.parts[:-1][:1]]
     # "train", "train-00000-of-00002", "my_data_validation"
-    return next((word for word in (words[0], words[-1]) if word in known), None)
+    words = re.split("[-_]", file.name.lower().split(".")[0])
+    names = (*first_folder, words[0], words[-1])
+    return next((name for name in names if name in known), None)
 
 
 def _choose_split(
@@ -227,10 +220,8 @@ def load_hub(hub_name: str, split: str, **options: Any) -> Any:
 
 def split_aliases(split: str) -> tuple[str, ...]:
     """Every name that a split goes by, the one asked for first."""
-    for aliases in SPLITS.values():
-        if split in aliases:
-            return (split, *(alias for alias in aliases if alias != split))
-    return (split,)
+    aliases = next((names for names in SPLITS.values() if split in names), ())
+    return tuple(dict.fromkeys((split, *aliases)))
 
 
 def looks_local(name: str) -> bool:
