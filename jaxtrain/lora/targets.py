@@ -100,10 +100,7 @@ class LoraConfig:
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def rank_and_scaling(self, names: tuple[str, ...]) -> tuple[int, float]:
-        """The rank of a module, and what its A B is multiplied by.
-
-        Args:
-            names: its full names, one a layer.
+        """The rank of a module of these full names, and what multiplies its A B.
 
         Raises:
             ValueError: a pattern tells layers apart, which are stacked here.
@@ -122,8 +119,7 @@ class LoraConfig:
                     " without layer numbers"
                 )
             chosen.append(values[0])
-        rank, alpha = chosen
-        return rank, self.scaling(rank, alpha)
+        return chosen[0], self.scaling(*chosen)
 
 
 def ends_one(pattern: str, names: Iterable[str]) -> bool:
@@ -177,13 +173,10 @@ def is_tied(tree: Mapping[str, Any]) -> bool:
     return "kernel" not in tree.get("lm_head", {})
 
 
-def ties_adapters(lora: "LoraConfig", tree: Mapping[str, Any]) -> bool:
+def ties_adapters(lora: LoraConfig, tree: Mapping[str, Any]) -> bool:
     """Whether one adapter acts in the embedding and in the head."""
-    return (
-        lora.ensure_weight_tying
-        and is_tied(tree)
-        and "embed_tokens" in resolve_targets(lora, tree)
-    )
+    may_tie = lora.ensure_weight_tying and is_tied(tree)
+    return may_tie and "embed_tokens" in resolve_targets(lora, tree)
 
 
 def label_path(label: str) -> TreePath:
@@ -249,21 +242,11 @@ def _is_target(lora: LoraConfig, entry: str, module: Module) -> bool:
     return _in_every_layer(f"lora.target_modules = {entry!r}", module, matches)
 
 
-_EXPERTS_TAKE_NONE = (
-    ". A router and experts take none: they are no linear layers but plain arrays,"
-    " PEFT's target_parameters, which are not supported here; all-linear means the"
-    " attention's layers. To train experts, set training.lora.enabled = False"
-)
-
-
 def resolve_targets(lora: LoraConfig, base_tree: Mapping[str, Any]) -> set[str]:
     """Modules that get an adapter: "self_attn.q_proj" of layers, and the ends.
 
     These are "embed_tokens" and "lm_head". Where one adapter shall act in both, it is
-    embed_tokens' alone.
-
-    Args:
-        base_tree: parameters, or anything with their structure and shapes.
+    embed_tokens' alone. `base_tree`: parameters, or anything with their shapes.
 
     Raises:
         ValueError: an entry matches nothing, only some layers, or what takes no
@@ -271,19 +254,24 @@ def resolve_targets(lora: LoraConfig, base_tree: Mapping[str, Any]) -> set[str]:
     """
     modules = list(iterate_modules(base_tree))
     available = sorted(module.label for module in modules if module.takes_adapter)
-    has_experts = "experts" in base_tree.get("layers", {}).get("mlp", {})
-    why_not_experts = _EXPERTS_TAKE_NONE if has_experts else ""
+    why_not_experts = ""
+    if "experts" in base_tree.get("layers", {}).get("mlp", {}):
+        why_not_experts = (
+            ". A router and experts take none: they are no linear layers but plain"
+            " arrays, PEFT's target_parameters, which are not supported here;"
+            " all-linear means the attention's layers. To train experts, set"
+            " training.lora.enabled = False"
+        )
     targets = lora.target_modules
     found: set[str] = set()
     for entry in [targets] if isinstance(targets, str) else targets:
         chosen = [module for module in modules if _is_target(lora, entry, module)]
-        for module in chosen:
-            if not module.takes_adapter:
-                raise ValueError(
-                    f"lora.target_modules = {entry!r} selects {module.label}, which is"
-                    " neither a linear layer nor the embedding and takes no adapter:"
-                    f" choose from {available}{why_not_experts}"
-                )
+        if refused := [m.label for m in chosen if not m.takes_adapter]:
+            raise ValueError(
+                f"lora.target_modules = {entry!r} selects {refused[0]}, which is"
+                " neither a linear layer nor the embedding and takes no adapter:"
+                f" choose from {available}{why_not_experts}"
+            )
         if not chosen:
             raise ValueError(
                 f"lora.target_modules: {entry!r} matches no module of this model"

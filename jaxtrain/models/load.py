@@ -15,15 +15,8 @@ from jaxtrain.config import RunConfig
 from jaxtrain.data.rows.tokenize import load_tokenizer
 from jaxtrain.evaluation.generate import Generator, generate_texts, make_generate
 from jaxtrain.kernels.attention import Layout
-from jaxtrain.models import hf
+from jaxtrain.models import hf, quantization
 from jaxtrain.models.config import ModelConfig
-from jaxtrain.models.quantization import (
-    Quantization,
-    check_installed,
-    is_kept,
-    is_quantized,
-    quantize_tree,
-)
 from jaxtrain.models.transformer import Decoder
 from jaxtrain.objectives import next_token
 from jaxtrain.types import Batch, Metrics, PairBatch, Params
@@ -173,7 +166,13 @@ def load_model(run: RunConfig) -> LoadedModel:
     plan, directory = make_plan(run), _model_directory(run)
     tokenizer = _load_tokenizer(run, directory)
     config = _load_config(run, directory, tokenizer)
-    _check_vocabulary(config, tokenizer)
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens, but the model's vocab_size ="
+            f" {config.vocab_size}: use the tokenizer that the model was trained with"
+            " (config.model.tokenizer_name_or_path), or for a model from scratch set"
+            " config.model.architecture.vocab_size to at least that"
+        )
     decoder = make_decoder(run, config, plan)
     base, described = _describe_weights(run, decoder, plan)
     layouts = jax.tree.map(lambda leaf: leaf.sharding, described)
@@ -185,12 +184,8 @@ def load_model(run: RunConfig) -> LoadedModel:
     else:
         source = directory
         params = hf.load_params(directory, base, layouts, dtype=_base_dtype(run))
-    logger.info(
-        "%s with %.1fM parameters from %s",
-        config.model_type,
-        config.num_params() / 1e6,
-        source,
-    )
+    size = f"{config.num_params() / 1e6:.1f}M"
+    logger.info("%s with %s parameters from %s", config.model_type, size, source)
     if decoder.quantization is not None:
         logger.info(
             "its layers' kernels are kept as %s: the frozen base takes %.1f MiB"
@@ -211,10 +206,6 @@ def adopt(model: LoadedModel, run: RunConfig) -> LoadedModel:
     Raises:
         ValueError: its weights were donated to an earlier training.
     """
-    if model.weights is None:
-        raise ValueError(
-            "this model's weights went into an earlier training: reload it"
-        )
     plan = make_plan(run)
     decoder = make_decoder(run, model.config, plan)
     _, described = _describe_weights(run, decoder, plan)
@@ -264,7 +255,12 @@ def make_decoder(
     Raises:
         ValueError: the run asks for what the model has not.
     """
-    _check_lengths(run, config)
+    limit, wanted = config.max_position_embeddings, run.data.max_length
+    if wanted > limit:
+        raise ValueError(
+            f"max_length = {wanted} exceeds the model's max_position_embeddings ="
+            f" {limit}: shorten it, or give the model a rope_scaling for that length"
+        )
     router_loss_coefficient(run, config)
     rules = sharding.ACTIVATION_RULES
     decoder = Decoder(
@@ -277,7 +273,7 @@ def make_decoder(
         scan_layers=run.model.scan_layers,
         constrain=plan.constrain,
         map_shards=plan.map_shards,
-        quantization=_quantization(run),
+        quantization=_quantization_of(run),
         layout=Layout(
             plan.mesh,
             rows=rules["batch"],
@@ -327,18 +323,20 @@ def router_loss_coefficient(run: RunConfig, config: ModelConfig) -> float:
     return config.router_aux_loss_coef if given is None else given
 
 
-def _quantization(run: RunConfig) -> Quantization | None:
+def _quantization_of(run: RunConfig) -> quantization.Quantization | None:
     if run.lora is None or run.lora.quantization is None:
         return None
-    check_installed()
-    return Quantization(run.lora.quantization, run.lora.quantization_block_size)
+    quantization.check_installed()
+    return quantization.Quantization(
+        run.lora.quantization, run.lora.quantization_block_size
+    )
 
 
 def _requantize(
-    params: Params, decoder: Decoder, wanted: Quantization | None
+    params: Params, decoder: Decoder, wanted: quantization.Quantization | None
 ) -> Params:
     """Return the weights of `decoder` with their kernels quantized as `wanted`."""
-    found = decoder.quantization if is_quantized(params) else None
+    found = decoder.quantization if quantization.is_quantized(params) else None
     if found == wanted:
         return params
     if found is not None:
@@ -347,7 +345,7 @@ def _requantize(
             f" {wanted or 'whole weights'}: load the model anew by this configuration"
         )
     assert wanted is not None
-    return quantize_tree(params, decoder.linear_kernels(), wanted)
+    return quantization.quantize_tree(params, decoder.linear_kernels(), wanted)
 
 
 def _base_dtype(run: RunConfig) -> str:
@@ -363,7 +361,9 @@ def _describe_weights(
     abstract, dtype = base.abstract_params(), _base_dtype(run)
     return base, jax.tree_util.tree_map_with_path(
         lambda path, leaf, layout: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype if is_kept(path) else dtype, sharding=layout
+            leaf.shape,
+            leaf.dtype if quantization.is_kept(path) else dtype,
+            sharding=layout,
         ),
         abstract,
         plan.parameters(abstract, base.logical_axes()),
@@ -372,24 +372,17 @@ def _describe_weights(
 
 def _model_directory(run: RunConfig) -> str | None:
     """The local directory of the model named; None: one of our own sizes."""
-    if not run.model.name_or_path:
-        if run.training_type == "from_scratch":
-            return None
-        return str(assets.asset_path(assets.MODEL))
-    return str(
-        hf.resolve_model_path(run.model.name_or_path, revision=run.model.revision)
-    )
+    if named := run.model.name_or_path:
+        return str(hf.resolve_model_path(named, revision=run.model.revision))
+    scratch = run.training_type == "from_scratch"
+    return None if scratch else str(assets.asset_path(assets.MODEL))
 
 
 def _load_tokenizer(run: RunConfig, directory: str | None) -> Any:
     """The tokenizer named, else the model's own, else the embedded one."""
-    source = (
-        run.model.tokenizer_name_or_path
-        or directory
-        or str(assets.asset_path(assets.TOKENIZER))
-    )
+    named = run.model.tokenizer_name_or_path or directory
     return load_tokenizer(
-        source,
+        named or str(assets.asset_path(assets.TOKENIZER)),
         revision=run.model.revision,
         trust_remote_code=run.model.trust_remote_code,
         chat_template=run.data.chat_template,
@@ -412,22 +405,3 @@ def _load_config(run: RunConfig, directory: str | None, tokenizer: Any) -> Model
         return ModelConfig.from_hf(options)
     except ValueError as error:
         raise ValueError(f"config.model.architecture: {error}") from error
-
-
-def _check_vocabulary(config: ModelConfig, tokenizer: Any) -> None:
-    if len(tokenizer) > config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens, but the model's vocab_size ="
-            f" {config.vocab_size}: use the tokenizer that the model was trained with"
-            " (config.model.tokenizer_name_or_path), or for a model from scratch set"
-            " config.model.architecture.vocab_size to at least that"
-        )
-
-
-def _check_lengths(run: RunConfig, config: ModelConfig) -> None:
-    limit, wanted = config.max_position_embeddings, run.data.max_length
-    if wanted > limit:
-        raise ValueError(
-            f"max_length = {wanted} exceeds the model's max_position_embeddings ="
-            f" {limit}: shorten it, or give the model a rope_scaling for that length"
-        )

@@ -31,14 +31,9 @@ def init_state(
     Raises:
         ValueError: an earlier training has taken the weights.
     """
-    params, plan = model.take_weights(), model.plan
-    if run.lora is None:
-        trainable, frozen = params, {}
-        if needs_reference(run):
-            frozen = _reference_copy(params, run.precision.compute_dtype)
-    else:
-        trainable, frozen = _initial_adapters(params, run)
-    del params  # donated, or moved: nothing may hold it longer than needed
+    plan = model.plan
+    # The weights are donated or moved: no name may hold them longer than needed.
+    trainable, frozen = _split(run, model.take_weights(), abstract=False)
     shapes = jax.eval_shape(lambda tree: tree, trainable)
     parameters, moments = _layouts(model, optimizer, shapes)
     trainable = jax.device_put(trainable, parameters)
@@ -63,7 +58,8 @@ def abstract_state(
     model: LoadedModel, run: RunConfig, optimizer: optax.GradientTransformation
 ) -> TrainState:
     """Describe `init_state` of a `load_abstract_model`: no array is made."""
-    trainable, frozen = jax.eval_shape(functools.partial(_split, run), model.params)
+    split = functools.partial(_split, run, abstract=True)
+    trainable, frozen = jax.eval_shape(split, model.params)
     if frozen:
         base_layouts = jax.tree.map(lambda leaf: leaf.sharding, model.params)
         frozen = _laid_out(frozen, base_layouts)
@@ -116,28 +112,26 @@ def _rest(run: RunConfig) -> dict[str, Any]:
     }
 
 
-def _split(run: RunConfig, params: Params) -> tuple[Params, Params]:
-    """What trains and what is frozen, by shape; `init_state` makes the values."""
+def _split(run: RunConfig, params: Params, *, abstract: bool) -> tuple[Params, Params]:
+    """What trains at first and what is frozen: the base, or the reference's copy.
+
+    Where only shapes are traced, `abstract`, adapters are new: no file is read.
+    """
     if run.lora is None:
-        reference = _in_compute_dtype(params, run.precision.compute_dtype)
-        return params, reference if needs_reference(run) else {}
+        if not needs_reference(run):
+            return params, {}
+        copy = functools.partial(_in_compute_dtype, run.precision.compute_dtype)
+        layouts = None if abstract else jax.tree.map(lambda x: x.sharding, params)
+        return params, jax.jit(copy, out_shardings=layouts)(params)
     settings = lora_config(run)
-    adapters = lora.init_adapters(jax.random.key(0), params, settings)
-    return lora.trainable_and_frozen(params, adapters, settings)
-
-
-def _initial_adapters(base: Params, run: RunConfig) -> tuple[Params, Params]:
-    """What trains at first, new or as `init_from` has it, and the frozen base."""
-    assert run.lora is not None  # its caller trains adapters
-    settings = lora_config(run)
-    if run.lora.init_from:
-        adapters, _ = lora.load_adapter(run.lora.init_from, base)
-        fresh, frozen = lora.trainable_and_frozen(base, {}, settings)
+    if run.lora.init_from and not abstract:
+        adapters, _ = lora.load_adapter(run.lora.init_from, params)
+        fresh, frozen = lora.trainable_and_frozen(params, {}, settings)
         return overlay(fresh, adapters), frozen
     # A stream of its own: the seed's key itself made the base's random weights.
     key = jax.random.fold_in(jax.random.key(run.loop.seed), 1)
-    adapters = lora.init_adapters(key, base, settings)
-    return lora.trainable_and_frozen(base, adapters, settings)
+    adapters = lora.init_adapters(key, params, settings)
+    return lora.trainable_and_frozen(params, adapters, settings)
 
 
 def _keeps_first_adapters(run: RunConfig) -> bool:
@@ -153,16 +147,8 @@ def _keeps_first_adapters(run: RunConfig) -> bool:
     return run.dpo is not None and (run.dpo.sync_ref_model or bool(run.lora.init_from))
 
 
-def _reference_copy(params: Params, compute_dtype: str) -> Params:
-    """A frozen copy that gives the policy's own numbers at the start."""
-    return jax.jit(
-        functools.partial(_in_compute_dtype, compute_dtype=compute_dtype),
-        out_shardings=jax.tree.map(lambda x: x.sharding, params),
-    )(params)
-
-
-def _in_compute_dtype(params: Params, compute_dtype: str) -> Params:
-    """Copies of the weights as the forward pass reads them.
+def _in_compute_dtype(compute_dtype: str, params: Params) -> Params:
+    """Copies of the weights as the forward pass reads them: they give its own numbers.
 
     Matrices are only ever read in the compute dtype, so they are kept in it; norms are
     read in float32 and kept whole.

@@ -6,6 +6,7 @@ from jaxtyping import Array, Float
 
 from jaxtrain.objectives.options import KtoOptions
 from jaxtrain.objectives.preference import (
+    Reference,
     count_tokens,
     masked_sum,
     real_rows,
@@ -16,10 +17,7 @@ from jaxtrain.types import Batch, LabeledBatch, LogProbsFn, Metrics, WeightedSum
 
 
 def kto(
-    policy: LogProbsFn,
-    reference: LogProbsFn | None,
-    batch: LabeledBatch,
-    options: KtoOptions,
+    policy: LogProbsFn, reference: Reference, batch: LabeledBatch, options: KtoOptions
 ) -> tuple[WeightedSum, Metrics]:
     """1 - sigma(beta (rho - z)) where desirable, else 1 - sigma(beta (z - rho)).
 
@@ -80,7 +78,7 @@ def kto(
 
 
 def _reference_sums(
-    reference: LogProbsFn | None,
+    reference: Reference,
     rows: Batch,
     precomputed: Float[Array, "B"] | None,
     options: KtoOptions,

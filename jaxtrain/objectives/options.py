@@ -78,16 +78,11 @@ Contradiction = tuple[str, str, str, str]
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What an objective can be told. The fields are options with their defaults."""
+    """What an objective can be told; next_token, nothing. Fields have the defaults."""
 
     def contradictions(self) -> Iterator[Contradiction]:
         """What these values, each good by itself, cannot mean together."""
         yield from ()
-
-
-@dataclasses.dataclass(frozen=True)
-class NextTokenOptions(Options):
-    """The next-token loss has no options."""
 
 
 FDivergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
@@ -290,7 +285,7 @@ class ObjectiveRow:
 
 OBJECTIVES: dict[str, ObjectiveRow] = {
     "next_token": ObjectiveRow(
-        NextTokenOptions, "next_token", micro_batch_means=False, packs=True
+        Options, "next_token", micro_batch_means=False, packs=True
     ),
     "preference": ObjectiveRow(
         PreferenceOptions, "preference", has_reference=True, packs=True

@@ -12,26 +12,20 @@ is the number of micro-batches.
 
 import dataclasses
 import operator
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxtrain.objectives import preference_losses as equations
 from jaxtrain.objectives.options import (
     CpoOptions,
     OrpoOptions,
     PreferenceOptions,
     SimpoOptions,
 )
-from jaxtrain.objectives.preference_losses import (
-    PairScores,
-    Sides,
-    f_divergence_scores,
-    log_odds_ratio,
-    pair_loss,
-    smoothed_sigmoid,
-)
+from jaxtrain.objectives.preference_losses import PairScores, Sides, pair_loss
 from jaxtrain.types import (
     Batch,
     LogProbsFn,
@@ -40,6 +34,9 @@ from jaxtrain.types import (
     TokenLogProbs,
     WeightedSum,
 )
+
+# The frozen model's score function, or None where an objective needs none.
+Reference: TypeAlias = LogProbsFn | None
 
 # --- sums under a mask ------------------------------------------------------------
 
@@ -226,7 +223,7 @@ class _ScoredPairs:
 
 
 def _reference_sums(
-    reference: LogProbsFn | None,
+    reference: Reference,
     batch: PairBatch,
     pairs: _ScoredPairs,
     options: PreferenceOptions,
@@ -269,7 +266,7 @@ def _reference_sums(
 
 def preference(
     policy: LogProbsFn,
-    reference: LogProbsFn | None,
+    reference: Reference,
     batch: PairBatch,
     options: PreferenceOptions,
 ) -> tuple[WeightedSum, Metrics]:
@@ -306,7 +303,7 @@ def preference(
     nll = masked_sum(-tokens.chosen.logps, masks.chosen)
     extra_metrics["nll/policy"] = nll
     divergence = options.f_divergence_type, options.f_alpha_divergence_coef
-    scores = logratios.map(lambda rho: f_divergence_scores(rho, *divergence))
+    scores = logratios.map(lambda rho: equations.f_divergence_scores(rho, *divergence))
     lengths = trained.map(lambda count: jnp.maximum(count, 1.0))
     pair = PairScores(logps, ref_logps, logratios, scores, lengths, nll.mean(), real)
     losses = {name: pair_loss(name)(pair, options) for name in options.loss_type}
@@ -330,10 +327,7 @@ def _mean_logps(scored: TokenLogProbs, mask: Array) -> Float[Array, "B"]:
 
 
 def orpo(
-    policy: LogProbsFn,
-    reference: LogProbsFn | None,
-    batch: PairBatch,
-    options: OrpoOptions,
+    policy: LogProbsFn, reference: Reference, batch: PairBatch, options: OrpoOptions
 ) -> tuple[WeightedSum, Metrics]:
     """NLL(x, y_c) - beta log sigma(log odds ratio). ORPO, arXiv:2403.07691 eq. 6.
 
@@ -348,7 +342,7 @@ def orpo(
     sequence = to_the_end & (batch.chosen.segment_ids > 0)
     nll = masked_sum(-scored.chosen.logps, sequence.astype(jnp.float32))
     logps = scored.map(_mean_logps, _masks(batch))
-    log_odds = log_odds_ratio(*logps)
+    log_odds = equations.log_odds_ratio(*logps)
     ratio = jax.nn.log_sigmoid(log_odds)
     rewards = logps.map(lambda x: options.beta * x)
     metrics = _pair_metrics(batch, scored, logps=logps, rewards=rewards)
@@ -361,10 +355,7 @@ def orpo(
 
 
 def cpo(
-    policy: LogProbsFn,
-    reference: LogProbsFn | None,
-    batch: PairBatch,
-    options: CpoOptions,
+    policy: LogProbsFn, reference: Reference, batch: PairBatch, options: CpoOptions
 ) -> tuple[WeightedSum, Metrics]:
     """L(r_c - r_r) + cpo_alpha NLL(y_c|x). CPO, arXiv:2401.08417 eq. 3, as TRL has it.
 
@@ -389,7 +380,8 @@ def cpo(
         losses = (difference - 1.0 / (2.0 * beta)) ** 2
     else:
         gamma = options.simpo_gamma if loss_type == "simpo" else 0.0
-        losses = smoothed_sigmoid(beta * difference - gamma, options.label_smoothing)
+        logits = beta * difference - gamma
+        losses = equations.smoothed_sigmoid(logits, options.label_smoothing)
     nll = masked_sum(-scored.chosen.logps, masks.chosen)
     rewards = values.map(lambda x: beta * x)
     metrics = _pair_metrics(batch, scored, logps=logps, rewards=rewards)
@@ -398,10 +390,7 @@ def cpo(
 
 
 def simpo(
-    policy: LogProbsFn,
-    reference: LogProbsFn | None,
-    batch: PairBatch,
-    options: SimpoOptions,
+    policy: LogProbsFn, reference: Reference, batch: PairBatch, options: SimpoOptions
 ) -> tuple[WeightedSum, Metrics]:
     """-log sigma(beta (mean log pi(y_c) - mean log pi(y_r)) - gamma).
 

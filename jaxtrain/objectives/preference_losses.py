@@ -25,12 +25,6 @@ from jaxtyping import Array, Float
 
 from jaxtrain.objectives.options import PAIR_LOSSES, FDivergence, PreferenceOptions
 
-# TRL's bound: exp(80) leaves float32 room to add many of them.
-_LARGEST_EXPONENT = 80.0
-# 1 minus the largest float32 below 1: the surest a model can be without certainty.
-_SMALLEST_SURPRISE = 2.0**-24
-
-
 PerPair: TypeAlias = Float[Array, "B"]
 T = TypeVar("T")
 U = TypeVar("U")
@@ -121,7 +115,8 @@ def f_divergence_scores(logratios: PerPair, kind: str, alpha: float) -> PerPair:
         order = alpha - 1.0
         if abs(order) < 1e-6:
             return logratios
-        exponent = jnp.minimum(order * logratios, _LARGEST_EXPONENT)
+        # TRL's bound: exp(80) leaves float32 room to add many of them.
+        exponent = jnp.minimum(order * logratios, 80.0)
         return (jnp.exp(exponent) - 1.0) / order
     kinds = ", ".join(get_args(FDivergence))
     raise ValueError(f"f_divergence_type = {kind!r}: unknown; use one of {kinds}")
@@ -284,7 +279,6 @@ def sft(pair: PairScores, options: PreferenceOptions) -> PerPair:
 
     RPO's regularizer, arXiv:2404.19733: `loss_type=["sigmoid", "sft"]`.
     """
-    del options
     return jnp.broadcast_to(pair.chosen_nll, pair.real.shape)
 
 
@@ -298,7 +292,8 @@ def log_odds_ratio(chosen_logps: PerPair, rejected_logps: PerPair) -> PerPair:
     """
 
     def log_odds(logps: PerPair) -> PerPair:
-        logps = jnp.minimum(logps, -_SMALLEST_SURPRISE)
+        # 1 - 2^-24 is the largest float32 below 1.
+        logps = jnp.minimum(logps, -(2.0**-24))
         # log(1 - exp(x)) in the form that keeps its digits on either side of log 1/2.
         likely = logps > -jnp.log(2.0)
         near = jnp.log(-jnp.expm1(jnp.where(likely, logps, -1.0)))

@@ -4,8 +4,8 @@ An objective is a pure function of token log-probs. It takes the policy and the
 reference as closures (`LogProbsFn`) and a batch, and returns the loss and the metrics
 as `WeightedSum`s. It never sees the vocabulary axis, a parameter or the mesh.
 
-To add one: write the function, list it in `FUNCTIONS`, declare its options and its row
-in `options.py`, and test it. One of your own needs no edit here: see `load_objective`.
+To add one: write the function, list it in `_ALL`, declare its options and its row in
+`options.py`, and test it. One of your own needs no edit here: see `load_objective`.
 """
 
 import functools
@@ -13,23 +13,16 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+from jaxtrain.objectives import preference as pairs
 from jaxtrain.objectives.kto import kto
 from jaxtrain.objectives.options import (
     OBJECTIVES,
-    NextTokenOptions,
+    Options,
     did_you_mean,
     make_options,
     unknown_objective,
 )
-from jaxtrain.objectives.preference import (
-    count_tokens,
-    cpo,
-    masked_sum,
-    orpo,
-    preference,
-    real_rows,
-    simpo,
-)
+from jaxtrain.objectives.preference import count_tokens, masked_sum, real_rows
 from jaxtrain.types import Batch, LogProbsFn, Metrics, Objective, WeightedSum
 
 
@@ -37,7 +30,7 @@ def next_token(
     policy: LogProbsFn,
     reference: LogProbsFn | None,
     batch: Batch,
-    options: NextTokenOptions | None = None,
+    options: Options | None = None,
 ) -> tuple[WeightedSum, Metrics]:
     """Mean negative log-likelihood of the targets: -sum m log p / sum m, m the mask.
 
@@ -56,9 +49,9 @@ def next_token(
 
 # --- the table --------------------------------------------------------------------
 
+_ALL = (next_token, pairs.preference, pairs.orpo, pairs.cpo, pairs.simpo, kto)
 FUNCTIONS: dict[str, Callable[..., tuple[WeightedSum, Metrics]]] = {
-    function.__name__: function
-    for function in (next_token, preference, orpo, cpo, simpo, kto)
+    function.__name__: function for function in _ALL
 }
 if unmatched := FUNCTIONS.keys() ^ OBJECTIVES.keys():
     raise ImportError(
