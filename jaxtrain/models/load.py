@@ -204,7 +204,7 @@ def adopt(model: LoadedModel, run: RunConfig) -> LoadedModel:
     The weights are taken over: where nothing needs to move, they are the same arrays.
 
     Raises:
-        ValueError: its weights were donated to an earlier training.
+        ValueError: an earlier training has taken its weights.
     """
     plan = make_plan(run)
     decoder = make_decoder(run, model.config, plan)
@@ -360,10 +360,8 @@ def _describe_weights(
     base = dataclasses.replace(decoder, lora=None)
     abstract, dtype = base.abstract_params(), _base_dtype(run)
     return base, jax.tree_util.tree_map_with_path(
-        lambda path, leaf, layout: jax.ShapeDtypeStruct(
-            leaf.shape,
-            leaf.dtype if quantization.is_kept(path) else dtype,
-            sharding=layout,
+        lambda path, leaf, layout: leaf.update(
+            dtype=leaf.dtype if quantization.is_kept(path) else dtype, sharding=layout
         ),
         abstract,
         plan.parameters(abstract, base.logical_axes()),

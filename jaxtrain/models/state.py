@@ -92,11 +92,7 @@ def _layouts(
 
 def _laid_out(tree: Any, layouts: Any) -> Any:
     return jax.tree.map(
-        lambda leaf, layout: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=layout
-        ),
-        tree,
-        layouts,
+        lambda leaf, layout: leaf.update(sharding=layout), tree, layouts
     )
 
 
