@@ -61,7 +61,7 @@ def measure(
     ]
     difficulty = np.concatenate(found)[: len(data)].astype(np.float32)
     told = "difficulty of %d rows: %.3f to %.3f nats a token"
-    logger.info(told, len(data), difficulty.min(), difficulty.max())
+    logger.info(told, len(data), np.min(difficulty), np.max(difficulty))
     if jax.process_index() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f"new-{path.name}")

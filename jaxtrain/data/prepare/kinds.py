@@ -213,12 +213,12 @@ def mismatch_completions(
     """
     starts = [int(np.argmax(example.trained)) for example in examples]
     prompts = [e.ids[:n].tobytes() for e, n in zip(examples, starts, strict=True)]
-    every = np.arange(len(examples))
+    every = list(range(len(examples)))
     # The first rows of runs of equal prompts, or every row.
     firsts = [i for i in every if prompts[i - 1] != prompts[i]] or every
     partners = np.take(firsts, np.searchsorted(firsts, every, "right"), mode="wrap")
     mixed = []
-    for i, j in enumerate(partners):
+    for i, j in enumerate(partners.tolist()):
         completion = examples[j].ids[starts[j] :]
         ids = np.concatenate([examples[i].ids[: starts[i]], completion])[:max_length]
         trained = np.arange(len(ids)) >= starts[i]

@@ -216,7 +216,7 @@ def _difficulty_of_rows(
     values = np.asarray(tokenized.values[_DIFFICULTY])
     if options.packing == "bfd_split":  # the store has the pieces of documents
         (examples,) = tokenized.sides.values()
-        lengths = np.asarray([len(example.ids) for example in examples])
+        lengths = np.asarray([len(example.ids) for example in examples], np.int64)
         values = np.repeat(values, -(-lengths // (options.max_length or 1)))
     weights = store.lengths[store.row_documents].astype(np.float64)
     firsts = store.row_offsets[:-1]

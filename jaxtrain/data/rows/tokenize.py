@@ -204,7 +204,7 @@ def common_prefix_length(
     """How many leading tokens two sequences share."""
     shorter = min(len(left), len(right))
     differ = np.not_equal(left[:shorter], right[:shorter])
-    return int(differ.argmax()) if differ.any() else shorter
+    return int(np.argmax(differ)) if np.any(differ) else shorter
 
 
 def _check_loss_options(
