@@ -172,6 +172,14 @@ TINY = (
 )
 
 
+def test_the_help_says_what_the_command_does_and_needs():
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxtrain.aot", "--help"],
+        cwd=REPOSITORY, capture_output=True, text=True,
+    )  # fmt: skip
+    assert "--topology=v5e:4x4" in done.stdout and "Exits with 3" in done.stdout
+
+
 @needs_libtpu
 def test_a_topology_that_is_none_is_refused_in_words():
     done = compile_for("v5e:3x7", *TINY)

@@ -1,13 +1,4 @@
-"""Compile the real train step for chips that are not there: what it needs, if it fits.
-
-    python -m jaxtrain.aot --config=configs/dpo.py --topology=v5e:4x4 \\
-        --config.model.name_or_path=configs/shapes/qwen2.5-3b
-
-`--search` tries mesh shapes, rematerialization and batch sizes in place of the
-config's. Needs `jax[tpu]` (it brings libtpu, the compiler) and no TPU, for `h200:8`
-jax's CUDA plugin and no GPU; of a model its config.json is enough. Exits with 3 where
-the step does not fit.
-"""
+"""Compile the real train step for chips that are not there."""
 
 import os
 

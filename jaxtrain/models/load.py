@@ -47,8 +47,8 @@ class LoadedModel:
         """
         if self.weights is None:
             raise ValueError(
-                "this model's weights went into a training: load the model it exported"
-                " (results['model_path'])"
+                "this model's weights went into a training: reload it, or load the"
+                " model that it exported (results['model_path'])"
             )
         return self.weights
 
