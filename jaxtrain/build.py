@@ -98,7 +98,7 @@ def build(
     # The state. From here on the weights are its own, and the model holds none.
     schedule, optimizer = make_optimizer(run.optimizer, run.schedule, batches.num_steps)
     state = init_state(model, run, optimizer)
-    layouts = jax.tree.map(lambda leaf: leaf.sharding, state)
+    layouts = sharding.layouts_of(state)
 
     # The reference's log-probs, where they are computed before training.
     if run.dpo is not None and run.dpo.precompute_ref_log_probs:

@@ -141,6 +141,10 @@ class ShardingPlan:
         """Number of data-parallel shards that a batch's rows are split into."""
         return math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
 
+    def fill_up(self, rows: int) -> int:
+        """The least multiple of `batch_shards` that is not below `rows`."""
+        return -(-rows // self.batch_shards) * self.batch_shards
+
     @property
     def readers(self) -> tuple[int, int]:
         """Which share of a batch's rows this process reads, and of how many.
@@ -299,6 +303,11 @@ def _log_whole(name: str, size: int, axes: MeshAxes) -> None:
 
 def _in_host_memory(shardings: Any) -> Any:
     return jax.tree.map(lambda s: s.with_memory_kind("pinned_host"), shardings)
+
+
+def layouts_of(tree: Any) -> Any:
+    """Where each array of a tree lies, or is described to lie: a tree of shardings."""
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
 def on_device(shardings: Any) -> Any:

@@ -116,6 +116,7 @@ ALLOWED: dict[str, set[str]] = {
         "models.load",
         "models.state",
         "optimizers",
+        "sharding",
         "types",
     },
     "data": set(),

@@ -20,6 +20,7 @@ from jaxtrain.config import RunConfig, resolve
 from jaxtrain.models.load import LoadedModel, load_abstract_model
 from jaxtrain.models.state import abstract_state, needs_reference
 from jaxtrain.optimizers.configured import make_optimizer
+from jaxtrain.sharding import layouts_of
 from jaxtrain.types import Batch, LabeledBatch, PairBatch, TrainState
 
 # The length of the run changes a constant of the schedule, nothing else.
@@ -80,7 +81,7 @@ def describe_step(run: RunConfig, model: LoadedModel) -> tuple[Any, TrainState]:
     """The jitted train step of an abstract model, and its first state in shapes."""
     schedule, optimizer = make_optimizer(run.optimizer, run.schedule, _TOTAL_STEPS)
     state = abstract_state(model, run, optimizer)
-    layouts = jax.tree.map(lambda leaf: leaf.sharding, state)
+    layouts = layouts_of(state)
     scored = build.bind_loss(run, model, build.Loss(build.make_objective(run)))
     step, _ = build.make_steps(run, model.plan, scored, schedule, optimizer, layouts)
     return step, state
@@ -162,7 +163,7 @@ def _with_settings(config: Any, candidate: search.Candidate) -> Any:
 
 
 def _bytes_on_device(state: Any) -> float:
-    """Of one device's memory, without what rests in host memory."""
+    """Bytes of the state in each device's memory, what is offloaded left out."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(state)
@@ -195,9 +196,10 @@ def _least_secs(
     tokens: float,
     chip: Chip,
 ) -> float:
-    """Of a step whose products run at peak, and whose links gather all weights twice.
+    """The seconds that a step takes at least.
 
-    Under tensor parallelism the links also bring four sums of activations a layer.
+    Its products run at peak, and its links gather all weights twice. Under tensor
+    parallelism the links also bring four sums of activations a layer.
     """
     sizes, length = dict(candidate.mesh), run.data.max_length
     flops = build.flops_per_token(run, model.config, length)

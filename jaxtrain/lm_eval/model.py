@@ -125,8 +125,7 @@ class JaxtrainLM(TemplateLM):
         self.tokenizer = self.model.tokenizer
         if not str(batch_size).isdigit() or not int(batch_size):
             raise ValueError(f"batch_size={batch_size!r}: give a number of rows")
-        shards = self.model.plan.batch_shards
-        self.batch_size = -(-int(batch_size) // shards) * shards
+        self.batch_size = self.model.plan.fill_up(int(batch_size))
         limit = self.model.config.max_position_embeddings
         self.max_length = max_length or limit
         if self.max_length > limit:

@@ -95,7 +95,7 @@ class LoadedModel:
         """The same weights in device memory, where they rest in host memory."""
         if not self.plan.offload_params:
             return params
-        layouts = jax.tree.map(lambda leaf: leaf.sharding, params)
+        layouts = sharding.layouts_of(params)
         return jax.device_put(params, sharding.on_device(layouts))
 
     def score(self, batch: Batch | PairBatch | Mapping[str, Any]) -> Metrics:
@@ -131,7 +131,6 @@ class LoadedModel:
         Raises:
             ValueError: the weights went into a training, or a setting is out of range.
         """
-        shards = self.plan.batch_shards
         return generate_texts(
             self.make_generator(
                 max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p
@@ -140,7 +139,7 @@ class LoadedModel:
             self.tokenizer,
             prompts,
             key=jax.random.key(seed),
-            batch_size=-(-batch_size // shards) * shards,
+            batch_size=self.plan.fill_up(batch_size),
         )
 
     @functools.cached_property
@@ -175,7 +174,7 @@ def load_model(run: RunConfig) -> LoadedModel:
         )
     decoder = make_decoder(run, config, plan)
     base, described = _describe_weights(run, decoder, plan)
-    layouts = jax.tree.map(lambda leaf: leaf.sharding, described)
+    layouts = sharding.layouts_of(described)
     # From scratch, a directory gives its sizes and its tokenizer only.
     if directory is None or run.training_type == "from_scratch":
         source = "random initial values"
@@ -214,7 +213,7 @@ def adopt(model: LoadedModel, run: RunConfig) -> LoadedModel:
         _requantize(model.params, model.decoder, decoder.quantization),
         described,
     )
-    layouts = jax.tree.map(lambda leaf: leaf.sharding, described)
+    layouts = sharding.layouts_of(described)
     model.take_weights()
     params = jax.device_put(converted, layouts)
     return dataclasses.replace(model, decoder=decoder, weights=params, plan=plan)

@@ -61,7 +61,7 @@ def abstract_state(
     split = functools.partial(_split, run, abstract=True)
     trainable, frozen = jax.eval_shape(split, model.params)
     if frozen:
-        base_layouts = jax.tree.map(lambda leaf: leaf.sharding, model.params)
+        base_layouts = sharding.layouts_of(model.params)
         frozen = _laid_out(frozen, base_layouts)
     parameters, moments = _layouts(model, optimizer, trainable)
     opt_state = _laid_out(jax.eval_shape(optimizer.init, trainable), moments)
@@ -117,7 +117,7 @@ def _split(run: RunConfig, params: Params, *, abstract: bool) -> tuple[Params, P
         if not needs_reference(run):
             return params, {}
         copy = functools.partial(_in_compute_dtype, run.precision.compute_dtype)
-        layouts = None if abstract else jax.tree.map(lambda x: x.sharding, params)
+        layouts = None if abstract else sharding.layouts_of(params)
         return params, jax.jit(copy, out_shardings=layouts)(params)
     settings = lora_config(run)
     if run.lora.init_from and not abstract:

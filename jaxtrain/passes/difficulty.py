@@ -54,7 +54,7 @@ def measure(
     path = pathlib.Path(folder) / f"difficulty-{data.fingerprint}.npy"
     if path.is_file():
         return data.with_difficulty(np.load(path))
-    of_batch = feed.jit(lambda params, batch: row_difficulty(score, params, batch))
+    of_batch = feed.plan.jit(lambda params, batch: row_difficulty(score, params, batch))
     found = [
         to_host(of_batch(params, feed.place(batch)))
         for batch in feed.eval_batches(data)

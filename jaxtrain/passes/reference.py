@@ -60,7 +60,7 @@ class ReferenceScorer:
                 row_sums(rejected.logps, batch.rejected.loss_mask),
             )
 
-        self._sums = feed.jit(sums)
+        self._sums = feed.plan.jit(sums)
 
     def attach(self, data: PreparedDataset, name: str) -> PreparedDataset:
         """The same pairs with `reference_logps`, on every process for all of them.

@@ -136,7 +136,8 @@ class JsonlWriter:
     """metrics.jsonl and samples.jsonl: one JSON object a line, with step and time.
 
     `time` is seconds since 1970. A number that JSON cannot hold (NaN, infinity) is
-    null. No file stays open: a line is on disk once it is written.
+    null. Lines are flushed as they are written. The files stay open: a bucket that is
+    mounted uploads a file whole whenever it is closed.
     """
 
     def __init__(
@@ -148,6 +149,7 @@ class JsonlWriter:
     ) -> None:
         self._folder = folder
         self._clock = clock
+        self._files: dict[str, TextIO] = {}
         for name in ("metrics.jsonl", "samples.jsonl"):
             drop_lines_after(folder / name, resume_step)
 
@@ -163,13 +165,17 @@ class JsonlWriter:
         (self._folder / "config.json").write_text(f"{text}\n")
 
     def close(self) -> None:
-        """Nothing is left open."""
+        """Close the files."""
+        for file in self._files.values():
+            file.close()
 
     def _append(self, name: str, step: int, values: Mapping[str, Any]) -> None:
         record = {"step": step, "time": self._clock(), **values}
         line = json.dumps(record, ensure_ascii=False, allow_nan=False)
-        with open(self._folder / name, "a", encoding="utf-8") as file:
-            file.write(f"{line}\n")
+        if name not in self._files:
+            self._files[name] = (self._folder / name).open("a", encoding="utf-8")
+        self._files[name].write(f"{line}\n")
+        self._files[name].flush()
 
 
 def drop_lines_after(path: pathlib.Path, step: int | None) -> None:

@@ -1,10 +1,9 @@
 """Feed: the batches of one run, from prepared rows to this process's devices."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
-
-import jax
 
 from jaxtrain.config import RunConfig
 from jaxtrain.data.batches.dataset import PreparedDataset
@@ -30,7 +29,7 @@ class Feed:
     run: RunConfig
     plan: ShardingPlan
 
-    @property
+    @functools.cached_property  # asked at every step, of all devices of a pod
     def readers(self) -> int:
         """Shares of the rows: processes, or groups of them that read the same rows."""
         return self.plan.readers[1]
@@ -94,7 +93,3 @@ class Feed:
     def place(self, batch: Any, leading_axes: int = 0) -> Any:
         """The global batch over the devices, of which this process brings its rows."""
         return place_batch(batch, self.plan.batch(leading_axes))
-
-    def jit(self, function: Callable[..., Any]) -> Callable[..., jax.Array]:
-        """Compile a function of parameters and a placed batch for the mesh."""
-        return self.plan.jit(function)

@@ -13,7 +13,7 @@ def make_sampler(run: RunConfig, model: LoadedModel, data: PreparedDataset) -> S
     Raises:
         ValueError: the rows hold no prompt, or a metric can't be had.
     """
-    settings, shards = run.generation, model.plan.batch_shards
+    settings = run.generation
     sampler = Sampler(
         model.make_generator(
             settings.max_new_tokens,
@@ -32,7 +32,7 @@ def make_sampler(run: RunConfig, model: LoadedModel, data: PreparedDataset) -> S
             make_text_metric(name, bertscore_model=settings.bertscore_model)
             for name in settings.metrics
         ],
-        batch_size=-(-settings.batch_size // shards) * shards,
+        batch_size=model.plan.fill_up(settings.batch_size),
         num_logged=settings.num_samples_logged,
         seed=run.loop.seed,
     )
