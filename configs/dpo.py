@@ -1,20 +1,18 @@
 """Teach the embedded model to prefer true continuations (DPO, arXiv:2305.18290).
 
-    python -m jaxtrain.main --config=configs/dpo.py --workdir=out/dpo
+    jaxtrain train dpo --workdir=out/dpo
 
 A few minutes on two CPU cores, no network. `eval_rewards/accuracies` rises above 0.8;
-chance is 0.5. Another tie to the reference: `--config.training.dpo.beta=0.2`.
+chance is 0.5. Another tie to the reference: `--training.dpo.beta=0.2`.
 """
-
-import pathlib
-import runpy
 
 from ml_collections import ConfigDict
 
+from jaxtrain.config import default_config
+
 
 def get_config() -> ConfigDict:
-    base = runpy.run_path(str(pathlib.Path(__file__).with_name("base.py")))
-    config: ConfigDict = base["get_config"]()
+    config = default_config()
 
     config.training.training_type = "dpo"
     config.training.dpo.max_length = 128

@@ -1,20 +1,18 @@
 """Train a small model from random weights on the embedded text.
 
-    python -m jaxtrain.main --config=configs/from_scratch.py --workdir=out/from_scratch
+    jaxtrain train from_scratch --workdir=out/from_scratch
 
 The sizes are those of `model.architecture` in base.py: about a million parameters, a
 few minutes on two CPU cores, no network. Your own text: `--config.data.train=FILE`.
 """
 
-import pathlib
-import runpy
-
 from ml_collections import ConfigDict
+
+from jaxtrain.config import default_config
 
 
 def get_config() -> ConfigDict:
-    base = runpy.run_path(str(pathlib.Path(__file__).with_name("base.py")))
-    config: ConfigDict = base["get_config"]()
+    config = default_config()
 
     config.model.architecture.model_type = "qwen3"
     config.model.architecture.head_dim = 32

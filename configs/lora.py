@@ -1,20 +1,18 @@
 """Fine-tune adapters of the embedded model on prompts and completions.
 
-    python -m jaxtrain.main --config=configs/lora.py --workdir=out/lora
+    jaxtrain train lora --workdir=out/lora
 
 A few minutes on two CPU cores, no network. `training.lora.enabled = True` does the
 same to sft.py and dpo.py.
 """
 
-import pathlib
-import runpy
-
 from ml_collections import ConfigDict
+
+from jaxtrain.config import default_config
 
 
 def get_config() -> ConfigDict:
-    base = runpy.run_path(str(pathlib.Path(__file__).with_name("base.py")))
-    config: ConfigDict = base["get_config"]()
+    config = default_config()
 
     config.data.max_length = 192
 

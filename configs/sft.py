@@ -1,21 +1,19 @@
 """Fine-tune the embedded model on prompts and completions; only completions count.
 
-    python -m jaxtrain.main --config=configs/sft.py --workdir=out/sft
+    jaxtrain train sft --workdir=out/sft
 
 A few minutes on two CPU cores, no network. Another model and other data:
 
     --config.model.name_or_path=Qwen/Qwen2.5-0.5B --config.data.train=train.jsonl
 """
 
-import pathlib
-import runpy
-
 from ml_collections import ConfigDict
+
+from jaxtrain.config import default_config
 
 
 def get_config() -> ConfigDict:
-    base = runpy.run_path(str(pathlib.Path(__file__).with_name("base.py")))
-    config: ConfigDict = base["get_config"]()
+    config = default_config()
 
     config.data.max_length = 192
 

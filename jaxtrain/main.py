@@ -1,55 +1,64 @@
-"""Command line: `python -m jaxtrain.main --config=configs/dpo.py --workdir=out/dpo`.
+"""Train: `python -m jaxtrain.main --config=configs/dpo.py --workdir=out/dpo`.
 
-Any key can be overridden: `--config.training.dpo.beta=0.2`.
+The same as `jaxtrain train dpo --workdir=out/dpo`. Any key can be set by a flag, which
+wins over the file: `--training.dpo.beta=0.2`.
 """
 
 import logging
+import pathlib
 import sys
+from collections.abc import Sequence
 
-from absl import app, flags
-from ml_collections import config_flags
-
-logger = logging.getLogger("jaxtrain.main")  # run as __main__
-
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Configuration file, e.g. configs/dpo.py.", lock_config=True
-)
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder for checkpoints, logs and the exported model."
-)
-_MODEL = flags.DEFINE_string(
-    "model",
-    None,
-    "A local Hugging Face directory or a hub name; sets config.model.name_or_path.",
-)
+from jaxtrain.cli.command import ConfigParser, default_workdir
+from jaxtrain.cli.ending import Interrupted, run_command
 
 
-def main(argv: list[str]) -> None:
-    """Train as the configuration says; exit with 2 and the reason if it can't."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    # Imported here so that --help and usage errors need not wait for jax.
+def main(arguments: Sequence[str]) -> None:
+    """Train as the configuration says.
+
+    Raises:
+        ValueError: the flags, the configuration, the model or the data.
+        Interrupted: Ctrl-C; says how the run goes on.
+    """
+    parser = ConfigParser(
+        "train",
+        "Train a model:\n\n"
+        "  jaxtrain train dpo --workdir=out/dpo\n"
+        "  jaxtrain train run.yaml --training.learning_rate=5e-4\n\n"
+        "The same command again goes on where a stopped run was.",
+    )
+    parser.add_argument(
+        "--workdir",
+        help="folder for checkpoints, logs and the exported model (default: out/ and"
+        " the configuration's name)",
+    )
+    options, config, _ = parser.read(arguments)
+    workdir = pathlib.Path(options.workdir or default_workdir(options.config))
+    # Only now: what is wrong with a flag need not wait for jax.
     from jaxtrain import trainer
-    from jaxtrain.data.stream.batches import BadRowsError
     from jaxtrain.run import distributed
 
     _set_up_logging()
     distributed.initialize()
-    config = _CONFIG.value
-    if _MODEL.value is not None:
-        config.model.name_or_path = _MODEL.value
     try:
-        orchestrator = trainer.TrainingOrchestrator(config, workdir=_WORKDIR.value)
+        orchestrator = trainer.TrainingOrchestrator(config, workdir=workdir)
         orchestrator.prepare()
-        train_data, eval_data = orchestrator.prepare_data()
-    except ValueError as error:
-        logger.error("%s", error)
-        sys.exit(2)
-    try:
-        orchestrator.train(train_data, eval_data)
-    except BadRowsError as error:  # of a stream, whose rows are checked as they come
-        logger.error("%s", error)
-        sys.exit(2)
+        rows = orchestrator.prepare_data()
+        orchestrator.train(*rows)
+    except KeyboardInterrupt as interrupt:
+        raise Interrupted(_how_to_go_on(workdir)) from interrupt
+
+
+def _how_to_go_on(workdir: pathlib.Path) -> str:
+    from jaxtrain.run.checkpoint import saved_steps
+
+    steps = saved_steps(workdir / "checkpoints")
+    if not steps:
+        return "interrupted; no step is saved yet, so the same command starts anew"
+    return (
+        f"interrupted; step {steps[-1]} is saved in {workdir}: the same command goes on"
+        " from there"
+    )
 
 
 def _set_up_logging() -> None:
@@ -59,17 +68,11 @@ def _set_up_logging() -> None:
         format="%(asctime)s %(levelname).1s %(message)s",
         datefmt="%H:%M:%S",
         stream=sys.stdout,
-        force=True,  # absl has put its own handler there
+        force=True,
     )
     logging.getLogger("absl").setLevel(logging.WARNING)
     logging.getLogger("jaxtrain").setLevel(logging.INFO)
 
 
-def run() -> None:
-    """Entry point of the `jaxtrain` command."""
-    flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
-
-
 if __name__ == "__main__":
-    run()
+    sys.exit(run_command(main))

@@ -11,7 +11,7 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar, Union
 
 from ml_collections import ConfigDict, FieldReference
@@ -151,7 +151,7 @@ def to_config_dict(schema: Schema) -> ConfigDict:
     """The defaults as a ConfigDict whose every key the command line can override."""
 
     def stored(leaf: Leaf) -> Any:
-        storage = _storage_type(leaf.hint)
+        storage = storage_type(leaf.hint)
         # Only a FieldReference can be None now and typed later, or hold several types.
         typed = leaf.default is not None and storage is not object
         return leaf.default if typed else FieldReference(leaf.default, storage)
@@ -214,7 +214,7 @@ def _check(
         path = f"{prefix}{name}"
         entry = schema.get(name)
         if entry is None:
-            fix = _suggest_key(str(name), prefix, schema, root)
+            fix = suggest_key(str(name), prefix, schema, root)
             problems[path] = f"{path} = {value!r}: unknown key; {fix}"
         elif isinstance(entry, Leaf):
             is_unset = value is None and entry.default is None
@@ -232,7 +232,7 @@ def _check(
             )
 
 
-def _suggest_key(name: str, prefix: str, schema: Schema, root: Schema) -> str:
+def suggest_key(name: str, prefix: str, schema: Schema, root: Schema) -> str:
     """A near name in this section, else in any section; else every name here."""
     close = difflib.get_close_matches(name, schema, n=1, cutoff=0.7)
     if close:
@@ -255,7 +255,7 @@ def convert(value: Any, hint: Any) -> Any:
     if _fits := _convert(value, hint):
         return _fits[0]
     wanted = describe(hint)
-    number = isinstance(value, str) and _storage_type(hint) in (int, float, bool)
+    number = isinstance(value, str) and storage_type(hint) in (int, float, bool)
     if number and _is_number(value):
         raise ValueError(f"a text, not {wanted}; write it without quotes")
     close = isinstance(value, str) and difflib.get_close_matches(
@@ -264,6 +264,23 @@ def convert(value: Any, hint: Any) -> Any:
     if close:
         raise ValueError(f"not {wanted}; did you mean {close[0]!r}?")
     raise ValueError(f"not {wanted}; set one")
+
+
+def parse(text: str, hint: Any, read: Callable[[str], Any]) -> Any:
+    """The value that a text of the command line stands for, or ValueError as `convert`.
+
+    Args:
+        read: reads a number, true or false, a list or a mapping out of a text. Only a
+            text with a bracket is read where the key may hold a text itself, so that
+            a run_name of 007 stays one.
+    """
+    holds_text = _convert(text, hint) is not None
+    if holds_text and not text.startswith(("[", "(", "{")):
+        return convert(text, hint)
+    value = read(text)
+    if holds_text and _convert(value, hint) is None:
+        value = text
+    return convert(value, hint)
 
 
 def describe(hint: Any) -> str:
@@ -322,16 +339,16 @@ def _convert_items(value: Any, hint: Any) -> tuple[Any] | None:
     return (tuple(fits[0] for fits in items if fits),) if all(items) else None
 
 
-def _storage_type(hint: Any) -> type:
+def storage_type(hint: Any) -> type:
     """The type a ConfigDict holds the key as; `object` takes any literal."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
-        return _storage_type(arguments[0])
+        return storage_type(arguments[0])
     if origin is Literal:
         return type(arguments[0])
     if origin in (Union, types.UnionType):
         arms = [arm for arm in arguments if arm is not type(None)]
-        return _storage_type(arms[0]) if len(arms) == 1 else object
+        return storage_type(arms[0]) if len(arms) == 1 else object
     return hint if hint in (bool, int, float, str) else object
 
 

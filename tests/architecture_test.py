@@ -17,6 +17,10 @@ ALLOWED: dict[str, set[str]] = {
     "schema": {"tree"},
     "objectives.options": {"schema"},
     "config": {"models.families", "objectives.options", "schema", "tree"},
+    "cli.ending": set(),
+    "cli.command": {"config"},
+    "cli": {"cli.command", "cli.ending", "config"},
+    "__main__": {"cli"},
     "batch": set(),
     "data.batches": {"batch", "config"},
     "data.rows": set(),
@@ -111,6 +115,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "aot": {
         "build",
+        "cli.command",
+        "cli.ending",
         "config",
         "kernels",
         "models.load",
@@ -130,6 +136,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "data.inspect": {
         "assets",
+        "cli.command",
+        "cli.ending",
         "config",
         "data.batches",
         "data.loading",
@@ -155,6 +163,8 @@ ALLOWED: dict[str, set[str]] = {
     "lm_eval": {
         "assets",
         "batch",
+        "cli.command",
+        "cli.ending",
         "config",
         "evaluation",
         "model_manager",
@@ -162,9 +172,9 @@ ALLOWED: dict[str, set[str]] = {
         "run.distributed",
         "types",
     },
-    "main": {"data.stream", "run.distributed", "trainer"},
+    "main": {"cli.command", "cli.ending", "run", "run.distributed", "trainer"},
     "metrics": {"batch", "evaluation", "record", "types"},
-    "report": {"tree"},
+    "report": {"cli.command", "cli.ending", "tree"},
 }
 ONLY_IN = {"flax": {"models"}, "torch": set(), "pickle": set()}
 NEVER_IN = {

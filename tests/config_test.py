@@ -1,5 +1,6 @@
 """The configuration: what the documented files mean, precedence, and refusals."""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -8,10 +9,9 @@ from typing import Any
 
 import pytest
 import yaml
-from absl import flags
 from hypothesis import given
 from hypothesis import strategies as st
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from jaxtrain import schema
 from jaxtrain.config import (
@@ -25,9 +25,10 @@ from jaxtrain.config import (
     resolve,
     to_config_dict,
 )
+from jaxtrain.config.flags import override, split_flags
 from jaxtrain.config.sections import GENERAL_KEYS, SCHEMA, TYPE_DEFAULTS
 from jaxtrain.schema import OnlyIf
-from jaxtrain.tree import dotted
+from jaxtrain.tree import dotted, get
 
 CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
 
@@ -347,14 +348,12 @@ def test_load_config_refuses_other_files(tmp_path: pathlib.Path) -> None:
 
 
 def parse(*arguments: str, config: str = "dpo.py") -> ConfigDict:
-    """What `--config=... ARGUMENTS` makes, as main.py defines the flag."""
-    values = flags.FlagValues()
-    command = ["program", f"--config={CONFIGS / config}", *arguments]
-    holder = config_flags.DEFINE_config_file(
-        "config", None, flag_values=values, lock_config=True, sys_argv=command
-    )
-    values(command)
-    return holder.value
+    """What a command makes of a file and these flags."""
+    loaded = load_config(CONFIGS / config)
+    found, rest = split_flags(arguments)
+    assert not rest
+    override(loaded, found)
+    return loaded
 
 
 def test_flags_override_keys_of_every_kind() -> None:
@@ -402,30 +401,42 @@ def test_flags_set_lists_and_mappings_of_the_architecture() -> None:
     assert sizes.layer_types == ("full_attention",)
 
 
-def test_every_key_can_be_overridden_by_a_flag() -> None:
-    samples = {int: "3", float: "0.5", bool: "true", str: "x", object: "['x']"}
-    config = default_config()
-    paths = list(dotted(SCHEMA))
+def sample_of(hint: Any) -> tuple[str, Any]:
+    """A text of the command line, and the value that it should set."""
+    names = schema._allowed_texts(hint)
+    texts = ["3", "2", "1", "0.25", "true", "x", "['x']", "(1, 0.5)", "{'x': 1}"]
+    texts += [*names, *names]
+    values = [3, 2, 1, 0.25, True, "x", ("x",), (1.0, 0.5), {"x": 1}, *names]
+    values += [(name,) for name in names]
+    for text, value in zip(texts, values, strict=True):
+        with contextlib.suppress(ValueError):
+            if type(converted := schema.convert(value, hint)) is type(value):
+                return text, converted
+    raise AssertionError(f"no sample for {hint}")
 
-    def holder_of(tree: ConfigDict, path: str) -> tuple[ConfigDict, str]:
-        *sections, name = path.split(".")
-        for section in sections:
-            tree = tree[section]
-        return tree, name
 
-    arguments = []
-    for path in paths:
-        section, name = holder_of(config, path)
-        sample = samples[section.get_type(name)]
-        arguments.append(f"--config.{path}={sample}")
-    overridden = parse(*arguments, config="base.py")
-    for path in paths:
-        section, name = holder_of(overridden, path)
-        assert section[name] in (3, 0.5, True, "x", ["x"]), path
+@pytest.mark.parametrize("training_type", TYPE_DEFAULTS)
+def test_every_key_can_be_overridden_by_a_flag(training_type: str) -> None:
+    keys = [
+        key
+        for key in dotted(SCHEMA)
+        if key.split(".")[1] not in {*TYPE_DEFAULTS} - {training_type}
+        and key != "training.training_type"
+    ]
+    samples = {key: sample_of(get(SCHEMA, key).hint) for key in keys}
+    texts = [f"--config.{key}={text}" for key, (text, _) in samples.items()]
+    config = parse(
+        f"--training.training_type={training_type}", *texts, config="base.py"
+    )
+    for key, (_, value) in samples.items():
+        *sections, name = key.split(".")
+        found = get(config, tuple(sections))[name]
+        found = found.to_dict() if isinstance(found, ConfigDict) else found
+        assert found == value, key
 
 
 def test_an_unknown_flag_is_refused() -> None:
-    with pytest.raises(AttributeError, match="lerning_rate"):
+    with pytest.raises(ConfigError, match=r"lerning_rate: .* training\.learning_rate"):
         parse("--config.training.lerning_rate=1")
 
 

@@ -14,41 +14,41 @@ import re
 import shlex
 import subprocess
 import sys
-import types
 from collections.abc import Iterator, Sequence
-from typing import Any
 from unittest import mock
 
 import jax
-from absl import flags
-from ml_collections import config_flags
 
 import jaxtrain.main
+from jaxtrain.cli import COMMANDS
+from jaxtrain.cli.command import ConfigParser
+from jaxtrain.cli.ending import run_command
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 _BLOCK = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _HEREDOC = re.compile(r"<<'(\w+)'")
 _OURS = re.compile(r"python -m (jaxtrain[\w.]*)([^\n;&|>]*)")
-_OURS = re.compile(r"python -m (jaxtrain[\w.]*)([^\n;&|>]*)")
-_MAX_STEPS = re.compile(r"(--config\.training\.max_steps=|\bmax_steps[:=] ?)(\d+)")
+_COMMAND = re.compile(r"(?:^|[\s/(])jaxtrain ([\w-]+)([^\n;&|>]*)")
+_MAX_STEPS = re.compile(r"(--(?:config\.)?training\.max_steps=|\bmax_steps[:=] ?)(\d+)")
 
 # Every training command of a page is run with these flags behind its own, so that the
 # two columns of what is run and what is written differ by them alone; `max_steps` is
 # divided by ten. A page's command stays what a reader would want to run.
 SHORTER = (
-    "--config.training.per_device_train_batch_size=2",
-    "--config.training.per_device_eval_batch_size=2",
-    "--config.training.logging_steps=1",
-    "--config.training.eval_on_start=False",
-    "--config.data.max_length=64",
-    "--config.data.max_train_rows=32",
-    "--config.data.max_eval_rows=4",
-    "--config.training.generation.num_prompts=2",
-    "--config.training.generation.max_new_tokens=4",
+    "--training.per_device_train_batch_size=2",
+    "--training.per_device_eval_batch_size=2",
+    "--training.logging_steps=1",
+    "--training.eval_on_start=False",
+    "--data.max_train_rows=32",
+    "--data.max_eval_rows=4",
+)
+SHORTER_GENERATION = (
+    "--training.generation.num_prompts=2",
+    "--training.generation.max_new_tokens=4",
 )
 SHORTER_DPO = (
-    "--config.training.dpo.max_length=64",
-    "--config.training.dpo.max_prompt_length=32",
+    "--training.dpo.max_length=64",
+    "--training.dpo.max_prompt_length=32",
 )
 
 
@@ -115,9 +115,8 @@ def on_one_device() -> Iterator[None]:
 def _run(command: str) -> str:
     if command.startswith("python - <<"):
         return _run_script(command.split("\n", 1)[1].rsplit("\n", 1)[0])
-    if command.startswith("python -m "):
-        _, _, module, *arguments = shlex.split(command, comments=True)
-        return _run_module(module, arguments)
+    if ours := _our_command(command):
+        return _run_module(*ours)
     folder = pathlib.Path(sys.executable).parent  # which `python` is
     finished = subprocess.run(
         ["bash", "-ec", command],
@@ -130,6 +129,18 @@ def _run(command: str) -> str:
     return finished.stdout
 
 
+def _our_command(command: str) -> tuple[str, list[str]] | None:
+    """The module and the arguments of `jaxtrain ...` or `python -m jaxtrain...`."""
+    if re.search(r"[;&|>\n]", command):
+        return None
+    words = shlex.split(command, comments=True)
+    if words[0].endswith("jaxtrain") and words[1] in COMMANDS:
+        return COMMANDS[words[1]][0], words[2:]
+    if words[:2] == ["python", "-m"] and words[2].startswith("jaxtrain"):
+        return words[2], words[3:]
+    return None
+
+
 def _run_script(text: str) -> str:
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
@@ -138,77 +149,63 @@ def _run_script(text: str) -> str:
 
 
 def _run_module(module: str, arguments: list[str]) -> str:
+    loaded = importlib.import_module(module)
+    if hasattr(loaded, "__path__"):  # a package, whose command has its own file
+        loaded = importlib.import_module(f"{module}.__main__")
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        if module == "jaxtrain.main":
-            _train(arguments)
-        else:
-            name = f"python -m {module}"
-            loaded = importlib.import_module(module)
-            if hasattr(loaded, "__path__"):  # a package, whose command has its own file
-                loaded = importlib.import_module(f"{module}.__main__")
-            function = loaded.main
-            with_name = module == "jaxtrain.data.inspect"
-            code = function([name, *arguments] if with_name else arguments)
-            assert not code, f"exit code {code}: {printed.getvalue()}"
-    return printed.getvalue()
-
-
-def _train(arguments: Sequence[str]) -> None:
-    parsed = parse_main(arguments)
-    shorter = [*SHORTER]
-    given = " ".join(arguments)
-    if "max_steps" not in given and not 0 < parsed.config.training.max_steps <= 2:
-        shorter.append("--config.training.max_steps=2")
-    if "eval_steps" not in given:  # one compilation less
-        shorter.append("--config.training.eval_steps=0")
-    if parsed.config.training.training_type == "dpo":
-        shorter += SHORTER_DPO
-    parsed = parse_main([*arguments, *shorter])
     with (
-        mock.patch.object(jaxtrain.main, "_CONFIG", _flag(parsed.config)),
-        mock.patch.object(jaxtrain.main, "_WORKDIR", _flag(parsed.workdir)),
-        mock.patch.object(jaxtrain.main, "_MODEL", _flag(parsed.model)),
+        contextlib.redirect_stdout(printed),
         # It would take the log away from pytest.
         mock.patch.object(jaxtrain.main, "_set_up_logging"),
         mock.patch.object(sys, "path", ["", *sys.path]),  # as python -m has it
     ):
-        jaxtrain.main.main(["jaxtrain.main"])
+        is_training = module == "jaxtrain.main"
+        given = [*arguments, *shorter(arguments)] if is_training else arguments
+        code = run_command(loaded.main, given)
+        assert not code, f"exit code {code}: {printed.getvalue()}"
+    return printed.getvalue()
 
 
-def parse_main(arguments: Sequence[str]) -> Any:
-    """The flags of `jaxtrain.main`, or of `jaxtrain.aot`, as absl reads them.
+def shorter(arguments: Sequence[str]) -> list[str]:
+    """The flags that a training command of a page is run with, behind its own."""
+    _, config, _ = training_parser().read(arguments)
+    given = " ".join(arguments)
+    flags = [flag for flag in SHORTER if flag.partition("=")[0] not in given]
+    if "max_steps" not in given and not 0 < config.training.max_steps <= 2:
+        flags.append("--training.max_steps=2")
+    if "eval_steps" not in given:  # one compilation less
+        flags.append("--training.eval_steps=0")
+    if config.training.generation.enabled or config.training.generation.metrics:
+        flags += SHORTER_GENERATION
+    if config.training.training_type == "dpo":
+        return [*flags, *SHORTER_DPO]
+    return [*flags, "--data.max_length=64"]
 
-    Raises:
-        flags.Error, AttributeError, KeyError, ValueError: a flag or key is unknown.
-    """
-    values = flags.FlagValues()
-    argv = ["jaxtrain.main", *arguments]
-    config_flags.DEFINE_config_file(
-        "config", None, flag_values=values, lock_config=True, sys_argv=argv
-    )
-    for name in ("workdir", "model", "topology"):
-        flags.DEFINE_string(name, None, "", flag_values=values)
-    rest = values(argv)[1:]
-    assert not rest, f"unexpected arguments {rest}"
-    return values
+
+def training_parser() -> ConfigParser:
+    """A parser that knows the flags of every command that takes a configuration."""
+    parser = ConfigParser("train", "")
+    for name in ("workdir", "topology"):
+        parser.add_argument(f"--{name}")
+    return parser
 
 
 def find_unknown_flag(command: str) -> str | None:
-    """What `python -m jaxtrain...` in the command would refuse; None if nothing."""
-    for module, rest in _OURS.findall(command):
+    """What a `jaxtrain` command in the command would refuse; None if nothing."""
+    found = [*_OURS.findall(command)]
+    for name, rest in _COMMAND.findall(command):
+        if name not in COMMANDS:
+            return f"there is no command {name}"
+        found.append((COMMANDS[name][0], rest))
+    for module, rest in found:
         arguments = shlex.split(rest, comments=True)
-        if "from_yaml" in rest:
+        if ".yaml" in rest:
             continue  # its file is made by the page; running it checks it
-        if module in ("jaxtrain.main", "jaxtrain.aot"):
+        if module in ("jaxtrain.main", "jaxtrain.aot", "jaxtrain.aot.__main__"):
             try:
-                assert parse_main(arguments).config.training, "no --config"
-            except Exception as error:
-                return f"{type(error).__name__}: {error}"
+                training_parser().read(arguments)
+            except ValueError as error:
+                return str(error)
         elif importlib.util.find_spec(module) is None:
             return f"there is no module {module}"
     return None
-
-
-def _flag(value: Any) -> types.SimpleNamespace:
-    return types.SimpleNamespace(value=value)

@@ -19,6 +19,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
 from jaxtrain import lm_eval as adapter
+from jaxtrain.cli.ending import run_command
 from jaxtrain.lm_eval.__main__ import main
 
 LIMIT = 28  # tokens, so that the longer texts below are cut
@@ -176,11 +177,12 @@ def test_tasks_of_ones_own_give_the_same_results(ours, theirs, tasks):
 
 def test_the_command_prints_and_writes_the_results(tasks, tmp_path, capsys):
     output = tmp_path / "sub" / "results.json"
-    code = main(
+    code = run_command(
+        main,
         [
             *("--tasks=tiny_choice", f"--include_path={tasks}"),
             *(f"--output={output}", "--limit=2"),
-        ]
+        ],
     )
     assert code == 0
     assert "tiny_choice" in capsys.readouterr().out
@@ -197,9 +199,9 @@ def test_what_the_command_cannot_do_ends_with_code_2(
         lambda **options: TaskManager(**options | {"include_defaults": False}),
     )
     where = f"--include_path={tasks}"
-    assert main([where, "--tasks=no_such_task"]) == 2
+    assert run_command(main, [where, "--tasks=no_such_task"]) == 2
     assert "no_such_task" in capsys.readouterr().err
-    assert main([where, f"--model={tmp_path}", "--tasks=tiny_choice"]) == 2
+    assert run_command(main, [where, f"--model={tmp_path}", "--tasks=tiny_choice"]) == 2
     assert str(tmp_path) in capsys.readouterr().err
 
 

@@ -88,8 +88,8 @@ def test_bad_values_end_with_code_2_and_all_the_reasons(tmp_path):
         "--config.training.warmup_ratio=2.0",
     )
     assert finished.returncode == 2
-    assert "training.dpo.beta = -1.0" in finished.stdout
-    assert "training.warmup_ratio = 2.0" in finished.stdout
+    assert "training.dpo.beta=-1.0" in finished.stderr
+    assert "training.warmup_ratio=2.0" in finished.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -103,5 +103,5 @@ def test_a_bad_row_ends_with_code_2_its_number_and_the_reason(tmp_path):
         f"--config.data.train={data}",
     )
     assert finished.returncode == 2, finished.stderr[-2000:]
-    assert "1 of 2 rows" in finished.stdout
-    assert "completion" in finished.stdout
+    assert "1 of 2 rows" in finished.stderr
+    assert "completion" in finished.stderr

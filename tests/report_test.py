@@ -13,6 +13,7 @@ import sys
 import pytest
 
 from jaxtrain import report
+from jaxtrain.cli.ending import run_command
 from jaxtrain.record.writers import make_writers
 from jaxtrain.report.__main__ import main
 
@@ -72,7 +73,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "lo')  # a first half line
     with pytest.raises(ValueError, match="no step yet"):
         report.read_run(tmp_path)
-    assert main([str(tmp_path / "nothing")]) == 2
+    assert run_command(main, [str(tmp_path / "nothing")]) == 2
     assert "nothing is no work directory" in capsys.readouterr().err
 
 

@@ -1,49 +1,68 @@
 """Compile the real train step for chips that are not there: what it needs, if it fits.
 
-    python -m jaxtrain.aot --config=configs/dpo.py --topology=v5e:4x4 \\
-        --config.model.name_or_path=configs/shapes/qwen2.5-3b
+    jaxtrain aot dpo --topology=v5e:4x4 --model=configs/shapes/qwen2.5-3b
 
 `--search` tries mesh shapes, rematerialization and batch sizes in place of the
 config's. Needs `jax[tpu]` (it brings libtpu, the compiler) and no TPU, for `h200:8`
 jax's CUDA plugin and no GPU; of a model its config.json is enough. Exits with 3 where
-the step does not fit.
+the step does not fit. `python -m jaxtrain.aot --config=...` is the same.
 """
 
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from absl import app, flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-from jaxtrain.aot import compile_for, describe_devices, search, search_settings
-from jaxtrain.aot.report import CHIPS, describe
+from jaxtrain.cli.command import ConfigParser
+from jaxtrain.cli.ending import run_command
 
 DOES_NOT_FIT = 3
 
 
-def main(argv: list[str]) -> None:
-    """Compile, print, and exit with 0, or with 3 where it does not fit."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    config: ConfigDict = _CONFIG.value
-    topology, num_slices = str(_TOPOLOGY.value), _NUM_SLICES.value
-    try:
-        devices = describe_devices(topology, num_slices)
-        if _SEARCH.value:
-            _search_and_exit(config, devices, topology, num_slices)
-        report = compile_for(config, devices, topology)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+def main(arguments: Sequence[str]) -> int:
+    """Compile, print, and return 0, or 3 where it does not fit.
+
+    Raises:
+        ValueError: the configuration, the model, or the topology.
+    """
+    assert __doc__ is not None
+    parser = ConfigParser("aot", __doc__)
+    parser.add_argument("--topology", required=True, help="such as v5e:4x4 or h200:8")
+    parser.add_argument(
+        "--num_slices", type=int, default=1, help="slices of this topology"
+    )
+    parser.add_argument(
+        "--search",
+        action="store_true",
+        help="try mesh shapes, rematerialization and rows; print the best",
+    )
+    parser.add_argument(
+        "--max_compiles", type=int, default=12, help="at most, of --search"
+    )
+    options, config, _ = parser.read(arguments)
+    # Only now: what is wrong with a flag need not wait for jax.
+    from jaxtrain.aot import compile_for, describe_devices
+    from jaxtrain.aot.report import describe
+
+    topology = options.topology
+    devices = describe_devices(topology, options.num_slices)
+    if options.search:
+        limits = (options.num_slices, options.max_compiles)
+        return _search(config, devices, topology, limits)
+    report = compile_for(config, devices, topology)
     print(describe(report))
-    sys.exit(0 if report.fits else DOES_NOT_FIT)
+    return 0 if report.fits else DOES_NOT_FIT
 
 
-def _search_and_exit(
-    config: ConfigDict, devices: Sequence[Any], topology: str, num_slices: int
-) -> None:
-    most = _MAX_COMPILES.value
+def _search(
+    config: ConfigDict, devices: Sequence[Any], topology: str, limits: tuple[int, int]
+) -> int:
+    """Print what was tried and the best; `limits` are num_slices and max_compiles."""
+    from jaxtrain.aot import search, search_settings
+    from jaxtrain.aot.report import CHIPS
+
+    num_slices, most = limits
     outcomes, best = search_settings(
         config, devices, topology, num_slices=num_slices, max_compiles=most
     )
@@ -51,21 +70,11 @@ def _search_and_exit(
     print(search.format_table(outcomes, memory))
     if best is None:
         print("NOTHING FITS")
-        sys.exit(DOES_NOT_FIT)
+        return DOES_NOT_FIT
     flags = search.as_flags(best.candidate)
-    print("BEST:", " ".join(f"--config.{key}={value}" for key, value in flags.items()))
-    sys.exit(0)
+    print("BEST:", " ".join(f"--{key}={value}" for key, value in flags.items()))
+    return 0
 
 
 if __name__ == "__main__":
-    _CONFIG = config_flags.DEFINE_config_file(
-        "config", None, "Configuration file.", lock_config=True
-    )
-    _TOPOLOGY = flags.DEFINE_string("topology", None, "Such as v5e:4x4 or h200:8.")
-    _NUM_SLICES = flags.DEFINE_integer("num_slices", 1, "Slices of this topology.")
-    _SEARCH = flags.DEFINE_bool(
-        "search", False, "Try mesh shapes, rematerialization and rows; print the best."
-    )
-    _MAX_COMPILES = flags.DEFINE_integer("max_compiles", 12, "At most, of --search.")
-    flags.mark_flags_as_required(["config", "topology"])
-    app.run(main)
+    sys.exit(run_command(main))

@@ -1,13 +1,11 @@
 """Configurations: their keys, what keys mean together, and the resolved `RunConfig`."""
 
+from jaxtrain.config.files import ConfigManager, load_config, load_yaml
 from jaxtrain.config.rules import ConfigError
 from jaxtrain.config.run import (
-    ConfigManager,
     RunConfig,
     default_config,
     diff,
-    load_config,
-    load_yaml,
     resolve,
     to_config_dict,
 )

@@ -5,20 +5,15 @@ training key is looked up in the block of the active training_type, then in `tra
 then in `TYPE_DEFAULTS`.
 """
 
-import importlib.util
-import os
-import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import yaml
 from ml_collections import ConfigDict
 
 from jaxtrain import schema
 from jaxtrain.config import sections
-from jaxtrain.config.rules import ConfigError, resolve_sections
+from jaxtrain.config.rules import resolve_sections
 from jaxtrain.config.sections import SCHEMA
 from jaxtrain.objectives.options import ObjectiveRow, Options, objective_row
 from jaxtrain.tree import dotted
@@ -90,15 +85,23 @@ class RunConfig:
         return [*_explain(self), *self.notes]
 
 
+class HasConfigDict(Protocol):
+    """What wraps a ConfigDict, as `ConfigManager` does."""
+
+    @property
+    def config_dict(self) -> ConfigDict: ...
+
+
 def default_config() -> ConfigDict:
     """Every key at its default, unlocked."""
     return schema.to_config_dict(SCHEMA)
 
 
 def resolve(
-    config: "ConfigDict | Mapping[str, Any] | ConfigManager | RunConfig",
+    config: "ConfigDict | Mapping[str, Any] | HasConfigDict | RunConfig",
     *,
     device_count: int | None = None,
+    flags: Collection[str] = (),
 ) -> RunConfig:
     """Check a configuration, work out what is unset, and freeze it.
 
@@ -107,16 +110,18 @@ def resolve(
             returned as it is.
         device_count: devices present. Known, the mesh has no -1 left and num_gpus is
             checked against it.
+        flags: full keys that the command line set. One that another key overrules, or
+            that acts nowhere in this run, is a problem and not a note.
 
     Raises:
         ConfigError: one line for each problem, all of them.
     """
     if isinstance(config, RunConfig):
         return config
-    if isinstance(config, ConfigManager):
+    if not isinstance(config, Mapping | ConfigDict):
         config = config.config_dict
     given = config.to_dict() if isinstance(config, ConfigDict) else config
-    found = resolve_sections(given, device_count)
+    found = resolve_sections(given, device_count, flags)
     values = {each.name: getattr(found, each.name) for each in fields(RunConfig)}
     values["notes"] = tuple(found.notes)
     values["lora"] = found.lora if found.lora.enabled else None
@@ -192,126 +197,3 @@ def _explain(run: RunConfig) -> list[str]:
             f" {curriculum.end_length} tokens in {curriculum.steps} steps"
         )
     return lines
-
-
-# --- Files and the Python interface --------------------------------------------------
-
-
-class ConfigManager:
-    """A configuration to load, change by attribute, and resolve.
-
-    >>> config = ConfigManager()
-    >>> config.load_config("run.yaml")
-    >>> config.training.deepspeed = {"zero_stage": 2, "offload_optimizer": True}
-
-    Attributes are the sections of the ConfigDict. A dict given for a section may be
-    partial: `resolve` lays it over the defaults.
-    """
-
-    _config: ConfigDict
-
-    def __init__(self, config: ConfigDict | None = None) -> None:
-        config = default_config() if config is None else config
-        self.__dict__["_config"] = config.lock()
-
-    @property
-    def config_dict(self) -> ConfigDict:
-        """The configuration as it stands, unresolved."""
-        return self._config
-
-    def load_config(self, path: str | os.PathLike[str]) -> None:
-        """Take over a YAML file, or a Python file with `get_config()`; see load_config.
-
-        Raises:
-            ConfigError: keys that do not exist or values of a wrong type.
-        """
-        self.__dict__["_config"] = load_config(path).lock()
-
-    def resolve(self, *, device_count: int | None = None) -> RunConfig:
-        """`resolve` of this configuration."""
-        return resolve(self._config, device_count=device_count)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):  # copy and pickle ask before there is a _config
-            raise AttributeError(name)
-        return getattr(self._config, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._config, name, value)
-
-
-def load_config(path: str | os.PathLike[str]) -> ConfigDict:
-    """Read a .yaml, .yml or .json file, or a .py file ("file.py:argument" too).
-
-    Raises:
-        ConfigError: see `load_yaml`.
-        ValueError: the name says none of these.
-        FileNotFoundError: there is no such file.
-    """
-    text, _, argument = os.fspath(path).partition(":")
-    suffix = Path(text).suffix
-    if suffix in (".yaml", ".yml", ".json"):  # JSON is YAML
-        return load_yaml(path)
-    if suffix != ".py":
-        raise ValueError(f"config = {text!r}: unknown kind; give a .yaml or .py file")
-    spec = importlib.util.spec_from_file_location("jaxtrain_config_file", text)
-    if spec is None or spec.loader is None or not Path(text).is_file():
-        raise FileNotFoundError(f"config = {text!r}: no such file")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config: ConfigDict = module.get_config(*([argument] if argument else []))
-    return config
-
-
-def load_yaml(path: str | os.PathLike[str]) -> ConfigDict:
-    """The defaults with a YAML file's `training`, `model`, `data`, `mesh` laid over.
-
-    Numbers are YAML 1.2's, so 5e-5 is one (PyYAML alone reads a text).
-
-    Raises:
-        ConfigError: a key that is unknown or given twice, or a value of a wrong type;
-            then every other problem of the file is listed with it.
-    """
-    with open(path, encoding="utf-8") as file:
-        try:
-            given = yaml.load(file, _YamlLoader)
-        except yaml.YAMLError as error:
-            raise ConfigError(
-                f"config = {os.fspath(path)!r}: not YAML; {error}"
-            ) from error
-    if not isinstance(given, Mapping | None):
-        raise ConfigError(
-            f"config = {os.fspath(path)!r}: not sections of keys; write 'training:'"
-            " and keys under it"
-        )
-    config = default_config()
-    problems = schema.overlay(config, SCHEMA, given or {})
-    if problems:
-        # The file will not load, so say all there is to say about it now.
-        try:
-            resolve(given or {})
-        except ConfigError as error:
-            problems = error.problems
-        raise ConfigError(problems)
-    return config
-
-
-class _YamlLoader(yaml.SafeLoader):
-    """PyYAML's safe loader with YAML 1.2 numbers, refusing a key given twice."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value if key.tag != _MERGE_TAG]
-        for name in names:
-            if names.count(name) > 1:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {name!r} is given twice", node.start_mark
-                )
-        return super().construct_mapping(node, deep)
-
-
-_MERGE_TAG = "tag:yaml.org,2002:merge"
-_YamlLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$"),
-    list("-+.0123456789"),
-)

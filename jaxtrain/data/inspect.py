@@ -1,13 +1,14 @@
 """Look at data before training: what was detected, what is wrong, what is trained.
 
-    python -m jaxtrain.data.inspect --config=configs/sft.py
-    python -m jaxtrain.data.inspect train.jsonl --tokenizer=Qwen/Qwen2.5-0.5B
+    jaxtrain inspect sft
+    jaxtrain inspect train.jsonl --tokenizer=Qwen/Qwen2.5-0.5B
 
 It prints the format, the rows that cannot be used with their lines and reasons, the
 lengths, and some rows as the model sees them, the trained tokens between ⟦ and ⟧ (in
 green on a terminal). It exits with 1 if any row is bad.
 """
 
+import argparse
 import dataclasses
 import functools
 import json
@@ -18,11 +19,12 @@ from typing import Any
 
 import datasets
 import numpy as np
-from absl import flags
-from ml_collections import ConfigDict, config_flags
 
 from jaxtrain import assets
+from jaxtrain.cli.command import ConfigParser
+from jaxtrain.cli.ending import run_command
 from jaxtrain.config import RunConfig, default_config, resolve
+from jaxtrain.config.files import shipped_configs
 from jaxtrain.data.batches.dataset import TokenStore
 from jaxtrain.data.batches.mixture import Mixture
 from jaxtrain.data.loading import load_training_rows, prepare_options
@@ -150,40 +152,64 @@ def _tokenizer(run: RunConfig, given: str | None) -> PreTrainedTokenizerBase:
     )
 
 
-def main(argv: Sequence[str]) -> int:
-    """Print the report; 1 where a row is bad, 2 where nothing can be said."""
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file(
-        "config", None, "Configuration of the run.", flag_values=values,
-        sys_argv=list(argv),
-    )  # fmt: skip
-    flags.DEFINE_string("tokenizer", None, "Folder or hub name.", flag_values=values)
-    flags.DEFINE_integer("rows", 3, "Rows to print.", flag_values=values)
-    flags.DEFINE_integer("max_length", None, "In tokens.", flag_values=values)
-    flags.DEFINE_bool(
-        "color", sys.stdout.isatty(), "Mark by color.", flag_values=values
-    )
-    try:
-        (_, *paths) = values(list(argv))
-        config: ConfigDict | None = values.config
-        if (config is None) != (len(paths) == 1):
-            raise ValueError("give --config=FILE, or one path of data")
-        run = resolve(config) if config else _run_of_file(paths[0], values.max_length)
-        rows = load_training_rows(run)
-        tokenizer = _tokenizer(run, values.tokenizer)
-        bad = 0
-        for name, part in _parts(run, rows).items():
-            if isinstance(rows, Mixture | StreamRows):
-                print(f"===== {name}")
-            lines, count = report(
-                run, part, tokenizer, shown=values.rows, color=values.color
-            )
-            print("\n".join(lines))
-            bad += count
-    except (ValueError, OSError, flags.Error) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def main(arguments: Sequence[str]) -> int:
+    """Print the report; 1 where a row is bad.
+
+    Raises:
+        ValueError, OSError: nothing can be said.
+    """
+    # The report says it all: no progress bars and no warnings beside it.
+    datasets.disable_progress_bars()
+    for library in ("datasets", "jaxtrain"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
+    options, run = _read_options(arguments)
+    rows = load_training_rows(run)
+    tokenizer = _tokenizer(run, options.tokenizer)
+    bad = 0
+    for name, part in _parts(run, rows).items():
+        if isinstance(rows, Mixture | StreamRows):
+            print(f"===== {name}")
+        lines, count = report(
+            run, part, tokenizer, shown=options.rows, color=options.color
+        )
+        print("\n".join(lines))
+        bad += count
     return 1 if bad else 0
+
+
+def _read_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, RunConfig]:
+    """The flags, and the configuration named, or that of a file of data."""
+    parser = ConfigParser(
+        "inspect",
+        "Look at data before training: jaxtrain inspect sft, or a file of data:\n"
+        "jaxtrain inspect train.jsonl --tokenizer=Qwen/Qwen2.5-0.5B",
+    )
+    add = parser.add_argument
+    add("--tokenizer", help="folder or hub name (default: the model's)")
+    add("--rows", type=int, default=3, help="rows to print")
+    add("--max_length", type=int, help="in tokens")
+    add(
+        "--color",
+        action=argparse.BooleanOptionalAction,
+        default=sys.stdout.isatty(),
+        help="mark trained tokens by color",
+    )
+    path = _data_path(parser, arguments)
+    if path is None:
+        options, _, run = parser.read(arguments)
+    else:
+        options = parser.parse(arguments)
+        run = _run_of_file(path, options.max_length)
+    return options, run
+
+
+def _data_path(parser: ConfigParser, arguments: Sequence[str]) -> str | None:
+    """The argument that is a path of data and not a configuration, if there is one."""
+    options, _ = parser.parse_known_args(arguments)
+    named = options.config
+    is_config = named is None or named in shipped_configs()
+    is_config |= str(named).partition(":")[0].endswith((".py", ".yaml", ".yml"))
+    return None if is_config else str(named)
 
 
 def _parts(run: RunConfig, rows: Any) -> Mapping[str, Rows]:
@@ -196,8 +222,4 @@ def _parts(run: RunConfig, rows: Any) -> Mapping[str, Rows]:
 
 
 if __name__ == "__main__":
-    # The report says it all: no progress bars and no warnings beside it.
-    datasets.disable_progress_bars()
-    for library in ("datasets", "jaxtrain"):
-        logging.getLogger(library).setLevel(logging.CRITICAL)
-    sys.exit(main(sys.argv))
+    sys.exit(run_command(main))

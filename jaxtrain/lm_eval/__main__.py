@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 
+from jaxtrain.cli.command import Parser
+from jaxtrain.cli.ending import run_command
 from jaxtrain.lm_eval.model import DTYPES, JaxtrainLM
 from jaxtrain.run import distributed
 
@@ -54,12 +56,13 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m jaxtrain.lm_eval",
-        description="Evaluate a model with the lm-evaluation-harness.",
-    )
+def main(arguments: Sequence[str]) -> None:
+    """Evaluate and show the tables.
+
+    Raises:
+        ValueError: no such model or task.
+    """
+    parser = Parser("lm-eval", "Evaluate a model with the lm-evaluation-harness.")
     add = parser.add_argument
     add("--model", default="", help="directory or hub name; default: the embedded one")
     add("--tasks", required=True, help="names, separated by commas")
@@ -75,16 +78,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--apply_chat_template", action="store_true", help="ask as in a chat")
     add("--log_samples", action="store_true", help="each answer into --output too")
     add("--output", type=pathlib.Path, help="a JSON file for the results")
-    arguments = parser.parse_args(argv)
-    try:
-        distributed.initialize()
-        results = evaluate(arguments)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
+    options = parser.parse(arguments)
+    distributed.initialize()
+    results = evaluate(options)
     if jax.process_index() == 0:
-        _show(results, arguments.output)
-    return 0
+        _show(results, options.output)
 
 
 def _show(results: dict[str, Any], output: pathlib.Path | None) -> None:
@@ -100,4 +98,4 @@ def _show(results: dict[str, Any], output: pathlib.Path | None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

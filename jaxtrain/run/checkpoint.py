@@ -73,6 +73,12 @@ class Restored:
         return first
 
 
+def saved_steps(directory: pathlib.Path) -> list[int]:
+    """The steps saved in a directory of checkpoints, ascending, read off its names."""
+    names = (path.name for path in directory.glob("*"))
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
 class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
     """Save asynchronously, restore onto any shardings, keep the newest and the best.
 

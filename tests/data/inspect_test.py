@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 
+from jaxtrain.cli.ending import run_command
 from jaxtrain.data.batches.dataset import TokenStore
 from jaxtrain.data.inspect import count_duplicates, main, render
 
@@ -24,7 +25,7 @@ def write(path, rows, between=""):
 
 
 def inspect(capsys, *arguments):
-    status = main(["inspect", "--nocolor", *arguments])
+    status = run_command(main, ["--no-color", *arguments])
     output = capsys.readouterr()
     return status, output.out, output.err
 
@@ -93,7 +94,7 @@ def test_of_streams_the_first_rows_are_shown_by_source(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give --config=FILE, or one path"),
+        ([], "no configuration is named"),
         (["no_such.jsonl"], "does not exist"),
         (["--config=no_such.yaml"], "no_such.yaml"),
     ],

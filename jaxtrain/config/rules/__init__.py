@@ -4,7 +4,7 @@ Each rule settles sections of a `Resolution`, or checks them, and adds every pro
 that it finds; so one run of the command shows them all. `RULES` is their order.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from jaxtrain.config.rules import data, dpo, loop, lora, mesh, model, optimization
@@ -32,16 +32,22 @@ RULES = (
 )
 
 
-def resolve_sections(given: Mapping[str, Any], device_count: int | None) -> Resolution:
+def resolve_sections(
+    given: Mapping[str, Any], device_count: int | None, flags: Collection[str] = ()
+) -> Resolution:
     """Every section, settled.
+
+    Args:
+        flags: full keys that the command line set.
 
     Raises:
         ConfigError: every problem found.
     """
-    run = Resolution(given, device_count)
+    run = Resolution(given, device_count, flags)
     for rule in RULES:
         rule(run)
+    if not run.problems:  # else sections may be unsettled
+        run.note_ineffective()
     if run.problems:
         raise ConfigError(run.problems)
-    run.note_ineffective()
     return run

@@ -20,6 +20,9 @@ def resolve_loop(run: Resolution) -> None:
             "neither -1 nor positive; set -1 to count epochs, or the number of"
             " optimizer steps",
         )
+    if loop.max_steps > 0 and "num_train_epochs" not in run.unset:
+        epochs, steps = run.origin["num_train_epochs"], run.origin["max_steps"]
+        run.note_gives_way(epochs, steps, loop.max_steps)
     if loop.greater_is_better is None:
         is_loss = loop.metric_for_best_model.endswith(("loss", "perplexity", "kl"))
         run.loop = replace(run.loop, greater_is_better=not is_loss)

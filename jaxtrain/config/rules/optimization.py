@@ -27,9 +27,10 @@ def resolve_schedule(run: Resolution) -> None:
 def _resolve_warmup(run: Resolution) -> None:
     steps, ratio = run.schedule.warmup_steps or 0, run.schedule.warmup_ratio or 0.0
     if steps and ratio:
-        run.notes.append(
+        run.note(
+            run.origin["warmup_ratio"],
             f"{run.origin['warmup_ratio']} = {ratio} has no effect:"
-            f" warmup_steps = {steps} takes precedence, as in transformers"
+            f" warmup_steps = {steps} takes precedence, as in transformers",
         )
         ratio = 0.0
     if run.schedule.lr_scheduler_type == "constant" and (steps or ratio):

@@ -1,6 +1,6 @@
 """The sections of a run while rules settle them, and what the rules say about them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from operator import attrgetter
 from typing import Any
 
@@ -30,15 +30,21 @@ class Resolution:
     A section holds what was set for the run until a rule settles it. Rules name a
     general training key without `training.`, as in "deepspeed.zero_stage". `general`
     maps each to its value, `origin` to the full key that gave it; `unset` holds those
-    that nobody set.
+    that nobody set. `flags` are the full keys that the command line set.
     """
 
-    def __init__(self, given: Mapping[str, Any], device_count: int | None) -> None:
+    def __init__(
+        self,
+        given: Mapping[str, Any],
+        device_count: int | None,
+        flags: Collection[str] = (),
+    ) -> None:
         self.values, refused = schema.merge(SCHEMA, given)
         self.problems = list(refused.values())
         self.refused = set(refused)
         self.notes: list[str] = []
         self.device_count = device_count
+        self.flags = frozenset(flags)
         training = self.values["training"]
         self.training_type: TrainingType = training["training_type"]
         self.lora = build(sections.LoraSection, training["lora"])
@@ -104,19 +110,35 @@ class Resolution:
     def note_gives_way(self, key: str, winner: str, winning: Any) -> None:
         """Note that a full key does not count, and which one does."""
         value = get(self.values, key)
-        self.notes.append(f"{key} = {value!r} gives way to {winner} = {winning!r}")
+        text = f"{key} = {value!r} gives way to {winner} = {winning!r}"
+        self.note(key, text, f"set {winner}, or remove that")
+
+    def note(self, key: str, text: str, fix: str = "remove the flag") -> None:
+        """Note that a full key does not act; a flag that doesn't is a problem."""
+        if key in self.flags:
+            self.problems.append(f"{text}; {fix}")
+        else:
+            self.notes.append(text)
 
     def note_ineffective(self) -> None:
         """Name the keys that were set and that the settled run does not read."""
         for key, leaf in dotted(SCHEMA).items():
             value = get(self.values, key)
-            if value == leaf.default:
+            if value == leaf.default and key not in self.flags:
                 continue
             for condition in leaf.all(schema.OnlyIf):
                 settled = attrgetter(condition.key.removeprefix("training."))
                 if condition.key != key and (why := condition.reason(settled(self))):
-                    self.notes.append(f"{key} = {value!r} has no effect: {why}")
+                    text = f"{key} = {value!r} has no effect: {why}"
+                    self.note(key, text, self._acting_instead(key))
                     break
+
+    def _acting_instead(self, key: str) -> str:
+        """What to set in place of a key of another training type's block."""
+        _, _, name = key.removeprefix("training.").partition(".")
+        if name in GENERAL_KEYS:
+            return f"set training.{name}"
+        return "remove the flag"
 
 
 def _take_precedence(run: Resolution) -> None:

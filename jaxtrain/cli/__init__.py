@@ -1,0 +1,57 @@
+"""The command `jaxtrain`, and `python -m jaxtrain`: `COMMANDS` is what it can do."""
+
+import difflib
+import importlib
+from collections.abc import Sequence
+
+import jaxtrain
+from jaxtrain.cli.ending import run_command
+
+# Name -> its module, whose `main(arguments)` runs it, and what it does.
+COMMANDS = {
+    "train": ("jaxtrain.main", "train a model as a configuration says"),
+    "inspect": ("jaxtrain.data.inspect", "look at data before training on it"),
+    "report": ("jaxtrain.report.__main__", "write one HTML page of one or more runs"),
+    "aot": ("jaxtrain.aot.__main__", "compile for chips that are not there"),
+    "configs": ("jaxtrain.cli.configs", "list the configurations that come along"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command that the arguments name; return its exit code."""
+    return run_command(_dispatch, arguments)
+
+
+def _dispatch(arguments: list[str]) -> int | None:
+    name, *rest = arguments or ["--help"]
+    if name in ("-h", "--help", "help"):
+        print(_help())
+        return 0
+    if name == "--version":
+        print(f"jaxtrain {jaxtrain.__version__}")
+        return 0
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {close[0]}?" if close else "see jaxtrain --help"
+        raise ValueError(
+            f"jaxtrain has no command {name!r}; {hint} (there are"
+            f" {', '.join(COMMANDS)})"
+        )
+    command = importlib.import_module(COMMANDS[name][0]).main
+    return command(rest)
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "Train language models in JAX.",
+            "",
+            "  jaxtrain train dpo --workdir=out/dpo",
+            "",
+            *lines,
+            "",
+            "jaxtrain COMMAND --help says more; --debug shows an error's traceback.",
+        ]
+    )

@@ -1,0 +1,100 @@
+"""What the commands that take a configuration share: their parser and their flags."""
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ml_collections import ConfigDict
+
+from jaxtrain.config import RunConfig, load_config
+from jaxtrain.config.flags import Flag, resolve_flags, split_flags
+
+_KEYS = """\
+Any key of the configuration is a flag too, which wins over the file:
+--training.learning_rate=5e-4, --data.train=train.jsonl. `jaxtrain configs` lists the
+configurations that come along."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors that are ValueErrors, which commands report like others."""
+
+    def __init__(self, name: str, description: str, **options: Any) -> None:
+        """`name`: the command's, as in "jaxtrain train"."""
+        super().__init__(
+            prog=f"jaxtrain {name}",
+            description=description,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            **options,
+        )
+        self.add_argument(
+            "--debug", action="store_true", help="show the traceback of an error"
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (see {self.prog} --help)")
+
+    def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """Parse all arguments.
+
+        Raises:
+            ValueError: one of them is unknown, with the nearest that is known.
+        """
+        options, unknown = self.parse_known_args(arguments)
+        if unknown:
+            name, _, _ = unknown[0].partition("=")
+            known = [flag for flag in self._option_string_actions if flag[:2] == "--"]
+            close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            self.error(f"unknown argument {name}{hint}")
+        return options
+
+
+class ConfigParser(Parser):
+    """The parser of a command that takes a configuration, by position or `--config`."""
+
+    def __init__(self, name: str, description: str) -> None:
+        super().__init__(name, description, epilog=_KEYS)
+        self.add_argument(
+            "config",
+            nargs="?",
+            help="a name such as dpo, a .yaml file, or a .py file with get_config()",
+        )
+        self.add_argument(
+            "--config", dest="config_flag", metavar="CONFIG", help="the same as a flag"
+        )
+        self.add_argument(
+            "--model",
+            help="a local Hugging Face directory or a hub name; sets"
+            " model.name_or_path",
+        )
+
+    def read(
+        self, arguments: Sequence[str]
+    ) -> tuple[argparse.Namespace, ConfigDict, RunConfig]:
+        """The command's own options, and the configuration with its flags set.
+
+        Raises:
+            ValueError: a flag, the file or the configuration; all of its problems.
+        """
+        flags, rest = split_flags(arguments)
+        options = self.parse(rest)
+        named = [each for each in (options.config, options.config_flag) if each]
+        if len(named) != 1:
+            self.error(
+                "no configuration is named"
+                if not named
+                else f"two configurations are named, {named[0]} and {named[1]}"
+            )
+        options.config = named[0]
+        if options.model is not None:
+            flags.append(Flag("model.name_or_path", options.model))
+        config, run = resolve_flags(load_config(options.config), flags)
+        return options, config, run
+
+
+def default_workdir(config: str) -> Path:
+    """The work directory of a run that names none: `out/dpo` for dpo and dpo.yaml."""
+    return Path("out") / Path(config.partition(":")[0]).stem

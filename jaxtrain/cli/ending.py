@@ -1,0 +1,93 @@
+"""How a command ends: one short message in place of a traceback, and an exit code.
+
+    0    it did what it was asked to do
+    1    the machine failed: disk full, device lost, out of memory
+    2    the user can mend it: a flag, a key, a file, a row, weights that diverged
+    75   SIGTERM came, a checkpoint is saved: start it again (EX_TEMPFAIL)
+    130  Ctrl-C
+
+An exception that is none of these is a bug of ours, or of a function that the user
+wrote, and keeps its traceback. `--debug` shows every traceback. This module imports
+nothing large: commands call it before they import jax.
+"""
+
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+MISTAKE, FAULT, INTERRUPTED = 2, 1, 130
+
+# What the operating system says about a path that the user has named.
+_MISTAKEN_PATHS = (
+    errno.ENOENT, errno.EACCES, errno.EPERM, errno.EEXIST, errno.EISDIR, errno.ENOTDIR,
+    errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP,
+)  # fmt: skip
+_OUT_OF_MEMORY = (
+    "the device has no memory left: lower training.per_device_train_batch_size (and"
+    " raise gradient_accumulation_steps), set training.gradient_checkpointing = true,"
+    " or training.cpu_offload = true"
+)
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, with a message that says how to go on."""
+
+
+def run_command(
+    command: Callable[[list[str]], int | None], arguments: Sequence[str] | None = None
+) -> int:
+    """Call a command with its arguments; report what it raises; return its exit code.
+
+    Args:
+        command: takes the arguments, without `--debug`; None is exit code 0.
+        arguments: those of the process if None.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    try:
+        return command([each for each in given if each != "--debug"]) or 0
+    except BrokenPipeError:  # `jaxtrain configs | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAULT
+    except (Exception, KeyboardInterrupt) as error:
+        found = describe(error)
+        if debug or found is None:
+            traceback.print_exc()
+        if found is None:
+            return FAULT
+        code, message = found
+        for line in message.splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        return code
+
+
+def describe(error: BaseException) -> tuple[int, str] | None:
+    """The exit code and the message of an exception; None for a bug."""
+    text = str(error).strip()
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED, text or "interrupted"
+    if isinstance(error, OSError):
+        # Without a number, it is a library's or our own word on a path or a name.
+        code = MISTAKE if error.errno in (None, *_MISTAKEN_PATHS) else FAULT
+        where = f"{error.filename}: " if error.filename else ""
+        return code, f"{where}{error.strerror or text}"
+    if isinstance(error, ImportError) and "pip install" in text:  # an extra of ours
+        return MISTAKE, text
+    if isinstance(error, ValueError | FloatingPointError):
+        return MISTAKE, text + _raised_elsewhere(error)
+    if type(error).__name__ in ("XlaRuntimeError", "JaxRuntimeError"):
+        if "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower():
+            return FAULT, _OUT_OF_MEMORY
+        return FAULT, text.splitlines()[0]
+    return None
+
+
+def _raised_elsewhere(error: BaseException) -> str:
+    """Where a library raised it, whose words alone may not tell what to do."""
+    frames = traceback.extract_tb(error.__traceback__)
+    if not frames or f"{os.sep}jaxtrain{os.sep}" in frames[-1].filename:
+        return ""
+    file, line = frames[-1].filename, frames[-1].lineno
+    return f"\n(from {file}, line {line}; --debug shows the way there)"

@@ -1,0 +1,226 @@
+"""Configuration files, and `ConfigManager`, the Python interface to them."""
+
+import ast
+import difflib
+import importlib.util
+import os
+import re
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from ml_collections import ConfigDict
+
+from jaxtrain import schema
+from jaxtrain.config.rules import ConfigError
+from jaxtrain.config.run import RunConfig, default_config, resolve
+from jaxtrain.config.sections import SCHEMA
+
+
+class ConfigManager:
+    """A configuration to load, change by attribute, and resolve.
+
+    >>> config = ConfigManager()
+    >>> config.load_config("run.yaml")
+    >>> config.training.deepspeed = {"zero_stage": 2, "offload_optimizer": True}
+
+    Attributes are the sections of the ConfigDict. A dict given for a section may be
+    partial: `resolve` lays it over the defaults.
+    """
+
+    _config: ConfigDict
+
+    def __init__(self, config: ConfigDict | None = None) -> None:
+        config = default_config() if config is None else config
+        self.__dict__["_config"] = config.lock()
+
+    @property
+    def config_dict(self) -> ConfigDict:
+        """The configuration as it stands, unresolved."""
+        return self._config
+
+    def load_config(self, path: str | os.PathLike[str]) -> None:
+        """Take over a YAML file, or a Python file with `get_config()`; see load_config.
+
+        Raises:
+            ConfigError: keys that do not exist or values of a wrong type.
+        """
+        self.__dict__["_config"] = load_config(path).lock()
+
+    def resolve(self, *, device_count: int | None = None) -> RunConfig:
+        """`resolve` of this configuration."""
+        return resolve(self._config, device_count=device_count)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # copy and pickle ask before there is a _config
+            raise AttributeError(name)
+        return getattr(self._config, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._config, name, value)
+
+
+def load_config(path: str | os.PathLike[str]) -> ConfigDict:
+    """Read a .yaml, .yml, .json or .py file, or one that comes with jaxtrain by name.
+
+    A Python file has a function `get_config()`; in "file.py:argument" it is called with
+    the argument.
+
+    Raises:
+        ConfigError: see `load_yaml`; or the Python file fails, with the line.
+        ValueError: the name says none of these kinds, or none of that name comes along.
+        FileNotFoundError: there is no such file.
+    """
+    text, _, argument = os.fspath(path).partition(":")
+    if Path(text).name == text and not Path(text).suffix:
+        text = str(shipped_config(text))
+    suffix = Path(text).suffix
+    if suffix not in (".yaml", ".yml", ".json", ".py"):
+        raise ValueError(f"config = {text!r}: unknown kind; give a .yaml or .py file")
+    if not Path(text).is_file():
+        hint = _nearest_file(Path(text))
+        raise FileNotFoundError(f"config = {text!r}: no such file{hint}")
+    if suffix != ".py":  # JSON is YAML
+        return load_yaml(path)
+    return _load_python(text, [argument] if argument else [])
+
+
+def shipped_configs() -> dict[str, Path]:
+    """The configurations that come with jaxtrain, by name: of the wheel or checkout."""
+    package = Path(__file__).parent.parent
+    installed = package / "configs"
+    folder = installed if installed.is_dir() else package.parent / "configs"
+    paths = sorted(folder.glob("*.py"))
+    return {path.stem: path for path in paths if path.stem != "from_yaml"}
+
+
+def shipped_config(name: str) -> Path:
+    """The file of a configuration that comes with jaxtrain.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    found = shipped_configs()
+    if name not in found:
+        close = difflib.get_close_matches(name, found, n=1)
+        hint = f"did you mean {close[0]}? There are" if close else "there are"
+        raise ValueError(
+            f"config = {name!r}: no configuration of that name comes with jaxtrain;"
+            f" {hint} {', '.join(found)}, and a file's name ends in .yaml or .py"
+        )
+    return found[name]
+
+
+def _nearest_file(path: Path) -> str:
+    """A hint at a file beside it with a like name, or at the current folder."""
+    names = os.listdir(path.parent) if path.parent.is_dir() else []
+    if close := difflib.get_close_matches(path.name, names, n=1, cutoff=0.7):
+        return f"; did you mean {str(path.with_name(close[0]))!r}?"
+    if path.stem in shipped_configs():
+        return f"; the one that comes with jaxtrain is called {path.stem!r}"
+    return "" if path.is_absolute() else f" in {os.getcwd()}"
+
+
+def _load_python(path: str, arguments: list[str]) -> ConfigDict:
+    """Call `get_config` of a Python file.
+
+    Raises:
+        ConfigError: it is not there, raises, or returns something else; where the
+            exception is a ConfigError of its own, that.
+    """
+    spec = importlib.util.spec_from_file_location("jaxtrain_config_file", path)
+    assert spec is not None and spec.loader is not None  # it ends in .py
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config(*arguments)
+    except ConfigError:
+        raise
+    except Exception as error:
+        lines = [
+            frame.lineno
+            for frame in traceback.extract_tb(error.__traceback__)
+            if frame.filename == path
+        ]
+        line = error.lineno if isinstance(error, SyntaxError) else (lines or [None])[-1]
+        where = f"{path}, line {line}" if line else path
+        raise ConfigError(f"{where}: {type(error).__name__}: {error}") from error
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(
+            f"{path}: get_config() returned {type(config).__name__}; return a"
+            " ConfigDict, such as jaxtrain.config.default_config() with your values"
+        )
+    return config
+
+
+def load_yaml(path: str | os.PathLike[str]) -> ConfigDict:
+    """The defaults with a YAML file's `training`, `model`, `data`, `mesh` laid over.
+
+    Numbers are YAML 1.2's, so 5e-5 is one (PyYAML alone reads a text).
+
+    Raises:
+        ConfigError: a key that is unknown or given twice, or a value of a wrong type;
+            then every other problem of the file is listed with it.
+    """
+    with open(path, encoding="utf-8") as file:
+        try:
+            given = yaml.load(file, _YamlLoader)
+        except yaml.YAMLError as error:
+            raise ConfigError(
+                f"config = {os.fspath(path)!r}: not YAML; {error}"
+            ) from error
+    if not isinstance(given, Mapping | None):
+        raise ConfigError(
+            f"config = {os.fspath(path)!r}: not sections of keys; write 'training:'"
+            " and keys under it"
+        )
+    config = default_config()
+    problems = schema.overlay(config, SCHEMA, given or {})
+    if problems:
+        # The file will not load, so say all there is to say about it now.
+        try:
+            resolve(given or {})
+        except ConfigError as error:
+            problems = error.problems
+        raise ConfigError(problems)
+    return config
+
+
+def parse_value(text: str) -> Any:
+    """A number, true or false, null, a list or a mapping, written as in YAML or Python.
+
+    What is none of these is the text itself. Nothing is evaluated.
+    """
+    try:
+        value = yaml.load(text, _YamlLoader)
+    except yaml.YAMLError:
+        value = text
+    if isinstance(value, str) and value.startswith(("(", "[", "{")):
+        try:
+            return ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            return value
+    return value
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """PyYAML's safe loader with YAML 1.2 numbers, refusing a key given twice."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if key.tag != _MERGE_TAG]
+        for name in names:
+            if names.count(name) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {name!r} is given twice", node.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+_MERGE_TAG = "tag:yaml.org,2002:merge"
+_YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$"),
+    list("-+.0123456789"),
+)
