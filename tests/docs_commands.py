@@ -204,7 +204,7 @@ def find_unknown_flag(command: str) -> str | None:
         if module in ("jaxtrain.main", "jaxtrain.aot", "jaxtrain.aot.__main__"):
             try:
                 training_parser().read(arguments)
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 return str(error)
         elif importlib.util.find_spec(module) is None:
             return f"there is no module {module}"

@@ -191,18 +191,25 @@ def load_yaml(path: str | os.PathLike[str]) -> ConfigDict:
 def parse_value(text: str) -> Any:
     """A number, true or false, null, a list or a mapping, written as in YAML or Python.
 
-    What is none of these is the text itself. Nothing is evaluated.
+    `a,b` is a list too. What is none of these is the text itself. Nothing is evaluated.
     """
-    try:
-        value = yaml.load(text, _YamlLoader)
-    except yaml.YAMLError:
-        value = text
-    if isinstance(value, str) and value.startswith(("(", "[", "{")):
+    value = _read_yaml(text)
+    if not isinstance(value, str):
+        return value
+    if value.startswith(("(", "[", "{")):
         try:
             return ast.literal_eval(value)
         except (ValueError, SyntaxError):
             return value
-    return value
+    return _read_yaml(f"[{value}]") if "," in value else value
+
+
+def _read_yaml(text: str) -> Any:
+    """What YAML makes of a text; the text where it can't be read."""
+    try:
+        return yaml.load(text, _YamlLoader)
+    except yaml.YAMLError:
+        return text
 
 
 class _YamlLoader(yaml.SafeLoader):

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Build the sdist, the wheel out of it, install that into an environment of its own
+# outside the checkout, and run the README's first command from an empty folder.
+#   bash tests/package.sh
+# PYTHON: interpreter (python3). BUILDER: one that has the package `build` (.venv's).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+PYTHON=${PYTHON:-python3}
+BUILDER=${BUILDER:-.venv/bin/python}
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+
+"$BUILDER" -m build --outdir "$folder/dist" . > "$folder/build.log" ||
+    { cat "$folder/build.log" >&2; exit 1; }
+# What follows the installation in the README: .venv/bin/jaxtrain ...
+command=$(grep -m 1 '^python3 -m venv' README.md | sed 's/.*&& //')
+[[ $command == .venv/bin/jaxtrain* ]] || { echo "README: $command" >&2; exit 1; }
+
+mkdir "$folder/empty"
+cd "$folder/empty"
+"$PYTHON" -m venv .venv
+.venv/bin/pip install --quiet "$folder"/dist/*.whl
+# No torch, and nothing of the checkout.
+.venv/bin/python -c "
+import importlib.util, jaxtrain
+assert importlib.util.find_spec('torch') is None
+assert 'site-packages' in jaxtrain.__file__"
+.venv/bin/jaxtrain configs
+echo "$command"
+JAXTRAIN_CACHE=$folder/cache bash -c "$command"
+test -f out/dpo/model/model.safetensors
