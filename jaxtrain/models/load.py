@@ -1,31 +1,28 @@
 """From a resolved configuration to a model on its mesh: sizes, weights, tokenizer."""
 
 import dataclasses
-import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxtrain import assets, lora, sharding
 from jaxtrain.config import RunConfig
 from jaxtrain.data.rows.tokenize import load_tokenizer
-from jaxtrain.evaluation.generate import Generator, generate_texts, make_generate
+from jaxtrain.evaluation.inference import Inference
 from jaxtrain.kernels.attention import Layout
 from jaxtrain.models import hf, quantization
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.transformer import Decoder
-from jaxtrain.objectives import next_token
-from jaxtrain.types import Batch, Metrics, PairBatch, Params
+from jaxtrain.types import Params
 
 logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
-class LoadedModel:
+class LoadedModel(Inference):
     """A decoder, its weights laid out on a mesh, and where they came from.
 
     `directory` is the local Hugging Face directory, or None for random weights.
@@ -73,87 +70,6 @@ class LoadedModel:
     @property
     def config(self) -> ModelConfig:
         return self.decoder.config
-
-    @property
-    def eos_ids(self) -> tuple[int, ...]:
-        """The tokens that end a text: the tokenizer's, and those of the model."""
-        eos = self.config.eos_token_id
-        ids = {self.tokenizer.eos_token_id, *(eos if isinstance(eos, tuple) else [eos])}
-        return tuple(sorted(ids - {None}))
-
-    def make_generator(self, max_new_tokens: int, **options: Any) -> Generator:
-        """`generate.make_generate` for this model, with its end tokens; made once."""
-        key = (max_new_tokens, *sorted(options.items()))
-        if key not in self._generators:
-            options |= {"eos_ids": self.eos_ids, "pad_id": self.tokenizer.pad_token_id}
-            self._generators[key] = make_generate(
-                self.decoder, max_new_tokens=max_new_tokens, **options
-            )
-        return self._generators[key]
-
-    def on_device(self, params: Params) -> Params:
-        """The same weights in device memory, where they rest in host memory."""
-        if not self.plan.offload_params:
-            return params
-        layouts = sharding.layouts_of(params)
-        return jax.device_put(params, sharding.on_device(layouts))
-
-    def score(self, batch: Batch | PairBatch | Mapping[str, Any]) -> Metrics:
-        """Sums of loss (nats), accuracy and entropy over one batch of numpy [B, T].
-
-        The chosen side of pairs is scored. A mapping has arrays by the names of
-        `types.Batch`'s fields. B is filled up with empty rows to a multiple of the
-        data-parallel devices.
-        """
-        if isinstance(batch, Mapping):
-            names = [n for n in Batch.__dataclass_fields__ if n in batch]
-            batch = Batch(**{n: np.asarray(batch[n]) for n in names})
-        rows = batch.chosen if isinstance(batch, PairBatch) else batch
-        missing = -len(rows.tokens) % self.plan.batch_shards
-        if missing:
-            rows = jax.tree.map(lambda x: np.pad(x, ((0, missing), (0, 0))), rows)
-        placed: Any = sharding.place_batch(rows, self.plan.batch())
-        return self._score(self.on_device(self.params), placed)
-
-    def generate(
-        self,
-        prompts: Sequence[str | Sequence[Mapping[str, Any]]],
-        *,
-        max_new_tokens: int = 64,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        batch_size: int = 8,
-        seed: int = 0,
-    ) -> list[str]:
-        """Continue strings or conversations; one text each. See `jaxtrain.generate`.
-
-        Raises:
-            ValueError: the weights went into a training, or a setting is out of range.
-        """
-        return generate_texts(
-            self.make_generator(
-                max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p
-            ),
-            self.on_device(self.params),
-            self.tokenizer,
-            prompts,
-            key=jax.random.key(seed),
-            batch_size=self.plan.fill_up(batch_size),
-        )
-
-    @functools.cached_property
-    def _score(self) -> Callable[[Params, Batch], Metrics]:
-        def score(params: Params, batch: Batch) -> Metrics:
-            policy = functools.partial(self.decoder.token_log_probs, params)
-            loss, metrics = next_token(policy, None, batch)
-            return {"loss": loss, **metrics}
-
-        return self.plan.jit(score)
-
-    @functools.cached_property
-    def _generators(self) -> dict[Any, Generator]:
-        return {}
 
 
 def load_model(run: RunConfig) -> LoadedModel:
