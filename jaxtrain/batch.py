@@ -5,10 +5,8 @@ On the host their leaves are numpy arrays; in a step and on the devices, jax arr
 """
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any, TypeAlias
 
-import numpy as np
 from jaxtyping import Float, Int32
 
 Array: TypeAlias = Any  # of numpy or of jax: naming jax's would import it here
@@ -79,22 +77,3 @@ def rows_of(batch: AnyBatch) -> list[Batch]:
         return [batch.shared]
     parts = [batch] if isinstance(batch, Batch) else vars(batch).values()
     return [part for part in parts if isinstance(part, Batch)]
-
-
-def unpacked_rows(
-    documents: Sequence[tuple[Sequence[int], int]], shape: tuple[int, int]
-) -> Batch:
-    """Rows of one document each, padded to `shape`, as numpy arrays.
-
-    Each document is its token ids and the first position whose prediction counts.
-    """
-    tokens, targets, segment_ids, positions = np.zeros((4, *shape), np.int32)
-    loss_mask = np.zeros(shape, np.float32)
-    for b, (ids, first_counted) in enumerate(documents):
-        length = max(len(ids) - 1, 0)
-        tokens[b, :length] = ids[:-1]
-        targets[b, :length] = ids[1:]
-        segment_ids[b, :length] = 1
-        positions[b, :length] = np.arange(length)
-        loss_mask[b, first_counted:length] = 1
-    return Batch(tokens, targets, segment_ids, positions, loss_mask)

@@ -14,8 +14,9 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from jaxtrain.batch import Batch, unpacked_rows
+from jaxtrain.batch import Batch
 from jaxtrain.evaluation.held_out import add_metrics, perplexity, to_floats
+from jaxtrain.evaluation.inference import unpacked_rows
 from jaxtrain.evaluation.text_metrics import align_references, make_text_metric
 from jaxtrain.record.writers import Writer
 from jaxtrain.types import Metrics, WeightedSum

@@ -107,3 +107,22 @@ class Inference(abc.ABC):
     @functools.cached_property
     def _generators(self) -> dict[Any, Generator]:
         return {}
+
+
+def unpacked_rows(
+    documents: Sequence[tuple[Sequence[int], int]], shape: tuple[int, int]
+) -> Batch:
+    """Rows of one document each, padded to `shape`, as numpy arrays.
+
+    Each document is its token ids and the first position whose prediction counts.
+    """
+    tokens, targets, segment_ids, positions = np.zeros((4, *shape), np.int32)
+    loss_mask = np.zeros(shape, np.float32)
+    for b, (ids, first_counted) in enumerate(documents):
+        length = max(len(ids) - 1, 0)
+        tokens[b, :length] = ids[:-1]
+        targets[b, :length] = ids[1:]
+        segment_ids[b, :length] = 1
+        positions[b, :length] = np.arange(length)
+        loss_mask[b, first_counted:length] = 1
+    return Batch(tokens, targets, segment_ids, positions, loss_mask)

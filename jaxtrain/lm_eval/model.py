@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtrain import assets
-from jaxtrain.batch import Batch, unpacked_rows
+from jaxtrain.batch import Batch
 from jaxtrain.config import default_config
 from jaxtrain.evaluation import generate
+from jaxtrain.evaluation.inference import unpacked_rows
 from jaxtrain.model_manager import LoadedModel, ModelManager
 from jaxtrain.models import hf
 from jaxtrain.types import Params
