@@ -37,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "models.load": {
         "assets",
         "config",
-        "data.rows",
+        "data.loading",
         "evaluation",
         "kernels",
         "lora",
@@ -134,7 +134,6 @@ ALLOWED: dict[str, set[str]] = {
         "data.stream",
     },
     "data.inspect": {
-        "assets",
         "cli.command",
         "cli.ending",
         "config",

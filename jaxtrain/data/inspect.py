@@ -20,18 +20,21 @@ from typing import Any
 import datasets
 import numpy as np
 
-from jaxtrain import assets
 from jaxtrain.cli.command import ConfigParser
 from jaxtrain.cli.ending import run_command
 from jaxtrain.config import RunConfig, default_config, resolve
 from jaxtrain.config.files import shipped_configs
 from jaxtrain.data.batches.dataset import TokenStore
 from jaxtrain.data.batches.mixture import Mixture
-from jaxtrain.data.loading import load_training_rows, prepare_options
+from jaxtrain.data.loading import (
+    load_run_tokenizer,
+    load_training_rows,
+    prepare_options,
+)
 from jaxtrain.data.prepare.prepare import Rows, detect_row_format, prepare
 from jaxtrain.data.rows.formats import RowProblems, detect_format
 from jaxtrain.data.rows.places import name_rows
-from jaxtrain.data.rows.tokenize import PreTrainedTokenizerBase, load_tokenizer
+from jaxtrain.data.rows.tokenize import PreTrainedTokenizerBase
 from jaxtrain.data.stream.batches import StreamRows
 from jaxtrain.data.stream.source import head
 
@@ -143,15 +146,6 @@ def _run_of_file(path: str, max_length: int | None) -> RunConfig:
     return resolve(config)
 
 
-def _tokenizer(run: RunConfig, given: str | None) -> PreTrainedTokenizerBase:
-    named = given or run.model.tokenizer_name_or_path or run.model.name_or_path
-    return load_tokenizer(
-        named or str(assets.asset_path(assets.TOKENIZER)),
-        revision=None if given else run.model.revision,
-        chat_template=run.data.chat_template,
-    )
-
-
 def main(arguments: Sequence[str]) -> int:
     """Print the report; 1 where a row is bad.
 
@@ -164,7 +158,8 @@ def main(arguments: Sequence[str]) -> int:
         logging.getLogger(library).setLevel(logging.CRITICAL)
     options, run = _read_options(arguments)
     rows = load_training_rows(run)
-    tokenizer = _tokenizer(run, options.tokenizer)
+    named = run.model.name_or_path
+    tokenizer = load_run_tokenizer(run, named, instead=options.tokenizer)
     bad = 0
     for name, part in _parts(run, rows).items():
         if isinstance(rows, Mixture | StreamRows):

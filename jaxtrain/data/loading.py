@@ -1,4 +1,4 @@
-"""The rows that a run's configuration names, loaded and prepared as it says."""
+"""The rows and the tokenizer of a run's configuration, and rows prepared as it says."""
 
 import functools
 import logging
@@ -22,7 +22,7 @@ from jaxtrain.data.prepare.cache import prepare_cached
 from jaxtrain.data.prepare.options import PrepareOptions
 from jaxtrain.data.prepare.prepare import Rows, prepare
 from jaxtrain.data.rows.source import load_rows, looks_local
-from jaxtrain.data.rows.tokenize import PreTrainedTokenizerBase
+from jaxtrain.data.rows.tokenize import PreTrainedTokenizerBase, load_tokenizer
 from jaxtrain.data.stream.batches import (
     StreamDataset,
     StreamRows,
@@ -113,6 +113,27 @@ def prepare_rows(
         )
     sizes = StreamSizes(run.data.stream_window_rows, run.data.shuffle_buffer_size)
     return prepare_stream(rows, tokenizer, options, sizes)
+
+
+def load_run_tokenizer(
+    run: RunConfig, model: str | None = None, *, instead: str | None = None
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that the run names, else its model's, else the embedded one.
+
+    Args:
+        model: the model's folder or hub name, if it has one.
+        instead: a folder or hub name that counts more than these.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
+    named = instead or run.model.tokenizer_name_or_path or model
+    return load_tokenizer(
+        named or str(assets.asset_path(assets.TOKENIZER)),
+        revision=None if instead else run.model.revision,
+        trust_remote_code=run.model.trust_remote_code,
+        chat_template=run.data.chat_template,
+    )
 
 
 def check_held(rows: PreparedDataset | StreamDataset | None) -> PreparedDataset | None:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxtrain import assets, lora, sharding
 from jaxtrain.config import RunConfig
-from jaxtrain.data.rows.tokenize import load_tokenizer
+from jaxtrain.data.loading import load_run_tokenizer
 from jaxtrain.evaluation.inference import Inference
 from jaxtrain.kernels.attention import Layout
 from jaxtrain.models import hf, quantization
@@ -79,7 +79,7 @@ def load_model(run: RunConfig) -> LoadedModel:
         ValueError: no such model or tokenizer, or one that can't be trained here.
     """
     plan, directory = make_plan(run), _model_directory(run)
-    tokenizer = _load_tokenizer(run, directory)
+    tokenizer = load_run_tokenizer(run, directory)
     config = _load_config(run, directory, tokenizer)
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
@@ -142,7 +142,7 @@ def load_abstract_model(run: RunConfig, devices: Sequence[jax.Device]) -> Loaded
     directory's config.json is read.
     """
     plan, directory = make_plan(run, devices), _model_directory(run)
-    tokenizer = _load_tokenizer(run, None) if directory is None else None
+    tokenizer = load_run_tokenizer(run) if directory is None else None
     decoder = make_decoder(run, _load_config(run, directory, tokenizer), plan)
     _, described = _describe_weights(run, decoder, plan)
     return LoadedModel(decoder, described, None, plan, directory)
@@ -289,17 +289,6 @@ def _model_directory(run: RunConfig) -> str | None:
         return str(hf.resolve_model_path(named, revision=run.model.revision))
     scratch = run.training_type == "from_scratch"
     return None if scratch else str(assets.asset_path(assets.MODEL))
-
-
-def _load_tokenizer(run: RunConfig, directory: str | None) -> Any:
-    """The tokenizer named, else the model's own, else the embedded one."""
-    named = run.model.tokenizer_name_or_path or directory
-    return load_tokenizer(
-        named or str(assets.asset_path(assets.TOKENIZER)),
-        revision=run.model.revision,
-        trust_remote_code=run.model.trust_remote_code,
-        chat_template=run.data.chat_template,
-    )
 
 
 def _load_config(run: RunConfig, directory: str | None, tokenizer: Any) -> ModelConfig:
