@@ -23,11 +23,11 @@ from jaxtrain.models.layers import LoraShape
 from jaxtrain.models.quantization import (
     NF4_VALUES,
     Quantization,
-    check_installed,
     dequantize,
     multiply,
     quantize,
     quantize_tree,
+    requested,
 )
 from jaxtrain.models.transformer import Decoder
 from jaxtrain.trainer import TrainingOrchestrator
@@ -129,7 +129,7 @@ def test_the_gradient_of_a_product_is_that_of_the_kernel_it_stands_for():
 def test_without_qwix_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'jaxtrain\[qlora\]'"):
-        check_installed()
+        requested("nf4", 64)
 
 
 def test_a_block_that_does_not_divide_the_inputs_is_refused():

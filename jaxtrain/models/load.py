@@ -126,7 +126,12 @@ def adopt(model: LoadedModel, run: RunConfig) -> LoadedModel:
     _, described = _describe_weights(run, decoder, plan)
     converted = jax.tree.map(
         lambda leaf, wanted: leaf.astype(wanted.dtype),
-        _requantize(model.params, model.decoder, decoder.quantization),
+        quantization.requantize(
+            model.params,
+            decoder.linear_kernels(),
+            model.decoder.quantization,
+            decoder.quantization,
+        ),
         described,
     )
     layouts = sharding.layouts_of(described)
@@ -178,6 +183,11 @@ def make_decoder(
         )
     router_loss_coefficient(run, config)
     rules = sharding.ACTIVATION_RULES
+    quantized = None
+    if run.lora is not None:
+        quantized = quantization.requested(
+            run.lora.quantization, run.lora.quantization_block_size
+        )
     decoder = Decoder(
         config,
         compute_dtype=run.precision.compute_dtype,
@@ -188,7 +198,7 @@ def make_decoder(
         scan_layers=run.model.scan_layers,
         constrain=plan.constrain,
         map_shards=plan.map_shards,
-        quantization=_quantization_of(run),
+        quantization=quantized,
         layout=Layout(
             plan.mesh,
             rows=rules["batch"],
@@ -236,31 +246,6 @@ def router_loss_coefficient(run: RunConfig, config: ModelConfig) -> float:
             " experts, so nothing to weigh; unset it, or train a mixture of experts"
         )
     return config.router_aux_loss_coef if given is None else given
-
-
-def _quantization_of(run: RunConfig) -> quantization.Quantization | None:
-    if run.lora is None or run.lora.quantization is None:
-        return None
-    quantization.check_installed()
-    return quantization.Quantization(
-        run.lora.quantization, run.lora.quantization_block_size
-    )
-
-
-def _requantize(
-    params: Params, decoder: Decoder, wanted: quantization.Quantization | None
-) -> Params:
-    """Return the weights of `decoder` with their kernels quantized as `wanted`."""
-    found = decoder.quantization if quantization.is_quantized(params) else None
-    if found == wanted:
-        return params
-    if found is not None:
-        raise ValueError(
-            f"this model's base is kept as {found}, the run asks for"
-            f" {wanted or 'whole weights'}: load the model anew by this configuration"
-        )
-    assert wanted is not None
-    return quantization.quantize_tree(params, decoder.linear_kernels(), wanted)
 
 
 def _base_dtype(run: RunConfig) -> str:

@@ -57,17 +57,20 @@ class Quantization:
             )
 
 
-def check_installed() -> None:
-    """Raise where Qwix is missing, with the command that brings it.
+def requested(kind: str | None, block_size: int) -> Quantization | None:
+    """How a base is to be kept: None for `kind` None, else with Qwix at hand.
 
     Raises:
-        ValueError: it is not installed.
+        ValueError: Qwix is not installed.
     """
+    if kind is None:
+        return None
     if importlib.util.find_spec("qwix") is None:
         raise ValueError(
             "training.lora.quantization needs the package qwix: pip install"
             " 'jaxtrain[qlora]', or pip install 'qwix>=0.1.5'"
         )
+    return Quantization(kind, block_size)
 
 
 def quantize(kernel: Float[Array, "*L I O"], how: Quantization) -> tuple[Codes, Scales]:
@@ -76,7 +79,7 @@ def quantize(kernel: Float[Array, "*L I O"], how: Quantization) -> tuple[Codes, 
     Raises:
         ValueError: the block does not divide the inputs.
     """
-    import qwix  # an extra; `check_installed` says how to get it
+    import qwix  # an extra; `requested` says how to get it
 
     width_in = kernel.shape[-2]
     if width_in % how.block_size:
@@ -180,6 +183,29 @@ def quantize_tree(
         return made
 
     return {**params, "layers": convert(params["layers"], ())}
+
+
+def requantize(
+    params: Mapping[str, Any],
+    modules: Collection[str],
+    kept: Quantization | None,
+    wanted: Quantization | None,
+) -> Mapping[str, Any]:
+    """Return weights of which `modules` may be `kept` as codes, quantized as `wanted`.
+
+    Raises:
+        ValueError: they are codes, and other codes or whole weights are wanted.
+    """
+    found = kept if is_quantized(params) else None
+    if found == wanted:
+        return params
+    if found is not None:
+        raise ValueError(
+            f"this model's base is kept as {found}, the run asks for"
+            f" {wanted or 'whole weights'}: load the model anew by this configuration"
+        )
+    assert wanted is not None
+    return quantize_tree(params, modules, wanted)
 
 
 quantize_on_device = jax.jit(quantize, static_argnames="how")
