@@ -34,8 +34,7 @@ def init_state(
     plan = model.plan
     # The weights are donated or moved: no name may hold them longer than needed.
     trainable, frozen = _split(run, model.take_weights(), abstract=False)
-    shapes = jax.eval_shape(lambda tree: tree, trainable)
-    parameters, moments = _layouts(model, optimizer, shapes)
+    parameters, moments = _layouts(model, optimizer, trainable)
     trainable = jax.device_put(trainable, parameters)
     if _keeps_first_adapters(run):
         frozen = overlay(frozen, jax.device_put(trainable, parameters, may_alias=False))
@@ -43,15 +42,9 @@ def init_state(
     opt_state = jax.jit(optimizer.init, out_shardings=moments)(
         jax.device_put(trainable, sharding.on_device(parameters))
     )
-    rest = _rest(run)
-    return TrainState(
-        trainable=trainable,
-        frozen=frozen,
-        opt_state=opt_state,
-        # device_put refuses keys where a device belongs to another process.
-        rng=jax.jit(jax.random.key, out_shardings=plan.replicated)(run.loop.seed),
-        **{name: jax.device_put(part, plan.replicated) for name, part in rest.items()},
-    )
+    # Jitted, because device_put refuses keys where a device is another process's.
+    rest = jax.jit(functools.partial(_rest, run), out_shardings=plan.replicated)()
+    return TrainState(trainable=trainable, frozen=frozen, opt_state=opt_state, **rest)
 
 
 def abstract_state(
@@ -61,21 +54,16 @@ def abstract_state(
     split = functools.partial(_split, run, abstract=True)
     trainable, frozen = jax.eval_shape(split, model.params)
     if frozen:
-        base_layouts = sharding.layouts_of(model.params)
-        frozen = _laid_out(frozen, base_layouts)
+        frozen = _laid_out(frozen, sharding.layouts_of(model.params))
     parameters, moments = _layouts(model, optimizer, trainable)
     opt_state = _laid_out(jax.eval_shape(optimizer.init, trainable), moments)
     trainable = _laid_out(trainable, parameters)
     if _keeps_first_adapters(run):
         frozen = overlay(frozen, trainable)
-    rest = jax.eval_shape(lambda: _rest(run) | {"rng": jax.random.key(0)})
+    rest = jax.eval_shape(functools.partial(_rest, run))
     replicated = jax.tree.map(lambda leaf: model.plan.replicated, rest)
-    return TrainState(
-        trainable=trainable,
-        frozen=frozen,
-        opt_state=opt_state,
-        **_laid_out(rest, replicated),
-    )
+    rest = _laid_out(rest, replicated)
+    return TrainState(trainable=trainable, frozen=frozen, opt_state=opt_state, **rest)
 
 
 def _layouts(
@@ -97,12 +85,13 @@ def _laid_out(tree: Any, layouts: Any) -> Any:
 
 
 def _rest(run: RunConfig) -> dict[str, Any]:
-    """The parts of the first state that no parameter gives a shape, but the key."""
+    """The parts of the first state that no parameter gives a shape."""
     window = None
     if run.loop.spike_threshold is not None:
         window = init_loss_window(run.loop.spike_window)
     return {
         "step": jnp.int32(0),
+        "rng": jax.random.key(run.loop.seed),
         "loss_scale": optim.init_loss_scale() if run.precision.fp16 else None,
         "loss_window": window,
     }
