@@ -17,7 +17,6 @@ from jaxtrain.record.diagnostics import GroupOf, detect_spike, sum_squares_by_gr
 from jaxtrain.tree import overlay, select
 from jaxtrain.types import (
     Batch,
-    LogProbsFn,
     Metrics,
     Objective,
     Params,
@@ -90,6 +89,7 @@ def make_train_step(
     with `group_of` `grad_norm/<group>`, with a threshold `spike` (1 where it was one).
     """
     update = options.update or make_whole_update(optimizer)
+    measure = _make_measure(objective, score, options)
 
     def make_micro_step(
         state: TrainState, key: Array, scale: Array | float
@@ -100,11 +100,7 @@ def make_train_step(
             trainable: Params, micro_batch: Any, index: Array
         ) -> tuple[Array, Metrics]:
             dropout = jax.random.fold_in(key, index) if options.with_dropout else None
-            policy, reference = _closures(
-                score, trainable, state.frozen, dropout, options
-            )
-            loss, metrics = objective(policy, reference, micro_batch)
-            sums = {"loss": loss, **metrics}
+            sums = measure(trainable, state.frozen, micro_batch, dropout)
             for name in filter(options.is_micro_batch_mean, sums):
                 sums[name] = _as_one_vote(sums[name])
             return sums["loss"].total * scale, sums
@@ -133,8 +129,7 @@ def make_train_step(
             finite = jnp.isfinite(grad_norm)
             if options.max_grad_norm:
                 grads = clip_to_norm(grads, grad_norm, options.max_grad_norm)
-        is_spike, loss_window = _look_for_spike(state, metrics["loss"], options)
-        good = _is_good(finite, is_spike, options, state.loss_scale is not None)
+        good, is_spike, window = _guard(state, metrics["loss"], finite, options)
         with jax.named_scope("optimizer"):
             old = fetched if options.update is None else state
             trainable, opt_state = update(grads, old.opt_state, old.trainable, good)
@@ -161,52 +156,54 @@ def make_train_step(
             trainable=trainable,
             opt_state=opt_state,
             loss_scale=loss_scale,
-            loss_window=loss_window,
+            loss_window=window,
         )
         return new_state, metrics
 
     return train_step
 
 
-def _closures(
-    score: ScoreFn,
-    trainable: Params,
-    frozen: Params,
-    key: Array | None,
-    options: StepOptions,
-) -> tuple[LogProbsFn, LogProbsFn | None]:
-    """The policy, and the reference that is never differentiated."""
+def _make_measure(
+    objective: Objective, score: ScoreFn, options: StepOptions
+) -> Callable[[Params, Params, Any, Array | None], Metrics]:
+    """Build `measure(trainable, frozen, batch, dropout_key)`: all sums, `loss` first.
 
-    def policy(batch: Batch) -> TokenLogProbs:
-        return score(overlay(frozen, trainable), batch, dropout_key=key)
-
-    def reference(batch: Batch) -> TokenLogProbs:
-        return jax.lax.stop_gradient(score(frozen, batch))
-
-    return policy, reference if options.with_reference else None
-
-
-def _look_for_spike(
-    state: TrainState, loss: WeightedSum, options: StepOptions
-) -> tuple[Array, Array | None]:
-    """Whether this step's loss is a spike, and the window with it."""
-    if options.spike_threshold is None:
-        return jnp.bool_(False), state.loss_window
-    assert state.loss_window is not None  # `init_state` gives one with a threshold
-    return detect_spike(state.loss_window, loss.mean(), options.spike_threshold)
-
-
-def _is_good(
-    finite: Array, is_spike: Array, options: StepOptions, scales_loss: bool
-) -> Array | None:
-    """Whether the update is to be applied; None: whatever the gradient is.
-
-    Loss scaling finds its scale by steps that overflow, so it always skips them.
+    The objective gets the policy, and the reference, which is never differentiated.
     """
-    good = finite if options.skip_nonfinite or scales_loss else None
+
+    def measure(
+        trainable: Params, frozen: Params, batch: Any, key: Array | None
+    ) -> Metrics:
+        def policy(rows: Batch) -> TokenLogProbs:
+            return score(overlay(frozen, trainable), rows, dropout_key=key)
+
+        def reference(rows: Batch) -> TokenLogProbs:
+            return jax.lax.stop_gradient(score(frozen, rows))
+
+        second = reference if options.with_reference else None
+        loss, metrics = objective(policy, second, batch)
+        return {"loss": loss, **metrics}
+
+    return measure
+
+
+def _guard(
+    state: TrainState, loss: WeightedSum, finite: Array, options: StepOptions
+) -> tuple[Array | None, Array, Array | None]:
+    """Whether to apply the update; whether the loss is a spike; the window with it.
+
+    The first is None where the update is applied whatever the gradient is. Loss scaling
+    finds its scale by steps that overflow, so it always skips them.
+    """
+    is_spike, window = jnp.bool_(False), state.loss_window
+    if options.spike_threshold is not None:
+        assert window is not None  # `init_state` gives one with a threshold
+        is_spike, window = detect_spike(window, loss.mean(), options.spike_threshold)
+    skips = options.skip_nonfinite or state.loss_scale is not None
+    good = finite if skips else None
     if options.skip_spikes:
-        return ~is_spike if good is None else good & ~is_spike
-    return good
+        good = ~is_spike if good is None else good & ~is_spike
+    return good, is_spike, window
 
 
 def clip_to_norm(grads: Params, norm: Float[Array, ""], max_norm: float) -> Params:
@@ -266,13 +263,11 @@ def make_eval_step(
     The sums of several batches add up to those of the whole set.
     """
 
+    measure = _make_measure(objective, score, options)
+
     def eval_step(state: TrainState, batch: Any) -> Metrics:
         fetched = options.fetch(state)
-        policy, reference = _closures(
-            score, fetched.trainable, fetched.frozen, None, options
-        )
-        loss, metrics = objective(policy, reference, batch)
-        return {"loss": loss, **metrics}
+        return measure(fetched.trainable, fetched.frozen, batch, None)
 
     return eval_step
 
