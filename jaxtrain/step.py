@@ -91,33 +91,21 @@ def make_train_step(
     update = options.update or make_whole_update(optimizer)
     measure = _make_measure(objective, score, options)
 
-    def make_micro_step(
-        state: TrainState, key: Array, scale: Array | float
-    ) -> Callable[[Any, Array], tuple[Params, Metrics]]:
-        """The gradient of one micro-batch's total, and its sums."""
+    def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        fetched = options.fetch(state)
+        key = jax.random.fold_in(state.rng, state.step)
+        scale = 1.0 if state.loss_scale is None else state.loss_scale.scale
 
         def scaled_total(
             trainable: Params, micro_batch: Any, index: Array
         ) -> tuple[Array, Metrics]:
             dropout = jax.random.fold_in(key, index) if options.with_dropout else None
-            sums = measure(trainable, state.frozen, micro_batch, dropout)
+            sums = measure(trainable, fetched.frozen, micro_batch, dropout)
             for name in filter(options.is_micro_batch_mean, sums):
                 sums[name] = _as_one_vote(sums[name])
             return sums["loss"].total * scale, sums
 
-        def micro_step(micro_batch: Any, index: Array) -> tuple[Params, Metrics]:
-            gradient = jax.grad(scaled_total, has_aux=True)
-            grads, sums = gradient(state.trainable, micro_batch, index)
-            return jax.tree.map(lambda g: g.astype(jnp.float32), grads), sums
-
-        return micro_step
-
-    def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        fetched = options.fetch(state)
-        key = jax.random.fold_in(state.rng, state.step)
-        scale = 1.0 if state.loss_scale is None else state.loss_scale.scale
-        micro_step = make_micro_step(fetched, key, scale)
-        grads, metrics = _sum_over_micro_batches(micro_step, batch)
+        grads, metrics = _sum_gradients(scaled_total, fetched.trainable, batch)
 
         weight = metrics["loss"].weight
         # A step whose batch trains no token at all leaves a zero gradient, not NaN.
@@ -237,10 +225,21 @@ def _as_one_vote(sums: WeightedSum) -> WeightedSum:
     return WeightedSum(sums.mean(), (sums.weight != 0).astype(jnp.float32))
 
 
-def _sum_over_micro_batches(
-    micro_step: Callable[[Any, Array], tuple[Params, Metrics]], batch: Any
+def _sum_gradients(
+    total: Callable[[Params, Any, Array], tuple[Array, Metrics]],
+    trainable: Params,
+    batch: Any,
 ) -> tuple[Params, Metrics]:
-    """Run `micro_step` on each micro-batch in turn and add gradients and metrics."""
+    """Add up gradients (float32) and metrics of each micro-batch, one after the other.
+
+    `total` takes the parameters, a micro-batch and its number.
+    """
+
+    def micro_step(micro_batch: Any, index: Array) -> tuple[Params, Metrics]:
+        gradient = jax.grad(total, has_aux=True)
+        grads, sums = gradient(trainable, micro_batch, index)
+        return jax.tree.map(lambda g: g.astype(jnp.float32), grads), sums
+
     count = jax.tree.leaves(batch)[0].shape[0]
     first = jax.tree.map(lambda x: x[0], batch)
     if count == 1:
