@@ -52,19 +52,15 @@ def evaluate(
     if total is None or float(total["loss"].weight) == 0:
         raise ValueError("the evaluation set has no row with a token to predict")
     total.pop("num_tokens", None)  # counts what was trained on
-    result = {f"eval_{name}": value for name, value in to_floats(total).items()}
+    result = to_floats(total)
     if with_perplexity:
-        likelihood = without_added(result, added_losses or {}, prefix="eval_")
-        result["eval_perplexity"] = perplexity(likelihood)
-    return result
+        result["perplexity"] = perplexity(without_added(result, added_losses or {}))
+    return {f"eval_{name}": value for name, value in result.items()}
 
 
-def without_added(
-    metrics: Mapping[str, float], added: Mapping[str, float], *, prefix: str = ""
-) -> float:
+def without_added(metrics: Mapping[str, float], added: Mapping[str, float]) -> float:
     """The loss less what was added to it: metrics by name, times their weights."""
-    parts = (weight * metrics[prefix + name] for name, weight in added.items())
-    return metrics[f"{prefix}loss"] - sum(parts)
+    return metrics["loss"] - sum(w * metrics[name] for name, w in added.items())
 
 
 def perplexity(mean_nll: float) -> float:
