@@ -315,11 +315,6 @@ def on_device(shardings: Any) -> Any:
     return jax.tree.map(lambda s: s.with_memory_kind("device"), shardings)
 
 
-def make_transfer(shardings: Any) -> Callable[[Any], Any]:
-    """A function, for use under jit, that moves a tree to `shardings`' memory."""
-    return lambda tree: jax.tree.map(jax.device_put, tree, shardings)
-
-
 def place_batch(batch: Any, sharding: NamedSharding) -> Any:
     """This process's rows of a batch, as arrays over all devices of all processes."""
     return jax.tree.map(

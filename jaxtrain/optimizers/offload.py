@@ -158,13 +158,10 @@ def offload(
         options = dataclasses.replace(options, update=update)
     if not plan.offload_params:
         return options
-    to_device = [
-        sharding.make_transfer(sharding.on_device(tree))
-        for tree in (layouts.trainable, layouts.frozen)
-    ]
+    wanted = sharding.on_device((layouts.trainable, layouts.frozen))
 
     def fetch(state: TrainState) -> TrainState:
-        trainable, frozen = to_device[0](state.trainable), to_device[1](state.frozen)
+        trainable, frozen = jax.device_put((state.trainable, state.frozen), wanted)
         return dataclasses.replace(state, trainable=trainable, frozen=frozen)
 
     return dataclasses.replace(options, fetch=fetch)
