@@ -566,6 +566,20 @@ def test_merging_rounds_once_to_the_type_of_the_base():
     assert merged["layers"]["self_attn"]["o_proj"]["kernel"].dtype == jnp.bfloat16
 
 
+def test_weights_that_come_with_adapters_train_in_place_of_copies_of_the_base():
+    tree = make_tree()
+    lora = LoraConfig(r=RANK, target_modules=("q_proj",), modules_to_save=("lm_head",))
+    adapters = init_adapters(jax.random.key(0), tree, lora)
+    trained = np.full_like(tree["lm_head"]["kernel"], 7.0)
+
+    trainable, frozen = trainable_and_frozen(
+        tree, adapters | {"lm_head": {"kernel": trained}}, lora
+    )
+
+    np.testing.assert_array_equal(trainable["lm_head"]["kernel"], trained)
+    assert frozen is tree
+
+
 def test_a_base_in_host_memory_trains_and_merges_as_one_on_the_device():
     tree = make_tree()
     lora = LoraConfig(r=RANK, target_modules=("q_proj",), modules_to_save=("lm_head",))

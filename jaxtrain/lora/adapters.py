@@ -136,6 +136,7 @@ def trainable_and_frozen(
 ) -> tuple[Params, Params]:
     """What trains (adapters, chosen biases, modules_to_save; float32) and the base.
 
+    `adapters` read from a file bring biases and saved modules of their own.
     The base stays complete, so that alone it is the DPO reference, except under
     `lora.changes_base`: there it is W - s A B, and only with these adapters the model.
     With tied embeddings, embed_tokens in `modules_to_save` trains the head as well.
@@ -171,7 +172,7 @@ def trainable_and_frozen(
     frozen = base_params
     if lora.changes_base:
         frozen = _add_adapters(base_params, adapters, lora, sign=-1.0)
-    return overlay(adapters, nest(copies)), frozen
+    return overlay(nest(copies), adapters), frozen
 
 
 def merge_into_base(frozen: Params, trainable: Params, lora: LoraConfig) -> Params:

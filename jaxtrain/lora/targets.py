@@ -34,15 +34,11 @@ _PATTERNS = ("target_modules", "modules_to_save", "rank_pattern", "alpha_pattern
 class LoraConfig:
     """PEFT's LoraConfig, the part of it that is supported.
 
-    `target_modules`: "all-linear" (of a mixture of experts: attention), a regular
-    expression that must match the whole module name
-    ("model.layers.0.self_attn.q_proj"), or names that end it. `bias`: which biases
-    train too, one of BIASES ("lora_only": the targets'). `modules_to_save`:
-    endings of module names that train in full. `use_dora`: a magnitude for each output.
-    `init_lora_weights`: one of INITS. `rank_pattern`, `alpha_pattern`: a module's own
-    rank and alpha, by a regular expression of its name's end; the first match counts.
-    `ensure_weight_tying`: where the head is the embedding, the adapter of embed_tokens
-    (or of lm_head, which is then the same) acts in both.
+    The fields are keys of `training.lora` (docs/configuration.md); `alpha`, `dropout`
+    are its lora_alpha and lora_dropout. "all-linear" of a mixture of experts
+    is its attention; a list holds endings of module names, in `modules_to_save` too;
+    one regular expression must match a whole name ("model.layers.0.self_attn.q_proj").
+    The first match of `rank_pattern` and of `alpha_pattern` counts.
     """
 
     r: int = 16

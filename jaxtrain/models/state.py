@@ -111,11 +111,10 @@ def _split(run: RunConfig, params: Params, *, abstract: bool) -> tuple[Params, P
     settings = lora_config(run)
     if run.lora.init_from and not abstract:
         adapters, _ = lora.load_adapter(run.lora.init_from, params)
-        fresh, frozen = lora.trainable_and_frozen(params, {}, settings)
-        return overlay(fresh, adapters), frozen
-    # A stream of its own: the seed's key itself made the base's random weights.
-    key = jax.random.fold_in(jax.random.key(run.loop.seed), 1)
-    adapters = lora.init_adapters(key, params, settings)
+    else:
+        # A stream of its own: the seed's key itself made the base's random weights.
+        key = jax.random.fold_in(jax.random.key(run.loop.seed), 1)
+        adapters = lora.init_adapters(key, params, settings)
     return lora.trainable_and_frozen(params, adapters, settings)
 
 
