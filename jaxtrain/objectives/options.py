@@ -9,24 +9,12 @@ bounds of an option, as in a section of the configuration.
 import dataclasses
 import difflib
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from jaxtrain import schema
 from jaxtrain.schema import Fraction, FractionBelowOne, NonNegative, OneOf, Positive
 
 FractionBelowHalf = Annotated[float, schema.Bound(0, 0.5, open_high=True)]
-
-
-class Problem(NamedTuple):
-    """Why the value of a key cannot work, and what to do about it."""
-
-    key: str
-    value: Any
-    problem: str
-    fix: str
-
-    def __str__(self) -> str:
-        return f"{self.key} = {self.value!r}: {self.problem}; {self.fix}"
 
 
 # --- losses of preference pairs ---------------------------------------------------
@@ -245,7 +233,7 @@ def make_options(
     for key, other, problem, fix in options.contradictions():
         # In place of a refused value the options have a default, which nobody set.
         if not {key, other} & {*refused, *wrong}:
-            problems.append((key, str(Problem(key, values[key], problem, fix))))
+            problems.append((key, f"{key} = {values[key]!r}: {problem}; {fix}"))
     return options, problems
 
 
@@ -312,12 +300,11 @@ def objective_row(name: str, *, on_pairs: bool) -> ObjectiveRow | None:
     return dataclasses.replace(preference, micro_batch_means=not own, packs=not own)
 
 
-def unknown_objective(name: str, *also: str) -> Problem:
-    """The problem of a name that is neither in `OBJECTIVES` nor in `also`."""
+def unknown_objective(name: str, *also: str) -> str:
+    """The problem of a name that is neither in `OBJECTIVES` nor in `also`; its fix."""
     known = (*also, *OBJECTIVES)
-    hint = did_you_mean(name, known)
-    fix = f"{hint}use one of {', '.join(known)}, or module:function"
-    return Problem("objective", name, "no objective of that name", fix)
+    fix = f"{did_you_mean(name, known)}use one of {', '.join(known)}"
+    return f"no objective of that name; {fix}, or module:function"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -73,7 +73,7 @@ def make_objective(name: str, **hyperparameters: Any) -> Objective:
     if ":" in name:
         return functools.partial(load_objective(name), **hyperparameters)
     if name not in OBJECTIVES:
-        raise ValueError(str(unknown_objective(name)))
+        raise ValueError(f"objective = {name!r}: {unknown_objective(name)}")
     options, problems = make_options(OBJECTIVES[name].options, hyperparameters)
     if problems:
         raise ValueError("\n".join(line for _, line in problems))

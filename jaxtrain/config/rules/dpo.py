@@ -72,8 +72,7 @@ def check_objective(run: Resolution) -> None:
     """The objective fits the training type, and nothing set for DPO is ignored."""
     row, name = run.row, run.loop.objective
     if row is None:
-        unknown = unknown_objective(name, "auto")
-        run.problem(unknown.key, f"{unknown.problem}; {unknown.fix}")
+        run.problem("objective", unknown_objective(name, "auto"))
         return
     if _is_on_pairs(row) != run.is_dpo:
         wanted = "sft" if run.is_dpo else "dpo"
