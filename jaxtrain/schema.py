@@ -11,7 +11,7 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar, Union
 
 from ml_collections import ConfigDict, FieldReference
@@ -258,12 +258,14 @@ def convert(value: Any, hint: Any) -> Any:
     number = isinstance(value, str) and storage_type(hint) in (int, float, bool)
     if number and _is_number(value):
         raise ValueError(f"a text, not {wanted}; write it without quotes")
-    close = isinstance(value, str) and difflib.get_close_matches(
-        value, _allowed_texts(hint), n=1
-    )
-    if close:
-        raise ValueError(f"not {wanted}; did you mean {close[0]!r}?")
-    raise ValueError(f"not {wanted}; set one")
+    close = isinstance(value, str) and did_you_mean(value, _allowed_texts(hint))
+    raise ValueError(f"not {wanted}; {close.rstrip() if close else 'set one'}")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A question that names what was probably meant, and a space; or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {close[0]!r}? " if close else ""
 
 
 def parse(text: str, hint: Any, read: Callable[[str], Any]) -> Any:

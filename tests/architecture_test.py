@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "kernels": set(),
     "models": {"kernels", "models.families", "sharding", "tree", "types"},
     "lora": {"models", "sharding", "tree", "types"},
-    "objectives": {"objectives.options", "types"},
+    "objectives": {"objectives.options", "schema", "types"},
     "evaluation": {"data.batches", "models", "objectives", "sharding", "types"},
     "models.load": {
         "assets",

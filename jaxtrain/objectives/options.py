@@ -7,8 +7,7 @@ bounds of an option, as in a section of the configuration.
 """
 
 import dataclasses
-import difflib
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from jaxtrain import schema
@@ -303,11 +302,5 @@ def objective_row(name: str, *, on_pairs: bool) -> ObjectiveRow | None:
 def unknown_objective(name: str, *also: str) -> str:
     """The problem of a name that is neither in `OBJECTIVES` nor in `also`; its fix."""
     known = (*also, *OBJECTIVES)
-    fix = f"{did_you_mean(name, known)}use one of {', '.join(known)}"
+    fix = f"{schema.did_you_mean(name, known)}use one of {', '.join(known)}"
     return f"no objective of that name; {fix}, or module:function"
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A question that names what was probably meant, or nothing."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"did you mean {close[0]!r}? " if close else ""

@@ -18,11 +18,11 @@ from jaxtrain.objectives.kto import kto
 from jaxtrain.objectives.options import (
     OBJECTIVES,
     Options,
-    did_you_mean,
     make_options,
     unknown_objective,
 )
 from jaxtrain.objectives.preference import count_tokens, masked_sum, real_rows
+from jaxtrain.schema import did_you_mean
 from jaxtrain.types import Batch, LogProbsFn, Metrics, Objective, WeightedSum
 
 
