@@ -25,8 +25,9 @@ logger = logging.getLogger(__name__)
 class LoadedModel(Inference):
     """A decoder, its weights laid out on a mesh, and where they came from.
 
-    `directory` is the local Hugging Face directory, or None for random weights.
-    `weights` are None once a training has taken them over (`take_weights`).
+    `evaluation.inference` adds scoring and generating. `directory` is the local Hugging
+    Face directory, or None for random weights. `weights` are None once a training has
+    taken them over (`take_weights`).
     """
 
     decoder: Decoder
