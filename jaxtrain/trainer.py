@@ -23,7 +23,7 @@ from jaxtrain.data.stream.batches import StreamDataset
 from jaxtrain.models import load
 from jaxtrain.record import writers
 from jaxtrain.run import accelerator as accelerate
-from jaxtrain.run import distributed
+from jaxtrain.run import compilation_cache, distributed
 from jaxtrain.run.feed import Prepared
 from jaxtrain.types import Batch, Objective, TokenLogProbs, WeightedSum
 
@@ -108,6 +108,7 @@ class TrainingOrchestrator:
         self.run = run = resolve(config, device_count=jax.device_count())
         for line in run.explain():
             logger.info(line)
+        compilation_cache.set_up(run.compilation_cache)
         # These raise on what cannot work, before anything is loaded.
         writers.check_installed(run.loop.report_to)
         _loss_of(self)

@@ -24,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "batch": set(),
     "data.batches": {"batch", "config"},
     "data.rows": set(),
-    "data.prepare": {"data.batches", "data.rows"},
+    "data.prepare": {"config", "data.batches", "data.rows"},
     "data.stream": {"batch", "data.batches", "data.prepare", "data.rows"},
     "types": {"batch"},
     "sharding": {"config", "types"},

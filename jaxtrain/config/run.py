@@ -33,6 +33,7 @@ class RunConfig:
     devices: sections.DevicesSection
     curriculum: sections.CurriculumSection
     generation: sections.GenerationSection
+    compilation_cache: sections.CompilationCacheSection
     mesh: sections.MeshSection
     lora: sections.LoraSection | None  # None: all parameters train
     dpo: sections.DpoSection | None  # None: the objective is next_token
@@ -66,7 +67,7 @@ class RunConfig:
         training: dict[str, Any] = {"training_type": self.training_type}
         for name in sections.TRAINING_SECTIONS:
             training |= asdict(getattr(self, name))
-        for name in ("curriculum", "generation", "lora", "dpo"):
+        for name in (*sections.NESTED_SECTIONS, "lora", "dpo"):
             section = getattr(self, name)
             if section and getattr(section, "enabled", True):
                 training[name] = asdict(section)

@@ -505,6 +505,27 @@ class GenerationSection:
 
 
 @dataclass(frozen=True)
+class CompilationCacheSection:
+    """Compiled programs on disk, so that a run like an earlier one starts sooner.
+
+    Runs may share the folder, and it can be deleted at any time. What is in it runs as
+    code: let nobody write there whom you do not trust. A folder that cannot be used is
+    a warning. Several processes use one only if all of them see it.
+    """
+
+    ONLY_IF: ClassVar = OnlyIf("training.compilation_cache.enabled")
+
+    enabled: bool = True
+    """Keep what took 0.1 s or more to compile."""
+    dir: str | None = None
+    """Where, in a folder for each kind of CPU. Unset: as JAX_COMPILATION_CACHE_DIR and
+    jax's other settings say, if it is set; else compiled/ in $JAXTRAIN_CACHE or
+    ~/.cache/jaxtrain."""
+    max_gib: Annotated[Positive, Unit("GiB")] = 5.0
+    """Size beyond which the programs not used for longest are removed."""
+
+
+@dataclass(frozen=True)
 class LoraSection:
     """Adapters (arXiv:2106.09685)."""
 
@@ -647,7 +668,11 @@ TRAINING_SECTIONS: Mapping[str, type] = {
     "devices": DevicesSection,
 }
 # The general keys that have a section of their own under `training`.
-NESTED_SECTIONS = {"curriculum": CurriculumSection, "generation": GenerationSection}
+NESTED_SECTIONS = {
+    "curriculum": CurriculumSection,
+    "generation": GenerationSection,
+    "compilation_cache": CompilationCacheSection,
+}
 PLAIN_SECTIONS = {"model": ModelSection, "data": DataSection, "mesh": MeshSection}
 
 

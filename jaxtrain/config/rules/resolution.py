@@ -61,6 +61,9 @@ class Resolution:
         self.devices = build(sections.DevicesSection, general)
         self.curriculum = build(sections.CurriculumSection, general["curriculum"])
         self.generation = build(sections.GenerationSection, general["generation"])
+        self.compilation_cache = build(
+            sections.CompilationCacheSection, general["compilation_cache"]
+        )
         self.model = build(sections.ModelSection, self.values["model"])
         self.data = build(sections.DataSection, self.values["data"])
         self.mesh = build(sections.MeshSection, self.values["mesh"])

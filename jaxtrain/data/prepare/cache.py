@@ -26,6 +26,7 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from jaxtrain import __version__
+from jaxtrain.config.folders import cache_folder
 from jaxtrain.data.batches.dataset import PreparedDataset
 from jaxtrain.data.prepare.options import PrepareOptions
 from jaxtrain.data.prepare.prepare import Rows, prepare
@@ -33,14 +34,6 @@ from jaxtrain.data.prepare.prepare import Rows, prepare
 logger = logging.getLogger(__name__)
 
 _DATE = "strftime_now"  # a template that writes today's date
-
-
-def default_folder() -> pathlib.Path:
-    """`$JAXTRAIN_CACHE`, or `jaxtrain` in the user's cache folder."""
-    if folder := os.environ.get("JAXTRAIN_CACHE"):
-        return pathlib.Path(folder).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return pathlib.Path(base).expanduser() / "jaxtrain"
 
 
 def prepare_cached(
@@ -54,7 +47,7 @@ def prepare_cached(
     While one process prepares, others that want the same wait for it.
 
     Args:
-        folder: where entries are; unset: `default_folder()`.
+        folder: where entries are; unset: `cache_folder()`.
 
     Raises:
         ValueError: as `prepare`.
@@ -62,7 +55,7 @@ def prepare_cached(
     key = cache_key(rows, tokenizer, options)
     if key is None:
         return prepare(rows, tokenizer, options)
-    root = pathlib.Path(folder).expanduser() if folder else default_folder()
+    root = pathlib.Path(folder).expanduser() if folder else cache_folder()
     try:
         root.mkdir(parents=True, exist_ok=True)
         with _locked(root / f"{key}.lock"):
