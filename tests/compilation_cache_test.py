@@ -224,6 +224,7 @@ weights = pathlib.Path(main.flags.FLAGS.workdir, "model", "model.safetensors")
 print("RESULT", json.dumps({
     "written": events["/jax/compilation_cache/cache_misses"],
     "found": events["/jax/compilation_cache/cache_hits"],
+    "modules": sorted({name.partition(".")[0] for name in sys.modules}),
     "weights": hashlib.sha256(weights.read_bytes()).hexdigest(),
 }))
 """
@@ -236,9 +237,10 @@ def start(workdir: pathlib.Path, cache: pathlib.Path) -> subprocess.Popen:
         f"--workdir={workdir}",
         "--config.training.max_steps=2",
         "--config.training.eval_on_start=False",
+        "--config.training.eval_steps=0",
+        "--config.training.save_steps=0",
         "--config.training.logging_steps=1",
         "--config.data.max_train_rows=64",
-        "--config.data.max_eval_rows=16",
     )
     return subprocess.Popen(
         [sys.executable, "-c", RUN, *arguments],
@@ -262,14 +264,40 @@ def result(process: subprocess.Popen) -> dict:
     return json.loads(output.rpartition("RESULT ")[2])
 
 
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> list[dict]:
+    """Two runs at once in an empty folder, then a third."""
+    folder = tmp_path_factory.mktemp("runs")
+    cold = [start(folder / name, folder) for name in ("one", "two")]
+    results = [result(process) for process in cold]
+    return [*results, result(start(folder / "three", folder))]
+
+
 @pytest.mark.slow
-def test_two_runs_at_once_fill_it_and_a_third_compiles_nothing(tmp_path):
-    first, second = (start(tmp_path / name, tmp_path) for name in ("one", "two"))
-    cold = [result(first), result(second)]
-    warm = result(start(tmp_path / "three", tmp_path))
-    assert sum(each["written"] for each in cold) > 0
-    assert (warm["written"], warm["found"]) == (0, cold[0]["written"] + cold[0]["found"])
-    assert len({each["weights"] for each in (*cold, warm)}) == 1
+def test_two_runs_at_once_fill_it_and_a_third_compiles_nothing(runs):
+    first, second, warm = runs
+    assert first["written"] + second["written"] > 0
+    assert (warm["written"], warm["found"]) == (0, first["written"] + first["found"])
+    assert len({each["weights"] for each in runs}) == 1
+
+
+def test_a_run_imports_no_other_framework(runs):
+    """Each is installed with the peers, or may stand beside jaxtrain."""
+    others = {"torch", "tensorflow", "tensorboardX", "sklearn", "matplotlib", "keras"}
+    peers = {"trl", "peft", "accelerate", "lm_eval", "wandb", "qwix", "bert_score"}
+    for each in runs:
+        assert not (others | peers) & set(each["modules"])
+
+
+def test_a_configuration_is_read_without_jax():
+    code = "import sys, jaxtrain.config; print(*sys.modules)"
+    finished = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    roots = {name.partition(".")[0] for name in finished.stdout.split()}
+    assert "jaxtrain" in roots
+    heavy = {"jax", "numpy", "flax", "transformers", "datasets", "torch", "orbax"}
+    assert not heavy & roots
 
 
 # Two processes of one run, in a folder of each one's own and in one that they share.

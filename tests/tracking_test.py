@@ -8,7 +8,8 @@ import struct
 import sys
 
 import pytest
-from tensorboardX.proto import event_pb2
+from tensorboardX.proto import event_pb2, types_pb2
+from tensorboardX.record_writer import masked_crc32c
 
 from jaxtrain.record import writers as tracking
 from jaxtrain.record.writers import (
@@ -33,7 +34,13 @@ def read_events(folder: pathlib.Path) -> list[event_pb2.Event]:
         content = file.read_bytes()
         while content:
             (size,) = struct.unpack("<Q", content[:8])
-            events.append(event_pb2.Event.FromString(content[12 : 12 + size]))
+            event = content[12 : 12 + size]
+            sums = content[8:12] + content[12 + size : 16 + size]
+            assert struct.unpack("<II", sums) == (
+                masked_crc32c(content[:8]),
+                masked_crc32c(event),
+            )
+            events.append(event_pb2.Event.FromString(event))
             content = content[16 + size :]
     return events
 
@@ -122,6 +129,35 @@ def test_tensorboard_holds_every_scalar_and_hides_what_a_resume_repeats(tmp_path
     ]
     assert any("    *text*" in text for text in texts)
     assert any('"model": "tiny"' in text for text in texts)
+
+
+def test_tensorboard_takes_any_number_and_any_text(tmp_path):
+    # Beyond float32, and a step, a tag and a text of several bytes' length each.
+    numbers = {"huge": 1e300, "not": math.nan, "below": -math.inf, "ä" * 300: 0.1}
+    text = "Füße \ud800 " * 2000
+    with make_writers("tensorboard", tmp_path, None, {}) as writers:
+        writers.write(10**9, numbers)
+        writers.write_text(10**9, {"sample": text})
+    events = read_events(tmp_path / "tensorboard")
+    assert events[0].file_version == "brain.Event:2"
+    values = {
+        value.tag: value
+        for event in events
+        for value in event.summary.value
+        if event.step == 10**9
+    }
+    assert values["huge"].simple_value == math.inf
+    assert math.isnan(values["not"].simple_value)
+    assert values["below"].simple_value == -math.inf
+    assert values["ä" * 300].simple_value == pytest.approx(0.1, rel=1e-7)
+    sample = values["sample/text_summary"]
+    assert sample.metadata.plugin_data.plugin_name == "text"
+    assert [dim.size for dim in sample.tensor.tensor_shape.dim] == [1]
+    assert sample.tensor.dtype == types_pb2.DT_STRING
+    assert (
+        sample.tensor.string_val[0].decode().strip()
+        == text.replace("\ud800", "?").strip()
+    )
 
 
 def test_only_process_zero_writes(tmp_path):

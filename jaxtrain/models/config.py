@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import inspect
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -187,7 +186,7 @@ class ModelConfig:
         """
         family = family_of(options.get("model_type"))
         _refuse_unknown(options, family)
-        given = {**_defaults_of(options["model_type"]), **options}
+        given = {**family.defaults, **options}
         num_heads = given["num_attention_heads"]
         layer_types, window = _attention_kinds(given, family)
         attention_bias = bool(given.get("attention_bias", False))
@@ -260,22 +259,6 @@ def family_of(model_type: Any) -> Family:
             f" of {', '.join(FAMILIES)}"
         )
     return FAMILIES[model_type]
-
-
-@functools.cache
-def _defaults_of(model_type: str) -> Mapping[str, Any]:
-    """The values that transformers gives a family's keys where a config lacks them.
-
-    Its classes' signatures are read, not their instances, which have computed values
-    in place of some defaults.
-    """
-    from transformers import CONFIG_MAPPING  # slow, and needed for config.json only
-
-    arguments = inspect.signature(CONFIG_MAPPING[model_type].__init__).parameters
-    return {
-        key: arguments[key].default if key in arguments else None
-        for key in family_of(model_type).keys
-    }
 
 
 @functools.cache

@@ -12,8 +12,9 @@ from typing import Any, Literal
 class Family:
     """One row of the table.
 
-    `keys`: the keys of a config.json that the family understands. One that is absent
-    has the default that transformers gives it.
+    `defaults`: the keys of a config.json that the family understands, each with the
+    value that transformers gives it where it is absent. They are written down here
+    because asking transformers imports PyTorch, where that is installed.
     `norms`: whether a layer normalizes what attention and the MLP read ("before"), or
     also what they add ("around").
     `qk_norm`: whether queries and keys are normalized, each head by itself ("head").
@@ -26,7 +27,7 @@ class Family:
     """
 
     architecture: str
-    keys: frozenset[str]
+    defaults: Mapping[str, Any]
     activation_key: str = "hidden_act"
     norms: Literal["before", "around"] = "before"
     qk_norm: Literal["none", "head"] = "none"
@@ -43,56 +44,82 @@ class Family:
     ignored_keys: frozenset[str] = frozenset()
     must_be_none: tuple[str, ...] = ()
 
+    @property
+    def keys(self) -> frozenset[str]:
+        """The keys of a config.json that the family understands."""
+        return frozenset(self.defaults)
 
-_COMMON = (
-    "model_type vocab_size hidden_size intermediate_size num_hidden_layers"
-    " num_attention_heads num_key_value_heads head_dim hidden_act"
-    " max_position_embeddings initializer_range rms_norm_eps tie_word_embeddings"
-    " bos_token_id eos_token_id pad_token_id rope_parameters rope_scaling rope_theta"
-)
-_QWEN = "use_sliding_window sliding_window max_window_layers layer_types"
-_MIXTURE = (
-    "num_local_experts num_experts num_experts_per_tok output_router_logits"
-    " router_aux_loss_coef"
-)
+
+# The keys that every family understands, and the defaults that most of them share.
+_COMMON: dict[str, Any] = {
+    "model_type": None, "vocab_size": 32_000, "hidden_size": 4096,
+    "intermediate_size": 14_336, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "head_dim": None, "hidden_act": "silu",
+    "max_position_embeddings": 131_072, "initializer_range": 0.02, "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
+    "pad_token_id": None, "rope_parameters": None, "rope_scaling": None,
+    "rope_theta": None,
+}  # fmt: skip
+_QWEN: dict[str, Any] = _COMMON | {
+    "vocab_size": 151_936, "intermediate_size": 22_016, "num_key_value_heads": 32,
+    "max_position_embeddings": 32_768, "bos_token_id": None, "eos_token_id": None,
+    "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28,
+    "layer_types": None,
+}  # fmt: skip
+_MIXTURE: dict[str, Any] = {
+    "num_local_experts": None, "num_experts": None, "num_experts_per_tok": None,
+    "output_router_logits": False, "router_aux_loss_coef": 0.001,
+}  # fmt: skip
 # Old files carry hidden_act too; transformers reads hidden_activation.
-_GEMMA = (
-    "hidden_activation attention_bias query_pre_attn_scalar sliding_window layer_types"
-    " sliding_window_pattern final_logit_softcapping attn_logit_softcapping"
-)
-
-
-def _keys(*groups: str) -> frozenset[str]:
-    """The common keys and those of `groups`, which are separated by spaces."""
-    return frozenset(" ".join((_COMMON, *groups)).split())
+_GEMMA: dict[str, Any] = _COMMON | {
+    "vocab_size": 256_000, "hidden_size": 2304, "intermediate_size": 9216,
+    "num_hidden_layers": 26, "num_attention_heads": 8, "num_key_value_heads": 4,
+    "head_dim": 256, "hidden_act": None, "hidden_activation": "gelu_pytorch_tanh",
+    "tie_word_embeddings": True, "bos_token_id": 2, "eos_token_id": 1,
+    "pad_token_id": 0, "attention_bias": False, "query_pre_attn_scalar": 256,
+    "sliding_window": 4096, "layer_types": None, "sliding_window_pattern": None,
+    "final_logit_softcapping": None, "attn_logit_softcapping": None,
+}  # fmt: skip
 
 
 FAMILIES: Mapping[str, Family] = {
     "llama": Family(
         architecture="LlamaForCausalLM",
-        keys=_keys("attention_bias mlp_bias"),
+        defaults=_COMMON
+        | {
+            "intermediate_size": 11_008,
+            "num_key_value_heads": None,
+            "max_position_embeddings": 2048,
+            "attention_bias": False,
+            "mlp_bias": False,
+        },
         ignored_keys=frozenset({"pretraining_tp"}),
     ),
     "qwen2": Family(
         architecture="Qwen2ForCausalLM",
-        keys=_keys(_QWEN),
+        defaults=_QWEN,
         always_qkv_bias=True,
         window_rule="from_layer",
     ),
     "qwen3": Family(
         architecture="Qwen3ForCausalLM",
-        keys=_keys(_QWEN, "attention_bias"),
+        defaults=_QWEN | {"head_dim": 128, "attention_bias": False},
         qk_norm="head",
         window_rule="from_layer",
     ),
     "mistral": Family(
         architecture="MistralForCausalLM",
-        keys=_keys("sliding_window"),
+        defaults=_COMMON | {"sliding_window": 4096},
         window_rule="all",
     ),
     "gemma2": Family(
         architecture="Gemma2ForCausalLM",
-        keys=_keys(_GEMMA),
+        defaults=_GEMMA
+        | {
+            "max_position_embeddings": 8192,
+            "final_logit_softcapping": 30.0,
+            "attn_logit_softcapping": 50.0,
+        },
         activation_key="hidden_activation",
         norms="around",
         unit_offset_norm=True,
@@ -102,7 +129,7 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "gemma3_text": Family(
         architecture="Gemma3ForCausalLM",
-        keys=_keys(_GEMMA, "rope_local_base_freq"),
+        defaults=_GEMMA | {"vocab_size": 262_208, "rope_local_base_freq": None},
         activation_key="hidden_activation",
         norms="around",
         qk_norm="head",
@@ -117,27 +144,61 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "phi3": Family(
         architecture="Phi3ForCausalLM",
-        keys=_keys(
-            "original_max_position_embeddings partial_rotary_factor sliding_window"
-        ),
+        defaults=_COMMON
+        | {
+            "vocab_size": 32_064,
+            "hidden_size": 3072,
+            "intermediate_size": 8192,
+            "num_key_value_heads": None,
+            "max_position_embeddings": 4096,
+            "original_max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "eos_token_id": 32_000,
+            "pad_token_id": 32_000,
+            "partial_rotary_factor": None,
+            "sliding_window": None,
+        },
         fused_projections=True,
         partial_rotary=True,
         window_rule="all",
     ),
     "mixtral": Family(
         architecture="MixtralForCausalLM",
-        keys=_keys(_MIXTURE, "sliding_window"),
+        defaults=_COMMON
+        | _MIXTURE
+        | {
+            "rms_norm_eps": 1e-5,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "sliding_window": None,
+        },
         default_rope_theta=1_000_000.0,
         window_rule="all",
         expert_width_key="intermediate_size",
     ),
     "qwen3_moe": Family(
         architecture="Qwen3MoeForCausalLM",
-        keys=_keys(
-            _MIXTURE,
-            "attention_bias use_sliding_window sliding_window moe_intermediate_size",
-            "norm_topk_prob decoder_sparse_step mlp_only_layers",
-        ),
+        defaults=_COMMON
+        | _MIXTURE
+        | {
+            "vocab_size": 151_936,
+            "hidden_size": 2048,
+            "intermediate_size": 6144,
+            "num_hidden_layers": 24,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 32_768,
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "attention_bias": False,
+            "use_sliding_window": False,
+            "sliding_window": 4096,
+            "moe_intermediate_size": 768,
+            "norm_topk_prob": False,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": None,
+        },
         qk_norm="head",
         window_rule="all",
         expert_width_key="moe_intermediate_size",

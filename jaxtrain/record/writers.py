@@ -20,6 +20,8 @@ from typing import Any, Protocol, TextIO
 
 from tqdm import tqdm
 
+from jaxtrain.record.event_file import EventFile
+
 _MASK = "***"
 _NO_WANDB = (
     "report_to has 'wandb', which is not installed: pip install 'jaxtrain[wandb]', or "
@@ -204,37 +206,27 @@ def drop_lines_after(path: pathlib.Path, step: int | None) -> None:
 
 
 class TensorBoardWriter:
-    """TensorBoard event files, through tensorboardX."""
+    """TensorBoard event files."""
 
     def __init__(self, folder: pathlib.Path, resume_step: int | None = None) -> None:
-        from tensorboardX import SummaryWriter
-
-        self._writer = SummaryWriter(
-            str(folder),
-            # TensorBoard hides what earlier files hold from this step on.
-            purge_step=0 if resume_step is None else resume_step + 1,
-            # The name holds whole seconds: a quick restart would overwrite the file.
-            filename_suffix=f".{time.time_ns()}",
-        )
+        # TensorBoard hides what earlier files hold from this step on.
+        self._file = EventFile(folder, 0 if resume_step is None else resume_step + 1)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()
+        self._file.write_scalars(step, metrics)
 
     def write_text(self, step: int, texts: Mapping[str, str]) -> None:
         """Record texts, shown as they are and not as Markdown."""
         for name, text in texts.items():
             indented = "\n".join(f"    {line}" for line in text.splitlines())
-            self._writer.add_text(name, indented, step)
-        self._writer.flush()
+            self._file.write_text(step, name, indented)
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Record the config as a text."""
         self.write_text(0, {"config": json.dumps(config, indent=2, default=str)})
 
     def close(self) -> None:
-        self._writer.close()
+        self._file.close()
 
 
 class WandbWriter:

@@ -1,5 +1,8 @@
+import json
+
 import numpy as np
 import pytest
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -128,6 +131,38 @@ def test_a_saved_tokenizer_loads_and_pads_with_eos_if_it_must(tmp_path, bpe):
     loaded = load_tokenizer(str(tmp_path / "t"))
     assert loaded.pad_token_id == loaded.eos_token_id
     assert loaded("the sky")["input_ids"] == bpe("the sky")["input_ids"]
+
+
+# Every class and model type that is taken at its word, and some that are not.
+DECLARED = [
+    (name, model_type)
+    for name in ("PreTrainedTokenizerFast", "TokenizersBackend")
+    for model_type in (None, "llama", "qwen3", "gemma2", "gemma3_text", "qwen2", "phi3")
+] + [
+    ("Qwen2Tokenizer", "qwen2"),
+    ("Qwen2TokenizerFast", "qwen3"),
+    ("Qwen2Tokenizer", "qwen3_moe"),
+    ("Qwen2Tokenizer", "llama"),
+    ("GemmaTokenizerFast", "gemma2"),
+    ("GemmaTokenizer", "gemma3_text"),
+]
+
+
+@pytest.mark.parametrize(("name", "model_type"), DECLARED)
+def test_the_class_is_the_one_that_auto_tokenizer_chooses(
+    name, model_type, tmp_path, bpe
+):
+    bpe.save_pretrained(tmp_path)
+    settings = tmp_path / "tokenizer_config.json"
+    declared = json.loads(settings.read_text()) | {"tokenizer_class": name}
+    settings.write_text(json.dumps(declared))
+    if model_type is not None:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ours = load_tokenizer(str(tmp_path))
+    assert type(ours) is type(theirs)
+    assert ours.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str()
+    assert ours.special_tokens_map == theirs.special_tokens_map
 
 
 def test_a_chat_template_is_given_as_text_or_file(tmp_path, bpe):

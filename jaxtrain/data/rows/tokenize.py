@@ -10,13 +10,15 @@ completion.
 
 import dataclasses
 import itertools
+import json
 import logging
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+import transformers
+from transformers import PreTrainedTokenizerBase
 
 from jaxtrain.data.rows.formats import BadRow, RowFormat
 from jaxtrain.data.rows.template import (
@@ -71,7 +73,8 @@ def load_tokenizer(
     if not local and (path_or_name.startswith((".", "/", "~")) or folder.exists()):
         raise ValueError(f"tokenizer {path_or_name!r} is not a folder")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
+        loader = _named_class(folder) or transformers.AutoTokenizer
+        tokenizer = loader.from_pretrained(
             str(folder) if local else path_or_name,
             trust_remote_code=trust_remote_code,
             revision=revision,
@@ -91,6 +94,41 @@ def load_tokenizer(
         tokenizer.chat_template = _read_template(chat_template)
     check_tokenizer(tokenizer)
     return tokenizer
+
+
+# Tokenizer classes, and the model types for which AutoTokenizer takes the class that
+# the folder names; None is a folder without a model. It corrects what folders of some
+# other types say.
+_GENERIC = "PreTrainedTokenizerFast"
+_TAKEN_AT_ITS_WORD: Mapping[str, set[str | None]] = {
+    _GENERIC: {None, "llama", "qwen3", "gemma2", "gemma3_text"},
+    "Qwen2Tokenizer": {"qwen2", "qwen3", "qwen3_moe"},
+    "GemmaTokenizer": {"gemma2", "gemma3_text"},
+}
+
+
+def _named_class(folder: pathlib.Path) -> Any | None:
+    """The tokenizer class that a folder names, if AutoTokenizer is sure to choose it.
+
+    Importing AutoTokenizer imports PyTorch where that is installed: a second that a run
+    has no other use for. None leaves the choice to it.
+    """
+    if not (folder / "tokenizer.json").is_file():
+        return None
+    try:
+        settings = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
+        name, has_code = settings["tokenizer_class"], "auto_map" in settings
+        model, model_type = folder / "config.json", None
+        if model.is_file():
+            model_type = json.loads(model.read_text("utf-8"))["model_type"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    name = _GENERIC if name in (_GENERIC, "TokenizersBackend") else name
+    if name != _GENERIC:
+        name = str(name).removesuffix("Fast")
+    if has_code or model_type not in _TAKEN_AT_ITS_WORD.get(name, ()):
+        return None
+    return getattr(transformers, name, None)
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
