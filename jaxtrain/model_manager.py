@@ -6,6 +6,7 @@ import jax
 
 from jaxtrain.config import RunConfig, resolve
 from jaxtrain.models.load import LoadedModel, load_model
+from jaxtrain.run import compilation_cache
 
 __all__ = ["LoadedModel", "ModelManager"]
 
@@ -27,6 +28,7 @@ class ModelManager:
         Raises:
             ValueError: no such model or tokenizer, or one that can't be trained here.
         """
+        compilation_cache.set_up(self.run.compilation_cache)
         self.model = load_model(self.run)
         self.tokenizer = self.model.tokenizer
         return self.model

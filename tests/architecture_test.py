@@ -157,7 +157,7 @@ ALLOWED: dict[str, set[str]] = {
         "types",
     },
     "dpo_trainer": {"data.batches", "data.loading", "models.load", "run", "trainer"},
-    "model_manager": {"config", "models.load"},
+    "model_manager": {"config", "models.load", "run"},
     "lm_eval": {
         "assets",
         "batch",
