@@ -33,6 +33,7 @@ from jaxtrain.optimizers.offload import offload
 from jaxtrain.passes import difficulty
 from jaxtrain.passes.reference import ReferenceScorer, describe
 from jaxtrain.record import diagnostics, writers
+from jaxtrain.record.start import announce
 from jaxtrain.record.throughput import ThroughputMeter, peak_flops
 from jaxtrain.run import export
 from jaxtrain.run.checkpoint import CheckpointManager
@@ -124,6 +125,7 @@ def build(
         train_step=train_step,
         eval_step=eval_step,
         feed=feed,
+        train_data=train_data,
         train_batches=batches,
         eval_data=eval_data,
         steps_per_epoch=epoch_steps,
@@ -158,7 +160,7 @@ def run_to_end(parts: loop.Parts, workdir: pathlib.Path) -> dict[str, Any]:
                 run.loop.report_to,
                 workdir,
                 run.loop.run_name or workdir.name,
-                run.to_dict(),
+                announce(parts, progress, workdir),
                 resume_step=progress.step or None,
                 total_steps=parts.total_steps,
                 process_index=jax.process_index(),

@@ -30,7 +30,7 @@ from jaxtrain.record.diagnostics import save_batch
 from jaxtrain.record.goodput import Goodput
 from jaxtrain.record.throughput import ThroughputMeter, usage
 from jaxtrain.run.checkpoint import CheckpointManager
-from jaxtrain.run.feed import Feed
+from jaxtrain.run.feed import Feed, Prepared
 from jaxtrain.run.preemption import Preempted, PreemptionWatch, Watchdog
 from jaxtrain.step import EvalStep, TrainStep
 from jaxtrain.tree import overlay, select
@@ -101,6 +101,7 @@ class Parts:
     train_step: TrainStep
     eval_step: EvalStep
     feed: Feed
+    train_data: Prepared
     train_batches: BatchIterator | StreamIterator
     eval_data: PreparedDataset | None
     steps_per_epoch: int

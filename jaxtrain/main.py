@@ -4,7 +4,6 @@ The same as `jaxtrain train dpo --workdir=out/dpo`. Any key can be set by a flag
 wins over the file: `--training.dpo.beta=0.2`.
 """
 
-import logging
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -38,7 +37,6 @@ def main(arguments: Sequence[str]) -> None:
     from jaxtrain import trainer
     from jaxtrain.run import distributed
 
-    _set_up_logging()
     distributed.initialize()
     try:
         orchestrator = trainer.TrainingOrchestrator(config, workdir=workdir)
@@ -59,19 +57,6 @@ def _how_to_go_on(workdir: pathlib.Path) -> str:
         f"interrupted; step {steps[-1]} is saved in {workdir}: the same command goes on"
         " from there"
     )
-
-
-def _set_up_logging() -> None:
-    """Our own lines at INFO; of the libraries', warnings only."""
-    logging.basicConfig(
-        level=logging.WARNING,
-        format="%(asctime)s %(levelname).1s %(message)s",
-        datefmt="%H:%M:%S",
-        stream=sys.stdout,
-        force=True,
-    )
-    logging.getLogger("absl").setLevel(logging.WARNING)
-    logging.getLogger("jaxtrain").setLevel(logging.INFO)
 
 
 if __name__ == "__main__":

@@ -107,7 +107,7 @@ class TrainingOrchestrator:
         _override(config, training_type, model_name, self.accelerator)
         self.run = run = resolve(config, device_count=jax.device_count())
         for line in run.explain():
-            logger.info(line)
+            logger.debug(line)  # the block at the start has the essence
         compilation_cache.set_up(run.compilation_cache)
         # These raise on what cannot work, before anything is loaded.
         writers.check_installed(run.loop.report_to)

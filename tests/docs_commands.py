@@ -155,8 +155,6 @@ def _run_module(module: str, arguments: list[str]) -> str:
     printed = io.StringIO()
     with (
         contextlib.redirect_stdout(printed),
-        # It would take the log away from pytest.
-        mock.patch.object(jaxtrain.main, "_set_up_logging"),
         mock.patch.object(sys, "path", ["", *sys.path]),  # as python -m has it
     ):
         is_training = module == "jaxtrain.main"

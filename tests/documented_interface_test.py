@@ -450,7 +450,7 @@ def test_the_distributed_memory_and_curriculum_examples(project, monkeypatch, ca
     config = ConfigManager()
     run_snippet(MEMORY, config=config)
     run_snippet(CURRICULUM, config=config)
-    with caplog.at_level(logging.INFO, "jaxtrain"):
+    with caplog.at_level(logging.DEBUG, "jaxtrain"):
         names = run_snippet(
             DISTRIBUTED, config=config, TrainingOrchestrator=TrainingOrchestrator
         )

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -12,11 +13,13 @@ SLOW = pytest.mark.slow
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
-def run_main(*arguments, cwd=ROOT):
+def run_main(*arguments, cwd=ROOT, **more):
     environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
         "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
+        **more,
     }
     return subprocess.run(
         [sys.executable, "-m", "jaxtrain.main", *map(str, arguments)],
@@ -42,14 +45,49 @@ SHORT = (
     ["dpo", *(pytest.param(n, marks=SLOW) for n in ("from_scratch", "sft", "lora"))],
 )
 def test_every_config_runs_to_the_end(name, tmp_path):
-    finished = run_main(f"--config=configs/{name}.py", f"--workdir={tmp_path}", *SHORT)
+    # As for the first time: nothing lies there, and no file of rows was read before.
+    (tmp_path / "empty").mkdir()
+    finished = run_main(
+        f"--config={ROOT / 'configs' / name}.py",
+        f"--workdir={tmp_path}",
+        *SHORT,
+        cwd=tmp_path / "empty",
+        HF_DATASETS_CACHE=str(tmp_path / "datasets"),
+    )
     assert finished.returncode == 0, finished.stderr[-3000:] + finished.stdout[-3000:]
+    check_output(finished, name)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     assert [r["step"] for r in records if "loss" in r] == [1, 2]
     assert any("eval_loss" in r for r in records)
     assert (tmp_path / "model" / "model.safetensors").is_file()
     assert (tmp_path / "adapter").is_dir() == (name == "lora")
+
+
+# A log line of ours with what stands below it, or a record.
+OURS = re.compile(
+    r"\d\d:\d\d:\d\d (?!error|warning)\S.*|         .*"
+    r"|(step|eval) +[12]/2 \| \S+, <?\S+ left \| .*|step \d+ sample_.*"
+)
+
+
+def check_output(finished, name):
+    """A block, a line for each record, and nothing of any library on either stream."""
+    assert finished.stderr == ""
+    lines = finished.stdout.splitlines()
+    assert [line for line in lines if not OURS.fullmatch(line)] == []
+    too_long = [line for line in lines if len(line) > 100]
+    # A path is never cut, so that it can be copied.
+    assert [line for line in too_long if "/" not in line] == []
+    (title,) = [n for n, line in enumerate(lines) if f": {name} run " in line]
+    labels = [line[11:22].strip() for line in lines[title + 1 :] if line[9:11] == "  "]
+    shown = [label for label in labels if label]
+    assert shown[:8] == [
+        "model", "data", "batch", "steps", "devices", "precision", "memory", "writes",
+    ]  # fmt: skip
+    assert [line.split()[0] for line in lines if " left | " in line] == [
+        "step", "step", "eval",
+    ]  # fmt: skip
 
 
 @SLOW

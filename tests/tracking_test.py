@@ -1,6 +1,5 @@
-"""Writers: files on disk, resuming, console lines, masked secrets."""
+"""Writers: files on disk, resuming, masked secrets."""
 
-import io
 import json
 import math
 import pathlib
@@ -13,11 +12,9 @@ from tensorboardX.record_writer import masked_crc32c
 
 from jaxtrain.record import writers as tracking
 from jaxtrain.record.writers import (
-    ConsoleWriter,
     JsonlWriter,
     WandbWriter,
     check_installed,
-    format_metrics,
     make_writers,
     mask_secrets,
 )
@@ -200,50 +197,6 @@ def test_wandb_keeps_one_run_over_a_resume_offline(monkeypatch, tmp_path):
     assert runs
     for run in runs:
         assert b"abc" not in run.read_bytes()
-
-
-def test_console_lines_begin_with_the_usual_metrics():
-    line = format_metrics(
-        {
-            "zeta": 12.0,
-            "mfu": 0.41,
-            "tokens_per_sec": 81234.0,
-            "samples_per_sec": 7.25,
-            "grad_norm": 0.5123,
-            "learning_rate": 1e-4,
-            "perplexity": math.inf,
-            "loss": 2.30259,
-            "tiny": 1.5e-7,
-        }
-    )
-    assert line == (
-        "loss 2.3026 | perplexity inf | lr 1.00e-04 | grad_norm 0.5123 | "
-        "tokens/s 81.2k | samples/s 7.2 | mfu 0.4100 | zeta 12.0000 | tiny 1.500e-07"
-    )
-
-
-def test_the_console_prints_a_line_and_moves_the_bar(capsys):
-    stream = io.StringIO()
-    writer = ConsoleWriter(10, 4, stream=stream, show_bar=True)
-    writer.write(6, {"loss": 1.0})
-    writer.write(6, {"eval_loss": 1.5})
-    writer.write_text(6, {"sample": "hello"})
-    writer.close()
-    assert stream.getvalue().splitlines() == [
-        "step 6/10 | loss 1.0000",
-        "step 6/10 | eval_loss 1.5000",
-        "step 6 sample: hello",
-    ]
-    assert "6/10" in capsys.readouterr().err
-
-
-def test_no_bar_is_drawn_where_no_terminal_shows_it(capsys):
-    writer = ConsoleWriter(10)
-    writer.write(1, {"loss": 1.0})
-    writer.close()
-    captured = capsys.readouterr()
-    assert captured.out == "step 1/10 | loss 1.0000\n"
-    assert captured.err == ""
 
 
 @pytest.mark.parametrize(

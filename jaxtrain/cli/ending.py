@@ -17,6 +17,8 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
+from jaxtrain.record import logs
+
 MISTAKE, FAULT, INTERRUPTED = 2, 1, 130
 
 # What the operating system says about a path that the user has named.
@@ -46,6 +48,8 @@ def run_command(
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
+    if arguments is None:  # a command of its own, not one within a program
+        logs.set_up(debug=debug)
     try:
         return command([each for each in given if each != "--debug"]) or 0
     except BrokenPipeError:  # `jaxtrain configs | head`

@@ -15,7 +15,12 @@ from ml_collections import ConfigDict
 
 from jaxtrain import schema
 from jaxtrain.config.rules import ConfigError
-from jaxtrain.config.run import RunConfig, default_config, resolve
+from jaxtrain.config.run import (
+    RunConfig,
+    default_config,
+    resolve,
+    without_provenance,
+)
 from jaxtrain.config.sections import SCHEMA
 
 
@@ -177,11 +182,12 @@ def load_yaml(path: str | os.PathLike[str]) -> ConfigDict:
             " and keys under it"
         )
     config = default_config()
-    problems = schema.overlay(config, SCHEMA, given or {})
+    given = without_provenance(given or {})
+    problems = schema.overlay(config, SCHEMA, given)
     if problems:
         # The file will not load, so say all there is to say about it now.
         try:
-            resolve(given or {})
+            resolve(given)
         except ConfigError as error:
             problems = error.problems
         raise ConfigError(problems)

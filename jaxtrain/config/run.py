@@ -122,7 +122,7 @@ def resolve(
     if not isinstance(config, Mapping | ConfigDict):
         config = config.config_dict
     given = config.to_dict() if isinstance(config, ConfigDict) else config
-    found = resolve_sections(given, device_count, flags)
+    found = resolve_sections(without_provenance(given), device_count, flags)
     values = {each.name: getattr(found, each.name) for each in fields(RunConfig)}
     values["notes"] = tuple(found.notes)
     values["lora"] = found.lora if found.lora.enabled else None
@@ -150,6 +150,11 @@ def diff(
         for key in sorted(flat_old.keys() | flat_new.keys())
         if flat_old.get(key) != flat_new.get(key)
     ]
+
+
+def without_provenance(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The sections alone: a run's config.json tells of its starts beside them."""
+    return {name: below for name, below in given.items() if name != "provenance"}
 
 
 def _with_lists(tree: Any) -> Any:

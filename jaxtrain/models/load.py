@@ -92,16 +92,16 @@ def load_model(run: RunConfig) -> LoadedModel:
     decoder = make_decoder(run, config, plan)
     base, described = _describe_weights(run, decoder, plan)
     layouts = sharding.layouts_of(described)
+    size = f"{config.num_params() / 1e6:.1f}M"
     # From scratch, a directory gives its sizes and its tokenizer only.
     if directory is None or run.training_type == "from_scratch":
-        source = "random initial values"
+        logger.info("new %s of %s parameters", config.model_type, size)
         key = jax.random.key(run.loop.seed)
         params = jax.jit(base.init, out_shardings=layouts)(key)
     else:
-        source = directory
+        told = "loading %s of %s parameters from %s"
+        logger.info(told, config.model_type, size, directory)
         params = hf.load_params(directory, base, layouts, dtype=_base_dtype(run))
-    size = f"{config.num_params() / 1e6:.1f}M"
-    logger.info("%s with %s parameters from %s", config.model_type, size, source)
     if decoder.quantization is not None:
         logger.info(
             "its layers' kernels are kept as %s: the frozen base takes %.1f MiB"

@@ -12,13 +12,12 @@ import math
 import os
 import pathlib
 import re
-import sys
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TextIO
 
-from tqdm import tqdm
+from jaxtrain.record.console import ConsoleWriter
 
 from jaxtrain.record.event_file import EventFile
 
@@ -164,7 +163,9 @@ class JsonlWriter:
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         text = json.dumps(config, indent=2, default=str)
-        (self._folder / "config.json").write_text(f"{text}\n")
+        scratch = self._folder / "config.json.tmp"
+        scratch.write_text(f"{text}\n", encoding="utf-8")
+        os.replace(scratch, self._folder / "config.json")  # whole at any moment
 
     def close(self) -> None:
         """Close the files."""
@@ -273,99 +274,6 @@ class WandbWriter:
 
     def close(self) -> None:
         self._run.finish()
-
-
-# -------------------------------------------------------------------------- console
-
-# Shown first, in this order, under these names; anything else follows as it is named.
-_CONSOLE_NAMES = {
-    **{name: name for name in ("loss", "eval_loss", "perplexity", "eval_perplexity")},
-    "learning_rate": "lr",
-    "grad_norm": "grad_norm",
-    "tokens_per_sec": "tokens/s",
-    "samples_per_sec": "samples/s",
-    "mfu": "mfu",
-}
-# In the files and trackers only: a line on the console must fit one.
-_NOT_ON_CONSOLE = re.compile(
-    r"(eval_)?(entropy|mean_token_accuracy|num_tokens|logits/.*|logps/.*"
-    r"|rewards/(chosen|rejected)|nll/.*|grad_norm/.*|generated_words|data_wait_share"
-    r"|step_time_.*|host_memory_gib)"
-)
-
-
-class ConsoleWriter:
-    """A log line for each record, and a progress bar where a terminal shows it."""
-
-    def __init__(
-        self,
-        total_steps: int | None = None,
-        resume_step: int | None = None,
-        *,
-        stream: TextIO | None = None,
-        show_bar: bool | None = None,
-    ) -> None:
-        """Lines go to `stream` (stdout), the bar to stderr if that is a terminal."""
-        self._stream = stream or sys.stdout
-        self._total = total_steps
-        self._last_step = resume_step or 0
-        self._bar = tqdm(
-            total=total_steps,
-            initial=self._last_step,
-            unit="step",
-            dynamic_ncols=True,
-            disable=None if show_bar is None else not show_bar,
-        )
-
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Advance the bar to `step` and print one line."""
-        self._bar.update(max(step - self._last_step, 0))
-        self._last_step = max(step, self._last_step)
-        if "loss" in metrics:
-            self._bar.set_postfix_str(f"loss {metrics['loss']:.4f}", refresh=False)
-        total = "" if self._total is None else f"/{self._total}"
-        shown = {k: v for k, v in metrics.items() if not _NOT_ON_CONSOLE.fullmatch(k)}
-        self._print(f"step {step}{total} | {format_metrics(shown)}")
-
-    def write_text(self, step: int, texts: Mapping[str, str]) -> None:
-        """Print each text under its name."""
-        for name, text in texts.items():
-            self._print(f"step {step} {name}: {text}")
-
-    def write_config(self, config: Mapping[str, Any]) -> None:
-        """Nothing: config.json is the place to read it."""
-
-    def close(self) -> None:
-        self._bar.close()
-
-    def _print(self, line: str) -> None:
-        tqdm.write(line, file=self._stream)
-        self._stream.flush()
-
-
-def format_metrics(metrics: Mapping[str, float]) -> str:
-    """`loss 2.3026 | lr 1.00e-04 | tokens/s 81.2k`, the usual ones first."""
-    names = dict.fromkeys([*_CONSOLE_NAMES, *metrics])
-    return " | ".join(
-        f"{_CONSOLE_NAMES.get(name, name)} {_format(name, metrics[name])}"
-        for name in names
-        if name in metrics
-    )
-
-
-def _format(name: str, value: float) -> str:
-    if not math.isfinite(value):
-        return str(value)
-    if name == "learning_rate":
-        return f"{value:.2e}"
-    if name.endswith("_per_sec"):
-        for scale, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-            if value >= scale:
-                return f"{value / scale:.1f}{unit}"
-        return f"{value:.1f}"
-    if value == 0 or 1e-3 <= abs(value) < 1e5:
-        return f"{value:.4f}"
-    return f"{value:.3e}"
 
 
 # -------------------------------------------------------------------------- secrets

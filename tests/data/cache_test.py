@@ -33,7 +33,7 @@ def count_prepares(monkeypatch):
 def test_the_second_time_comes_from_disk_and_is_equal(
     bpe, tmp_path, count_prepares, caplog
 ):
-    caplog.set_level(logging.INFO, logger="jaxtrain")
+    caplog.set_level(logging.DEBUG, logger="jaxtrain")
     made = prepare_cached(ROWS, bpe, OPTIONS, tmp_path)
     found = prepare_cached(ROWS, bpe, OPTIONS, tmp_path)
     assert len(count_prepares) == 1
@@ -101,7 +101,7 @@ def test_an_interrupted_write_is_not_taken_for_an_entry(bpe, tmp_path, monkeypat
 def test_processes_prepare_once_and_share(bpe, tmp_path):
     bpe.save_pretrained(tmp_path / "tokenizer")
     program = (
-        "import logging, sys; logging.basicConfig(level=logging.INFO)\n"
+        "import logging, sys; logging.basicConfig(level=logging.DEBUG)\n"
         "from jaxtrain.data.prepare.cache import prepare_cached\n"
         "from jaxtrain.data.prepare.options import PrepareOptions\n"
         "from jaxtrain.data.rows.tokenize import load_tokenizer\n"

@@ -113,7 +113,7 @@ def _load_or_prepare(
 ) -> PreparedDataset:
     if (entry / "prepared.json").is_file():
         prepared = PreparedDataset.load(entry)
-        logger.info("token ids from %s: %s", entry, prepared.stats.describe())
+        logger.debug("token ids from %s: %s", entry, prepared.stats.describe())
         return prepared
     made = prepare(rows, tokenizer, options)
     aside = pathlib.Path(tempfile.mkdtemp(prefix="new-", dir=entry.parent))
@@ -123,7 +123,7 @@ def _load_or_prepare(
     except OSError:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    logger.info("token ids are kept in %s", entry)
+    logger.debug("token ids are kept in %s", entry)
     return PreparedDataset.load(entry)
 
 

@@ -83,7 +83,7 @@ def prepare(
             f"max_length={options.max_length}; raise max_length, or set "
             "max_prompt_length"
         )
-    logger.info("%s", prepared.stats.describe())
+    logger.debug("%s", prepared.stats.describe())
     return prepared
 
 

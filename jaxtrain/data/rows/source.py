@@ -55,7 +55,7 @@ def load_rows(
         return rows.first(max_rows)
     if max_rows is not None and max_rows < len(rows):
         rows = same_files(rows.select(range(max_rows)), rows)
-    logger.info(
+    logger.debug(
         "loaded %d rows of split %r from %s, columns %s",
         len(rows), split, path_or_name, rows.column_names,
     )  # fmt: skip

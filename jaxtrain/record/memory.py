@@ -1,0 +1,60 @@
+"""What a device must hold at the least, by shapes and layouts alone."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+from jax.sharding import Sharding
+
+_UNITS = (("GiB", 2.0**30), ("MiB", 2.0**20), ("KiB", 2.0**10))
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Bytes of one device by what they hold, and bytes kept in host memory for it.
+
+    A lower bound: of the activations only the inputs of layers are in it, and nothing
+    of what a step or the compiler needs beside.
+    """
+
+    device: dict[str, int]
+    host: int = 0
+
+    @property
+    def total(self) -> int:
+        """Bytes of one device."""
+        return sum(self.device.values())
+
+    def describe(self, limit: int | None = None) -> str:
+        """`at least 12.1 MiB a device: parameters 4.0, ...`.
+
+        Args:
+            limit: bytes that a device has, where it tells.
+        """
+        unit, size = next((u for u in _UNITS if self.total >= u[1]), _UNITS[-1])
+        of = "" if limit is None else f" of {limit / size:.1f}"
+        parts = ", ".join(
+            f"{name} {bytes_ / size:.1f}" for name, bytes_ in self.device.items()
+        )
+        text = f"at least {self.total / size:.1f}{of} {unit} a device: {parts}"
+        if self.host:
+            text += f"; {self.host / size:.1f} in host memory"
+        return text
+
+
+def sum_bytes(tree: Any) -> tuple[int, int]:
+    """Bytes that one device keeps of a tree of arrays: its own, and in host memory."""
+    own = host = 0
+    for leaf in jax.tree.leaves(tree):
+        size = shard_size(leaf.shape, leaf.sharding) * leaf.dtype.itemsize
+        if leaf.sharding.memory_kind == "pinned_host":
+            host += size
+        else:
+            own += size
+    return own, host
+
+
+def shard_size(shape: tuple[int, ...], sharding: Sharding) -> int:
+    """Elements of an array that one device holds."""
+    return math.prod(sharding.shard_shape(shape))

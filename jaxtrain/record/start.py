@@ -1,0 +1,321 @@
+"""How a run begins: the block that the log shows, and what config.json is to hold."""
+
+import dataclasses
+import logging
+import os
+import pathlib
+import re
+import textwrap
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+
+from jaxtrain import __version__, loop
+from jaxtrain.config import RunConfig
+from jaxtrain.data.batches.dataset import PreparedDataset
+from jaxtrain.record import memory, provenance
+from jaxtrain.record.logs import COLUMNS
+from jaxtrain.run.feed import Prepared
+from jaxtrain.tree import dotted, select
+
+logger = logging.getLogger(__name__)
+
+_LABEL = 11  # columns
+_WIDTH = COLUMNS - len("00:00:00 ")
+_MOST_LINES = 2  # of one entry
+_LONGEST_PATH = 60
+_NOTE = re.compile(
+    r"(?P<key>\S+) = .*? (?P<what>has no effect|gives way to)[: ]*(?P<rest>.*)"
+)
+
+
+def announce(
+    parts: loop.Parts, progress: loop.Progress, workdir: pathlib.Path
+) -> dict[str, Any]:
+    """Log what is about to run, and return the configuration with its provenance.
+
+    Process 0 does this; the others have nothing to write.
+    """
+    config = parts.run.to_dict()
+    if jax.process_index() != 0:
+        return config
+    logger.info("%s", "\n".join(describe(parts, progress, workdir)))
+    train, held_out = parts.run.data.train, parts.run.data.eval
+    data = {"train": _describe_rows(parts.train_data, train)}
+    if parts.eval_data is not None:
+        data["eval"] = _describe_rows(parts.eval_data, held_out)
+    start = provenance.describe_start(
+        progress.step, parts.model.plan.mesh, data, parts.run.explain()
+    )
+    return provenance.with_history(config, start, workdir)
+
+
+def describe(
+    parts: loop.Parts, progress: loop.Progress, workdir: pathlib.Path
+) -> list[str]:
+    """The block: a title, and an aligned entry for each thing one wants to know."""
+    run = parts.run
+    entries = {
+        "model": _model(parts),
+        "data": _data(parts),
+        "batch": _batch(parts),
+        "steps": _steps(parts),
+        "devices": _devices(parts),
+        "precision": _precision(run),
+        "memory": _memory(parts),
+        "writes": _writes(run, workdir),
+        "resumes": _resumes(parts, progress, workdir),
+        **_notes(run.notes),
+    }
+    name = run.loop.run_name or workdir.name
+    title = f"jaxtrain {__version__}: {run.training_type} run {name!r}"
+    return [title, *(line for e in entries.items() if e[1] for line in _lines(*e))]
+
+
+def count_parameters(parts: loop.Parts) -> tuple[int, int]:
+    """All parameters of the policy, adapters included, and those that are trained.
+
+    A matrix that is kept quantized counts as the numbers that it stands for.
+    """
+    trained = dotted(parts.state.trainable)
+    whole = dataclasses.replace(parts.model.decoder, lora=None, quantization=None)
+    base = dotted(whole.abstract_params())
+    added = sum(leaf.size for name, leaf in trained.items() if name not in base)
+    total = parts.model.config.num_params() + added
+    return total, sum(leaf.size for leaf in trained.values())
+
+
+def estimate_memory(parts: loop.Parts) -> memory.Estimate:
+    """What a device holds at the least while it trains.
+
+    Parameters, the optimizer's state and the reference are those of the train state.
+    A gradient is kept for each trained parameter, in float32 where micro-batches are
+    added up, and of each layer its input.
+    """
+    state, plan = parts.state, parts.model.plan
+    frozen = "reference" if parts.run.lora is None else "base"
+    found = {
+        "parameters": memory.sum_bytes(state.trainable),
+        frozen: memory.sum_bytes(state.frozen),
+        "optimizer": memory.sum_bytes(state.opt_state),
+    }
+    axes = select(parts.model.decoder.logical_axes(), state.trainable)
+    layouts = plan.optimizer_moments(state.trainable, axes)
+    adds_up = parts.run.loop.gradient_accumulation_steps > 1
+    gradients = sum(
+        memory.shard_size(leaf.shape, layout) * (4 if adds_up else leaf.dtype.itemsize)
+        for leaf, layout in zip(
+            jax.tree.leaves(state.trainable), jax.tree.leaves(layouts), strict=True
+        )
+    )
+    device = {name: own for name, (own, _) in found.items() if own}
+    device |= {"gradients": gradients, "layer inputs": _layer_inputs(parts)}
+    return memory.Estimate(device, sum(host for _, host in found.values()))
+
+
+def _layer_inputs(parts: loop.Parts) -> int:
+    """Bytes of a micro-batch's layer inputs [B T D], which the backward pass reads."""
+    run, config, data = parts.run, parts.model.config, parts.train_data
+    rows = run.loop.per_device_train_batch_size * _sides(data)
+    tokens = rows * data.row_length // run.mesh.context
+    width = jax.numpy.dtype(run.precision.compute_dtype).itemsize * config.hidden_size
+    return tokens * width * config.num_hidden_layers
+
+
+# --- the entries ------------------------------------------------------------------
+
+
+def _model(parts: loop.Parts) -> str:
+    total, trained = count_parameters(parts)
+    share = "all trained"
+    if trained != total:
+        share = f"{short(trained)} ({trained / total:.2%}) trained"
+    if (lora := parts.run.lora) is not None:
+        share += f" by LoRA of rank {lora.r}"
+        share += f", base in {lora.quantization}" if lora.quantization else ""
+    is_new = parts.run.training_type == "from_scratch" or not parts.model.directory
+    named = parts.run.model.name_or_path or "the embedded model"
+    source = "random weights" if is_new else short_path(named)
+    family = parts.model.config.model_type
+    return f"{family}, {short(total)} parameters, {share}; {source}"
+
+
+def _data(parts: loop.Parts) -> str:
+    data, named = parts.train_data, parts.run.data.train
+    packing = "packed" if data.packed else "not packed"
+    if isinstance(data, PreparedDataset):
+        stats = data.stats
+        unit = _unit(data, stats.rows)
+        lost = {
+            "bad": stats.bad_rows,
+            "dropped": stats.dropped,
+            "truncated": stats.truncated,
+        }
+        told = "".join(f", {n:,} {what}" for what, n in lost.items() if n)
+        held = f"{stats.rows:,} {unit}, {short(stats.tokens)} tokens{told}"
+        packing = f"{packing}, {stats.packing_efficiency:.0%} filled"
+    else:
+        count = len(data.rows.sources)
+        held = f"a stream of {count} source{'s' * (count > 1)}"
+    if isinstance(named, str):
+        held += f"; {short_path(named) if named else 'data.train is not set'}"
+    text = f"{held}; rows of {data.row_length:,} tokens, {packing}"
+    if parts.eval_data is not None:
+        rows = parts.eval_data.stats.rows
+        text += f"; {rows:,} {_unit(parts.eval_data, rows)} to evaluate"
+    return text
+
+
+def _batch(parts: loop.Parts) -> str:
+    loop_, plan, data = parts.run.loop, parts.model.plan, parts.train_data
+    each, times = loop_.per_device_train_batch_size, loop_.gradient_accumulation_steps
+    rows = each * plan.batch_shards * times
+    text = f"{rows:,} rows a step = {each} a device"
+    text += f" x {plan.batch_shards} data-parallel" if plan.batch_shards > 1 else ""
+    text += f" x {times} micro-batches" if times > 1 else ""
+    most = rows * data.row_length * _sides(data)
+    if isinstance(data, PreparedDataset):
+        held = data.stats.tokens / max(data.stats.packed_rows, 1) * rows
+        return f"{text}; about {short(held)} tokens, at most {short(most)}"
+    return f"{text}; at most {short(most)} tokens"
+
+
+def _steps(parts: loop.Parts) -> str:
+    settings = parts.run.loop
+    text = f"{parts.total_steps:,}"
+    if isinstance(parts.train_data, PreparedDataset):
+        epochs = parts.epochs_done(parts.total_steps)
+        s = "" if epochs == 1 else "s"
+        text += f", {epochs:.3g} epoch{s} of {parts.steps_per_epoch:,}"
+    every = {"log": settings.logging_steps, "save": settings.save_steps}
+    if parts.eval_data is not None:
+        every["evaluate"] = settings.eval_steps
+    cadence = ", ".join(f"{what} {_often(steps)}" for what, steps in every.items())
+    return f"{text}; {cadence}"
+
+
+def _often(steps: int | None) -> str:
+    if steps is None:
+        return "after each epoch"
+    return f"every {steps:,}" if steps else "never"
+
+
+def _devices(parts: loop.Parts) -> str:
+    plan = parts.model.plan
+    devices, processes = plan.mesh.devices, jax.process_count()
+    text = f"{devices.size} x {devices.flat[0].device_kind}"
+    text += f" in {processes} processes" if processes > 1 else ""
+    sizes = [f"{axis} {size}" for axis, size in plan.mesh.shape.items() if size > 1]
+    text += f"; mesh {' x '.join(sizes) or 'of one'}"
+    split = {1: "optimizer state", 2: "optimizer state", 3: "parameters and optimizer"}
+    if plan.batch_shards > 1 and plan.zero_stage in split:
+        text += f"; {split[plan.zero_stage]} split (stage {plan.zero_stage})"
+    return text
+
+
+def _precision(run: RunConfig) -> str:
+    text = f"{run.precision.compute_dtype} compute, {run.model.param_dtype} parameters"
+    remat = run.precision.remat
+    return f"{text}; rematerialization {remat if remat != 'none' else 'off'}"
+
+
+def _memory(parts: loop.Parts) -> str:
+    device = parts.model.plan.mesh.local_devices[0]
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    return estimate_memory(parts).describe(limit)
+
+
+def _writes(run: RunConfig, workdir: pathlib.Path) -> str:
+    trackers = [name for name in run.loop.report_to if name != "jsonl"]
+    return f"{short_path(workdir)}; {', '.join(('metrics.jsonl', *trackers))}"
+
+
+def _resumes(parts: loop.Parts, progress: loop.Progress, workdir: pathlib.Path) -> str:
+    if not progress.step:
+        return ""
+    path = short_path(workdir / "checkpoints" / str(progress.step))
+    return f"from step {progress.step:,} of {parts.total_steps:,}; {path}"
+
+
+def _notes(notes: Iterable[str]) -> dict[str, str]:
+    """Keys without effect and keys that give way, an entry each; others as they are."""
+    idle, yielding, others = [], [], []
+    for note in notes:
+        found = _NOTE.fullmatch(note)
+        if found is None:
+            others.append(note)
+        elif found["what"] == "has no effect":
+            idle.append(found["key"])
+        else:
+            winner = found["rest"].partition(" = ")[0]
+            yielding.append(f"{found['key']} to {winner}")
+    entries = {"no effect": idle, "gives way": yielding}
+    found_entries = {name: ", ".join(keys) for name, keys in entries.items() if keys}
+    return found_entries | ({"notes": "; ".join(others)} if others else {})
+
+
+# --- words and numbers --------------------------------------------------------------
+
+
+def short(number: float) -> str:
+    """`812`, `9.2k`, `1.0M`, `7.6B`."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.1f}{unit}"
+    return f"{number:.0f}"
+
+
+def short_path(path: str | os.PathLike[str]) -> str:
+    """A path that fits the block: cut in the middle where it is long."""
+    text = os.fspath(path)
+    if len(text) <= _LONGEST_PATH:
+        return text
+    head, tail = _LONGEST_PATH // 3, _LONGEST_PATH - _LONGEST_PATH // 3 - 3
+    return f"{text[:head]}...{text[-tail:]}"
+
+
+def _lines(label: str, text: str) -> list[str]:
+    wrapped = textwrap.wrap(
+        text,
+        _WIDTH - _LABEL - 2,
+        max_lines=_MOST_LINES,
+        placeholder=" ...",
+        break_on_hyphens=False,
+    )
+    labels = [label, *[""] * (len(wrapped) - 1)]
+    return [
+        f"  {name:<{_LABEL}}{part}" for name, part in zip(labels, wrapped, strict=True)
+    ]
+
+
+def _unit(data: PreparedDataset, count: int) -> str:
+    word = "pair" if data.objective == "preference" else "row"
+    return word if count == 1 else f"{word}s"
+
+
+def _sides(data: Prepared) -> int:
+    """Sequences of a batch for each row: two for a pair that shares no prompt."""
+    if isinstance(data, PreparedDataset):
+        objective, shares = data.objective, data.shares_prompts
+    else:
+        objective, shares = data.options.objective, data.options.share_prompts
+    return 2 if objective == "preference" and not shares else 1
+
+
+def _describe_rows(data: Prepared, named: Any) -> dict[str, Any]:
+    """What provenance keeps of rows: where they are from, how many, a fingerprint.
+
+    Args:
+        named: the path that the configuration names, "" where it names none: the rows
+            are then those of the package, or were given in Python.
+    """
+    if isinstance(data, PreparedDataset):
+        return {
+            "path": named or None,
+            "rows": data.stats.rows,
+            "tokens": data.stats.tokens,
+            "fingerprint": data.fingerprint,
+        }
+    sources = [source.name for source in data.rows.sources]
+    return {"sources": sources, "fingerprint": data.fingerprint}
