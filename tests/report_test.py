@@ -1,5 +1,6 @@
 """The report: what it reads, what it must never contain, and how a browser shows it."""
 
+import html
 import html.parser
 import json
 import math
@@ -9,20 +10,40 @@ import re
 import shutil
 import subprocess
 import sys
+from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from jaxtrain import report
 from jaxtrain.cli.ending import run_command
 from jaxtrain.record.writers import make_writers
+from jaxtrain.report import series
+from jaxtrain.report.samples import choose_samples
 from jaxtrain.report.__main__ import main
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 NASTY = 'He said: </script><img src=x onerror="document.title=1"> & "so"\u2028.'
 
 
-def write_run(workdir: pathlib.Path, *, rate: float = 1e-3, steps: int = 20) -> None:
-    config = {"training": {"training_type": "sft", "learning_rate": rate, "seed": 42}}
+START = {
+    "step": 0,
+    "date": "2026-11-26T03:47:17+00:00",
+    "command": "jaxtrain train",
+    "versions": {"jax": "0.10.2", "numpy": "2.4.6"},
+    "commit": {"id": "abc", "dirty": False},
+    "devices": {"kind": "cpu", "count": 1},
+    "data": {"train": {"path": None, "rows": 64, "fingerprint": "f00"}},
+}
+
+
+def write_run(
+    workdir: pathlib.Path, *, rate: float = 1e-3, steps: int = 20, **more: Any
+) -> None:
+    training = {"training_type": "sft", "learning_rate": rate, "seed": 42, **more}
+    config = {"training": training, "provenance": {"starts": [START]}}
     with make_writers(["jsonl"], workdir, None, config) as writers:
         for step in range(1, steps + 1):
             loss = 4 / math.sqrt(step) + 100 * rate
@@ -77,16 +98,171 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
     assert "nothing is no work directory" in capsys.readouterr().err
 
 
-def test_thinning_keeps_evaluations_and_the_worst_losses():
-    records = [{"step": n, "loss": 1.0} for n in range(1000)]
-    records[333]["loss"] = 9.0
-    records[555]["loss"] = None  # NaN
-    records[777] = {"step": 777, "eval_loss": 2.0}
-    thinned = report.thin(records, 100)
-    assert len(thinned) <= 101
-    steps = {r["step"] for r in thinned}
-    assert {333, 555, 777} <= steps
-    assert sorted(steps) == [r["step"] for r in thinned]
+@given(
+    values=st.lists(
+        st.one_of(st.none(), st.floats(allow_nan=False, allow_infinity=False)),
+        min_size=50,
+        max_size=300,
+    ),
+    most=st.integers(2, 49),
+)
+def test_thinning_keeps_the_first_the_last_the_least_and_the_greatest(values, most):
+    points = list(enumerate(values))
+    thinned = series.thin(points, most)
+    assert thinned[0] == points[0] and thinned[-1] == points[-1]
+    numbers = [value for value in values if value is not None]
+    kept = [value for _, value in thinned if value is not None]
+    assert bool(kept) == bool(numbers)
+    if numbers:
+        assert min(kept) == min(numbers) and max(kept) == max(numbers)
+    assert set(thinned) <= set(points)
+    assert [step for step, _ in thinned] == sorted({step for step, _ in thinned})
+    # At most two numbers and a gap of each group, and both ends.
+    assert len(kept) <= most + 2 and len(thinned) <= 1.5 * most + 4
+
+
+def test_every_spike_stays_and_a_gap_is_no_number():
+    points = [(n, math.sin(n)) for n in range(10_000)]
+    spikes = {97 * n + 5: 9.0 + n for n in range(50)}
+    points = [(n, spikes.get(n, value)) for n, value in points]
+    points[5555] = (5555, None)
+    thinned = dict(series.thin(points, 1000))
+    assert all(thinned[step] == value for step, value in spikes.items())
+    assert thinned[5555] is None
+
+
+def test_numbers_are_shortened_to_six_digits():
+    numbers = (2 / 3, 123456789.0, 5e-5, -0.0001234567, 3.0, 0.0, None)
+    shown = [series.shorten(x) for x in numbers]
+    assert shown == [0.666667, 123457000, 5e-5, -0.000123457, 3, 0, None]
+
+
+def test_the_clock_keeps_both_sides_of_a_pause():
+    """A step's time between two kept ones is interpolated: compare with the truth."""
+    records = [
+        {"step": n, "time": 50.0 + n + 86_400 * (n >= 1234), "num_tokens": 10.0 * n}
+        for n in range(1, 5000)
+    ]
+    records.insert(7, {"step": 7, "time": 57.5, "eval_loss": 1.0})
+    found = series.clock(records, 100)
+    assert len(found["steps"]) < 150
+    for record in records[::7]:
+        at = np.interp(record["step"], found["steps"], found["seconds"])
+        assert at == pytest.approx(record["time"] - 51.0, abs=1.0)
+        tokens = np.interp(record["step"], found["steps"], found["tokens"])
+        assert tokens == pytest.approx(10.0 * record["step"], rel=1e-4)
+    assert "tokens" not in series.clock([{"step": 1, "time": 0.0}], 10)
+
+
+def test_a_long_run_stays_under_4_mb_and_the_page_says_what_it_left_out(tmp_path):
+    """20,000 records, 2,000 evaluations with samples: 22 MB as they are."""
+    names = [f"metric_{i}" for i in range(12)]
+    random = np.random.default_rng(0)
+    workdir = tmp_path / "long"
+    workdir.mkdir()
+    lines, texts = [], []
+    for step in range(1, 20_001):
+        values = dict(zip(names, random.normal(size=12).tolist(), strict=True))
+        record = {"step": step, "time": 1e9 + step, "loss": 3 + values["metric_0"]}
+        lines.append({**record, "num_tokens": 4096.0 * step, **values})
+        if step % 10 == 0:
+            better = {"eval_loss": abs(step - 12_340) / 1e4 + 1, "eval_bleu": 1.0}
+            lines.append({"step": step, "time": 1e9 + step + 0.5, **better})
+            sample = {f"sample_{i}/output": f"<{step}> " * 500 for i in range(4)}
+            texts.append({"step": step, "time": 1e9 + step, **sample})
+    for name, rows in (("metrics", lines), ("samples", texts)):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (workdir / f"{name}.jsonl").write_text(text)
+    page = report.write_report([workdir])
+    assert page.stat().st_size < 4e6
+    run = data_of(page)["runs"][0]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    kept = run["series"]["loss"][1]
+    assert min(kept) == pytest.approx(min(losses), rel=1e-5)
+    assert max(kept) == pytest.approx(max(losses), rel=1e-5)
+    assert run["summary"]["best_step"] == 12_340
+    shown = [sample["step"] for sample in run["samples"]]
+    assert {10, 12_340, 20_000} <= set(shown)
+    curves, samples = run["left_out"]
+    assert f"of {len(losses):,} points" in curves
+    assert f"Samples of {len(shown)} of 2,000 evaluations" in samples
+    assert run["samples"][0]["texts"][0]["output"].endswith("more characters]")
+    # Several runs share the page.
+    both = report.write_report([workdir] * 2, tmp_path / "both.html")
+    assert both.stat().st_size < 4e6
+
+
+@pytest.mark.parametrize("most_bytes", [1, 3_000, 30_000, 10**9])
+def test_samples_keep_to_their_bytes_and_are_the_first_the_best_and_the_last(
+    most_bytes,
+):
+    lines = [{"step": n, "time": 0.0, "a/prompt": "<" * 100} for n in range(100)]
+    chosen = choose_samples(lines, 37, most_bytes)
+    steps = [sample["step"] for sample in chosen]
+    size = len(json.dumps(chosen).replace("<", "......").encode())
+    assert size <= most_bytes or steps == [99]
+    assert steps == sorted(set(steps)) and steps[-1] == 99
+    assert {0, 37} <= set(steps) or most_bytes < 3_000
+    assert len(steps) in {1: {1}, 3_000: {3, 4}, 10**9: {60, 61}}.get(
+        most_bytes, range(30, 60)
+    )
+    assert choose_samples([], None, most_bytes) == []
+
+
+def test_a_short_run_is_shown_whole(page):
+    assert [run["left_out"] for run in data_of(page)["runs"]] == [[], []]
+
+
+def test_runs_differ_in_settings_versions_and_data(tmp_path):
+    lora = {"enabled": True, "r": 16, "lora_alpha": 32}
+    one = {"lr_scheduler_kwargs": {"num_cycles": 2}, "objective_kwargs": {"a": 1}}
+    other = {"lr_scheduler_kwargs": None, "objective_kwargs": {}}
+    write_run(tmp_path / "a", lora=lora, **one)
+    write_run(tmp_path / "b", generation={"enabled": False}, **other)
+    config = json.loads((tmp_path / "b" / "config.json").read_text())
+    second = {
+        **START,
+        "step": 40,
+        "versions": {"jax": "0.12.0", "numpy": "2.4.6"},
+        "commit": {"id": "abc", "dirty": True},
+    }
+    config["provenance"]["starts"].append(second)
+    (tmp_path / "b" / "config.json").write_text(json.dumps(config))
+    data = data_of(report.write_report([tmp_path / "a", tmp_path / "b"]))
+    assert data["settingsThatDiffer"] == [
+        ["training.lora", ["on", "off"]],
+        ["training.lr_scheduler_kwargs.num_cycles", ["2", "–"]],
+        ["training.objective_kwargs.a", ["1", "–"]],
+    ]
+    assert data["madeByThatDiffers"] == [
+        ["commit", ['"abc"', '"abc with changes"']],
+        ["versions.jax", ['"0.10.2"', '"0.12.0"']],
+    ]
+    assert data["runs"][0]["changes"] == []
+    assert data["runs"][1]["changes"] == [
+        'from step 40 on: commit "abc" → "abc with changes",'
+        ' versions.jax "0.10.2" → "0.12.0"'
+    ]
+    keys = [key for key, _ in data["settings"]]
+    assert "training.lora.r" in keys and "training.generation.enabled" not in keys
+    assert not [key for key in keys if key.startswith("provenance")]
+
+
+def test_a_run_of_an_older_version_has_no_provenance(tmp_path):
+    write_run(tmp_path / "new")
+    write_run(tmp_path / "old", run_name="an old one")
+    config = json.loads((tmp_path / "old" / "config.json").read_text())
+    del config["provenance"]
+    (tmp_path / "old" / "config.json").write_text(json.dumps(config))
+    data = data_of(report.write_report([tmp_path / "new", tmp_path / "old"]))
+    assert ["versions.jax", ['"0.10.2"', "–"]] in data["madeByThatDiffers"]
+    assert [run["name"] for run in data["runs"]] == ["new", "an old one"]
+
+
+def data_of(page: pathlib.Path) -> dict[str, Any]:
+    """What the page's script reads."""
+    (data,) = re.findall(r"^const DATA = (.*);$", page.read_text("utf-8"), re.M)
+    return json.loads(data)
 
 
 class Links(html.parser.HTMLParser):
@@ -109,8 +285,7 @@ def test_the_page_loads_nothing_and_runs_no_text(page):
     assert "default-src 'none'" in text
     assert "onerror" in text and "<img" not in text  # it is data, not markup
     assert not re.search(r"url\(|@import|fetch\(|XMLHttpRequest", text)
-    (data,) = re.findall(r"^const RUNS = (.*);$", text, re.M)
-    assert json.loads(data)[0]["samples"][0]["texts"][0]["prompt"] == NASTY
+    assert data_of(page)["runs"][0]["samples"][0]["texts"][0]["prompt"] == NASTY
 
 
 def browse(page: pathlib.Path, tmp_path: pathlib.Path, *options: str) -> str:
@@ -176,6 +351,52 @@ def test_a_browser_draws_the_curves_and_tells_values_on_hover(page, tmp_path):
     assert "&lt;/script&gt;&lt;img" in found
     differing = found.split("Settings that differ")[1].split("<details")[0]
     assert "training.seed" not in differing
+
+
+# Appended to a page, it says in the title how wide the page is, and over which ticks.
+MEASURE = """
+<script>
+setTimeout(() => {
+  state.x = "%s"; drawCurves();
+  setTimeout(() => {
+    const { scrollWidth, clientWidth } = document.documentElement;
+    const ticks = [...document.querySelectorAll('[data-plot="loss"] text.x')];
+    document.title = JSON.stringify({ scrollWidth, clientWidth,
+      ticks: ticks.map(text => text.textContent) });
+  }, 200);
+}, 300);
+</script>
+"""
+
+
+def measure(page: pathlib.Path, tmp_path: pathlib.Path, x: str) -> dict[str, Any]:
+    """The page's widths in a window of 500 pixels, and the ticks of its loss plot."""
+    copy = tmp_path / f"{x}.html"
+    script = MEASURE % x
+    copy.write_text(page.read_text("utf-8").replace("</body>", f"{script}</body>"))
+    found = browse(copy, tmp_path, "--window-size=500,900", "--dump-dom")
+    return json.loads(html.unescape(re.findall(r"<title>(.*?)</title>", found)[0]))
+
+
+def test_at_500_pixels_the_page_does_not_scroll_sideways_and_ticks_are_round(tmp_path):
+    name = "a_run_name_without_any_place_to_break_" * 4
+    write_run(tmp_path / ("folder_" * 20), run_name=name, dataset={"path": "x" * 300})
+    workdir = tmp_path / ("folder_" * 20)
+    lines = [
+        {"step": 100 * n, "time": 1e9 + 90.0 * n, "loss": 1 / n, "num_tokens": 5e4 * n}
+        for n in range(1, 100)
+    ]
+    with (workdir / "metrics.jsonl").open("w") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+    page = report.write_report([workdir])
+    for x, ticks in {
+        "step": ["2k", "4k", "6k", "8k"],
+        "tokens": ["1M", "2M", "3M", "4M"],
+        "time": ["0 s", "1 h", "2 h"],
+    }.items():
+        found = measure(page, tmp_path, x)
+        assert found["ticks"] == ticks
+        assert found["scrollWidth"] <= found["clientWidth"] <= 500
 
 
 def test_a_screenshot_shows_ink_in_light_and_in_dark(page, tmp_path):

@@ -11,16 +11,19 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxtrain.tree import dotted
+from jaxtrain.report import series, settings
+from jaxtrain.report.samples import choose_samples
 
 _PAGE = pathlib.Path(__file__).with_name("page.html")
 _PLACE = "/*JAXTRAIN_DATA*/null"
-# More points than a screen has columns tell nothing more, and slow the page.
-_MOST_RECORDS = 4000
+_SAMPLE_BYTES_OF_A_PAGE = 1_000_000
 
 
-def read_run(workdir: pathlib.Path) -> dict[str, Any]:
+def read_run(workdir: pathlib.Path, *, runs_of_the_page: int = 1) -> dict[str, Any]:
     """What `JsonlWriter` left in a work directory, as the page's script wants.
+
+    Curves and samples are thinned out, the more the more runs share the page, and
+    `left_out` says so.
 
     Raises:
         ValueError: there are no metrics in it.
@@ -34,19 +37,54 @@ def read_run(workdir: pathlib.Path) -> dict[str, Any]:
     records = _read_lines(path)
     if not records:
         raise ValueError(f"{path} is empty: the run has logged no step yet")
-    config = workdir / "config.json"
-    settings = json.loads(config.read_text("utf-8")) if config.is_file() else {}
+    config_file = workdir / "config.json"
+    config = json.loads(config_file.read_text("utf-8")) if config_file.is_file() else {}
+    starts = settings.starts_of(config)
+    summary = summarize(records, config)
+    texts = _read_lines(samples) if samples.is_file() else []
+    chosen = choose_samples(
+        texts, summary.get("best_step"), _SAMPLE_BYTES_OF_A_PAGE // runs_of_the_page
+    )
+    curves = series.points_of(records)
+    most = series.points_for_each(len(curves) * runs_of_the_page)
+    thinned = {name: series.thin(points, most) for name, points in curves.items()}
+    folder = workdir.resolve().name
     return {
-        "name": workdir.resolve().name,
+        "name": config.get("training", {}).get("run_name") or folder,
+        "folder": folder,
         "path": str(workdir),
-        "config": dotted(settings),
-        "records": thin(records, _MOST_RECORDS),
-        "samples": [
-            _split_samples(line)
-            for line in (_read_lines(samples) if samples.is_file() else ())
-        ],
-        "summary": summarize(records, settings),
+        "config": settings.settings_of(config),
+        "made_by": settings.made_by(starts[-1]) if starts else {},
+        "changes": settings.changes_between(starts),
+        "series": {name: series.columns(points) for name, points in thinned.items()},
+        "clock": series.clock(records, most),
+        "last_time": records[-1]["time"],
+        "samples": chosen,
+        "left_out": _left_out(curves, thinned, len(texts), len(chosen)),
+        "summary": summary,
     }
+
+
+def _left_out(
+    curves: Mapping[str, list[series.Point]],
+    thinned: Mapping[str, list[series.Point]],
+    samples: int,
+    chosen: int,
+) -> list[str]:
+    """What the page does not show of a run, a sentence each."""
+    told = []
+    longest = max(curves, key=lambda name: len(curves[name]), default="")
+    if longest and len(thinned[longest]) < len(curves[longest]):
+        told.append(
+            f"Curves show up to {len(thinned[longest]):,} of {len(curves[longest]):,}"
+            " points, every highest and lowest among them; metrics.jsonl has all."
+        )
+    if chosen < samples:
+        told.append(
+            f"Samples of {chosen:,} of {samples:,} evaluations are shown;"
+            " samples.jsonl has all, and long texts whole."
+        )
+    return told
 
 
 def summarize(
@@ -56,7 +94,7 @@ def summarize(
     training = config.get("training", {})
     summary: dict[str, Any] = {"type": training.get("training_type")}
     summary["steps"] = records[-1].get("step")
-    summary["hours"] = (records[-1]["time"] - records[0]["time"]) / 3600
+    summary["seconds"] = records[-1]["time"] - records[0]["time"]
     for name in ("loss", "num_tokens"):
         if values := _numbers(records, name):
             summary[name], _ = values[-1]
@@ -85,33 +123,30 @@ def _numbers(
     ]
 
 
-def thin(records: list[dict[str, Any]], most: int) -> list[dict[str, Any]]:
-    """At most about `most` records: evaluations all, of the others evenly many.
-
-    Of each group of neighbours the one with the highest loss stays, so that no spike
-    gets lost.
-    """
-    if len(records) <= most:
-        return records
-    size = math.ceil(len(records) / most)
-    kept = []
-    for start in range(0, len(records), size):
-        group = records[start : start + size]
-        others = [r for r in group if not any(k.startswith("eval_") for k in r)]
-        losses = [math.inf if r.get("loss") is None else r["loss"] for r in others]
-        worst = others[losses.index(max(losses))] if others else None
-        kept += [r for r in group if r is worst or r not in others]
-    return kept
-
-
 def make_page(runs: Sequence[Mapping[str, Any]]) -> str:
     """The HTML page of what `read_run` gave; names are made unique."""
     names = [run["name"] for run in runs]
     shown = [
-        {**run, "name": run["path" if names.count(run["name"]) > 1 else "name"]}
+        {
+            **{key: run[key] for key in run if key not in ("config", "made_by")},
+            "name": run["path" if names.count(run["name"]) > 1 else "name"],
+        }
         for run in runs
     ]
-    data = json.dumps(shown, ensure_ascii=False, allow_nan=False)
+    configs = [run["config"] for run in runs]
+    makers = [run["made_by"] for run in runs]
+    data = json.dumps(
+        {
+            "runs": shown,
+            "settings": settings.rows_of(configs),
+            "madeBy": settings.rows_of(makers),
+            "settingsThatDiffer": settings.differing(configs),
+            "madeByThatDiffers": settings.differing(makers),
+        },
+        ensure_ascii=False,
+        allow_nan=False,
+        separators=(",", ":"),
+    )
     # A text in the data must not end the script that holds it.
     data = data.replace("<", "\\u003c").replace("\u2028", "\\u2028")
     page = _PAGE.read_text("utf-8")
@@ -127,7 +162,8 @@ def write_report(
     Raises:
         ValueError: a directory holds no run.
     """
-    runs = [read_run(workdir) for workdir in workdirs]
+    count = len(workdirs)
+    runs = [read_run(workdir, runs_of_the_page=count) for workdir in workdirs]
     path = output or workdirs[0] / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(make_page(runs), encoding="utf-8")
@@ -146,14 +182,3 @@ def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
         if isinstance(record, dict) and "step" in record:
             found.append(record)
     return found
-
-
-def _split_samples(line: Mapping[str, Any]) -> dict[str, Any]:
-    """{"sample_1/prompt": ...} -> {"step": ..., "texts": [{"prompt": ...}]}."""
-    texts: dict[str, dict[str, str]] = {}
-    for name, text in line.items():
-        if name in ("step", "time"):
-            continue
-        sample, _, part = name.rpartition("/")
-        texts.setdefault(sample or name, {})[part if sample else "output"] = text
-    return {"step": line["step"], "texts": list(texts.values())}
