@@ -21,8 +21,8 @@ from jaxtrain import report
 from jaxtrain.cli.ending import run_command
 from jaxtrain.record.writers import make_writers
 from jaxtrain.report import series
-from jaxtrain.report.samples import choose_samples
 from jaxtrain.report.__main__ import main
+from jaxtrain.report.samples import choose_samples
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 NASTY = 'He said: </script><img src=x onerror="document.title=1"> & "so"\u2028.'

@@ -430,7 +430,8 @@ class DeepspeedSection:
 
 @dataclass(frozen=True)
 class DevicesSection:
-    """Devices and data loading, by PyTorch's names; the log says what each became."""
+    """Devices and data loading, by PyTorch's names. `provenance` in a run's config.json
+    says what each became."""
 
     distributed: bool = False
     """One mesh spans the devices of all processes, which the launcher's environment
