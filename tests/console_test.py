@@ -125,8 +125,12 @@ def test_every_line_tells_the_time_that_has_passed_and_that_is_left():
     ]
     # The first record's steps hold the compilation; the meter's step time does not.
     timed = {"loss": 1, "step_time_p50_secs": 2.0}
-    (line,) = written([(1010, timed)], total=1040, resume_step=1000)
-    assert line == "step 1010/1040 | 1m00s, 1m00s left | loss 1"
+    evaluated = (1011, {"eval_loss": 2})  # took a minute, of one step after the record
+    lines = written([(1010, timed), evaluated], total=1040, resume_step=1000)
+    assert lines == [
+        "step 1010/1040 | 1m00s, 1m00s left | loss 1",
+        "eval 1011/1040 | 2m00s, 58s left | loss 2",
+    ]
     # Nothing is done yet, as in an evaluation before the first step.
     (line,) = written([(0, {"eval_loss": 2})], total=40)
     assert line == "eval  0/40 | 1m00s, ? left | loss 2"

@@ -51,8 +51,9 @@ class ConsoleWriter:
         eval  20/80 | 48s, 2m24s left | loss 0.6012 | accuracy 0.8125
 
     The times are those since the writer was made, and those that the remaining steps
-    take at the pace since the first record, evaluation and saving included. Before
-    there is a pace, `<` marks an upper bound, for compilation is part of it.
+    take at the pace since the first record, evaluation and saving included. Before that
+    is known from as many steps as preceded the first record, the time of a step stands
+    in; without one, `<` marks an upper bound, for compilation is part of it.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class ConsoleWriter:
         self._first_step = self._last_step = resume_step or 0
         self._clock, self._started = clock, clock()
         self._paced: tuple[int, float] | None = None  # step and time of a first record
+        self._step_secs: float | None = None  # of the last record that tells
         if show_bar is None:
             show_bar = self._stream.isatty() and sys.stderr.isatty()
         self._bar = tqdm(
@@ -121,12 +123,12 @@ class ConsoleWriter:
             self._paced = (step, now)
         if self._total is None:
             return duration(elapsed)
-        bound, pace = "", None
-        if self._paced is not None and step > self._paced[0]:
-            pace = (now - self._paced[1]) / (step - self._paced[0])
-        elif "step_time_p50_secs" in metrics:
-            pace = metrics["step_time_p50_secs"]
-        elif done > 0:
+        self._step_secs = metrics.get("step_time_p50_secs", self._step_secs)
+        bound, pace = "", self._step_secs
+        before = 0 if self._paced is None else self._paced[0] - self._first_step
+        if self._paced is not None and done >= max(2 * before, before + 1):
+            pace = (now - self._paced[1]) / (done - before)
+        elif pace is None and done > 0:
             bound, pace = "<", elapsed / done
         left = "?" if pace is None else duration(pace * max(self._total - step, 0))
         return f"{duration(elapsed)}, {bound}{left} left"
