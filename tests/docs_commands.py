@@ -19,7 +19,6 @@ from unittest import mock
 
 import jax
 
-import jaxtrain.main
 from jaxtrain.cli import COMMANDS
 from jaxtrain.cli.command import ConfigParser
 from jaxtrain.cli.ending import run_command

@@ -6,20 +6,20 @@ step stands in each curve once.
 """
 
 import contextlib
+import importlib
 import importlib.util
 import json
 import math
 import os
 import pathlib
 import re
+import sys
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TextIO
 
 from jaxtrain.record.console import ConsoleWriter
-
-from jaxtrain.record.event_file import EventFile
 
 _MASK = "***"
 _NO_WANDB = (
@@ -207,27 +207,51 @@ def drop_lines_after(path: pathlib.Path, step: int | None) -> None:
 
 
 class TensorBoardWriter:
-    """TensorBoard event files."""
+    """TensorBoard event files, through tensorboardX."""
 
     def __init__(self, folder: pathlib.Path, resume_step: int | None = None) -> None:
-        # TensorBoard hides what earlier files hold from this step on.
-        self._file = EventFile(folder, 0 if resume_step is None else resume_step + 1)
+        self._writer = _import_tensorboardx().SummaryWriter(
+            str(folder),
+            # TensorBoard hides what earlier files hold from this step on.
+            purge_step=0 if resume_step is None else resume_step + 1,
+            # The name holds whole seconds: a quick restart would overwrite the file.
+            filename_suffix=f".{time.time_ns()}",
+        )
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._file.write_scalars(step, metrics)
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
 
     def write_text(self, step: int, texts: Mapping[str, str]) -> None:
         """Record texts, shown as they are and not as Markdown."""
         for name, text in texts.items():
             indented = "\n".join(f"    {line}" for line in text.splitlines())
-            self._file.write_text(step, name, indented)
+            self._writer.add_text(name, indented, step)
+        self._writer.flush()
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Record the config as a text."""
         self.write_text(0, {"config": json.dumps(config, indent=2, default=str)})
 
     def close(self) -> None:
-        self._file.close()
+        self._writer.close()
+
+
+def _import_tensorboardx() -> Any:
+    """tensorboardX, without PyTorch.
+
+    Where PyTorch is installed, tensorboardX imports it for the sake of its graphs: a
+    third of the time that a run takes to start. While it is imported here, PyTorch
+    counts as not installed, unless this process has imported it already.
+    """
+    if "torch" in sys.modules or "tensorboardX" in sys.modules:
+        return importlib.import_module("tensorboardX")
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        return importlib.import_module("tensorboardX")
+    finally:
+        del sys.modules["torch"]
 
 
 class WandbWriter:
