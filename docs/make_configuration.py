@@ -28,13 +28,17 @@ HEADER = """# Configuration
 
 Every key, from its declaration in
 [jaxtrain/config/sections.py](../jaxtrain/config/sections.py), of which this page is
-made (`python docs/make_configuration.py`). Set a key in a config file, on the command
-line (`--config.training.dpo.beta=0.2`) or in YAML (`training: {dpo: {beta: 0.2}}`).
+made (`python docs/make_configuration.py`). Set a key in a config file, in YAML
+(`training: {dpo: {beta: 0.2}}`) or on the command line (`--training.dpo.beta=0.2`).
 
-The block of the active `training.training_type` (from_scratch, sft, lora or dpo) may
-hold any key of `training` too, and overrides it: training.dpo.learning_rate is DPO's.
-What another type's block says is not read, and the log says so. A key that is unknown,
-of a wrong type or without effect beside the others is refused, all of them at once.
+A flag always wins over a file, over the block of the active type too. The block of the
+active `training.training_type` (from_scratch, sft, lora or dpo) may hold any key of
+`training`, and wins over it: training.dpo.learning_rate is DPO's.
+
+A file may hold keys that do nothing in its run, such as another type's block: the log
+names them in one line. A flag that would do nothing is refused, with the key that acts
+in its place. A key that is unknown, of a wrong type or that contradicts another is
+refused wherever it stands; all of them are named at once.
 """
 TABLE = "\n| key | default | allowed | what it does |\n|---|---|---|---|\n"
 
@@ -67,6 +71,8 @@ def key_row(path: str, leaf: schema.Leaf, text: str) -> str:
         allowed += f" ({unit.name})"
     for readers in leaf.all(schema.ReadBy):
         text += f" Read by {', '.join(readers.names)}."
+    for fact in leaf.all(schema.NoEffect):
+        text += f" Accepted, without effect in JAX: {fact.instead}."
     default = "unset" if leaf.default is None else f"`{leaf.default!r}`"
     return row(path, default, allowed, text)
 
@@ -78,25 +84,19 @@ def rows(section: type, prefix: str) -> Iterator[str]:
         path = f"{prefix}.{name}"
         if isinstance(entry, schema.Leaf):
             own = [each for each in entry.all(schema.OnlyIf) if each is not shared]
-            yield key_row(path, entry, " ".join([texts[name], *map(needs, own)]))
+            conditions = [condition.describe() for condition in own]
+            yield key_row(path, entry, " ".join([texts[name], *conditions]))
         else:
             below = typing.get_type_hints(section)[name]
             yield row(path, "", "a section", inspect.getdoc(below) or "")
             yield from rows(below, path)
 
 
-def needs(condition: schema.OnlyIf) -> str:
-    """The condition of a key's effect as a sentence."""
-    value = condition.value
-    state = "" if value is True else f" {value}" if value else " unset"
-    return f"Only with {condition.key}{state}."
-
-
 def section_text(section: type, prefix: str) -> str:
     """A section's docstring and its table."""
     text = inspect.getdoc(section) or ""
     if hasattr(section, "ONLY_IF"):
-        text += f" {needs(section.ONLY_IF)}"
+        text += f" {section.ONLY_IF.describe()}"
     return f"\n{text}\n{TABLE}{''.join(rows(section, prefix))}"
 
 

@@ -8,7 +8,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from jaxtrain.cli.command import ConfigParser, default_workdir
+from jaxtrain.cli.command import ConfigParser, Once, default_workdir
 from jaxtrain.cli.ending import Interrupted, run_command
 
 
@@ -28,6 +28,7 @@ def main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument(
         "--workdir",
+        action=Once,
         help="folder for checkpoints, logs and the exported model (default: out/ and"
         " the configuration's name)",
     )

@@ -67,21 +67,57 @@ FractionBelowOne = Annotated[float, Bound(0, 1, open_high=True)]
 class OnlyIf:
     """The condition without which setting a key has no effect.
 
-    The resolved value of `key`, a full key, must be `value` (`True`: any true value);
-    it is training_type, or a key of a section that has a field of its own in RunConfig.
-    `otherwise` is the reason that the log gives where it is not.
+    The resolved value of `key`, a full key, must be `value` (`True`: any true value; a
+    tuple: one of these). `otherwise` is the reason that the log gives where it is not.
     """
 
     key: str
     value: object = True
     otherwise: str = ""
 
+    def holds(self, found: Any) -> bool:
+        """Whether the condition is met if `key` is `found`."""
+        if isinstance(self.value, tuple):
+            return found in self.value
+        return bool(found) if self.value is True else found == self.value
+
     def reason(self, found: Any) -> str:
         """Why a key has no effect if `key` is `found`; "" if it has."""
-        if (found and self.value is True) or found == self.value:
+        if self.holds(found):
             return ""
-        shown = str(found).lower() if isinstance(found, bool) else found
+        is_unset = found is None or found in ("", ())
+        shown = "unset" if is_unset else found
+        shown = str(shown).lower() if isinstance(shown, bool) else shown
         return self.otherwise or f"{self.key.removeprefix('training.')} is {shown}"
+
+    def describe(self) -> str:
+        """The condition as a sentence of the documentation."""
+        if isinstance(self.value, tuple):
+            return f"Only with {self.key} {' or '.join(map(str, self.value))}."
+        shown = str(self.value).lower() if self.value is False else self.value
+        state = "" if self.value is True else f" {shown}" if shown else " unset"
+        return f"Only with {self.key}{state}."
+
+
+@dataclasses.dataclass(frozen=True)
+class Unless(OnlyIf):
+    """The opposite: setting a key has no effect if `key` is `value`."""
+
+    def holds(self, found: Any) -> bool:
+        """Whether the condition is met if `key` is `found`."""
+        return not super().holds(found)
+
+    def describe(self) -> str:
+        """The condition as a sentence of the documentation."""
+        state = "" if self.value is True else f" {self.value}"
+        return f"Not with {self.key}{state}."
+
+
+@dataclasses.dataclass(frozen=True)
+class NoEffect:
+    """A key that is accepted for other programs' sake and does nothing here."""
+
+    instead: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,9 +178,11 @@ def schema_of(section: type) -> Schema:
 
 
 def unset(schema: Schema, *facts: Any) -> Schema:
-    """The same keys with no default, and with other facts."""
+    """The same keys with no default, and with more facts, which come first."""
     leaves = flatten(schema).items()
-    return nest({path: Leaf(leaf.hint, None, facts) for path, leaf in leaves})
+    return nest(
+        {path: Leaf(leaf.hint, None, facts + leaf.shared) for path, leaf in leaves}
+    )
 
 
 def to_config_dict(schema: Schema) -> ConfigDict:

@@ -186,7 +186,9 @@ def test_every_yaml_block_of_the_user_documentation_resolves(
         run = resolve(load_yaml(write(tmp_path, block)))
         wanted = yaml.safe_load(block)["training"]["training_type"]
         assert run.training_type == wanted, f"block {number}"
-        assert not run.notes, f"block {number} has keys without effect: {run.notes}"
+        # `distributed` is PyTorch's: mesh does its work here.
+        idle = [note for note in run.notes if note.kind != "foreign"]
+        assert not idle, f"block {number} has keys without effect: {idle}"
 
 
 def test_the_documented_python_assignments_work() -> None:
@@ -504,15 +506,17 @@ def test_every_general_key_can_stand_in_every_block() -> None:
 def test_a_blocks_warmup_ratio_is_not_overruled_by_general_warmup_steps() -> None:
     run = resolve(training(warmup_steps=100, sft={"warmup_ratio": 0.1}))
     assert (run.schedule.warmup_steps, run.schedule.warmup_ratio) == (0, 0.1)
-    assert run.notes == (
+    assert [str(note) for note in run.notes] == [
         "training.warmup_steps = 100 gives way to training.sft.warmup_ratio = 0.1",
-    )
+    ]
 
 
 def test_warmup_steps_overrule_warmup_ratio_as_in_transformers() -> None:
     run = resolve(training(warmup_steps=100, warmup_ratio=0.1))
     assert (run.schedule.warmup_steps, run.schedule.warmup_ratio) == (100, 0.0)
-    assert any("warmup_ratio = 0.1 has no effect" in note for note in run.notes)
+    (note,) = run.notes
+    assert (note.kind, note.key) == ("overruled", "training.warmup_ratio")
+    assert note.reason == "training.warmup_steps = 100"
 
 
 def test_zero_warmup_steps_alone_means_no_warmup() -> None:
@@ -545,6 +549,7 @@ def test_a_key_without_effect_is_named_in_the_log() -> None:
             "training": {
                 "training_type": "sft",
                 "seed": 1,
+                "distributed": True,
                 "sft": {"seed": 2},
                 "dpo": {"learning_rate": 1e-3, "beta": 0.3},
                 "lora": {"r": 4},
@@ -556,13 +561,14 @@ def test_a_key_without_effect_is_named_in_the_log() -> None:
     log = "\n".join(run.explain())
     for line in (
         "training.seed = 1 gives way to training.sft.seed = 2",
-        "training.dpo.learning_rate = 0.001 has no effect: training_type is sft",
-        "training.dpo.beta = 0.3 has no effect: training_type is sft",
-        "training.lora.r = 4 has no effect: training.lora.enabled is false",
-        "training.curriculum.steps = 5 has no effect: curriculum.enabled is false",
-        "model.architecture.hidden_size = 64 has no effect: sizes come with the",
+        "training.dpo.beta = 0.3, training.dpo.learning_rate = 0.001 (training_type is",
+        "training.lora.r = 4 (training.lora.enabled is false)",
+        "training.curriculum.steps = 5 (curriculum.enabled is false)",
+        "model.architecture.hidden_size = 64 (sizes come with the",
+        "without effect in JAX: training.distributed = True",
     ):
         assert line in log
+    assert len([line for line in log.splitlines() if "without effect:" in line]) == 1
     assert run.model.architecture.hidden_size == 128
 
 
@@ -955,7 +961,8 @@ def test_dpos_own_max_length_wins_and_the_log_says_so() -> None:
     run = resolve(config)
     assert run.dpo is not None
     assert run.data.max_length == run.dpo.max_length == 64
-    assert any("data.max_length = 128 gives way" in note for note in run.notes)
+    (note,) = run.notes
+    assert str(note).startswith("data.max_length = 128 gives way")
 
 
 def test_the_types_default_warmup_gives_way_to_a_constant_schedule() -> None:

@@ -519,7 +519,7 @@ def test_a_yaml_example_trains(name, project):
     config = ConfigManager()
     config.load_config("config.yaml")
     run = resolve(config, device_count=8)
-    assert not [note for note in run.notes if "no effect" in note]
+    assert not [note for note in run.notes if note.kind == "inactive"]
     block = config.training[run.training_type]
     limits = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1}
     limits["gradient_accumulation_steps"] = 2

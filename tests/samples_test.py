@@ -119,7 +119,7 @@ def test_what_cannot_be_generated_is_refused_with_the_config():
     config.training.metric_for_best_model = "bleu"
     assert resolve(config).loop.best_metric == "eval_bleu"
     config = tiny_config("sft", eval_steps=1, generation__top_k=3)
-    assert any("generation.top_k" in note for note in resolve(config).notes)
+    assert any("generation.top_k" in note for note in map(str, resolve(config).notes))
 
 
 def read_lines(path):

@@ -17,6 +17,27 @@ Any key of the configuration is a flag too, which wins over the file:
 configurations that come along."""
 
 
+class Once(argparse.Action):
+    """Store a value; refuse an empty one, and a second that would replace the first."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        if not values:
+            parser.error(f"{option_string} is empty: give it a value, or leave it out")
+        earlier = getattr(namespace, self.dest, None)
+        if earlier not in (None, values):
+            parser.error(
+                f"{option_string} is given twice, as {earlier!r} and {values!r}: give"
+                " it once"
+            )
+        setattr(namespace, self.dest, values)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with errors that are ValueErrors, which commands report like others."""
 
@@ -63,10 +84,15 @@ class ConfigParser(Parser):
             help="a name such as dpo, a .yaml file, or a .py file with get_config()",
         )
         self.add_argument(
-            "--config", dest="config_flag", metavar="CONFIG", help="the same as a flag"
+            "--config",
+            dest="config_flag",
+            metavar="CONFIG",
+            action=Once,
+            help="the same as a flag",
         )
         self.add_argument(
             "--model",
+            action=Once,
             help="a local Hugging Face directory or a hub name; sets"
             " model.name_or_path",
         )

@@ -19,12 +19,18 @@ from jaxtrain.config.run import RunConfig, resolve
 from jaxtrain.config.sections import GENERAL_KEYS, SCHEMA
 from jaxtrain.tree import get, nest
 
-# A general key -> the keys that would overrule it, so that a file's give way too.
+# A general key -> the keys that would overrule or contradict it, so that a file's give
+# way too. Those of `_ONE_OF` do so only where the flag switches its key on.
 _OVERRULED_BY = {
     "num_train_epochs": ("max_steps",),
     "warmup_ratio": ("warmup_steps",),
     "warmup_steps": ("warmup_ratio",),
+    "pin_memory": ("dataloader_pin_memory",),
+    "dataloader_pin_memory": ("pin_memory",),
+    "cpu_offload": ("deepspeed.offload_optimizer", "deepspeed.offload_param"),
 }
+_ONE_OF = {"fp16": ("bf16",), "bf16": ("fp16",)}
+_ONE_BASE = ("quantization", "load_in_4bit", "load_in_8bit")
 _SECTIONS = tuple(SCHEMA)
 
 
@@ -210,10 +216,18 @@ def _give_way(config: ConfigDict, flags: Mapping[str, Any]) -> None:
                 f"--{named[0]} and --{named[1]} set the same key, to"
                 f" {flags[named[0]]!r} and {flags[named[1]]!r}: give one of the two"
             )
-        for rival in (name, *_OVERRULED_BY.get(name, ())):
+        rivals = _OVERRULED_BY.get(name, ())
+        if flags[named[0]]:
+            rivals += _ONE_OF.get(name, ())
+        for rival in (name, *rivals):
             for place in (f"training.{rival}", f"{block}.{rival}"):
                 if place not in flags:
                     _reset(config, place)
+    base_keys = [f"training.lora.{name}" for name in _ONE_BASE]
+    if any(flags.get(key) for key in base_keys) or base_keys[0] in flags:
+        for key in base_keys:
+            if key not in flags:
+                _reset(config, key)
     if "data.max_length" in flags and "training.dpo.max_length" not in flags:
         _reset(config, "training.dpo.max_length")
 

@@ -12,7 +12,8 @@ from typing import Any, Protocol
 from ml_collections import ConfigDict
 
 from jaxtrain import schema
-from jaxtrain.config import sections
+from jaxtrain.config import notes, sections
+from jaxtrain.config.notes import Note
 from jaxtrain.config.rules import resolve_sections
 from jaxtrain.config.sections import SCHEMA
 from jaxtrain.objectives.options import ObjectiveRow, Options, objective_row
@@ -37,7 +38,7 @@ class RunConfig:
     mesh: sections.MeshSection
     lora: sections.LoraSection | None  # None: all parameters train
     dpo: sections.DpoSection | None  # None: the objective is next_token
-    notes: tuple[str, ...] = field(default=(), compare=False)
+    notes: tuple[Note, ...] = field(default=(), compare=False)
 
     @property
     def objective(self) -> str:
@@ -83,7 +84,7 @@ class RunConfig:
 
     def explain(self) -> list[str]:
         """What the keys named after GPUs, DeepSpeed and PyTorch became, for the log."""
-        return [*_explain(self), *self.notes]
+        return [*_explain(self), *notes.lines(self.notes)]
 
 
 class HasConfigDict(Protocol):

@@ -19,6 +19,7 @@ from jaxtrain.schema import (
     ByType,
     Fraction,
     FractionBelowOne,
+    NoEffect,
     NonNegative,
     NonNegativeInt,
     OneOf,
@@ -27,6 +28,7 @@ from jaxtrain.schema import (
     PositiveInt,
     ReadBy,
     Unit,
+    Unless,
     schema_of,
 )
 from jaxtrain.tree import dotted
@@ -41,6 +43,17 @@ Tracker = Literal["tensorboard", "wandb", "jsonl", "none"]
 TOKENS, ROWS, STEPS = Unit("tokens"), Unit("rows"), Unit("optimizer steps")
 STREAMED = OnlyIf("data.streaming")
 WITH_ADAPTERS = OnlyIf("training.lora.enabled", True, "training.lora.enabled is false")
+ALL_TRAIN = OnlyIf(
+    "training.lora.enabled", False, "adapters are float32, on a base in compute dtype"
+)
+EXPORTED = OnlyIf("training.save_final_model")
+SPIKES = OnlyIf("training.spike_threshold")
+SYNCED = OnlyIf("training.dpo.sync_ref_model")
+DRAWN = OnlyIf(
+    "training.generation.temperature",
+    True,
+    "generation.temperature is 0: the likeliest token is taken",
+)
 NEW_ADAPTERS = OnlyIf(
     "training.lora.init_from", "", "training.lora.init_from brings its own"
 )
@@ -144,11 +157,13 @@ class ModelSection:
     ] = "auto"
     """Attention kernel. auto: the fastest measured that takes the shapes; the log says
     which."""
-    param_dtype: Dtype = "float32"
+    param_dtype: Annotated[Dtype, ALL_TRAIN] = "float32"
     """How trained parameters are kept. The compute dtype is training.bf16 / fp16, and
     LoRA's frozen base and DPO's reference are kept in it. Adapters are always
     float32."""
-    export_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    export_dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None, EXPORTED
+    ] = None
     """How weights are exported. Unset: as they are kept."""
     loss_chunk_tokens: Annotated[PositiveInt | None, TOKENS] = None
     """Tokens whose logits exist at once in the loss: memory against speed. Unset: 512,
@@ -181,7 +196,7 @@ class DataSection:
     ] = "auto"
     """What a row holds. auto: as its columns say; labeled: prompt, completion and
     label, for KTO."""
-    text_column: str = "text"
+    text_column: Annotated[str, OnlyIf("data.format", ("auto", "text"))] = "text"
     """The column of format text."""
     max_length: Annotated[int, Bound(2), TOKENS] = DERIVED
     """Length of a row, prompt and completion together. Unset: 1024, or the end of an
@@ -197,7 +212,9 @@ class DataSection:
     """Shuffle anew each epoch, from training.seed."""
     on_bad_row: Literal["error", "skip"] = "error"
     """What to do with a row that is malformed or has nothing to train on."""
-    completion_only_loss: bool | None = None
+    completion_only_loss: Annotated[
+        bool | None, Unless("training.training_type", "dpo")
+    ] = None
     """Train on completions, not prompts. Unset: wherever rows have prompts."""
     assistant_only_loss: bool = False
     """messages: train on assistant turns only."""
@@ -212,7 +229,9 @@ class DataSection:
     the disk's or the hub's patience. Rows are checked as they come; max_steps must be
     given; rows are as long as max_length, so pack where you can. Evaluation rows are
     not streamed."""
-    shuffle_buffer_size: Annotated[PositiveInt, ROWS, STREAMED] = 10_000
+    shuffle_buffer_size: Annotated[
+        PositiveInt, ROWS, STREAMED, OnlyIf("data.shuffle")
+    ] = 10_000
     """Rows shuffled together, over all devices; at least a window on each."""
     stream_window_rows: Annotated[PositiveInt, ROWS, STREAMED] = 1000
     """Rows tokenized, and packed best-fit, together."""
@@ -220,8 +239,11 @@ class DataSection:
     """Keep token ids on disk, by a hash of data, tokenizer and options, and map them
     into memory: later runs and other processes need not tokenize. Streamed rows are
     never kept."""
-    cache_dir: str | None = None
+    cache_dir: Annotated[str | None, OnlyIf("data.cache")] = None
     """Where they are kept. Unset: $JAXTRAIN_CACHE, or ~/.cache/jaxtrain."""
+
+
+WITH_BETAS = OnlyIf("training.optimizer", ("adamw", "lion", "muon"))
 
 
 @dataclass(frozen=True)
@@ -234,11 +256,15 @@ class OptimizerSection:
     """The peak. Unset: by type."""
     weight_decay: Annotated[NonNegative, ByType(0.1, 0.0, 0.0, 0.0)] = DERIVED
     """Never applied to norms and biases. Unset: by type."""
-    adam_beta1: FractionBelowOne = 0.9
-    """adamw and lion."""
-    adam_beta2: Annotated[FractionBelowOne, ByType(0.95, 0.999, 0.999, 0.999)] = DERIVED
-    """adamw and lion. Unset: by type."""
-    adam_epsilon: Positive = 1e-8
+    adam_beta1: Annotated[FractionBelowOne, WITH_BETAS] = 0.9
+    """Decay of the mean of gradients; muon's for what it leaves to AdamW."""
+    adam_beta2: Annotated[
+        FractionBelowOne, WITH_BETAS, ByType(0.95, 0.999, 0.999, 0.999)
+    ] = DERIVED
+    """Decay of the mean of their squares. Unset: by type."""
+    adam_epsilon: Annotated[
+        Positive, OnlyIf("training.optimizer", ("adamw", "muon"))
+    ] = 1e-8
     """Added to the denominator of Adam's update."""
     momentum: FractionBelowOne | None = None
     """sgd (unset: 0) and muon (unset: 0.95)."""
@@ -315,9 +341,9 @@ class PrecisionSection:
     """bfloat16 compute. Unset: true unless fp16. Both false: float32."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass."""
-    remat_policy: Literal[
+    remat_policy: Annotated[Literal[
         "full", "offload", "dots", "dots_no_batch", "save_attention", "minimal"
-    ] = "full"
+    ], OnlyIf("training.gradient_checkpointing")] = "full"  # fmt: skip
     """What gradient_checkpointing computes again. full: all of a layer; offload: that,
     from an input in pinned host memory; dots: all but matrix products; dots_no_batch:
     all but products with weights; save_attention: all but attention; minimal: only what
@@ -356,7 +382,9 @@ class LoopSection:
     """Evaluate before the first step."""
     save_steps: NonNegativeInt | None = None
     """Steps between checkpoints. 0: never. Unset: after each epoch."""
-    save_total_limit: PositiveInt | None = None
+    save_total_limit: Annotated[
+        PositiveInt | None, Unless("training.save_steps", 0)
+    ] = None
     """Checkpoints kept. Unset: all."""
     save_final_model: bool = True
     """Export in Hugging Face's format at the end of the run."""
@@ -370,11 +398,13 @@ class LoopSection:
     """Its name as the log has it."""
     greater_is_better: bool = DERIVED
     """Unset: false for a name that ends in loss, perplexity or kl."""
-    load_best_model_at_end: bool = False
+    load_best_model_at_end: Annotated[bool, EXPORTED] = False
     """Export the best checkpoint, not the last."""
     early_stopping_patience: PositiveInt | None = None
     """Evaluations without improvement before stopping. Unset: never stop."""
-    early_stopping_threshold: NonNegative = 0.0
+    early_stopping_threshold: Annotated[
+        NonNegative, OnlyIf("training.early_stopping_patience")
+    ] = 0.0
     """The least change that counts as an improvement."""
     resume_from_checkpoint: Literal["auto", "never"] = "auto"
     """auto: continue from the last checkpoint in the work directory, if there is one.
@@ -393,16 +423,16 @@ class LoopSection:
     step_timeout_secs: NonNegative = 1800.0
     """Seconds without a finished step, evaluation batch or save after which the process
     ends with all its stacks: a hang becomes an error. 0: never."""
-    on_nonfinite: Literal["error", "skip"] = "error"
+    on_nonfinite: Annotated[Literal["error", "skip"], Unless("training.fp16")] = "error"
     """A gradient that is not finite. error: stop and name the step. skip: leave the
     weights as they were. The batch is saved in bad_batches/. fp16 skips such steps
     anyway, to find its scale."""
-    on_spike: Literal["error", "skip"] = "error"
+    on_spike: Annotated[Literal["error", "skip"], SPIKES] = "error"
     """The same for a spike of the loss."""
     spike_threshold: Positive | None = None
     """A spike lies this many standard deviations above the mean of the last
     spike_window losses. Unset: none is looked for."""
-    spike_window: Annotated[int, Bound(2), STEPS] = 50
+    spike_window: Annotated[int, Bound(2), STEPS, SPIKES] = 50
     """Losses that a spike is compared with."""
     log_grad_norm_by_group: bool = False
     """Log grad_norm/embed, attention, mlp, norm, head and lora besides grad_norm."""
@@ -433,9 +463,10 @@ class DevicesSection:
     """Devices and data loading, by PyTorch's names. `provenance` in a run's config.json
     says what each became."""
 
-    distributed: bool = False
-    """One mesh spans the devices of all processes, which the launcher's environment
-    names: several processes need no key. Kept for the log."""
+    distributed: Annotated[
+        bool, NoEffect("the launcher's environment names the processes; see mesh")
+    ] = False
+    """PyTorch's switch for several processes."""
     num_gpus: PositiveInt | None = None
     """Devices to use. Unset: all. More than are present: an error."""
     dataloader_num_workers: NonNegativeInt = 0
@@ -495,9 +526,9 @@ class GenerationSection:
     """Length of a continuation."""
     temperature: NonNegative = 0.0
     """0: always the most likely token."""
-    top_k: NonNegativeInt = 0
+    top_k: Annotated[NonNegativeInt, DRAWN] = 0
     """Draw from this many likeliest tokens. 0: off."""
-    top_p: Annotated[float, Bound(0, 1, open_low=True)] = 1.0
+    top_p: Annotated[float, Bound(0, 1, open_low=True), DRAWN] = 1.0
     """Draw from the likeliest tokens of this total probability. 1: off."""
     batch_size: PositiveInt = 16
     """Prompts at once, over all devices."""
@@ -570,19 +601,25 @@ class LoraSection:
     quantization: Quantization | None = None
     """QLoRA (arXiv:2305.14314): keep the frozen layers' kernels as nf4 (4.5 bits a
     weight) or int8 (8.5 bits). Needs jaxtrain[qlora]. Unset: in the compute dtype."""
-    quantization_block_size: Annotated[int, Bound(2)] = 64
+    quantization_block_size: Annotated[
+        int, Bound(2), OnlyIf("training.lora.quantization")
+    ] = 64
     """Inputs that share a scale; even."""
     load_in_4bit: bool = False
     """quantization nf4 by transformers' name."""
     load_in_8bit: bool = False
     """quantization int8 by transformers' name."""
-    bnb_4bit_quant_type: Literal["nf4"] = "nf4"
+    bnb_4bit_quant_type: Annotated[
+        Literal["nf4"], NoEffect("training.lora.quantization names the kind")
+    ] = "nf4"
     """The only 4-bit type."""
     init_from: str = ""
     """A directory with a PEFT adapter to start from, such as an earlier run's adapter/.
     It brings its own settings; of the keys here, only lora_dropout, enabled and those
     of quantization are read. The DPO reference is the base with that adapter."""
-    task_type: Annotated[Literal["CAUSAL_LM"], NEW_ADAPTERS] = "CAUSAL_LM"
+    task_type: Annotated[
+        Literal["CAUSAL_LM"], NoEffect("training.training_type says what is trained")
+    ] = "CAUSAL_LM"
     """The only one."""
 
 
@@ -606,9 +643,9 @@ class DpoSection(PreferenceOptions):
     """Move the reference towards the policy (TR-DPO, arXiv:2404.09656): ref = alpha *
     policy + (1 - alpha) * ref every sync steps. Under LoRA the reference then has
     adapters of its own."""
-    ref_model_mixup_alpha: Fraction = 0.6
+    ref_model_mixup_alpha: Annotated[Fraction, SYNCED] = 0.6
     """alpha of sync_ref_model."""
-    ref_model_sync_steps: PositiveInt = 512
+    ref_model_sync_steps: Annotated[PositiveInt, SYNCED] = 512
     """Steps between moves of sync_ref_model."""
 
 

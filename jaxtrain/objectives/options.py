@@ -102,7 +102,9 @@ class PreferenceOptions(Options):
     its memory. The batch then holds its sums."""
     f_divergence_type: FDivergence = "reverse_kl"
     """The divergence from the reference (arXiv:2309.16240)."""
-    f_alpha_divergence_coef: float = 0.5
+    f_alpha_divergence_coef: Annotated[
+        float, schema.OnlyIf("training.dpo.f_divergence_type", "alpha_divergence")
+    ] = 0.5
     """alpha_divergence."""
     ld_alpha: Fraction | None = None
     """Weight of the tokens beyond the shorter completion, for the policy and the

@@ -19,6 +19,7 @@ RULES = (
     optimization.resolve_precision,
     loop.resolve_loop,
     loop.resolve_generation,
+    loop.note_without_evaluation,
     mesh.resolve_devices,
     mesh.resolve_mesh,
     data.resolve_lengths,
@@ -27,6 +28,8 @@ RULES = (
     dpo.resolve_options,
     data.resolve_data,
     data.check_curriculum,
+    data.note_splits,
+    data.note_hub_keys,
     dpo.check_objective,
     dpo.check_dpo,
 )

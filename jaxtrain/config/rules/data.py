@@ -1,7 +1,9 @@
 """Rules of the rows: their length, curriculum, format, packing and streaming."""
 
 from dataclasses import replace
+from pathlib import Path
 
+from jaxtrain.config.notes import Note
 from jaxtrain.config.rules.resolution import Resolution
 from jaxtrain.config.sections import DEFAULT_MAX_LENGTH, CurriculumSection
 
@@ -171,12 +173,51 @@ def _check_streaming(run: Resolution) -> None:
 def _note_streaming(run: Resolution) -> None:
     for key in ("eval_steps", "save_steps"):
         if getattr(run.loop, key) is None:
-            run.notes.append(
-                f"{run.origin[key]} is unset: with data.streaming only at the end,"
-                " for a stream has no known epoch"
+            why = (
+                "(unset): with data.streaming only at the end, for a stream has no"
+                " known epoch"
             )
+            run.notes.append(Note("remark", run.origin[key], None, why))
     if run.data.cache:
-        run.notes.append(
-            "data.cache = True keeps evaluation rows only: data.streaming tokenizes"
-            " training rows as they come"
+        why = (
+            "keeps evaluation rows only: data.streaming tokenizes training rows as they"
+            " come"
         )
+        run.notes.append(Note("remark", "data.cache", True, why))
+
+
+def note_splits(run: Resolution) -> None:
+    """A split is one of a data set; a file is taken whole."""
+    train, held_out = run.data.train, run.data.eval
+    named = {"data.train_split": train, "data.eval_split": held_out or train}
+    for key, source in named.items():
+        if not run.is_set(key):
+            continue
+        other = "data.train" if key == "data.train_split" else "data.eval"
+        if not source:
+            run.note(key, f"{other} is unset", f"set {other} too, or remove the flag")
+        elif (key == "data.train_split" or held_out) and _is_file(source):
+            why = f"{other} = {source!r} is a file, which is taken whole"
+            run.note(key, why, f"remove the flag, or change {other}")
+
+
+def note_hub_keys(run: Resolution) -> None:
+    """A revision, and code of its own, are a hub repository's."""
+    model = run.model
+    tokenizer = model.tokenizer_name_or_path or model.name_or_path
+    from_hub = {_is_from_hub(model.name_or_path), _is_from_hub(tokenizer)}
+    for key in ("model.revision", "model.trust_remote_code"):
+        if run.is_set(key) and not (
+            True in from_hub if key == "model.revision" else tokenizer
+        ):
+            where = f"model.name_or_path = {model.name_or_path!r}"
+            why = f"{where} is no repository of the hub"
+            run.note(key, why, "remove the flag, or change model.name_or_path")
+
+
+def _is_from_hub(name: str) -> bool:
+    return bool(name) and not Path(name).expanduser().is_dir()
+
+
+def _is_file(source: object) -> bool:
+    return isinstance(source, str) and Path(source).expanduser().is_file()

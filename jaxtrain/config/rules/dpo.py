@@ -8,6 +8,7 @@ from jaxtrain import schema
 from jaxtrain.config.rules.resolution import Resolution
 from jaxtrain.config.sections import DpoSection
 from jaxtrain.objectives.options import (
+    PAIR_LOSSES,
     ObjectiveRow,
     PreferenceOptions,
     make_options,
@@ -91,7 +92,8 @@ def check_objective(run: Resolution) -> None:
     if row.has_reference:
         read |= {"sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"}
     ignored = [key for key in vars(run.dpo) if key not in read]
-    for key, value in _set_in_dpo(run.dpo, ignored).items():
+    flagged = {key: vars(run.dpo)[key] for key in ignored if _DPO + key in run.flags}
+    for key, value in (_set_in_dpo(run.dpo, ignored) | flagged).items():
         run.problem(
             _DPO + key,
             f"objective {name!r} does not read it; unset it, or give what the objective"
@@ -113,6 +115,13 @@ def check_dpo(run: Resolution) -> None:
             " lower it, raise max_length, or unset it",
             causes=("training.dpo.max_length", "data.max_length"),
         )
+    for loss in PAIR_LOSSES.values():
+        for key in loss.reads:
+            readers = [name for name, row in PAIR_LOSSES.items() if key in row.reads]
+            if _DPO + key in run.flags and not {*readers} & {*dpo.loss_type}:
+                why = f"loss_type {[*dpo.loss_type]} does not read it"
+                fix = f"add one of {', '.join(readers)} to training.dpo.loss_type"
+                run.note(_DPO + key, why, fix)
     if dpo.sync_ref_model and dpo.reference_free:
         text = "reference_free is true: no reference; set it false"
         run.problem("training.dpo.sync_ref_model", text)

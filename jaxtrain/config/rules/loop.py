@@ -11,6 +11,22 @@ _NEVER_EVALUATES = (
 )
 
 
+_OF_EVALUATION = (
+    "per_device_eval_batch_size",
+    "metric_for_best_model",
+    "greater_is_better",
+)
+_OF_HELD_OUT_ROWS = ("data.eval_split", "data.max_eval_rows")
+_SCHEDULE = (
+    "eval_steps",
+    "eval_on_start",
+    "early_stopping_patience",
+    "load_best_model_at_end",
+    "generation.enabled",
+    "generation.metrics",
+)
+
+
 def resolve_loop(run: Resolution) -> None:
     """Settle the metric's direction and the trackers; check evaluations and saves."""
     loop = run.loop
@@ -52,6 +68,30 @@ def _check_checkpoints_are_evaluated(run: Resolution) -> None:
         )
 
 
+def note_without_evaluation(run: Resolution) -> None:
+    """Keys of evaluations that there are not, or not by a command with these flags.
+
+    A Python program may bring evaluation rows that no key names, so only flags, which
+    come with a command, are judged by the keys of the data.
+    """
+    loop, data = run.loop, run.data
+    if loop.eval_steps == 0 and not loop.eval_on_start:
+        why, fix = "eval_steps is 0 and eval_on_start is false", "set eval_steps too"
+        keys = [*_OF_EVALUATION, "data.eval", *_OF_HELD_OUT_ROWS]
+    elif data.train and not data.eval and data.eval_split is None:
+        why = "there are no evaluation rows, as data.train is set and data.eval is not"
+        fix = "set data.eval too"
+        keys = [*_OF_EVALUATION, *_SCHEDULE, "data.max_eval_rows"]
+        keys = [key for key in keys if run.origin.get(key, key) in run.flags]
+    else:
+        return
+    for name in keys:
+        key = run.origin.get(name, name)
+        is_off = name in _SCHEDULE and not run.general[name]
+        if run.is_set(key) and not is_off:
+            run.note(key, why, f"{fix}, or remove the flag")
+
+
 def resolve_generation(run: Resolution) -> None:
     """Decide whether texts are generated, and check the metrics on them."""
     enabled = run.generation.enabled
@@ -76,6 +116,14 @@ def resolve_generation(run: Resolution) -> None:
             " Hugging Face directory",
             causes=["generation.bertscore_model"],
         )
+    elif (
+        run.generation.bertscore_model
+        and enabled
+        and ("bertscore" not in run.generation.metrics)
+    ):
+        key = run.origin["generation.bertscore_model"]
+        why = "generation.metrics does not name bertscore"
+        run.note(key, why, "add it to training.generation.metrics")
     _check_best_metric_is_generated(run)
 
 

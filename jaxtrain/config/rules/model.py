@@ -16,7 +16,8 @@ def resolve_model(run: Resolution) -> None:
     if from_scratch and name:
         problem = f"model.name_or_path = {name!r} gives the sizes of this model"
         for key, default in asdict(usual).items():
-            if getattr(sizes, key) != default:
+            is_flag = _PREFIX + key in run.flags
+            if getattr(sizes, key) != default or is_flag:
                 run.problem(_PREFIX + key, f"{problem}; unset one of the two")
     elif from_scratch:
         _check_sizes(run)

@@ -27,11 +27,9 @@ def resolve_schedule(run: Resolution) -> None:
 def _resolve_warmup(run: Resolution) -> None:
     steps, ratio = run.schedule.warmup_steps or 0, run.schedule.warmup_ratio or 0.0
     if steps and ratio:
-        run.note(
-            run.origin["warmup_ratio"],
-            f"{run.origin['warmup_ratio']} = {ratio} has no effect:"
-            f" warmup_steps = {steps} takes precedence, as in transformers",
-        )
+        if "warmup_ratio" not in run.unset:
+            winner = run.origin["warmup_steps"]
+            run.note_gives_way(run.origin["warmup_ratio"], winner, steps)
         ratio = 0.0
     if run.schedule.lr_scheduler_type == "constant" and (steps or ratio):
         if "warmup_ratio" in run.unset:

@@ -1,11 +1,12 @@
 """The sections of a run while rules settle them, and what the rules say about them."""
 
 from collections.abc import Collection, Iterable, Mapping
-from operator import attrgetter
+from functools import reduce
 from typing import Any
 
 from jaxtrain import schema
 from jaxtrain.config import sections
+from jaxtrain.config.notes import Kind, Note
 from jaxtrain.config.sections import GENERAL_KEYS, SCHEMA, TrainingType
 from jaxtrain.objectives.options import ObjectiveRow, objective_row
 from jaxtrain.schema import build
@@ -42,7 +43,7 @@ class Resolution:
         self.values, refused = schema.merge(SCHEMA, given)
         self.problems = list(refused.values())
         self.refused = set(refused)
-        self.notes: list[str] = []
+        self.notes: list[Note] = []
         self.device_count = device_count
         self.flags = frozenset(flags)
         training = self.values["training"]
@@ -110,38 +111,66 @@ class Resolution:
         paths = (".".join(parts[:end]) for end in range(1, len(parts) + 1))
         return not self.refused.isdisjoint(paths)
 
+    def is_set(self, key: str) -> bool:
+        """Whether a full key was set by a flag, or to other than its default."""
+        is_default = get(self.values, key) == get(SCHEMA, key).default
+        return key in self.flags or not is_default
+
     def note_gives_way(self, key: str, winner: str, winning: Any) -> None:
         """Note that a full key does not count, and which one does."""
-        value = get(self.values, key)
-        text = f"{key} = {value!r} gives way to {winner} = {winning!r}"
-        self.note(key, text, f"set {winner}, or remove that")
+        fix = f"set {winner}, or remove that"
+        self.note(key, f"{winner} = {winning!r}", fix, kind="overruled")
 
-    def note(self, key: str, text: str, fix: str = "remove the flag") -> None:
+    def note(
+        self,
+        key: str,
+        reason: str,
+        fix: str = "remove the flag",
+        *,
+        kind: Kind = "inactive",
+    ) -> None:
         """Note that a full key does not act; a flag that doesn't is a problem."""
+        note = Note(kind, key, get(self.values, key), reason)
         if key in self.flags:
-            self.problems.append(f"{text}; {fix}")
+            self.problems.append(f"{note}; {fix}")
         else:
-            self.notes.append(text)
+            self.notes.append(note)
 
     def note_ineffective(self) -> None:
         """Name the keys that were set and that the settled run does not read."""
+        noted = {note.key for note in self.notes}
         for key, leaf in dotted(SCHEMA).items():
-            value = get(self.values, key)
-            if value == leaf.default and key not in self.flags:
+            if key in noted or not self.is_set(key):
                 continue
+            for fact in leaf.all(schema.NoEffect):
+                self.note(key, fact.instead, kind="foreign")
             for condition in leaf.all(schema.OnlyIf):
-                settled = attrgetter(condition.key.removeprefix("training."))
-                if condition.key != key and (why := condition.reason(settled(self))):
-                    text = f"{key} = {value!r} has no effect: {why}"
-                    self.note(key, text, self._acting_instead(key))
+                own = key.endswith(condition.key.removeprefix("training"))
+                if own:
+                    continue  # the switch of its own section
+                if why := condition.reason(self.settled(condition.key)):
+                    self.note(key, why, self._acting_instead(key, condition))
                     break
 
-    def _acting_instead(self, key: str) -> str:
-        """What to set in place of a key of another training type's block."""
+    def settled(self, key: str) -> Any:
+        """What a full key is in the run, once the rules have settled it."""
+        path = key.removeprefix("training.").split(".")
+        for name in sections.TRAINING_SECTIONS:
+            if hasattr(getattr(self, name), path[0]):
+                path.insert(0, name)
+                break
+        return reduce(getattr, path, self)
+
+    def _acting_instead(self, key: str, condition: schema.OnlyIf) -> str:
+        """What to do about a flag that does not act."""
         _, _, name = key.removeprefix("training.").partition(".")
-        if name in GENERAL_KEYS:
+        if name in GENERAL_KEYS and condition.key == "training.training_type":
             return f"set training.{name}"
-        return "remove the flag"
+        if condition.value is not True or isinstance(condition, schema.Unless):
+            return f"remove the flag, or change {condition.key}"
+        is_switch = schema.storage_type(get(SCHEMA, condition.key).hint) is bool
+        wanted = f"{condition.key} = true" if is_switch else condition.key
+        return f"set {wanted} too, or remove the flag"
 
 
 def _take_precedence(run: Resolution) -> None:
