@@ -32,6 +32,7 @@ from jaxtrain.record.throughput import ThroughputMeter, usage
 from jaxtrain.run.checkpoint import CheckpointManager
 from jaxtrain.run.feed import Feed, Prepared
 from jaxtrain.run.preemption import Preempted, PreemptionWatch, Watchdog
+from jaxtrain.run.preflight import refuse_never
 from jaxtrain.step import EvalStep, TrainStep
 from jaxtrain.tree import overlay, select
 from jaxtrain.types import Metrics, Params, TrainState
@@ -141,10 +142,7 @@ def restore(parts: Parts, checkpoints: CheckpointManager) -> tuple[Parts, Progre
     if latest is None:
         return parts, progress
     if settings.resume_from_checkpoint == "never":
-        raise ValueError(
-            f"training.resume_from_checkpoint = 'never', but {checkpoints.directory}"
-            f" holds step {latest}: use a new workdir, or 'auto' to continue"
-        )
+        raise refuse_never(checkpoints.directory, latest)
     restored = checkpoints.restore(parts.saved(state))
     for line in diff(restored.config, parts.run.to_dict()):
         logger.warning("resuming with another config: %s", line)

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 from jaxtrain.cli.command import ConfigParser, Once, default_workdir
 from jaxtrain.cli.ending import Interrupted, run_command
+from jaxtrain.data import sources
+from jaxtrain.run import preflight
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -32,9 +34,14 @@ def main(arguments: Sequence[str]) -> None:
         help="folder for checkpoints, logs and the exported model (default: out/ and"
         " the configuration's name)",
     )
-    options, config, _ = parser.read(arguments)
+    options, config, run = parser.read(arguments)
+    preflight.check_workdir(options.workdir or default_workdir(options.config))
     workdir = pathlib.Path(options.workdir or default_workdir(options.config))
-    # Only now: what is wrong with a flag need not wait for jax.
+    preflight.check(run, workdir)
+    sources.check_sources(run)
+    if not sources.names_evaluation_rows(run):
+        sources.check_evaluation_rows(run)
+    # Only now: what is wrong with a flag or a path need not wait for jax.
     from jaxtrain import trainer
     from jaxtrain.run import distributed
 
@@ -49,9 +56,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _how_to_go_on(workdir: pathlib.Path) -> str:
-    from jaxtrain.run.checkpoint import saved_steps
-
-    steps = saved_steps(workdir / "checkpoints")
+    steps = preflight.saved_steps(workdir / "checkpoints")
     if not steps:
         return "interrupted; no step is saved yet, so the same command starts anew"
     return (

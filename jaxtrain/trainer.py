@@ -15,15 +15,20 @@ from ml_collections import ConfigDict
 
 from jaxtrain import build
 from jaxtrain.config import ConfigManager, RunConfig, resolve, to_config_dict
-from jaxtrain.data import loading
+from jaxtrain.data import loading, sources
 from jaxtrain.data.batches.dataset import PreparedDataset
-from jaxtrain.data.batches.mixture import parse_mixture
 from jaxtrain.data.loading import AnyRows as Rows
 from jaxtrain.data.stream.batches import StreamDataset
 from jaxtrain.models import load
 from jaxtrain.record import writers
 from jaxtrain.run import accelerator as accelerate
-from jaxtrain.run import compilation_cache, distributed
+from jaxtrain.run import (
+    compilation_cache,
+    distributed,
+    preflight,
+    sampler,
+    trial,
+)
 from jaxtrain.run.feed import Prepared
 from jaxtrain.types import Batch, Objective, TokenLogProbs, WeightedSum
 
@@ -68,9 +73,10 @@ class TrainingOrchestrator:
         checkpoints, logs and the model; by default `out/<run_name or training_type>`.
 
         Raises:
-            ValueError: `workdir` is the address of a bucket.
+            ValueError: `workdir` is the address of a bucket, or no folder to write to.
         """
-        _check_workdir(workdir)
+        if workdir is not None:
+            preflight.check_workdir(workdir)
         distributed.allow_pinned_memory()
         self.config = config
         self.accelerator = accelerator
@@ -105,14 +111,16 @@ class TrainingOrchestrator:
         """
         config = _to_config_dict(self.config)
         _override(config, training_type, model_name, self.accelerator)
-        self.run = run = resolve(config, device_count=jax.device_count())
-        for line in run.explain():
-            logger.debug(line)  # the block at the start has the essence
+        self.run = run = resolve(config, device_count=distributed.count_devices())
         compilation_cache.set_up(run.compilation_cache)
         # These raise on what cannot work, before anything is loaded.
         writers.check_installed(run.loop.report_to)
-        _loss_of(self)
-        parse_mixture(run.data.train)
+        preflight.check(run, self.workdir)
+        sources.check_sources(run)
+        sampler.check_metrics(run)
+        trial.check_objective(run, _loss_of(self).objective)
+        for line in run.explain():
+            logger.debug(line)  # the block at the start has the essence
         self.model = load.load_model(run) if model is None else load.adopt(model, run)
 
     @property
@@ -152,6 +160,8 @@ class TrainingOrchestrator:
             train_dataset = self.load_training_data()
             if eval_dataset is None:
                 eval_dataset = self.load_evaluation_data()
+        if eval_dataset is None:
+            sources.check_evaluation_rows(self._prepared_run())
         prepared = self.prepare_rows(train_dataset)
         evaluation = None if eval_dataset is None else self.prepare_rows(eval_dataset)
         return prepared, loading.check_held(evaluation)
@@ -230,15 +240,6 @@ def _override(
             config.model.name_or_path = model_name
         if accelerator is not None:
             accelerate.take_over(accelerator, config)
-
-
-def _check_workdir(workdir: Path | None) -> None:
-    if workdir is not None and "://" in os.fspath(workdir):
-        raise ValueError(
-            f"workdir = {os.fspath(workdir)!r} is an address, not a folder: mount"
-            " the bucket on every host (Cloud Storage FUSE, as launch/tpu_pod.sh"
-            " does) and give the folder where it is mounted"
-        )
 
 
 def _to_config_dict(config: Any) -> ConfigDict:

@@ -44,7 +44,9 @@ def values(key: str, hint: Any) -> st.SearchStrategy[Any]:
         arms = [arm for arm in arguments if arm is not type(None)]
         return st.one_of([values(key, arm) for arm in arms])
     if origin is tuple:
-        return st.lists(values(key, arguments[0]), min_size=1, max_size=2, unique=True)
+        return st.lists(
+            values(key, arguments[0]), min_size=1, max_size=2, unique_by=repr
+        )
     if origin is dict or hint == dict[str, Any]:
         return st.just({})
     name = key.rsplit(".", 1)[-1]
@@ -65,6 +67,8 @@ def found(run: RunConfig, key: str) -> Any:
     path = key.removeprefix("training.").split(".")
     if path[0] == run.training_type and not hasattr(run.dpo or run.lora, path[1]):
         path = path[1:]
+    if path == ["lora", "enabled"]:
+        return run.lora is not None
     if key.startswith("training."):
         for name in TRAINING_SECTIONS:
             if hasattr(getattr(run, name), path[0]):
@@ -84,7 +88,7 @@ def files(draw: st.DrawFn, key: str) -> dict[str, Any]:
 
 
 def as_text(value: Any) -> str:
-    if isinstance(value, list):
+    if isinstance(value, list) and not any(isinstance(x, dict) for x in value):
         return ",".join(map(str, value))
     return str(value)
 

@@ -26,6 +26,12 @@ _MISTAKEN_PATHS = (
     errno.ENOENT, errno.EACCES, errno.EPERM, errno.EEXIST, errno.EISDIR, errno.ENOTDIR,
     errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP,
 )  # fmt: skip
+# What libraries that write checkpoints say in errors of other types.
+_DISK_FULL = ("No space left on device", "Disk quota exceeded")
+_FULL = (
+    "the disk is full: make room, or set training.save_total_limit, and give the same"
+    " command again"
+)
 _OUT_OF_MEMORY = (
     "the device has no memory left: lower training.per_device_train_batch_size (and"
     " raise gradient_accumulation_steps), set training.gradient_checkpointing = true,"
@@ -72,6 +78,12 @@ def describe(error: BaseException) -> tuple[int, str] | None:
     text = str(error).strip()
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED, text or "interrupted"
+    if any(sign in text for sign in _DISK_FULL) or _is_disk_full(error):
+        return FAULT, f"{_FULL} ({_first_line(text)})"
+    if isinstance(error, MemoryError):
+        return FAULT, "this machine has no memory left: load less data, or stream it"
+    if isinstance(error, ConnectionError | TimeoutError):
+        return FAULT, text
     if isinstance(error, OSError):
         # Without a number, it is a library's or our own word on a path or a name.
         code = MISTAKE if error.errno in (None, *_MISTAKEN_PATHS) else FAULT
@@ -84,8 +96,16 @@ def describe(error: BaseException) -> tuple[int, str] | None:
     if type(error).__name__ in ("XlaRuntimeError", "JaxRuntimeError"):
         if "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower():
             return FAULT, _OUT_OF_MEMORY
-        return FAULT, text.splitlines()[0]
+        return FAULT, _first_line(text)
     return None
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _first_line(text: str) -> str:
+    return (text or "no message").splitlines()[0]
 
 
 def _raised_elsewhere(error: BaseException) -> str:

@@ -140,18 +140,25 @@ def _load_python(path: str, arguments: list[str]) -> ConfigDict:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        config = module.get_config(*arguments)
+        get_config = getattr(module, "get_config", None)
+        if not callable(get_config):
+            raise ConfigError(
+                f"{path}: it has no function get_config(); write one that returns a"
+                " ConfigDict, as in `jaxtrain configs sft`"
+            )
+        config = get_config(*arguments)
     except ConfigError:
         raise
     except Exception as error:
         lines = [
             frame.lineno
             for frame in traceback.extract_tb(error.__traceback__)
-            if frame.filename == path
+            if os.path.abspath(frame.filename) == os.path.abspath(path)
         ]
         line = error.lineno if isinstance(error, SyntaxError) else (lines or [None])[-1]
         where = f"{path}, line {line}" if line else path
-        raise ConfigError(f"{where}: {type(error).__name__}: {error}") from error
+        reason = error.msg if isinstance(error, SyntaxError) else str(error)
+        raise ConfigError(f"{where}: {type(error).__name__}: {reason}") from error
     if not isinstance(config, ConfigDict):
         raise ConfigError(
             f"{path}: get_config() returned {type(config).__name__}; return a"
@@ -172,10 +179,8 @@ def load_yaml(path: str | os.PathLike[str]) -> ConfigDict:
     with open(path, encoding="utf-8") as file:
         try:
             given = yaml.load(file, _YamlLoader)
-        except yaml.YAMLError as error:
-            raise ConfigError(
-                f"config = {os.fspath(path)!r}: not YAML; {error}"
-            ) from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(_not_yaml(os.fspath(path), error)) from error
     if not isinstance(given, Mapping | None):
         raise ConfigError(
             f"config = {os.fspath(path)!r}: not sections of keys; write 'training:'"
@@ -192,6 +197,18 @@ def load_yaml(path: str | os.PathLike[str]) -> ConfigDict:
             problems = error.problems
         raise ConfigError(problems)
     return config
+
+
+def _not_yaml(path: str, error: Exception) -> str:
+    """Where a file is not YAML, and why, in one line."""
+    mark = getattr(error, "problem_mark", None)
+    where = f"{path}, line {mark.line + 1}" if mark else path
+    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+    if "'\\t'" in problem:
+        problem += "; indent with spaces, not with tabs"
+    elif "given twice" not in problem:
+        problem += "; look at this line and the one above: indentation, colons, quotes"
+    return f"{where}: not YAML: {problem}"
 
 
 def parse_value(text: str) -> Any:
@@ -222,12 +239,18 @@ class _YamlLoader(yaml.SafeLoader):
     """PyYAML's safe loader with YAML 1.2 numbers, refusing a key given twice."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value if key.tag != _MERGE_TAG]
-        for name in names:
-            if names.count(name) > 1:
+        names: set[str] = set()
+        for key, _ in node.value:
+            if key.tag == _MERGE_TAG or not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in names:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"key {name!r} is given twice", node.start_mark
+                    None,
+                    None,
+                    f"key {key.value!r} is given twice; keep one",
+                    key.start_mark,
                 )
+            names.add(key.value)
         return super().construct_mapping(node, deep)
 
 

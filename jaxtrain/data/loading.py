@@ -21,7 +21,8 @@ from jaxtrain.data.batches.mixture import (
 from jaxtrain.data.prepare.cache import prepare_cached
 from jaxtrain.data.prepare.options import PrepareOptions
 from jaxtrain.data.prepare.prepare import Rows, prepare
-from jaxtrain.data.rows.source import load_rows, looks_local
+from jaxtrain.data.rows.folders import looks_local
+from jaxtrain.data.rows.source import load_rows
 from jaxtrain.data.rows.tokenize import PreTrainedTokenizerBase, load_tokenizer
 from jaxtrain.data.stream.batches import (
     StreamDataset,

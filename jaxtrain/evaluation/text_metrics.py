@@ -5,6 +5,7 @@ The libraries are extras; one that is missing is named with its pip command.
 """
 
 import importlib
+import importlib.util
 import itertools
 import json
 import pathlib
@@ -36,6 +37,20 @@ def make_text_metric(name: str, *, bertscore_model: str | None = None) -> TextMe
     if name == "bertscore":
         return make_bertscore(bertscore_model)
     return TEXT_METRICS[name]()
+
+
+def check_text_metric(name: str, *, bertscore_model: str | None = None) -> None:
+    """See that `make_text_metric` would work, without loading an encoder.
+
+    Raises:
+        ValueError, ImportError: as it would.
+    """
+    if name != "bertscore":
+        make_text_metric(name)
+        return
+    _encoder_config(bertscore_model)
+    if importlib.util.find_spec("bert_score") is None:
+        _import("bert_score", extra="bertscore")
 
 
 def load_text_metric(path: str) -> TextMetric:
@@ -113,18 +128,7 @@ def make_bertscore(model: str | None = None) -> TextMetric:
     The last layer of the encoder in directory `model` is used, and no rescaling. An
     empty text or reference has no token to compare, and scores 0.
     """
-    if model is None:
-        raise ValueError(
-            "text metric 'bertscore' needs an encoder: set bertscore_model to a local "
-            "Hugging Face directory"
-        )
-    config = pathlib.Path(model) / "config.json"
-    if not config.is_file():
-        raise ValueError(
-            f"bertscore_model={model!r} is no Hugging Face directory: it has no "
-            "config.json"
-        )
-    sizes = json.loads(config.read_text())
+    sizes = _encoder_config(model)
     layers = sizes.get("num_hidden_layers") or sizes.get("num_layers")
     library = _import("bert_score", extra="bertscore")
     scorer = library.BERTScorer(model_type=model, num_layers=layers, device="cpu")
@@ -148,6 +152,26 @@ def make_bertscore(model: str | None = None) -> TextMetric:
         return dict(zip(names, means, strict=True))
 
     return bertscore
+
+
+def _encoder_config(model: str | None) -> dict[str, Any]:
+    """The config.json of BERTScore's encoder.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if model is None:
+        raise ValueError(
+            "text metric 'bertscore' needs an encoder: set bertscore_model to a local "
+            "Hugging Face directory"
+        )
+    config = pathlib.Path(model) / "config.json"
+    if not config.is_file():
+        raise ValueError(
+            f"bertscore_model={model!r} is no Hugging Face directory: it has no "
+            "config.json"
+        )
+    return dict(json.loads(config.read_text()))
 
 
 TEXT_METRICS: dict[str, Callable[[], TextMetric]] = {

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.hf_experts import split_fused
@@ -86,7 +86,14 @@ def load_config(path: str | os.PathLike[str]) -> ModelConfig:
     file = pathlib.Path(path) / "config.json"
     if not file.is_file():
         raise ValueError(f"{file} is missing: {path} is no Hugging Face model")
-    return ModelConfig.from_hf(json.loads(file.read_text()))
+    try:
+        options = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON ({error}): download it again") from error
+    try:
+        return ModelConfig.from_hf(options)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
 def load_params(
@@ -133,7 +140,13 @@ def _open_checkpoint(directory: pathlib.Path) -> Iterator[dict[str, Any]]:
     with contextlib.ExitStack() as stack:
         tensors = {}
         for file in _weight_files(directory):
-            opened = stack.enter_context(safe_open(str(file), framework="numpy"))
+            try:
+                opened = stack.enter_context(safe_open(str(file), framework="numpy"))
+            except SafetensorError as error:
+                raise ValueError(
+                    f"{file} is no whole safetensors file ({error}): copy or download"
+                    " it again"
+                ) from error
             for name in opened.keys():  # noqa: SIM118 (no mapping)
                 tensors[name] = opened.get_slice(name)
         yield tensors

@@ -27,7 +27,7 @@ from orbax.checkpoint import checkpoint_managers as managers
 _T = TypeVar("_T")
 _TRASH = ".trash"
 _FORMAT = 1
-_SHOWN_DIFFERENCES = 8
+_SHOWN_DIFFERENCES = 4
 
 
 class CheckpointMismatchError(ValueError):
@@ -71,12 +71,6 @@ class Restored:
                 "data anew"
             )
         return first
-
-
-def saved_steps(directory: pathlib.Path) -> list[int]:
-    """The steps saved in a directory of checkpoints, ascending, read off its names."""
-    names = (path.name for path in directory.glob("*"))
-    return sorted(int(name) for name in names if name.isdecimal())
 
 
 class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
@@ -312,10 +306,9 @@ class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
             more = len(lines) - _SHOWN_DIFFERENCES
             raise CheckpointMismatchError(
                 f"{self.directory / str(step)} does not fit the model; "
-                f"{len(lines)} leaves differ:\n  "
-                + "\n  ".join(lines[:_SHOWN_DIFFERENCES])
-                + (f"\n  ... and {more} more" if more > 0 else "")
-                + "\nUse the model and optimizer that saved it, or another workdir"
+                f"{len(lines)} leaves differ: {'; '.join(lines[:_SHOWN_DIFFERENCES])}"
+                + (f"; and {more} more" if more > 0 else "")
+                + ". Use the model and optimizer that saved it, or another workdir"
             )
 
     def _empty_trash(self) -> None:

@@ -103,6 +103,7 @@ def initialize(environ: MutableMapping[str, str] = os.environ) -> None:
     allow_pinned_memory(environ)
     launch = detect(environ)
     if launch is None or jax.distributed.is_initialized():
+        count_devices()  # one that is not there is the first thing to tell
         return
     timeout = _number(environ, "JAXTRAIN_INIT_TIMEOUT_SECS", "300")
     heartbeat = _number(environ, "JAXTRAIN_HEARTBEAT_TIMEOUT_SECS", "100")
@@ -131,6 +132,25 @@ def initialize(environ: MutableMapping[str, str] = os.environ) -> None:
         jax.local_device_count(),
         jax.device_count(),
     )
+
+
+def count_devices() -> int:
+    """The devices of all processes.
+
+    Raises:
+        ValueError: JAX_PLATFORMS, or what is installed, names a platform that is not
+            here.
+    """
+    try:
+        return jax.device_count()
+    except RuntimeError as error:
+        named = os.environ.get("JAX_PLATFORMS", "")
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise ValueError(
+            f"JAX_PLATFORMS = {named!r}: no such device can be used here ({reason});"
+            " unset it to take what there is, set cpu, or install jax for the device"
+            " (such as pip install 'jax[cuda12]')"
+        ) from error
 
 
 def _number(environ: Mapping[str, str], name: str, default: str = "") -> int:

@@ -3,8 +3,22 @@
 from jaxtrain.config import RunConfig
 from jaxtrain.data.batches.dataset import PreparedDataset
 from jaxtrain.evaluation.samples import Sampler, read_prompts
-from jaxtrain.evaluation.text_metrics import make_text_metric
+from jaxtrain.evaluation.text_metrics import check_text_metric, make_text_metric
 from jaxtrain.models.load import LoadedModel
+
+
+def check_metrics(run: RunConfig) -> None:
+    """Refuse a text metric that cannot be had, before anything is loaded.
+
+    Raises:
+        ValueError: no such function, a missing library, or BERTScore's encoder.
+    """
+    model = run.generation.bertscore_model
+    for name in run.generation.metrics:
+        try:
+            check_text_metric(name, bertscore_model=model)
+        except (ValueError, ImportError) as error:
+            raise ValueError(f"training.generation.metrics: {error}") from error
 
 
 def make_sampler(run: RunConfig, model: LoadedModel, data: PreparedDataset) -> Sampler:

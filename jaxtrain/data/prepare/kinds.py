@@ -52,7 +52,6 @@ class Document:
 class RowKind(abc.ABC):
     """What the preparation of rows asks of their kind."""
 
-    formats: ClassVar[tuple[str, ...]]  # that it reads, by `RowFormat.kind`
     counted: ClassVar[tuple[str, ...]]  # sides whose tokens count in `DataStats`
     row_values: ClassVar[tuple[tuple[str, str], ...]] = ()  # (batch's field, row's key)
 
@@ -70,7 +69,6 @@ class RowKind(abc.ABC):
 class NextToken(RowKind):
     """Texts, prompts with completions, and conversations; one unnamed side."""
 
-    formats = ("text", "prompt_completion", "messages")
     counted = ("",)
 
     def tokenize(
@@ -93,7 +91,6 @@ class NextToken(RowKind):
 class Labeled(RowKind):
     """Single completions with a verdict; a preference row gives two of them."""
 
-    formats = ("labeled", "preference")
     counted = ("completions",)  # those that mismatch are only measured on
     row_values = (("desirable", "label"),)
 
@@ -127,7 +124,6 @@ class Labeled(RowKind):
 class Preference(RowKind):
     """Pairs of completions, whose documents on both sides correspond."""
 
-    formats = ("preference",)
     counted = ("chosen", "rejected")
 
     def tokenize(

@@ -20,7 +20,7 @@ from jaxtrain.data.rows.formats import (
     BadRow,
     RowFormat,
     RowProblems,
-    detect_format,
+    detect_for,
     read_row,
 )
 from jaxtrain.data.rows.places import HeldRows, name_rows
@@ -93,20 +93,9 @@ def detect_row_format(rows: Rows, options: PrepareOptions) -> RowFormat:
     Raises:
         ValueError: the rows are of no known format, or the objective needs another.
     """
-    objective, kind = options.objective, options.kind
-    first: Mapping[str, Any] = next(iter(rows), {})
-    columns = getattr(rows, "column_names", None) or first
-    if objective == "labeled" and kind == "auto" and "label" in columns:
-        kind = "labeled"  # "auto" reads such rows as prompt and completion
-    row_format = detect_format(rows, kind=kind, text_column=options.text_column)
-    if row_format.kind not in KINDS[objective].formats:
-        raise ValueError(
-            f"the {objective} objective cannot train on {row_format.describe()}: "
-            "preference (DPO) needs 'chosen' and 'rejected', labeled (KTO) needs "
-            "'prompt', 'completion' and 'label', next_token (from_scratch, SFT) needs "
-            "text, prompt/completion or messages"
-        )
-    return row_format
+    return detect_for(
+        options.objective, rows, kind=options.kind, text_column=options.text_column
+    )
 
 
 def tokenize(rows: Rows, recipe: Recipe, problems: RowProblems) -> Tokenized:

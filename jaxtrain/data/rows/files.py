@@ -94,6 +94,14 @@ def reader_of(file: pathlib.Path) -> str | None:
     return READERS.get(pathlib.PurePath(name).suffix)
 
 
+def is_read_by_rows(path: pathlib.Path) -> bool:
+    """Whether `make_units` takes a data file: not one JSON array, nor Arrow in gzip."""
+    name = path.name.lower()
+    if name.removesuffix(".gz").endswith(".json"):
+        return _first_byte(path) != b"["
+    return not (reader_of(path) in ("parquet", "arrow") and name.endswith(".gz"))
+
+
 def make_units(path: pathlib.Path) -> list[Unit]:
     """The units of a data file.
 

@@ -32,6 +32,12 @@ ROLE_ALIASES = {
     "function_call": "assistant",
     "observation": "tool",
 }
+# The rows that objectives train on -> the kinds of format that these are read from.
+TRAINS_ON: Mapping[str, tuple[Kind, ...]] = {
+    "next_token": ("text", "prompt_completion", "messages"),
+    "preference": ("preference",),
+    "labeled": ("labeled", "preference"),
+}
 _DETECTED_ROWS = 100
 _ACCEPTED = (
     "'text', 'prompt' + 'completion' (with 'label' for KTO), 'messages', 'chosen' + "
@@ -146,6 +152,36 @@ def detect_format(
         f"columns {sorted(names)} (filled in the first row: {filled}) are not {wanted}:"
         f" give {_ACCEPTED}; rename its columns"
     )
+
+
+def detect_for(
+    objective: str,
+    rows: Iterable[Row],
+    *,
+    kind: str = "auto",
+    text_column: str = "text",
+) -> RowFormat:
+    """The format in which an objective's kind of rows is read from these.
+
+    Args:
+        objective: a name of `TRAINS_ON`.
+
+    Raises:
+        ValueError: the rows are of no known format, or the objective needs another.
+    """
+    first: Row = next(iter(rows), {})
+    columns = getattr(rows, "column_names", None) or first
+    if objective == "labeled" and kind == "auto" and "label" in columns:
+        kind = "labeled"  # "auto" reads such rows as prompt and completion
+    row_format = detect_format(rows, kind=kind, text_column=text_column)
+    if row_format.kind not in TRAINS_ON[objective]:
+        raise ValueError(
+            f"the {objective} objective cannot train on {row_format.describe()}: "
+            "preference (DPO) needs 'chosen' and 'rejected', labeled (KTO) needs "
+            "'prompt', 'completion' and 'label', next_token (from_scratch, SFT) needs "
+            "text, prompt/completion or messages"
+        )
+    return row_format
 
 
 def _possible_formats(

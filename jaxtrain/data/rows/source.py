@@ -7,22 +7,22 @@ line), each also as `.gz`, or is a folder of such files, or one that
 
 import logging
 import pathlib
-import re
 from collections.abc import Sequence
 from typing import Any
 
 import datasets
 
 from jaxtrain.data.rows.files import READERS, reader_of
+from jaxtrain.data.rows.folders import (
+    is_saved,
+    looks_local,
+    split_aliases,
+    split_files,
+)
 from jaxtrain.data.rows.formats import UnreadableRow
 from jaxtrain.data.rows.places import HeldRows, hold, remember_files, same_files
 
 logger = logging.getLogger(__name__)
-
-SPLITS = {
-    "train": ("train", "training"),
-    "eval": ("eval", "evaluation", "validation", "valid", "val", "dev", "test"),
-}
 
 
 def load_rows(
@@ -84,7 +84,7 @@ def _load_local(path: pathlib.Path, split: str) -> datasets.Dataset | HeldRows:
 
 def load_saved(folder: pathlib.Path, split: str) -> datasets.Dataset | None:
     """What `save_to_disk` wrote to a folder, or None."""
-    if any((folder / f).is_file() for f in ("state.json", "dataset_dict.json")):
+    if is_saved(folder):
         loaded = datasets.load_from_disk(str(folder))
         return _choose_split(loaded, split, str(folder))
     return None
@@ -152,44 +152,6 @@ def _unreadable(files: Sequence[pathlib.Path], cause: object) -> ValueError:
     return ValueError(f"cannot read {', '.join(map(str, files[:3]))}: {cause}")
 
 
-def split_files(folder: pathlib.Path, split: str) -> list[pathlib.Path]:
-    """The data files of a split; the whole folder where nothing is named by split."""
-    named = sorted(
-        file.relative_to(folder) for file in folder.rglob("*") if reader_of(file)
-    )
-    files = [n for n in named if not any(part.startswith(".") for part in n.parts)]
-    if not files:
-        raise ValueError(
-            f"{folder} holds no data file: expected {', '.join(READERS)} (each also "
-            ".gz)"
-        )
-    by_split: dict[str | None, list[pathlib.Path]] = {}
-    for file in files:
-        by_split.setdefault(_split_of(file), []).append(folder / file)
-    if set(by_split) == {None}:
-        return by_split[None]
-    for alias in split_aliases(split):
-        if alias in by_split:
-            return by_split[alias]
-    if split in SPLITS["train"] and None in by_split:
-        return by_split[None]  # "data.jsonl" beside "eval.jsonl"
-    found = sorted(name for name in by_split if name)
-    raise ValueError(
-        f"{folder} has no split {split!r}, only {found}: name a folder or file "
-        f"{' or '.join(split_aliases(split))}, or point at one file"
-    )
-
-
-def _split_of(file: pathlib.Path) -> str | None:
-    """Which split a file's first folder, or its own name, stands for."""
-    known = {alias for aliases in SPLITS.values() for alias in aliases}
-    first_folder = [folder.lower() for folder in file.parts[:-1][:1]]
-    # "train", "train-00000-of-00002", "my_data_validation"
-    words = re.split("[-_]", file.name.lower().split(".")[0])
-    names = (*first_folder, words[0], words[-1])
-    return next((name for name in names if name in known), None)
-
-
 def _choose_split(
     loaded: datasets.Dataset | datasets.DatasetDict, split: str, origin: str
 ) -> datasets.Dataset:
@@ -216,18 +178,3 @@ def load_hub(hub_name: str, split: str, **options: Any) -> Any:
             "json, parquet, csv, arrow or txt file, or a folder of them"
         ) from error
     return _choose_split(loaded, split, hub_name)
-
-
-def split_aliases(split: str) -> tuple[str, ...]:
-    """Every name that a split goes by, the one asked for first."""
-    aliases = next((names for names in SPLITS.values() if split in names), ())
-    return tuple(dict.fromkeys((split, *aliases)))
-
-
-def looks_local(name: str) -> bool:
-    """Whether a name cannot be a hub repository (`name` or `owner/name`)."""
-    return (
-        name.startswith((".", "/", "~", "\\"))
-        or name.count("/") > 1
-        or reader_of(pathlib.Path(name)) is not None
-    )

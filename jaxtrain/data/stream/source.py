@@ -19,8 +19,9 @@ import datasets
 import numpy as np
 
 from jaxtrain.data.rows.files import START, Item, Unit, make_units
+from jaxtrain.data.rows.folders import looks_local, split_files
 from jaxtrain.data.rows.places import HeldRows
-from jaxtrain.data.rows.source import load_hub, load_saved, looks_local, split_files
+from jaxtrain.data.rows.source import load_hub, load_saved
 
 logger = logging.getLogger(__name__)
 

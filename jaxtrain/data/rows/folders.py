@@ -1,0 +1,123 @@
+"""Local data files and folders: which are of a split, and what the first rows are.
+
+Nothing here imports `datasets`, whose import takes seconds.
+"""
+
+import difflib
+import errno
+import itertools
+import os
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from jaxtrain.data.rows.files import READERS, is_read_by_rows, make_units, reader_of
+from jaxtrain.data.rows.formats import UnreadableRow
+
+_SAVED = ("state.json", "dataset_dict.json")  # by `Dataset.save_to_disk`
+_FIRST_ROWS = 100
+SPLITS = {
+    "train": ("train", "training"),
+    "eval": ("eval", "evaluation", "validation", "valid", "val", "dev", "test"),
+}
+
+
+def first_rows(path: pathlib.Path, split: str) -> list[Mapping[str, Any]]:
+    """The first rows of a local file or folder, as its first file has them.
+
+    Empty where only reading all of it tells, as of one large JSON array.
+
+    Raises:
+        ValueError: there is no such path, no data file of that split in it, or no row.
+        OSError: it may not be read.
+    """
+    if not path.exists():
+        hint = _nearest(path)
+        where = "" if path.is_absolute() else f" in {os.getcwd()}"
+        raise ValueError(f"no such file or folder{where}; {hint or 'check the path'}")
+    if is_saved(path):
+        return []  # by `datasets`, which alone reads it
+    files = split_files(path, split) if path.is_dir() else [path]
+    if not os.access(files[0], os.R_OK):
+        raise PermissionError(errno.EACCES, "may not be read", str(files[0]))
+    if reader_of(files[0]) is None:
+        known = ", ".join(READERS)
+        raise ValueError(f"its suffix is none of {known} (each also .gz)")
+    if not is_read_by_rows(files[0]):
+        return []
+    units = make_units(files[0])
+    items = (unit.row(item) for unit in units for item in unit.items())
+    rows = list(itertools.islice(items, _FIRST_ROWS))
+    bad = [row.reason for row in rows if isinstance(row, UnreadableRow)]
+    if len(bad) == len(rows):
+        reason = f"its first line {bad[0]}" if bad else "it is empty"
+        raise ValueError(f"{files[0].name} holds no row: {reason}")
+    return rows
+
+
+def _nearest(path: pathlib.Path) -> str:
+    """A question that names a path beside it with a like name; "" if there is none."""
+    if not path.parent.is_dir():
+        return ""
+    beside = {pathlib.PurePath(name).stem: name for name in os.listdir(path.parent)}
+    close = difflib.get_close_matches(path.stem, beside, n=1)
+    return f"did you mean {str(path.with_name(beside[close[0]]))!r}?" if close else ""
+
+
+def is_saved(folder: pathlib.Path) -> bool:
+    """Whether `Dataset.save_to_disk` wrote it."""
+    return any((folder / file).is_file() for file in _SAVED)
+
+
+def split_files(folder: pathlib.Path, split: str) -> list[pathlib.Path]:
+    """The data files of a split; the whole folder where nothing is named by split."""
+    named = sorted(
+        file.relative_to(folder) for file in folder.rglob("*") if reader_of(file)
+    )
+    files = [n for n in named if not any(part.startswith(".") for part in n.parts)]
+    if not files:
+        raise ValueError(
+            f"{folder} holds no data file: expected {', '.join(READERS)} (each also "
+            ".gz)"
+        )
+    by_split: dict[str | None, list[pathlib.Path]] = {}
+    for file in files:
+        by_split.setdefault(_split_of(file), []).append(folder / file)
+    if set(by_split) == {None}:
+        return by_split[None]
+    for alias in split_aliases(split):
+        if alias in by_split:
+            return by_split[alias]
+    if split in SPLITS["train"] and None in by_split:
+        return by_split[None]  # "data.jsonl" beside "eval.jsonl"
+    found = sorted(name for name in by_split if name)
+    raise ValueError(
+        f"{folder} has no split {split!r}, only {found}: name a folder or file "
+        f"{' or '.join(split_aliases(split))}, or point at one file"
+    )
+
+
+def _split_of(file: pathlib.Path) -> str | None:
+    """Which split a file's first folder, or its own name, stands for."""
+    known = {alias for aliases in SPLITS.values() for alias in aliases}
+    first_folder = [folder.lower() for folder in file.parts[:-1][:1]]
+    # "train", "train-00000-of-00002", "my_data_validation"
+    words = re.split("[-_]", file.name.lower().split(".")[0])
+    names = (*first_folder, words[0], words[-1])
+    return next((name for name in names if name in known), None)
+
+
+def split_aliases(split: str) -> tuple[str, ...]:
+    """Every name that a split goes by, the one asked for first."""
+    aliases = next((names for names in SPLITS.values() if split in names), ())
+    return tuple(dict.fromkeys((split, *aliases)))
+
+
+def looks_local(name: str) -> bool:
+    """Whether a name cannot be a hub repository (`name` or `owner/name`)."""
+    return (
+        name.startswith((".", "/", "~", "\\"))
+        or name.count("/") > 1
+        or reader_of(pathlib.Path(name)) is not None
+    )

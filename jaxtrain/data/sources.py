@@ -1,0 +1,72 @@
+"""What a run's data are at a glance, before jax or `datasets` is imported."""
+
+import logging
+import pathlib
+
+from jaxtrain.config import RunConfig
+from jaxtrain.data.batches.mixture import parse_mixture
+from jaxtrain.data.rows.folders import first_rows, looks_local
+from jaxtrain.data.rows.formats import detect_for
+
+logger = logging.getLogger(__name__)
+
+
+def check_sources(run: RunConfig) -> None:
+    """Look at the start of every local file or folder that the run names.
+
+    Raises:
+        ValueError: there is none, it holds no row, or not of the kind that is needed;
+            names the key.
+    """
+    data = run.data
+    parts = parse_mixture(data.train) or ((str(data.train), 1.0),)
+    named = [("data.train", name, data.train_split) for name, _ in parts]
+    evaluates = run.loop.eval_steps != 0 or run.loop.eval_on_start
+    if evaluates:
+        named.append(("data.eval", data.eval, data.eval_split or "eval"))
+    for key, name, split in named:
+        path = pathlib.Path(name).expanduser()
+        if not name or not (path.exists() or looks_local(name)):
+            continue  # embedded, or of the hub
+        try:
+            rows = first_rows(path, split)
+            if rows:
+                detect_for(
+                    run.objective_row.row_kind,
+                    rows,
+                    kind=data.format,
+                    text_column=data.text_column,
+                )
+        except (ValueError, OSError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ValueError(f"{key} = {name!r}: {reason}") from error
+
+
+def check_evaluation_rows(run: RunConfig) -> None:
+    """Refuse what needs evaluations, for a run that has no rows for them.
+
+    Raises:
+        ValueError: names the first such key.
+    """
+    wanted = {
+        "early_stopping_patience": run.loop.early_stopping_patience,
+        "load_best_model_at_end": run.loop.load_best_model_at_end,
+        "generation.enabled": run.generation.enabled,
+    }
+    for key, value in wanted.items():
+        if value:
+            raise ValueError(
+                f"training.{key} = {value!r}: there are no evaluation rows; set"
+                f" data.eval, or unset {key}"
+            )
+    if run.loop.eval_steps or run.loop.eval_on_start:
+        logger.info(
+            "training.eval_steps = %s does nothing: there are no evaluation rows; set"
+            " data.eval to evaluate",
+            run.loop.eval_steps,
+        )
+
+
+def names_evaluation_rows(run: RunConfig) -> bool:
+    """Whether the configuration says what to evaluate on."""
+    return bool(run.data.eval or run.data.eval_split or not run.data.train)

@@ -1,0 +1,166 @@
+"""What can be known to fail before a model loads: folders, logins, earlier steps.
+
+Nothing here imports jax, so that a command can look before it waits for that.
+"""
+
+import json
+import netrc
+import os
+import pathlib
+import urllib.parse
+from collections.abc import Mapping
+from typing import Any
+
+from jaxtrain.config import RunConfig, diff
+
+# A change of these always makes other leaves of the train state, or another order of
+# rows. What only may do so is found when the checkpoint is read.
+_DECIDING = (
+    "training.optimizer",
+    "training.fp16",
+    "training.lora.enabled",
+    "training.lora.use_dora",
+    "training.gradient_accumulation_steps",
+    "training.seed",
+    "data.shuffle",
+    "model.architecture.hidden_size",
+    "model.architecture.intermediate_size",
+    "model.architecture.num_hidden_layers",
+    "model.architecture.num_attention_heads",
+    "model.architecture.num_key_value_heads",
+)
+_MODES_WITHOUT_LOGIN = ("offline", "disabled", "dryrun")
+
+
+def check(
+    run: RunConfig, workdir: pathlib.Path, environ: Mapping[str, str] = os.environ
+) -> None:
+    """Refuse a run that would fail later, for reasons that are no model's.
+
+    Raises:
+        ValueError: the work directory, what is saved in it, or a missing login.
+    """
+    check_workdir(workdir)
+    _check_earlier_steps(run, workdir / "checkpoints")
+    if "wandb" in run.loop.report_to:
+        _check_wandb(environ)
+
+
+def check_workdir(workdir: str | os.PathLike[str]) -> None:
+    """Refuse a work directory that cannot be made or written to.
+
+    Raises:
+        ValueError: it, or a folder above it, is a file or cannot be written to.
+    """
+    if "://" in os.fspath(workdir):
+        raise ValueError(
+            f"workdir = {os.fspath(workdir)!r} is an address, not a folder: mount"
+            " the bucket on every host (Cloud Storage FUSE, as launch/tpu_pod.sh"
+            " does) and give the folder where it is mounted"
+        )
+    named = f"workdir = {os.fspath(workdir)!r}"
+    absolute = pathlib.Path(workdir).absolute()
+    found = next(at for at in (absolute, *absolute.parents) if os.path.lexists(at))
+    if not found.is_dir():
+        raise ValueError(
+            f"{named}: {found} is a file, not a folder; give another --workdir"
+        )
+    if not os.access(found, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"{named}: {found} cannot be written to; give another --workdir"
+        )
+
+
+def saved_steps(directory: pathlib.Path) -> list[int]:
+    """The steps saved in a directory of checkpoints, ascending, read off its names."""
+    names = (path.name for path in directory.glob("*"))
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def refuse_never(directory: pathlib.Path, step: int) -> ValueError:
+    """The error of `resume_from_checkpoint = never` beside a checkpoint."""
+    return ValueError(
+        f"training.resume_from_checkpoint = 'never', but {directory} holds step"
+        f" {step}: use a new --workdir, or 'auto' to continue"
+    )
+
+
+def _check_earlier_steps(run: RunConfig, directory: pathlib.Path) -> None:
+    """Refuse settings under which the newest step could not be gone on from."""
+    steps = saved_steps(directory)
+    if not steps:
+        return
+    if run.loop.resume_from_checkpoint == "never":
+        raise refuse_never(directory, steps[-1])
+    saved = _saved_config(directory / str(steps[-1]))
+    deciding = set(_DECIDING)
+    if run.lora is not None and not run.lora.init_from:
+        deciding.add("training.lora.r")
+    changed = [line for line in diff(saved, run) if line.partition(":")[0] in deciding]
+    if saved and (
+        changed := [*filter(_was_known, changed), *_batch_change(saved, run)]
+    ):
+        raise ValueError(
+            f"{directory} holds step {steps[-1]} of a run with other settings, which"
+            f" does not fit: {'; '.join(changed)}. Set them back, or use a new"
+            " --workdir"
+        )
+
+
+def _saved_config(step: pathlib.Path) -> dict[str, Any]:
+    """The configuration in a checkpoint's record; empty where it cannot be read."""
+    try:
+        record = json.loads((step / "record" / "metadata").read_text("utf-8"))
+        return dict(record["config"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}  # restoring it says what is wrong
+
+
+def _was_known(change: str) -> bool:
+    """Not a key that an earlier version had not, nor one of a section that was off."""
+    return ": None -> " not in change or change.startswith("training.lora.enabled")
+
+
+def _batch_change(saved: Mapping[str, Any], run: RunConfig) -> list[str]:
+    """The rows of a micro-batch on all devices, where they are others now."""
+    name = "per_device_train_batch_size"
+    try:
+        mesh, each = saved["mesh"], saved["training"][name]
+        then = each * mesh["data"] * mesh["fsdp"]
+    except (KeyError, TypeError):
+        return []
+    now = run.loop.per_device_train_batch_size * run.mesh.data * run.mesh.fsdp
+    if then == now or min(then, now) < 0:
+        return []
+    return [f"training.{name} times data-parallel devices: {then} -> {now}"]
+
+
+def _check_wandb(environ: Mapping[str, str]) -> None:
+    """Refuse wandb where it would ask for a login.
+
+    Raises:
+        ValueError: names the ways to log in.
+    """
+    offline = environ.get("WANDB_MODE", "").lower() in _MODES_WITHOUT_LOGIN
+    named = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
+    if offline or any(environ.get(name) for name in named):
+        return
+    address = environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    host = urllib.parse.urlsplit(address).hostname or address
+    if not _is_in_netrc(host, environ.get("NETRC")):
+        raise ValueError(
+            f"training.report_to has 'wandb', and nobody is logged in to {host}: run"
+            " `wandb login`, set WANDB_API_KEY, or set WANDB_MODE=offline to keep the"
+            " record here"
+        )
+
+
+def _is_in_netrc(host: str, path: str | None) -> bool:
+    places = [path] if path else ["~/.netrc", "~/_netrc"]
+    for place in places:
+        try:
+            if netrc.netrc(os.path.expanduser(place)).authenticators(host):
+                return True
+        except (OSError, netrc.NetrcParseError):
+            continue
+    return False

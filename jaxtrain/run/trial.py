@@ -1,0 +1,129 @@
+"""Trace an objective on a batch that has only shapes, before there is a model."""
+
+import dataclasses
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxtrain.config import RunConfig
+from jaxtrain.config.sections import TEXT_METRIC_SCORES
+from jaxtrain.objectives.options import did_you_mean
+from jaxtrain.types import (
+    Batch,
+    LabeledBatch,
+    Objective,
+    PairBatch,
+    TokenLogProbs,
+    WeightedSum,
+)
+
+_ROWS, _TOKENS = 2, 8
+# What a run may add to the metrics of its objective.
+_ADDED = ("aux_loss", "router_aux_loss")
+
+
+def check_objective(run: RunConfig, objective: Objective) -> None:
+    """Trace an objective, and see that it gives the metric that the run ranks by.
+
+    Raises:
+        ValueError: a function of the user's own takes other arguments, raises, or does
+            not return a loss and its metrics; or `metric_for_best_model` is none of an
+            evaluation's.
+    """
+    own = ":" in run.objective
+    try:
+        result = jax.eval_shape(_on(objective, run), *_inputs(run))
+    except Exception as error:  # whatever the user's function raises
+        if not own:
+            return  # one that a program brings, and that may ask for more
+        raise ValueError(_describe(run, error)) from error
+    if not _is_loss_with_metrics(result):
+        raise ValueError(
+            f"training.objective = {run.objective!r} does not return a WeightedSum and"
+            " a dict of them by metric: see jaxtrain.objectives.load_objective"
+        )
+    _check_best_metric(run, {"loss", *result[1]})
+
+
+def _on(objective: Objective, run: RunConfig) -> Callable[..., Any]:
+    """The objective with stand-ins for the models, which give zeros."""
+    dpo, compares = run.dpo, run.objective_row.has_reference
+    if dpo is None or dpo.reference_free or dpo.precompute_ref_log_probs:
+        compares = False
+
+    def call(batch: Any) -> Any:
+        return objective(_stand_in, _stand_in if compares else None, batch)
+
+    return call
+
+
+def _stand_in(batch: Batch) -> TokenLogProbs:
+    zeros = jnp.zeros(batch.tokens.shape, jnp.float32)
+    return TokenLogProbs(zeros, zeros, zeros, zeros, collision=zeros)
+
+
+def _inputs(run: RunConfig) -> tuple[Any]:
+    """A batch of the run's kind, as shapes."""
+    tokens = jax.ShapeDtypeStruct((_ROWS, _TOKENS), jnp.int32)
+    numbers = jax.ShapeDtypeStruct((_ROWS, _TOKENS), jnp.float32)
+    row = jax.ShapeDtypeStruct((_ROWS,), jnp.float32)
+    rows = Batch(tokens, tokens, tokens, tokens, numbers)
+    kind = run.objective_row.row_kind
+    if kind == "next_token":
+        return (rows,)
+    if kind == "labeled":
+        return (LabeledBatch(rows, row, mismatched=rows),)
+    pairs = PairBatch(rows, rows)
+    if run.dpo is not None and run.dpo.precompute_ref_log_probs:
+        pairs = dataclasses.replace(pairs, ref_chosen_logps=row, ref_rejected_logps=row)
+    return (pairs,)
+
+
+def _is_loss_with_metrics(result: Any) -> bool:
+    if not isinstance(result, tuple) or len(result) != 2:
+        return False
+    loss, metrics = result
+    sums = [loss, *metrics.values()] if isinstance(metrics, dict) else [None]
+    return all(isinstance(each, WeightedSum) for each in sums)
+
+
+def _describe(run: RunConfig, error: Exception) -> str:
+    """What the user's function said, and where."""
+    module = run.objective.partition(":")[0].rpartition(".")[2]
+    frames = traceback.extract_tb(error.__traceback__)
+    inside = [f for f in frames if f.filename.endswith(f"{module}.py")]
+    where = f" ({inside[-1].filename}, line {inside[-1].lineno})" if inside else ""
+    given = (
+        f" with objective_kwargs = {kw}" if (kw := run.loop.objective_kwargs) else ""
+    )
+    first = (str(error).strip() or "no message").splitlines()[0]
+    return (
+        f"training.objective = {run.objective!r}{given}: {type(error).__name__}:"
+        f" {first}{where}"
+    )
+
+
+def _check_best_metric(run: RunConfig, names: set[str]) -> None:
+    if run.loop.eval_steps == 0 and not run.loop.eval_on_start:
+        return
+    if any(":" in metric for metric in run.generation.metrics):
+        return  # a function of the user's own may give a score of any name
+    names = names - {"num_tokens"}
+    if run.objective == "next_token":
+        names.add("perplexity")
+    if run.generation.enabled:
+        names.add("generated_words")
+    for metric in run.generation.metrics:
+        names |= {*TEXT_METRIC_SCORES[metric]}
+    best = run.loop.best_metric
+    known = sorted(f"eval_{name}" for name in names)
+    if best not in (*known, *(f"eval_{name}" for name in _ADDED)):
+        given = run.loop.metric_for_best_model
+        hint = did_you_mean(best, known)
+        raise ValueError(
+            f"training.metric_for_best_model = {given!r} is no evaluation metric;"
+            f" {hint}these are: {', '.join(known)}"
+        )
