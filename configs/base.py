@@ -1,10 +1,10 @@
 """Every key at its default, for other files to change.
 
 `jaxtrain/config/sections.py` declares the keys; docs/configuration.md lists them with
-their defaults, units and allowed values. Override any key on the command line:
-`--config.training.learning_rate=1e-4`, a list as
-`--config.training.report_to=wandb,jsonl`, a section as
-`--config.training.deepspeed="{'zero_stage': 3}"`.
+their defaults, units and allowed values. Any key is a flag, which always wins over a
+file: `--training.learning_rate=1e-4`, a list as `--training.report_to=wandb,jsonl`, a
+section as `--training.deepspeed="{'zero_stage': 3}"`. A flag that would not act is
+refused.
 
 A key that is None is unset: its default depends on other keys, as its line says there.
 """

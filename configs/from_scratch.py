@@ -3,7 +3,7 @@
     jaxtrain train from_scratch --workdir=out/from_scratch
 
 The sizes are those of `model.architecture` in base.py: about a million parameters, a
-few minutes on two CPU cores, no network. Your own text: `--config.data.train=FILE`.
+few minutes on two CPU cores, no network. Your own text: `--data.train=FILE`.
 """
 
 from ml_collections import ConfigDict

@@ -2,8 +2,10 @@
 
     python -m jaxtrain.main --config=configs/from_yaml.py:run.yaml --workdir=out/run
 
+The same as `jaxtrain train run.yaml --workdir=out/run`.
+
 The file has a section `training`, and `model`, `data` and `mesh` if it likes, with the
-keys of base.py. Flags still override: `--config.training.learning_rate=1e-4`.
+keys of base.py. A flag always wins over it: `--training.learning_rate=1e-4`.
 """
 
 from ml_collections import ConfigDict

@@ -4,7 +4,7 @@
 
 A few minutes on two CPU cores, no network. Another model and other data:
 
-    --config.model.name_or_path=Qwen/Qwen2.5-0.5B --config.data.train=train.jsonl
+    --model.name_or_path=Qwen/Qwen2.5-0.5B --data.train=train.jsonl
 """
 
 from ml_collections import ConfigDict

@@ -3,7 +3,7 @@
 #
 #   export PROJECT=my-project ZONE=us-west4-a TYPE=v5litepod-16 BUCKET=my-bucket
 #   launch/tpu_pod.sh create
-#   launch/tpu_pod.sh run --config=configs/dpo.py --config.training.max_steps=100
+#   launch/tpu_pod.sh run dpo --training.max_steps=100
 #   launch/tpu_pod.sh delete
 #
 # `run` goes on from the newest checkpoint, so run it again after a preemption (exit

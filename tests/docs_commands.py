@@ -35,10 +35,12 @@ _MAX_STEPS = re.compile(r"(--(?:config\.)?training\.max_steps=|\bmax_steps[:=] ?
 # divided by ten. A page's command stays what a reader would want to run.
 SHORTER = (
     "--training.per_device_train_batch_size=2",
-    "--training.per_device_eval_batch_size=2",
     "--training.logging_steps=1",
     "--training.eval_on_start=False",
     "--data.max_train_rows=32",
+)
+SHORTER_EVALUATION = (
+    "--training.per_device_eval_batch_size=2",
     "--data.max_eval_rows=4",
 )
 SHORTER_GENERATION = (
@@ -170,8 +172,10 @@ def shorter(arguments: Sequence[str]) -> list[str]:
     flags = [flag for flag in SHORTER if flag.partition("=")[0] not in given]
     if "max_steps" not in given and not 0 < config.training.max_steps <= 2:
         flags.append("--training.max_steps=2")
-    if "eval_steps" not in given:  # one compilation less
-        flags.append("--training.eval_steps=0")
+    if "eval_steps" not in given and "data.eval" not in given:
+        flags.append("--training.eval_steps=0")  # one compilation less
+    else:
+        flags += SHORTER_EVALUATION
     if config.training.generation.enabled or config.training.generation.metrics:
         flags += SHORTER_GENERATION
     if config.training.training_type == "dpo":

@@ -32,10 +32,10 @@ NOT_RUN = {
     "python3 -m venv": "installs; the run in it is that of main_test",
     "pip install": "installs",
     "bash tests/run.sh": "is what runs this",
-    "python -m jaxtrain.aot": "minutes of compilation; tests/aot_test.py runs it",
+    "jaxtrain aot": "minutes of compilation; tests/aot_test.py runs it",
     "PYTHONPATH=. python benchmarks/scaling.py": "an hour of compilation, for TPUs",
     "python -m jaxtrain.lm_eval --model=Qwen": "needs the hub",
-    "until python": "bash restarts it; tests/preemption_test.py sends the signal",
+    "until jaxtrain": "bash restarts it; tests/preemption_test.py sends the signal",
 }
 # Packages that a command needs beyond `[test]`: where one is missing, as in the CI's
 # run without peers, the command's syntax and flags are checked and no more.

@@ -132,7 +132,7 @@ def search_settings(
 
     def compile_candidate(candidate: search.Candidate) -> Report:
         flags = search.as_flags(candidate)
-        log("compiling " + " ".join(f"--config.{k}={v}" for k, v in flags.items()))
+        log("compiling " + " ".join(f"--{k}={v}" for k, v in flags.items()))
         chosen = _with_settings(config, candidate)
         return compile_for(chosen, devices, topology, chip=chip)
 

@@ -2,6 +2,8 @@
 
 import difflib
 import importlib
+import os
+import sys
 from collections.abc import Sequence
 
 import jaxtrain
@@ -37,6 +39,9 @@ def _dispatch(arguments: list[str]) -> int | None:
             f"jaxtrain has no command {name!r}; {hint} (there are"
             f" {', '.join(COMMANDS)})"
         )
+    # As `python -m` has it: functions of one's own are found in the folder one is in.
+    if not {"", os.getcwd()} & {*sys.path}:
+        sys.path.append(os.getcwd())
     command = importlib.import_module(COMMANDS[name][0]).main
     return command(rest)
 

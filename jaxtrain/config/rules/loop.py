@@ -88,8 +88,16 @@ def note_without_evaluation(run: Resolution) -> None:
     for name in keys:
         key = run.origin.get(name, name)
         is_off = name in _SCHEDULE and not run.general[name]
+        is_off |= name == "per_device_eval_batch_size" and _passes_before_training(run)
         if run.is_set(key) and not is_off:
             run.note(key, why, f"{fix}, or remove the flag")
+
+
+def _passes_before_training(run: Resolution) -> bool:
+    """Whether rows are scored before training, in evaluation's batches."""
+    by_difficulty = run.curriculum.strategy == "difficulty_based"
+    scores_reference = run.is_dpo and run.dpo.precompute_ref_log_probs
+    return scores_reference or (bool(run.curriculum.enabled) and by_difficulty)
 
 
 def resolve_generation(run: Resolution) -> None:

@@ -61,7 +61,7 @@ def _nearest(path: pathlib.Path) -> str:
     if not path.parent.is_dir():
         return ""
     beside = {pathlib.PurePath(name).stem: name for name in os.listdir(path.parent)}
-    close = difflib.get_close_matches(path.stem, beside, n=1)
+    close = difflib.get_close_matches(path.stem, beside, n=1, cutoff=0.75)
     return f"did you mean {str(path.with_name(beside[close[0]]))!r}?" if close else ""
 
 
