@@ -13,7 +13,7 @@ from typing import NamedTuple
 PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "jaxtrain"
 
 # Lines of all modules, kernels included.
-PACKAGE_BUDGET = 26_200
+PACKAGE_BUDGET = 26_300
 # The concerns that one reads to follow a DPO-LoRA run: losses and their options, step,
 # state, adapters, the loop, and what builds them. 4,300 lines are the aim.
 CORE = (
