@@ -1,5 +1,6 @@
 """How a run begins: the block of the log, and the provenance in config.json."""
 
+import dataclasses
 import importlib.metadata
 import json
 import logging
@@ -140,6 +141,19 @@ def test_the_block_of_an_adapter_tells_how_little_is_trained():
     assert "training.curriculum.start_length" in entries["no effect"]
     gives_way = "training.learning_rate to training.lora.learning_rate"
     assert entries["gives way"] == gives_way
+
+
+def test_the_longest_names_and_paths_stay_within_100_columns(dpo_parts):
+    named = dataclasses.replace(
+        dpo_parts.run,
+        loop=dataclasses.replace(dpo_parts.run.loop, run_name="long" * 50),
+        data=dataclasses.replace(dpo_parts.run.data, train="/long" * 50),
+        notes=tuple(f"training.key_{i} = 1 has no effect: why" for i in range(40)),
+    )
+    entries = block(dataclasses.replace(dpo_parts, run=named))
+    assert entries["title"].endswith("…") and "/long/long..." in entries["data"]
+    assert entries["no effect"].startswith("training.key_0, training.key_1, ")
+    assert entries["no effect"].endswith(" ...")
 
 
 def test_an_estimate_names_its_unit_and_the_limit():

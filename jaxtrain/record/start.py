@@ -15,6 +15,7 @@ from jaxtrain import __version__, loop
 from jaxtrain.config import RunConfig
 from jaxtrain.data.batches.dataset import PreparedDataset
 from jaxtrain.record import memory, provenance
+from jaxtrain.record.console import one_line
 from jaxtrain.record.logs import COLUMNS
 from jaxtrain.run.feed import Prepared
 from jaxtrain.tree import dotted, select
@@ -68,8 +69,9 @@ def describe(
         "resumes": _resumes(parts, progress, workdir),
         **_notes(run.notes),
     }
-    name = run.loop.run_name or workdir.name
+    name = run.loop.run_name or workdir.resolve().name
     title = f"jaxtrain {__version__}: {run.training_type} run {name!r}"
+    title = one_line(title, _WIDTH)
     return [title, *(line for e in entries.items() if e[1] for line in _lines(*e))]
 
 
