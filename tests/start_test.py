@@ -17,6 +17,7 @@ import safetensors.numpy
 
 from jaxtrain import assets, build, loop
 from jaxtrain.config import RunConfig, load_config, resolve
+from jaxtrain.config.notes import Note
 from jaxtrain.record import provenance, start
 from jaxtrain.record.memory import Estimate
 from jaxtrain.trainer import TrainingOrchestrator, _loss_of
@@ -148,7 +149,7 @@ def test_the_longest_names_and_paths_stay_within_100_columns(dpo_parts):
         dpo_parts.run,
         loop=dataclasses.replace(dpo_parts.run.loop, run_name="long" * 50),
         data=dataclasses.replace(dpo_parts.run.data, train="/long" * 50),
-        notes=tuple(f"training.key_{i} = 1 has no effect: why" for i in range(40)),
+        notes=tuple(Note("inactive", f"training.key_{i}", 1, "why") for i in range(40)),
     )
     entries = block(dataclasses.replace(dpo_parts, run=named))
     assert entries["title"].endswith("…") and "/long/long..." in entries["data"]

@@ -7,6 +7,7 @@ from jaxtrain.config import RunConfig
 from jaxtrain.data.batches.mixture import parse_mixture
 from jaxtrain.data.rows.folders import first_rows, looks_local
 from jaxtrain.data.rows.formats import detect_for
+from jaxtrain.data.rows.jinja import read_template
 
 logger = logging.getLogger(__name__)
 
@@ -14,11 +15,15 @@ logger = logging.getLogger(__name__)
 def check_sources(run: RunConfig) -> None:
     """Look at the start of every local file or folder that the run names.
 
+    At the chat template too, if the run has one.
+
     Raises:
         ValueError: there is none, it holds no row, or not of the kind that is needed;
             names the key.
     """
     data = run.data
+    if data.chat_template is not None:
+        read_template(data.chat_template)
     parts = parse_mixture(data.train) or ((str(data.train), 1.0),)
     named = [("data.train", name, data.train_split) for name, _ in parts]
     evaluates = run.loop.eval_steps != 0 or run.loop.eval_on_start

@@ -4,7 +4,6 @@ import dataclasses
 import logging
 import os
 import pathlib
-import re
 import textwrap
 from collections.abc import Iterable
 from typing import Any
@@ -13,6 +12,7 @@ import jax
 
 from jaxtrain import __version__, loop
 from jaxtrain.config import RunConfig
+from jaxtrain.config.notes import Note
 from jaxtrain.data.batches.dataset import PreparedDataset
 from jaxtrain.record import memory, provenance
 from jaxtrain.record.console import one_line
@@ -26,9 +26,6 @@ _LABEL = 11  # columns
 _WIDTH = COLUMNS - len("00:00:00 ")
 _MOST_LINES = 2  # of one entry
 _LONGEST_PATH = 60
-_NOTE = re.compile(
-    r"(?P<key>\S+) = .*? (?P<what>has no effect|gives way to)[: ]*(?P<rest>.*)"
-)
 
 
 def announce(
@@ -240,21 +237,18 @@ def _resumes(parts: loop.Parts, progress: loop.Progress, workdir: pathlib.Path) 
     return f"from step {progress.step:,} of {parts.total_steps:,}; {path}"
 
 
-def _notes(notes: Iterable[str]) -> dict[str, str]:
-    """Keys without effect and keys that give way, an entry each; others as they are."""
-    idle, yielding, others = [], [], []
+def _notes(notes: Iterable[Note]) -> dict[str, str]:
+    """Keys without effect and keys that give way, an entry each; and remarks."""
+    entries: dict[str, list[str]] = {"no effect": [], "gives way": [], "notes": []}
     for note in notes:
-        found = _NOTE.fullmatch(note)
-        if found is None:
-            others.append(note)
-        elif found["what"] == "has no effect":
-            idle.append(found["key"])
+        if note.kind == "remark":
+            entries["notes"].append(str(note))
+        elif note.kind == "overruled":
+            winner = note.reason.partition(" = ")[0]
+            entries["gives way"].append(f"{note.key} to {winner}")
         else:
-            winner = found["rest"].partition(" = ")[0]
-            yielding.append(f"{found['key']} to {winner}")
-    entries = {"no effect": idle, "gives way": yielding}
-    found_entries = {name: ", ".join(keys) for name, keys in entries.items() if keys}
-    return found_entries | ({"notes": "; ".join(others)} if others else {})
+            entries["no effect"].append(note.key)
+    return {name: ", ".join(keys) for name, keys in entries.items() if keys}
 
 
 # --- words and numbers --------------------------------------------------------------

@@ -143,13 +143,13 @@ def count_devices() -> int:
     """
     try:
         return jax.device_count()
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:  # jax asserts that one is found
         named = os.environ.get("JAX_PLATFORMS", "")
-        reason = str(error).strip().splitlines()[0].rstrip(".")
+        reason = (str(error).strip() or "jax finds none").splitlines()[0]
         raise ValueError(
-            f"JAX_PLATFORMS = {named!r}: no such device can be used here ({reason});"
-            " unset it to take what there is, set cpu, or install jax for the device"
-            " (such as pip install 'jax[cuda12]')"
+            f"JAX_PLATFORMS = {named!r}: no such device can be used here"
+            f" ({reason.partition(' (set')[0]}); unset it to take what there is, set"
+            " cpu, or install jax for the device (such as pip install 'jax[cuda12]')"
         ) from error
 
 

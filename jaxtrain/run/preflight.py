@@ -3,6 +3,7 @@
 Nothing here imports jax, so that a command can look before it waits for that.
 """
 
+import importlib.util
 import json
 import netrc
 import os
@@ -141,6 +142,8 @@ def _check_wandb(environ: Mapping[str, str]) -> None:
     Raises:
         ValueError: names the ways to log in.
     """
+    if importlib.util.find_spec("wandb") is None:
+        return  # what imports it says how to get it
     offline = environ.get("WANDB_MODE", "").lower() in _MODES_WITHOUT_LOGIN
     named = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
     if offline or any(environ.get(name) for name in named):

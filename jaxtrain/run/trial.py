@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxtrain.config import RunConfig
 from jaxtrain.config.sections import TEXT_METRIC_SCORES
-from jaxtrain.objectives.options import did_you_mean
+from jaxtrain.schema import did_you_mean
 from jaxtrain.types import (
     Batch,
     LabeledBatch,

@@ -21,6 +21,7 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from jaxtrain.data.rows.formats import BadRow, RowFormat
+from jaxtrain.data.rows.jinja import read_template
 from jaxtrain.data.rows.template import (
     encode_with_assistant_mask,
     render_chat,
@@ -91,7 +92,7 @@ def load_tokenizer(
             f"cannot load tokenizer {path_or_name!r}: {place}. {error}"
         ) from error
     if chat_template is not None:
-        tokenizer.chat_template = _read_template(chat_template)
+        tokenizer.chat_template = read_template(chat_template)
     check_tokenizer(tokenizer)
     return tokenizer
 
@@ -343,12 +344,3 @@ def _where(values: Sequence[Any], others: Sequence[Any]) -> list[Any]:
 
 def _with_eos(text: str, eos: str) -> str:
     return text if text.endswith(eos) else text + eos
-
-
-def _read_template(template: str) -> str:
-    if template.endswith((".jinja", ".j2", ".jinja2")):
-        path = pathlib.Path(template).expanduser()
-        if not path.is_file():
-            raise ValueError(f"chat_template {template!r} does not exist")
-        return path.read_text(encoding="utf-8")
-    return template
