@@ -61,7 +61,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "run.preemption": set(),
     "run.preflight": {"config"},
-    "run.trial": {"config", "objectives.options", "types"},
+    "run.trial": {"config", "schema", "types"},
     "step": {"record", "tree", "types"},
     "loop": {
         "batch",
