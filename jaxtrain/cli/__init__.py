@@ -12,6 +12,11 @@ from jaxtrain.cli.ending import run_command
 # Name -> its module, whose `main(arguments)` runs it, and what it does.
 COMMANDS = {
     "train": ("jaxtrain.main", "train a model as a configuration says"),
+    "eval": ("jaxtrain.cli.evaluate", "evaluate a model or a run on data"),
+    "generate": ("jaxtrain.cli.generate", "continue prompts"),
+    "chat": ("jaxtrain.cli.chat", "talk with a model or a run"),
+    "export": ("jaxtrain.cli.export", "write a checkpoint as a Hugging Face model"),
+    "lm-eval": ("jaxtrain.lm_eval.__main__", "run tasks of lm-evaluation-harness"),
     "inspect": ("jaxtrain.data.inspect", "look at data before training on it"),
     "report": ("jaxtrain.report.__main__", "write one HTML page of one or more runs"),
     "aot": ("jaxtrain.aot.__main__", "compile for chips that are not there"),

@@ -63,7 +63,8 @@ class Parser(argparse.ArgumentParser):
         Raises:
             ValueError: one of them is unknown, with the nearest that is known.
         """
-        options, unknown = self.parse_known_args(arguments)
+        # Intermixed: a positional argument may stand behind flags.
+        options, unknown = self.parse_known_intermixed_args(arguments)
         if unknown:
             name, _, _ = unknown[0].partition("=")
             known = [flag for flag in self._option_string_actions if flag[:2] == "--"]

@@ -30,9 +30,10 @@ from jaxtrain.data.loading import (
     load_run_tokenizer,
     load_training_rows,
     prepare_options,
+    take_kind_of,
 )
 from jaxtrain.data.prepare.prepare import Rows, detect_row_format, prepare
-from jaxtrain.data.rows.formats import RowProblems, detect_format
+from jaxtrain.data.rows.formats import RowProblems
 from jaxtrain.data.rows.places import name_rows
 from jaxtrain.data.rows.tokenize import PreTrainedTokenizerBase
 from jaxtrain.data.stream.batches import StreamRows
@@ -136,13 +137,7 @@ def _run_of_file(path: str, max_length: int | None) -> RunConfig:
     if max_length:
         config.data.max_length = max_length
     run = resolve(config)
-    first = next(iter(_parts(run, load_training_rows(run)).values()))
-    kind = detect_format(first).kind
-    if kind == "preference":
-        config.training.training_type = "dpo"
-    elif kind == "prompt_completion" and "label" in first[0]:
-        config.training.training_type = "dpo"
-        config.training.objective = "kto"
+    take_kind_of(next(iter(_parts(run, load_training_rows(run)).values())), config)
     return resolve(config)
 
 

@@ -7,6 +7,7 @@ import pathlib
 from typing import TypeAlias
 
 import datasets
+from ml_collections import ConfigDict
 
 from jaxtrain import assets
 from jaxtrain.config import RunConfig
@@ -22,6 +23,7 @@ from jaxtrain.data.prepare.cache import prepare_cached
 from jaxtrain.data.prepare.options import PrepareOptions
 from jaxtrain.data.prepare.prepare import Rows, prepare
 from jaxtrain.data.rows.folders import looks_local
+from jaxtrain.data.rows.formats import detect_format
 from jaxtrain.data.rows.source import load_rows
 from jaxtrain.data.rows.tokenize import PreTrainedTokenizerBase, load_tokenizer
 from jaxtrain.data.stream.batches import (
@@ -135,6 +137,20 @@ def load_run_tokenizer(
         trust_remote_code=run.model.trust_remote_code,
         chat_template=run.data.chat_template,
     )
+
+
+def take_kind_of(rows: Rows, config: ConfigDict) -> None:
+    """Set on `config` the training type and the objective that take rows of this kind.
+
+    Raises:
+        ValueError: the rows are of no known kind.
+    """
+    kind = detect_format(rows).kind
+    if kind == "preference":
+        config.training.training_type = "dpo"
+    elif kind == "prompt_completion" and "label" in rows[0]:
+        config.training.training_type = "dpo"
+        config.training.objective = "kto"
 
 
 def check_held(rows: PreparedDataset | StreamDataset | None) -> PreparedDataset | None:

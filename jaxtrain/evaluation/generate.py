@@ -8,10 +8,11 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import jinja2
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Int32, Key
 
@@ -96,55 +97,114 @@ def make_generate(
     Raises:
         ValueError: a setting is out of its range.
     """
-    for name, value, fits, wanted in (
-        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
-        ("temperature", temperature, temperature >= 0, "0 (greedy) or more"),
-        ("top_k", top_k, top_k >= 0, "0 (off) or more"),
-        ("top_p", top_p, 0 < top_p <= 1, "above 0, at most 1 (off)"),
-    ):
-        if not fits:
-            raise ValueError(f"{name}={value}: use {wanted}")
-    ends = jnp.asarray(tuple(eos_ids), jnp.int32)
-
-    def choose(logits: Array, keys: Array, index: Array | int) -> Array:
-        if temperature == 0:
-            return logits.argmax(axis=-1).astype(jnp.int32)
-        kept = filter_logits(logits / temperature, top_k=top_k, top_p=top_p)
-        keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, index)
-        return jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
-
-    def has_ended(tokens: Array) -> Array:
-        return (tokens[:, None] == ends).any(axis=1)
+    decoding = Decoding(
+        decoder,
+        max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        eos_ids=tuple(eos_ids),
+        pad_id=pad_id,
+    )
 
     def generate(
         params: Params, prompts: Array, mask: Array, keys: Array
     ) -> Int32[Array, "B N"]:
-        batch, prompt_length = prompts.shape
-        cache = decoder.init_cache(batch, prompt_length + max_new_tokens)
-        positions = jnp.maximum(mask.cumsum(axis=1, dtype=jnp.int32) - 1, 0)
-        logits, cache = decoder.decode(params, prompts, positions, cache, mask)
-        tokens = choose(logits, keys, 0)
-        texts = jnp.full((batch, max_new_tokens), pad_id, jnp.int32)
-        lengths = mask.sum(axis=1, dtype=jnp.int32)
-        ones = jnp.ones((batch, 1), jnp.int32)
-        carry = (jnp.int32(1), tokens, has_ended(tokens), texts.at[:, 0].set(tokens))
+        first, cache = decoding.start(params, prompts, mask, keys)
+        texts = jnp.full((len(prompts), max_new_tokens), pad_id, jnp.int32)
+        carry = (first, cache, texts.at[:, 0].set(first.tokens))
 
         def unfinished(state: Any) -> Array:
-            (index, _, ended, _), _ = state
-            return (index < max_new_tokens) & ~ended.all()
+            step, _, _ = state
+            return (step.made < max_new_tokens) & ~step.ended.all()
 
         def extend(state: Any) -> Any:
-            (index, tokens, ended, texts), cache = state
-            at = (lengths + index - 1)[:, None]
-            logits, cache = decoder.decode(params, tokens[:, None], at, cache, ones)
-            tokens = jnp.where(ended, pad_id, choose(logits, keys, index))
-            texts = jax.lax.dynamic_update_index_in_dim(texts, tokens, index, axis=1)
-            return (index + 1, tokens, ended | has_ended(tokens), texts), cache
+            step, cache, texts = state
+            index = step.made
+            step, cache = decoding.extend(params, keys, step, cache)
+            texts = jax.lax.dynamic_update_index_in_dim(
+                texts, step.tokens, index, axis=1
+            )
+            return step, cache, texts
 
-        (_, _, _, texts), _ = jax.lax.while_loop(unfinished, extend, (carry, cache))
-        return texts
+        return jax.lax.while_loop(unfinished, extend, carry)[2]
 
     return Generator(max_new_tokens, tuple(eos_ids), pad_id, jax.jit(generate))
+
+
+class Step(NamedTuple):
+    """Where generation stands: `made` tokens a row, of which `tokens` are the last.
+
+    `ended`: the rows that have met an end token. `lengths`: of the prompts.
+    """
+
+    made: Int32[Array, ""]
+    tokens: Int32[Array, "B"]
+    ended: Bool[Array, "B"]
+    lengths: Int32[Array, "B"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """The two steps of generation, pure functions; settings as in `make_generate`.
+
+    Raises:
+        ValueError: a setting is out of its range.
+    """
+
+    decoder: CachedDecoder
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    eos_ids: tuple[int, ...] = ()
+    pad_id: int = 0
+
+    def __post_init__(self) -> None:
+        for name, fits, wanted in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", self.temperature >= 0, "0 (greedy) or more"),
+            ("top_k", self.top_k >= 0, "0 (off) or more"),
+            ("top_p", 0 < self.top_p <= 1, "above 0, at most 1 (off)"),
+        ):
+            if not fits:
+                raise ValueError(f"{name}={getattr(self, name)}: use {wanted}")
+
+    def start(
+        self, params: Params, prompts: Array, mask: Array, keys: Array
+    ) -> tuple[Step, Any]:
+        """Read the prompts [B T]; the first tokens, and the cache."""
+        batch, prompt_length = prompts.shape
+        cache = self.decoder.init_cache(batch, prompt_length + self.max_new_tokens)
+        positions = jnp.maximum(mask.cumsum(axis=1, dtype=jnp.int32) - 1, 0)
+        logits, cache = self.decoder.decode(params, prompts, positions, cache, mask)
+        tokens = self._choose(logits, keys, 0)
+        lengths = mask.sum(axis=1, dtype=jnp.int32)
+        return Step(jnp.int32(1), tokens, self._has_ended(tokens), lengths), cache
+
+    def extend(
+        self, params: Params, keys: Array, step: Step, cache: Any
+    ) -> tuple[Step, Any]:
+        """The next token of each row; `pad_id` where it has ended."""
+        made, tokens, ended, lengths = step
+        at = (lengths + made - 1)[:, None]
+        ones = jnp.ones((len(tokens), 1), jnp.int32)
+        logits, cache = self.decoder.decode(params, tokens[:, None], at, cache, ones)
+        tokens = jnp.where(ended, self.pad_id, self._choose(logits, keys, made))
+        return Step(made + 1, tokens, ended | self._has_ended(tokens), lengths), cache
+
+    def _choose(self, logits: Array, keys: Array, index: Array | int) -> Array:
+        if self.temperature == 0:
+            return logits.argmax(axis=-1).astype(jnp.int32)
+        kept = filter_logits(
+            logits / self.temperature, top_k=self.top_k, top_p=self.top_p
+        )
+        keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, index)
+        return jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
+
+    def _has_ended(self, tokens: Array) -> Array:
+        ends = jnp.asarray(self.eos_ids, jnp.int32)
+        return (tokens[:, None] == ends).any(axis=1)
 
 
 def filter_logits(
@@ -191,7 +251,7 @@ def generate_texts(
     Raises:
         ValueError: a prompt is empty and the tokenizer has no token to begin with.
     """
-    encoded = [_encode(tokenizer, prompt, i) for i, prompt in enumerate(prompts)]
+    encoded = [encode_prompt(tokenizer, prompt, i) for i, prompt in enumerate(prompts)]
     rows = generate_tokens(generate, params, encoded, key=key, batch_size=batch_size)
     return [
         tokenizer.decode(until_end(row, generate.eos_ids), skip_special_tokens=True)
@@ -218,7 +278,7 @@ def generate_tokens(
         members = order[start : start + batch_size]
         # The last batch is filled up with repetitions of its first prompt.
         rows = members + members[:1] * (batch_size - len(members))
-        tokens, mask = _left_pad([prompts[i] for i in rows], generate.pad_id)
+        tokens, mask = left_pad([prompts[i] for i in rows], generate.pad_id)
         keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.asarray(rows))
         new_tokens = to_host(generate(params, tokens, mask, keys))
         for index, row in zip(members, new_tokens, strict=False):
@@ -226,17 +286,28 @@ def generate_tokens(
     return results
 
 
-def _encode(
+def encode_prompt(
     tokenizer: Any, prompt: str | Sequence[Message] | Sequence[int], index: int
 ) -> list[int]:
+    """The tokens of a text, of a conversation to be answered, or as they are given.
+
+    Raises:
+        ValueError: the prompt is empty and the tokenizer has no token to begin with, or
+            the chat template refuses the conversation.
+    """
     if not isinstance(prompt, str) and len(prompt) and isinstance(prompt[0], int):
         return list(prompt)  # type: ignore[arg-type]
     if isinstance(prompt, str):
         ids = tokenizer(prompt)["input_ids"]
     else:
-        text = tokenizer.apply_chat_template(
-            list(prompt), tokenize=False, add_generation_prompt=True
-        )
+        try:
+            text = tokenizer.apply_chat_template(
+                list(prompt), tokenize=False, add_generation_prompt=True
+            )
+        except jinja2.TemplateError as error:
+            raise ValueError(
+                f"prompt {index}: the chat template refuses the conversation: {error}"
+            ) from error
         # The template writes the special tokens itself.
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     first = (tokenizer.bos_token_id, tokenizer.eos_token_id)
@@ -249,7 +320,7 @@ def _encode(
     return list(ids)
 
 
-def _left_pad(
+def left_pad(
     rows: Sequence[Sequence[int]], pad_id: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and mask [B T], T a power of two."""

@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import json
 import logging
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -72,7 +71,7 @@ def load(
     directory = hf.resolve_model_path(model, revision=revision)
     limit = hf.load_config(directory).max_position_embeddings
     if dtype == "auto":
-        dtype = _stored_dtype(directory)
+        dtype = hf.stored_dtype(directory)
     config = default_config()
     config.model.name_or_path = str(directory)
     config.model.param_dtype = "bfloat16" if dtype == "bfloat16" else "float32"
@@ -80,13 +79,6 @@ def load(
     config.mesh.fsdp, config.mesh.tensor = fsdp, tensor
     config.data.max_length = limit
     return ModelManager(config).load_model()
-
-
-def _stored_dtype(directory: pathlib.Path) -> str:
-    """config.json's, as float32 where it says none or another."""
-    settings = json.loads((directory / "config.json").read_text("utf-8"))
-    named = settings.get("dtype") or settings.get("torch_dtype")
-    return named if named in DTYPES else "float32"
 
 
 @register_model("jaxtrain")

@@ -35,7 +35,13 @@ from jaxtrain.models.transformer import Decoder
 from jaxtrain.tree import flatten, nest
 from jaxtrain.types import Params
 
-__all__ = ["load_config", "load_params", "resolve_model_path", "save_pretrained"]
+__all__ = [
+    "load_config",
+    "load_params",
+    "resolve_model_path",
+    "save_pretrained",
+    "stored_dtype",
+]
 
 _NUMPY_TYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -94,6 +100,17 @@ def load_config(path: str | os.PathLike[str]) -> ModelConfig:
         return ModelConfig.from_hf(options)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
+
+
+def stored_dtype(directory: str | os.PathLike[str]) -> str:
+    """The type that config.json says the weights are kept in.
+
+    It is float32 where config.json names none, or one that nothing is computed in.
+    """
+    text = (pathlib.Path(directory) / "config.json").read_text("utf-8")
+    settings = json.loads(text)
+    named = settings.get("dtype") or settings.get("torch_dtype")
+    return named if named in ("float32", "bfloat16", "float16") else "float32"
 
 
 def load_params(

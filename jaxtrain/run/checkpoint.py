@@ -86,6 +86,7 @@ class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
         save_total_limit: int | None = None,
         best_metric: str | None = None,
         greater_is_better: bool = False,
+        read_only: bool = False,
     ) -> None:
         """Open or create `directory`; remains of interrupted saves are removed.
 
@@ -94,6 +95,8 @@ class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
                 beside them; None keeps all.
             best_metric: the key of `metrics` that ranks checkpoints.
             greater_is_better: whether the best has the greatest metric or the least.
+            read_only: change nothing in `directory`, where another process may be
+                saving at this moment.
 
         Raises:
             ValueError: `save_total_limit` is below 1.
@@ -106,6 +109,7 @@ class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
         self.directory = pathlib.Path(directory).absolute()
         self._policy = _NewestAndBest(save_total_limit, best_metric, greater_is_better)
         self._deleter = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-delete")
+        self._read_only = read_only
         self._empty_trash()
         self._manager = ocp.CheckpointManager(
             self.directory,
@@ -113,7 +117,9 @@ class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
                 preservation_policy=self._policy,
                 # Makes Orbax store the metrics; `preservation_policy` decides.
                 best_fn=lambda metrics: metrics.get(best_metric, math.nan),
-                cleanup_tmp_directories=True,
+                cleanup_tmp_directories=not read_only,
+                read_only=read_only,
+                create=not read_only,
                 # By default Orbax deletes file by file, in place: killed in the
                 # middle, that leaves a broken checkpoint under a valid name.
                 todelete_subdir=_TRASH,
@@ -316,7 +322,7 @@ class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
 
         What an interrupted process left goes too.
         """
-        if jax.process_index() != 0:
+        if self._read_only or jax.process_index() != 0:
             return
         trash = self.directory / _TRASH
         if trash.exists():

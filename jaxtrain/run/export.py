@@ -50,38 +50,56 @@ def export_model(
 
     The adapter alone, in PEFT's format, goes beside it: `model/` and `adapter/`.
     """
+    if run.lora is not None:
+        name = directory.name.replace("model", "adapter")
+        export_adapter(directory.with_name(name), model, run, state)
+    return export_merged(directory, model, run, state)
+
+
+def export_merged(
+    directory: pathlib.Path, model: LoadedModel, run: RunConfig, state: TrainState
+) -> str:
+    """One directory that transformers loads, adapters merged; returns its path."""
     params, config = state.trainable, model.config
     if run.lora is not None:
-        settings = lora_config(run)
         # The frozen tree may hold adapters: a DPO reference's, or the first ones.
         leaves = tree.flatten(state.frozen).items()
         base = tree.nest(
             {path: x for path, x in leaves if not path[-1].startswith("lora_")}
         )
-        adapter_directory = directory.with_name(
-            directory.name.replace("model", "adapter")
-        )
-        lora.save_adapter(
-            adapter_directory,
-            state.trainable,
-            settings,
-            model.directory,
-            tied_embeddings=model.config.tie_word_embeddings,
-            initial=state.frozen if settings.changes_base else None,
-        )
-        params = lora.merge_into_base(base, state.trainable, settings)
+        params = lora.merge_into_base(base, state.trainable, lora_config(run))
         if config.tie_word_embeddings and "lm_head" in params:
             config = dataclasses.replace(config, tie_word_embeddings=False)
             logger.warning(
                 "an adapter of embed_tokens or lm_head made two matrices of one: the"
                 " merged model has tie_word_embeddings = False"
             )
-        logger.info("adapter saved to %s", adapter_directory)
     save_pretrained(directory, config, params, dtype=run.model.export_dtype)
     if jax.process_index() == 0:
         # As it was used: with the chat template of this run, if that was another.
         model.tokenizer.save_pretrained(str(directory))
     logger.info("model saved to %s", directory)
+    return str(directory)
+
+
+def export_adapter(
+    directory: pathlib.Path, model: LoadedModel, run: RunConfig, state: TrainState
+) -> str:
+    """One directory that PEFT loads beside the base; returns its path.
+
+    Raises:
+        ValueError: the run trains no adapter.
+    """
+    settings = lora_config(run)
+    lora.save_adapter(
+        directory,
+        state.trainable,
+        settings,
+        model.directory,
+        tied_embeddings=model.config.tie_word_embeddings,
+        initial=state.frozen if settings.changes_base else None,
+    )
+    logger.info("adapter saved to %s", directory)
     return str(directory)
 
 

@@ -1,0 +1,320 @@
+"""`jaxtrain eval`: the loss and all metrics of a model or a run on data."""
+
+import argparse
+import dataclasses
+import json
+import logging
+import pathlib
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from jaxtrain.cli.source import (
+    COMPUTING,
+    Source,
+    SourceParser,
+    check_acting,
+    configure,
+    prepare_devices,
+    take_adapter,
+)
+from jaxtrain.config import RunConfig, resolve
+from jaxtrain.config.flags import Flag, override
+from jaxtrain.objectives.options import PreferenceOptions
+
+_EXAMPLES = """\
+Evaluate a run, a model or an adapter on data, without training:
+
+  jaxtrain eval out/dpo                      at its last step, on its own data
+  jaxtrain eval out/dpo --step=20 --data=test.jsonl
+  jaxtrain eval Qwen/Qwen2.5-0.5B --data=test.jsonl --metrics=rouge
+
+A run is evaluated as it was in training: the same numbers as its log has. A model is
+evaluated with the defaults, or with --config, by the kind of the rows."""
+
+_ACTING = (
+    *COMPUTING,
+    "data",
+    "training.generation",
+    "training.objective",
+    "training.objective_kwargs",
+    "training.per_device_eval_batch_size",
+    "training.router_aux_loss_coef",
+    "training.seed",
+    "training.training_type",
+    *(
+        f"training.dpo.{field.name}"
+        for field in dataclasses.fields(PreferenceOptions)
+        if field.name != "precompute_ref_log_probs"
+    ),
+    "training.dpo.max_length",
+    "training.dpo.max_prompt_length",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What is evaluated.
+
+    `policy`: where the weights are, as `run.weights.load_state` takes it, with the run
+    that it is given. `run`: the run whose objective and data count. `shown`: the
+    weights, in words. `step`: of a checkpoint.
+    """
+
+    run: RunConfig
+    loaded: RunConfig
+    policy: Any
+    shown: str
+    step: int | None = None
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Print the metrics, and write them where `--output` says.
+
+    Raises:
+        ValueError: a flag, the source, the data or the model.
+    """
+    parser = SourceParser("eval", _EXAMPLES)
+    add = parser.add_argument
+    add("--data", help="rows to evaluate on: a file, a folder or a hub name")
+    add("--metrics", help="of generated texts: exact_match, bleu, rouge, bertscore")
+    add("--reference", metavar="MODEL", help="what preferences are measured against")
+    add("--config", help="settings for a model or an adapter; a run has its own")
+    add("--output", type=pathlib.Path, help="a JSON file for the results")
+    options, source, flags = parser.read(arguments)
+    if options.reference and source.kind != "model":
+        parser.error(f"--reference={options.reference}: a {source.kind} has its own")
+    if options.config and source.kind == "run":
+        parser.error(f"--config={options.config}: a run has its own; set keys by flags")
+    if options.output is not None and options.output.is_dir():
+        parser.error(f"--output={options.output} is a directory; name a file")
+    for key, value in (
+        ("data.eval", options.data),
+        ("training.generation.metrics", options.metrics),
+    ):
+        if value is not None:
+            flags.append(Flag(key, value))
+    prepare_devices()
+    task = make_task(source, options, flags)
+    results = evaluate(task)
+    _show(results, options.output)
+
+
+def make_task(
+    source: Source, options: argparse.Namespace, flags: Sequence[Flag]
+) -> Task:
+    """Settle the configuration, and which weights are evaluated by it.
+
+    Raises:
+        ValueError: a flag, the configuration, or a checkpoint that is not there.
+    """
+    config = configure(source, config=options.config, base=options.model, flags=flags)
+    if source.kind == "run":
+        return _task_of_run(source, config, options.step, flags)
+    keys = _override(config, flags)
+    if options.config is None and "training.training_type" not in keys:
+        _take_kind_of_rows(config)
+    _prefer_no_reference(config, keys, source, options.reference)
+    _leave_training_out(config)
+    if source.kind == "adapter":
+        run = _resolve(config, keys)
+        return Task(run, _base_as_reference(run), None, source.name)
+    return _task_of_model(source, config, keys, options.reference)
+
+
+def _task_of_model(
+    source: Source, config: ConfigDict, keys: Collection[str], reference: str | None
+) -> Task:
+    from jaxtrain.models.hf import resolve_model_path
+
+    policy = None
+    if reference is not None or config.training.training_type == "from_scratch":
+        policy = resolve_model_path(source.name, revision=config.model.revision)
+    if reference is not None:
+        config.model.name_or_path = reference
+    run = _resolve(config, keys)
+    return Task(run, run, policy, source.name)
+
+
+def _task_of_run(
+    source: Source, config: ConfigDict, step: str | None, flags: Sequence[Flag]
+) -> Task:
+    from jaxtrain.run.preflight import saved_steps
+    from jaxtrain.run.weights import choose_checkpoint
+
+    if config.training.use_auxiliary_loss:
+        logging.getLogger(__name__).warning(
+            "training.use_auxiliary_loss: the loss that the run added is in its own"
+            " code and is left out here"
+        )
+    if step is not None or saved_steps(source.checkpoints):
+        point = choose_checkpoint(source.run(), source.checkpoints, step)
+        _leave_training_out(config)
+        run = _resolve(config, _override(config, flags))
+        shown = f"{source.name}, step {point.step}"
+        return Task(run, run, point, shown, point.step)
+    if source.exported is None:
+        raise ValueError(
+            f"{source.name}: this run has saved neither a checkpoint nor a model yet"
+        )
+    _leave_training_out(config)
+    adapter = source.path / "adapter"
+    if source.run().lora is None:
+        run = _resolve(config, _override(config, flags))
+        return Task(run, run, source.exported, str(source.exported))
+    if config.training.lora.init_from and source.run().dpo is not None:
+        raise ValueError(
+            f"{source.name}: its reference is the adapter that it began with, which"
+            " only checkpoints go with; it has none"
+        )
+    take_adapter(config, adapter)
+    run = _resolve(config, _override(config, flags))
+    return Task(run, _base_as_reference(run), None, str(adapter))
+
+
+def evaluate(task: Task) -> dict[str, Any]:
+    """Load the weights and the rows; the metrics, named `eval_*` as in training.
+
+    Raises:
+        ValueError: the model or the rows.
+    """
+    import optax
+
+    from jaxtrain import build
+    from jaxtrain.data import loading
+    from jaxtrain.evaluation import held_out
+    from jaxtrain.run.feed import Feed
+    from jaxtrain.run.sampler import make_sampler
+    from jaxtrain.run.weights import load_state
+    from jaxtrain.sharding import layouts_of
+    from jaxtrain.tree import overlay
+
+    run = task.run
+    objective = build.make_objective(run)  # an unknown one needs no model to be told
+    rows = loading.load_evaluation_rows(run)
+    if rows is None:
+        raise ValueError("no data to evaluate on: the run had none; give --data")
+    model, state = load_state(task.loaded, task.policy)
+    data = loading.check_held(loading.prepare_rows(run, rows, model.tokenizer))
+    assert data is not None
+    decoder = dataclasses.replace(
+        model.decoder, packed=bool(run.data.packing) or data.packed
+    )
+    model = dataclasses.replace(model, decoder=decoder)
+    scored = build.bind_loss(run, model, build.Loss(objective))
+    # Of the two steps the one that trains is never compiled.
+    _, eval_step = build.make_steps(
+        run,
+        model.plan,
+        scored,
+        optax.constant_schedule(0.0),
+        optax.identity(),
+        layouts_of(state),
+    )
+    feed = Feed(run, model.plan)
+    metrics = held_out.evaluate(
+        eval_step,
+        state,
+        (feed.place(batch) for batch in feed.eval_batches(data)),
+        with_perplexity=run.objective == "next_token",
+        added_losses=scored.added,
+    )
+    results: dict[str, Any] = {"weights": task.shown, "rows": len(data)}
+    results["data"] = run.data.eval or "the data that come with jaxtrain"
+    if task.step is not None:
+        results["step"] = task.step
+    if run.generation.enabled:
+        sampler = make_sampler(run, model, data)
+        policy = model.on_device(overlay(state.frozen, state.trainable))
+        scores, results["samples"] = sampler(policy)
+        metrics |= {f"eval_{name}": value for name, value in scores.items()}
+    return results | {"metrics": metrics}
+
+
+def _take_kind_of_rows(config: ConfigDict) -> None:
+    from jaxtrain.data import loading
+
+    rows = loading.load_evaluation_rows(resolve(config))
+    if rows is not None:
+        loading.take_kind_of(rows, config)
+
+
+def _prefer_no_reference(
+    config: ConfigDict, keys: Collection[str], source: Source, reference: str | None
+) -> None:
+    """A whole model has no reference but a given one: it would be its own.
+
+    Raises:
+        ValueError: the objective means nothing without; or none is read.
+    """
+    run = resolve(config)
+    dpo = run.dpo
+    compares = dpo is not None and run.objective_row.has_reference
+    if reference is not None and not compares:
+        raise ValueError(
+            f"--reference={reference}: objective {run.objective!r} compares with no"
+            " reference; remove the flag"
+        )
+    if source.kind != "model" or reference is not None:
+        return
+    if dpo is None or not compares:
+        return
+    if not isinstance(run.objective_options, PreferenceOptions):
+        raise ValueError(
+            f"objective {run.objective!r} compares with a reference: name one by"
+            " --reference=MODEL"
+        )
+    if "training.dpo.reference_free" not in keys and not dpo.reference_free:
+        config.training.dpo.reference_free = True
+        logging.getLogger(__name__).warning(
+            "no --reference is named: rewards are of the model's own log-probabilities"
+            " (training.dpo.reference_free = True)"
+        )
+
+
+def _leave_training_out(config: ConfigDict) -> None:
+    """Unset what only a training reads, where it would bind an evaluation."""
+    training = config.training
+    training.curriculum.enabled = False
+    training.use_auxiliary_loss = False
+    training.load_best_model_at_end = False
+    training.early_stopping_patience = None
+    training.metric_for_best_model = "eval_loss"
+    training.eval_on_start = True  # texts are generated where there are evaluations
+    # The reference scores the same batches here, in the step.
+    training.dpo.precompute_ref_log_probs = False
+
+
+def _base_as_reference(run: RunConfig) -> RunConfig:
+    """The run to load an adapter by: its base stays frozen, and is the reference."""
+    from jaxtrain.run.weights import without_reference
+
+    return without_reference(run)
+
+
+def _override(config: ConfigDict, flags: Sequence[Flag]) -> frozenset[str]:
+    keys = override(config, flags)
+    check_acting(keys, _ACTING, "an evaluation")
+    return keys
+
+
+def _resolve(config: ConfigDict, keys: Collection[str]) -> RunConfig:
+    import jax
+
+    return resolve(config, device_count=jax.device_count(), flags=keys)
+
+
+def _show(results: dict[str, Any], output: pathlib.Path | None) -> None:
+    import jax
+
+    if jax.process_index() != 0:
+        return
+    metrics = results["metrics"]
+    print(f"{results['weights']}: {results['rows']} rows of {results['data']}")
+    width = max(map(len, metrics))
+    for name, value in metrics.items():
+        print(f"  {name:{width}}  {value:.6g}")
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(f"{json.dumps(results, indent=2)}\n", "utf-8")

@@ -1,0 +1,317 @@
+"""`jaxtrain generate`: continue prompts with a model, an adapter or a run."""
+
+import argparse
+import json
+import pathlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from jaxtrain.cli.source import (
+    COMPUTING,
+    Source,
+    SourceParser,
+    check_acting,
+    configure,
+    prepare_devices,
+)
+from jaxtrain.config import RunConfig, resolve
+from jaxtrain.config.flags import Flag, override
+
+if TYPE_CHECKING:
+    from jaxtrain.evaluation.stream import Stream
+    from jaxtrain.models.load import LoadedModel
+
+Prompt = str | list[dict[str, Any]]
+
+_EXAMPLES = """\
+Continue prompts:
+
+  jaxtrain generate out/sft "In the beginning"
+  jaxtrain generate Qwen/Qwen2.5-0.5B-Instruct --chat "What is JAX?" --temperature=0.7
+  jaxtrain generate out/lora --step=20 --prompts=prompts.jsonl --output=texts.jsonl
+
+One prompt is answered as its tokens come. Several, and those of a file, are answered
+together, one JSON line each. A prompt of - is standard input. A run is asked by the
+model it exported or, where there is none yet, by its newest checkpoint."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Print the texts, and write them where `--output` says.
+
+    Raises:
+        ValueError: a flag, the source, a prompt or the model.
+    """
+    parser = SourceParser("generate", _EXAMPLES)
+    add = parser.add_argument
+    add("prompts", nargs="*", metavar="PROMPT", help="a text, or - for standard input")
+    add(
+        "--prompts",
+        dest="file",
+        help="a .jsonl file with a prompt or messages in each row, or a text file with"
+        " a prompt in each line; - for such lines of standard input",
+    )
+    add("--chat", action="store_true", help="put prompts into the chat template")
+    add("--system", help="with --chat: the system message")
+    add("--batch_size", type=int, default=8, help="prompts at once, over all devices")
+    add("--output", type=pathlib.Path, help="a .jsonl file for prompts and texts")
+    add_sampling(parser, max_new_tokens=128)
+    options, source, flags = parser.read(arguments)
+    if options.system is not None and not options.chat:
+        parser.error("--system: only --chat has a system message; add --chat")
+    if options.batch_size < 1:
+        parser.error(f"--batch_size={options.batch_size}: give 1 or more")
+    prompts = read_prompts(options)
+    if not prompts:
+        parser.error("no prompt is given: add one, or --prompts=FILE")
+    check_sampling(parser, options)
+    prepare_devices()
+    run, policy = settle(source, options, flags)
+    model = load(run, policy)
+    if len(prompts) == 1 and options.file is None:
+        texts = [_stream_one(model, options, prompts[0])]
+    else:
+        texts = _answer_all(model, options, prompts)
+    _write(options.output, prompts, texts)
+
+
+def add_sampling(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:
+    """The flags by which tokens are chosen."""
+    add = parser.add_argument
+    add(
+        "--max_new_tokens",
+        type=int,
+        default=max_new_tokens,
+        help=f"the longest text, in tokens (default: {max_new_tokens})",
+    )
+    add(
+        "--temperature",
+        type=float,
+        default=0.0,
+        help="divides the logits; 0, the default, takes the most likely token",
+    )
+    add("--top_k", type=int, default=0, help="draw among so many tokens; 0 is all")
+    add("--top_p", type=float, default=1.0, help="and among this much probability")
+    add("--seed", type=int, default=0, help="of the draws")
+
+
+def check_sampling(parser: SourceParser, options: argparse.Namespace) -> None:
+    """Refuse values out of range, and settings that greedy choices do not read.
+
+    Raises:
+        ValueError: names the flag.
+    """
+    for name, fits, wanted in (
+        ("max_new_tokens", options.max_new_tokens >= 1, "1 or more"),
+        ("temperature", options.temperature >= 0, "0 (greedy) or more"),
+        ("top_k", options.top_k >= 0, "0 (off) or more"),
+        ("top_p", 0 < options.top_p <= 1, "above 0, at most 1 (off)"),
+    ):
+        if not fits:
+            parser.error(f"--{name}={getattr(options, name)}: give {wanted}")
+    if not options.temperature and (options.top_k or options.top_p < 1):
+        parser.error(
+            "--top_k and --top_p have no effect on greedy choices; add --temperature"
+        )
+
+
+def settle(
+    source: Source, options: argparse.Namespace, flags: Sequence[Flag]
+) -> tuple[RunConfig, Any]:
+    """The configuration to load by, and the policy for `run.weights.load_state`.
+
+    Raises:
+        ValueError: a flag, the configuration, or a run that has saved nothing.
+    """
+    import jax
+
+    from jaxtrain.run.weights import choose_checkpoint, without_reference
+
+    policy = None
+    if source.kind == "run":
+        asks_for_checkpoint = options.step is not None or options.model is not None
+        if source.exported is not None and not asks_for_checkpoint:
+            source = Source(str(source.exported), "model")
+        else:
+            step = options.step or "last"
+            policy = choose_checkpoint(source.run(), source.checkpoints, step)
+    config = configure(source, base=options.model, flags=flags)
+    keys = override(config, flags)
+    check_acting(keys, (*COMPUTING, "data.chat_template"), "generation")
+    run = resolve(config, device_count=jax.device_count(), flags=keys)
+    return without_reference(run), policy
+
+
+def load(run: RunConfig, policy: Any) -> "LoadedModel":
+    """The model, its adapters beside it.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
+    from jaxtrain.run.weights import as_model, load_state
+
+    return as_model(*load_state(run, policy))
+
+
+def make_stream(model: "LoadedModel", options: argparse.Namespace) -> "Stream":
+    """What answers one prompt after the other, a token at a time."""
+    from jaxtrain.evaluation import stream
+
+    return stream.make_stream(
+        model.decoder,
+        max_new_tokens=options.max_new_tokens,
+        eos_ids=model.eos_ids,
+        pad_id=model.tokenizer.pad_token_id,
+        **_sampling(options),
+    )
+
+
+def encode(model: "LoadedModel", prompt: Prompt, number: int, room: int) -> list[int]:
+    """The tokens of a prompt, which leave `room` for as many new ones.
+
+    Raises:
+        ValueError: they do not, or the prompt cannot be encoded.
+    """
+    from jaxtrain.evaluation.generate import encode_prompt
+
+    if not isinstance(prompt, str):
+        require_template(model)
+    tokens = encode_prompt(model.tokenizer, prompt, number)
+    limit = model.config.max_position_embeddings
+    if len(tokens) + room > limit:
+        raise ValueError(
+            f"prompt {number} has {len(tokens)} tokens: with --max_new_tokens={room}"
+            f" that is more than the model's {limit} positions; shorten one of the two"
+        )
+    return tokens
+
+
+def require_template(model: "LoadedModel") -> None:
+    """Refuse conversations where nothing says how to write them.
+
+    Raises:
+        ValueError: the tokenizer has no chat template.
+    """
+    if not getattr(model.tokenizer, "chat_template", None):
+        raise ValueError(
+            f"the tokenizer of {model.directory} has no chat template: give one by"
+            " --data.chat_template=FILE, or continue plain text with jaxtrain generate"
+        )
+
+
+def read_prompts(options: argparse.Namespace) -> list[Prompt]:
+    """The prompts of the command line and of a file, conversations as messages.
+
+    Raises:
+        ValueError: a row of the file has no prompt; names its line.
+    """
+    texts: list[Any] = [
+        sys.stdin.read() if text == "-" else text for text in options.prompts
+    ]
+    if options.file is not None:
+        texts += _read_file(options.file)
+    if not options.chat:
+        return texts
+    opening = [] if options.system is None else [("system", options.system)]
+    return [
+        [{"role": r, "content": c} for r, c in (*opening, ("user", text))]
+        if isinstance(text, str)
+        else text
+        for text in texts
+    ]
+
+
+def _read_file(name: str) -> Iterator[Prompt]:
+    is_input = name == "-"
+    text = sys.stdin.read() if is_input else pathlib.Path(name).read_text("utf-8")
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        if not name.endswith(".jsonl"):
+            yield line
+            continue
+        try:
+            yield _prompt_of(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{name}, line {number}: {error}") from error
+
+
+def _prompt_of(row: Any) -> Prompt:
+    """The prompt of a row of data, without the answer that may stand behind it."""
+    if isinstance(row, Mapping):
+        messages = row.get("messages")
+        if isinstance(messages, list) and messages:
+            while messages and messages[-1].get("role") == "assistant":
+                messages = messages[:-1]
+            return messages
+        for column in ("prompt", "text"):
+            if row.get(column) and isinstance(row[column], str | list):
+                return row[column]
+    raise ValueError("a row needs a prompt, messages or a text")
+
+
+def _sampling(options: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(options, name) for name in ("temperature", "top_k", "top_p")}
+
+
+def _stream_one(
+    model: "LoadedModel", options: argparse.Namespace, prompt: Prompt
+) -> str:
+    import jax
+
+    from jaxtrain.evaluation.stream import text_pieces
+
+    tokens = encode(model, prompt, 0, options.max_new_tokens)
+    key = jax.random.key(options.seed)
+    weights = model.on_device(model.params)
+    made = make_stream(model, options)(weights, tokens, key=key)
+    text = ""
+    for piece in text_pieces(model.tokenizer, made):
+        text += piece
+        _print(piece, end="")
+    _print("")
+    return text
+
+
+def _answer_all(
+    model: "LoadedModel", options: argparse.Namespace, prompts: Sequence[Prompt]
+) -> list[str]:
+    for number, prompt in enumerate(prompts):
+        encode(model, prompt, number, options.max_new_tokens)
+    texts = model.generate(
+        prompts,
+        max_new_tokens=options.max_new_tokens,
+        batch_size=options.batch_size,
+        seed=options.seed,
+        **_sampling(options),
+    )
+    for line in _lines(prompts, texts):
+        _print(line)
+    return texts
+
+
+def _lines(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[str]:
+    """Rows that can be trained and evaluated on."""
+    rows = zip(prompts, texts, strict=True)
+    return [
+        json.dumps({"prompt": prompt, "completion": text}, ensure_ascii=False)
+        for prompt, text in rows
+    ]
+
+
+def _write(
+    output: pathlib.Path | None, prompts: Sequence[Prompt], texts: Sequence[str]
+) -> None:
+    import jax
+
+    if output is not None and jax.process_index() == 0:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        lines = _lines(prompts, texts)
+        output.write_text("".join(f"{line}\n" for line in lines), "utf-8")
+
+
+def _print(text: str, end: str = "\n") -> None:
+    import jax
+
+    if jax.process_index() == 0:
+        print(text, end=end, flush=True)

@@ -1,0 +1,158 @@
+"""The weights of a run, a model or an adapter, to be used and not to be trained.
+
+What comes out is a `TrainState` with an empty optimizer state, as evaluation steps and
+the export take it. It needs no training data.
+"""
+
+import dataclasses
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxtrain.config import RunConfig
+from jaxtrain.data.loading import load_run_tokenizer
+from jaxtrain.models import hf
+from jaxtrain.models.load import (
+    LoadedModel,
+    load_abstract_model,
+    load_model,
+)
+from jaxtrain.models.state import abstract_state, init_state, needs_reference
+from jaxtrain.run.checkpoint import CheckpointManager
+from jaxtrain.run.preflight import saved_steps
+from jaxtrain.sharding import layouts_of
+from jaxtrain.tree import overlay, select
+from jaxtrain.types import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A saved step, and the folder of checkpoints that it is in."""
+
+    folder: pathlib.Path
+    step: int
+
+
+def open_checkpoints(run: RunConfig, folder: pathlib.Path) -> CheckpointManager:
+    """The checkpoints of a run, which may be training at this moment, for reading."""
+    return CheckpointManager(
+        folder,
+        best_metric=run.loop.best_metric,
+        greater_is_better=run.loop.greater_is_better,
+        read_only=True,
+    )
+
+
+def load_state(
+    run: RunConfig, policy: Checkpoint | pathlib.Path | None = None
+) -> tuple[LoadedModel, TrainState]:
+    """Load the model of `run` onto its mesh, with the weights of `policy`, if given.
+
+    The model that is returned holds no weights: the state has them. The base is read
+    only where the run has adapters or a reference, or where it is the policy.
+
+    Args:
+        policy: a checkpoint of this run, or a Hugging Face directory with weights of
+            the same shapes. None: what `run.model` and `training.lora.init_from` name.
+
+    Raises:
+        ValueError: the model cannot be loaded, or the policy's weights do not fit it.
+        FileNotFoundError: there is no such checkpoint.
+    """
+    # Nothing is trained: no moments are made or read.
+    optimizer = optax.identity()
+    if policy is None or run.lora is not None or needs_reference(run):
+        model = load_model(run)
+        state = init_state(model, run, optimizer)
+    else:
+        described = load_abstract_model(run, jax.devices())
+        tokenizer = load_run_tokenizer(run, described.directory)
+        state = abstract_state(described, run, optimizer)
+        model = dataclasses.replace(described, weights=None, tokenizer=tokenizer)
+    replicated = model.plan.replicated
+    state = dataclasses.replace(
+        state,
+        step=jax.device_put(jnp.int32(0), replicated),
+        rng=jax.jit(jax.random.key, out_shardings=replicated)(run.loop.seed),
+        loss_scale=None,
+        loss_window=None,
+    )
+    if policy is None:
+        return model, state
+    # The base's own weights leave the device before the policy's are read.
+    state = dataclasses.replace(state, trainable=_describe(state.trainable))
+    if isinstance(policy, Checkpoint):
+        return model, _restore(run, state, policy)
+    base = dataclasses.replace(model.decoder, lora=None)
+    layouts = layouts_of(state.trainable)
+    weights = hf.load_params(policy, base, layouts, dtype=run.model.param_dtype)
+    return model, dataclasses.replace(state, trainable=weights)
+
+
+def as_model(model: LoadedModel, state: TrainState) -> LoadedModel:
+    """The model with the policy's weights, its adapters beside them."""
+    return dataclasses.replace(model, weights=overlay(state.frozen, state.trainable))
+
+
+def without_reference(run: RunConfig) -> RunConfig:
+    """The same run where only the policy is wanted: its reference is not loaded."""
+    return dataclasses.replace(run, dpo=None)
+
+
+def _restore(run: RunConfig, state: TrainState, checkpoint: Checkpoint) -> TrainState:
+    """The state as a checkpoint has it, frozen weights of its own included."""
+    frozen = state.frozen
+    # Only a reference that moved is saved (`loop.Parts.saved`).
+    moved = run.dpo is not None and run.dpo.sync_ref_model
+    wanted = dataclasses.replace(
+        state, frozen=select(frozen, state.trainable) if moved else {}
+    )
+    with open_checkpoints(run, checkpoint.folder) as checkpoints:
+        restored = checkpoints.restore(wanted, checkpoint.step, partial=True).state
+    return dataclasses.replace(restored, frozen=overlay(frozen, restored.frozen))
+
+
+def _describe(tree: dict) -> dict:
+    """Shapes, types and layouts of a tree of arrays, which it does not hold."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=leaf.sharding
+        ),
+        tree,
+    )
+
+
+def choose_checkpoint(
+    run: RunConfig, folder: pathlib.Path, step: str | None = None
+) -> Checkpoint:
+    """The checkpoint of a run that `step` names: a number, "best" or "last".
+
+    None: the one whose weights the run exports, or would export, as `model/`.
+
+    Raises:
+        ValueError: none of the checkpoints was evaluated, so that none is the best.
+        FileNotFoundError: there is no such checkpoint.
+    """
+    saved = saved_steps(folder)
+    if not saved:
+        raise FileNotFoundError(f"{folder.parent} has no checkpoint yet")
+    if step not in (None, "best", "last"):
+        if int(step) not in saved:
+            raise FileNotFoundError(
+                f"--step={step}: {folder.parent} has no checkpoint of that step; there"
+                f" are {', '.join(map(str, saved))}"
+            )
+        return Checkpoint(folder, int(step))
+    best = None
+    if step == "best" or (step is None and run.loop.load_best_model_at_end):
+        with open_checkpoints(run, folder) as checkpoints:
+            best = checkpoints.best_step()
+        if best is None and step == "best":
+            raise ValueError(
+                f"--step=best: no checkpoint in {folder.parent} has"
+                f" {run.loop.best_metric}; let training.save_steps be a multiple of"
+                " training.eval_steps"
+            )
+    return Checkpoint(folder, saved[-1] if best is None else best)
