@@ -294,13 +294,13 @@ def take_adapter(config: ConfigDict, adapter: Path) -> None:
 def prepare_devices() -> None:
     """Start jax, join the other processes, and keep libraries' chatter off the output.
 
-    Standard output holds what a command answers; warnings go to standard error.
+    Standard output holds what a command answers. Warnings go to standard error, where
+    Python's logging puts them if nobody says otherwise.
     """
     import datasets
 
     from jaxtrain.run import distributed
 
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
     logging.getLogger("absl").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     distributed.initialize()
