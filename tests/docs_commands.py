@@ -169,7 +169,7 @@ def shorter(arguments: Sequence[str]) -> list[str]:
     """The flags that a training command of a page is run with, behind its own."""
     _, config, _ = training_parser().read(arguments)
     given = " ".join(arguments)
-    flags = [flag for flag in SHORTER if flag.partition("=")[0] not in given]
+    flags = [*SHORTER]
     if "max_steps" not in given and not 0 < config.training.max_steps <= 2:
         flags.append("--training.max_steps=2")
     if "eval_steps" not in given and "data.eval" not in given:
@@ -179,8 +179,11 @@ def shorter(arguments: Sequence[str]) -> list[str]:
     if config.training.generation.enabled or config.training.generation.metrics:
         flags += SHORTER_GENERATION
     if config.training.training_type == "dpo":
-        return [*flags, *SHORTER_DPO]
-    return [*flags, "--data.max_length=64"]
+        flags += SHORTER_DPO
+    else:
+        flags.append("--data.max_length=64")
+    # A flag that is given twice is refused.
+    return [flag for flag in flags if flag.partition("=")[0].strip("-") not in given]
 
 
 def training_parser() -> ConfigParser:

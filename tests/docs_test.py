@@ -45,6 +45,8 @@ NEEDS = {
     "jaxtrain.lm_eval": "lm_eval",
     "generation.metrics=exact_match,bleu": "sacrebleu",
     "generation.metrics=rouge": "rouge_score",
+    # Of the run that was trained with these metrics.
+    "out/measured": "sacrebleu",
 }
 
 

@@ -194,7 +194,7 @@ def evaluate(task: Task) -> dict[str, Any]:
     objective = build.make_objective(run)  # an unknown one needs no model to be told
     rows = loading.load_evaluation_rows(run)
     if rows is None:
-        raise ValueError("no data to evaluate on: the run had none; give --data")
+        raise ValueError("the configuration names no data to evaluate on: give --data")
     model, state = load_state(task.loaded, task.policy)
     data = loading.check_held(loading.prepare_rows(run, rows, model.tokenizer))
     assert data is not None
@@ -221,7 +221,7 @@ def evaluate(task: Task) -> dict[str, Any]:
         added_losses=scored.added,
     )
     results: dict[str, Any] = {"weights": task.shown, "rows": len(data)}
-    results["data"] = run.data.eval or "the data that come with jaxtrain"
+    results["data"] = _name_data(run)
     if task.step is not None:
         results["step"] = task.step
     if run.generation.enabled:
@@ -230,6 +230,12 @@ def evaluate(task: Task) -> dict[str, Any]:
         scores, results["samples"] = sampler(policy)
         metrics |= {f"eval_{name}": value for name, value in scores.items()}
     return results | {"metrics": metrics}
+
+
+def _name_data(run: RunConfig) -> str:
+    if run.data.eval or not run.data.train:
+        return run.data.eval or "the data that come with jaxtrain"
+    return f"{run.data.train}, split {run.data.eval_split}"
 
 
 def _take_kind_of_rows(config: ConfigDict) -> None:

@@ -59,13 +59,13 @@ def main(arguments: Sequence[str]) -> None:
         parser.error(f"--adapter: {source.name} trained all weights; it has no adapter")
     if options.adapter and options.dtype:
         parser.error("--dtype: an adapter is kept in float32; leave out one of the two")
+    prepare_devices()
     from jaxtrain.run.weights import choose_checkpoint
 
     point = choose_checkpoint(saved, source.checkpoints, options.step)
     name = f"step_{point.step}" + ("_adapter" if options.adapter else "")
     target = options.output or source.path / "export" / name
     check_target(target, force=options.force)
-    prepare_devices()
     run = _resolve(source, options.model, flags)
     if options.dtype:
         section = dataclasses.replace(run.model, export_dtype=options.dtype)
