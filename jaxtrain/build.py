@@ -32,12 +32,14 @@ from jaxtrain.optimizers.configured import make_optimizer
 from jaxtrain.optimizers.offload import offload
 from jaxtrain.passes import difficulty
 from jaxtrain.passes.reference import ReferenceScorer, describe
-from jaxtrain.record import diagnostics, writers
+from jaxtrain.record import diagnostics, summary, writers
 from jaxtrain.record.start import announce
 from jaxtrain.record.throughput import ThroughputMeter, peak_flops
 from jaxtrain.run import export
 from jaxtrain.run.checkpoint import CheckpointManager
 from jaxtrain.run.feed import Feed, Prepared
+from jaxtrain.run.preemption import Preempted
+from jaxtrain.run.profile import check_profile
 from jaxtrain.run.sampler import make_sampler
 from jaxtrain.tree import overlay
 from jaxtrain.types import Objective, TrainState
@@ -95,6 +97,7 @@ def build(
             train_data, scored.score, model.on_device(model.params), feed, workdir
         )
     batches = feed.train_batches(train_data)
+    check_profile(run.profile, batches.num_steps)
 
     # The state. From here on the weights are its own, and the model holds none.
     schedule, optimizer = make_optimizer(run.optimizer, run.schedule, batches.num_steps)
@@ -167,11 +170,16 @@ def run_to_end(parts: loop.Parts, workdir: pathlib.Path) -> dict[str, Any]:
             )
         )
         running = loop.Loop(parts, progress, checkpoints, writer)
-        results = running.run_to_end()
+        try:
+            results = running.run_to_end()
+        except Preempted as left:
+            summary.log_summary(left.results, workdir)
+            raise
         if run.loop.save_final_model:
             results |= export.export_models(
                 workdir, parts.model, run, running.state, checkpoints
             )
+    summary.log_summary(results, workdir)
     return results
 
 

@@ -26,13 +26,14 @@ from jaxtrain.evaluation.held_out import (
     without_added,
 )
 from jaxtrain.models.load import LoadedModel
-from jaxtrain.record.diagnostics import save_batch
-from jaxtrain.record.goodput import Goodput
 from jaxtrain.record.throughput import ThroughputMeter, usage
+from jaxtrain.run.bad_steps import BadSteps
 from jaxtrain.run.checkpoint import CheckpointManager
 from jaxtrain.run.feed import Feed, Prepared
 from jaxtrain.run.preemption import Preempted, PreemptionWatch, Watchdog
 from jaxtrain.run.preflight import refuse_never
+from jaxtrain.run.profile import StepProfiler
+from jaxtrain.run.progress import BestMetric, Progress
 from jaxtrain.step import EvalStep, TrainStep
 from jaxtrain.tree import overlay, select
 from jaxtrain.types import Metrics, Params, TrainState
@@ -41,55 +42,6 @@ logger = logging.getLogger(__name__)
 
 # Steps that may be on their way to the device at once: enough to keep it busy.
 _STEPS_AHEAD = 2
-# Then skipping does not help: the model or the data is broken.
-_MOST_SKIPS_IN_A_ROW = 20
-_BEST_STATE = ("value", "step", "evaluations_since")
-
-
-@dataclasses.dataclass
-class BestMetric:
-    """The best evaluation so far, and how many followed it without improvement."""
-
-    greater_is_better: bool
-    threshold: float = 0.0
-    patience: int | None = None
-    value: float | None = None
-    step: int = 0
-    evaluations_since: int = 0
-
-    def update(self, value: float, step: int) -> bool:
-        """Take note of an evaluation; True if it is the best by over `threshold`."""
-        sign = 1 if self.greater_is_better else -1
-        improves = self.value is None or sign * (value - self.value) > self.threshold
-        if improves:
-            self.value, self.step, self.evaluations_since = value, step, 0
-        else:
-            self.evaluations_since += 1
-        return improves
-
-    @property
-    def should_stop(self) -> bool:
-        return self.patience is not None and self.evaluations_since >= self.patience
-
-
-@dataclasses.dataclass
-class Progress:
-    """How far a run has come, apart from its state and its position in the data."""
-
-    best: BestMetric
-    step: int = 0
-    num_tokens: float = 0.0
-    goodput: Goodput = dataclasses.field(default_factory=Goodput)
-
-    def get_state(self) -> dict[str, Any]:
-        """The numbers that a checkpoint's record keeps, for JSON."""
-        best = {name: getattr(self.best, name) for name in _BEST_STATE}
-        return {"num_tokens": self.num_tokens, "best": best}
-
-    def set_state(self, saved: Mapping[str, Any]) -> None:
-        """Go on from what `get_state` gave."""
-        self.num_tokens = saved["num_tokens"]
-        self.best = dataclasses.replace(self.best, **saved["best"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,11 +126,18 @@ class Loop:
         self.evaluated: dict[str, float] = {}
         self.evaluated_step: int | None = None
         self._meter, self._best = parts.meter, progress.best
+        self._meter.on_step = progress.goodput.add
+        folder = checkpoints.directory.with_name("profile")
+        self._profiler = StepProfiler(
+            parts.run.profile, folder, self._meter, done=self.step
+        )
         self._watchdog = Watchdog(self.settings.step_timeout_secs)
         # Steps whose metrics are still on the device, with their rows on the host.
         self._pending: list[tuple[int, Metrics, AnyBatch]] = []
+        self._bad_steps = BadSteps(self.settings, checkpoints.directory)
+        self._has_synced = False
         self._skipped = 0  # steps since the last log
-        self._skipped_in_a_row = 0
+        self._seen_shapes: set[Any] = set()  # of batches; a new one compiles
         self._unlogged: list[Metrics] = []  # one a step, on the host
 
     @property
@@ -218,24 +177,20 @@ class Loop:
             self._watchdog,
             PreemptionWatch() as preemption,
             contextlib.closing(self.parts.train_batches),  # whatever ends the run
+            contextlib.closing(self._meter),
+            contextlib.closing(self._profiler),
         ):
             return self._run_to_end(preemption)
 
     def _run_to_end(self, preemption: PreemptionWatch) -> dict[str, Any]:
         if self.settings.eval_on_start and self.step == 0:
             self.evaluate()
-        first_step, started = self.step, time.perf_counter()
+        ending = "finished"
+        if self.step >= self.parts.total_steps:
+            ending = "nothing left"
+            self._say_nothing_is_left()
         for placed, batch in self._placed_batches():
-            self.state, metrics = self.parts.train_step(self.state, placed)
-            self.progress.step += 1
-            self._pending.append((self.step, metrics, batch))
-            if self.step == first_step + 1:
-                self._report_compilation(metrics, started)
-            else:
-                self._wait_for_the_device()
-                tokens, samples = _count(batch, self.parts.feed.readers)
-                seconds = self._meter.step(tokens=tokens, samples=samples)
-                self.progress.goodput.add(seconds)
+            self._start_step(placed, batch)
             self._watchdog.feed()
             self._do_what_is_due()
             if preemption.requested(self.step):
@@ -246,8 +201,18 @@ class Loop:
                     *(self.step, self.settings.metric_for_best_model),
                     *(self._best.value, self._best.step),
                 )
+                ending = "stopped early"
                 break
-        return self._finish()
+        return self._finish(ending)
+
+    def _say_nothing_is_left(self) -> None:
+        by_steps = self.settings.max_steps > 0
+        logger.info(
+            "nothing left to train: step %d of %d; raise training.%s or use a new"
+            " workdir",
+            *(self.step, self.parts.total_steps),
+            "max_steps" if by_steps else "num_train_epochs",
+        )
 
     def _do_what_is_due(self) -> None:
         """Log, move the reference, evaluate and save, each every so many steps."""
@@ -255,7 +220,10 @@ class Loop:
             self.log()
         sync_reference, dpo = self.parts.sync_reference, self.run.dpo
         if sync_reference and dpo and self._is_due(dpo.ref_model_sync_steps):
-            self.state = sync_reference(self.state)
+            # The first call compiles, and so counts in no rate.
+            compiles, self._has_synced = not self._has_synced, True
+            with self._meter.paused() if compiles else contextlib.nullcontext():
+                self.state = sync_reference(self.state)
         if self._is_due(self.settings.eval_steps):
             self.evaluate()
         if self._is_due(self.settings.save_steps):
@@ -267,9 +235,9 @@ class Loop:
         self.save()
         self.checkpoints.wait()
         logger.warning("preempted: step %d is saved, start again to go on", self.step)
-        raise Preempted(self.step)
+        raise Preempted(self.step, self._results("preempted"))
 
-    def _finish(self) -> dict[str, Any]:
+    def _finish(self, ending: str) -> dict[str, Any]:
         settings = self.settings
         self._log_the_rest()
         if settings.eval_steps != 0 and self.evaluated_step != self.step:
@@ -277,12 +245,25 @@ class Loop:
         if settings.save_steps != 0:
             self.save()
         self.checkpoints.wait()
+        return self._results(ending)
+
+    def _results(self, ending: str) -> dict[str, Any]:
+        """The last metrics, and what `record.summary` tells of the whole run."""
         return {
             **self.logged,
             **self.evaluated,
             "final_loss": self.logged.get("loss", math.nan),
             "global_step": self.step,
+            "total_steps": self.parts.total_steps,
+            "ending": ending,
             "best_metric": self._best.value,
+            "best_metric_name": self.settings.best_metric,
+            "best_step": self._best.step,
+            "saved_steps": self.checkpoints.all_steps(),
+            "num_tokens": self.progress.num_tokens,
+            "skipped_steps": self.progress.skipped_steps,
+            "wall_secs": self.progress.goodput.secs_since_start(),
+            "median_tokens_per_sec": self._meter.median_rate(),
         }
 
     def _placed_batches(self) -> Iterator[tuple[Any, AnyBatch]]:
@@ -300,18 +281,30 @@ class Loop:
                 return
             yield queue.popleft()
 
-    def _report_compilation(self, metrics: Metrics, started: float) -> None:
-        """The first step compiles; it counts in no rate."""
-        jax.block_until_ready(metrics["loss"].total)
-        seconds = time.perf_counter() - started
-        logger.info("first step took %.1f s, compilation included", seconds)
-        self._meter.start()
+    def _start_step(self, placed: Any, batch: AnyBatch) -> None:
+        """Hand one step to the device, and wait for the one `_STEPS_AHEAD` before it.
 
-    def _wait_for_the_device(self) -> None:
-        """Let the host run ahead a little, so that step times are the device's."""
-        if len(self._pending) > _STEPS_AHEAD:
-            _, metrics, _ = self._pending[-1 - _STEPS_AHEAD]
-            jax.block_until_ready(metrics["loss"].total)
+        The first step compiles, and so does one whose batch has a new shape: these
+        count in no rate.
+        """
+        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
+        is_first, compiles = not self._seen_shapes, shapes not in self._seen_shapes
+        self._seen_shapes.add(shapes)
+        started = time.perf_counter()
+        with self._profiler.step(self.step + 1) as is_profiled:
+            self.state, metrics = self.parts.train_step(self.state, placed)
+        self.progress.step += 1
+        self._pending.append((self.step, metrics, batch))
+        self._meter.dispatched(
+            metrics["loss"].total,
+            **_count(batch, self.parts.feed.readers),
+            counts=not (compiles or is_profiled),
+        )
+        self._meter.wait(ahead=0 if is_first else _STEPS_AHEAD)
+        if is_first:
+            seconds = time.perf_counter() - started
+            logger.info("first step took %.1f s, compilation included", seconds)
+        self._profiler.stop_after(self.step)
 
     def _is_due(self, every: int | None) -> bool:
         """Every so many steps; after each epoch if None; never if 0."""
@@ -322,7 +315,7 @@ class Loop:
     # --- metrics -------------------------------------------------------------------
 
     def _log_the_rest(self) -> None:
-        if self._pending or self._unlogged:
+        if self._pending or self._unlogged or self._skipped:
             self.log()
 
     def log(self) -> None:
@@ -330,76 +323,47 @@ class Loop:
         self._fetch_pending()
         steps, self._unlogged = self._unlogged, []
         skipped, self._skipped = self._skipped, 0
-        if not steps:
-            self.writer.write(self.step, {"skipped_steps": skipped})
-            return
+        record = self._means(steps) if steps else {}
+        record["epoch"] = self.parts.epochs_done(self.step)
+        record["num_tokens"] = self.progress.num_tokens
+        if skipped:
+            record["skipped_steps"] = skipped
+        if steps:
+            self.logged = record
+        rates = self._meter.report() | {"goodput_share": self.progress.goodput.share()}
+        self.writer.write(self.step, record | rates | usage(jax.local_devices()[0]))
+
+    def _means(self, steps: list[Metrics]) -> dict[str, float]:
+        """The metrics of these steps as one record."""
         means = to_floats(functools.reduce(add_metrics, steps))
         # As the Hugging Face Trainer logs them: a mean of steps, and the last step's.
         losses = [to_floats({"loss": step["loss"]})["loss"] for step in steps]
         means["loss"] = sum(losses) / len(losses)
-        last = ("learning_rate", "grad_norm")
+        last = ("learning_rate", "grad_norm", "loss_scale")
         means |= to_floats({n: v for n, v in steps[-1].items() if n.startswith(last)})
-        means["epoch"] = self.parts.epochs_done(self.step)
-        means["num_tokens"] = self.progress.num_tokens
-        if skipped:
-            means["skipped_steps"] = skipped
         if self.run.objective == "next_token":
             likelihood = without_added(means, self.parts.added_losses)
             means["perplexity"] = perplexity(likelihood)
-        self.logged = means
-        rates = self._meter.report() | {"goodput_share": self.progress.goodput.share()}
-        self.writer.write(self.step, means | rates | usage(jax.local_devices()[0]))
+        return means
 
     def _fetch_pending(self) -> None:
-        """Bring finished steps' metrics to the host.
+        """Wait for the steps in flight and bring their metrics to the host.
 
         Raises:
-            FloatingPointError: a gradient was not finite or a loss spiked, and nothing
-                skipped it.
+            FloatingPointError: see `BadSteps.is_skipped`.
         """
+        self._meter.wait()
         pending, self._pending = self._pending, []
-        for step, metrics, batch in pending:
-            sums: Metrics = jax.device_get(dict(metrics))
+        fetched: list[Metrics] = [jax.device_get(dict(m)) for _, m, _ in pending]
+        scales = _next_scales(fetched, self.state)
+        for (step, _, batch), sums, scale in zip(pending, fetched, scales, strict=True):
             if "num_tokens" in sums:
                 self.progress.num_tokens += float(sums["num_tokens"].total)
-            # Loss scaling finds its scale by such steps: they are no one's mistake.
-            is_nonfinite = sums.pop("nonfinite").total and self.state.loss_scale is None
-            is_spike = "spike" in sums and sums.pop("spike").total
-            loss = to_floats({"loss": sums["loss"]})["loss"]
-            if is_nonfinite:
-                problem = f"the gradient is not finite (loss {loss:.4g})"
-                self._report_bad_step(step, batch, problem, "on_nonfinite")
-            elif is_spike:
-                problem = (
-                    f"the loss {loss:.4g} lies over spike_threshold ="
-                    f" {self.settings.spike_threshold:g} standard deviations above the"
-                    f" mean of the last {self.settings.spike_window}"
-                )
-                self._report_bad_step(step, batch, problem, "on_spike")
+            if self._bad_steps.is_skipped(step, sums, batch, scale):
+                self._skipped += 1
+                self.progress.skipped_steps += 1
             else:
                 self._unlogged.append(sums)
-                self._skipped_in_a_row = 0
-
-    def _report_bad_step(
-        self, step: int, batch: AnyBatch, problem: str, key: str
-    ) -> None:
-        """Save the step's batch; say what was skipped, or stop as `key` wants it."""
-        process = f".process_{jax.process_index()}" if jax.process_count() > 1 else ""
-        path = save_batch(
-            self.checkpoints.directory.with_name("bad_batches"), step, batch, process
-        )
-        self._skipped += 1
-        self._skipped_in_a_row += 1
-        if getattr(self.settings, key) == "skip":
-            logger.warning("step %d skipped: %s; its batch is %s", step, problem, path)
-            if self._skipped_in_a_row < _MOST_SKIPS_IN_A_ROW:
-                return
-            problem += f"; {_MOST_SKIPS_IN_A_ROW} steps in a row were skipped"
-        raise FloatingPointError(
-            f"step {step}: {problem}. Its batch is {path}; earlier checkpoints in"
-            f" {self.checkpoints.directory} are whole. Look at these rows, lower the"
-            f" learning rate, or set training.{key} = 'skip'"
-        )
 
     def evaluate(self) -> None:
         """Evaluate, log the result and see whether it is the best so far."""
@@ -420,8 +384,8 @@ class Loop:
                 scores, texts = self.parts.sampler(self.state)
                 self.evaluated |= {f"eval_{name}": v for name, v in scores.items()}
                 self.writer.write_text(self.step, texts)
+            self.writer.write(self.step, self.evaluated)
         self.evaluated_step = self.step
-        self.writer.write(self.step, self.evaluated)
         key = self.settings.best_metric
         if key not in self.evaluated:
             raise ValueError(
@@ -438,9 +402,17 @@ class Loop:
             yield self.parts.feed.place(batch)
 
 
-def _count(batch: AnyBatch, readers: int) -> tuple[float, float]:
-    """(tokens, rows) of a global batch; other processes' are taken to be like ours."""
+def _next_scales(fetched: list[Metrics], state: TrainState) -> list[float | None]:
+    """The loss scale after each of these steps, of which `state` is the last one's."""
+    if state.loss_scale is None or not fetched:
+        return [None] * len(fetched)
+    scales = [sums["loss_scale"].total for sums in fetched[1:]]
+    return [float(scale) for scale in (*scales, state.loss_scale.scale)]
+
+
+def _count(batch: AnyBatch, readers: int) -> dict[str, float]:
+    """Tokens and rows of a global batch; other processes' are taken to be like ours."""
     segment_ids = [rows.segment_ids for rows in rows_of(batch)]
     tokens = sum(np.count_nonzero(ids) for ids in segment_ids)
     rows = np.count_nonzero(segment_ids[0].any(-1))
-    return float(tokens * readers), float(rows * readers)
+    return {"tokens": float(tokens * readers), "samples": float(rows * readers)}

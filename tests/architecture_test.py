@@ -72,6 +72,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "record": {"batch", "types", "record.logs"},
     "run": {
+        "batch",
         "config",
         "data.batches",
         "data.stream",
@@ -79,6 +80,7 @@ ALLOWED: dict[str, set[str]] = {
         "lora",
         "models",
         "models.load",
+        "record",
         "sharding",
         "tree",
         "types",
@@ -157,6 +159,7 @@ ALLOWED: dict[str, set[str]] = {
         "record",
         "record.start",
         "run",
+        "run.preemption",
         "sharding",
         "step",
         "tree",

@@ -14,8 +14,10 @@ import pytest
 
 from jaxtrain import loop
 from jaxtrain.data.batches.shared_prompt import share_prompts
+from jaxtrain.optimizers import optim
 from jaxtrain.record import diagnostics
 from jaxtrain.record.diagnostics import named_arrays
+from jaxtrain.run import bad_steps
 from jaxtrain.run.feed import Feed
 from jaxtrain.trainer import TrainingOrchestrator
 from jaxtrain.types import Batch, PairBatch, WeightedSum
@@ -189,7 +191,7 @@ def test_a_spike_is_skipped_or_stops_the_run(tmp_path):
 
 
 def test_a_run_that_only_skips_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "_MOST_SKIPS_IN_A_ROW", 3)
+    monkeypatch.setattr(bad_steps, "_MOST_SKIPS_IN_A_ROW", 3)
     trainer, data, _ = sabotaged_run(tmp_path, np.nan, None, on_nonfinite="skip")
     with pytest.raises(FloatingPointError, match=r"step 3: .* 3 steps in a row"):
         trainer.train(data)
@@ -212,3 +214,39 @@ def test_skipping_keeps_every_weight_bit_for_bit(tmp_path, monkeypatch):
     monkeypatch.setattr(loop.Loop, "run_to_end", run_to_end)
     trainer.train(data)
     jax.tree.map(np.testing.assert_array_equal, before, kept["trainable"])
+
+
+def test_fp16_names_each_skipped_step_with_both_scales(tmp_path, monkeypatch, caplog):
+    # So small that no step overflows of itself.
+    scale = optim.LossScale(jnp.float32(8), jnp.int32(0))
+    monkeypatch.setattr(optim, "init_loss_scale", lambda: scale)
+    trainer, data, _ = sabotaged_run(tmp_path, np.inf, 4, fp16=True, logging_steps=2)
+    with caplog.at_level(logging.WARNING):
+        results = trainer.train(data)
+    lines = [m for m in caplog.messages if "skipped" in m]
+    assert lines == [
+        "step 4 skipped: the gradient overflowed float16; loss scale 8 -> 4"
+    ]
+    found = {record["step"]: record for record in read_records(tmp_path)}
+    told = [(found[n]["loss_scale"], found[n].get("skipped_steps")) for n in found]
+    assert told == [(8, None), (8, 1), (4, None), (4, None)]
+    # Step 3 alone makes the record, and no infinity is in it.
+    assert np.isfinite([found[4][name] for name in ("loss", "grad_norm")]).all()
+    assert results["skipped_steps"] == 1
+    assert not (tmp_path / "bad_batches").exists()
+
+
+def test_fp16_ends_where_no_scale_helps(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(bad_steps, "_MOST_SKIPS_IN_A_ROW", 3)
+    trainer, data, _ = sabotaged_run(
+        tmp_path, np.nan, None, fp16=True, logging_steps=5, max_steps=22
+    )
+    # 2**16 is halved to 1 in 16 steps; the next 3 are those that count.
+    with pytest.raises(FloatingPointError, match=r"step 19: .* 3 steps in .*bf16"):
+        trainer.train(data)
+    scales = [m.split("loss scale ")[1] for m in caplog.messages if "skipped" in m]
+    assert scales == [
+        f"{2.0 ** (17 - k):g} -> {2.0 ** (16 - k):g}" for k in range(1, 20)
+    ]
+    assert [r.get("skipped_steps") for r in read_records(tmp_path)] == [5, 5, 5]
+    assert (tmp_path / "bad_batches" / "step_19.npz").is_file()

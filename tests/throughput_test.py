@@ -1,13 +1,17 @@
 """Rates, percentiles and MFU on an injected clock; device figures."""
 
 import os
+import threading
 import types
+from concurrent.futures import Future
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxtrain.record import throughput
+from jaxtrain.record.finish_times import FinishTimes
 from jaxtrain.record.throughput import (
     ThroughputMeter,
     device_memory,
@@ -26,8 +30,21 @@ class Clock:
         return self.now
 
 
+class ReadyAtOnce:
+    """Finish times of steps whose results are there as soon as they are asked for."""
+
+    def __init__(self, clock) -> None:
+        self.clock = clock
+
+    def watch(self, result) -> Future:
+        finished: Future = Future()
+        finished.set_result(self.clock())
+        return finished
+
+
 def make_meter(**options) -> tuple[ThroughputMeter, Clock]:
     clock = Clock()
+    options["finish_times"] = ReadyAtOnce(clock)
     return ThroughputMeter(clock=clock, **options), clock
 
 
@@ -35,16 +52,19 @@ def test_rates_count_steps_and_data_but_no_pauses():
     meter, clock = make_meter(
         flops_per_token=6e9, device_count=4, peak_flops_per_device=1e12
     )
-    clock.now += 50  # compiling
-    meter.start()
+    counted = []
+    meter.on_step = counted.append
+    clock.now += 50
+    meter.dispatched(None, tokens=7, samples=7, counts=False)  # it compiled
     for compute in (2.0, 4.0):
         with meter.waiting_for_data():
             clock.now += 1
         clock.now += compute
-        meter.step(tokens=1000, samples=8)
+        meter.dispatched(None, tokens=1000, samples=8)
         with meter.paused():
             clock.now += 100
     report = meter.report()
+    assert counted == [3.0, 5.0]
     assert report["tokens_per_sec"] == pytest.approx(2000 / 8)
     assert report["samples_per_sec"] == pytest.approx(16 / 8)
     assert report["data_wait_share"] == pytest.approx(2 / 8)
@@ -57,15 +77,16 @@ def test_rates_count_steps_and_data_but_no_pauses():
 def test_each_report_starts_anew_and_loses_no_time_between():
     meter, clock = make_meter()
     clock.now += 2
-    meter.step(tokens=10, samples=1)
+    meter.dispatched(None, tokens=10, samples=1)
     with meter.paused():
         clock.now += 7
     clock.now += 1
     assert meter.report()["tokens_per_sec"] == pytest.approx(10 / 2)
     assert meter.report() == {}
     clock.now += 3
-    meter.step(tokens=30, samples=1)
+    meter.dispatched(None, tokens=30, samples=1)
     assert meter.report()["tokens_per_sec"] == pytest.approx(30 / 4)
+    assert meter.median_rate() == pytest.approx((10 / 2 + 30 / 4) / 2)
 
 
 @pytest.mark.parametrize(
@@ -74,15 +95,63 @@ def test_each_report_starts_anew_and_loses_no_time_between():
 def test_mfu_is_left_out_where_it_would_be_a_guess(known):
     meter, clock = make_meter(**known)
     clock.now += 1
-    meter.step(tokens=1, samples=1)
+    meter.dispatched(None, tokens=1, samples=1)
     assert "mfu" not in meter.report()
 
 
 def test_a_clock_that_stands_still_gives_no_rate_and_no_error():
     meter, _ = make_meter()
-    meter.step(tokens=1, samples=1)
+    meter.dispatched(None, tokens=1, samples=1)
     report = meter.report()
     assert "tokens_per_sec" not in report and report["step_time_p50_secs"] == 0
+    assert meter.median_rate() is None
+
+
+class Slow:
+    """A result that is ready when the test says so, or that fails."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.is_ready, self.error = threading.Event(), error
+
+    def block_until_ready(self):
+        assert self.is_ready.wait(10)
+        if self.error is not None:
+            raise self.error
+
+
+def test_finish_times_are_noted_while_the_caller_is_busy():
+    clock = Clock()
+    times = FinishTimes(clock)
+    first, second, failing = Slow(), Slow(), Slow(RuntimeError("device lost"))
+    finishes = [times.watch(result) for result in (first, second, failing)]
+    first.is_ready.set()
+    assert finishes[0].result(10) == 100.0
+    clock.now = 107.0
+    assert not finishes[1].done()
+    second.is_ready.set()
+    assert finishes[1].result(10) == 107.0
+    failing.is_ready.set()
+    with pytest.raises(RuntimeError, match="device lost"):
+        finishes[2].result(10)
+    later = times.watch(jnp.ones(2) + 1)  # a failure is no end
+    clock.now = 109.0
+    assert later.result(10) in (107.0, 109.0)
+    before = threading.active_count()
+    times.close()
+    assert threading.active_count() == before - 1
+    times.close()
+
+
+def test_a_step_that_fails_on_the_device_fails_where_it_is_waited_for():
+    meter = ThroughputMeter()
+    failing = Slow(RuntimeError("device lost"))
+    failing.is_ready.set()
+    meter.dispatched(failing, tokens=1, samples=1)
+    with meter.waiting_for_data():
+        pass  # not here
+    with pytest.raises(RuntimeError, match="device lost"):
+        meter.wait()
+    meter.close()
 
 
 @pytest.mark.parametrize(

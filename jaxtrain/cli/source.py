@@ -123,7 +123,9 @@ def _look_into(name: str, path: Path) -> Source:
     content = _read(config) if config.is_file() else {}
     training = content.get("training")
     if isinstance(training, Mapping) and "training_type" in training:
-        return Source(name, "run", {key: content[key] for key in SCHEMA if key in content})
+        return Source(
+            name, "run", {key: content[key] for key in SCHEMA if key in content}
+        )
     if "model_type" in content:
         return Source(name, "model")
     above = path.parent if path.name == "checkpoints" else path.parent.parent

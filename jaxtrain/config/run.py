@@ -35,6 +35,7 @@ class RunConfig:
     curriculum: sections.CurriculumSection
     generation: sections.GenerationSection
     compilation_cache: sections.CompilationCacheSection
+    profile: sections.ProfileSection
     mesh: sections.MeshSection
     lora: sections.LoraSection | None  # None: all parameters train
     dpo: sections.DpoSection | None  # None: the objective is next_token

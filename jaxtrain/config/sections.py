@@ -558,6 +558,43 @@ class CompilationCacheSection:
 
 
 @dataclass(frozen=True)
+class ProfileSection:
+    """A trace of some steps, for TensorBoard's profile page and xprof.
+
+    It is written to profile/ in the work directory. Traced steps count in no rate of
+    the log.
+    """
+
+    start_step: Annotated[PositiveInt | None, STEPS] = None
+    """The first step to trace. The first of a start compiles, so begin later. Unset:
+    nothing is traced."""
+    stop_step: Annotated[PositiveInt | None, STEPS] = None
+    """The last step to trace. Unset: five steps are traced."""
+    processes: tuple[NonNegativeInt, ...] = (0,)
+    """Indices of the processes that trace; every host has at least one."""
+
+    @property
+    def enabled(self) -> bool:
+        """Whether anything is traced."""
+        return self.start_step is not None
+
+    @property
+    def steps(self) -> range:
+        """The steps to trace; the run may end before the last of them."""
+        if self.start_step is None:
+            return range(0)
+        stop = self.start_step + 4 if self.stop_step is None else self.stop_step
+        return range(self.start_step, stop + 1)
+
+    def find_problem(self, last_step: int) -> tuple[str, str] | None:
+        """A key that lies after the last step of the run, and what to do about it."""
+        for key in ("start_step", "stop_step"):
+            if (getattr(self, key) or 0) > last_step:
+                return key, f"the run's last step is {last_step}; set it no higher"
+        return None
+
+
+@dataclass(frozen=True)
 class LoraSection:
     """Adapters (arXiv:2106.09685)."""
 
@@ -710,6 +747,7 @@ NESTED_SECTIONS = {
     "curriculum": CurriculumSection,
     "generation": GenerationSection,
     "compilation_cache": CompilationCacheSection,
+    "profile": ProfileSection,
 }
 PLAIN_SECTIONS = {"model": ModelSection, "data": DataSection, "mesh": MeshSection}
 

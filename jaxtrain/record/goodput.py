@@ -15,12 +15,16 @@ class Goodput:
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         """`clock`: seconds, the same on every start (not a process's own)."""
         self._clock = clock
-        self._first_start = clock()
+        self._start = self._first_start = clock()
         self._productive_secs = 0.0
 
     def add(self, secs: float) -> None:
         """A step took so long."""
         self._productive_secs += secs
+
+    def secs_since_start(self) -> float:
+        """Wall time since this start of the run, whatever came before."""
+        return self._clock() - self._start
 
     def share(self) -> float:
         """Productive time over wall time, 0 to 1."""

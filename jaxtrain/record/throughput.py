@@ -4,7 +4,9 @@ Nothing is invented: what a backend does not tell (peak FLOP/s of a CPU, memory
 statistics) is left out of the metrics.
 """
 
+import collections
 import contextlib
+import dataclasses
 import functools
 import importlib
 import os
@@ -12,9 +14,12 @@ import pathlib
 import re
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
+
+from jaxtrain.record.finish_times import FinishTimes
 
 _GIB = 2.0**30
 
@@ -155,22 +160,34 @@ def usage(device: Any) -> dict[str, float]:
     return device_memory(device) | device_utilization(device) | host_memory()
 
 
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """A dispatched step: its work, and what its time holds beside computing."""
+
+    finished: Future[float]
+    tokens: float
+    samples: float
+    waited_secs: float
+    paused_secs: float
+    counts: bool
+
+
 class ThroughputMeter:
     """Rates and step times since the last report.
 
-        meter.start()
         for ...:
             with meter.waiting_for_data():
                 batch = next(batches)
             state, metrics = train_step(state, batch)
-            meter.step(tokens=..., samples=...)
+            meter.dispatched(metrics["loss"], tokens=..., samples=...)
+            meter.wait(ahead=2)
             with meter.paused():
                 evaluate or save
             writer.write(step, meter.report())
 
-    jax dispatches steps asynchronously. So block on a step's result before `report`,
-    or on the step before last in each step; then rates and percentiles are the
-    device's and not the dispatcher's.
+    JAX dispatches steps asynchronously, so a step counts only once its result has been
+    waited for. Its time runs from the finish of the step before it to its own finish,
+    as `FinishTimes` notes them on the clock, without what was paused in between.
     """
 
     def __init__(
@@ -180,6 +197,7 @@ class ThroughputMeter:
         device_count: int = 1,
         peak_flops_per_device: float | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        finish_times: FinishTimes | None = None,
     ) -> None:
         """Without FLOPs of the model and of the device, MFU is left out.
 
@@ -188,75 +206,122 @@ class ThroughputMeter:
             device_count: devices that share the work, of all processes.
             peak_flops_per_device: see `peak_flops`.
             clock: seconds, monotonic.
+            finish_times: what tells when a result is ready, on the same clock.
         """
         self._clock = clock
         self._flops_per_token = flops_per_token
         self._peak_flops = (peak_flops_per_device or 0.0) * device_count
-        self.start()
-
-    def start(self) -> None:
-        """Forget everything and count from now: call it after compiling."""
-        self._step_start = self._clock()
-        self._step_secs: list[float] = []
+        self._finish_times = finish_times or FinishTimes(clock)
+        self._in_flight: collections.deque[_Step] = collections.deque()
+        self._last_finish = clock()
+        # Of the step that is dispatched next.
         self._waited_secs = 0.0
         self._paused_secs = 0.0
-        self._tokens = 0.0
-        self._samples = 0.0
+        self._counted: list[tuple[_Step, float]] = []  # with the seconds of each
+        self._rates: list[float] = []  # tokens/s, one a report
+        self.on_step: Callable[[float], None] = lambda secs: None
+        """Called with the seconds of each step that counts."""
+
+    def dispatched(
+        self, result: Any, *, tokens: float, samples: float, counts: bool = True
+    ) -> None:
+        """A step was handed to the device and is not waited for yet.
+
+        Args:
+            result: an array that it computes.
+            tokens: trained tokens of all processes.
+            samples: rows of all processes.
+            counts: whether it enters the rates. A step that compiles, or that is
+                traced by a profiler, does not: neither its tokens nor the time since
+                the step before it finished.
+        """
+        finished = self._finish_times.watch(result)
+        waited, self._waited_secs = self._waited_secs, 0.0
+        paused, self._paused_secs = self._paused_secs, 0.0
+        self._in_flight.append(_Step(finished, tokens, samples, waited, paused, counts))
+
+    def wait(self, ahead: int = 0) -> None:
+        """Wait for all steps but the newest `ahead` of them, and count these steps."""
+        while len(self._in_flight) > ahead:
+            step = self._in_flight[0]
+            finish = step.finished.result()
+            self._in_flight.popleft()
+            secs = finish - self._last_finish - step.paused_secs
+            self._last_finish = finish
+            if step.counts:
+                self._counted.append((step, secs))
+                self.on_step(secs)
 
     @contextlib.contextmanager
     def waiting_for_data(self) -> Iterator[None]:
-        """The time inside counts as waiting for data, and as part of the step."""
+        """What of the time inside no step computes counts as waiting for data.
+
+        It is part of the time of the step that is dispatched next. While steps are in
+        flight the device does not wait, so no time counts up to the newest's finish.
+        """
         start = self._clock()
         try:
             yield
         finally:
-            self._waited_secs += self._clock() - start
+            end = self._clock()
+            self._waited_secs += end - min(max(start, self._idle_since()), end)
+
+    def _idle_since(self) -> float:
+        """When the device finished all that it was given; infinite while it works."""
+        if not self._in_flight:
+            return self._last_finish
+        newest = self._in_flight[-1].finished
+        is_known = newest.done() and newest.exception() is None
+        return newest.result() if is_known else float("inf")
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """The time inside counts nowhere: evaluation, a blocking save."""
+        """The time inside counts nowhere: evaluation, a blocking save.
+
+        Steps in flight are waited for first: their time is not part of the pause.
+        """
+        self.wait()
         start = self._clock()
         try:
             yield
         finally:
             self._paused_secs += self._clock() - start
 
-    def step(self, *, tokens: float, samples: float) -> float:
-        """One step ended, after so many seconds.
-
-        `tokens` and `samples` are those of all processes.
-        """
-        now = self._clock()
-        secs = now - self._step_start - self._paused_secs
-        self._step_secs.append(secs)
-        self._step_start, self._paused_secs = now, 0.0
-        self._tokens += tokens
-        self._samples += samples
-        return secs
-
     def report(self) -> dict[str, float]:
-        """Metrics since the last report, then start anew; empty if no step ended.
+        """Metrics of the steps since the last report; empty if none of them counts.
 
-        `tokens_per_sec`, `samples_per_sec`, `step_time_{p50,p90,p99}_secs`,
-        `data_wait_share` (0 to 1), and `mfu` = tokens/s * FLOPs a token / peak FLOP/s
-        (0 to 1, arXiv:2204.02311).
+        Waits for the steps in flight. `tokens_per_sec`, `samples_per_sec`,
+        `step_time_{p50,p90,p99}_secs`, `data_wait_share` (0 to 1: the share of time in
+        which the devices had nothing to do because rows were not there), and `mfu` =
+        tokens/s * FLOPs a token / peak FLOP/s (0 to 1, arXiv:2204.02311).
         """
-        if not self._step_secs:
+        self.wait()
+        counted, self._counted = self._counted, []
+        if not counted:
             return {}
-        secs = sum(self._step_secs)
+        step_secs = [secs for _, secs in counted]
+        total_secs = sum(step_secs)
         metrics = {}
-        if secs > 0:
-            metrics["tokens_per_sec"] = self._tokens / secs
-            metrics["samples_per_sec"] = self._samples / secs
-            metrics["data_wait_share"] = self._waited_secs / secs
+        if total_secs > 0:
+            tokens = sum(step.tokens for step, _ in counted)
+            samples = sum(step.samples for step, _ in counted)
+            waited_secs = sum(step.waited_secs for step, _ in counted)
+            metrics["tokens_per_sec"] = tokens / total_secs
+            metrics["samples_per_sec"] = samples / total_secs
+            metrics["data_wait_share"] = waited_secs / total_secs
+            self._rates.append(metrics["tokens_per_sec"])
             if self._flops_per_token and self._peak_flops:
                 rate = metrics["tokens_per_sec"] * self._flops_per_token
                 metrics["mfu"] = rate / self._peak_flops
         for percent in (50, 90, 99):
-            value = float(np.percentile(self._step_secs, percent))
+            value = float(np.percentile(step_secs, percent))
             metrics[f"step_time_p{percent}_secs"] = value
-        # What was paused since the last step belongs to the step that is under way.
-        start, paused = self._step_start, self._paused_secs
-        self.start()
-        self._step_start, self._paused_secs = start, paused
         return metrics
+
+    def median_rate(self) -> float | None:
+        """The median of all reports' `tokens_per_sec`; None if there is none."""
+        return float(np.median(self._rates)) if self._rates else None
+
+    def close(self) -> None:
+        """End the thread that notes when steps finish."""
+        self._finish_times.close()

@@ -29,7 +29,9 @@ def export_models(
     With `load_best_model_at_end`, `model/` is the best. Every process calls this.
 
     Returns:
-        `model_path` and `best_model_path`; equal where the last weights are the best.
+        `model_path` and `best_model_path`, equal where the last weights are the best;
+        under LoRA `adapter_path` and `best_adapter_path`; and `model_step` and
+        `best_model_step`, whose weights these are.
     """
     last, best = int(state.step), checkpoints.best_step()
     if best is None:
@@ -40,7 +42,12 @@ def export_models(
     if best != last:
         state = _restore_weights(state, checkpoints, best)
         best_path = export_model(workdir / "best_model", model, run, state)
-    return {"model_path": path, "best_model_path": best_path}
+    exported: dict[str, Any] = {"model_path": path, "best_model_path": best_path}
+    if run.lora is not None:
+        for name in list(exported):
+            adapter = str(_adapter_directory(pathlib.Path(exported[name])))
+            exported[name.replace("model", "adapter")] = adapter
+    return exported | {"model_step": last, "best_model_step": best}
 
 
 def export_model(
@@ -51,8 +58,7 @@ def export_model(
     The adapter alone, in PEFT's format, goes beside it: `model/` and `adapter/`.
     """
     if run.lora is not None:
-        name = directory.name.replace("model", "adapter")
-        export_adapter(directory.with_name(name), model, run, state)
+        export_adapter(_adapter_directory(directory), model, run, state)
     return export_merged(directory, model, run, state)
 
 
@@ -101,6 +107,12 @@ def export_adapter(
     )
     logger.info("adapter saved to %s", directory)
     return str(directory)
+
+
+def _adapter_directory(model_directory: pathlib.Path) -> pathlib.Path:
+    """Where the adapter of an exported model goes."""
+    name = model_directory.name.replace("model", "adapter")
+    return model_directory.with_name(name)
 
 
 def _restore_weights(

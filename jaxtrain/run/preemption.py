@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Mapping
 from types import FrameType
 from typing import Any
 
@@ -20,11 +21,15 @@ EXIT_CODE = 75
 
 
 class Preempted(SystemExit):
-    """A checkpoint is saved after SIGTERM; uncaught, the process exits with 75."""
+    """A checkpoint is saved after SIGTERM; uncaught, the process exits with 75.
 
-    def __init__(self, step: int) -> None:
+    `results`: what the loop would have returned.
+    """
+
+    def __init__(self, step: int, results: Mapping[str, Any]) -> None:
         super().__init__(EXIT_CODE)
         self.step = step
+        self.results = results
 
 
 class PreemptionWatch(contextlib.AbstractContextManager["PreemptionWatch"]):

@@ -20,6 +20,7 @@ RULES = (
     loop.resolve_loop,
     loop.resolve_generation,
     loop.note_without_evaluation,
+    loop.check_profile,
     mesh.resolve_devices,
     mesh.resolve_mesh,
     data.resolve_lengths,

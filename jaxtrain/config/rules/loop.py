@@ -148,3 +148,27 @@ def _check_best_metric_is_generated(run: Resolution) -> None:
                 " generation.metrics",
                 causes=("generation.metrics", "generation.enabled"),
             )
+
+
+def check_profile(run: Resolution) -> None:
+    """Check the traced steps against each other and the length, where it is known."""
+    profile, last_step = run.profile, run.loop.max_steps
+    if not profile.enabled:
+        for key, usual in (("stop_step", None), ("processes", (0,))):
+            if getattr(profile, key) != usual:
+                text = "nothing is traced without a first step; set profile.start_step"
+                run.problem(f"profile.{key}", text, causes=["profile.start_step"])
+        return
+    if not profile.steps:
+        run.problem(
+            "profile.stop_step",
+            f"it lies before profile.start_step = {profile.start_step}; set it to"
+            f" {profile.start_step} or more, or unset it",
+            causes=["profile.start_step"],
+        )
+    elif last_step > 0 and (found := profile.find_problem(last_step)):
+        key, text = found
+        run.problem(f"profile.{key}", text, causes=["max_steps"])
+    if not profile.processes:
+        text = "no process would trace; set [0] for the first"
+        run.problem("profile.processes", text)

@@ -65,6 +65,7 @@ class Resolution:
         self.compilation_cache = build(
             sections.CompilationCacheSection, general["compilation_cache"]
         )
+        self.profile = build(sections.ProfileSection, general["profile"])
         self.model = build(sections.ModelSection, self.values["model"])
         self.data = build(sections.DataSection, self.values["data"])
         self.mesh = build(sections.MeshSection, self.values["mesh"])

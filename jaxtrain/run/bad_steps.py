@@ -1,0 +1,107 @@
+"""Steps that were not applied: name them, keep their rows, stop where they go on."""
+
+import logging
+import pathlib
+
+import jax
+
+from jaxtrain.batch import AnyBatch
+from jaxtrain.config.sections import LoopSection
+from jaxtrain.record.diagnostics import save_batch
+from jaxtrain.types import Metrics
+
+logger = logging.getLogger(__name__)
+
+# Then skipping does not help: the model or the data is broken.
+_MOST_SKIPS_IN_A_ROW = 20
+# Loss scaling starts at 65536 and halves at each overflow. From 1 on it no longer
+# multiplies the gradient, so few gradients that overflow there will ever be finite.
+_LEAST_LOSS_SCALE = 1.0
+
+
+class BadSteps:
+    """Judges each step by its metrics, in order."""
+
+    def __init__(self, settings: LoopSection, directory: pathlib.Path) -> None:
+        """`directory`: of the checkpoints; bad batches are saved beside it."""
+        self._settings = settings
+        self._checkpoints = directory
+        self._skipped_in_a_row = 0
+        self._overflows_in_a_row = 0  # at `_LEAST_LOSS_SCALE` or below
+
+    def is_skipped(
+        self, step: int, sums: Metrics, batch: AnyBatch, next_scale: float | None
+    ) -> bool:
+        """Whether the step left the weights as they were; the log then says why.
+
+        Args:
+            sums: the step's metrics on the host; `nonfinite` and `spike` are taken out.
+            next_scale: the loss scale after the step; None without loss scaling.
+
+        Raises:
+            FloatingPointError: a gradient was not finite or a loss spiked, and nothing
+                skipped it; or too many steps in a row were skipped.
+        """
+        is_nonfinite = bool(sums.pop("nonfinite").total)
+        is_spike = "spike" in sums and bool(sums.pop("spike").total)
+        loss = float(sums["loss"].mean())
+        if is_nonfinite and next_scale is not None:
+            # Loss scaling finds its scale by such steps: they are no one's mistake.
+            scale = float(sums["loss_scale"].total)
+            self._note_overflow(step, batch, scale, next_scale)
+        elif is_nonfinite:
+            problem = f"the gradient is not finite (loss {loss:.4g})"
+            self._note_skip(step, batch, problem, "on_nonfinite")
+        elif is_spike:
+            problem = (
+                f"the loss {loss:.4g} lies over spike_threshold ="
+                f" {self._settings.spike_threshold:g} standard deviations above the"
+                f" mean of the last {self._settings.spike_window}"
+            )
+            self._note_skip(step, batch, problem, "on_spike")
+        else:
+            self._skipped_in_a_row = self._overflows_in_a_row = 0
+            return False
+        return True
+
+    def _note_overflow(
+        self, step: int, batch: AnyBatch, scale: float, next_scale: float
+    ) -> None:
+        """Name both scales; stop where smaller ones do not help either."""
+        logger.warning(
+            "step %d skipped: the gradient overflowed float16; loss scale %g -> %g",
+            *(step, scale, next_scale),
+        )
+        self._overflows_in_a_row += scale <= _LEAST_LOSS_SCALE
+        if self._overflows_in_a_row >= _MOST_SKIPS_IN_A_ROW:
+            problem = (
+                f"the gradient is not finite in {_MOST_SKIPS_IN_A_ROW} steps in a row"
+                f" at loss scales of {_LEAST_LOSS_SCALE:g} and below"
+            )
+            path = self._save_batch(step, batch)
+            raise self._error(step, problem, path, "training.bf16 in place of fp16")
+
+    def _note_skip(self, step: int, batch: AnyBatch, problem: str, key: str) -> None:
+        """Save the step's batch; say what was skipped, or stop as `key` wants it."""
+        path = self._save_batch(step, batch)
+        self._skipped_in_a_row += 1
+        if getattr(self._settings, key) == "skip":
+            logger.warning("step %d skipped: %s; its batch is %s", step, problem, path)
+            if self._skipped_in_a_row < _MOST_SKIPS_IN_A_ROW:
+                return
+            problem += f"; {_MOST_SKIPS_IN_A_ROW} steps in a row were skipped"
+        raise self._error(step, problem, path, f"training.{key} = 'skip'")
+
+    def _save_batch(self, step: int, batch: AnyBatch) -> pathlib.Path:
+        process = f".process_{jax.process_index()}" if jax.process_count() > 1 else ""
+        folder = self._checkpoints.with_name("bad_batches")
+        return save_batch(folder, step, batch, process)
+
+    def _error(
+        self, step: int, problem: str, path: pathlib.Path, setting: str
+    ) -> FloatingPointError:
+        return FloatingPointError(
+            f"step {step}: {problem}. Its batch is {path}; earlier checkpoints in"
+            f" {self._checkpoints} are whole. Look at these rows, lower the"
+            f" learning rate, or set {setting}"
+        )
