@@ -339,8 +339,15 @@ class Loop:
         # As the Hugging Face Trainer logs them: a mean of steps, and the last step's.
         losses = [to_floats({"loss": step["loss"]})["loss"] for step in steps]
         means["loss"] = sum(losses) / len(losses)
-        last = ("learning_rate", "grad_norm", "loss_scale")
+        last = ("learning_rate", "loss_scale")
         means |= to_floats({n: v for n, v in steps[-1].items() if n.startswith(last)})
+        # Of the last step whose gradient did not overflow, where loss scaling is on.
+        finite = [s for s in steps if np.isfinite(s["grad_norm"].total)]
+        norms = (name for name in means if name.startswith("grad_norm"))
+        for name in list(norms):
+            del means[name]
+            if finite:
+                means |= to_floats({name: finite[-1][name]})
         if self.run.objective == "next_token":
             likelihood = without_added(means, self.parts.added_losses)
             means["perplexity"] = perplexity(likelihood)
@@ -350,7 +357,7 @@ class Loop:
         """Wait for the steps in flight and bring their metrics to the host.
 
         Raises:
-            FloatingPointError: see `BadSteps.is_skipped`.
+            FloatingPointError: see `BadSteps.judge`.
         """
         self._meter.wait()
         pending, self._pending = self._pending, []
@@ -359,10 +366,10 @@ class Loop:
         for (step, _, batch), sums, scale in zip(pending, fetched, scales, strict=True):
             if "num_tokens" in sums:
                 self.progress.num_tokens += float(sums["num_tokens"].total)
-            if self._bad_steps.is_skipped(step, sums, batch, scale):
-                self._skipped += 1
-                self.progress.skipped_steps += 1
-            else:
+            skipped, measured = self._bad_steps.judge(step, sums, batch, scale)
+            self._skipped += skipped
+            self.progress.skipped_steps += skipped
+            if measured:
                 self._unlogged.append(sums)
 
     def evaluate(self) -> None:

@@ -230,10 +230,33 @@ def test_fp16_names_each_skipped_step_with_both_scales(tmp_path, monkeypatch, ca
     found = {record["step"]: record for record in read_records(tmp_path)}
     told = [(found[n]["loss_scale"], found[n].get("skipped_steps")) for n in found]
     assert told == [(8, None), (8, 1), (4, None), (4, None)]
-    # Step 3 alone makes the record, and no infinity is in it.
+    # Step 3 alone makes the record, for the loss of step 4 is infinite too.
     assert np.isfinite([found[4][name] for name in ("loss", "grad_norm")]).all()
     assert results["skipped_steps"] == 1
     assert not (tmp_path / "bad_batches").exists()
+
+
+def test_a_loss_is_logged_though_its_gradient_overflowed(tmp_path, monkeypatch):
+    scales = iter([2.0**60, 2.0**3])
+    trainer, data, _ = sabotaged_run(
+        tmp_path / "a", 1.0, None, fp16=True, max_steps=2, logging_steps=2
+    )
+    monkeypatch.setattr(
+        optim,
+        "init_loss_scale",
+        lambda: optim.LossScale(jnp.float32(next(scales)), jnp.int32(0)),
+    )
+    trainer.train(data)
+    (skipped,) = read_records(tmp_path / "a")
+    assert skipped["skipped_steps"] == 2 and "grad_norm" not in skipped
+    trainer, data, _ = sabotaged_run(
+        tmp_path / "b", 1.0, None, fp16=True, max_steps=1, logging_steps=1
+    )
+    trainer.train(data)
+    (trained,) = read_records(tmp_path / "b")
+    assert "skipped_steps" not in trained and trained["grad_norm"] > 0
+    # The weights are those of the start in both, and rows of one kind are as hard.
+    assert skipped["loss"] == pytest.approx(trained["loss"], rel=0.05)
 
 
 def test_fp16_ends_where_no_scale_helps(tmp_path, monkeypatch, caplog):

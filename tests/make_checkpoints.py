@@ -71,6 +71,7 @@ def restored_state(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
         come; `record`, the other values in JSON's types.
     """
     from jaxtrain.loop import Loop
+    from jaxtrain.record import summary
 
     found: dict[str, Any] = {}
 
@@ -88,7 +89,10 @@ def restored_state(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
         return {}
 
     config.training.save_final_model = False
-    with mock.patch.object(Loop, "run_to_end", take):
+    with (
+        mock.patch.object(Loop, "run_to_end", take),
+        mock.patch.object(summary, "log_summary"),  # there are no results
+    ):
         train(config, workdir)
     return found
 

@@ -161,7 +161,7 @@ class World:
         rows = int(batch.segment_ids[0].any(-1).sum())
         self.steps.append((start, finish, tokens, rows, compiles))
         bad = number in self.scenario.nonfinite
-        return state, self.sums(finish, loss=1.0, nonfinite=float(bad))
+        return state, self.sums(finish, loss=1.0, grad_norm=1.0, nonfinite=float(bad))
 
     def eval_step(self, state, batch):
         entered = self.clock.now

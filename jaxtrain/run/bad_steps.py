@@ -1,7 +1,9 @@
 """Steps that were not applied: name them, keep their rows, stop where they go on."""
 
 import logging
+import math
 import pathlib
+from typing import NamedTuple
 
 import jax
 
@@ -19,6 +21,13 @@ _MOST_SKIPS_IN_A_ROW = 20
 _LEAST_LOSS_SCALE = 1.0
 
 
+class Verdict(NamedTuple):
+    """`skipped`: the step left the weights alone. `measured`: its loss counts."""
+
+    skipped: bool
+    measured: bool
+
+
 class BadSteps:
     """Judges each step by its metrics, in order."""
 
@@ -29,10 +38,10 @@ class BadSteps:
         self._skipped_in_a_row = 0
         self._overflows_in_a_row = 0  # at `_LEAST_LOSS_SCALE` or below
 
-    def is_skipped(
+    def judge(
         self, step: int, sums: Metrics, batch: AnyBatch, next_scale: float | None
-    ) -> bool:
-        """Whether the step left the weights as they were; the log then says why.
+    ) -> Verdict:
+        """Whether the step was skipped; the log then says why.
 
         Args:
             sums: the step's metrics on the host; `nonfinite` and `spike` are taken out.
@@ -49,7 +58,9 @@ class BadSteps:
             # Loss scaling finds its scale by such steps: they are no one's mistake.
             scale = float(sums["loss_scale"].total)
             self._note_overflow(step, batch, scale, next_scale)
-        elif is_nonfinite:
+            # As a rule only the backward pass has overflowed.
+            return Verdict(skipped=True, measured=math.isfinite(loss))
+        if is_nonfinite:
             problem = f"the gradient is not finite (loss {loss:.4g})"
             self._note_skip(step, batch, problem, "on_nonfinite")
         elif is_spike:
@@ -61,8 +72,8 @@ class BadSteps:
             self._note_skip(step, batch, problem, "on_spike")
         else:
             self._skipped_in_a_row = self._overflows_in_a_row = 0
-            return False
-        return True
+            return Verdict(skipped=False, measured=True)
+        return Verdict(skipped=True, measured=False)
 
     def _note_overflow(
         self, step: int, batch: AnyBatch, scale: float, next_scale: float
