@@ -172,6 +172,7 @@ class Loop:
 
         Raises:
             Preempted: SIGTERM came; a checkpoint is saved.
+            FloatingPointError: a step was bad and not skipped; see `BadSteps.judge`.
         """
         with (
             self._watchdog,

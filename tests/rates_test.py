@@ -89,8 +89,8 @@ class Scenario:
     fetch_secs: float = 0.0
     write_secs: float = 0.0
     nonfinite: frozenset[int] = frozenset()
-    preempted_at: int | None = None
     patience: int | None = None
+    profiled: range = range(0)
 
     @property
     def num_steps(self):
@@ -211,7 +211,11 @@ def run_loop(world):
         on_nonfinite="skip",
         step_timeout_secs=0.0,
     )
-    run = dataclasses.replace(run_config(), loop=section)
+    profile = run_config().profile
+    if scenario.profiled:
+        first, last = scenario.profiled[0], scenario.profiled[-1]
+        profile = dataclasses.replace(profile, start_step=first, stop_step=last)
+    run = dataclasses.replace(run_config(), loop=section, profile=profile)
     eval_batch = Batch(*np.zeros((5, 1, 4)))
     parts = loop.Parts(
         run=run,
@@ -278,6 +282,7 @@ def check_records(world, until):
             number
             for number in range(previous + 1, step + 1)
             if not world.steps[number - 1][4]  # compiled
+            and number not in world.scenario.profiled
         ]
         secs = [times[number][0] for number in counted]
         productive += sum(secs)
@@ -414,6 +419,27 @@ def test_a_run_that_is_preempted_or_stops_early_ends_with_exact_rates(monkeypatc
         run_loop(world)
     assert world.saved == [6]
     check_records(world, until=6)
+
+
+def test_profiled_steps_are_waited_for_and_count_in_no_rate(monkeypatch):
+    world, busy = World(Scenario((2.0,) * 11, (4,) * 11, profiled=range(4, 8))), []
+
+    def take_time(*args, **kwargs):
+        busy.append((len(world.steps), world.free_at > world.clock.now))
+        start = world.clock.now
+        world.clock.now += 9.0
+        world.pauses.append((start, world.clock.now))
+
+    monkeypatch.setattr(loop.jax.profiler, "start_trace", take_time)
+    monkeypatch.setattr(loop.jax.profiler, "stop_trace", take_time)
+    run_loop(world)
+    # It starts after step 3 and stops after step 7, with nothing in flight.
+    assert busy == [(3, False), (7, False)]
+    check_records(world, until=11)
+    rated = [step for step, _, record in world.records if "mfu" in record]
+    assert rated == [2, 4, 8, 10, 11]
+    for _, _, record in world.records:
+        assert record.get("step_time_p99_secs", 2.0) == pytest.approx(2.0)
 
 
 def test_the_median_of_all_records_is_in_the_results():

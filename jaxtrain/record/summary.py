@@ -6,6 +6,8 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+
 logger = logging.getLogger(__name__)
 
 # A line of the log has the time before it, and 100 columns in all.
@@ -19,9 +21,10 @@ _ENDINGS = {
 
 
 def log_summary(results: Mapping[str, Any], workdir: pathlib.Path) -> None:
-    """Log what `describe` says, line by line."""
-    for line in describe(results, workdir):
-        logger.info("%s", line)
+    """Log what `describe` says, line by line, in the first process."""
+    if jax.process_index() == 0:
+        for line in describe(results, workdir):
+            logger.info("%s", line)
 
 
 def describe(results: Mapping[str, Any], workdir: pathlib.Path) -> list[str]:
