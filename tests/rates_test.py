@@ -91,6 +91,7 @@ class Scenario:
     nonfinite: frozenset[int] = frozenset()
     patience: int | None = None
     profiled: range = range(0)
+    sync_steps: int = 0
 
     @property
     def num_steps(self):
@@ -103,7 +104,7 @@ class World:
     def __init__(self, scenario, directory=pathlib.Path("/nowhere/checkpoints")):
         self.scenario, self.clock, self.directory = scenario, Clock(), directory
         self.free_at = 0.0  # when the device has done all it was given
-        self.compiled: set[int] = set()
+        self.compiled: set[int | str] = set()
         # (start, finish, tokens, rows, whether it compiled), a step each.
         self.steps: list[tuple[float, float, int, int, bool]] = []
         self.pauses: list[tuple[float, float]] = []
@@ -163,6 +164,14 @@ class World:
         bad = number in self.scenario.nonfinite
         return state, self.sums(finish, loss=1.0, grad_norm=1.0, nonfinite=float(bad))
 
+    def sync_reference(self, state):
+        start = self.clock.now
+        if "sync" not in self.compiled:
+            self.compiled.add("sync")
+            self.clock.now += COMPILE_SECS
+        self.pauses.append((start, self.clock.now))
+        return state
+
     def eval_step(self, state, batch):
         entered = self.clock.now
         _, finish = self.compute(EVAL_SECS)
@@ -216,6 +225,9 @@ def run_loop(world):
         first, last = scenario.profiled[0], scenario.profiled[-1]
         profile = dataclasses.replace(profile, start_step=first, stop_step=last)
     run = dataclasses.replace(run_config(), loop=section, profile=profile)
+    if scenario.sync_steps:
+        dpo = types.SimpleNamespace(ref_model_sync_steps=scenario.sync_steps)
+        run = dataclasses.replace(run, dpo=dpo)
     eval_batch = Batch(*np.zeros((5, 1, 4)))
     parts = loop.Parts(
         run=run,
@@ -238,7 +250,7 @@ def run_loop(world):
             clock=world.clock,
             finish_times=FinishTimes(),
         ),
-        sync_reference=None,
+        sync_reference=world.sync_reference if scenario.sync_steps else None,
         sampler=None,
         added_losses={},
     )
@@ -324,7 +336,7 @@ def scenarios(draw):
     )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(scenarios())
 def test_every_record_is_exact(scenario):
     world = World(scenario)
@@ -383,6 +395,14 @@ def test_a_batch_of_a_new_shape_compiles_and_counts_in_no_rate():
     world = World(Scenario((2.0,) * 8, shapes, logging_steps=4))
     run_loop(world)
     check_records(world, until=8)
+    for _, _, record in world.records:
+        assert record["step_time_p99_secs"] == pytest.approx(2.0)
+
+
+def test_the_compilation_of_the_references_update_counts_in_no_rate():
+    world = World(Scenario((2.0,) * 9, (4,) * 9, logging_steps=4, sync_steps=3))
+    run_loop(world)
+    check_records(world, until=9)
     for _, _, record in world.records:
         assert record["step_time_p99_secs"] == pytest.approx(2.0)
 
