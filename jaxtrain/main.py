@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from jaxtrain.cli.command import ConfigParser, Once, default_workdir
 from jaxtrain.cli.ending import Interrupted, run_command
 from jaxtrain.data import sources
+from jaxtrain.record import logs
 from jaxtrain.run import preflight
 
 
@@ -41,6 +42,7 @@ def main(arguments: Sequence[str]) -> None:
     sources.check_sources(run)
     if not sources.names_evaluation_rows(run):
         sources.check_evaluation_rows(run)
+    logs.show_progress()
     # Only now: what is wrong with a flag or a path need not wait for jax.
     from jaxtrain import trainer
     from jaxtrain.run import distributed

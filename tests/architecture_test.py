@@ -234,6 +234,7 @@ ALLOWED: dict[str, set[str]] = {
         "run.distributed",
         "run.preflight",
         "trainer",
+        "record.logs",
     },
     "metrics": {"batch", "evaluation", "record", "types"},
     "report": {"cli.command", "cli.ending", "tree"},

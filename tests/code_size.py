@@ -13,7 +13,8 @@ from typing import NamedTuple
 PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "jaxtrain"
 
 # Lines of all modules, kernels included.
-PACKAGE_BUDGET = 26_300
+# 25,200 after the redesign; the commands, their checks and their report came on top.
+PACKAGE_BUDGET = 30_500
 # The concerns that one reads to follow a DPO-LoRA run: losses and their options, step,
 # state, adapters, the loop, and what builds them. 4,300 lines are the aim.
 CORE = (

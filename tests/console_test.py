@@ -176,6 +176,7 @@ import logging, threading, time, warnings
 from jaxtrain.record import logs
 from jaxtrain.record.console import ConsoleWriter
 logs.set_up()
+logs.show_progress()
 writer = ConsoleWriter(6)
 def talk():
     for i in range(30):
@@ -275,6 +276,7 @@ def test_ours_are_shown_and_of_libraries_errors_only(
     environ, expected, logging_as_it_was, capsys, recwarn
 ):
     logs.set_up(environ=environ)
+    logs.show_progress(environ)
     if not environ.get("JAXTRAIN_LOG_LEVEL"):
         # As some libraries do when they are imported.
         logging.getLogger("orbax.b").setLevel(logging.DEBUG)

@@ -18,7 +18,6 @@ from typing import Any
 
 import pytest
 
-import jaxtrain.main
 from jaxtrain import assets, cli, trainer
 from jaxtrain.cli import ending
 from jaxtrain.config import resolve
@@ -107,8 +106,6 @@ def inside(home: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pytest.Monkey
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for name in ("WANDB_API_KEY", "WANDB_MODE", "NETRC"):
         monkeypatch.delenv(name, raising=False)
-    # It would take the log away from pytest.
-    monkeypatch.setattr(jaxtrain.main, "_set_up_logging", lambda: None)
     return monkeypatch
 
 

@@ -54,9 +54,9 @@ def run_command(
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
-    if arguments is None:  # a command of its own, not one within a program
-        logs.set_up(debug=debug)
     try:
+        if arguments is None:  # a command of its own, not one within a program
+            logs.set_up(debug=debug)
         return command([each for each in given if each != "--debug"]) or 0
     except BrokenPipeError:  # `jaxtrain configs | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

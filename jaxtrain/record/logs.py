@@ -10,6 +10,7 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Mapping, MutableMapping
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -39,9 +40,10 @@ _QUIET: Mapping[str, str] = {
 def set_up(
     *, debug: bool = False, environ: MutableMapping[str, str] = os.environ
 ) -> None:
-    """Print our own lines from INFO up, and errors alone of the libraries.
+    """Print our own warnings on stderr, and errors alone of the libraries.
 
-    What the environment says about a library stays as it is.
+    stdout is left to a command's result; a training, whose lines are its result, calls
+    `show_progress` too. What the environment says about a library stays as it is.
 
     Args:
         debug: print every line of everyone, as JAXTRAIN_LOG_LEVEL=debug does.
@@ -49,7 +51,7 @@ def set_up(
     Raises:
         ValueError: JAXTRAIN_LOG_LEVEL is no level.
     """
-    level = "debug" if debug else environ.get(_LEVEL_KEY, "").lower() or "info"
+    level = "debug" if debug else environ.get(_LEVEL_KEY, "").lower() or "warning"
     if level not in _LEVELS:
         raise ValueError(
             f"{_LEVEL_KEY} = {environ[_LEVEL_KEY]!r}: no level; set one of"
@@ -76,13 +78,27 @@ def set_up(
         _silence_warnings_of_libraries()
 
 
+def show_progress(environ: Mapping[str, str] = os.environ) -> None:
+    """Print our own lines from INFO up, on stdout, if `set_up` was called."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, LineHandler):
+            handler.on_stdout = True
+            ours = logging.getLogger("jaxtrain")
+            if not environ.get(_LEVEL_KEY):
+                ours.setLevel(min(ours.level, logging.INFO))
+
+
 class LineHandler(logging.Handler):
-    """Prints records on stdout, above the progress bar where one is drawn."""
+    """Prints records above the progress bar where one is drawn."""
+
+    on_stdout = False  # but on stderr
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one record."""
         try:
-            print_line(self.format(record))
+            print_line(
+                self.format(record), sys.stdout if self.on_stdout else sys.stderr
+            )
         except Exception:
             self.handleError(record)
 
@@ -110,10 +126,11 @@ class LineFormatter(logging.Formatter):
         return f"{self.formatTime(record, self.datefmt)} {text}"
 
 
-def print_line(line: str) -> None:
+def print_line(line: str, file: TextIO | None = None) -> None:
     """Print on stdout at once, above the progress bar where one is drawn."""
-    tqdm.write(line, file=sys.stdout)
-    sys.stdout.flush()
+    file = file or sys.stdout
+    tqdm.write(line, file=file)
+    file.flush()
 
 
 def _wrap(line: str) -> list[str]:
