@@ -122,7 +122,7 @@ def m(command: str, *said: str, late: bool = False) -> Mistake:
     return Mistake(command, said, late)
 
 
-TRAIN = "train sft --workdir=out/x"
+TRAIN = "train sft --workdir=out/x --training.max_steps=1"
 ROWS = f"{TRAIN} --data.train=rows.jsonl"
 MISTAKES = [
     # --- the command line
@@ -186,7 +186,7 @@ MISTAKES = [
       "my_losses.py, line 7"),
     m(f"{TRAIN} --training.objective=my_losses:a_number", "return a WeightedSum"),
     m(f"{TRAIN} --training.objective=my_losses:focal"
-      " --training.objective_kwargs={gama:1}", "'gama': 1", "unexpected keyword"),
+      " --training.objective_kwargs={'gama':1}", "{'gama': 1}", "unexpected keyword"),
     # --- folders and devices
     m("train sft --workdir=a_file", "workdir = 'a_file'", "is a file", "--workdir"),
     m("train sft --workdir=a_file/x", "workdir = 'a_file/x'", "is a file"),
@@ -197,12 +197,12 @@ MISTAKES = [
     # --- models
     m(f"{TRAIN} --model=./nope", "'./nope'", "check the spelling", late=True),
     m(f"{TRAIN} --model=owner/nope", "'owner/nope'", "hf download", late=True),
-    m(f"{TRAIN} --model=nothing", "nothing", "tokenizer", late=True),
+    m(f"{TRAIN} --model=nothing", "'nothing'", "tokenizer.json", late=True),
     m(f"{TRAIN} --model=no_weights", "no_weights", "model.safetensors", late=True),
     m(f"{TRAIN} --model=garbage", "garbage/model.safetensors", "again", late=True),
-    m(f"{TRAIN} --model=no_tokenizer", "no_tokenizer", "tokenizer", late=True),
+    m(f"{TRAIN} --model=no_tokenizer", "'no_tokenizer'", "tokenizer.json", late=True),
     m(f"{TRAIN} --model=bert", "'bert'", "llama", late=True),
-    m(f"{TRAIN} --model=no_json", "no_json/config.json is not JSON", late=True),
+    m(f"{TRAIN} --model=no_json", "no_json/config.json", "JSON", late=True),
     m(f"{TRAIN} --data.max_length=100000", "max_length = 100000",
       "max_position_embeddings", late=True),
     m("train lora --workdir=out/x --training.lora.target_modules=nope_proj",

@@ -30,6 +30,11 @@ from jaxtrain.data.rows.template import (
 
 logger = logging.getLogger(__name__)
 
+# One of them holds the vocabulary.
+_TOKENIZER_FILES = (
+    "tokenizer.json", "*.model", "vocab.*", "tekken.json", "*.tiktoken", "*.bpe",
+)  # fmt: skip
+
 Row = Mapping[str, Any]
 OnBad = Callable[[int, str], None]  # index in the batch, reason
 
@@ -73,6 +78,12 @@ def load_tokenizer(
     local = folder.is_dir()
     if not local and (path_or_name.startswith((".", "/", "~")) or folder.exists()):
         raise ValueError(f"tokenizer {path_or_name!r} is not a folder")
+    if local and not (trust_remote_code or _holds_tokenizer(folder)):
+        # Of a config.json alone, transformers makes a tokenizer without any token.
+        raise ValueError(
+            f"cannot load tokenizer {path_or_name!r}: the folder holds none (such as"
+            " tokenizer.json); set model.tokenizer_name_or_path to one that does"
+        )
     try:
         loader = _named_class(folder) or transformers.AutoTokenizer
         tokenizer = loader.from_pretrained(
@@ -88,8 +99,9 @@ def load_tokenizer(
             else "it is no local folder, and the Hugging Face hub did not give it; "
             "without network, give a local folder"
         )
+        reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"cannot load tokenizer {path_or_name!r}: {place}. {error}"
+            f"cannot load tokenizer {path_or_name!r}: {place}. {reason}"
         ) from error
     if chat_template is not None:
         tokenizer.chat_template = read_template(chat_template)
@@ -130,6 +142,10 @@ def _named_class(folder: pathlib.Path) -> Any | None:
     if has_code or model_type not in _TAKEN_AT_ITS_WORD.get(name, ()):
         return None
     return getattr(transformers, name, None)
+
+
+def _holds_tokenizer(folder: pathlib.Path) -> bool:
+    return any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES)
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
