@@ -420,3 +420,22 @@ def test_two_processes_save_one_checkpoint_and_each_its_own_data_position(tmp_pa
     np.testing.assert_array_equal(restored.state["w"], np.arange(16.0))
     with pytest.raises(ValueError, match="2 processes, but 1 run now"):
         _ = restored.data_state
+
+
+def test_a_reader_leaves_alone_what_another_process_is_writing(tmp_path):
+    state = {"x": jax.device_put(jnp.arange(4.0))}
+    with CheckpointManager(tmp_path, best_metric="eval_loss") as writing:
+        for step, loss in ((1, 2.0), (2, 3.0)):
+            writing.save(step, state, metrics={"eval_loss": loss})
+        writing.wait()
+    # A save that is under way, and a checkpoint that is being deleted.
+    others = [tmp_path / "3.orbax-checkpoint-tmp", tmp_path / ".trash" / "0"]
+    for folder in others:
+        folder.mkdir(parents=True)
+    with CheckpointManager(
+        tmp_path, best_metric="eval_loss", read_only=True
+    ) as reading:
+        assert reading.all_steps() == [1, 2] and reading.best_step() == 1
+        read = reading.restore(state, 2).state
+    np.testing.assert_array_equal(read["x"], state["x"])
+    assert all(folder.is_dir() for folder in others)

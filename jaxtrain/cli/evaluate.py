@@ -5,9 +5,11 @@ import dataclasses
 import json
 import logging
 import pathlib
+import tempfile
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from jaxtrain.cli.source import (
@@ -22,6 +24,12 @@ from jaxtrain.cli.source import (
 from jaxtrain.config import RunConfig, resolve
 from jaxtrain.config.flags import Flag, override
 from jaxtrain.objectives.options import PreferenceOptions
+
+if TYPE_CHECKING:
+    from jaxtrain.build import Loss
+    from jaxtrain.data.batches.dataset import PreparedDataset
+    from jaxtrain.models.load import LoadedModel
+    from jaxtrain.types import TrainState
 
 _EXAMPLES = """\
 Evaluate a run, a model or an adapter on data, without training:
@@ -115,6 +123,7 @@ def make_task(
     keys = _override(config, flags)
     if options.config is None and "training.training_type" not in keys:
         _take_kind_of_rows(config)
+    config.training.dpo.precompute_ref_log_probs = False  # the step can score it
     _prefer_no_reference(config, keys, source, options.reference)
     _leave_training_out(config)
     if source.kind == "adapter":
@@ -185,23 +194,21 @@ def evaluate(task: Task) -> dict[str, Any]:
     from jaxtrain.data import loading
     from jaxtrain.evaluation import held_out
     from jaxtrain.run.feed import Feed
-    from jaxtrain.run.sampler import make_sampler
     from jaxtrain.run.weights import load_state
     from jaxtrain.sharding import layouts_of
-    from jaxtrain.tree import overlay
 
     run = task.run
     objective = build.make_objective(run)  # an unknown one needs no model to be told
     rows = loading.load_evaluation_rows(run)
     if rows is None:
         raise ValueError("the configuration names no data to evaluate on: give --data")
+    data = None
+    if run.dpo is not None and run.dpo.precompute_ref_log_probs:
+        data = _score_reference(task, rows, build.Loss(objective))
     model, state = load_state(task.loaded, task.policy)
-    data = loading.check_held(loading.prepare_rows(run, rows, model.tokenizer))
-    assert data is not None
-    decoder = dataclasses.replace(
-        model.decoder, packed=bool(run.data.packing) or data.packed
-    )
-    model = dataclasses.replace(model, decoder=decoder)
+    if data is None:
+        data = _prepare(run, rows, model)
+    model = _for_rows(model, run, data)
     scored = build.bind_loss(run, model, build.Loss(objective))
     # Of the two steps the one that trains is never compiled.
     _, eval_step = build.make_steps(
@@ -225,11 +232,75 @@ def evaluate(task: Task) -> dict[str, Any]:
     if task.step is not None:
         results["step"] = task.step
     if run.generation.enabled:
-        sampler = make_sampler(run, model, data)
-        policy = model.on_device(overlay(state.frozen, state.trainable))
-        scores, results["samples"] = sampler(policy)
+        scores, results["samples"] = _generate(run, model, state, data)
         metrics |= {f"eval_{name}": value for name, value in scores.items()}
     return results | {"metrics": metrics}
+
+
+def _prepare(run: RunConfig, rows: Any, model: "LoadedModel") -> "PreparedDataset":
+    from jaxtrain.data import loading
+
+    data = loading.check_held(loading.prepare_rows(run, rows, model.tokenizer))
+    assert data is not None  # there are rows
+    return data
+
+
+def _for_rows(
+    model: "LoadedModel", run: RunConfig, data: "PreparedDataset"
+) -> "LoadedModel":
+    """The model for rows of several documents or of one, as in training."""
+    packed = bool(run.data.packing) or data.packed
+    return dataclasses.replace(
+        model, decoder=dataclasses.replace(model.decoder, packed=packed)
+    )
+
+
+def _generate(
+    run: RunConfig, model: "LoadedModel", state: "TrainState", data: "PreparedDataset"
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Scores and samples of texts that the policy generates."""
+    from jaxtrain.run.sampler import make_sampler
+    from jaxtrain.tree import overlay
+
+    sampler = make_sampler(run, model, data)
+    return sampler(model.on_device(overlay(state.frozen, state.trainable)))
+
+
+def _score_reference(task: Task, rows: Any, loss: "Loss") -> "PreparedDataset":
+    """The rows with the reference's sums, where the run's metrics were of sums.
+
+    The reference is what the run began with, which leaves the device again.
+
+    Raises:
+        ValueError: several processes, which share no folder to keep the sums in.
+    """
+    import jax
+
+    from jaxtrain import build
+    from jaxtrain.passes.reference import ReferenceScorer, describe
+    from jaxtrain.run.feed import Feed
+    from jaxtrain.run.weights import load_state
+
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"{task.shown}: the run kept its reference's log-probabilities"
+            " (training.dpo.precompute_ref_log_probs); evaluate it by one process"
+        )
+    model, state = load_state(task.loaded)
+    data = _prepare(task.run, rows, model)
+    model = _for_rows(model, task.run, data)
+    with tempfile.TemporaryDirectory() as folder:
+        scorer = ReferenceScorer(
+            build.bind_loss(task.run, model, loss).score,
+            model.on_device(state.frozen or state.trainable),
+            Feed(task.run, model.plan),
+            pathlib.Path(folder),
+            describe(model),
+        )
+        sums = scorer.attach(data, "eval").reference_logps or {}
+        # Out of a file that is about to be deleted.
+        held = {side: np.array(values) for side, values in sums.items()}
+    return data.with_reference_logps(held["chosen"], held["rejected"])
 
 
 def _name_data(run: RunConfig) -> str:
@@ -288,8 +359,6 @@ def _leave_training_out(config: ConfigDict) -> None:
     training.early_stopping_patience = None
     training.metric_for_best_model = "eval_loss"
     training.eval_on_start = True  # texts are generated where there are evaluations
-    # The reference scores the same batches here, in the step.
-    training.dpo.precompute_ref_log_probs = False
 
 
 def _base_as_reference(run: RunConfig) -> RunConfig:

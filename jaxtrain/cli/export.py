@@ -50,7 +50,7 @@ def main(arguments: Sequence[str]) -> None:
     add(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="of the weights (default: as training.export_dtype says, or as they are)",
+        help="of the weights (default: as model.export_dtype says, or as they are)",
     )
     add("--force", action="store_true", help="write into a directory that is not empty")
     options, source, flags = parser.read(arguments)

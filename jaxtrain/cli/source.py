@@ -266,6 +266,7 @@ def configure(
     if made.training.training_type == "lora":
         made.training.training_type = "sft"
     made.training.lora = default_config().training.lora
+    made.model.architecture = default_config().model.architecture
     made.model.name_or_path = source.name
     if source.kind == "adapter":
         take_adapter(made, source.path)

@@ -11,6 +11,7 @@ import jax
 
 from jaxtrain.cli.command import Parser
 from jaxtrain.cli.ending import run_command
+from jaxtrain.cli.source import find
 from jaxtrain.lm_eval.model import DTYPES, JaxtrainLM
 from jaxtrain.run import distributed
 
@@ -35,7 +36,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
             " files of a folder"
         )
     model = JaxtrainLM(
-        arguments.model,
+        model_of(arguments.model),
         batch_size=arguments.batch_size,
         max_length=arguments.max_length,
         dtype=arguments.dtype,
@@ -56,6 +57,21 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
+def model_of(name: str) -> str:
+    """The model that a name stands for: of a run, what it exported.
+
+    Raises:
+        ValueError: it is an adapter, or a run that has exported nothing.
+    """
+    source = find(name) if name else None
+    if source is None or source.kind == "model":
+        return name
+    if source.exported is None:
+        whole = "jaxtrain export writes a whole model of a run's checkpoint"
+        raise ValueError(f"--model={name}: a {source.kind} without a model; {whole}")
+    return str(source.exported)
+
+
 def main(arguments: Sequence[str]) -> None:
     """Evaluate and show the tables.
 
@@ -64,7 +80,11 @@ def main(arguments: Sequence[str]) -> None:
     """
     parser = Parser("lm-eval", "Evaluate a model with the lm-evaluation-harness.")
     add = parser.add_argument
-    add("--model", default="", help="directory or hub name; default: the embedded one")
+    add(
+        "--model",
+        default="",
+        help="directory, hub name or run; default: the embedded one",
+    )
     add("--tasks", required=True, help="names, separated by commas")
     add("--include_path", help="a folder of task files (YAML) of your own")
     add("--batch_size", type=int, default=8, help="rows at once, over all devices")
