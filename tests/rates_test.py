@@ -241,6 +241,7 @@ def run_loop(world):
             eval_batches=lambda data: iter([eval_batch]),
         ),
         train_batches=world,
+        train_data=object(),
         eval_data=object(),
         steps_per_epoch=5,
         epochs_done=lambda step: step / 5,

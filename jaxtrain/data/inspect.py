@@ -12,7 +12,6 @@ import argparse
 import dataclasses
 import functools
 import json
-import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -147,10 +146,7 @@ def main(arguments: Sequence[str]) -> int:
     Raises:
         ValueError, OSError: nothing can be said.
     """
-    # The report says it all: no progress bars and no warnings beside it.
     datasets.disable_progress_bars()
-    for library in ("datasets", "jaxtrain"):
-        logging.getLogger(library).setLevel(logging.CRITICAL)
     options, run = _read_options(arguments)
     rows = load_training_rows(run)
     named = run.model.name_or_path
