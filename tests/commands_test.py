@@ -423,7 +423,7 @@ def _read_checkpoint(step: pathlib.Path) -> dict[str, Any]:
 
 @pytest.mark.torch
 def test_an_export_loads_in_transformers_and_peft_in_the_type_it_was_asked_for(
-    trained, tmp_path
+    trained, tmp_path, capsys
 ):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
@@ -443,6 +443,21 @@ def test_an_export_loads_in_transformers_and_peft_in_the_type_it_was_asked_for(
     with torch.no_grad():
         ours, theirs = (model(tokens).logits for model in (whole, with_adapter))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    # Asked by itself, an adapter stays beside its base, as in PEFT.
+    tokenizer = transformers.AutoTokenizer.from_pretrained(BASE)
+    prompt = tokenizer("And the LORD said", return_tensors="pt")
+    made = with_adapter.generate(**prompt, max_new_tokens=16, do_sample=False)
+    text = made[0, prompt["input_ids"].shape[1] :]
+    capsys.readouterr()
+    command(
+        "generate",
+        tmp_path / "adapter",
+        "And the LORD said",
+        "--max_new_tokens=16",
+        "--training.bf16=false",
+    )
+    expected = tokenizer.decode(text, skip_special_tokens=True)
+    assert capsys.readouterr().out == f"{expected}\n"
     narrow = tmp_path / "narrow"
     command("export", workdir, f"--output={narrow}", "--dtype=bfloat16")
     assert {str(x.dtype) for x in tensors(narrow).values()} == {"bfloat16"}

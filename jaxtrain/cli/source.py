@@ -10,6 +10,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -300,6 +301,8 @@ def prepare_devices() -> None:
     Standard output holds what a command answers. Warnings go to standard error, where
     Python's logging puts them if nobody says otherwise.
     """
+    # transformers reads it as it is imported, and would miss PyTorch.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import datasets
 
     from jaxtrain.run import distributed
