@@ -234,6 +234,17 @@ def test_a_folder_is_told_by_what_it_holds(trained, tmp_path):
         find(str(tmp_path))
 
 
+def test_the_harness_takes_a_run_for_the_model_it_exported(trained):
+    pytest.importorskip("lm_eval")
+    from jaxtrain.lm_eval.__main__ import model_of
+
+    workdir = trained("dpo_lora")
+    assert model_of(str(workdir)) == str(workdir / "model")
+    assert model_of("") == "" and model_of(str(BASE)) == str(BASE)
+    with pytest.raises(ValueError, match="jaxtrain export writes a whole model"):
+        model_of(str(workdir / "adapter"))
+
+
 # --- generate and chat -------------------------------------------------------------
 
 
