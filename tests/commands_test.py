@@ -19,7 +19,8 @@ from runs import tiny_config, train
 
 from jaxtrain import assets, cli
 from jaxtrain.cli import chat
-from jaxtrain.cli.source import find
+from jaxtrain.cli.source import configure, find
+from jaxtrain.config import resolve
 from jaxtrain.data.rows.tokenize import load_tokenizer
 from jaxtrain.evaluation.generate import generate_tokens, make_generate
 from jaxtrain.evaluation.stream import make_stream, text_pieces
@@ -232,6 +233,22 @@ def test_a_folder_is_told_by_what_it_holds(trained, tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config\.json: not JSON"):
         find(str(tmp_path))
+
+
+def test_a_run_is_used_on_other_devices_than_it_was_trained_on(trained, tmp_path):
+    workdir = trained("dpo_lora")
+    spread = evaluate(tmp_path, workdir, "--mesh.fsdp=4", "--mesh.tensor=2")
+    # Sums in another order; rewards are small differences of sums near 50.
+    assert spread == pytest.approx(logged(workdir, 4), rel=1e-4, abs=1e-5)
+    saved = json.loads((workdir / "config.json").read_text())
+    saved["training"]["num_gpus"] = None
+    for fsdp, expected in ((4, (1, 8)), (1, (8, 1))):
+        # Sixteen devices; here are eight.
+        saved["mesh"] |= {"data": 16 // fsdp, "fsdp": fsdp}
+        saved["training"]["deepspeed"]["zero_stage"] = 3 if fsdp > 1 else 0
+        (tmp_path / "config.json").write_text(json.dumps(saved))
+        run = resolve(configure(find(str(tmp_path))), device_count=8)
+        assert (run.mesh.data, run.mesh.fsdp) == expected
 
 
 def test_the_harness_takes_a_run_for_the_model_it_exported(trained):
