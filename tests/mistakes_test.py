@@ -486,3 +486,15 @@ def test_a_bug_keeps_its_traceback(capfd: pytest.CaptureFixture[str]) -> None:
 
     assert ending.run_command(command, []) == ending.FAULT
     assert "Traceback" in capfd.readouterr().err
+
+
+def test_the_echo_of_a_failed_save_is_not_printed(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    ending.run_command(lambda _: None, [])
+    echo = RuntimeError("Event loop is closed")
+    sys.excepthook(RuntimeError, echo, None)
+    assert capfd.readouterr().err == ""
+    sys.excepthook(RuntimeError, RuntimeError("another"), None)
+    assert "RuntimeError: another" in capfd.readouterr().err

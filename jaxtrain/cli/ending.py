@@ -16,6 +16,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from types import TracebackType
 
 from jaxtrain.record import logs
 
@@ -54,6 +55,8 @@ def run_command(
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
+    if sys.excepthook is sys.__excepthook__:
+        sys.excepthook = _without_late_callbacks
     try:
         if arguments is None:  # a command of its own, not one within a program
             logs.set_up(debug=debug)
@@ -73,13 +76,25 @@ def run_command(
         return code
 
 
+def _without_late_callbacks(
+    kind: type[BaseException], error: BaseException, where: TracebackType | None
+) -> None:
+    """Print an exception that nothing caught, but for the echo of a failed save.
+
+    Where one write of a checkpoint fails, Orbax closes its event loop, and each of the
+    other writes complains of that from a thread of C++.
+    """
+    if not (kind is RuntimeError and str(error) == "Event loop is closed"):
+        sys.__excepthook__(kind, error, where)
+
+
 def describe(error: BaseException) -> tuple[int, str] | None:
     """The exit code and the message of an exception; None for a bug."""
     text = str(error).strip()
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED, text or "interrupted"
     if any(sign in text for sign in _DISK_FULL) or _is_disk_full(error):
-        return FAULT, f"{_FULL} ({_first_line(text)})"
+        return FAULT, f"{_FULL} ({_first_line(text):.160})"
     if isinstance(error, MemoryError):
         return FAULT, "this machine has no memory left: load less data, or stream it"
     if isinstance(error, ConnectionError | TimeoutError):
