@@ -206,6 +206,8 @@ def _not_yaml(path: str, error: Exception) -> str:
     problem = getattr(error, "problem", None) or str(error).splitlines()[0]
     if "'\\t'" in problem:
         problem += "; indent with spaces, not with tabs"
+    elif isinstance(error, UnicodeDecodeError):
+        problem += "; save it as UTF-8"
     elif "given twice" not in problem:
         problem += "; look at this line and the one above: indentation, colons, quotes"
     return f"{where}: not YAML: {problem}"

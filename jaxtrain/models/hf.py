@@ -182,7 +182,10 @@ def _weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
                 " transformers' AutoModelForCausalLM.from_pretrained(...)"
                 ".save_pretrained(...) on a machine that may run them"
             )
-        raise ValueError(f"{directory} has neither {WEIGHTS} nor {WEIGHTS_INDEX}")
+        raise ValueError(
+            f"{directory} has neither {WEIGHTS} nor {WEIGHTS_INDEX}: copy or download"
+            " the weights too, or name another model"
+        )
     names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     for name in names:
         # The index is input: it may not name files elsewhere.

@@ -220,8 +220,9 @@ def check_identity(saved: Mapping[str, Any], present: Mapping[str, Any]) -> None
     ]
     if differing:
         raise ValueError(
-            f"cannot resume the data order: {', '.join(differing)}. Restore "
-            "these values, or start in a fresh workdir"
+            f"cannot resume the data order: {', '.join(differing)}. Restore these"
+            " values (the fingerprint is of the rows: data.train, how it is prepared,"
+            " the tokenizer), or use a new --workdir"
         )
 
 
