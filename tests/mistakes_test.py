@@ -188,7 +188,7 @@ MISTAKES = [
     m(f"{TRAIN} --training.objective=my_losses:focal"
       " --training.objective_kwargs={'gama':1}", "{'gama': 1}", "unexpected keyword"),
     # --- folders and devices
-    m("train sft --workdir=a_file", "workdir = 'a_file'", "is a file", "--workdir"),
+    m("train sft --workdir=a_file", "workdir = 'a_file'", "is a file", "another"),
     m("train sft --workdir=a_file/x", "workdir = 'a_file/x'", "is a file"),
     m("train sft --workdir=", "--workdir is empty"),
     m("train sft --workdir=gs://bucket/x", "'gs://bucket/x' is an address", "mount"),
@@ -259,7 +259,7 @@ SHORT = (
     " --model.architecture.num_hidden_layers=1 --model.architecture.hidden_size=32"
 )
 CHANGED = [  # a later command's other flag, and what its refusal says
-    ("--training.resume_from_checkpoint=never", "use a new --workdir, or 'auto'"),
+    ("--training.resume_from_checkpoint=never", "use a new workdir, or 'auto'"),
     ("--training.optimizer=lion", "training.optimizer: 'adamw' -> 'lion'"),
     ("--training.seed=7", "training.seed: 42 -> 7"),
     ("--training.fp16=true", "training.fp16: False -> True"),
@@ -289,7 +289,7 @@ def test_a_run_that_ends_early_says_why_and_how_to_go_on(
     for flag, expected in CHANGED:
         code, said = run(f"{whole} {flag}", capfd)
         assert code == ending.MISTAKE, said
-        assert expected in said and "--workdir" in said
+        assert expected in said and "workdir" in said
         assert len(said.splitlines()) == 1, said
 
 

@@ -64,12 +64,10 @@ def check_workdir(workdir: str | os.PathLike[str]) -> None:
     found = next(at for at in (absolute, *absolute.parents) if os.path.lexists(at))
     if not found.is_dir():
         raise ValueError(
-            f"{named}: {found} is a file, not a folder; give another --workdir"
+            f"{named}: {found} is a file, not a folder; give another workdir"
         )
     if not os.access(found, os.W_OK | os.X_OK):
-        raise ValueError(
-            f"{named}: {found} cannot be written to; give another --workdir"
-        )
+        raise ValueError(f"{named}: {found} cannot be written to; give another workdir")
 
 
 def saved_steps(directory: pathlib.Path) -> list[int]:
@@ -82,7 +80,7 @@ def refuse_never(directory: pathlib.Path, step: int) -> ValueError:
     """The error of `resume_from_checkpoint = never` beside a checkpoint."""
     return ValueError(
         f"training.resume_from_checkpoint = 'never', but {directory} holds step"
-        f" {step}: use a new --workdir, or 'auto' to continue"
+        f" {step}: use a new workdir, or 'auto' to continue"
     )
 
 
@@ -104,7 +102,7 @@ def _check_earlier_steps(run: RunConfig, directory: pathlib.Path) -> None:
         raise ValueError(
             f"{directory} holds step {steps[-1]} of a run with other settings, which"
             f" does not fit: {'; '.join(changed)}. Set them back, or use a new"
-            " --workdir"
+            " workdir"
         )
 
 

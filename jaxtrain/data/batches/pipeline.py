@@ -222,7 +222,7 @@ def check_identity(saved: Mapping[str, Any], present: Mapping[str, Any]) -> None
         raise ValueError(
             f"cannot resume the data order: {', '.join(differing)}. Restore these"
             " values (the fingerprint is of the rows: data.train, how it is prepared,"
-            " the tokenizer), or use a new --workdir"
+            " the tokenizer), or use a new workdir"
         )
 
 

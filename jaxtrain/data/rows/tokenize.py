@@ -81,8 +81,9 @@ def load_tokenizer(
     if local and not (trust_remote_code or _holds_tokenizer(folder)):
         # Of a config.json alone, transformers makes a tokenizer without any token.
         raise ValueError(
-            f"cannot load tokenizer {path_or_name!r}: the folder holds none (such as"
-            " tokenizer.json); set model.tokenizer_name_or_path to one that does"
+            f"cannot load tokenizer {path_or_name!r}: the folder holds no tokenizer"
+            " (such as tokenizer.json); set model.tokenizer_name_or_path to one that"
+            " does"
         )
     try:
         loader = _named_class(folder) or transformers.AutoTokenizer
