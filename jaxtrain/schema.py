@@ -320,6 +320,8 @@ def parse(text: str, hint: Any, read: Callable[[str], Any]) -> Any:
     value = read(text)
     if holds_text and _convert(value, hint) is None:
         value = text
+    elif isinstance(value, str) and _convert(listed := read(f"[{text}]"), hint):
+        value = listed  # numbers with commas between them
     return convert(value, hint)
 
 

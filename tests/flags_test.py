@@ -215,3 +215,9 @@ def test_a_flag_unsets_a_files_other_names_of_it() -> None:
     assert run.lora is not None and run.lora.quantization == "int8"
     assert not run.devices.dataloader_pin_memory
     assert not run.devices.deepspeed.offload_param
+
+
+def test_numbers_with_commas_between_them_are_a_list() -> None:
+    text = "training_type=dpo;dpo.loss_type=sigmoid,sft;dpo.loss_weights=1.0,0.5"
+    _, run = resolve_flags(default_config(), flags_of(text))
+    assert run.dpo is not None and run.dpo.loss_weights == (1.0, 0.5)
