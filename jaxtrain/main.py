@@ -12,7 +12,7 @@ from jaxtrain.cli.command import ConfigParser, Once, default_workdir
 from jaxtrain.cli.ending import Interrupted, run_command
 from jaxtrain.data import sources
 from jaxtrain.record import logs
-from jaxtrain.run import preflight
+from jaxtrain.run import interrupts, preflight
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -51,7 +51,9 @@ def main(arguments: Sequence[str]) -> None:
     try:
         orchestrator = trainer.TrainingOrchestrator(config, workdir=workdir)
         orchestrator.prepare()
+        interrupts.check()
         rows = orchestrator.prepare_data()
+        interrupts.check()
         orchestrator.train(*rows)
     except KeyboardInterrupt as interrupt:
         raise Interrupted(_how_to_go_on(workdir)) from interrupt

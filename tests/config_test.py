@@ -406,9 +406,9 @@ def test_flags_set_lists_and_mappings_of_the_architecture() -> None:
 def sample_of(hint: Any) -> tuple[str, Any]:
     """A text of the command line, and the value that it should set."""
     names = schema._allowed_texts(hint)
-    texts = ["3", "2", "1", "0.25", "true", "x", "['x']", "(1, 0.5)", "{'x': 1}"]
-    texts += [*names, *names]
-    values = [3, 2, 1, 0.25, True, "x", ("x",), (1.0, 0.5), {"x": 1}, *names]
+    texts = ["3", "2", "1", "0.25", "true", "x", "['x']", "(1, 0.5)", "1,2"]
+    texts += ["{'x': 1}", *names, *names]
+    values = [3, 2, 1, 0.25, True, "x", ("x",), (1.0, 0.5), (1, 2), {"x": 1}, *names]
     values += [(name,) for name in names]
     for text, value in zip(texts, values, strict=True):
         with contextlib.suppress(ValueError):

@@ -4,6 +4,7 @@ Each row is a command in a folder of the user's. What needs no model is told bef
 loads: there `load_model` must not be reached.
 """
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -18,11 +19,11 @@ from typing import Any
 
 import pytest
 
-from jaxtrain import assets, cli, trainer
+from jaxtrain import assets, cli, main, trainer
 from jaxtrain.cli import ending
 from jaxtrain.config import resolve
 from jaxtrain.models import load
-from jaxtrain.run import distributed, preflight, trial
+from jaxtrain.run import distributed, interrupts, preflight, trial
 from jaxtrain.run.checkpoint import CheckpointManager
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -498,3 +499,23 @@ def test_the_echo_of_a_failed_save_is_not_printed(
     assert capfd.readouterr().err == ""
     sys.excepthook(RuntimeError, RuntimeError("another"), None)
     assert "RuntimeError: another" in capfd.readouterr().err
+
+
+def test_an_interrupt_that_a_library_swallows_ends_the_run_all_the_same(
+    inside: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    previous = signal.getsignal(signal.SIGINT)
+    inside.setattr(interrupts, "_pressed", False)
+
+    def prepare(self: Any) -> None:
+        with contextlib.suppress(BaseException):
+            signal.raise_signal(signal.SIGINT)
+
+    inside.setattr("jaxtrain.trainer.TrainingOrchestrator.prepare", prepare)
+    try:
+        interrupts.watch()
+        code = ending.run_command(main.main, ["sft", "--workdir=out/x"])
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    assert code == ending.INTERRUPTED
+    assert "interrupted; no step is saved yet" in capsys.readouterr().err

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from jaxtrain.record import logs
+from jaxtrain.run import interrupts
 
 MISTAKE, FAULT, INTERRUPTED = 2, 1, 130
 
@@ -60,6 +61,7 @@ def run_command(
     try:
         if arguments is None:  # a command of its own, not one within a program
             logs.set_up(debug=debug)
+            interrupts.watch()
         return command([each for each in given if each != "--debug"]) or 0
     except BrokenPipeError:  # `jaxtrain configs | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

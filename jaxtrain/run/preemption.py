@@ -14,6 +14,8 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
+from jaxtrain.run import interrupts
+
 logger = logging.getLogger(__name__)
 
 # EX_TEMPFAIL of sysexits.h: not failed, start it again.
@@ -56,7 +58,12 @@ class PreemptionWatch(contextlib.AbstractContextManager["PreemptionWatch"]):
             signal.signal(signal.SIGTERM, self._previous)
 
     def requested(self, step: int) -> bool:
-        """Whether to leave after `step`: the same answer on every process."""
+        """Whether to leave after `step`: the same answer on every process.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C was pressed, and something swallowed it.
+        """
+        interrupts.check()
         if jax.process_count() > 1:
             return bool(multihost_utils.reached_preemption_sync_point(step))
         return self._requested
