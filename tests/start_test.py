@@ -163,7 +163,9 @@ def test_an_estimate_names_its_unit_and_the_limit():
         "at least 3.5 of 80.0 GiB a device: parameters 3.0, gradients 0.5;"
         " 6.0 in host memory"
     )
-    assert Estimate({"parameters": 3 * 2**20}).describe().startswith("at least 3.0 MiB")
+    small = Estimate({"parameters": 3 * 2**20})
+    assert small.describe().startswith("at least 3.0 MiB a")
+    assert small.describe(2**30).startswith("at least 3.0 MiB of 1.0 GiB a device")
 
 
 def test_config_json_keeps_each_start_and_stays_a_configuration(

@@ -70,6 +70,8 @@ def set_up(
     handler.addFilter(_is_not_chatter)
     for name in _LIBRARIES:
         logging.getLogger(name).setLevel(logging.ERROR)
+    # Of a plugin whose device is not there it logs a traceback; our message follows.
+    logging.getLogger("jax._src.xla_bridge").setLevel(logging.CRITICAL)
     for name, value in _QUIET.items():
         environ.setdefault(name, value)
     if not sys.stderr.isatty():  # a download's bar is of use where one looks on

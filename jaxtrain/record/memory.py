@@ -32,15 +32,24 @@ class Estimate:
         Args:
             limit: bytes that a device has, where it tells.
         """
-        unit, size = next((u for u in _UNITS if self.total >= u[1]), _UNITS[-1])
-        of = "" if limit is None else f" of {limit / size:.1f}"
+        unit, size = _unit_of(self.total)
+        used = f"{self.total / size:.1f} {unit}"
+        if limit is not None:
+            limit_unit, limit_size = _unit_of(limit)
+            used = used.removesuffix(f" {limit_unit}")
+            used += f" of {limit / limit_size:.1f} {limit_unit}"
         parts = ", ".join(
             f"{name} {bytes_ / size:.1f}" for name, bytes_ in self.device.items()
         )
-        text = f"at least {self.total / size:.1f}{of} {unit} a device: {parts}"
+        text = f"at least {used} a device: {parts}"
         if self.host:
             text += f"; {self.host / size:.1f} in host memory"
         return text
+
+
+def _unit_of(size: int) -> tuple[str, int]:
+    """The unit that suits so many bytes, and its bytes."""
+    return next((unit for unit in _UNITS if size >= unit[1]), _UNITS[-1])
 
 
 def sum_bytes(tree: Any) -> tuple[int, int]:

@@ -149,7 +149,7 @@ def count_devices() -> int:
         raise ValueError(
             f"JAX_PLATFORMS = {named!r}: no such device can be used here"
             f" ({reason.partition(' (set')[0]}); unset it to take what there is, set"
-            " cpu, or install jax for the device (such as pip install 'jax[cuda12]')"
+            " cpu, or install jax for the device (such as pip install 'jaxtrain[cuda]')"
         ) from error
 
 

@@ -1,6 +1,6 @@
 """Ctrl-C, also where a library swallows it.
 
-Python raises KeyboardInterrupt wherever a program happens to be. Some libraries catch
+Python raises KeyboardInterrupt wherever the program is. Some libraries catch
 everything while they import or load, and the program would go on as if nobody had
 pressed a key. So the key press is noted, and asked for again between the parts of a run.
 """
