@@ -47,7 +47,7 @@ class Estimate:
         return text
 
 
-def _unit_of(size: int) -> tuple[str, int]:
+def _unit_of(size: float) -> tuple[str, float]:
     """The unit that suits so many bytes, and its bytes."""
     return next((unit for unit in _UNITS if size >= unit[1]), _UNITS[-1])
 

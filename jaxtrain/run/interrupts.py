@@ -1,8 +1,8 @@
 """Ctrl-C, also where a library swallows it.
 
-Python raises KeyboardInterrupt wherever the program is. Some libraries catch
-everything while they import or load, and the program would go on as if nobody had
-pressed a key. So the key press is noted, and asked for again between the parts of a run.
+Python raises KeyboardInterrupt wherever the program is. Some libraries catch everything
+while they import or load, and the program would go on as if nobody had pressed a key.
+So the key press is noted, and asked for again between the parts of a run.
 """
 
 import signal
