@@ -85,7 +85,7 @@ def test_packed_rows_keep_every_token_mask_and_border(documents):
 
 
 def test_statistics_count_what_happened(bpe, caplog):
-    caplog.set_level(logging.INFO, logger="jaxtrain")
+    caplog.set_level(logging.DEBUG, logger="jaxtrain")
     rows = [
         {"prompt": "the sky", "completion": " is blue"},
         {"prompt": "the sky " * 40, "completion": " dropped"},
