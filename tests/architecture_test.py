@@ -64,6 +64,7 @@ ALLOWED: dict[str, set[str]] = {
     "lora": {"models", "sharding", "tree", "types"},
     "objectives": {"objectives.options", "schema", "types"},
     "evaluation": {"data.batches", "models", "objectives", "sharding", "types"},
+    "models.special_tokens": {"data.rows", "models"},
     "models.load": {
         "assets",
         "config",
@@ -72,6 +73,7 @@ ALLOWED: dict[str, set[str]] = {
         "kernels",
         "lora",
         "models",
+        "models.special_tokens",
         "sharding",
         "types",
     },
@@ -85,6 +87,7 @@ ALLOWED: dict[str, set[str]] = {
         "lora",
         "models",
         "models.load",
+        "models.special_tokens",
         "record",
         "sharding",
         "tree",

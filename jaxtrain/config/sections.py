@@ -49,9 +49,9 @@ ALL_TRAIN = OnlyIf(
 EXPORTED = OnlyIf("training.save_final_model")
 SPIKES = OnlyIf("training.spike_threshold")
 SYNCED = OnlyIf("training.dpo.sync_ref_model")
-DRAWN = OnlyIf(
+DRAWN = Unless(
     "training.generation.temperature",
-    True,
+    0,
     "generation.temperature is 0: the likeliest token is taken",
 )
 NEW_ADAPTERS = OnlyIf(
@@ -508,7 +508,10 @@ class CurriculumSection:
 
 @dataclass(frozen=True)
 class GenerationSection:
-    """Held-out prompts are continued at each evaluation, and the texts measured."""
+    """Held-out prompts are continued at each evaluation, and the texts measured.
+
+    How they are drawn is, where unset, as the model's generation_config.json has it.
+    """
 
     ONLY_IF: ClassVar = OnlyIf("training.generation.enabled")
 
@@ -522,14 +525,16 @@ class GenerationSection:
     """Local directory of bertscore's encoder."""
     num_prompts: PositiveInt = 64
     """Taken from the start of the evaluation data."""
-    max_new_tokens: Annotated[PositiveInt, TOKENS] = 64
-    """Length of a continuation."""
-    temperature: NonNegative = 0.0
-    """0: always the most likely token."""
-    top_k: Annotated[NonNegativeInt, DRAWN] = 0
-    """Draw from this many likeliest tokens. 0: off."""
-    top_p: Annotated[float, Bound(0, 1, open_low=True), DRAWN] = 1.0
-    """Draw from the likeliest tokens of this total probability. 1: off."""
+    max_new_tokens: Annotated[PositiveInt | None, TOKENS] = None
+    """Length of a continuation. Unset: the model's, or 64."""
+    temperature: NonNegative | None = None
+    """0: always the most likely token. Unset: the model's if it has do_sample, or 0."""
+    top_k: Annotated[NonNegativeInt | None, DRAWN] = None
+    """Draw from this many likeliest tokens. 0: off. Unset: the model's, or 0; where it
+    has do_sample and no top_k, 50 as in transformers."""
+    top_p: Annotated[float | None, Bound(0, 1, open_low=True), DRAWN] = None
+    """Draw from the likeliest tokens of this total probability. 1: off. Unset: the
+    model's, or 1."""
     batch_size: PositiveInt = 16
     """Prompts at once, over all devices."""
     num_samples_logged: NonNegativeInt = 3

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxtrain import sharding
 from jaxtrain.evaluation.generate import Generator, generate_texts, make_generate
+from jaxtrain.models.generation_config import GenerationConfig, as_ids
 from jaxtrain.models.transformer import Decoder
 from jaxtrain.objectives import next_token
 from jaxtrain.types import Batch, Metrics, PairBatch, Params
@@ -21,6 +22,7 @@ class Inference(abc.ABC):
     decoder: Decoder
     tokenizer: Any
     plan: sharding.ShardingPlan
+    generation: GenerationConfig
 
     @property
     @abc.abstractmethod
@@ -37,19 +39,25 @@ class Inference(abc.ABC):
     @property
     def eos_ids(self) -> tuple[int, ...]:
         """The tokens that end a text: the tokenizer's, and those of the model."""
-        eos = self.decoder.config.eos_token_id
-        ids = {self.tokenizer.eos_token_id, *(eos if isinstance(eos, tuple) else [eos])}
-        return tuple(sorted(ids - {None}))
+        ids = {self.tokenizer.eos_token_id, *as_ids(self.decoder.config.eos_token_id)}
+        return tuple(sorted(ids.union(self.generation.eos_ids) - {None}))
 
-    def make_generator(self, max_new_tokens: int, **options: Any) -> Generator:
-        """`generate.make_generate` for this model, with its end tokens; made once."""
-        key = (max_new_tokens, *sorted(options.items()))
-        if key not in self._generators:
-            options |= {"eos_ids": self.eos_ids, "pad_id": self.tokenizer.pad_token_id}
-            self._generators[key] = make_generate(
-                self.decoder, max_new_tokens=max_new_tokens, **options
+    def make_generator(
+        self, max_new_tokens: int | None = None, **options: Any
+    ) -> Generator:
+        """`generate.make_generate` for this model, with its end tokens; made once.
+
+        A setting that is None or absent is as generation_config.json has it.
+        """
+        given = tuple(sorted({"max_new_tokens": max_new_tokens, **options}.items()))
+        if given not in self._generators:
+            self._generators[given] = make_generate(
+                self.decoder,
+                eos_ids=self.eos_ids,
+                pad_id=self.tokenizer.pad_token_id,
+                **self.generation.settings(**dict(given)),
             )
-        return self._generators[key]
+        return self._generators[given]
 
     def score(self, batch: Batch | PairBatch | Mapping[str, Any]) -> Metrics:
         """Sums of loss (nats), accuracy and entropy over one batch of numpy [B, T].
@@ -72,14 +80,17 @@ class Inference(abc.ABC):
         self,
         prompts: Sequence[str | Sequence[Mapping[str, Any]]],
         *,
-        max_new_tokens: int = 64,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
         batch_size: int = 8,
         seed: int = 0,
     ) -> list[str]:
         """Continue strings or conversations; one text each. See `generate_texts`.
+
+        A setting that is None is as the model's generation_config.json has it; without
+        one, 64 new tokens at most, each the most likely one.
 
         Raises:
             ValueError: the weights went into a training, or a setting is out of range.

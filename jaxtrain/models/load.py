@@ -15,6 +15,11 @@ from jaxtrain.evaluation.inference import Inference
 from jaxtrain.kernels.attention import Layout
 from jaxtrain.models import hf, quantization
 from jaxtrain.models.config import ModelConfig
+from jaxtrain.models.generation_config import (
+    GenerationConfig,
+    read_generation_config,
+)
+from jaxtrain.models.special_tokens import align_special_tokens
 from jaxtrain.models.transformer import Decoder
 from jaxtrain.types import Params
 
@@ -27,7 +32,7 @@ class LoadedModel(Inference):
 
     `evaluation.inference` adds scoring and generating. `directory` is the local Hugging
     Face directory, or None for random weights. `weights` are None once a training has
-    taken them over (`take_weights`).
+    taken them over (`take_weights`). `generation` has the defaults of generating.
     """
 
     decoder: Decoder
@@ -35,6 +40,7 @@ class LoadedModel(Inference):
     tokenizer: Any
     plan: sharding.ShardingPlan
     directory: str | None
+    generation: GenerationConfig = dataclasses.field(default_factory=GenerationConfig)
 
     @property
     def params(self) -> Params:
@@ -89,6 +95,10 @@ def load_model(run: RunConfig) -> LoadedModel:
             " (config.model.tokenizer_name_or_path), or for a model from scratch set"
             " config.model.architecture.vocab_size to at least that"
         )
+    generation = GenerationConfig()
+    if directory is not None and run.training_type != "from_scratch":
+        generation = read_generation_config(directory)
+    config, generation = align_special_tokens(config, generation, tokenizer)
     decoder = make_decoder(run, config, plan)
     base, described = _describe_weights(run, decoder, plan)
     layouts = sharding.layouts_of(described)
@@ -111,7 +121,7 @@ def load_model(run: RunConfig) -> LoadedModel:
             config.num_params() * jnp.dtype(_base_dtype(run)).itemsize / 2**20,
             _base_dtype(run),
         )
-    return LoadedModel(decoder, params, tokenizer, plan, directory)
+    return LoadedModel(decoder, params, tokenizer, plan, directory, generation)
 
 
 def adopt(model: LoadedModel, run: RunConfig) -> LoadedModel:

@@ -11,6 +11,7 @@ from jaxtrain import lora, tree
 from jaxtrain.config import RunConfig
 from jaxtrain.models.hf_save import save_pretrained
 from jaxtrain.models.load import LoadedModel, lora_config
+from jaxtrain.models.special_tokens import save_tokenizer
 from jaxtrain.run.checkpoint import CheckpointManager
 from jaxtrain.types import TrainState
 
@@ -82,8 +83,9 @@ def export_merged(
             )
     save_pretrained(directory, config, params, dtype=run.model.export_dtype)
     if jax.process_index() == 0:
+        model.generation.save(directory)
         # As it was used: with the chat template of this run, if that was another.
-        model.tokenizer.save_pretrained(str(directory))
+        save_tokenizer(model.tokenizer, directory)
     logger.info("model saved to %s", directory)
     return str(directory)
 

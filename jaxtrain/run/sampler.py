@@ -28,19 +28,20 @@ def make_sampler(run: RunConfig, model: LoadedModel, data: PreparedDataset) -> S
         ValueError: the rows hold no prompt, or a metric can't be had.
     """
     settings = run.generation
+    generator = model.make_generator(
+        settings.max_new_tokens,
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+    )
     sampler = Sampler(
-        model.make_generator(
-            settings.max_new_tokens,
-            temperature=settings.temperature,
-            top_k=settings.top_k,
-            top_p=settings.top_p,
-        ),
+        generator,
         model.tokenizer,
         read_prompts(
             data,
             model.tokenizer,
             settings.num_prompts,
-            new_tokens=settings.max_new_tokens,
+            new_tokens=generator.max_new_tokens,
         ),
         [
             make_text_metric(name, bertscore_model=settings.bertscore_model)

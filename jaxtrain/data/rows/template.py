@@ -46,6 +46,29 @@ def render_chat(
     return str(_apply_template(tokenizer, messages, template_kwargs, options))
 
 
+def turn_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token that the chat template writes first after an assistant's turn.
+
+    None if there is no template, or no special token follows the turn's text.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    turns = [("user", "?"), ("assistant", _STAND_IN)]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    try:
+        text = render_chat(tokenizer, messages, {})
+    except (BadRow, ValueError):
+        return None
+    ending = text.rpartition(_STAND_IN)[2]
+    special = {
+        number: token
+        for number, token in tokenizer.added_tokens_decoder.items()
+        if token.special or number in tokenizer.all_special_ids
+    }
+    ids = tokenizer(ending, add_special_tokens=False)["input_ids"]
+    return next((number for number in ids if number in special), None)
+
+
 def encode_with_assistant_mask(
     tokenizer: PreTrainedTokenizerBase,
     messages: Messages,
