@@ -147,8 +147,9 @@ class TrainingOrchestrator:
         if isinstance(rows, PreparedDataset | StreamDataset):
             return rows
         run = self._prepared_run()
-        assert self.model is not None  # loaded as `run` was prepared
-        return loading.prepare_rows(run, rows, self.model.tokenizer)
+        model = self.model
+        assert model is not None  # loaded as `run` was prepared
+        return loading.prepare_rows(run, rows, model.tokenizer, model.config.vocab_size)
 
     def prepare_data(
         self,

@@ -65,6 +65,7 @@ ALLOWED: dict[str, set[str]] = {
     "objectives": {"objectives.options", "schema", "types"},
     "evaluation": {"data.batches", "models", "objectives", "sharding", "types"},
     "models.special_tokens": {"data.rows", "models"},
+    "models.vocabulary": {"data.rows", "lora", "models", "sharding", "tree", "types"},
     "models.load": {
         "assets",
         "config",
@@ -74,6 +75,7 @@ ALLOWED: dict[str, set[str]] = {
         "lora",
         "models",
         "models.special_tokens",
+        "models.vocabulary",
         "sharding",
         "types",
     },

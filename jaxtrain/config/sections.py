@@ -165,6 +165,12 @@ class ModelSection:
         Literal["float32", "bfloat16", "float16"] | None, EXPORTED
     ] = None
     """How weights are exported. Unset: as they are kept."""
+    grow_vocabulary: bool = False
+    """Give the model a row of the embedding, and of the head, for each token of the
+    tokenizer that it has none for: the mean of the others, and trained. Under LoRA,
+    name embed_tokens (and lm_head, where that is a matrix of its own) in
+    modules_to_save. False: such tokens are harmless, but a row of data that holds one
+    is a bad row."""
     loss_chunk_tokens: Annotated[PositiveInt | None, TOKENS] = None
     """Tokens whose logits exist at once in the loss: memory against speed. Unset: 512,
     less for models narrower than 1280."""

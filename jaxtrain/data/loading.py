@@ -1,5 +1,6 @@
 """The rows and the tokenizer of a run's configuration, and rows prepared as it says."""
 
+import dataclasses
 import functools
 import logging
 import os
@@ -25,7 +26,11 @@ from jaxtrain.data.prepare.prepare import Rows, prepare
 from jaxtrain.data.rows.folders import looks_local
 from jaxtrain.data.rows.formats import detect_format
 from jaxtrain.data.rows.source import load_rows
-from jaxtrain.data.rows.tokenize import PreTrainedTokenizerBase, load_tokenizer
+from jaxtrain.data.rows.tokenize import (
+    PreTrainedTokenizerBase,
+    highest_id,
+    load_tokenizer,
+)
 from jaxtrain.data.stream.batches import (
     StreamDataset,
     StreamRows,
@@ -87,10 +92,14 @@ def prepare_rows(
     run: RunConfig,
     rows: AnyRows,
     tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int | None = None,
 ) -> PreparedDataset | StreamDataset:
     """Check and tokenize raw rows for this run's objective; the log says the rest.
 
     Of a stream only the format is told here; its rows are checked as they come.
+
+    Args:
+        vocab_size: the model's; rows with higher token ids are bad.
 
     Raises:
         ValueError: bad rows, each by number and reason (`data.on_bad_row: error`).
@@ -103,11 +112,13 @@ def prepare_rows(
             )
         source = HubSource("train_dataset", rows, run.data.max_train_rows)
         rows = StreamRows((source,))
-    if isinstance(rows, Mixture):
-        return _prepare_mixture(run, rows, tokenizer)
-    if not isinstance(rows, StreamRows):
-        return _prepare_held(run, rows, tokenizer)
     options = prepare_options(run)
+    if vocab_size is not None and highest_id(tokenizer) >= vocab_size:
+        options = dataclasses.replace(options, vocab_size=vocab_size)
+    if isinstance(rows, Mixture):
+        return _prepare_mixture(run, rows, tokenizer, options)
+    if not isinstance(rows, StreamRows):
+        return _prepare_held(run, rows, tokenizer, options)
     if options.packing is None:
         logger.info(
             "data.packing = False: rows of a stream are padded to data.max_length = %d "
@@ -168,9 +179,11 @@ def check_held(rows: PreparedDataset | StreamDataset | None) -> PreparedDataset 
 
 
 def _prepare_held(
-    run: RunConfig, rows: Rows, tokenizer: PreTrainedTokenizerBase
+    run: RunConfig,
+    rows: Rows,
+    tokenizer: PreTrainedTokenizerBase,
+    options: PrepareOptions,
 ) -> PreparedDataset:
-    options = prepare_options(run)
     if run.data.cache:
         return prepare_cached(rows, tokenizer, options, run.data.cache_dir)
     return prepare(rows, tokenizer, options)
@@ -196,12 +209,15 @@ def prepare_options(run: RunConfig) -> PrepareOptions:
 
 
 def _prepare_mixture(
-    run: RunConfig, mixture: Mixture, tokenizer: PreTrainedTokenizerBase
+    run: RunConfig,
+    mixture: Mixture,
+    tokenizer: PreTrainedTokenizerBase,
+    options: PrepareOptions,
 ) -> PreparedDataset:
     prepared = []
     for part in mixture.parts:
         try:
-            prepared.append(_prepare_held(run, part.rows, tokenizer))
+            prepared.append(_prepare_held(run, part.rows, tokenizer, options))
         except ValueError as error:
             raise ValueError(f"{part.name}: {error}") from error
     joined = join(prepared, [part.weight for part in mixture.parts])

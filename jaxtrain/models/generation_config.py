@@ -95,14 +95,14 @@ class GenerationConfig:
             )
 
 
-def read_generation_config(directory: str | pathlib.Path) -> GenerationConfig:
-    """Read a directory's generation_config.json; empty if it has none.
+def read_generation_config(directory: str | pathlib.Path | None) -> GenerationConfig:
+    """Read a directory's generation_config.json; empty without a directory or a file.
 
     Raises:
         ValueError: it is no JSON object, or holds values of a wrong type: all of them.
     """
-    file = pathlib.Path(directory) / FILE
-    if not file.is_file():
+    file = pathlib.Path(directory or "") / FILE
+    if directory is None or not file.is_file():
         return GenerationConfig()
     try:
         values = json.loads(file.read_text(encoding="utf-8"))

@@ -13,7 +13,7 @@ from jaxtrain.config import RunConfig
 from jaxtrain.data.loading import load_run_tokenizer
 from jaxtrain.evaluation.inference import Inference
 from jaxtrain.kernels.attention import Layout
-from jaxtrain.models import hf, quantization
+from jaxtrain.models import hf, quantization, vocabulary
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.generation_config import (
     GenerationConfig,
@@ -88,30 +88,30 @@ def load_model(run: RunConfig) -> LoadedModel:
     plan, directory = make_plan(run), _model_directory(run)
     tokenizer = load_run_tokenizer(run, directory)
     config = _load_config(run, directory, tokenizer)
-    if len(tokenizer) > config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens, but the model's vocab_size ="
-            f" {config.vocab_size}: use the tokenizer that the model was trained with"
-            " (config.model.tokenizer_name_or_path), or for a model from scratch set"
-            " config.model.architecture.vocab_size to at least that"
-        )
-    generation = GenerationConfig()
-    if directory is not None and run.training_type != "from_scratch":
-        generation = read_generation_config(directory)
+    stored_rows = config.vocab_size
+    config = _fit_vocabulary(run, config, tokenizer)
+    from_scratch = directory is None or run.training_type == "from_scratch"
+    generation = read_generation_config(None if from_scratch else directory)
     config, generation = align_special_tokens(config, generation, tokenizer)
     decoder = make_decoder(run, config, plan)
     base, described = _describe_weights(run, decoder, plan)
-    layouts = sharding.layouts_of(described)
     size = f"{config.num_params() / 1e6:.1f}M"
     # From scratch, a directory gives its sizes and its tokenizer only.
-    if directory is None or run.training_type == "from_scratch":
+    if directory is None or from_scratch:
         logger.info("new %s of %s parameters", config.model_type, size)
         key = jax.random.key(run.loop.seed)
-        params = jax.jit(base.init, out_shardings=layouts)(key)
+        params = jax.jit(base.init, out_shardings=sharding.layouts_of(described))(key)
     else:
         told = "loading %s of %s parameters from %s"
         logger.info(told, config.model_type, size, directory)
-        params = hf.load_params(directory, base, layouts, dtype=_base_dtype(run))
+        if run.lora is not None:
+            vocabulary.check_new_rows_train(base, stored_rows, lora_config(run))
+        stored = vocabulary.with_rows(decoder, stored_rows)
+        stored, layouts = _describe_weights(run, stored, plan)
+        params = hf.load_params(
+            directory, stored, sharding.layouts_of(layouts), dtype=_base_dtype(run)
+        )
+        params = vocabulary.add_rows(params, described)
     if decoder.quantization is not None:
         logger.info(
             "its layers' kernels are kept as %s: the frozen base takes %.1f MiB"
@@ -132,6 +132,11 @@ def adopt(model: LoadedModel, run: RunConfig) -> LoadedModel:
     Raises:
         ValueError: an earlier training has taken its weights.
     """
+    if _fit_vocabulary(run, model.config, model.tokenizer) != model.config:
+        raise ValueError(
+            "model.grow_vocabulary = True: this model was loaded without it; load it"
+            " anew by this configuration"
+        )
     plan = make_plan(run)
     decoder = make_decoder(run, model.config, plan)
     _, described = _describe_weights(run, decoder, plan)
@@ -154,12 +159,17 @@ def adopt(model: LoadedModel, run: RunConfig) -> LoadedModel:
 def load_abstract_model(run: RunConfig, devices: Sequence[jax.Device]) -> LoadedModel:
     """Describe the model that `run` names on `devices`, which need not be present.
 
-    Its weights are `jax.ShapeDtypeStruct`s, and there is no tokenizer. Only the
-    directory's config.json is read.
+    Its weights are `jax.ShapeDtypeStruct`s, and there is no tokenizer. Of a directory,
+    config.json is read, and the tokenizer where `model.grow_vocabulary` counts it.
     """
     plan, directory = make_plan(run, devices), _model_directory(run)
-    tokenizer = load_run_tokenizer(run) if directory is None else None
-    decoder = make_decoder(run, _load_config(run, directory, tokenizer), plan)
+    tokenizer = None
+    if directory is None or run.model.grow_vocabulary:
+        tokenizer = load_run_tokenizer(run, directory)
+    config = _load_config(run, directory, tokenizer)
+    if tokenizer is not None:
+        config = _fit_vocabulary(run, config, tokenizer)
+    decoder = make_decoder(run, config, plan)
     _, described = _describe_weights(run, decoder, plan)
     return LoadedModel(decoder, described, None, plan, directory)
 
@@ -285,6 +295,15 @@ def _model_directory(run: RunConfig) -> str | None:
         return str(hf.resolve_model_path(named, revision=run.model.revision))
     scratch = run.training_type == "from_scratch"
     return None if scratch else str(assets.asset_path(assets.MODEL))
+
+
+def _fit_vocabulary(run: RunConfig, config: ModelConfig, tokenizer: Any) -> ModelConfig:
+    return vocabulary.fit_vocabulary(
+        config,
+        tokenizer,
+        grow=run.model.grow_vocabulary,
+        from_scratch=run.training_type == "from_scratch",
+    )
 
 
 def _load_config(run: RunConfig, directory: str | None, tokenizer: Any) -> ModelConfig:

@@ -8,7 +8,7 @@ import abc
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -29,6 +29,7 @@ from jaxtrain.data.rows.tokenize import (
 
 Row = Mapping[str, Any]  # canonical, as `read_row` gives it
 Sides = dict[str, list[Example]]
+_Tokens = TypeVar("_Tokens", Example, Pair)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +86,7 @@ class NextToken(RowKind):
             assistant_only_loss=options.assistant_only_loss,
             on_bad=on_bad,
         )
+        examples = _known_to_the_model(examples, recipe, on_bad)
         return _truncated("", rows, examples, None if whole else options.max_length)
 
 
@@ -106,13 +108,18 @@ class Labeled(RowKind):
                 for row in rows
                 for side, label in (("chosen", True), ("rejected", False))
             ]
+
+        def on_bad_side(index: int, reason: str) -> None:
+            on_bad(index // each, reason)
+
         examples = tokenize_examples(
             rows,
             dataclasses.replace(recipe.row_format, kind="prompt_completion"),
             recipe.tokenizer,
             completion_only_loss=True,
-            on_bad=lambda index, reason: on_bad(index // each, reason),
+            on_bad=on_bad_side,
         )
+        examples = _known_to_the_model(examples, recipe, on_bad_side)
         return _truncated("completions", rows, examples, recipe.options.max_length)
 
     def pack(self, sides: Sides, options: PrepareOptions) -> dict[str, TokenStore]:
@@ -132,6 +139,7 @@ class Preference(RowKind):
         """Train on both completions, behind the same prompt."""
         options = recipe.options
         pairs = tokenize_pairs(rows, recipe.row_format, recipe.tokenizer, on_bad=on_bad)
+        pairs = _known_to_the_model(pairs, recipe, on_bad)
         for row, pair in zip(rows, pairs, strict=True):
             if pair is None:
                 continue
@@ -220,6 +228,35 @@ def mismatch_completions(
         trained = np.arange(len(ids)) >= starts[i]
         mixed.append(Example(ids, trained))
     return mixed
+
+
+def _known_to_the_model(
+    found: Sequence[_Tokens | None], recipe: Recipe, on_bad: OnBad
+) -> list[_Tokens | None]:
+    """The same; None for rows with a token id that the model has no embedding for."""
+    limit, known = recipe.options.vocab_size, list(found)
+    if limit is None:
+        return known
+    ids = [np.zeros(0, np.int32) if x is None else _ids_of(x) for x in found]
+    flat = np.concatenate([np.zeros(0, np.int32), *ids])
+    beyond = np.flatnonzero(flat >= limit)
+    numbers = np.repeat(np.arange(len(ids)), [len(row) for row in ids])[beyond]
+    for index, first in zip(*np.unique(numbers, return_index=True), strict=True):
+        token = int(flat[beyond[first]])
+        known[index] = None
+        on_bad(
+            int(index),
+            f"holds {recipe.tokenizer.convert_ids_to_tokens(token)!r}, token {token},"
+            f" for which the model has no embedding (vocab_size = {limit}); take it"
+            " out, or set model.grow_vocabulary",
+        )
+    return known
+
+
+def _ids_of(tokens: Example | Pair) -> np.ndarray:
+    if isinstance(tokens, Example):
+        return tokens.ids
+    return np.concatenate([tokens.prompt, tokens.chosen, tokens.rejected])
 
 
 def _truncated(

@@ -30,6 +30,8 @@ class PrepareOptions:
         share_prompts: a preference row holds its prompt once, then both completions.
             Packed rows hold up to 2 * max_length tokens of such pairs.
         most_pairs: upper limit on the pairs in a packed row (0: no limit).
+        vocab_size: a row with a token id that is not below it is bad; None where the
+            tokenizer has no such id.
 
     Raises:
         ValueError: options that do not fit one another.
@@ -50,6 +52,7 @@ class PrepareOptions:
     difficulty_column: str | None = None
     share_prompts: bool = False
     most_pairs: int = 0
+    vocab_size: int | None = None
 
     def __post_init__(self) -> None:
         packing, max_length = self.packing, self.max_length

@@ -165,6 +165,11 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
+def highest_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The highest token id that a text can become; ids may have gaps below it."""
+    return max(tokenizer.get_vocab().values())
+
+
 def tokenize_examples(
     rows: Sequence[Row],
     row_format: RowFormat,

@@ -93,6 +93,7 @@ class StreamDataset:
         # Checkpoints hold it: what enters, and in which form, must stay as it is.
         options = dataclasses.asdict(self.options)
         elsewhere = ["on_bad_row", "kind", "text_column", "difficulty_column"]
+        elsewhere.append("vocab_size")
         if not self.options.most_pairs:
             elsewhere.append("most_pairs")
         items = sorted((k, v) for k, v in options.items() if k not in elsewhere)
