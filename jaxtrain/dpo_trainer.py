@@ -5,7 +5,7 @@ from typing import Any
 
 from jaxtrain.data.batches.dataset import PreparedDataset
 from jaxtrain.data.loading import AnyRows as Rows
-from jaxtrain.models.load import LoadedModel
+from jaxtrain.models.load import LoadedModel, with_tokenizer
 from jaxtrain.run.feed import Prepared
 from jaxtrain.trainer import TrainingOrchestrator
 
@@ -40,7 +40,7 @@ class DPOTrainer(TrainingOrchestrator):
             self.prepare("dpo", os.fspath(model))
         if tokenizer is not None:
             assert self.model is not None  # `prepare` has set it
-            self.model.tokenizer = tokenizer
+            self.model = with_tokenizer(self.model, tokenizer)
 
     def prepare_dataset(
         self, preference_data: Rows | str | os.PathLike[str]

@@ -28,6 +28,7 @@ from jaxtrain.evaluation.held_out import (
 from jaxtrain.models.load import LoadedModel
 from jaxtrain.record.throughput import ThroughputMeter, usage
 from jaxtrain.run.bad_steps import BadSteps
+from jaxtrain.run.base_weights import check_base
 from jaxtrain.run.checkpoint import CheckpointManager
 from jaxtrain.run.feed import Feed, Prepared
 from jaxtrain.run.preemption import Preempted, PreemptionWatch, Watchdog
@@ -64,6 +65,7 @@ class Parts:
     sync_reference: Callable[[TrainState], TrainState] | None
     sampler: Callable[[TrainState], tuple[dict[str, float], dict[str, str]]] | None
     added_losses: Mapping[str, float]  # weights of what is added to the objective
+    base_weights: str | None = None  # the fingerprint of what is frozen
 
     @property
     def total_steps(self) -> int:
@@ -84,7 +86,7 @@ def restore(parts: Parts, checkpoints: CheckpointManager) -> tuple[Parts, Progre
 
     Raises:
         ValueError: there is a checkpoint and `resume_from_checkpoint` is "never", or it
-            does not fit the model or the data.
+            does not fit the model, its frozen weights or the data.
     """
     settings, state = parts.run.loop, parts.state
     threshold = settings.early_stopping_threshold
@@ -99,6 +101,8 @@ def restore(parts: Parts, checkpoints: CheckpointManager) -> tuple[Parts, Progre
     for line in diff(restored.config, parts.run.to_dict()):
         logger.warning("resuming with another config: %s", line)
     data_states = [state or {} for state in restored.data_states]
+    saved_base = data_states[0].get("base_weights")
+    check_base(saved_base, parts.base_weights, parts.model.directory)
     parts.train_batches.set_state(join_states([s["batches"] for s in data_states]))
     progress.step = restored.step
     progress.set_state(data_states[0])  # all but the position is the same for all
@@ -158,7 +162,11 @@ class Loop:
             self.checkpoints.save(
                 self.step,
                 self.parts.saved(self.state),
-                data_state={"batches": batches, **self.progress.get_state()},
+                data_state={
+                    "batches": batches,
+                    "base_weights": self.parts.base_weights,
+                    **self.progress.get_state(),
+                },
                 config=self.run.to_dict(),
                 metrics=self.evaluated if self.evaluated_step == self.step else {},
                 clock=self.progress.goodput.get_state(),

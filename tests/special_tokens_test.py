@@ -163,6 +163,21 @@ def test_our_generation_does_what_the_file_says(run_with_generation, caplog):
     assert len(asked) == 1  # what is asked for wins
 
 
+def test_another_tokenizer_brings_its_own_ends(tmp_path):
+    from jaxtrain.dpo_trainer import DPOTrainer
+
+    base = write_base(tmp_path / "base", chat_tokenizer(eos="<|eos|>", pad="<|eos|>"))
+    config = tiny_config("dpo", str(base), max_steps=1, save_steps=0)
+    trainer = DPOTrainer(
+        str(base), chat_tokenizer("<|pad|>"), config, workdir=tmp_path / "run"
+    )
+    trainer.train([{"prompt": "a", "chosen": "b", "rejected": "c"}] * 4)
+    for name in ("config.json", "generation_config.json"):
+        written = read_json(tmp_path / "run" / "model" / name)
+        assert IM_END in written["eos_token_id"] and EOS in written["eos_token_id"]
+        assert written["pad_token_id"] == 3
+
+
 def test_settings_are_those_of_transformers_where_unset():
     usual = {"max_new_tokens": 64, "temperature": 0.0, "top_k": 0, "top_p": 1.0}
     assert GenerationConfig().settings() == usual

@@ -15,6 +15,7 @@ from jaxtrain.evaluation.inference import Inference
 from jaxtrain.kernels.attention import Layout
 from jaxtrain.models import hf, quantization, vocabulary
 from jaxtrain.models.config import ModelConfig
+from jaxtrain.models.fingerprint import fingerprint_model
 from jaxtrain.models.generation_config import (
     GenerationConfig,
     read_generation_config,
@@ -32,7 +33,8 @@ class LoadedModel(Inference):
 
     `evaluation.inference` adds scoring and generating. `directory` is the local Hugging
     Face directory, or None for random weights. `weights` are None once a training has
-    taken them over (`take_weights`). `generation` has the defaults of generating.
+    taken them over (`take_weights`). `generation` has the defaults of generating, and
+    `fingerprint` tells the weights from others; None for random ones.
     """
 
     decoder: Decoder
@@ -41,6 +43,7 @@ class LoadedModel(Inference):
     plan: sharding.ShardingPlan
     directory: str | None
     generation: GenerationConfig = dataclasses.field(default_factory=GenerationConfig)
+    fingerprint: str | None = None
 
     @property
     def params(self) -> Params:
@@ -97,6 +100,7 @@ def load_model(run: RunConfig) -> LoadedModel:
     base, described = _describe_weights(run, decoder, plan)
     size = f"{config.num_params() / 1e6:.1f}M"
     # From scratch, a directory gives its sizes and its tokenizer only.
+    fingerprint = None
     if directory is None or from_scratch:
         logger.info("new %s of %s parameters", config.model_type, size)
         key = jax.random.key(run.loop.seed)
@@ -112,6 +116,7 @@ def load_model(run: RunConfig) -> LoadedModel:
             directory, stored, sharding.layouts_of(layouts), dtype=_base_dtype(run)
         )
         params = vocabulary.add_rows(params, described)
+        fingerprint = fingerprint_model(directory)
     if decoder.quantization is not None:
         logger.info(
             "its layers' kernels are kept as %s: the frozen base takes %.1f MiB"
@@ -121,7 +126,9 @@ def load_model(run: RunConfig) -> LoadedModel:
             config.num_params() * jnp.dtype(_base_dtype(run)).itemsize / 2**20,
             _base_dtype(run),
         )
-    return LoadedModel(decoder, params, tokenizer, plan, directory, generation)
+    return LoadedModel(
+        decoder, params, tokenizer, plan, directory, generation, fingerprint
+    )
 
 
 def adopt(model: LoadedModel, run: RunConfig) -> LoadedModel:
@@ -154,6 +161,15 @@ def adopt(model: LoadedModel, run: RunConfig) -> LoadedModel:
     model.take_weights()
     params = jax.device_put(converted, layouts)
     return dataclasses.replace(model, decoder=decoder, weights=params, plan=plan)
+
+
+def with_tokenizer(model: LoadedModel, tokenizer: Any) -> LoadedModel:
+    """The same model for texts of another tokenizer, whose special tokens it takes."""
+    config, generation = align_special_tokens(model.config, model.generation, tokenizer)
+    decoder = dataclasses.replace(model.decoder, config=config)
+    return dataclasses.replace(
+        model, decoder=decoder, tokenizer=tokenizer, generation=generation
+    )
 
 
 def load_abstract_model(run: RunConfig, devices: Sequence[jax.Device]) -> LoadedModel:

@@ -237,8 +237,9 @@ def _known_to_the_model(
     limit, known = recipe.options.vocab_size, list(found)
     if limit is None:
         return known
-    ids = [np.zeros(0, np.int32) if x is None else _ids_of(x) for x in found]
-    flat = np.concatenate([np.zeros(0, np.int32), *ids])
+    empty = np.zeros(0, np.int32)
+    ids: list[np.ndarray] = [empty if x is None else _ids_of(x) for x in found]
+    flat = np.concatenate([empty, *ids])
     beyond = np.flatnonzero(flat >= limit)
     numbers = np.repeat(np.arange(len(ids)), [len(row) for row in ids])[beyond]
     for index, first in zip(*np.unique(numbers, return_index=True), strict=True):

@@ -1,0 +1,52 @@
+"""Weights that a checkpoint does not hold: are they the ones that it was made with?
+
+Under LoRA and DPO the frozen base is loaded again when a run is resumed. Adapters fit
+the base that they were trained beside and no other, and so do a reference's rewards.
+"""
+
+import logging
+import pathlib
+
+from jaxtrain.config import RunConfig
+from jaxtrain.lora.peft_tensors import WEIGHTS_FILE
+from jaxtrain.models.fingerprint import fingerprint_files
+from jaxtrain.models.load import LoadedModel
+from jaxtrain.types import TrainState
+
+logger = logging.getLogger(__name__)
+
+
+def identify_base(run: RunConfig, model: LoadedModel, state: TrainState) -> str | None:
+    """The fingerprint of what is frozen in a state; None if nothing of it was read.
+
+    The adapter that a DPO run starts from is a part of its reference.
+    """
+    if not state.frozen or model.fingerprint is None:
+        return None
+    if run.dpo is None or run.lora is None or not run.lora.init_from:
+        return model.fingerprint
+    adapter = pathlib.Path(run.lora.init_from) / WEIGHTS_FILE
+    return f"{model.fingerprint}+{fingerprint_files([adapter])}"
+
+
+def check_base(saved: str | None, present: str | None, directory: str | None) -> None:
+    """Compare the base of a checkpoint with the one that was loaded.
+
+    Raises:
+        ValueError: they are not the same weights.
+    """
+    if present is None or saved == present:
+        return
+    if saved is None:
+        logger.info(
+            "the checkpoint is of an older version, which took no fingerprint of the"
+            " frozen base: whether %s has still the same weights is not checked",
+            directory,
+        )
+        return
+    raise ValueError(
+        f"cannot resume: the frozen weights of {directory} had the fingerprint"
+        f" {saved} when this run began, and have {present} now. Adapters and a"
+        " reference belong to the weights that they began with: put these back, or"
+        " start in a fresh workdir"
+    )

@@ -1,0 +1,132 @@
+"""A run whose frozen base was replaced is refused, as one whose data were."""
+
+import logging
+import pathlib
+import shutil
+import sys
+import types
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+from runs import tiny_config, train
+from tiny_bases import chat_tokenizer, write_base
+
+from jaxtrain.models.fingerprint import fingerprint_files, fingerprint_model
+from jaxtrain.run import base_weights
+from jaxtrain.trainer import TrainingOrchestrator
+
+PAIRS = [{"prompt": p, "chosen": p + "a", "rejected": p + "b"} for p in "qrstuvwx"]
+ROWS = [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in PAIRS]
+
+
+def test_a_fingerprint_tells_weights_apart_and_not_how_they_are_stored(tmp_path):
+    draw = np.random.default_rng(0)
+    large = draw.standard_normal((700, 1024)).astype(np.float32)  # of several blocks
+    tensors = {"a": large, "b": draw.standard_normal(5).astype(np.float16)}
+    safetensors.numpy.save_file(tensors, tmp_path / "whole.safetensors")
+    whole = fingerprint_files([tmp_path / "whole.safetensors"])
+    for name in tensors:
+        safetensors.numpy.save_file(
+            {name: tensors[name]}, tmp_path / f"{name}.safetensors", {"format": "pt"}
+        )
+    shards = [tmp_path / "b.safetensors", tmp_path / "a.safetensors"]
+    assert fingerprint_files(shards) == whole
+    others = [
+        tensors | {"a": large + np.float32(1e-3)},
+        tensors | {"b": np.nextafter(tensors["b"], np.float16(9))},
+        {"a": tensors["a"], "c": tensors["b"]},
+        tensors | {"b": tensors["b"].view(np.int16)},
+        tensors | {"a": large.reshape(1024, 700)},
+        tensors | {"a": np.concatenate([large[:-1], large[:1]])},  # the end alone
+    ]
+    found = {whole}
+    for number, other in enumerate(others):
+        safetensors.numpy.save_file(other, tmp_path / "other.safetensors")
+        found.add(fingerprint_files([tmp_path / "other.safetensors"]))
+        assert len(found) == number + 2
+
+
+def test_a_model_in_shards_has_the_fingerprint_of_one_file(tmp_path):
+    tokenizer = chat_tokenizer()
+    one = fingerprint_model(write_base(tmp_path / "one", tokenizer))
+    other = write_base(tmp_path / "other", tokenizer, seed=1)
+    assert fingerprint_model(other) != one
+    from jaxtrain.models import hf, hf_save
+    from jaxtrain.models.transformer import Decoder
+
+    config = hf.load_config(tmp_path / "one")
+    params = hf.load_params(tmp_path / "one", Decoder(config))
+    hf_save.save_pretrained(tmp_path / "s", config, params, max_shard_bytes=9000)
+    assert len(list((tmp_path / "s").glob("*.safetensors"))) > 2
+    assert fingerprint_model(tmp_path / "s") == one
+
+
+def cut_off_run(kind: str, base: pathlib.Path, workdir: pathlib.Path) -> Any:
+    """Train to step 4 with checkpoints at 2 and 4, and lose the last one."""
+    config = tiny_config(
+        kind,
+        str(base),
+        max_steps=4,
+        save_steps=2,
+        gradient_accumulation_steps=1,
+        save_final_model=False,
+    )
+    rows = PAIRS if kind == "dpo" else ROWS
+    train(config, workdir, train_dataset=rows)
+    shutil.rmtree(workdir / "checkpoints" / "4")
+    return config, rows
+
+
+@pytest.mark.parametrize("kind", ["lora", "dpo"])
+def test_a_run_on_replaced_weights_is_refused(kind, tmp_path):
+    base = write_base(tmp_path / "base", chat_tokenizer())
+    other = write_base(tmp_path / "other", chat_tokenizer(), seed=1)
+    config, rows = cut_off_run(kind, base, tmp_path / "run")
+    kept = (base / "model.safetensors").rename(tmp_path / "kept")
+    shutil.copy(other / "model.safetensors", base)
+    with pytest.raises(ValueError, match="cannot resume: the frozen weights") as caught:
+        train(config, tmp_path / "run", train_dataset=rows)
+    assert str(base) in str(caught.value)
+    shutil.copyfile(kept, base / "model.safetensors")  # the same weights, a new file
+    results = train(config, tmp_path / "run", train_dataset=rows)
+    assert results["global_step"] == 4
+
+
+def test_whole_training_needs_its_base_no_more(tmp_path):
+    base = write_base(tmp_path / "base", chat_tokenizer())
+    config, rows = cut_off_run("sft", base, tmp_path / "run")
+    other = write_base(tmp_path / "other", chat_tokenizer(), seed=1)
+    shutil.copy(other / "model.safetensors", base)
+    assert train(config, tmp_path / "run", train_dataset=rows)["global_step"] == 4
+
+
+def test_a_checkpoint_without_a_fingerprint_resumes_with_a_note(caplog):
+    caplog.set_level(logging.INFO)
+    base_weights.check_base(None, "ab", "some/base")
+    assert "whether some/base has still the same weights is not checked" in caplog.text
+    base_weights.check_base(None, None, None)
+    base_weights.check_base("ab", "ab", "some/base")
+    with pytest.raises(ValueError, match=r"fingerprint ab when .* have cd"):
+        base_weights.check_base("ab", "cd", "some/base")
+
+
+def test_the_adapter_of_a_reference_is_a_part_of_it(tmp_path):
+    base = write_base(tmp_path / "base", chat_tokenizer())
+    config = tiny_config("lora", str(base), max_steps=1, save_steps=0)
+    train(config, tmp_path / "first", train_dataset=ROWS)
+    config = tiny_config("dpo", str(base), max_steps=1, save_steps=0)
+    config.training.lora.enabled = True
+    config.training.lora.init_from = str(tmp_path / "first" / "adapter")
+    orchestrator = TrainingOrchestrator(config, workdir=tmp_path / "second")
+    orchestrator.prepare()
+
+    state = types.SimpleNamespace(frozen={"anything": 1})
+    found = base_weights.identify_base(orchestrator.run, orchestrator.model, state)
+    first, adapter = found.split("+")
+    assert first == fingerprint_model(base)
+    file = tmp_path / "first" / "adapter" / "adapter_model.safetensors"
+    assert adapter == fingerprint_files([file])
