@@ -5,7 +5,8 @@ from typing import Any
 
 from jaxtrain.data.batches.dataset import PreparedDataset
 from jaxtrain.data.loading import AnyRows as Rows
-from jaxtrain.models.load import LoadedModel, with_tokenizer
+from jaxtrain.models.load import LoadedModel
+from jaxtrain.models.special_tokens import with_tokenizer
 from jaxtrain.run.feed import Prepared
 from jaxtrain.trainer import TrainingOrchestrator
 

@@ -65,7 +65,15 @@ ALLOWED: dict[str, set[str]] = {
     "objectives": {"objectives.options", "schema", "types"},
     "evaluation": {"data.batches", "models", "objectives", "sharding", "types"},
     "models.special_tokens": {"data.rows", "models"},
-    "models.vocabulary": {"data.rows", "lora", "models", "sharding", "tree", "types"},
+    "models.vocabulary": {
+        "config",
+        "data.rows",
+        "lora",
+        "models",
+        "sharding",
+        "tree",
+        "types",
+    },
     "models.load": {
         "assets",
         "config",
@@ -223,7 +231,14 @@ ALLOWED: dict[str, set[str]] = {
         "run.trial",
         "types",
     },
-    "dpo_trainer": {"data.batches", "data.loading", "models.load", "run", "trainer"},
+    "dpo_trainer": {
+        "data.batches",
+        "data.loading",
+        "models.load",
+        "models.special_tokens",
+        "run",
+        "trainer",
+    },
     "model_manager": {"config", "models.load", "run"},
     "lm_eval": {
         "assets",

@@ -92,7 +92,7 @@ def load_model(run: RunConfig) -> LoadedModel:
     tokenizer = load_run_tokenizer(run, directory)
     config = _load_config(run, directory, tokenizer)
     stored_rows = config.vocab_size
-    config = _fit_vocabulary(run, config, tokenizer)
+    config = vocabulary.fit_vocabulary(run, config, tokenizer)
     from_scratch = directory is None or run.training_type == "from_scratch"
     generation = read_generation_config(None if from_scratch else directory)
     config, generation = align_special_tokens(config, generation, tokenizer)
@@ -139,7 +139,7 @@ def adopt(model: LoadedModel, run: RunConfig) -> LoadedModel:
     Raises:
         ValueError: an earlier training has taken its weights.
     """
-    if _fit_vocabulary(run, model.config, model.tokenizer) != model.config:
+    if vocabulary.fit_vocabulary(run, model.config, model.tokenizer) != model.config:
         raise ValueError(
             "model.grow_vocabulary = True: this model was loaded without it; load it"
             " anew by this configuration"
@@ -163,15 +163,6 @@ def adopt(model: LoadedModel, run: RunConfig) -> LoadedModel:
     return dataclasses.replace(model, decoder=decoder, weights=params, plan=plan)
 
 
-def with_tokenizer(model: LoadedModel, tokenizer: Any) -> LoadedModel:
-    """The same model for texts of another tokenizer, whose special tokens it takes."""
-    config, generation = align_special_tokens(model.config, model.generation, tokenizer)
-    decoder = dataclasses.replace(model.decoder, config=config)
-    return dataclasses.replace(
-        model, decoder=decoder, tokenizer=tokenizer, generation=generation
-    )
-
-
 def load_abstract_model(run: RunConfig, devices: Sequence[jax.Device]) -> LoadedModel:
     """Describe the model that `run` names on `devices`, which need not be present.
 
@@ -184,7 +175,7 @@ def load_abstract_model(run: RunConfig, devices: Sequence[jax.Device]) -> Loaded
         tokenizer = load_run_tokenizer(run, directory)
     config = _load_config(run, directory, tokenizer)
     if tokenizer is not None:
-        config = _fit_vocabulary(run, config, tokenizer)
+        config = vocabulary.fit_vocabulary(run, config, tokenizer)
     decoder = make_decoder(run, config, plan)
     _, described = _describe_weights(run, decoder, plan)
     return LoadedModel(decoder, described, None, plan, directory)
@@ -311,15 +302,6 @@ def _model_directory(run: RunConfig) -> str | None:
         return str(hf.resolve_model_path(named, revision=run.model.revision))
     scratch = run.training_type == "from_scratch"
     return None if scratch else str(assets.asset_path(assets.MODEL))
-
-
-def _fit_vocabulary(run: RunConfig, config: ModelConfig, tokenizer: Any) -> ModelConfig:
-    return vocabulary.fit_vocabulary(
-        config,
-        tokenizer,
-        grow=run.model.grow_vocabulary,
-        from_scratch=run.training_type == "from_scratch",
-    )
 
 
 def _load_config(run: RunConfig, directory: str | None, tokenizer: Any) -> ModelConfig:

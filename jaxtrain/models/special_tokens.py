@@ -12,13 +12,15 @@ import logging
 import os
 import re
 from collections.abc import Collection
-from typing import Any
+from typing import Any, TypeVar
 
 from jaxtrain.data.rows.template import turn_end_id
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.generation_config import GenerationConfig, as_ids
 
 logger = logging.getLogger(__name__)
+
+_Model = TypeVar("_Model", bound=Any)
 
 # Tokens that no text holds and that may pad: made for it, or for whatever one likes.
 _FOR_PADDING = re.compile(r"pad", re.IGNORECASE)
@@ -69,6 +71,17 @@ def align_special_tokens(
         changes["bos_token_id"] = tokenizer.bos_token_id
     config = dataclasses.replace(config, **changes)
     return config, _aligned(generation, config, ends, trained)
+
+
+def with_tokenizer(model: _Model, tokenizer: Any) -> _Model:
+    """The same `LoadedModel` for another tokenizer, whose special tokens it takes."""
+    config, generation = align_special_tokens(
+        model.decoder.config, model.generation, tokenizer
+    )
+    decoder = dataclasses.replace(model.decoder, config=config)
+    return dataclasses.replace(
+        model, decoder=decoder, tokenizer=tokenizer, generation=generation
+    )
 
 
 def save_tokenizer(tokenizer: Any, directory: str | os.PathLike[str]) -> None:

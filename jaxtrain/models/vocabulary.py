@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxtrain import sharding
+from jaxtrain.config import RunConfig
 from jaxtrain.data.rows.tokenize import highest_id
 from jaxtrain.lora.targets import (
     EMBEDDING,
@@ -35,21 +36,19 @@ logger = logging.getLogger(__name__)
 _AXES = {(*EMBEDDING, "embedding"): 0, (*HEAD, "kernel"): 1}
 
 
-def fit_vocabulary(
-    config: ModelConfig, tokenizer: Any, *, grow: bool, from_scratch: bool = False
-) -> ModelConfig:
-    """The config with a row for each token if it may `grow`; else a warning.
+def fit_vocabulary(run: RunConfig, config: ModelConfig, tokenizer: Any) -> ModelConfig:
+    """The config with a row for each token if the run lets it grow; else a warning.
 
     Raises:
-        ValueError: a model made `from_scratch` has too few rows, and may not grow.
+        ValueError: a model made from scratch has too few rows, and may not grow.
     """
     needed = highest_id(tokenizer) + 1
     if needed <= config.vocab_size:
         return config
-    if grow:
+    if run.model.grow_vocabulary:
         logger.info("the vocabulary grows from %d to %d", config.vocab_size, needed)
         return dataclasses.replace(config, vocab_size=needed)
-    if from_scratch:
+    if run.training_type == "from_scratch":
         raise ValueError(
             f"the tokenizer has {needed} tokens, but the model's vocab_size ="
             f" {config.vocab_size}: set config.model.architecture.vocab_size to at"
