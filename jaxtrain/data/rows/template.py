@@ -60,11 +60,9 @@ def turn_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     except (BadRow, ValueError):
         return None
     ending = text.rpartition(_STAND_IN)[2]
-    special = {
-        number: token
-        for number, token in tokenizer.added_tokens_decoder.items()
-        if token.special or number in tokenizer.all_special_ids
-    }
+    added = tokenizer.added_tokens_decoder.items()
+    special = {number for number, token in added if token.special}
+    special.update(tokenizer.all_special_ids)
     ids = tokenizer(ending, add_special_tokens=False)["input_ids"]
     return next((number for number in ids if number in special), None)
 
