@@ -105,7 +105,7 @@ def test_whole_training_needs_its_base_no_more(tmp_path):
 
 
 def test_a_checkpoint_without_a_fingerprint_resumes_with_a_note(caplog):
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, "jaxtrain")
     base_weights.check_base(None, "ab", "some/base")
     assert "whether some/base has still the same weights is not checked" in caplog.text
     base_weights.check_base(None, None, None)

@@ -52,6 +52,7 @@ def align(tokenizer: Any, generation: Any = None, **tokens: Any) -> tuple[Any, A
 
 
 def test_both_configs_name_both_ends_and_the_log_says_so(caplog):
+    caplog.set_level(logging.WARNING, "jaxtrain")
     tokens, generation = align(chat_tokenizer())
     assert tokens[0] == (IM_END, EOS)
     assert generation["eos_token_id"] == [IM_END, EOS]
@@ -60,7 +61,7 @@ def test_both_configs_name_both_ends_and_the_log_says_so(caplog):
 
 
 def test_what_agrees_stays_as_it_is(caplog):
-    caplog.set_level(logging.WARNING)
+    caplog.set_level(logging.WARNING, "jaxtrain")
     tokenizer = chat_tokenizer("<|pad|>", pad="<|pad|>")
     given = {"eos_token_id": [EOS, IM_END], "pad_token_id": 3}
     tokens, generation = align(tokenizer, given, eos_token_id=IM_END, pad_token_id=3)
@@ -146,6 +147,7 @@ def test_the_export_keeps_the_generation_config(run_with_generation):
 
 
 def test_our_generation_does_what_the_file_says(run_with_generation, caplog):
+    caplog.set_level(logging.WARNING, "jaxtrain")
     config = tiny_config("sft", str(run_with_generation / "model"))
     orchestrator = TrainingOrchestrator(config)
     orchestrator.prepare()

@@ -84,7 +84,7 @@ def test_only_a_row_that_holds_such_a_token_is_refused(untied, tmp_path, caplog)
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in LATE_ROWS))
     config = config_of(untied)
-    caplog.set_level(logging.WARNING)
+    caplog.set_level(logging.WARNING, "jaxtrain")
     with pytest.raises(ValueError, match="2 of 4 rows cannot be used") as caught:
         prepared(config, file)
     message = str(caught.value)

@@ -406,7 +406,7 @@ def test_a_streams_fingerprint_has_the_options_that_make_its_rows(small, folder)
     """And no others: runs must resume though these change, or new ones come."""
     path = folder / "text.jsonl"
     fingerprint = stream(small, path).fingerprint
-    for options in ({"on_bad_row": "skip"}, {"kind": "text"}):
+    for options in ({"on_bad_row": "skip"}, {"kind": "text"}, {"vocab_size": 300}):
         assert stream(small, path, **options).fingerprint == fingerprint
     for options in ({"max_length": 32}, {"packing": "bfd"}, {"window_rows": 6}):
         assert stream(small, path, **options).fingerprint != fingerprint
