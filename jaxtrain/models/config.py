@@ -3,10 +3,11 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from jaxtrain.models.families import BOOKKEEPING_KEYS, FAMILIES, REFUSED_UNLESS, Family
+from jaxtrain.models.families import FAMILIES, REFUSED_UNLESS, Family
+from jaxtrain.models.problems import Problems
 from jaxtrain.models.rope import RopeConfig
 from jaxtrain.tree import flatten
 
@@ -64,67 +65,84 @@ class ModelConfig:
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        has_experts = family_of(self.model_type).expert_width_key is not None
-        for name in (*_SIZES, *(_EXPERT_SIZES if has_experts else ())):
+        problems = [*self._wrong_sizes()]
+        if not problems:  # the other rules compare sizes
+            problems += [*self._wrong_layers(), *self._wrong_experts()]
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    def _wrong_sizes(self) -> Iterator[str]:
+        names = (*_SIZES, *(_EXPERT_SIZES if self.family.expert_width_key else ()))
+        for name in names:
             size = getattr(self, name)
             if not isinstance(size, int) or size < 1:
-                raise ValueError(f"model.{name} = {size!r}: must be a positive integer")
+                yield f"model.{name} = {size!r}: must be a positive integer"
+
+    def _wrong_layers(self) -> Iterator[str]:
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
+            yield (
                 f"model.num_attention_heads = {self.num_attention_heads} is no multiple"
                 f" of num_key_value_heads = {self.num_key_value_heads}"
             )
         if self.hidden_act not in _ACTIVATIONS:
-            raise ValueError(
+            yield (
                 f"model.hidden_act = {self.hidden_act!r} is unknown; use one of"
                 f" {', '.join(_ACTIVATIONS)}"
             )
         if len(self.layer_types) != self.num_hidden_layers:
-            raise ValueError(
+            yield (
                 f"model.layer_types names {len(self.layer_types)} layers, but"
                 f" num_hidden_layers = {self.num_hidden_layers}"
             )
         unknown = sorted(set(self.layer_types) - {FULL, SLIDING})
         if unknown:
-            raise ValueError(
+            yield (
                 f"model.layer_types has {unknown}; only {FULL!r} and {SLIDING!r} exist"
             )
         if SLIDING in self.layer_types and not self.sliding_window:
-            raise ValueError(
+            yield (
                 f"model.layer_types has {SLIDING!r}, so sliding_window must be a"
                 f" number of tokens, not {self.sliding_window!r}"
             )
         for rope in (self.rope, self.local_rope):
             if rope is not None:
-                rope.check(self.head_dim)
-        self._check_experts(has_experts)
+                yield from rope.problems(self.head_dim)
 
-    def _check_experts(self, has_experts: bool) -> None:
+    def _wrong_experts(self) -> Iterator[str]:
         chosen = self.num_experts_per_tok
-        if not has_experts and (self.num_experts or chosen):
-            raise ValueError(
+        if self.family.expert_width_key is None and (self.num_experts or chosen):
+            yield (
                 f"model.num_experts = {self.num_experts}: a {self.model_type} has no"
                 " experts; use a model_type of mixtral or qwen3_moe"
             )
         if chosen > self.num_experts:
-            raise ValueError(
+            yield (
                 f"model.num_experts_per_tok = {chosen} exceeds num_experts ="
                 f" {self.num_experts}"
             )
         if self.model_type == "mixtral" and not self.norm_topk_prob:
-            raise ValueError(
+            yield (
                 "model.norm_topk_prob = False: a mixtral's weights always sum to 1; use"
                 " model_type = 'qwen3_moe'"
             )
         if self.router_aux_loss_coef < 0:
-            raise ValueError(
+            yield (
                 f"model.router_aux_loss_coef = {self.router_aux_loss_coef}: must be at"
                 " least 0"
             )
 
     @property
     def family(self) -> Family:
-        return FAMILIES[self.model_type]
+        return family_of(self.model_type)
+
+    @property
+    def longest_text(self) -> int:
+        """Tokens that a document may have: what positions were trained, or stretch to.
+
+        A dynamic rotary embedding stretches to `factor` times as many.
+        """
+        stretch = self.rope.factor if self.rope.kind == "dynamic" else None
+        return int(self.max_position_embeddings * (stretch or 1.0))
 
     @property
     def expert_width(self) -> int | None:
@@ -185,17 +203,23 @@ class ModelConfig:
                 way that this decoder has not; it names all such options.
         """
         family = family_of(options.get("model_type"))
-        _refuse_unknown(options, family)
+        problems = Problems(refused_options(options, family))
         given = {**family.defaults, **options}
-        num_heads = given["num_attention_heads"]
+        problems.lines += _layers_without_experts(given, family)
+        num_heads, head_dim = given["num_attention_heads"], given["head_dim"]
+        kv_heads = given["num_key_value_heads"]
         layer_types, window = _attention_kinds(given, family)
         attention_bias = bool(given.get("attention_bias", False))
         eos = given["eos_token_id"]
         own_names = {field.name for field in dataclasses.fields(cls)}
         values = {name: given[name] for name in own_names & family.keys} | {
-            "num_key_value_heads": given["num_key_value_heads"] or num_heads,
-            "head_dim": given["head_dim"] or given["hidden_size"] // num_heads,
-            "rope": RopeConfig.from_hf(given, family, FULL),
+            "num_key_value_heads": num_heads if kv_heads is None else kv_heads,
+            "head_dim": (
+                given["hidden_size"] // (num_heads or 1)
+                if head_dim is None
+                else head_dim
+            ),
+            "rope": RopeConfig(),
             "layer_types": layer_types,
             "sliding_window": window,
             "hidden_act": given[family.activation_key],
@@ -205,9 +229,50 @@ class ModelConfig:
             "eos_token_id": tuple(eos) if isinstance(eos, list | tuple) else eos,
             **_mixture_options(options, given, family),
         }
+        with problems.noted():
+            values["rope"] = RopeConfig.from_hf(given, family, FULL)
         if family.local_rope:
-            values["local_rope"] = RopeConfig.from_hf(given, family, SLIDING)
-        return cls(**values)
+            with problems.noted():
+                values["local_rope"] = RopeConfig.from_hf(given, family, SLIDING)
+        with problems.noted():
+            config = cls(**values)
+        problems.check()
+        return config
+
+    def with_rope_scaling(self, scaling: Mapping[str, Any]) -> "ModelConfig":
+        """This model with another extension of its context, for longer texts.
+
+        Args:
+            scaling: as `rope_scaling` in a config.json: {"rope_type": "yarn", "factor":
+                4.0, ...}. It takes the place of the model's own; layers with a rotary
+                embedding of their own (Gemma 3's sliding ones) keep that.
+
+        `max_position_embeddings` becomes factor times the trained length, if that is
+        more. The trained length is `original_max_position_embeddings`, if unset the
+        model's own.
+
+        Raises:
+            ValueError: the kind or one of its parameters is unknown or missing.
+        """
+        trained = (
+            self.rope.original_max_position_embeddings or self.max_position_embeddings
+        )
+        options = {
+            "model_type": self.model_type,
+            "rope_theta": self.rope.theta,
+            "partial_rotary_factor": self.rope.partial_rotary_factor,
+            "max_position_embeddings": trained,
+            "rope_scaling": dict(scaling),
+        }
+        rope = RopeConfig.from_hf(options, self.family, FULL)
+        # A dynamic embedding stretches from max_position_embeddings itself.
+        factor = 1.0 if rope.kind == "dynamic" else rope.factor or 1.0
+        reached = round(factor * (rope.original_max_position_embeddings or trained))
+        return dataclasses.replace(
+            self,
+            rope=rope,
+            max_position_embeddings=max(self.max_position_embeddings, reached),
+        )
 
     def to_hf(self) -> dict[str, Any]:
         """The config.json that transformers 5 reads as the same model."""
@@ -226,13 +291,16 @@ class ModelConfig:
         }
         # A mixture's number of experts has one of two names, the activation too.
         own_names = family.keys - {"num_experts", "hidden_act"}
-        values = {
+        values: dict[str, Any] = {
             **{k: v for k, v in vars(self).items() if k in own_names},
             **{k: v for k, v in derived.items() if k in family.keys},
             "architectures": [family.architecture],
             family.activation_key: self.hidden_act,
             "rope_parameters": ropes,
         }
+        scalar = self.query_pre_attn_scalar
+        if scalar is not None and float(scalar).is_integer():
+            values["query_pre_attn_scalar"] = int(scalar)  # transformers wants an int
         if self.num_experts:
             is_mixtral = self.model_type == "mixtral"
             key = "num_local_experts" if is_mixtral else "num_experts"
@@ -270,50 +338,54 @@ def _weight_shapes(config: ModelConfig) -> Mapping[tuple[str, ...], tuple[int, .
     return {path: leaf.shape for path, leaf in params.items()}
 
 
-def _refuse_unknown(options: Mapping[str, Any], family: Family) -> None:
-    """Refuse every option whose effect this decoder would silently leave out."""
+def refused_options(options: Mapping[str, Any], family: Family) -> list[str]:
+    """A line that names every option whose effect this decoder would leave out."""
     refused = []
     for name, value in options.items():
         if name in REFUSED_UNLESS:
             if value not in REFUSED_UNLESS[name]:
                 refused.append(f"{name} = {value!r} (only {REFUSED_UNLESS[name][0]!r})")
             continue
-        known = name in family.keys or name in BOOKKEEPING_KEYS
-        known |= name.startswith("_") or name in family.ignored_keys
         # An option of another family that is off changes nothing.
-        if not known and value is not None and value is not False:
+        if not family.understands(name) and value is not None and value is not False:
             refused.append(f"{name} = {value!r}")
     for name in family.must_be_none:
         if options.get(name) is not None:
             refused.append(f"{name} = {options[name]!r} (only None)")
-    if refused:
-        raise ValueError(
-            f"{options.get('model_type')} config has options that this decoder does not"
-            f" implement: {'; '.join(refused)}. Remove each that the weights do not"
-            " need, or train another model"
+    if not refused:
+        return []
+    return [
+        f"{options.get('model_type')} config has options that this decoder does not"
+        f" implement: {'; '.join(refused)}. Remove each that the weights do not"
+        " need, or train another model"
+    ]
+
+
+def _layers_without_experts(given: Mapping[str, Any], family: Family) -> Iterator[str]:
+    """A line if a mixture of experts has layers with a plain MLP."""
+    if family.expert_width_key is None:
+        return
+    step, layers = given.get("decoder_sparse_step", 1), given["num_hidden_layers"]
+    dense = set(given.get("mlp_only_layers") or ())
+    if step < 1:
+        yield f"decoder_sparse_step = {step}: must be a positive integer"
+    else:
+        dense |= {i for i in range(layers) if (i + 1) % step}
+    if dense:
+        yield (
+            f"decoder_sparse_step = {step} and mlp_only_layers ="
+            f" {given.get('mlp_only_layers') or []} leave layers {sorted(dense)}"
+            " without experts. Layers are stacked here and must be alike: only"
+            " decoder_sparse_step = 1 with no mlp_only_layers can be loaded"
         )
 
 
 def _mixture_options(
     options: Mapping[str, Any], given: Mapping[str, Any], family: Family
 ) -> dict[str, Any]:
-    """The fields of a mixture of experts; none for other families.
-
-    Raises:
-        ValueError: some layers have no experts.
-    """
+    """The fields of a mixture of experts; none for other families."""
     if family.expert_width_key is None:
         return {}
-    layers = given["num_hidden_layers"]
-    dense = set(given.get("mlp_only_layers") or ())
-    dense |= {i for i in range(layers) if (i + 1) % given.get("decoder_sparse_step", 1)}
-    if dense:
-        raise ValueError(
-            f"decoder_sparse_step = {given.get('decoder_sparse_step', 1)} and"
-            f" mlp_only_layers = {given.get('mlp_only_layers') or []} leave layers"
-            f" {sorted(dense)} without experts. Layers are stacked here and must be"
-            " alike: only decoder_sparse_step = 1 with no mlp_only_layers can be loaded"
-        )
     # Either name may be set; the default stands under one of them.
     names = ("num_experts", "num_local_experts")
     counts = (source.get(name) for source in (options, given) for name in names)

@@ -49,6 +49,12 @@ class Family:
         """The keys of a config.json that the family understands."""
         return frozenset(self.defaults)
 
+    def understands(self, key: str) -> bool:
+        """Whether this decoder knows what a key of a config.json says, or that it says
+        nothing about the maths."""
+        known = self.keys | self.ignored_keys | BOOKKEEPING_KEYS
+        return key in known or key.startswith("_")
+
 
 # The keys that every family understands, and the defaults that most of them share.
 _COMMON: dict[str, Any] = {
@@ -216,6 +222,7 @@ REFUSED_UNLESS: Mapping[str, tuple[Any, ...]] = {
     "is_encoder_decoder": (False, None),
     "router_jitter_noise": (0, None),
     "quantization_config": (None,),
+    "per_layer_config": (None,),
 }
 
 # Keys that say nothing about the maths of a forward pass.

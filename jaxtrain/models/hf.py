@@ -4,32 +4,34 @@
 """
 
 import collections
-import contextlib
+import dataclasses
 import itertools
-import json
+import logging
 import os
 import pathlib
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
-from safetensors import SafetensorError, safe_open
 
 from jaxtrain.models.config import ModelConfig
-from jaxtrain.models.hf_experts import split_fused
+from jaxtrain.models.hf_config import load_config, stored_dtype
+from jaxtrain.models.hf_files import check_tokenizer_files, find_weights, shorten
 from jaxtrain.models.hf_names import (
+    EMBEDDING,
+    HEAD,
     TOKENIZER_FILES,
-    WEIGHTS,
-    WEIGHTS_INDEX,
     Leaf,
     Path,
     leaves_of,
 )
 from jaxtrain.models.hf_save import save_pretrained
+from jaxtrain.models.hf_tensors import Tensors, open_tensors
+from jaxtrain.models.problems import Problems
 from jaxtrain.models.quantization import CODES, SCALES, quantize_on_device
 from jaxtrain.models.transformer import Decoder
 from jaxtrain.tree import flatten, nest
@@ -38,10 +40,15 @@ from jaxtrain.types import Params
 __all__ = [
     "load_config",
     "load_params",
+    "match_weights",
+    "read_directory",
     "resolve_model_path",
     "save_pretrained",
     "stored_dtype",
 ]
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 _NUMPY_TYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -50,7 +57,7 @@ _NUMPY_TYPES: dict[str, np.dtype] = {
     "BF16": jnp.dtype(jnp.bfloat16),
 }
 # Buffers that old checkpoints hold beside the weights; the config implies them.
-_IMPLIED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+_IMPLIED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
 
 def resolve_model_path(name: str, revision: str | None = None) -> pathlib.Path:
@@ -83,34 +90,38 @@ def resolve_model_path(name: str, revision: str | None = None) -> pathlib.Path:
         ) from error
 
 
-def load_config(path: str | os.PathLike[str]) -> ModelConfig:
-    """The ModelConfig of a directory's config.json.
+def read_directory(
+    path: str | os.PathLike[str], load_tokenizer: Callable[[], T], *, weights: bool
+) -> tuple[T, ModelConfig]:
+    """The tokenizer and the config of a directory, its files and weights checked.
+
+    Args:
+        load_tokenizer: not called where config.json or the tokenizer's own files are
+            wrong, because transformers would then speak of these again.
+        weights: whether the directory's weights are to be loaded; see `match_weights`.
 
     Raises:
-        ValueError: there is none, or it asks for what the decoder has not.
+        ValueError: config, tokenizer or weights can't be used; a line for each problem.
     """
-    file = pathlib.Path(path) / "config.json"
-    if not file.is_file():
-        raise ValueError(f"{file} is missing: {path} is no Hugging Face model")
-    try:
-        options = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON ({error}): download it again") from error
-    try:
-        return ModelConfig.from_hf(options)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
-
-
-def stored_dtype(directory: str | os.PathLike[str]) -> str:
-    """The type that config.json says the weights are kept in.
-
-    It is float32 where config.json names none, or one that nothing is computed in.
-    """
-    text = (pathlib.Path(directory) / "config.json").read_text("utf-8")
-    settings = json.loads(text)
-    named = settings.get("dtype") or settings.get("torch_dtype")
-    return named if named in ("float32", "bfloat16", "float16") else "float32"
+    problems, directory = Problems(), pathlib.Path(path)
+    config: ModelConfig | None = None
+    with problems.noted():
+        config = load_config(directory)
+    with problems.noted():
+        check_tokenizer_files(directory)
+    tokenizer: list[T] = []
+    if not problems.lines:
+        with problems.noted():
+            tokenizer.append(load_tokenizer())
+    if weights:
+        with problems.noted():
+            if config is None:
+                find_weights(directory)
+            else:
+                config = match_weights(directory, config)
+    problems.check()
+    assert config is not None
+    return tokenizer[0], config
 
 
 def load_params(
@@ -134,10 +145,15 @@ def load_params(
     on_first = collections.defaultdict[Path, Sharding](lambda: first)
     targets = on_first if shardings is None else flatten(shardings)
     keep = dtype is None or dtype == "keep"
-    with _open_checkpoint(pathlib.Path(path)) as stored_tensors:
-        tensors = split_fused(model.config.model_type, stored_tensors)
+    with open_tensors(path, model.config) as tensors:
         leaves = leaves_of(model.config)
         _check_tensors(path, model.config, leaves, tensors)
+        if model.config.tie_word_embeddings and _has_own_head(tensors):
+            raise ValueError(
+                f"{path} stores an lm_head.weight that is not the embedding, but the"
+                " decoder's config ties them: use the config that"
+                " jaxtrain.models.hf.match_weights returns"
+            )
         loaded: dict[Path, jax.Array] = {}
         few_bits = model.quantization and model.linear_kernels()
         for leaf in leaves:
@@ -151,82 +167,76 @@ def load_params(
     return nest(loaded)
 
 
-@contextlib.contextmanager
-def _open_checkpoint(directory: pathlib.Path) -> Iterator[dict[str, Any]]:
-    """Every tensor of a directory by name, as a slice that is read when indexed."""
-    with contextlib.ExitStack() as stack:
-        tensors = {}
-        for file in _weight_files(directory):
-            try:
-                opened = stack.enter_context(safe_open(str(file), framework="numpy"))
-            except SafetensorError as error:
-                raise ValueError(
-                    f"{file} is no whole safetensors file ({error}): copy or download"
-                    " it again"
-                ) from error
-            for name in opened.keys():  # noqa: SIM118 (no mapping)
-                tensors[name] = opened.get_slice(name)
-        yield tensors
+def match_weights(path: str | os.PathLike[str], config: ModelConfig) -> ModelConfig:
+    """The config of a directory as its weights have it; no weights are kept.
+
+    Where the config ties the head to the embedding, but both are stored and differ,
+    they are two matrices, as in transformers.
+
+    Raises:
+        ValueError: the weights are missing, damaged, or not those of the config; a line
+            for each problem.
+    """
+    with open_tensors(path, config) as tensors:
+        _check_tensors(path, config, leaves_of(config), tensors)
+        if not config.tie_word_embeddings or not _has_own_head(tensors):
+            return config
+    logger.warning(
+        "%s: config.json has tie_word_embeddings = true, but an lm_head.weight that is"
+        " not the embedding is stored: they are loaded as two matrices, and the export"
+        " says tie_word_embeddings = false",
+        path,
+    )
+    return dataclasses.replace(config, tie_word_embeddings=False)
 
 
-def _weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
-    if (directory / WEIGHTS).is_file():
-        return [directory / WEIGHTS]
-    index = directory / WEIGHTS_INDEX
-    if not index.is_file():
-        pickles = sorted(file.name for file in directory.glob("*.bin"))
-        if pickles:
-            raise ValueError(
-                f"{directory} has its weights only as pickles ({', '.join(pickles)}),"
-                " which can run code when read. Convert them to safetensors:"
-                " transformers' AutoModelForCausalLM.from_pretrained(...)"
-                ".save_pretrained(...) on a machine that may run them"
-            )
-        raise ValueError(
-            f"{directory} has neither {WEIGHTS} nor {WEIGHTS_INDEX}: copy or download"
-            " the weights too, or name another model"
-        )
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    for name in names:
-        # The index is input: it may not name files elsewhere.
-        if pathlib.PurePath(name).name != name or "\\" in name or name == "..":
-            raise ValueError(
-                f"{index} names the file {name!r}; shards must lie beside the index"
-            )
-    missing = [name for name in names if not (directory / name).is_file()]
-    if missing:
-        raise ValueError(
-            f"{index} names files that {directory} lacks: {', '.join(missing)};"
-            " download them again"
-        )
-    return [directory / name for name in names]
+def _has_own_head(tensors: Mapping[str, Any]) -> bool:
+    """Whether a head is stored that is not the embedding; read some rows at once."""
+    if HEAD not in tensors:
+        return False
+    head, embedding = tensors[HEAD], tensors[EMBEDDING]
+    if head is embedding:
+        return False
+    count, step = head.get_shape()[0], 4096
+    parts = (slice(at, min(at + step, count)) for at in range(0, count, step))
+    return any(
+        not np.array_equal(head[part, :], embedding[part, :], equal_nan=True)
+        for part in parts
+    )
 
 
 def _check_tensors(
-    path: Any, config: ModelConfig, leaves: list[Leaf], tensors: Mapping[str, Any]
+    path: Any, config: ModelConfig, leaves: list[Leaf], tensors: Tensors
 ) -> None:
     expected = {
         leaf.tensor_name(place): leaf.tensor_shape
         for leaf in leaves
         for place in leaf.places
     }
-    allowed = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    problems = [f"missing {name}" for name in expected if name not in tensors]
-    problems += [
+    if config.tie_word_embeddings and HEAD in tensors:
+        expected[HEAD] = expected[EMBEDDING]
+    missing = [
+        f"missing {name}{tensors.whereabouts(name)}"
+        for name in expected
+        if name not in tensors
+    ]
+    unexpected = [
         f"unexpected {name}"
         for name in tensors
-        if name not in expected and name not in allowed and not _IMPLIED.fullmatch(name)
+        if name not in expected and not _IMPLIED.fullmatch(name)
     ]
-    for name in expected.keys() & tensors.keys():
+    misshapen, mistyped = [], []
+    for name in sorted(expected.keys() & tensors.keys()):
         shape, kind = tuple(tensors[name].get_shape()), tensors[name].get_dtype()
         if shape != expected[name]:
-            problems.append(f"{name} has shape {shape}, expected {expected[name]}")
+            misshapen.append(f"{name} has shape {shape}, expected {expected[name]}")
         if kind not in _NUMPY_TYPES:
-            problems.append(f"{name} has type {kind}, expected a float type")
-    if problems:
+            mistyped.append(f"{name} has type {kind}, expected a float type")
+    problems = [missing, unexpected, misshapen, mistyped]
+    if any(problems):
         raise ValueError(
             f"the weights in {path} are not those of its config"
-            f" ({config.model_type}): {'; '.join(sorted(problems))}"
+            f" ({config.model_type}): {'; '.join(map(shorten, filter(None, problems)))}"
         )
 
 

@@ -14,6 +14,7 @@ from jaxtrain.models.transformer import Decoder
 from jaxtrain.tree import flatten
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json",
     "merges.txt", "added_tokens.json", "special_tokens_map.json",

@@ -1,6 +1,7 @@
 """From a resolved configuration to a model on its mesh: sizes, weights, tokenizer."""
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -89,8 +90,16 @@ def load_model(run: RunConfig) -> LoadedModel:
         ValueError: no such model or tokenizer, or one that can't be trained here.
     """
     plan, directory = make_plan(run), _model_directory(run)
-    tokenizer = load_run_tokenizer(run, directory)
-    config = _load_config(run, directory, tokenizer)
+    if directory is None:
+        tokenizer = load_run_tokenizer(run)
+        config = _load_config(run, None, tokenizer)
+    else:
+        tokenizer, config = hf.read_directory(
+            directory,
+            functools.partial(load_run_tokenizer, run, directory),
+            weights=run.training_type != "from_scratch",
+        )
+        config = _stretch(run, config)
     stored_rows = config.vocab_size
     config = vocabulary.fit_vocabulary(run, config, tokenizer)
     from_scratch = directory is None or run.training_type == "from_scratch"
@@ -203,11 +212,12 @@ def make_decoder(
     Raises:
         ValueError: the run asks for what the model has not.
     """
-    limit, wanted = config.max_position_embeddings, run.data.max_length
+    limit, wanted = config.longest_text, run.data.max_length
     if wanted > limit:
         raise ValueError(
             f"max_length = {wanted} exceeds the model's max_position_embeddings ="
-            f" {limit}: shorten it, or give the model a rope_scaling for that length"
+            f" {limit}: shorten it, or stretch the model's context by"
+            " config.model.rope_scaling"
         )
     router_loss_coefficient(run, config)
     rules = sharding.ACTIVATION_RULES
@@ -307,7 +317,7 @@ def _model_directory(run: RunConfig) -> str | None:
 def _load_config(run: RunConfig, directory: str | None, tokenizer: Any) -> ModelConfig:
     """The directory's sizes, or those of `config.model.architecture`."""
     if directory is not None:
-        return hf.load_config(directory)
+        return _stretch(run, hf.load_config(directory))
     options = {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in dataclasses.asdict(run.model.architecture).items()
@@ -317,6 +327,23 @@ def _load_config(run: RunConfig, directory: str | None, tokenizer: Any) -> Model
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         options[name] = getattr(tokenizer, name)
     try:
-        return ModelConfig.from_hf(options)
+        config = ModelConfig.from_hf(options)
     except ValueError as error:
         raise ValueError(f"config.model.architecture: {error}") from error
+    return _stretch(run, config)
+
+
+def _stretch(run: RunConfig, config: ModelConfig) -> ModelConfig:
+    """The config with `model.rope_scaling`, if that is set."""
+    if run.model.rope_scaling is None:
+        return config
+    try:
+        config = config.with_rope_scaling(run.model.rope_scaling)
+    except ValueError as error:
+        raise ValueError(f"config.model.rope_scaling: {error}") from error
+    logger.info(
+        "config.model.rope_scaling: rows may have %d tokens. The exported config.json"
+        " says how; an adapter needs a base whose config.json says the same",
+        config.longest_text,
+    )
+    return config

@@ -3,12 +3,14 @@
 A pair of features at frequency f turns by the angle f * position. The extensions slow
 frequencies down by `factor`: all alike ("linear", arXiv:2306.15595), only the slow
 ones ("llama3", arXiv:2407.21783), by a ramp between two rotation counts ("yarn",
-arXiv:2309.00071), or each by its own searched factor ("longrope", arXiv:2402.13753).
+arXiv:2309.00071), each by its own searched factor ("longrope", arXiv:2402.13753), or by
+a base that grows with a document longer than the model was trained for ("dynamic",
+arXiv:2309.00071, section 3.3).
 """
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -23,6 +25,7 @@ _LENGTH = "original_max_position_embeddings"
 _PARAMETERS: Mapping[str, tuple[str, str]] = {
     "default": ("", ""),
     "linear": ("factor", ""),
+    "dynamic": ("factor", _LENGTH),
     "llama3": ("factor low_freq_factor high_freq_factor", _LENGTH),
     "yarn": (
         "factor",
@@ -31,6 +34,10 @@ _PARAMETERS: Mapping[str, tuple[str, str]] = {
     ),
     "longrope": ("short_factor long_factor", f"factor {_LENGTH} attention_factor"),
 }
+_KIND_KEYS = ("rope_type", "type")
+_COMMON_KEYS = ("rope_theta", "partial_rotary_factor")
+# Kinds whose rotation of a token depends on how long its document is.
+KINDS_BY_LENGTH = frozenset({"longrope", "dynamic"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,17 +74,18 @@ class RopeConfig:
             ValueError: the kind or one of its parameters is unknown or missing.
         """
         parameters, theta = _find_parameters(options, family, layer_type)
-        kind = parameters.pop("rope_type", parameters.pop("type", None)) or "default"
-        if family.partial_rotary and kind in ("su", "yarn"):
-            kind = "longrope"  # the names that early Phi-3 configs gave it
-        theta = parameters.pop("rope_theta", None) or theta
-        partial = parameters.pop("partial_rotary_factor", None)
-        partial = float(partial or options.get("partial_rotary_factor") or 1.0)
-        if kind not in _PARAMETERS:
+        kind = kind_of(parameters, family)
+        parameters = {k: v for k, v in parameters.items() if k not in _KIND_KEYS}
+        if not isinstance(kind, str) or kind not in _PARAMETERS:
             raise ValueError(
                 f"rope_type = {kind!r} is not implemented; this decoder has"
                 f" {', '.join(_PARAMETERS)}"
             )
+        required, optional = (words.split() for words in _PARAMETERS[kind])
+        _check_values(parameters, {*required, *optional, *_COMMON_KEYS})
+        theta = parameters.pop("rope_theta", None) or theta
+        partial = parameters.pop("partial_rotary_factor", None)
+        partial = float(partial or options.get("partial_rotary_factor") or 1.0)
         if kind == "default":  # a length that nothing is scaled by
             parameters.pop(_LENGTH, None)
         parameters = {
@@ -85,7 +93,6 @@ class RopeConfig:
             for name, value in parameters.items()
             if value is not None
         }
-        required, optional = (words.split() for words in _PARAMETERS[kind])
         unknown = sorted(parameters.keys() - {*required, *optional})
         missing = [name for name in required if name not in parameters]
         if unknown or missing:
@@ -102,6 +109,8 @@ class RopeConfig:
             length = options["max_position_embeddings"]
             # Phi-3 keeps the trained length outside of the rope parameters.
             trained = options.get(_LENGTH) or parameters.get(_LENGTH) or length
+            if kind == "dynamic":
+                trained = length  # transformers goes by no other
             parameters = {"factor": length / trained, **parameters, _LENGTH: trained}
         return cls(kind, float(theta), partial, **parameters)
 
@@ -112,7 +121,9 @@ class RopeConfig:
             values["partial_rotary_factor"] = self.partial_rotary_factor
         for name in " ".join(_PARAMETERS[self.kind]).split():
             value = getattr(self, name)
-            if value is not None:
+            # Under dynamic the length is max_position_embeddings.
+            implied = self.kind == "dynamic" and name == _LENGTH
+            if value is not None and not implied:
                 values[name] = list(value) if isinstance(value, tuple) else value
         return values
 
@@ -120,22 +131,70 @@ class RopeConfig:
         """How many features of a head turn; the others pass unchanged."""
         return int(head_dim * self.partial_rotary_factor)
 
-    def check(self, head_dim: int) -> None:
-        """Raise ValueError if heads of this width can't be turned so."""
+    def problems(self, head_dim: int) -> Iterator[str]:
+        """A line for each reason why heads of this width can't be turned so."""
         width = self.rotary_width(head_dim)
-        if width % 2 or width < 2:
-            raise ValueError(
+        least = 4 if self.kind == "dynamic" else 2  # dynamic divides by width - 2
+        if width % 2 or width < least:
+            yield (
                 f"model.head_dim = {head_dim} with partial_rotary_factor ="
                 f" {self.partial_rotary_factor} turns {width} features: rotary"
-                " embeddings need an even number, at least 2"
+                f" embeddings need an even number, at least {least}"
             )
         for name in ("short_factor", "long_factor"):
             factors = getattr(self, name)
             if factors is not None and len(factors) != width // 2:
-                raise ValueError(
+                yield (
                     f"rope_parameters.{name} has {len(factors)} numbers; a rotary width"
                     f" of {width} needs {width // 2}"
                 )
+
+
+def kind_of(parameters: Mapping[str, Any], family: Family) -> Any:
+    """The kind that rope parameters name, as transformers 4 or 5 spells it."""
+    kind = parameters.get("rope_type", parameters.get("type")) or "default"
+    if family.partial_rotary and kind in ("su", "yarn"):
+        return "longrope"  # the names that early Phi-3 configs gave it
+    return kind
+
+
+def unread_parameters(parameters: Mapping[str, Any], family: Family) -> list[str]:
+    """The keys among rope parameters that their kind does not read, in order.
+
+    None where the kind is not known here, which `RopeConfig.from_hf` refuses.
+    """
+    kind = kind_of(parameters, family)
+    if not isinstance(kind, str) or kind not in _PARAMETERS:
+        return []
+    read = {*_KIND_KEYS, *_COMMON_KEYS, _LENGTH, *" ".join(_PARAMETERS[kind]).split()}
+    return [name for name in parameters if name not in read]
+
+
+def _check_values(parameters: Mapping[str, Any], known: set[str]) -> None:
+    """Raise ValueError where a known parameter is no number, or not of its range."""
+    wrong = [
+        f"{name} = {value!r}"
+        for name, value in parameters.items()
+        if name in known and value is not None and not _is_valid(name, value)
+    ]
+    if wrong:
+        raise ValueError(
+            f"rope_parameters: {', '.join(wrong)}: must be numbers (short_factor and"
+            " long_factor: lists of them; truncate: true or false), and rope_theta,"
+            f" factor and {_LENGTH} above 0"
+        )
+
+
+def _is_valid(name: str, value: Any) -> bool:
+    if name == "truncate":
+        return isinstance(value, bool)
+    is_list = name in ("short_factor", "long_factor")
+    if is_list and not isinstance(value, list | tuple):
+        return False
+    numbers = value if is_list else [value]
+    if any(type(number) not in (int, float) for number in numbers):
+        return False
+    return name not in ("rope_theta", "factor", _LENGTH) or value > 0
 
 
 def _find_parameters(
@@ -243,8 +302,11 @@ def rotary_tables(
 ) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
     """Cosines and sines of every angle, float32.
 
-    Under longrope a document's own length chooses between the two sets of factors.
+    Under longrope a document's own length chooses between the two sets of factors;
+    under dynamic it raises the base.
     """
+    if rope.kind == "dynamic":
+        return _dynamic_tables(rope, head_dim, positions, segment_ids)
     frequencies, scale = inverse_frequencies(rope, head_dim)
     angles = positions.astype(jnp.float32)[..., None] * frequencies[0]
     if len(frequencies) == 2:
@@ -253,6 +315,28 @@ def rotary_tables(
         is_long = lengths > _given(rope.original_max_position_embeddings)
         angles = jnp.where(is_long[..., None], long_angles, angles)
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale
+
+
+def _dynamic_tables(
+    rope: RopeConfig,
+    head_dim: int,
+    positions: Int32[Array, "B T"],
+    segment_ids: Int32[Array, "B T"],
+) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
+    """The base times (factor * length / trained - (factor - 1)) ** (width / (width-2)).
+
+    No document counts as shorter than the trained length, where that is the base as is.
+    """
+    width, factor = rope.rotary_width(head_dim), _given(rope.factor)
+    trained = _given(rope.original_max_position_embeddings)
+    lengths = jnp.maximum(_document_lengths(positions, segment_ids), trained)
+    stretch = factor * lengths / trained - (factor - 1)
+    exponents = np.arange(0, width, 2) / width
+    # stretch ** (-exponent * width / (width - 2)), one for each token and pair.
+    slowed = stretch[..., None] ** (-exponents * width / (width - 2))
+    frequencies, _ = inverse_frequencies(rope, head_dim)
+    angles = positions.astype(jnp.float32)[..., None] * (frequencies[0] * slowed)
+    return jnp.cos(angles), jnp.sin(angles)
 
 
 def _document_lengths(

@@ -24,6 +24,7 @@ from jaxtrain.models.cache import Cache, decode, init_cache
 from jaxtrain.models.decoder_layer import DecoderLayer
 from jaxtrain.models.layers import Attend, EmbeddingAndHead, LoraShape, Options
 from jaxtrain.models.moe import RouterLoad, load_balancing_loss
+from jaxtrain.models.rope import KINDS_BY_LENGTH
 from jaxtrain.types import Batch, Params, TokenLogProbs
 
 _policies = jax.checkpoint_policies
@@ -215,14 +216,15 @@ class Decoder(Options):
         """Why rows of `length` tokens can't share prompts; None where they can.
 
         A window counts places in the row, where the second completion is further from
-        the prompt than its positions say. Longrope goes by a whole document's length.
+        the prompt than its positions say. Some rotary embeddings go by the length of a
+        whole document.
         """
         windows = [w for w in parts.layer_windows(self.config, length) if w is not None]
         if windows:
             return f"the model's window of {min(windows)} is shorter than a row"
-        ropes = map(self.config.rope_of, self.config.layer_types)
-        if any(rope.kind == "longrope" for rope in ropes):
-            return "under longrope a token's rotation depends on its document's length"
+        kinds = {self.config.rope_of(kind).kind for kind in self.config.layer_types}
+        for kind in sorted(kinds & KINDS_BY_LENGTH):
+            return f"under {kind} a token's rotation depends on its document's length"
         return None
 
     def logits(

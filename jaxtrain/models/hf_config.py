@@ -1,0 +1,305 @@
+"""Reading a published config.json: which of its keys mean what.
+
+A key is one of four kinds. This decoder understands it. Or transformers knows it (an
+attribute of the family's config class, or an option of generation) and its value
+changes nothing. Or transformers knows it, the value is not the default and this decoder
+has nothing like it: refused. Or transformers does not know it either, so that it is a
+note of whoever published the model: named in a warning and passed over.
+"""
+
+import functools
+import inspect
+import logging
+import os
+import pathlib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from jaxtrain.models.config import ModelConfig, family_of, refused_options
+from jaxtrain.models.families import REFUSED_UNLESS, Family
+from jaxtrain.models.hf_files import read_json
+from jaxtrain.models.problems import Problems
+from jaxtrain.models.rope import unread_parameters
+
+logger = logging.getLogger(__name__)
+
+_Number = int | float
+# Values of these types are right for every family, which spares asking transformers:
+# that imports PyTorch, where it is installed. Values of others are judged by it.
+_RIGHT_TYPES: Mapping[str, Any] = {
+    "architectures": list[str] | None,
+    "attention_bias": bool,
+    "attention_dropout": _Number,
+    "attn_logit_softcapping": float | None,
+    "bos_token_id": int | None,
+    "chunk_size_feed_forward": int,
+    "decoder_sparse_step": int,
+    "dtype": str | None,
+    "eos_token_id": int | list[int] | None,
+    "final_logit_softcapping": float | None,
+    "head_dim": int,
+    "hidden_act": str,
+    "hidden_activation": str,
+    "hidden_size": int,
+    "initializer_range": float,
+    "intermediate_size": int,
+    "is_encoder_decoder": bool,
+    "layer_types": list[str] | None,
+    "max_position_embeddings": int,
+    "max_window_layers": int,
+    "mlp_bias": bool,
+    "mlp_only_layers": list[int] | None,
+    "moe_intermediate_size": int,
+    "norm_topk_prob": bool,
+    "num_attention_heads": int,
+    "num_experts": int,
+    "num_experts_per_tok": int,
+    "num_hidden_layers": int,
+    "num_key_value_heads": int,
+    "num_local_experts": int,
+    "original_max_position_embeddings": int,
+    "output_router_logits": bool,
+    "pad_token_id": int | None,
+    "partial_rotary_factor": _Number | None,
+    "pretraining_tp": int | None,
+    "query_pre_attn_scalar": int,
+    "rms_norm_eps": float,
+    "rope_local_base_freq": _Number | None,
+    "rope_parameters": dict | None,
+    "rope_scaling": dict | None,
+    "rope_theta": _Number | None,
+    "router_aux_loss_coef": float,
+    "sliding_window": int | None,
+    "sliding_window_pattern": int | None,
+    "tie_word_embeddings": bool,
+    "transformers_version": str | None,
+    "use_bidirectional_attention": bool | None,
+    "use_cache": bool,
+    "use_sliding_window": bool,
+    "vocab_size": int,
+}
+# Keys whose values transformers judges by no type.
+_OF_ANY_TYPE = frozenset(
+    {
+        "attn_implementation", "auto_map", "cache_implementation", "model_type",
+        "name_or_path", "num_labels", "output_attentions", "task_specific_params",
+        "tokenizer_class", "torch_dtype", "unsloth_fixed", "unsloth_version",
+    }
+)  # fmt: skip
+# Keys that no config class of the family need have, but transformers reads.
+_READ_BESIDES: Mapping[str, Any] = {
+    "head_dim": int | None,
+    "num_experts": int | None,
+    "num_local_experts": int | None,
+    "original_max_position_embeddings": int | None,
+    "partial_rotary_factor": _Number | None,
+    "per_layer_config": dict | None,
+    "quantization_config": dict | None,
+    "rope_local_base_freq": _Number | None,
+    "rope_parameters": dict | None,
+    "rope_scaling": dict | None,
+    "rope_theta": _Number | None,
+    "sliding_window_pattern": int | None,
+}
+# How types are called in messages.
+_WORDS: Mapping[Any, str] = {
+    int: "an integer",
+    float: "a number with a decimal point",
+    bool: "true or false",
+    str: "a text",
+    type(None): "null",
+}
+
+
+def load_config(path: str | os.PathLike[str]) -> ModelConfig:
+    """The ModelConfig of a directory's config.json, of transformers 4 or 5.
+
+    Keys that neither this decoder nor transformers knows are passed over; one warning
+    names them.
+
+    Raises:
+        ValueError: there is no such file, it is damaged, or it asks for what the
+            decoder has not; a line for each problem.
+    """
+    file = pathlib.Path(path) / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{file} is missing: {path} is no Hugging Face model")
+    options = read_json(file)
+    try:
+        family = family_of(options.get("model_type"))
+        problems = Problems(_wrong_types(options))
+        problems.lines += _quantized_otherwise(options.get("quantization_config"))
+        kept, unknown = _sort_keys(options, family)
+        if problems.lines:  # values of a wrong type can't be read any further
+            problems.lines += refused_options(kept, family)
+        else:
+            with problems.noted():
+                config = ModelConfig.from_hf(kept)
+        problems.check()
+    except ValueError as error:
+        lines = str(error).splitlines()
+        raise ValueError("\n".join(f"{file}: {line}" for line in lines)) from error
+    if unknown:
+        logger.warning(
+            "%s has keys that neither this decoder nor transformers knows; they are"
+            " passed over: %s",
+            file,
+            ", ".join(unknown),
+        )
+    return config
+
+
+def fp8_block(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Rows and columns of float8 weights that share a scale, in a directory."""
+    file = pathlib.Path(path) / "config.json"
+    options = read_json(file) if file.is_file() else {}
+    settings = options.get("quantization_config") or {}
+    rows, columns = settings.get("weight_block_size") or (128, 128)
+    return int(rows), int(columns)
+
+
+def stored_dtype(path: str | os.PathLike[str]) -> str:
+    """The type that a directory's config.json says the weights are kept in.
+
+    It is float32 where config.json names none, or one that nothing is computed in.
+    """
+    options = read_json(pathlib.Path(path) / "config.json")
+    named = options.get("dtype") or options.get("torch_dtype")
+    return named if named in ("float32", "bfloat16", "float16") else "float32"
+
+
+def _sort_keys(
+    options: Mapping[str, Any], family: Family
+) -> tuple[dict[str, Any], list[str]]:
+    """The options that `ModelConfig.from_hf` is to judge; the names of unknown ones.
+
+    What is in neither is known and changes nothing.
+    """
+    kept, unknown = {}, []
+    for name, value in options.items():
+        if name == "quantization_config":
+            continue  # see `_quantized_otherwise`
+        if family.understands(name) or value in REFUSED_UNLESS.get(name, ()):
+            kept[name] = value
+            continue
+        known = transformers_keys(options["model_type"])
+        if name in known:
+            if name in REFUSED_UNLESS or value != known[name].default:
+                kept[name] = value
+        elif name in REFUSED_UNLESS and name in _READ_BESIDES:
+            kept[name] = value
+        elif name not in _generation_keys():
+            unknown.append(name)
+    for name in ("rope_parameters", "rope_scaling"):
+        if isinstance(kept.get(name), Mapping):
+            kept[name], unread = _read_by_rope(kept[name], family)
+            unknown += [f"{name}.{each}" for each in unread]
+    return kept, unknown
+
+
+def _read_by_rope(
+    parameters: Mapping[str, Any], family: Family
+) -> tuple[dict[str, Any], list[str]]:
+    """Rope parameters without those that their kind does not read; and these."""
+    if any(isinstance(value, Mapping) for value in parameters.values()):
+        read, unread = {}, []
+        for name, below in parameters.items():
+            if isinstance(below, Mapping):
+                read[name], names = _read_by_rope(below, family)
+                unread += [f"{name}.{each}" for each in names]
+            else:
+                read[name] = below
+        return read, unread
+    unread = unread_parameters(parameters, family)
+    return {k: v for k, v in parameters.items() if k not in unread}, unread
+
+
+@functools.cache
+def _generation_keys() -> frozenset[str]:
+    """Options of generation, which old files keep among those of the model."""
+    from transformers import GenerationConfig  # slow, and rarely needed
+
+    return frozenset(vars(GenerationConfig()))
+
+
+@functools.cache
+def transformers_keys(model_type: str) -> Mapping[str, inspect.Parameter]:
+    """The keys that transformers' config class has, with their defaults and types.
+
+    Its signature is read, not an instance, which has computed values in place of some
+    defaults.
+    """
+    from transformers import CONFIG_MAPPING  # slow, and rarely needed
+
+    return inspect.signature(CONFIG_MAPPING[model_type].__init__).parameters
+
+
+def _wrong_types(options: Mapping[str, Any]) -> list[str]:
+    """A line for each value that is not of the type that transformers wants."""
+    wrong = []
+    for name, value in options.items():
+        if name in _OF_ANY_TYPE or name.startswith("_"):
+            continue
+        if name in _RIGHT_TYPES and _is_of(value, _RIGHT_TYPES[name]):
+            continue
+        arguments = transformers_keys(options["model_type"])
+        wanted = arguments[name].annotation if name in arguments else Any
+        if name in _READ_BESIDES and wanted is Any:
+            wanted = _READ_BESIDES[name]
+        if not _is_of(value, wanted):
+            given = _words(type(value))
+            wrong.append(f"{name} = {value!r}: must be {_words(wanted)}, not {given}")
+    return wrong
+
+
+def _is_of(value: Any, wanted: Any) -> bool:
+    """Whether a value of JSON is of an annotated type; True for those not judged."""
+    origin = typing.get_origin(wanted)
+    if origin in (typing.Union, types.UnionType):
+        return any(_is_of(value, each) for each in typing.get_args(wanted))
+    if origin is list:
+        (of,) = typing.get_args(wanted)
+        return isinstance(value, list) and all(_is_of(each, of) for each in value)
+    if wanted is type(None):
+        return value is None
+    if typing.is_typeddict(wanted) or wanted is dict or origin is dict:
+        return isinstance(value, dict)
+    if wanted in (int, float, str, bool):
+        return type(value) is wanted
+    return True
+
+
+def _words(wanted: Any) -> str:
+    """A type in a message: "an integer or null"."""
+    parts = typing.get_args(wanted)
+    if typing.get_origin(wanted) is list:
+        return f"a list (each of it {_words(parts[0])})"
+    if parts:
+        return " or ".join(dict.fromkeys(map(_words, parts)))
+    if wanted is dict or typing.is_typeddict(wanted):
+        return "an object of keys"
+    return _WORDS.get(wanted, "a list" if wanted is list else str(wanted))
+
+
+def _quantized_otherwise(settings: Any) -> list[str]:
+    """A line if the weights are quantized in a way that is not undone on loading."""
+    if not isinstance(settings, Mapping):
+        return []
+    method = settings.get("quant_method")
+    if method == "fp8":
+        return []
+    if method is None and (
+        settings.get("load_in_4bit") or settings.get("load_in_8bit")
+    ):
+        method = "bitsandbytes"
+    way = " with training.lora.quantization = 'nf4' or 'int8'"
+    return [
+        f"quantization_config.quant_method = {method!r}: these weights are quantized"
+        " already, and only fp8 with weight_scale_inv is undone on loading. Train the"
+        " model that they were made from"
+        + (way if method == "bitsandbytes" else "")
+        + ", or write them as whole weights: transformers'"
+        " AutoModelForCausalLM.from_pretrained(...).dequantize().save_pretrained(...)"
+    ]

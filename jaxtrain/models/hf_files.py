@@ -1,0 +1,177 @@
+"""The files of a Hugging Face directory, and what is wrong with damaged ones.
+
+A download that broke off, a clone without git-lfs and a copy onto a full disk leave
+files that no reader takes. Each is described here in one line: which file, what is
+wrong with it, what to do.
+"""
+
+import json
+import pathlib
+import struct
+from collections.abc import Mapping
+from typing import Any
+
+from jaxtrain.models.hf_names import TOKENIZER_FILES, WEIGHTS, WEIGHTS_INDEX
+from jaxtrain.models.problems import Problems
+
+_LFS_POINTER = b"version https://git-lfs"
+_AGAIN = "download it again (`hf download`; in a git clone `git lfs pull`)"
+
+
+def read_json(file: pathlib.Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: the file holds none; it says what it holds.
+    """
+    _check_content(file)
+    try:
+        content = json.loads(file.read_text("utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file} is not JSON ({error}): {_AGAIN}") from error
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{file} holds a {type(content).__name__}, not an object of keys: {_AGAIN}"
+        )
+    return content
+
+
+def check_tokenizer_files(directory: pathlib.Path) -> None:
+    """Raise ValueError if files of the tokenizer are damaged; it names them all."""
+    problems = Problems()
+    for name in TOKENIZER_FILES:
+        file = directory / name
+        if not file.is_file():
+            continue
+        with problems.noted():
+            if file.suffix == ".json":
+                read_json(file)
+            elif file.suffix == ".model":
+                _check_content(file)
+    problems.check()
+
+
+def find_weights(directory: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, str]]:
+    """The files of weights, and for each tensor of an index the file that it names.
+
+    Raises:
+        ValueError: there are none, or files are missing or damaged; it names all.
+    """
+    weight_map: dict[str, str] = {}
+    if (directory / WEIGHTS).is_file():
+        files = [directory / WEIGHTS]
+    elif (directory / WEIGHTS_INDEX).is_file():
+        weight_map = _read_index(directory / WEIGHTS_INDEX)
+        files = [directory / name for name in sorted(set(weight_map.values()))]
+    else:
+        raise ValueError(_why_no_weights(directory))
+    problems = Problems()
+    for file in files:
+        with problems.noted():
+            read_header(file)
+    problems.check()
+    return files, weight_map
+
+
+def read_header(file: pathlib.Path) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file and the place where its tensors begin.
+
+    The header says for each tensor its `dtype`, `shape` and `data_offsets`.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    _check_content(file)
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        first = stream.read(8)
+        length = struct.unpack("<Q", first)[0] if len(first) == 8 else size
+        start = 8 + length
+        text = stream.read(length) if start <= size else b""
+    try:
+        header = {k: v for k, v in json.loads(text).items() if k != "__metadata__"}
+        ends = [tensor["data_offsets"][1] for tensor in header.values()]
+        wanted = start + max(ends, default=0)
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        raise ValueError(
+            f"{file} is cut off in its header or is no safetensors file: {_AGAIN}"
+        ) from error
+    if size != wanted:
+        state = "is cut off" if size < wanted else "has bytes too many"
+        raise ValueError(
+            f"{file} {state}: {size} bytes, but its header speaks of {wanted}: {_AGAIN}"
+        )
+    return header, start
+
+
+def _check_content(file: pathlib.Path) -> None:
+    """Raise ValueError for a file that is not there, empty or a pointer of git-lfs."""
+    if not file.is_file():
+        raise ValueError(f"{file} is missing: {_AGAIN}")
+    with file.open("rb") as stream:
+        start = stream.read(len(_LFS_POINTER))
+    if not start:
+        raise ValueError(f"{file} is empty: {_AGAIN}")
+    if start == _LFS_POINTER:
+        raise ValueError(
+            f"{file} is a git-lfs pointer, not the file itself: run `git lfs pull` in"
+            " the clone, or download it with `hf download`"
+        )
+
+
+def _read_index(index: pathlib.Path) -> dict[str, str]:
+    """Which file each tensor is in, by an index.
+
+    Raises:
+        ValueError: it does not say so, or names files that are elsewhere or missing.
+    """
+    weight_map = read_json(index).get("weight_map")
+    if (
+        not isinstance(weight_map, Mapping)
+        or not weight_map
+        or not all(isinstance(name, str) for name in weight_map.values())
+    ):
+        raise ValueError(
+            f"{index} has no weight_map that gives each tensor's file: {_AGAIN}"
+        )
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        # The index is input: it may not name files elsewhere.
+        if pathlib.PurePath(name).name != name or "\\" in name or name == "..":
+            raise ValueError(
+                f"{index} names the file {name!r}; shards must lie beside the index"
+            )
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise ValueError(
+            f"{index} names files that {index.parent} lacks: {', '.join(missing)};"
+            " download them again"
+        )
+    return dict(weight_map)
+
+
+def _why_no_weights(directory: pathlib.Path) -> str:
+    pickles = sorted(file.name for file in directory.glob("*.bin"))
+    if pickles:
+        return (
+            f"{directory} has its weights only as pickles ({', '.join(pickles)}),"
+            " which can run code when read. Convert them to safetensors:"
+            " transformers' AutoModelForCausalLM.from_pretrained(...)"
+            ".save_pretrained(...) on a machine that may run them"
+        )
+    found = f"{directory} has neither {WEIGHTS} nor {WEIGHTS_INDEX}"
+    if (directory / "adapter_config.json").is_file():
+        return (
+            f"{found}, but an adapter: name the model that it was trained on, and the"
+            " adapter as training.lora.init_from"
+        )
+    others = sorted(file.name for file in directory.glob("*.safetensors"))
+    if others:
+        return f"{found}, only {', '.join(others[:3])}: download the index too"
+    return f"{found}: download the weights"
+
+
+def shorten(items: list[str], most: int = 8) -> str:
+    """The first few of a list in a message, and how many more there are."""
+    more = len(items) - most
+    return "; ".join(items[:most]) + (f"; and {more} more" if more > 0 else "")

@@ -1,0 +1,73 @@
+"""The tensors of a Hugging Face directory, by the names and in the form that we load.
+
+Checkpoints of one model differ in how they name and keep its tensors: without the
+"model." in front, the shared embedding under the head's name only, experts stacked
+(hf_experts.py), or in float8 with scales beside them (hf_float8.py). `open_tensors`
+shows them all in one form. Nothing is read before a slice of it is asked for.
+"""
+
+import contextlib
+import os
+import pathlib
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from safetensors import safe_open
+
+from jaxtrain.models.config import ModelConfig
+from jaxtrain.models.hf_config import fp8_block
+from jaxtrain.models.hf_experts import split_fused
+from jaxtrain.models.hf_files import find_weights
+from jaxtrain.models.hf_float8 import whole_tensors
+from jaxtrain.models.hf_names import EMBEDDING, HEAD
+
+# A file of transformers' base class, which has no head, lacks the first part of names.
+_WITHOUT_PREFIX = re.compile(r"(layers\.\d+|embed_tokens|norm)\..+")
+
+
+class Tensors(dict[str, Any]):
+    """Tensors by name, each a slice of its file that is read when indexed.
+
+    `promised`: for the tensors that an index lists, the file that it names.
+    """
+
+    def __init__(self, tensors: Mapping[str, Any], promised: Mapping[str, str]) -> None:
+        super().__init__(tensors)
+        self.promised = promised
+
+    def whereabouts(self, name: str) -> str:
+        """For a missing tensor, which file ought to have it; "" where none is named."""
+        file = self.promised.get(name)
+        return f" (the index says it is in {file}: download that again)" if file else ""
+
+
+@contextlib.contextmanager
+def open_tensors(
+    path: str | os.PathLike[str], config: ModelConfig
+) -> Iterator[Tensors]:
+    """Every tensor of a directory, named and formed as `hf_names.Leaf` says.
+
+    Raises:
+        ValueError: there are no weights, or files are missing or damaged.
+    """
+    directory = pathlib.Path(path)
+    files, promised = find_weights(directory)
+    with contextlib.ExitStack() as stack:
+        stored: dict[str, Any] = {}
+        file_of: dict[str, pathlib.Path] = {}
+        for file in files:
+            opened = stack.enter_context(safe_open(str(file), framework="numpy"))
+            for name in opened.keys():  # noqa: SIM118 (no mapping)
+                stored[name], file_of[name] = opened.get_slice(name), file
+        tensors = whole_tensors(stored, file_of, fp8_block(directory))
+        tensors = {_prefixed(name): tensor for name, tensor in tensors.items()}
+        tensors = split_fused(config.model_type, tensors)
+        if config.tie_word_embeddings and HEAD in tensors:
+            tensors.setdefault(EMBEDDING, tensors[HEAD])
+        promised = {_prefixed(name): file for name, file in promised.items()}
+        yield Tensors(tensors, promised)
+
+
+def _prefixed(name: str) -> str:
+    return f"model.{name}" if _WITHOUT_PREFIX.fullmatch(name) else name
