@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from huggingface_hub.errors import StrictDataclassError
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from jaxtrain.models.config import ModelConfig
@@ -111,8 +112,15 @@ def read_directory(
         check_tokenizer_files(directory)
     tokenizer: list[T] = []
     if not problems.lines:
-        with problems.noted():
-            tokenizer.append(load_tokenizer())
+        try:
+            with problems.noted():
+                tokenizer.append(load_tokenizer())
+        except (KeyError, TypeError, StrictDataclassError) as error:
+            # It reads config.json too, by checks of its own that need not be ours.
+            problems.lines.append(
+                f"{path}: transformers refuses its config.json or its tokenizer:"
+                f" {' '.join(str(error).split())}"
+            )
     if weights:
         with problems.noted():
             if config is None:
