@@ -85,6 +85,31 @@ def test_frequencies_equal_those_of_transformers(rope: RopeConfig) -> None:
     assert scale == pytest.approx(expected_scale)
 
 
+@pytest.mark.torch
+@pytest.mark.parametrize("length", [5, 8, 9, 30])
+def test_dynamic_tables_equal_those_of_transformers(length: int) -> None:
+    """Each document by itself, shorter and longer than the trained length of 8."""
+    torch = pytest.importorskip("torch")
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    rope = RopeConfig(kind="dynamic", factor=3.0, original_max_position_embeddings=8)
+    config = LlamaConfig(
+        hidden_size=64,
+        num_attention_heads=4,
+        max_position_embeddings=8,
+        rope_parameters=rope.to_hf(),
+    )
+    place = torch.arange(length)[None]
+    expected = LlamaRotaryEmbedding(config)(torch.zeros(1, length, 64), place)
+    # A shorter document in front of it in the row changes nothing.
+    positions = jnp.asarray([[*range(3), *range(length)]])
+    segment_ids = jnp.asarray([[1] * 3 + [2] * length])
+    tables = rotary_tables(rope, 16, positions, segment_ids)
+    for ours, theirs in zip(tables, expected, strict=True):
+        np.testing.assert_allclose(ours[0, 3:], theirs[0, :, :8].numpy(), atol=1e-6)
+
+
 @given(
     first=st.integers(0, 1000), second=st.integers(0, 1000), shift=st.integers(0, 1000)
 )
