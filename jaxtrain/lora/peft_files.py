@@ -45,6 +45,7 @@ def save_adapter(
     *,
     tied_embeddings: bool,
     initial: Params | None = None,
+    in_wrapper: bool = False,
 ) -> None:
     """Write what trains in PEFT's format, for `peft.PeftModel.from_pretrained`.
 
@@ -59,6 +60,7 @@ def save_adapter(
         base_model_name: path or hub name that PEFT shall find the base under.
         tied_embeddings: whether the head is the embedding; PEFT is then told so.
         initial: the first adapters, needed where `lora.changes_base`.
+        in_wrapper: whether PEFT shall find the base inside a wrapper with towers.
     """
     if lora.changes_base:
         if initial is None:
@@ -101,7 +103,7 @@ def save_adapter(
         for name, value in vars(lora).items()
         if name not in ("init_lora_weights", "ensure_weight_tying")
     }
-    config = {
+    config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model_name,
@@ -111,6 +113,10 @@ def save_adapter(
         "modules_to_save": list(lora.modules_to_save) or None,
         "inference_mode": True,
     } | ({"ensure_weight_tying": True} if ties or tied_adapters else {})
+    if in_wrapper:
+        tensors = {peft_tensors.name_in_wrapper(k): v for k, v in tensors.items()}
+        names = config["target_modules"]
+        config["target_modules"] = peft_tensors.modules_in_wrapper(names)
     if jax.process_index() == 0:
         path = pathlib.Path(path)
         path.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,7 @@
 
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -16,6 +16,9 @@ from jaxtrain.tree import get as tree_get
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+# Where a model inside a wrapper has its layers: its class in transformers 5, and 4's.
+_IN_WRAPPER = re.compile(r"(model\.language_model|language_model\.model)\.")
+_WRAPPED_HEAD = "language_model.lm_head."
 # Ours are [in out], torch's [out in].
 TRANSPOSED = ("lora_a", "lora_b", "kernel", "weight")
 
@@ -34,6 +37,18 @@ _LEAVES = {
     "base_layer.bias": ("bias", ("bias",)),
 }
 _TENSOR = re.compile(rf"(.+?)\.({'|'.join(map(re.escape, (*_LEAVES, 'weight')))})")
+
+
+def name_in_wrapper(name: str) -> str:
+    """A tensor's name in an adapter for a model that a wrapper holds."""
+    return name.replace(f"{PREFIX}model.", f"{PREFIX}model.language_model.", 1)
+
+
+def modules_in_wrapper(modules: Collection[str]) -> str:
+    """The pattern of `target_modules` that leaves out towers with modules so named."""
+    inner = "|".join(name for name in modules if name != "lm_head")
+    head = "|lm_head" if "lm_head" in modules else ""
+    return rf"model\.language_model\.(.*\.)?({inner}){head}"
 
 
 def read_stacks(
@@ -55,7 +70,8 @@ def read_stacks(
     stacks: dict[TreePath, dict[int, np.ndarray]] = {}
     tensors = safetensors.numpy.load_file(path / WEIGHTS_FILE)
     for key, value in tensors.items():
-        name = key.removeprefix(PREFIX)
+        name = _IN_WRAPPER.sub("model.", key.removeprefix(PREFIX), count=1)
+        name = name.replace(_WRAPPED_HEAD, "lm_head.")
         if ".modules_to_save." in name or ".original_module." in name:
             continue  # PEFT's own duplicates of a saved module's bias
         if drop_head and name.startswith("lm_head."):

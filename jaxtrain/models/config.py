@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from jaxtrain.models.families import FAMILIES, REFUSED_UNLESS, Family
+from jaxtrain.models.families import FAMILIES, REFUSED_UNLESS, WRAPPERS, Family
 from jaxtrain.models.problems import Problems
 from jaxtrain.models.rope import RopeConfig
 from jaxtrain.tree import flatten
@@ -321,10 +321,11 @@ def family_of(model_type: Any) -> Family:
     Raises:
         ValueError: there is none.
     """
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(
             f"model_type = {model_type!r} is not a family this decoder knows; use one"
-            f" of {', '.join(FAMILIES)}"
+            f" of {', '.join(FAMILIES)}, or a directory whose config.json has one of"
+            f" these in its text_config: {', '.join(WRAPPERS)}"
         )
     return FAMILIES[model_type]
 

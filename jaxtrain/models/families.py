@@ -213,6 +213,10 @@ FAMILIES: Mapping[str, Family] = {
     ),
 }
 
+# Models of text and images whose text decoder is one of these: the family it has where
+# its part of the config.json, `text_config`, does not say so.
+WRAPPERS: Mapping[str, str] = {"gemma3": "gemma3_text", "mistral3": "mistral"}
+
 # Options that this decoder has in one form only: the values that mean that form.
 REFUSED_UNLESS: Mapping[str, tuple[Any, ...]] = {
     "attention_dropout": (0.0, None),

@@ -25,6 +25,7 @@ from jaxtrain.models.hf_files import check_tokenizer_files, find_weights, shorte
 from jaxtrain.models.hf_names import (
     EMBEDDING,
     HEAD,
+    NUMPY_TYPES,
     TOKENIZER_FILES,
     Leaf,
     Path,
@@ -51,12 +52,6 @@ __all__ = [
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-_NUMPY_TYPES: dict[str, np.dtype] = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": jnp.dtype(jnp.bfloat16),
-}
 # Buffers that old checkpoints hold beside the weights; the config implies them.
 _IMPLIED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
@@ -170,7 +165,7 @@ def load_params(
             if few_bits and is_kernel and ".".join(leaf.path[1:-1]) in few_bits:
                 loaded |= _load_in_few_bits(leaf, tensors, targets, model, stored)
                 continue
-            kind = _NUMPY_TYPES[stored] if keep else jnp.dtype(dtype)
+            kind = NUMPY_TYPES[stored] if keep else jnp.dtype(dtype)
             loaded[leaf.path] = _load_leaf(leaf, tensors, targets[leaf.path], kind)
     return nest(loaded)
 
@@ -238,7 +233,7 @@ def _check_tensors(
         shape, kind = tuple(tensors[name].get_shape()), tensors[name].get_dtype()
         if shape != expected[name]:
             misshapen.append(f"{name} has shape {shape}, expected {expected[name]}")
-        if kind not in _NUMPY_TYPES:
+        if kind not in NUMPY_TYPES:
             mistyped.append(f"{name} has type {kind}, expected a float type")
     problems = [missing, unexpected, misshapen, mistyped]
     if any(problems):
@@ -278,7 +273,7 @@ def _load_in_few_bits(
     """
     assert model.quantization is not None
     paths = [(*leaf.path[:-1], name) for name in (CODES, SCALES)]
-    dtype = _NUMPY_TYPES[stored]
+    dtype = NUMPY_TYPES[stored]
     dtype = np.dtype(np.float32) if dtype.itemsize > 4 else dtype
     on_device = targets[paths[0]].with_memory_kind("device")
     whole = _load_leaf(leaf, tensors, on_device, dtype)

@@ -19,6 +19,7 @@ from typing import Any
 
 from jaxtrain.models.config import ModelConfig, family_of, refused_options
 from jaxtrain.models.families import REFUSED_UNLESS, Family
+from jaxtrain.models.hf_composite import is_composite, text_options
 from jaxtrain.models.hf_files import read_json
 from jaxtrain.models.problems import Problems
 from jaxtrain.models.rope import unread_parameters
@@ -126,11 +127,14 @@ def load_config(path: str | os.PathLike[str]) -> ModelConfig:
     file = pathlib.Path(path) / "config.json"
     if not file.is_file():
         raise ValueError(f"{file} is missing: {path} is no Hugging Face model")
-    options = read_json(file)
+    stored = read_json(file)
+    options = text_options(stored)
     try:
         family = family_of(options.get("model_type"))
         problems = Problems(_wrong_types(options))
-        problems.lines += _quantized_otherwise(options.get("quantization_config"))
+        problems.lines += _quantized_otherwise(
+            options.get("quantization_config"), in_wrapper=is_composite(stored)
+        )
         kept, unknown = _sort_keys(options, family)
         if problems.lines:  # values of a wrong type can't be read any further
             problems.lines += refused_options(kept, family)
@@ -154,7 +158,7 @@ def load_config(path: str | os.PathLike[str]) -> ModelConfig:
 def fp8_block(path: str | os.PathLike[str]) -> tuple[int, int]:
     """Rows and columns of float8 weights that share a scale, in a directory."""
     file = pathlib.Path(path) / "config.json"
-    options = read_json(file) if file.is_file() else {}
+    options = text_options(read_json(file)) if file.is_file() else {}
     settings = options.get("quantization_config") or {}
     rows, columns = settings.get("weight_block_size") or (128, 128)
     return int(rows), int(columns)
@@ -165,8 +169,10 @@ def stored_dtype(path: str | os.PathLike[str]) -> str:
 
     It is float32 where config.json names none, or one that nothing is computed in.
     """
-    options = read_json(pathlib.Path(path) / "config.json")
-    named = options.get("dtype") or options.get("torch_dtype")
+    stored = read_json(pathlib.Path(path) / "config.json")
+    parts = (text_options(stored), stored)  # a wrapper may say it for both
+    found = (part.get(key) for part in parts for key in ("dtype", "torch_dtype"))
+    named = next(filter(None, found), None)
     return named if named in ("float32", "bfloat16", "float16") else "float32"
 
 
@@ -283,12 +289,12 @@ def _words(wanted: Any) -> str:
     return _WORDS.get(wanted, "a list" if wanted is list else str(wanted))
 
 
-def _quantized_otherwise(settings: Any) -> list[str]:
+def _quantized_otherwise(settings: Any, *, in_wrapper: bool) -> list[str]:
     """A line if the weights are quantized in a way that is not undone on loading."""
     if not isinstance(settings, Mapping):
         return []
     method = settings.get("quant_method")
-    if method == "fp8":
+    if method == "fp8" and not in_wrapper:
         return []
     if method is None and (
         settings.get("load_in_4bit") or settings.get("load_in_8bit")
@@ -297,7 +303,8 @@ def _quantized_otherwise(settings: Any) -> list[str]:
     way = " with training.lora.quantization = 'nf4' or 'int8'"
     return [
         f"quantization_config.quant_method = {method!r}: these weights are quantized"
-        " already, and only fp8 with weight_scale_inv is undone on loading. Train the"
+        " already, and only fp8 with weight_scale_inv is undone on loading, in models"
+        " of text alone. Train the"
         " model that they were made from"
         + (way if method == "bitsandbytes" else "")
         + ", or write them as whole weights: transformers'"

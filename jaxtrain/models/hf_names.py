@@ -7,6 +7,10 @@ mixture of experts each expert's matrices are tensors of their own (hf_experts.p
 
 import dataclasses
 import itertools
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+import numpy as np
 
 from jaxtrain.models import hf_experts
 from jaxtrain.models.config import ModelConfig
@@ -14,6 +18,13 @@ from jaxtrain.models.transformer import Decoder
 from jaxtrain.tree import flatten
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+# The float types of safetensors files.
+NUMPY_TYPES: Mapping[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": jnp.dtype(jnp.bfloat16),
+}
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json",

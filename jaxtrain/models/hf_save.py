@@ -12,10 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from jaxtrain.models import hf_composite
 from jaxtrain.models.config import ModelConfig
+from jaxtrain.models.hf_config import load_config
 from jaxtrain.models.hf_names import (
+    NUMPY_TYPES,
     WEIGHTS,
     WEIGHTS_INDEX,
     Leaf,
@@ -55,11 +59,7 @@ def save_pretrained(
     _check_params(config, leaves, flat)
     directory, writes = pathlib.Path(path), jax.process_index() == 0
     if writes:
-        directory.mkdir(parents=True, exist_ok=True)
-        # A shard of an earlier export would be read in place of what is written now.
-        for file in directory.iterdir():
-            if _OWN_WEIGHTS.fullmatch(file.name):
-                file.unlink()
+        _make_directory(directory)
     shards = _plan_shards(leaves, flat, dtype, max_shard_bytes)
     weight_map: dict[str, str] = {}
     total_bytes = 0
@@ -91,6 +91,80 @@ def save_pretrained(
         _write_json(directory / "generation_config.json", given)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("save_pretrained")
+
+
+def save_in_wrapper(
+    path: str | os.PathLike[str],
+    source: str | os.PathLike[str],
+    config: ModelConfig,
+    params: Params,
+    *,
+    dtype: str | None = None,
+) -> None:
+    """Write a wrapper's directory anew with these weights as its text decoder.
+
+    Every process must call it; process 0 writes. All that is not the decoder's is
+    copied bit by bit; so is config.json, unless the decoder's options changed. One file
+    of the wrapper's weights is held at once.
+
+    Args:
+        source: the wrapper's directory (hf_composite.py).
+        dtype: the type of the decoder's weights; None is what `source` keeps each in.
+
+    Raises:
+        ValueError: `params` are not the weights of `config`.
+    """
+    leaves = leaves_of(config)
+    flat = flatten(params)
+    _check_params(config, leaves, flat)
+    origin, directory = pathlib.Path(source), pathlib.Path(path)
+    writes = jax.process_index() == 0
+    if writes:
+        _make_directory(directory)
+    places = {leaf.tensor_name(at): (leaf, at) for leaf in leaves for at in leaf.places}
+    plan = hf_composite.plan_files(origin, places)
+    weight_map: dict[str, str] = {}
+    total_bytes = 0
+    for file, names in plan:
+        tensors = {}
+        with safe_open(str(file), framework="numpy") as opened:
+            stored = set(opened.keys())
+            for name, own in names.items():
+                if own is None:
+                    if writes:
+                        tensors[name] = opened.get_tensor(name)
+                    continue
+                leaf, place = places[own]
+                kind = dtype
+                if dtype is None and name in stored:
+                    kind = NUMPY_TYPES[opened.get_slice(name).get_dtype()].name
+                tensor = _fetch_tensor(leaf, flat[leaf.path], place, kind, writes)
+                if tensor is not None:
+                    tensors[name] = tensor
+        if writes:
+            save_file(tensors, str(directory / file.name), metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(tensors, file.name)
+            total_bytes += sum(tensor.nbytes for tensor in tensors.values())
+    if writes:
+        if (origin / WEIGHTS_INDEX).is_file() and plan[0][0].name != WEIGHTS:
+            index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+            _write_json(directory / WEIGHTS_INDEX, index)
+        before, after = load_config(origin).to_hf(), config.to_hf()
+        changed = {k: v for k, v in after.items() if v != before.get(k)}
+        if changed:
+            content = hf_composite.wrapped_config(origin, changed)
+            _write_json(directory / "config.json", content)
+        hf_composite.copy_others(origin, directory)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("save_in_wrapper")
+
+
+def _make_directory(directory: pathlib.Path) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    # A shard of an earlier export would be read in place of what is written now.
+    for file in directory.iterdir():
+        if _OWN_WEIGHTS.fullmatch(file.name) or file.name == "config.json":
+            file.unlink()
 
 
 def _check_params(

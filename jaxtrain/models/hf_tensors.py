@@ -10,12 +10,13 @@ import contextlib
 import os
 import pathlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from safetensors import safe_open
 
 from jaxtrain.models.config import ModelConfig
+from jaxtrain.models.hf_composite import is_wrapped, text_name
 from jaxtrain.models.hf_config import fp8_block
 from jaxtrain.models.hf_experts import split_fused
 from jaxtrain.models.hf_files import find_weights
@@ -61,12 +62,20 @@ def open_tensors(
             for name in opened.keys():  # noqa: SIM118 (no mapping)
                 stored[name], file_of[name] = opened.get_slice(name), file
         tensors = whole_tensors(stored, file_of, fp8_block(directory))
-        tensors = {_prefixed(name): tensor for name, tensor in tensors.items()}
+        rename = text_name if is_wrapped(directory) else _prefixed
+        tensors = _renamed(tensors, rename)
         tensors = split_fused(config.model_type, tensors)
         if config.tie_word_embeddings and HEAD in tensors:
             tensors.setdefault(EMBEDDING, tensors[HEAD])
-        promised = {_prefixed(name): file for name, file in promised.items()}
-        yield Tensors(tensors, promised)
+        yield Tensors(tensors, _renamed(promised, rename))
+
+
+def _renamed(
+    tensors: Mapping[str, Any], rename: Callable[[str], str | None]
+) -> dict[str, Any]:
+    """The same by other names, without those that have none."""
+    named = ((rename(name), tensor) for name, tensor in tensors.items())
+    return {name: tensor for name, tensor in named if name is not None}
 
 
 def _prefixed(name: str) -> str:

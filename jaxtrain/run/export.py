@@ -9,7 +9,8 @@ import jax
 
 from jaxtrain import lora, tree
 from jaxtrain.config import RunConfig
-from jaxtrain.models.hf_save import save_pretrained
+from jaxtrain.models import hf_composite
+from jaxtrain.models.hf_save import save_in_wrapper, save_pretrained
 from jaxtrain.models.load import LoadedModel, lora_config
 from jaxtrain.models.special_tokens import save_tokenizer
 from jaxtrain.run.checkpoint import CheckpointManager
@@ -68,6 +69,7 @@ def export_merged(
 ) -> str:
     """One directory that transformers loads, adapters merged; returns its path."""
     params, config = state.trainable, model.config
+    is_wrapped = hf_composite.is_wrapped(model.directory)
     if run.lora is not None:
         # The frozen tree may hold adapters: a DPO reference's, or the first ones.
         leaves = tree.flatten(state.frozen).items()
@@ -81,7 +83,12 @@ def export_merged(
                 "an adapter of embed_tokens or lm_head made two matrices of one: the"
                 " merged model has tie_word_embeddings = False"
             )
-    save_pretrained(directory, config, params, dtype=run.model.export_dtype)
+    source, dtype = model.directory, run.model.export_dtype
+    scratch = run.training_type == "from_scratch"
+    if not is_wrapped or source is None or scratch or run.model.export_text_only:
+        save_pretrained(directory, config, params, dtype=dtype)
+    else:
+        save_in_wrapper(directory, source, config, params, dtype=dtype)
     if jax.process_index() == 0:
         model.generation.save(directory)
         # As it was used: with the chat template of this run, if that was another.
@@ -106,6 +113,7 @@ def export_adapter(
         model.directory,
         tied_embeddings=model.config.tie_word_embeddings,
         initial=state.frozen if settings.changes_base else None,
+        in_wrapper=hf_composite.is_wrapped(model.directory),
     )
     logger.info("adapter saved to %s", directory)
     return str(directory)

@@ -1,0 +1,359 @@
+"""Text decoders inside a wrapper with towers: loaded, trained, put back.
+
+The wrappers are tiny random models of transformers' own classes.
+"""
+
+import json
+import pathlib
+import shutil
+import sys
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jaxtrain import assets
+from jaxtrain.models import Decoder, ModelConfig
+from jaxtrain.models.hf import load_config, load_params, match_weights, save_pretrained
+from jaxtrain.models.hf_save import save_in_wrapper
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+from runs import tiny_config, train
+
+pytestmark = pytest.mark.torch
+TOKENS = np.asarray([[5, 9, 2, 41, 33, 8, 60, 17, 3, 50, 22, 11]])
+TEXT = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+    "sliding_window": 4,
+}
+TEXTS = {
+    "gemma3": TEXT | {"model_type": "gemma3_text", "sliding_window_pattern": 2},
+    "mistral3": TEXT | {"model_type": "mistral"},
+}
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+TOWERS = {
+    "gemma3": VISION | {"model_type": "siglip_vision_model"},
+    "mistral3": VISION | {"model_type": "pixtral", "head_dim": 8},
+}
+
+
+def load_torch(directory: pathlib.Path) -> Any:
+    import transformers
+
+    make = transformers.AutoModelForImageTextToText.from_pretrained
+    return make(directory, attn_implementation="eager", dtype="float32").eval()
+
+
+def torch_logits(model: Any) -> np.ndarray:
+    import torch
+
+    with torch.no_grad():
+        return model(torch.tensor(TOKENS.tolist())).logits.numpy()
+
+
+def our_logits(directory: pathlib.Path) -> np.ndarray:
+    config = match_weights(directory, load_config(directory))
+    model = Decoder(config, compute_dtype="float32")
+    params = load_params(directory, model, dtype="float32")
+    positions = jnp.arange(TOKENS.shape[1])[None]
+    tokens = jnp.asarray(TOKENS)
+    return np.asarray(model.logits(params, tokens, positions, jnp.ones_like(tokens)))
+
+
+def make_wrapper(directory: pathlib.Path, kind: str, dtype: str, vocab: int) -> None:
+    """Save a tiny random composite, in two shards, with a processor's file beside."""
+    torch = pytest.importorskip("torch")
+    import transformers
+
+    torch.manual_seed(0)
+    others = {"mm_tokens_per_image": 4} if kind == "gemma3" else {}
+    config = transformers.CONFIG_MAPPING[kind](
+        text_config=TEXTS[kind] | {"vocab_size": vocab},
+        vision_config=TOWERS[kind],
+        tie_word_embeddings=kind == "gemma3",
+        image_token_index=vocab - 1,
+        **others,
+    )
+    make = transformers.AutoModelForImageTextToText.from_config
+    model = make(config, dtype=getattr(torch, dtype))
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.15 * torch.randn_like(weight))
+    model.save_pretrained(directory, max_shard_size="20KB")
+    (directory / "preprocessor_config.json").write_text('{"size": 28}')
+
+
+@pytest.fixture(scope="module", params=list(TEXTS))
+def wrapper(request: pytest.FixtureRequest, tmp_path_factory) -> pathlib.Path:
+    directory = tmp_path_factory.mktemp(request.param)
+    make_wrapper(directory, request.param, "bfloat16", 64)
+    return directory
+
+
+PUBLISHED = {
+    "google/gemma-3-4b-it": {
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "boi_token_index": 255999,
+        "eoi_token_index": 256000,
+        "eos_token_id": [1, 106],
+        "image_token_index": 262144,
+        "initializer_range": 0.02,
+        "mm_tokens_per_image": 256,
+        "model_type": "gemma3",
+        "text_config": {
+            "hidden_size": 2560,
+            "intermediate_size": 10240,
+            "model_type": "gemma3_text",
+            "num_hidden_layers": 34,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+            "sliding_window": 1024,
+        },
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.50.0.dev0",
+        "vision_config": {
+            "hidden_size": 1152,
+            "image_size": 896,
+            "intermediate_size": 4304,
+            "model_type": "siglip_vision_model",
+            "num_attention_heads": 16,
+            "num_hidden_layers": 27,
+            "patch_size": 14,
+            "vision_use_head": False,
+        },
+    },
+    "google/gemma-3-27b-pt": {
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "eos_token_id": 1,
+        "image_token_index": 262144,
+        "mm_tokens_per_image": 256,
+        "model_type": "gemma3",
+        "text_config": {
+            "head_dim": 128,
+            "hidden_size": 5376,
+            "intermediate_size": 21504,
+            "model_type": "gemma3_text",
+            "num_attention_heads": 32,
+            "num_hidden_layers": 62,
+            "num_key_value_heads": 16,
+            "query_pre_attn_scalar": 168,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+            "sliding_window": 1024,
+        },
+        "torch_dtype": "bfloat16",
+        "vision_config": {"model_type": "siglip_vision_model", "image_size": 896},
+    },
+    "mistralai/Mistral-Small-3.1-24B-Instruct-2503": {
+        "architectures": ["Mistral3ForConditionalGeneration"],
+        "image_token_index": 10,
+        "model_type": "mistral3",
+        "multimodal_projector_bias": False,
+        "projector_hidden_act": "gelu",
+        "spatial_merge_size": 2,
+        "text_config": {
+            "attention_dropout": 0.0,
+            "head_dim": 128,
+            "hidden_act": "silu",
+            "hidden_size": 5120,
+            "initializer_range": 0.02,
+            "intermediate_size": 32768,
+            "max_position_embeddings": 131072,
+            "model_type": "mistral",
+            "num_attention_heads": 32,
+            "num_hidden_layers": 40,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-05,
+            "rope_theta": 1000000000.0,
+            "sliding_window": None,
+            "use_cache": True,
+            "vocab_size": 131072,
+        },
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.50.0.dev0",
+        "vision_config": {"hidden_size": 1024, "model_type": "pixtral"},
+        "vision_feature_layer": -1,
+    },
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_wrappers_are_read_as_transformers_reads_them(
+    name: str, tmp_path: pathlib.Path
+) -> None:
+    import transformers
+
+    published = PUBLISHED[name]
+    (tmp_path / "config.json").write_text(json.dumps(published))
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    text = theirs.text_config.to_dict()
+    text["tie_word_embeddings"] = theirs.tie_word_embeddings
+    if "eos_token_id" in published:
+        text["eos_token_id"] = published["eos_token_id"]
+    assert load_config(tmp_path) == ModelConfig.from_hf(text)
+
+
+def test_float8_inside_a_wrapper_is_refused(wrapper, tmp_path) -> None:
+    options = json.loads((wrapper / "config.json").read_text())
+    options["quantization_config"] = {"quant_method": "fp8"}
+    (tmp_path / "config.json").write_text(json.dumps(options))
+    with pytest.raises(ValueError, match=r"'fp8'.*in models of text alone"):
+        load_config(tmp_path)
+
+
+def tensors_of(directory: pathlib.Path) -> dict[str, np.ndarray]:
+    found: dict[str, np.ndarray] = {}
+    for file in directory.glob("*.safetensors"):
+        found |= load_file(file)
+    return found
+
+
+def as_modules(directory: pathlib.Path, target: pathlib.Path) -> None:
+    """The same wrapper with the names that its modules have in transformers 5."""
+    shutil.copytree(directory, target)
+    tensors = {
+        f"model.{name}".replace("model.language_model.model.", "model.language_model.")
+        .replace("model.language_model.lm_head.", "lm_head.")
+        .replace("model.lm_head.", "lm_head."): tensor
+        for name, tensor in tensors_of(directory).items()
+    }
+    for file in (*target.glob("*.safetensors"), *target.glob("*.index.json")):
+        file.unlink()
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_logits_are_those_of_the_wrapper_by_either_names(wrapper, tmp_path) -> None:
+    expected = torch_logits(load_torch(wrapper))
+    np.testing.assert_allclose(our_logits(wrapper), expected, atol=1e-4, rtol=0)
+    as_modules(wrapper, tmp_path / "new")
+    names = tensors_of(tmp_path / "new")
+    assert any(name.startswith("model.language_model.layers.") for name in names)
+    np.testing.assert_array_equal(our_logits(tmp_path / "new"), our_logits(wrapper))
+
+
+@pytest.mark.parametrize("names", ["old", "new"])
+def test_put_back_unchanged_everything_is_as_it_was(wrapper, tmp_path, names) -> None:
+    source = wrapper
+    if names == "new":
+        source = tmp_path / "new"
+        as_modules(wrapper, source)
+    config = match_weights(source, load_config(source))
+    params = load_params(source, Decoder(config), dtype="float32")
+    target = tmp_path / "target"
+    save_in_wrapper(target, source, config, params)
+    before, after = tensors_of(source), tensors_of(target)
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert tensor.dtype == after[name].dtype
+        np.testing.assert_array_equal(tensor, after[name], err_msg=name)
+    for file in source.glob("*.json"):
+        ours = (target / file.name).read_text()
+        if file.name.endswith(".index.json"):
+            theirs = json.loads(file.read_text())["weight_map"]
+            assert json.loads(ours)["weight_map"] == theirs
+        else:
+            assert ours == file.read_text(), file.name
+
+
+def test_changed_weights_and_options_are_put_back(wrapper, tmp_path) -> None:
+    """An untied head and a longer context; towers stay bit by bit."""
+    import dataclasses
+
+    config = load_config(wrapper)
+    params = load_params(wrapper, Decoder(config), dtype="float32")
+    rng = np.random.default_rng(0)
+    head = np.asarray(rng.standard_normal((32, 64)), np.float32)
+    params = {**params, "lm_head": {"kernel": jnp.asarray(head)}}
+    params["norm"] = {"scale": params["norm"]["scale"] + 0.5}
+    config = dataclasses.replace(config, tie_word_embeddings=False)
+    config = config.with_rope_scaling({"rope_type": "linear", "factor": 2.0})
+    save_in_wrapper(tmp_path, wrapper, config, params, dtype="float32")
+    assert load_config(tmp_path) == config
+    theirs = load_torch(tmp_path)
+    np.testing.assert_array_equal(theirs.lm_head.weight.detach().numpy(), head.T)
+    np.testing.assert_allclose(
+        our_logits(tmp_path), torch_logits(theirs), atol=1e-4, rtol=0
+    )
+    before, after = tensors_of(wrapper), tensors_of(tmp_path)
+    towers = [name for name in before if "language_model" not in name]
+    towers = [name for name in towers if not name.startswith("lm_head")]
+    assert len(towers) > 10
+    for name in towers:
+        np.testing.assert_array_equal(before[name], after[name])
+
+
+def test_the_text_model_alone_is_a_model_of_its_own(wrapper, tmp_path) -> None:
+    import transformers
+
+    config = match_weights(wrapper, load_config(wrapper))
+    params = load_params(wrapper, Decoder(config), dtype="float32")
+    save_pretrained(tmp_path, config, params)
+    text = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, attn_implementation="eager"
+    )
+    assert type(text).__name__ == config.family.architecture
+    expected = torch_logits(load_torch(wrapper))
+    np.testing.assert_allclose(torch_logits(text), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("text_only", [False, True])
+def test_a_lora_run_exports_what_peft_and_transformers_find(
+    tmp_path: pathlib.Path, text_only: bool
+) -> None:
+    peft = pytest.importorskip("peft")
+    import torch
+    import transformers
+
+    source = tmp_path / "wrapper"
+    shutil.copytree(assets.asset_path(assets.TOKENIZER), source)
+    make_wrapper(source, "gemma3", "float32", 2304)
+    config = tiny_config("lora", str(source), max_steps=2, save_steps=0)
+    config.training.learning_rate = 0.05
+    config.model.export_text_only = text_only
+    exported = pathlib.Path(train(config, tmp_path / "run")["model_path"])
+    # The adapter on the class that transformers loads for the base: the wrapper's.
+    base = transformers.AutoModelForCausalLM.from_pretrained(
+        source, attn_implementation="eager"
+    ).eval()
+    assert type(base).__name__ == "Gemma3ForConditionalGeneration"
+    plain = torch_logits(base)
+    adapted = peft.PeftModel.from_pretrained(base, exported.with_name("adapter")).eval()
+    injected = [n for n, _ in adapted.named_parameters() if "lora_" in n]
+    assert injected and all("language_model" in name for name in injected)
+    # All of them come from the file: their B is not zero, as a new one's is.
+    assert all(
+        p.abs().max() > 0 for n, p in adapted.named_parameters() if "lora_B" in n
+    )
+    with torch.no_grad():
+        tokens = torch.tensor(TOKENS.tolist())
+        expected = adapted(input_ids=tokens).logits.numpy()
+    assert np.abs(expected - plain).max() > 0.1
+    np.testing.assert_allclose(our_logits(exported), expected, atol=1e-4, rtol=0)
+    is_text = json.loads((exported / "config.json").read_text())["model_type"]
+    assert is_text == ("gemma3_text" if text_only else "gemma3")
+    if not text_only:
+        merged = torch_logits(load_torch(exported))
+        np.testing.assert_allclose(merged, expected, atol=1e-4, rtol=0)
+        before, after = tensors_of(source), tensors_of(exported)
+        for name in before:
+            if "language_model" not in name:
+                np.testing.assert_array_equal(before[name], after[name])
+        assert (exported / "preprocessor_config.json").is_file()
+        # Training goes on from the adapter.
+        config.training.lora.init_from = str(exported.with_name("adapter"))
+        config.training.learning_rate = 0.0
+        again = pathlib.Path(train(config, tmp_path / "again")["model_path"])
+        np.testing.assert_allclose(our_logits(again), expected, atol=1e-4, rtol=0)
