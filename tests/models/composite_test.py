@@ -357,3 +357,33 @@ def test_a_lora_run_exports_what_peft_and_transformers_find(
         config.training.learning_rate = 0.0
         again = pathlib.Path(train(config, tmp_path / "again")["model_path"])
         np.testing.assert_allclose(our_logits(again), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("text_only", [False, True])
+@pytest.mark.parametrize("kind", TEXTS)
+def test_a_step_at_learning_rate_zero_exports_what_was_loaded(
+    tmp_path: pathlib.Path, kind: str, text_only: bool
+) -> None:
+    """Through the trainer: load, one SFT step, export in either form."""
+    source = tmp_path / "wrapper"
+    shutil.copytree(assets.asset_path(assets.TOKENIZER), source)
+    make_wrapper(source, kind, "float32", 2304)
+    config = tiny_config("sft", str(source), max_steps=1, save_steps=0)
+    config.training.learning_rate = 0.0
+    config.model.export_text_only = text_only
+    exported = pathlib.Path(train(config, tmp_path / "run")["model_path"])
+    stored = tensors_of(source)
+    if text_only:
+        stored = {
+            name.removeprefix("language_model."): tensor
+            for name, tensor in stored.items()
+            if name.startswith("language_model.")
+        }
+    found = tensors_of(exported)
+    assert found.keys() == stored.keys()
+    for name, tensor in stored.items():
+        np.testing.assert_array_equal(found[name], tensor, err_msg=name)
+    assert load_config(exported) == load_config(source)
+    if not text_only:
+        ours, theirs = ((d / "config.json").read_text() for d in (exported, source))
+        assert ours == theirs
