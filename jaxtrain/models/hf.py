@@ -87,13 +87,18 @@ def resolve_model_path(name: str, revision: str | None = None) -> pathlib.Path:
 
 
 def read_directory(
-    path: str | os.PathLike[str], load_tokenizer: Callable[[], T], *, weights: bool
+    path: str | os.PathLike[str],
+    load_tokenizer: Callable[[], T],
+    *,
+    own_tokenizer: bool,
+    weights: bool,
 ) -> tuple[T, ModelConfig]:
     """The tokenizer and the config of a directory, its files and weights checked.
 
     Args:
         load_tokenizer: not called where config.json or the tokenizer's own files are
             wrong, because transformers would then speak of these again.
+        own_tokenizer: whether that is the directory's.
         weights: whether the directory's weights are to be loaded; see `match_weights`.
 
     Raises:
@@ -103,8 +108,9 @@ def read_directory(
     config: ModelConfig | None = None
     with problems.noted():
         config = load_config(directory)
-    with problems.noted():
-        check_tokenizer_files(directory)
+    if own_tokenizer:
+        with problems.noted():
+            check_tokenizer_files(directory)
     tokenizer: list[T] = []
     if not problems.lines:
         try:

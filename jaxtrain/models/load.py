@@ -97,6 +97,7 @@ def load_model(run: RunConfig) -> LoadedModel:
         tokenizer, config = hf.read_directory(
             directory,
             functools.partial(load_run_tokenizer, run, directory),
+            own_tokenizer=not run.model.tokenizer_name_or_path,
             weights=run.training_type != "from_scratch",
         )
         config = _stretch(run, config)

@@ -382,6 +382,17 @@ def test_every_problem_of_a_directory_is_reported_at_once(whole) -> None:
     assert len(lines) == 4
 
 
+def test_a_damaged_tokenizer_counts_only_where_it_is_used(whole) -> None:
+    config = default_config()
+    config.model.name_or_path = str(whole)
+    config.training.training_type = "sft"
+    (whole / "tokenizer.json").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"tokenizer\.json is empty"):
+        ModelManager(config).load_model()
+    config.model.tokenizer_name_or_path = str(assets.asset_path(assets.TOKENIZER))
+    ModelManager(config).load_model()
+
+
 def test_a_tokenizer_and_weights_that_fail_are_reported_together(whole) -> None:
     config = default_config()
     config.model.name_or_path = str(whole)
