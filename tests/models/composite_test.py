@@ -222,7 +222,7 @@ def tensors_of(directory: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def as_modules(directory: pathlib.Path, target: pathlib.Path) -> None:
-    """The same wrapper with the names that its modules have in transformers 5."""
+    """The same wrapper by the names that its modules have in transformers 5."""
     shutil.copytree(directory, target)
     tensors = {
         f"model.{name}".replace("model.language_model.model.", "model.language_model.")
@@ -230,6 +230,9 @@ def as_modules(directory: pathlib.Path, target: pathlib.Path) -> None:
         .replace("model.lm_head.", "lm_head."): tensor
         for name, tensor in tensors_of(directory).items()
     }
+    # And with a stored copy of an embedding that is the head.
+    table = tensors["model.language_model.embed_tokens.weight"]
+    tensors.setdefault("lm_head.weight", table.copy())
     for file in (*target.glob("*.safetensors"), *target.glob("*.index.json")):
         file.unlink()
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
