@@ -36,7 +36,6 @@ from jaxtrain.record import diagnostics, summary, writers
 from jaxtrain.record.start import announce
 from jaxtrain.record.throughput import ThroughputMeter, peak_flops
 from jaxtrain.run import export
-from jaxtrain.run.base_weights import identify_base
 from jaxtrain.run.checkpoint import CheckpointManager
 from jaxtrain.run.feed import Feed, Prepared
 from jaxtrain.run.preemption import Preempted
@@ -138,7 +137,6 @@ def build(
         sync_reference=_make_reference_sync(run, layouts),
         sampler=_make_sampler(run, model, eval_data),
         added_losses=scored.added,
-        base_weights=identify_base(run, model, state),
     )
 
 

@@ -28,7 +28,7 @@ from jaxtrain.evaluation.held_out import (
 from jaxtrain.models.load import LoadedModel
 from jaxtrain.record.throughput import ThroughputMeter, usage
 from jaxtrain.run.bad_steps import BadSteps
-from jaxtrain.run.base_weights import check_base
+from jaxtrain.run.base_weights import check_base, identify_base
 from jaxtrain.run.checkpoint import CheckpointManager
 from jaxtrain.run.feed import Feed, Prepared
 from jaxtrain.run.preemption import Preempted, PreemptionWatch, Watchdog
@@ -71,6 +71,12 @@ class Parts:
     def total_steps(self) -> int:
         return self.train_batches.num_steps
 
+    def where(self, step: int) -> dict[str, Any]:
+        """What a checkpoint's record keeps of the data and the frozen weights."""
+        # Batches are read ahead; what counts is what was trained on.
+        batches = self.train_batches.get_state(step)
+        return {"batches": batches, "base_weights": self.base_weights}
+
     def saved(self, state: TrainState) -> TrainState:
         """What a checkpoint holds: all but frozen weights that can be loaded again."""
         frozen: Params = {}
@@ -89,6 +95,8 @@ def restore(parts: Parts, checkpoints: CheckpointManager) -> tuple[Parts, Progre
             does not fit the model, its frozen weights or the data.
     """
     settings, state = parts.run.loop, parts.state
+    base = identify_base(parts.run, parts.model, state)
+    parts = dataclasses.replace(parts, base_weights=base)
     threshold = settings.early_stopping_threshold
     patience = settings.early_stopping_patience
     progress = Progress(BestMetric(settings.greater_is_better, threshold, patience))
@@ -101,8 +109,7 @@ def restore(parts: Parts, checkpoints: CheckpointManager) -> tuple[Parts, Progre
     for line in diff(restored.config, parts.run.to_dict()):
         logger.warning("resuming with another config: %s", line)
     data_states = [state or {} for state in restored.data_states]
-    saved_base = data_states[0].get("base_weights")
-    check_base(saved_base, parts.base_weights, parts.model.directory)
+    check_base(data_states[0].get("base_weights"), base, parts.model.directory)
     parts.train_batches.set_state(join_states([s["batches"] for s in data_states]))
     progress.step = restored.step
     progress.set_state(data_states[0])  # all but the position is the same for all
@@ -157,16 +164,10 @@ class Loop:
             return
         with self._meter.paused():
             self._fetch_pending()  # raises before a broken state is saved
-            # Batches are read ahead; what counts is what was trained on.
-            batches = self.parts.train_batches.get_state(self.step)
             self.checkpoints.save(
                 self.step,
                 self.parts.saved(self.state),
-                data_state={
-                    "batches": batches,
-                    "base_weights": self.parts.base_weights,
-                    **self.progress.get_state(),
-                },
+                data_state=self.parts.where(self.step) | self.progress.get_state(),
                 config=self.run.to_dict(),
                 metrics=self.evaluated if self.evaluated_step == self.step else {},
                 clock=self.progress.goodput.get_state(),

@@ -21,7 +21,12 @@ from jax.sharding import Sharding, SingleDeviceSharding
 
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.hf_config import load_config, stored_dtype
-from jaxtrain.models.hf_files import check_tokenizer_files, find_weights, shorten
+from jaxtrain.models.hf_files import (
+    check_tokenizer_files,
+    find_weights,
+    has_weights,
+    shorten,
+)
 from jaxtrain.models.hf_names import (
     EMBEDDING,
     HEAD,
@@ -40,6 +45,7 @@ from jaxtrain.tree import flatten, nest
 from jaxtrain.types import Params
 
 __all__ = [
+    "has_weights",
     "load_config",
     "load_params",
     "match_weights",

@@ -6,6 +6,7 @@ wrong with it, what to do.
 """
 
 import json
+import os
 import pathlib
 import struct
 from collections.abc import Mapping
@@ -49,6 +50,12 @@ def check_tokenizer_files(directory: pathlib.Path) -> None:
             elif file.suffix == ".model":
                 _check_content(file)
     problems.check()
+
+
+def has_weights(directory: str | os.PathLike[str]) -> bool:
+    """Whether a directory has weights, or an index of them."""
+    folder = pathlib.Path(directory)
+    return any((folder / name).is_file() for name in (WEIGHTS, WEIGHTS_INDEX))
 
 
 def find_weights(directory: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, str]]:

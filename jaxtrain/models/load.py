@@ -1,7 +1,6 @@
 """From a resolved configuration to a model on its mesh: sizes, weights, tokenizer."""
 
 import dataclasses
-import functools
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -9,19 +8,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxtrain import assets, lora, sharding
+from jaxtrain import lora, sharding
 from jaxtrain.config import RunConfig
-from jaxtrain.data.loading import load_run_tokenizer
 from jaxtrain.evaluation.inference import Inference
 from jaxtrain.kernels.attention import Layout
 from jaxtrain.models import hf, quantization, vocabulary
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.fingerprint import fingerprint_model
-from jaxtrain.models.generation_config import (
-    GenerationConfig,
-    read_generation_config,
-)
-from jaxtrain.models.special_tokens import align_special_tokens
+from jaxtrain.models.generation_config import GenerationConfig
+from jaxtrain.models.source import ModelSource, read_sizes, read_source
 from jaxtrain.models.transformer import Decoder
 from jaxtrain.types import Params
 
@@ -89,29 +84,14 @@ def load_model(run: RunConfig) -> LoadedModel:
     Raises:
         ValueError: no such model or tokenizer, or one that can't be trained here.
     """
-    plan, directory = make_plan(run), _model_directory(run)
-    if directory is None:
-        tokenizer = load_run_tokenizer(run)
-        config = _load_config(run, None, tokenizer)
-    else:
-        tokenizer, config = hf.read_directory(
-            directory,
-            functools.partial(load_run_tokenizer, run, directory),
-            own_tokenizer=not run.model.tokenizer_name_or_path,
-            weights=run.training_type != "from_scratch",
-        )
-        config = _stretch(run, config)
-    stored_rows = config.vocab_size
-    config = vocabulary.fit_vocabulary(run, config, tokenizer)
-    from_scratch = directory is None or run.training_type == "from_scratch"
-    generation = read_generation_config(None if from_scratch else directory)
-    config, generation = align_special_tokens(config, generation, tokenizer)
+    plan, source = make_plan(run), read_source(run)
+    config, directory = source.config, source.directory
     decoder = make_decoder(run, config, plan)
     base, described = _describe_weights(run, decoder, plan)
     size = f"{config.num_params() / 1e6:.1f}M"
-    # From scratch, a directory gives its sizes and its tokenizer only.
     fingerprint = None
-    if directory is None or from_scratch:
+    # From scratch, a directory gives its sizes and its tokenizer only.
+    if directory is None or run.training_type == "from_scratch":
         logger.info("new %s of %s parameters", config.model_type, size)
         key = jax.random.key(run.loop.seed)
         params = jax.jit(base.init, out_shardings=sharding.layouts_of(described))(key)
@@ -119,8 +99,8 @@ def load_model(run: RunConfig) -> LoadedModel:
         told = "loading %s of %s parameters from %s"
         logger.info(told, config.model_type, size, directory)
         if run.lora is not None:
-            vocabulary.check_new_rows_train(base, stored_rows, lora_config(run))
-        stored = vocabulary.with_rows(decoder, stored_rows)
+            vocabulary.check_new_rows_train(base, source.stored_rows, lora_config(run))
+        stored = vocabulary.with_rows(decoder, source.stored_rows)
         stored, layouts = _describe_weights(run, stored, plan)
         params = hf.load_params(
             directory, stored, sharding.layouts_of(layouts), dtype=_base_dtype(run)
@@ -137,7 +117,8 @@ def load_model(run: RunConfig) -> LoadedModel:
             _base_dtype(run),
         )
     return LoadedModel(
-        decoder, params, tokenizer, plan, directory, generation, fingerprint
+        *(decoder, params, source.tokenizer, plan, directory),
+        *(source.generation, fingerprint),
     )
 
 
@@ -173,22 +154,20 @@ def adopt(model: LoadedModel, run: RunConfig) -> LoadedModel:
     return dataclasses.replace(model, decoder=decoder, weights=params, plan=plan)
 
 
-def load_abstract_model(run: RunConfig, devices: Sequence[jax.Device]) -> LoadedModel:
+def load_abstract_model(
+    run: RunConfig, devices: Sequence[jax.Device], source: ModelSource | None = None
+) -> LoadedModel:
     """Describe the model that `run` names on `devices`, which need not be present.
 
-    Its weights are `jax.ShapeDtypeStruct`s, and there is no tokenizer. Of a directory,
-    config.json is read, and the tokenizer where `model.grow_vocabulary` counts it.
+    Its weights are `jax.ShapeDtypeStruct`s. Its tokenizer is that of `source`; without
+    one there is none, and `models.source.read_sizes` says what is read.
     """
-    plan, directory = make_plan(run, devices), _model_directory(run)
-    tokenizer = None
-    if directory is None or run.model.grow_vocabulary:
-        tokenizer = load_run_tokenizer(run, directory)
-    config = _load_config(run, directory, tokenizer)
-    if tokenizer is not None:
-        config = vocabulary.fit_vocabulary(run, config, tokenizer)
-    decoder = make_decoder(run, config, plan)
+    plan, source = make_plan(run, devices), source or read_sizes(run)
+    decoder = make_decoder(run, source.config, plan)
     _, described = _describe_weights(run, decoder, plan)
-    return LoadedModel(decoder, described, None, plan, directory)
+    return LoadedModel(
+        decoder, described, source.tokenizer, plan, source.directory, source.generation
+    )
 
 
 def make_plan(
@@ -305,46 +284,3 @@ def _describe_weights(
         abstract,
         plan.parameters(abstract, base.logical_axes()),
     )
-
-
-def _model_directory(run: RunConfig) -> str | None:
-    """The local directory of the model named; None: one of our own sizes."""
-    if named := run.model.name_or_path:
-        return str(hf.resolve_model_path(named, revision=run.model.revision))
-    scratch = run.training_type == "from_scratch"
-    return None if scratch else str(assets.asset_path(assets.MODEL))
-
-
-def _load_config(run: RunConfig, directory: str | None, tokenizer: Any) -> ModelConfig:
-    """The directory's sizes, or those of `config.model.architecture`."""
-    if directory is not None:
-        return _stretch(run, hf.load_config(directory))
-    options = {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in dataclasses.asdict(run.model.architecture).items()
-        if value is not None
-    }
-    options.setdefault("vocab_size", len(tokenizer))
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        options[name] = getattr(tokenizer, name)
-    try:
-        config = ModelConfig.from_hf(options)
-    except ValueError as error:
-        raise ValueError(f"config.model.architecture: {error}") from error
-    return _stretch(run, config)
-
-
-def _stretch(run: RunConfig, config: ModelConfig) -> ModelConfig:
-    """The config with `model.rope_scaling`, if that is set."""
-    if run.model.rope_scaling is None:
-        return config
-    try:
-        config = config.with_rope_scaling(run.model.rope_scaling)
-    except ValueError as error:
-        raise ValueError(f"config.model.rope_scaling: {error}") from error
-    logger.info(
-        "config.model.rope_scaling: rows may have %d tokens. The exported config.json"
-        " says how; an adapter needs a base whose config.json says the same",
-        config.longest_text,
-    )
-    return config

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import optax
 
 from jaxtrain.config import RunConfig
-from jaxtrain.data.loading import load_run_tokenizer
 from jaxtrain.models import hf
 from jaxtrain.models.load import (
     LoadedModel,
     load_abstract_model,
     load_model,
 )
+from jaxtrain.models.source import read_source
 from jaxtrain.models.state import abstract_state, init_state, needs_reference
 from jaxtrain.run.checkpoint import CheckpointManager
 from jaxtrain.run.preflight import saved_steps
@@ -67,10 +67,10 @@ def load_state(
         model = load_model(run)
         state = init_state(model, run, optimizer)
     else:
-        described = load_abstract_model(run, jax.devices())
-        tokenizer = load_run_tokenizer(run, described.directory)
+        source = read_source(run, needs_weights=False)
+        described = load_abstract_model(run, jax.devices(), source)
         state = abstract_state(described, run, optimizer)
-        model = dataclasses.replace(described, weights=None, tokenizer=tokenizer)
+        model = dataclasses.replace(described, weights=None)
     replicated = model.plan.replicated
     state = dataclasses.replace(
         state,
