@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -294,6 +295,39 @@ def test_generate_says_what_transformers_says(trained, tmp_path, capsys):
         for prompt, text in zip(prompts, expected, strict=True)
     ]
     assert len(set(expected[0].split())) > 4  # not one word over and over
+
+
+def test_generate_draws_and_ends_texts_as_the_models_file_says(tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(BASE, model)
+    tokenizer = load_tokenizer(str(BASE))
+
+    def say(generation: dict[str, Any], *flags: str) -> str:
+        """The text of a prompt by itself, which is that of a batch too."""
+        (model / "generation_config.json").write_text(json.dumps(generation))
+        prompt, *both = "In the beginning", "And it came to pass"
+        command("generate", model, prompt, "--max_new_tokens=16", *flags)
+        alone = capsys.readouterr().out
+        command("generate", model, prompt, *both, "--max_new_tokens=16", *flags)
+        rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert [row["prompt"] for row in rows] == [prompt, *both]
+        assert alone == rows[0]["completion"] + "\n"
+        return rows[0]["completion"]
+
+    greedy = say({})
+    samples = {"do_sample": True, "temperature": 0.9, "top_k": 20, "top_p": 0.95}
+    flags = ("--seed=1", "--temperature=0.9", "--top_k=20", "--top_p=0.95")
+    assert say(samples, "--seed=1") == say({}, *flags) != greedy
+    assert say(samples, "--temperature=0") == greedy
+    assert say(samples, "--seed=1", "--top_k=1") == greedy  # of one token, no choice
+    # Tokens with a character that the text has late end it before that.
+    last = max(set(greedy.strip()), key=greedy.index)
+    ids = range(len(tokenizer))
+    ends = [number for number in ids if last in tokenizer.decode([number])]
+    ended = say({"eos_token_id": ends})
+    assert last not in ended
+    assert greedy.startswith(ended)
+    assert ended.strip()
 
 
 def test_a_stream_makes_the_tokens_of_the_whole_loop_by_two_programs():

@@ -26,7 +26,8 @@ Talk with a model, an adapter or a run, by the chat template of its tokenizer:
   jaxtrain chat Qwen/Qwen2.5-0.5B-Instruct --temperature=0.7 --system="Be brief."
 
 Each answer knows the whole conversation. /clear begins a new one, /exit or Ctrl-D
-leaves, and Ctrl-C stops an answer."""
+leaves, and Ctrl-C stops an answer. How tokens are drawn is, where no flag says it, as
+the model's generation_config.json has it, and so are the tokens that end an answer."""
 _HELP = "/clear begins anew, /exit or Ctrl-D leaves, Ctrl-C stops an answer"
 
 Message = dict[str, str]
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str]) -> None:
 
     if jax.process_count() > 1:
         raise ValueError("a chat is of one process: start it without a launcher")
-    model = load(run, policy)
+    model = load(run, policy, options)
     require_template(model)
     answer = make_answer(model, options)
     with contextlib.suppress(ImportError):

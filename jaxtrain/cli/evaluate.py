@@ -240,7 +240,8 @@ def evaluate(task: Task) -> dict[str, Any]:
 def _prepare(run: RunConfig, rows: Any, model: "LoadedModel") -> "PreparedDataset":
     from jaxtrain.data import loading
 
-    data = loading.check_held(loading.prepare_rows(run, rows, model.tokenizer))
+    size = model.config.vocab_size
+    data = loading.check_held(loading.prepare_rows(run, rows, model.tokenizer, size))
     assert data is not None  # there are rows
     return data
 

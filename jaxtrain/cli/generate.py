@@ -33,7 +33,9 @@ Continue prompts:
 
 One prompt is answered as its tokens come. Several, and those of a file, are answered
 together, one JSON line each. A prompt of - is standard input. A run is asked by the
-model it exported or, where there is none yet, by its newest checkpoint."""
+model it exported or, where there is none yet, by its newest checkpoint. How tokens are
+drawn is, where no flag says it, as the model's generation_config.json has it, and so
+are the tokens that end a text."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -67,7 +69,7 @@ def main(arguments: Sequence[str]) -> None:
     check_sampling(parser, options)
     prepare_devices()
     run, policy = settle(source, options, flags)
-    model = load(run, policy)
+    model = load(run, policy, options)
     if len(prompts) == 1 and options.file is None:
         texts = [_stream_one(model, options, prompts[0])]
     else:
@@ -87,32 +89,37 @@ def add_sampling(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> Non
     add(
         "--temperature",
         type=float,
-        default=0.0,
-        help="divides the logits; 0, the default, takes the most likely token",
+        help="divides the logits; 0 takes the most likely token (default: as the"
+        " model's generation_config.json samples, or 0)",
     )
-    add("--top_k", type=int, default=0, help="draw among so many tokens; 0 is all")
-    add("--top_p", type=float, default=1.0, help="and among this much probability")
+    add(
+        "--top_k",
+        type=int,
+        help="draw among so many tokens; 0 is all (default: the model's, or all)",
+    )
+    add(
+        "--top_p",
+        type=float,
+        help="and among this much probability (default: the model's, or all)",
+    )
     add("--seed", type=int, default=0, help="of the draws")
 
 
 def check_sampling(parser: SourceParser, options: argparse.Namespace) -> None:
-    """Refuse values out of range, and settings that greedy choices do not read.
+    """Refuse values out of range.
 
     Raises:
         ValueError: names the flag.
     """
     for name, fits, wanted in (
-        ("max_new_tokens", options.max_new_tokens >= 1, "1 or more"),
-        ("temperature", options.temperature >= 0, "0 (greedy) or more"),
-        ("top_k", options.top_k >= 0, "0 (off) or more"),
-        ("top_p", 0 < options.top_p <= 1, "above 0, at most 1 (off)"),
+        ("max_new_tokens", lambda value: value >= 1, "1 or more"),
+        ("temperature", lambda value: value >= 0, "0 (greedy) or more"),
+        ("top_k", lambda value: value >= 0, "0 (off) or more"),
+        ("top_p", lambda value: 0 < value <= 1, "above 0, at most 1 (off)"),
     ):
-        if not fits:
-            parser.error(f"--{name}={getattr(options, name)}: give {wanted}")
-    if not options.temperature and (options.top_k or options.top_p < 1):
-        parser.error(
-            "--top_k and --top_p have no effect on greedy choices; add --temperature"
-        )
+        value = getattr(options, name)
+        if value is not None and not fits(value):
+            parser.error(f"--{name}={value}: give {wanted}")
 
 
 def settle(
@@ -142,14 +149,22 @@ def settle(
     return without_reference(run), policy
 
 
-def load(run: RunConfig, policy: Any) -> "LoadedModel":
+def load(run: RunConfig, policy: Any, options: argparse.Namespace) -> "LoadedModel":
     """The model, its adapters beside it.
 
     Raises:
-        ValueError: it cannot be loaded.
+        ValueError: it cannot be loaded, or it takes the most likely tokens, of which
+            the options ask for draws.
     """
+    from jaxtrain.models.source import read_generation
     from jaxtrain.run.weights import as_model, load_state
 
+    if unread := read_generation(run).unread(**_sampling(options)):
+        raise ValueError(
+            f"{' and '.join(f'--{name}' for name in unread)}: no effect where the most"
+            " likely token is taken, as by --temperature=0 or by a model whose"
+            " generation_config.json does not sample; add --temperature"
+        )
     return as_model(*load_state(run, policy))
 
 
@@ -159,10 +174,11 @@ def make_stream(model: "LoadedModel", options: argparse.Namespace) -> "Stream":
 
     return stream.make_stream(
         model.decoder,
-        max_new_tokens=options.max_new_tokens,
         eos_ids=model.eos_ids,
         pad_id=model.tokenizer.pad_token_id,
-        **_sampling(options),
+        **model.generation.settings(
+            max_new_tokens=options.max_new_tokens, **_sampling(options)
+        ),
     )
 
 
@@ -177,7 +193,7 @@ def encode(model: "LoadedModel", prompt: Prompt, number: int, room: int) -> list
     if not isinstance(prompt, str):
         require_template(model)
     tokens = encode_prompt(model.tokenizer, prompt, number)
-    limit = model.config.max_position_embeddings
+    limit = model.config.longest_text
     if len(tokens) + room > limit:
         raise ValueError(
             f"prompt {number} has {len(tokens)} tokens: with --max_new_tokens={room}"
@@ -251,6 +267,7 @@ def _prompt_of(row: Any) -> Prompt:
 
 
 def _sampling(options: argparse.Namespace) -> dict[str, Any]:
+    """The flags; None, where one is not given, is the model's own setting."""
     return {name: getattr(options, name) for name in ("temperature", "top_k", "top_p")}
 
 

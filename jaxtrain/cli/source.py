@@ -324,7 +324,7 @@ def _compute_as_stored(config: ConfigDict) -> None:
     name = config.model.name_or_path
     directory = hf.resolve_model_path(name, revision=config.model.revision)
     dtype = hf.stored_dtype(directory)
-    limit = hf.load_config(directory).max_position_embeddings
+    limit = hf.load_config(directory).longest_text
     config.data.max_length = min(DEFAULT_MAX_LENGTH, limit)
     config.model.param_dtype = "bfloat16" if dtype == "bfloat16" else "float32"
     config.training.bf16 = dtype == "bfloat16"

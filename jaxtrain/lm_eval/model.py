@@ -69,7 +69,7 @@ def load(
         raise ValueError(f"dtype={dtype!r}: use one of {', '.join(DTYPES)}")
     model = model or str(assets.asset_path(assets.MODEL))
     directory = hf.resolve_model_path(model, revision=revision)
-    limit = hf.load_config(directory).max_position_embeddings
+    limit = hf.load_config(directory).longest_text
     if dtype == "auto":
         dtype = hf.stored_dtype(directory)
     config = default_config()
@@ -119,12 +119,12 @@ class JaxtrainLM(TemplateLM):
         if not str(batch_size).isdigit() or not int(batch_size):
             raise ValueError(f"batch_size={batch_size!r}: give a number of rows")
         self.batch_size = self.model.plan.fill_up(int(batch_size))
-        limit = self.model.config.max_position_embeddings
+        limit = self.model.config.longest_text
         self.max_length = max_length or limit
         if self.max_length > limit:
             raise ValueError(
-                f"max_length={max_length} exceeds the model's"
-                f" max_position_embeddings = {limit}: lower it"
+                f"max_length={max_length} exceeds the model's {limit} positions: lower"
+                " it"
             )
         self.max_gen_toks = max_gen_toks
         self._key = jax.random.key(seed)

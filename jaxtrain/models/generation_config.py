@@ -52,6 +52,14 @@ class GenerationConfig:
         """The tokens that end a text, in the order of the file."""
         return as_ids(self.values.get("eos_token_id"))
 
+    @property
+    def _samples(self) -> bool:
+        return self.values.get("do_sample") is True
+
+    @property
+    def _temperature(self) -> float:
+        return self._value("temperature", 1.0) if self._samples else 0.0
+
     def settings(self, **given: Any) -> dict[str, Any]:
         """`given`, and the file's values or ours for what is None in it.
 
@@ -59,17 +67,31 @@ class GenerationConfig:
             `max_new_tokens`, `temperature` (0: greedy, also where the file does not
             sample), `top_k` (0: off), `top_p` (1: off), and whatever else was given.
         """
-        samples = self.values.get("do_sample") is True
         found = {
             "max_new_tokens": self._value("max_new_tokens", 64),
-            "temperature": self._value("temperature", 1.0) if samples else 0.0,
-            "top_k": self._value("top_k", _USUAL_TOP_K if samples else 0),
+            "temperature": self._temperature,
+            "top_k": self._value("top_k", _USUAL_TOP_K if self._samples else 0),
             "top_p": self._value("top_p", 1.0),
         }
         self._warn_of_what_is_not_applied()
+        if unread := self.unread(**given):
+            logger.warning(
+                "generation takes the most likely token, so %s is not read: the"
+                " temperature is 0, or unset and the model's %s does not sample",
+                " and ".join(f"{name} = {given[name]}" for name in unread),
+                FILE,
+            )
         return found | {
             name: value for name, value in given.items() if value is not None
         }
+
+    def unread(self, **given: Any) -> list[str]:
+        """Which of these act on draws only, while the most likely token is taken."""
+        temperature = given.get("temperature")
+        if temperature or (temperature is None and self._temperature):
+            return []
+        off = (("top_k", (None, 0)), ("top_p", (None, 1)))
+        return [name for name, values in off if given.get(name) not in values]
 
     def save(self, directory: str | pathlib.Path) -> None:
         """Write the file into a directory."""

@@ -41,8 +41,11 @@ def check_lengths(run: Resolution) -> None:
     if curriculum.enabled and end > length:
         text = f"beyond {key} = {length}; lower it, or raise {key}"
         run.problem(_END, text, value=end, causes=[key])
-    longest = run.model.architecture.max_position_embeddings
-    if run.training_type == "from_scratch" and length > longest:
+    sizes = run.model.architecture
+    longest = sizes.max_position_embeddings
+    # How far positions stretch is known with the model; it is checked there.
+    is_stretched = run.model.rope_scaling or sizes.rope_scaling
+    if run.training_type == "from_scratch" and length > longest and not is_stretched:
         run.problem(
             key,
             f"beyond model.architecture.max_position_embeddings = {longest}; lower it,"
