@@ -272,20 +272,28 @@ def test_put_back_unchanged_everything_is_as_it_was(wrapper, tmp_path, names) ->
 
 
 def test_changed_weights_and_options_are_put_back(wrapper, tmp_path) -> None:
-    """An untied head and a longer context; towers stay bit by bit."""
+    """An untied head, tokens and a longer context; towers stay bit by bit."""
     import dataclasses
 
     config = load_config(wrapper)
     params = load_params(wrapper, Decoder(config), dtype="float32")
     rng = np.random.default_rng(0)
-    head = np.asarray(rng.standard_normal((32, 64)), np.float32)
+    head = np.asarray(rng.standard_normal((32, 66)), np.float32)
     params = {**params, "lm_head": {"kernel": jnp.asarray(head)}}
+    table = jnp.pad(params["embed_tokens"]["embedding"], ((0, 2), (0, 0)))
+    params["embed_tokens"] = {"embedding": table}
     params["norm"] = {"scale": params["norm"]["scale"] + 0.5}
-    config = dataclasses.replace(config, tie_word_embeddings=False)
+    tokens = {"bos_token_id": 5, "eos_token_id": (65, 9), "pad_token_id": None}
+    config = dataclasses.replace(
+        config, tie_word_embeddings=False, vocab_size=66, **tokens
+    )
     config = config.with_rope_scaling({"rope_type": "linear", "factor": 2.0})
     save_in_wrapper(tmp_path, wrapper, config, params, dtype="float32")
     assert load_config(tmp_path) == config
     theirs = load_torch(tmp_path)
+    for options in (theirs.config, theirs.config.text_config):
+        found = [getattr(options, name, None) for name in tokens]
+        assert found == [5, [65, 9], None]
     np.testing.assert_array_equal(theirs.lm_head.weight.detach().numpy(), head.T)
     np.testing.assert_allclose(
         our_logits(tmp_path), torch_logits(theirs), atol=1e-4, rtol=0
@@ -371,6 +379,10 @@ def test_a_step_at_learning_rate_zero_exports_what_was_loaded(
     source = tmp_path / "wrapper"
     shutil.copytree(assets.asset_path(assets.TOKENIZER), source)
     make_wrapper(source, kind, "float32", 2304)
+    options = json.loads((source / "config.json").read_text())
+    tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    options |= tokens | {"text_config": options["text_config"] | tokens}
+    (source / "config.json").write_text(json.dumps(options))
     config = tiny_config("sft", str(source), max_steps=1, save_steps=0)
     config.training.learning_rate = 0.0
     config.model.export_text_only = text_only

@@ -18,6 +18,7 @@ from jaxtrain.cli.ending import describe
 from jaxtrain.config import default_config
 from jaxtrain.model_manager import ModelManager
 from jaxtrain.models import Decoder, ModelConfig
+from jaxtrain.models.families import FAMILIES
 from jaxtrain.models.hf import load_config, load_params, match_weights, save_pretrained
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -109,6 +110,21 @@ def test_a_key_that_a_later_transformers_adds_is_refused(tied, monkeypatch) -> N
     edit(directory / "config.json", query_multiplier=2.0)
     with pytest.raises(ValueError, match=r"not implement: query_multiplier = 2\.0"):
         load_config(directory)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_types_that_are_taken_unasked_are_right_for_transformers(model_type) -> None:
+    from jaxtrain.models import hf_config
+
+    arguments = hf_config.transformers_keys(model_type)
+    assert not hf_config._OF_ANY_TYPE & arguments.keys()
+    samples = [1, 0.5, True, "a", None, [1], ["a"], [0.5], {"a": 1}]
+    for name, taken in hf_config._RIGHT_TYPES.items():
+        fits = [value for value in samples if hf_config._is_of(value, taken)]
+        assert fits
+        if name in arguments:
+            wanted = arguments[name].annotation
+            assert all(hf_config._is_of(value, wanted) for value in fits), name
 
 
 def test_values_of_a_wrong_type_are_named_before_transformers_checks(tied) -> None:

@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from jaxtrain import assets
-from jaxtrain.models import Decoder
+from jaxtrain.models import Decoder, hf_config
 from jaxtrain.models.families import FAMILIES
 from jaxtrain.models.hf import load_config, load_params, match_weights, save_pretrained
 
@@ -96,6 +96,32 @@ def test_there_are_forty_and_four_of_each_family() -> None:
     )
 
 
+def test_most_are_read_without_transformers_which_would_import_torch(
+    tmp_path: pathlib.Path, monkeypatch
+) -> None:
+    asked: list[str] = []
+    original = hf_config.transformers_keys
+
+    def ask(model_type: str) -> Any:
+        asked.append(model_type)
+        return original(model_type)
+
+    monkeypatch.setattr(hf_config, "transformers_keys", ask)
+    unasked = 0
+    for published in PUBLISHED.values():
+        asked.clear()
+        options = shrunk(copy.deepcopy(published))
+        (tmp_path / "config.json").write_text(json.dumps(options))
+        config = load_config(tmp_path)
+        unasked += not asked
+        # What is exported needs it never.
+        asked.clear()
+        (tmp_path / "config.json").write_text(json.dumps(config.to_hf()))
+        assert load_config(tmp_path) == config
+        assert not asked
+    assert unasked > len(PUBLISHED) / 2
+
+
 def test_logits_are_those_of_transformers(published) -> None:
     directory, expected = published
     config = match_weights(directory, load_config(directory))
@@ -135,6 +161,8 @@ def test_a_step_at_learning_rate_zero_exports_what_was_loaded(
     options = shrunk(copy.deepcopy(published)) | {"vocab_size": 2304}
     lengths = ("max_position_embeddings", "original_max_position_embeddings")
     options |= {name: 64 for name in lengths if name in options}
+    # Those of the tokenizer; what becomes of others is shown by special_tokens_test.py.
+    options |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     (directory / "config.json").write_text(json.dumps(options))
     torch.manual_seed(0)
     config = transformers.AutoConfig.from_pretrained(directory)
