@@ -139,7 +139,8 @@ ONLY_FLAGS = [  # a file, a flag that would not act in it, the key that does
     ("data.train=rows.jsonl", "eval_steps=5", "set data.eval too"),
     ("data.train=rows.jsonl", "early_stopping_patience=2", "set data.eval too"),
     ("", "generation.num_prompts=4", "set training.generation.enabled = true too"),
-    ("training.generation.metrics=bleu", "generation.top_k=5", "temperature"),
+    ("training.generation.metrics=bleu;training.generation.temperature=0",
+     "generation.top_k=5", "temperature is 0"),
     ("training.generation.metrics=bleu", "generation.bertscore_model=x",
      "does not name bertscore"),
     ("", "distributed=true", "the launcher's environment"),
@@ -161,6 +162,8 @@ ONLY_FLAGS = [  # a file, a flag that would not act in it, the key that does
     ("", "model.revision=main", "model.name_or_path"),
     ("training.training_type=lora", "model.param_dtype=bfloat16", "base in compute"),
     ("training.save_final_model=false", "model.export_dtype=float16",
+     "training.save_final_model"),
+    ("training.save_final_model=false", "model.export_text_only=true",
      "training.save_final_model"),
 ]  # fmt: skip
 
@@ -187,6 +190,14 @@ def test_what_a_file_may_leave_idle_a_flag_may_not(
     assert acting in str(caught.value)
     override(config, [given_flag])
     resolve(config)  # as a file, it is noted at most
+
+
+@pytest.mark.parametrize("temperature", ["", ";training.generation.temperature=0.7"])
+def test_draws_may_be_limited_where_the_model_may_sample(temperature: str) -> None:
+    config = default_config()
+    override(config, flags_of(f"training.generation.metrics=bleu{temperature}"))
+    _, run = resolve_flags(config, flags_of("generation.top_k=5;generation.top_p=0.9"))
+    assert (run.generation.top_k, run.generation.top_p) == (5, 0.9)
 
 
 SWITCHED = [  # a file, a flag that contradicts it and wins, what the run then has

@@ -198,7 +198,8 @@ MISTAKES = [
     # --- models
     m(f"{TRAIN} --model=./nope", "'./nope'", "check the spelling", late=True),
     m(f"{TRAIN} --model=owner/nope", "'owner/nope'", "hf download", late=True),
-    m(f"{TRAIN} --model=nothing", "'nothing'", "tokenizer.json", late=True),
+    m(f"{TRAIN} --model=nothing", "nothing/config.json is missing", "download",
+      late=True),
     m(f"{TRAIN} --model=no_weights", "no_weights", "model.safetensors", late=True),
     m(f"{TRAIN} --model=garbage", "garbage/model.safetensors", "again", late=True),
     m(f"{TRAIN} --model=no_tokenizer", "'no_tokenizer'", "tokenizer.json", late=True),
