@@ -7,6 +7,7 @@ import sys
 import types
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -15,8 +16,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from runs import tiny_config, train
 from tiny_bases import chat_tokenizer, write_base
 
+from jaxtrain.config import resolve
 from jaxtrain.models.fingerprint import fingerprint_files, fingerprint_model
-from jaxtrain.run import base_weights
+from jaxtrain.run import base_weights, weights
 from jaxtrain.trainer import TrainingOrchestrator
 
 PAIRS = [{"prompt": p, "chosen": p + "a", "rejected": p + "b"} for p in "qrstuvwx"]
@@ -81,8 +83,17 @@ def cut_off_run(kind: str, base: pathlib.Path, workdir: pathlib.Path) -> Any:
     return config, rows
 
 
+def use(config: Any, workdir: pathlib.Path, caplog: pytest.LogCaptureFixture) -> str:
+    """The log of loading a checkpoint of the run to be evaluated or asked."""
+    caplog.clear()
+    caplog.set_level(logging.WARNING, "jaxtrain")
+    run = resolve(config, device_count=jax.device_count())
+    weights.load_state(run, weights.choose_checkpoint(run, workdir / "checkpoints"))
+    return caplog.text
+
+
 @pytest.mark.parametrize("kind", ["lora", "dpo"])
-def test_a_run_on_replaced_weights_is_refused(kind, tmp_path):
+def test_a_run_on_replaced_weights_is_refused(kind, tmp_path, caplog):
     base = write_base(tmp_path / "base", chat_tokenizer())
     other = write_base(tmp_path / "other", chat_tokenizer(), seed=1)
     config, rows = cut_off_run(kind, base, tmp_path / "run")
@@ -91,7 +102,9 @@ def test_a_run_on_replaced_weights_is_refused(kind, tmp_path):
     with pytest.raises(ValueError, match="cannot resume: the frozen weights") as caught:
         train(config, tmp_path / "run", train_dataset=rows)
     assert str(base) in str(caught.value)
+    assert "holds other weights" in use(config, tmp_path / "run", caplog)
     shutil.copyfile(kept, base / "model.safetensors")  # the same weights, a new file
+    assert "holds other weights" not in use(config, tmp_path / "run", caplog)
     results = train(config, tmp_path / "run", train_dataset=rows)
     assert results["global_step"] == 4
 

@@ -50,3 +50,25 @@ def check_base(saved: str | None, present: str | None, directory: str | None) ->
         " reference belong to the weights that they began with: put these back, or"
         " start in a fresh workdir"
     )
+
+
+def warn_of_other_base(
+    run: RunConfig, model: LoadedModel, state: TrainState, saved: str | None
+) -> None:
+    """Warn where a checkpoint that is only used was trained beside another base.
+
+    It is no error as in training: the same base may be stored in another type.
+
+    Args:
+        saved: the fingerprint in the checkpoint; None in those of older versions.
+    """
+    present = identify_base(run, model, state)
+    if saved is not None and run.dpo is None:
+        saved = saved.partition("+")[0]  # the adapter is the reference's alone
+    if None not in (saved, present) and saved != present:
+        logger.warning(
+            "%s holds other weights (fingerprint %s) than the run was trained beside"
+            " (%s): its adapters or its reference may not fit them; name the right"
+            " ones by --model",
+            *(model.directory, present, saved),
+        )

@@ -20,6 +20,7 @@ from jaxtrain.models.load import (
 )
 from jaxtrain.models.source import read_source
 from jaxtrain.models.state import abstract_state, init_state, needs_reference
+from jaxtrain.run.base_weights import warn_of_other_base
 from jaxtrain.run.checkpoint import CheckpointManager
 from jaxtrain.run.preflight import saved_steps
 from jaxtrain.sharding import layouts_of
@@ -84,7 +85,7 @@ def load_state(
     # The base's own weights leave the device before the policy's are read.
     state = dataclasses.replace(state, trainable=_describe(state.trainable))
     if isinstance(policy, Checkpoint):
-        return model, _restore(run, state, policy)
+        return model, _restore(run, model, state, policy)
     base = dataclasses.replace(model.decoder, lora=None)
     layouts = layouts_of(state.trainable)
     weights = hf.load_params(policy, base, layouts, dtype=run.model.param_dtype)
@@ -101,7 +102,9 @@ def without_reference(run: RunConfig) -> RunConfig:
     return dataclasses.replace(run, dpo=None)
 
 
-def _restore(run: RunConfig, state: TrainState, checkpoint: Checkpoint) -> TrainState:
+def _restore(
+    run: RunConfig, model: LoadedModel, state: TrainState, checkpoint: Checkpoint
+) -> TrainState:
     """The state as a checkpoint has it, frozen weights of its own included."""
     frozen = state.frozen
     # Only a reference that moved is saved (`loop.Parts.saved`).
@@ -110,7 +113,10 @@ def _restore(run: RunConfig, state: TrainState, checkpoint: Checkpoint) -> Train
         state, frozen=select(frozen, state.trainable) if moved else {}
     )
     with open_checkpoints(run, checkpoint.folder) as checkpoints:
-        restored = checkpoints.restore(wanted, checkpoint.step, partial=True).state
+        found = checkpoints.restore(wanted, checkpoint.step, partial=True)
+    saved_base = (found.data_states[0] or {}).get("base_weights")
+    warn_of_other_base(run, model, state, saved_base)
+    restored = found.state
     return dataclasses.replace(restored, frozen=overlay(frozen, restored.frozen))
 
 
