@@ -316,3 +316,28 @@ def test_long_lines_are_wrapped_below_their_text_and_paths_stay_whole():
     assert lines[-1] == " " * 9 + "second line"
     record.levelno, record.levelname = logging.ERROR, "ERROR"
     assert f"word {path}" in logs.LineFormatter().format(record)
+
+
+def test_a_run_goes_on_where_nobody_reads_its_lines():
+    program = """
+import logging, time
+from jaxtrain.record import logs
+logs.set_up()
+logs.show_progress()
+for number in range(5):
+    logging.getLogger("jaxtrain").info("line %d", number)
+    time.sleep(0.2)
+print("unread")
+raise SystemExit(7)
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None and process.stderr is not None
+    assert process.stdout.readline().endswith("line 0\n")
+    process.stdout.close()
+    assert process.wait(timeout=60) == 7
+    assert process.stderr.read() == ""

@@ -69,6 +69,7 @@ FILES = {
     "pairs.jsonl": '{"prompt": "a", "chosen": "b", "rejected": "c"}\n',
     "rows.jsonl": '{"prompt": "a", "completion": " b"}\n' * 4,
     "rows.xyz": "x",
+    "latin1.txt": b"caf\xe9",
     "a_file": "x",
     "broken.jinja": "{% for m in messages %}{{ m }",
 }
@@ -84,6 +85,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
         else:
             (folder / name).write_bytes(content)
     (folder / "nothing").mkdir()
+    (folder / "folder.yaml").mkdir()
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "adapter_config.json").write_text(
+        '{"base_model_name_or_path": "moved", "peft_type": "LORA", "r": 4}'
+    )
     source = assets.asset_path(assets.MODEL)
     for name in ("no_weights", "garbage", "no_tokenizer", "bert", "no_json"):
         shutil.copytree(source, folder / name)
@@ -142,6 +148,10 @@ MISTAKES = [
     m("train bad.yaml", "bad.yaml, line 3", "indentation"),
     m("train tabs.yaml", "tabs.yaml, line 2", "indent with spaces"),
     m("train twice.yaml", "twice.yaml, line 4", "'seed' is given twice", "keep one"),
+    m("train folder.yaml", "'folder.yaml'", "a folder; name a file"),
+    m("train sft --data.train=", "--data.train=", "leave the flag out"),
+    m("generate garbage --prompts=latin1.txt", "latin1.txt", "save it as UTF-8"),
+    m("generate adapter hello", "its base 'moved'", "--model"),
     m("train near.yaml", "training.lerning_rate = 0.0001", "did you mean"),
     m("train types.yaml", "training.learning_rate = 'fast'", "training.max_steps"),
     m("train list.yaml", "'list.yaml'", "write 'training:'"),

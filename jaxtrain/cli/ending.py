@@ -75,7 +75,20 @@ def run_command(
         code, message = found
         for line in message.splitlines():
             print(f"error: {line}", file=sys.stderr)
+        if code == INTERRUPTED and arguments is None:
+            _leave_at_once()
         return code
+
+
+def _leave_at_once() -> None:
+    """End the process without Python's own clearing up.
+
+    A compilation that was interrupted may still run in a thread; clearing up beneath
+    it ends in a segmentation fault. All files of a run are closed by now.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(INTERRUPTED)
 
 
 def _without_late_callbacks(

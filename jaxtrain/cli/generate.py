@@ -239,7 +239,12 @@ def read_prompts(options: argparse.Namespace) -> list[Prompt]:
 
 def _read_file(name: str) -> Iterator[Prompt]:
     is_input = name == "-"
-    text = sys.stdin.read() if is_input else pathlib.Path(name).read_text("utf-8")
+    try:
+        text = sys.stdin.read() if is_input else pathlib.Path(name).read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{name}: not UTF-8 ({error.reason}); save it as UTF-8"
+        ) from error
     for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
             continue

@@ -277,9 +277,28 @@ def configure(
                 f"{source.name}: its adapter_config.json names no base model; give one"
                 " by --model"
             )
+        if base is None:
+            _check_base(made.model.name_or_path, source.name)
     if config is None:
         _compute_as_stored(made)
     return made
+
+
+def _check_base(base: str, adapter: str) -> None:
+    """Refuse an adapter whose base is not where it says.
+
+    Raises:
+        ValueError: says how to name the place where it is now.
+    """
+    from jaxtrain.models import hf
+
+    try:
+        hf.resolve_model_path(base)
+    except ValueError as error:
+        raise ValueError(
+            f"{adapter}: its base {base!r} is not there; give the place where it is now"
+            f" by --model ({error})"
+        ) from error
 
 
 def take_adapter(config: ConfigDict, adapter: Path) -> None:

@@ -84,6 +84,8 @@ def load_config(path: str | os.PathLike[str]) -> ConfigDict:
     suffix = Path(text).suffix
     if suffix not in (".yaml", ".yml", ".json", ".py"):
         raise ValueError(f"config = {text!r}: unknown kind; give a .yaml or .py file")
+    if Path(text).is_dir():
+        raise ValueError(f"config = {text!r}: a folder; name a file")
     if not Path(text).is_file():
         hint = _nearest_file(Path(text))
         raise FileNotFoundError(f"config = {text!r}: no such file{hint}")

@@ -139,7 +139,12 @@ def _parse(flag: Flag) -> dict[str, Any]:
                 f"--{flag.key}: no value; write --{flag.key}=... ({wanted})"
             )
         return {flag.key: True}
-    if entry.default is None and flag.text in ("None", "null", ""):
+    if not flag.text.strip():
+        raise ValueError(
+            f"--{flag.key}=: no value, as of a shell variable that is not set; give"
+            " one, or leave the flag out"
+        )
+    if entry.default is None and flag.text in ("None", "null"):
         return {flag.key: None}
     try:
         return {flag.key: schema.parse(flag.text, entry.hint, parse_value)}

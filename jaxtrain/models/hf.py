@@ -84,9 +84,10 @@ def resolve_model_path(name: str, revision: str | None = None) -> pathlib.Path:
             )
         )
     except Exception as error:  # the hub's client has no common base of its errors
+        reason = str(error).partition("\n")[0]
         raise ValueError(
             f"model {name!r} is no local directory, and the hub did not give it"
-            f" ({type(error).__name__}: {error}). Offline, run `hf download {name}` on"
+            f" ({type(error).__name__}: {reason}). Offline, run `hf download {name}` on"
             " a machine with network and give the directory it prints; for a gated"
             " model log in with `hf auth login` first"
         ) from error

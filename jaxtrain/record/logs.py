@@ -129,10 +129,16 @@ class LineFormatter(logging.Formatter):
 
 
 def print_line(line: str, file: TextIO | None = None) -> None:
-    """Print on stdout at once, above the progress bar where one is drawn."""
+    """Print on stdout at once, above the progress bar where one is drawn.
+
+    Where nobody reads any more, as behind `| head -1`, a run goes on unseen.
+    """
     file = file or sys.stdout
-    tqdm.write(line, file=file)
-    file.flush()
+    try:
+        tqdm.write(line, file=file)
+        file.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
 def _wrap(line: str) -> list[str]:
