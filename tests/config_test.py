@@ -1047,6 +1047,16 @@ def test_diff_names_keys_that_only_one_side_has() -> None:
     assert "training.lora.r: None -> 16" in changed
 
 
+def test_a_key_that_an_earlier_release_lacked_is_no_difference() -> None:
+    run = resolve({})
+    earlier = run.to_dict()
+    del earlier["training"]["compilation_cache"], earlier["training"]["seed"]
+    assert diff(earlier, run) == []
+    assert diff(earlier, resolve(training(seed=7))) == ["training.seed: 42 -> 7"]
+    earlier["training"]["of_old"] = 1  # a key that is gone
+    assert "training.of_old: 1 -> None" in diff(earlier, run)
+
+
 def test_resolve_returns_a_run_as_it_is() -> None:
     run = resolve({})
     assert resolve(run) is run

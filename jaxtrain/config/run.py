@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from jaxtrain import schema
 from jaxtrain.config import notes, sections
 from jaxtrain.config.notes import Note
-from jaxtrain.config.rules import resolve_sections
+from jaxtrain.config.rules import ConfigError, resolve_sections
 from jaxtrain.config.sections import SCHEMA
 from jaxtrain.objectives.options import ObjectiveRow, Options, objective_row
 from jaxtrain.tree import dotted
@@ -142,16 +142,26 @@ def to_config_dict(run: RunConfig) -> ConfigDict:
 def diff(
     old: RunConfig | Mapping[str, Any], new: RunConfig | Mapping[str, Any]
 ) -> list[str]:
-    """Keys whose values differ between two `to_dict()`s: "key: old -> new"."""
-    flat_old, flat_new = (
-        dotted(c.to_dict() if isinstance(c, RunConfig) else _with_lists(c))
-        for c in (old, new)
-    )
+    """Keys whose values differ between two `to_dict()`s: "key: old -> new".
+
+    A key that an earlier release did not have stands at its default there.
+    """
+    flat_old, flat_new = (dotted(_as_dict(each)) for each in (old, new))
     return [
         f"{key}: {flat_old.get(key)!r} -> {flat_new.get(key)!r}"
         for key in sorted(flat_old.keys() | flat_new.keys())
         if flat_old.get(key) != flat_new.get(key)
     ]
+
+
+def _as_dict(run: RunConfig | Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(run, RunConfig):
+        return run.to_dict()
+    try:
+        return RunConfig.from_dict(run).to_dict()
+    except ConfigError:  # as it was saved, by a release that had other keys
+        saved: dict[str, Any] = _with_lists(run)
+        return saved
 
 
 def without_provenance(given: Mapping[str, Any]) -> Mapping[str, Any]:
