@@ -109,6 +109,8 @@ def inside(home: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pytest.Monkey
     """The process stands in that folder, offline, and nobody is logged in."""
     monkeypatch.chdir(home)
     monkeypatch.syspath_prepend(str(home))
+    # A page of the docs has a module of this name, which may be imported already.
+    monkeypatch.delitem(sys.modules, "my_losses", raising=False)
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for name in ("WANDB_API_KEY", "WANDB_MODE", "NETRC"):
