@@ -36,8 +36,9 @@ def main(arguments: Sequence[str]) -> None:
         " the configuration's name)",
     )
     options, config, run = parser.read(arguments)
-    preflight.check_workdir(options.workdir or default_workdir(options.config))
-    workdir = pathlib.Path(options.workdir or default_workdir(options.config))
+    named = options.workdir or default_workdir(options.config)
+    preflight.check_workdir(named)  # as it is written: a Path shortens an address
+    workdir = pathlib.Path(named)
     preflight.check(run, workdir)
     sources.check_sources(run)
     if not sources.names_evaluation_rows(run):

@@ -318,15 +318,25 @@ def test_long_lines_are_wrapped_below_their_text_and_paths_stay_whole():
     assert f"word {path}" in logs.LineFormatter().format(record)
 
 
-def test_a_run_goes_on_where_nobody_reads_its_lines():
-    program = """
+@pytest.mark.parametrize(
+    "say",
+    [
+        "logging.getLogger('jaxtrain').info('line %d', n)",
+        "writer.write(n, {'loss': 1})",
+    ],
+)
+def test_a_run_goes_on_where_nobody_reads_its_lines(say):
+    program = f"""
 import logging, time
 from jaxtrain.record import logs
+from jaxtrain.record.console import ConsoleWriter
 logs.set_up()
 logs.show_progress()
-for number in range(5):
-    logging.getLogger("jaxtrain").info("line %d", number)
+writer = ConsoleWriter(9)
+logging.getLogger("jaxtrain").info("begin")
+for n in range(1, 6):
     time.sleep(0.2)
+    {say}
 print("unread")
 raise SystemExit(7)
 """
@@ -337,7 +347,7 @@ raise SystemExit(7)
         text=True,
     )
     assert process.stdout is not None and process.stderr is not None
-    assert process.stdout.readline().endswith("line 0\n")
+    assert process.stdout.readline().endswith("begin\n")
     process.stdout.close()
     assert process.wait(timeout=60) == 7
     assert process.stderr.read() == ""

@@ -8,9 +8,7 @@ This module imports nothing large, so that a wrong name is refused at once.
 import argparse
 import dataclasses
 import json
-import logging
 import math
-import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -315,21 +313,10 @@ def take_adapter(config: ConfigDict, adapter: Path) -> None:
 
 
 def prepare_devices() -> None:
-    """Start jax, join the other processes, and keep libraries' chatter off the output.
-
-    Standard output holds what a command answers. Warnings go to standard error, where
-    Python's logging puts them if nobody says otherwise.
-    """
-    # transformers reads it as it is imported, and would miss PyTorch.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    import datasets
-
+    """Start jax, and join the other processes of this command if there are any."""
     from jaxtrain.run import distributed
 
-    logging.getLogger("absl").setLevel(logging.ERROR)
-    datasets.disable_progress_bars()
     distributed.initialize()
-    distributed.allow_pinned_memory()
 
 
 def _article(kind: str) -> str:

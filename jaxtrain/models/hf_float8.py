@@ -38,7 +38,7 @@ class _Scaled:
         return "BF16"
 
     def get_shape(self) -> list[int]:
-        """Of the matrix."""
+        """The matrix's numbers of rows and columns."""
         return list(self.codes.shape)
 
     def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:

@@ -73,8 +73,8 @@ def read_source(run: RunConfig, *, needs_weights: bool = True) -> ModelSource:
 def read_sizes(run: RunConfig) -> ModelSource:
     """Read the sizes of the model that a run names, and nothing of its weights.
 
-    Of a directory, config.json is read, and the tokenizer where
-    `model.grow_vocabulary` counts it.
+    From a directory it reads config.json, and the tokenizer if `model.grow_vocabulary`
+    needs its number of tokens.
 
     Raises:
         ValueError: the directory's config.json or the run's sizes can't be used.

@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from jaxtrain.record.logs import COLUMNS
+from jaxtrain.record.logs import COLUMNS, print_line
 
 _CUT = "…"
 _MOST_EVAL_LINES = 2
@@ -134,8 +134,7 @@ class ConsoleWriter:
         return f"{duration(elapsed)}, {bound}{left} left"
 
     def _print(self, line: str) -> None:
-        tqdm.write(line, file=self._stream)
-        self._stream.flush()
+        print_line(line, self._stream)
 
 
 def format_metrics(
@@ -143,8 +142,8 @@ def format_metrics(
 ) -> list[str]:
     """Lines like `loss 2.303 | lr 1.00e-04 | tokens/s 81.2k`, the usual names first.
 
-    Of an evaluation, the `eval_` of the names is left out. What does not fit into the
-    lines is left out from the end, and `…` says so.
+    The names of an evaluation's metrics lose their `eval_`. Metrics that do not fit are
+    left out, the last first, and `…` says so.
     """
     prefix = "eval_" if _are_of_an_evaluation(metrics) else ""
     plain = {name.removeprefix(prefix): value for name, value in metrics.items()}

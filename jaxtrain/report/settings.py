@@ -59,7 +59,7 @@ def changes_between(starts: Sequence[Mapping[str, Any]]) -> list[str]:
 def differing(runs: Sequence[Mapping[str, Any]]) -> list[Row]:
     """The keys whose values differ between runs.
 
-    Of a group that is on in some runs only, one row says so in place of all its keys.
+    If a group of keys is on in some runs only, one row says so in place of its keys.
     An unset key is no row where its value is a group of keys in another run, and
     differs from none where another run does not know it.
     """

@@ -1,7 +1,7 @@
 """The weights of a run, a model or an adapter, to be used and not to be trained.
 
-What comes out is a `TrainState` with an empty optimizer state, as evaluation steps and
-the export take it. It needs no training data.
+The functions return a `TrainState` with an empty optimizer state, which evaluation
+steps and the export can use. They need no training data.
 """
 
 import dataclasses
