@@ -218,12 +218,11 @@ class _Environment(ImmutableSandboxedEnvironment):
         return "".join(parts)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "+":
-            result = left + right
-        else:
+        if operator != "+":
             _check_operands(operator, left, right)
-            result = self.binop_table[operator](left, right)
-        if isinstance(result, str | list | tuple):
+            return self.binop_table[operator](left, right)
+        result = left + right
+        if type(result) in (str, list, tuple):
             _BUDGET.make(len(result))
         return result
 
@@ -243,7 +242,7 @@ def _check_operands(operator: str, left: Any, right: Any) -> None:
     """Refuse products, powers and formatted texts that are too long."""
     if operator == "%":
         if isinstance(left, str):
-            _check_format(left, left.count("%"), [right])
+            _check_format(left, left.count("%") + 1, [right, left])
         return
     sizes = [
         len(x) if isinstance(x, str | list | tuple) else None for x in (left, right)

@@ -238,7 +238,8 @@ def mask_tokens(offsets: Sequence[Span], spans: Sequence[Span]) -> np.ndarray:
     """
     if not len(offsets) or not len(spans):
         return np.zeros(len(offsets), bool)
-    pairs = np.asarray(offsets)
+    flat = np.fromiter(itertools.chain.from_iterable(offsets), int, 2 * len(offsets))
+    pairs = flat.reshape(-1, 2)
     ends = np.maximum.accumulate(pairs[:, 1])
     begins = np.minimum(pairs[:, 0], np.concatenate([[0], ends[:-1]]))
     starts, stops = np.asarray(spans).T
@@ -306,7 +307,7 @@ def _find_turns(template: _Template, messages: Messages) -> tuple[str, list[Span
         if spans is not None:
             return text, spans
     spans = find_spans_by_beginnings(
-        template.render, messages, closing=template.closing
+        template.render, messages, full=text, closing=template.closing
     )
     return text, spans
 

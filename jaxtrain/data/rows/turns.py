@@ -33,12 +33,14 @@ class TurnShape:
             conversation.
         before_last: the same of the last turn, which may differ.
         after: what ends a turn within a conversation, of that turn.
+        after_last: what ends the conversation's last turn, a closing text included.
     """
 
     prompt: str
     before: str
     before_last: str
     after: str
+    after_last: str
 
     @property
     def shared(self) -> int:
@@ -71,7 +73,7 @@ def find_turn_shape(render: Render, closing: str) -> TurnShape | None:
     first, second, last = shapes
     if first != second or first[0] != last[0]:
         return None
-    return TurnShape(first[0], first[1], last[1], first[2])
+    return TurnShape(first[0], first[1], last[1], first[2], last[2])
 
 
 def find_assistant_spans(
@@ -84,8 +86,8 @@ def find_assistant_spans(
         shape: of the same template.
     """
     turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-    if not turns or turns[0] == 0:
-        return None
+    if len(turns) < 2 or turns[0] == 0:
+        return None  # the beginnings of a single turn are fewer renders
     bare, said, before = list(messages), [], [shape.before] * len(turns)
     if turns[-1] == len(messages) - 1:
         before[-1] = shape.before_last
@@ -111,29 +113,32 @@ def find_assistant_spans(
     if last_prompt != full[:history] + shape.prompt:
         return None
     spans = []
-    for start, stop in places:
+    for (start, stop), behind in zip(places, pieces[1:], strict=True):
         history = start - shared
         head = full[history : history + len(shape.prompt)]
         start = history + _common_prefix(shape.prompt, head)
-        spans.append((start, stop + len(shape.after)))
+        closes = behind.startswith(shape.after_last)  # nothing is written behind it
+        end = shape.after_last if closes else shape.after
+        spans.append((start, stop + len(end)))
     if turns[-1] == len(messages) - 1:
         spans[-1] = (spans[-1][0], len(full))
     return spans
 
 
 def find_spans_by_beginnings(
-    render: Render, messages: Messages, *, closing: str = ""
+    render: Render, messages: Messages, *, full: str | None = None, closing: str = ""
 ) -> list[Span]:
     """Character spans of the assistant's turns, terminators included.
 
     A turn starts after the generation prompt; where the whole conversation lacks a part
-    of that prompt, where the two part. `closing` is a text that the template may add
-    after the last turn only, as Phi-3's adds EOS.
+    of that prompt, where the two part. `full` is the conversation's text, if it is
+    known; `closing` a text that the template may add after the last turn only, as
+    Phi-3's adds EOS.
 
     Raises:
         BadRow: the template is not prefix-stable, so the spans cannot be told.
     """
-    full = render(messages)
+    full = render(messages) if full is None else full
     spans = []
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
