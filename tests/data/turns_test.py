@@ -1,16 +1,13 @@
 """Assistant turns are found in time linear in them, as their beginnings tell."""
 
-import itertools
-import json
-import pathlib
-from typing import Any
+import collections
+from typing import Any, ClassVar
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from jaxtrain import assets
 from jaxtrain.data.rows import template as template_module
 from jaxtrain.data.rows.formats import BadRow
 from jaxtrain.data.rows.template import render_with_spans
@@ -113,7 +110,7 @@ def conversations(draw: Any) -> list[dict[str, Any]]:
 class Tokenizer:
     """As much of a tokenizer as rendering takes."""
 
-    special_tokens_map = {"bos_token": "<s>", "eos_token": "</s>"}
+    special_tokens_map: ClassVar = {"bos_token": "<s>", "eos_token": "</s>"}
     eos_token = "</s>"
 
     def __init__(self, template: str) -> None:
@@ -143,17 +140,80 @@ def by_beginnings(tokenizer: Tokenizer, messages: Any, variables: Any) -> Any:
     return render(messages), spans
 
 
-def check(template: str, messages: Any, variables: Any) -> None:
-    tokenizer: Any = Tokenizer(template)
-    try:
-        expected = by_beginnings(tokenizer, messages, variables)
-    except BadRow:
-        return  # the linear way may tell what the beginnings leave open
-    assert render_with_spans(tokenizer, messages, variables) == expected
-
-
 @pytest.mark.parametrize("name", sorted(TEMPLATES))
 @settings(max_examples=60, deadline=None)
 @given(messages=conversations(), thinks=st.sampled_from([None, True, False]))
 def test_spans_are_those_of_the_beginnings(name, messages, thinks):
-    check(TEMPLATES[name], messages, {} if thinks is None else {"enable_thinking": thinks})
+    tokenizer: Any = Tokenizer(TEMPLATES[name])
+    variables = {} if thinks is None else {"enable_thinking": thinks}
+    try:
+        expected = by_beginnings(tokenizer, messages, variables)
+    except BadRow:
+        return  # what the beginnings leave open, the linear way may tell
+    assert render_with_spans(tokenizer, messages, variables) == expected
+
+
+@settings(max_examples=60, deadline=None)
+@given(messages=conversations())
+def test_spans_of_stock_qwen3_are_those_of_the_beginnings(qwen3, messages):
+    try:
+        expected = by_beginnings(qwen3, messages, {})
+    except BadRow:
+        return
+    assert render_with_spans(qwen3, messages, {}) == expected
+
+
+def long_conversation(turns: int) -> list[dict[str, str]]:
+    roles = ("user", "assistant") * turns
+    said = ("Why?", "<think>\nhm\n</think>\n\nBecause.", "Why?", "Because.")
+    return [
+        {"role": role, "content": said[i % len(said)]} for i, role in enumerate(roles)
+    ]
+
+
+@pytest.mark.parametrize(
+    "name", ["chatml", "llama3", "gemma", "phi3", "mistral", "last thought"]
+)
+def test_the_number_of_renders_does_not_grow_with_the_turns(name, monkeypatch):
+    counts: collections.Counter[int] = collections.Counter()
+    render = template_module.render_template
+    tokenizer: Any = Tokenizer(TEMPLATES[name])
+    for turns in (2, 2, 40):
+        counts[turns] = 0  # the first finds what the template writes around a turn
+
+        def counted(*args: Any, turns: int = turns) -> str:
+            counts[turns] += 1
+            return render(*args)
+
+        monkeypatch.setattr(template_module, "render_template", counted)
+        text, spans = render_with_spans(tokenizer, long_conversation(turns), {})
+        assert len(spans) == turns
+        assert all("Because." in text[start:stop] for start, stop in spans)
+        assert all("Why?" not in text[start:stop] for start, stop in spans)
+    assert counts[2] == counts[40] == 3
+
+
+def test_a_template_that_counts_its_messages_is_refused_as_before():
+    tokenizer: Any = Tokenizer(TEMPLATES["counting"])
+    with pytest.raises(BadRow, match="not prefix-stable"):
+        render_with_spans(tokenizer, long_conversation(2), {})
+
+
+def test_what_beginnings_cannot_tell_is_told_right():
+    # The tool's turn ends a beginning whose thought a later question takes away.
+    messages = [
+        {"role": "user", "content": "2 * 3?"},
+        {"role": "assistant", "content": "<think>t</think>let me see"},
+        {"role": "assistant", "content": "<think>u</think>6"},
+        {"role": "user", "content": "And?"},
+        {"role": "assistant", "content": "<think>v</think>no more"},
+    ]
+    tokenizer: Any = Tokenizer(TEMPLATES["last thought"])
+    with pytest.raises(BadRow):
+        by_beginnings(tokenizer, messages, {})
+    text, spans = render_with_spans(tokenizer, messages, {})
+    assert [text[start:stop] for start, stop in spans] == [
+        "let me see<|end|>",
+        "6<|end|>",
+        "<think>v</think>no more<|end|>",
+    ]

@@ -25,7 +25,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
-Span = tuple[int, int]  # of characters: the first, and the one after the last
+from jaxtrain.data.rows.marks import Span
 
 MAX_STEPS = 2_000_000  # iterations, macro calls, and items of lists that are built
 MAX_CHARACTERS = 100_000_000  # of all texts that are made on the way
@@ -299,6 +299,7 @@ _WRITING = {
         "capitalize", "e", "escape", "forceescape", "format", "join", "lower",
         "pprint", "replace", "safe", "string", "striptags", "sum", "title", "trim",
         "truncate", "upper", "urlencode", "wordcount",
+        "xmlattr",
     )),
 }  # fmt: skip
 
@@ -452,8 +453,7 @@ def _environment() -> _Environment:
     filters["tojson"] = _to_json
     for name, most in _WRITING.items():
         filters[name] = _guarded(name, filters[name], most)
-    for name in ("urlize", "xmlattr", "filesizeformat"):
-        del filters[name]
+    del filters["urlize"]
     filters.update(_built=_built, _concat=_concat, _counted=_counted, _sliced=_sliced)
     environment.globals.update(
         raise_exception=_raise, strftime_now=_now, dict=_dict, namespace=_namespace

@@ -11,14 +11,21 @@ import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from jaxtrain.data.rows.formats import BadRow
-from jaxtrain.data.rows.sandbox import (
+from jaxtrain.data.rows.marks import (
+    ALL_TURNS,
+    AssistantMarks,
     Span,
+    choose_turns,
+    drop_thoughts,
+    take_training_fields,
+)
+from jaxtrain.data.rows.sandbox import (
     plain_data,
     plain_messages,
     render_template,
@@ -33,40 +40,9 @@ from jaxtrain.data.rows.turns import (
 )
 
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
-# A block of thoughts with the white space behind it, and how a turn begins whose block
-# the generation prompt has opened. A block without an end was cut off.
-_THOUGHT = re.compile(
-    r"<think>.*?(?:</think>\s*|\Z)|\[THINK\].*?(?:\[/THINK\]\s*|\Z)", re.DOTALL
-)
-_OPENED = re.compile(r"(?:<think>|\[THINK\])\s*\Z")
-_REST_OF_THOUGHT = re.compile(r".*?(?:</think>\s*|\[/THINK\]\s*|\Z)", re.DOTALL)
 # What apply_chat_template takes beside the template's variables: not a row's to give.
 _RESERVED = ("messages", "conversation", "add_generation_prompt")
 _FOR_GENERATION = "continue_final_message"
-# A message's own fields for the trainer, which templates do not know.
-_TRAIN, _WEIGHT = "train", "weight"
-
-
-@dataclasses.dataclass(frozen=True)
-class AssistantMarks:
-    """Which of the assistant's text is trained.
-
-    A message's own `train` (a bool) or `weight` (0 or 1), where it has one, overrules
-    `turns`.
-
-    Attributes:
-        turns: train on all of the assistant's turns, or on the last alone.
-        thinking: train on the blocks of thoughts (`<think>`, `[THINK]`) too.
-        preserve_thinking: render every turn as the template renders it in last place,
-            so that earlier turns keep their thoughts.
-    """
-
-    turns: Literal["all", "last"] = "all"
-    thinking: bool = True
-    preserve_thinking: bool = False
-
-
-ALL_TURNS = AssistantMarks()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +104,8 @@ def render_chat(
         BadRow: the template refuses it, or a message of a whole conversation asks not
             to be trained, which only `render_with_spans` can do.
     """
-    plain, trained = _take_training_fields(messages)
+    own, trained = take_training_fields(messages)
+    plain = plain_messages(own)
     if False in trained and not add_generation_prompt:
         raise BadRow(
             f"messages[{trained.index(False)}] asks not to be trained (train or"
@@ -193,7 +170,8 @@ def render_with_spans(
         ValueError: preserve_thinking, with a template that marks its own turns.
     """
     template = _template(tokenizer, template_kwargs)
-    plain, trained = _take_training_fields(messages)
+    own, trained = take_training_fields(messages)
+    plain = plain_messages(own)
     if template.is_marked:
         if marks.preserve_thinking:
             raise ValueError(
@@ -208,9 +186,9 @@ def render_with_spans(
         if marks.preserve_thinking:
             text, spans = _preserve_thinking(template, plain, text, spans)
     turns = [i for i, m in enumerate(plain) if m["role"] == "assistant"]
-    spans = _chosen(spans, [trained[i] for i in turns], marks)
+    spans = choose_turns(spans, [trained[i] for i in turns], marks)
     if not marks.thinking:
-        spans = _without_thoughts(text, spans)
+        spans = drop_thoughts(text, spans)
     return text, spans
 
 
@@ -266,36 +244,6 @@ def _template(
         raise BadRow(f"chat_template is {type(text).__name__}, expected a string")
     known = {**tokenizer.special_tokens_map, **plain_data(variables)}
     return _Template(text, known)
-
-
-def _take_training_fields(
-    messages: Messages,
-) -> tuple[list[dict[str, Any]], list[bool | None]]:
-    """Plain messages without the fields for the trainer, and what each of them says."""
-    plain, trained = plain_messages(messages), []
-    for index, message in enumerate(plain):
-        said = set()
-        if _TRAIN in message:
-            value = message.pop(_TRAIN)
-            if not isinstance(value, bool):
-                raise BadRow(
-                    f"messages[{index}] has train {value!r}: use true or false"
-                )
-            said.add(value)
-        if _WEIGHT in message:
-            value = message.pop(_WEIGHT)
-            if isinstance(value, bool) or value not in (0, 1):
-                raise BadRow(f"messages[{index}] has weight {value!r}: use 0 or 1")
-            said.add(bool(value))
-        if len(said) == 2:
-            raise BadRow(f"messages[{index}] has a train and a weight that differ")
-        if True in said and message["role"] != "assistant":
-            raise BadRow(
-                f"messages[{index}] is to be trained, but it is the"
-                f" {message['role']}'s: only assistant turns are"
-            )
-        trained.append(said.pop() if said else None)
-    return plain, trained
 
 
 def _find_turns(template: _Template, messages: Messages) -> tuple[str, list[Span]]:
@@ -357,37 +305,3 @@ def _last_turn(template: _Template, messages: Messages) -> str:
     text, spans = _find_turns(template, messages)
     start, stop = spans[-1]
     return text[start:stop]
-
-
-def _chosen(
-    spans: Sequence[Span], trained: Sequence[bool | None], marks: AssistantMarks
-) -> list[Span]:
-    """The spans of the turns that are trained; one span a turn."""
-    if marks.turns == "all" and False not in trained:
-        return list(spans)
-    if len(spans) != len(trained):
-        raise BadRow(
-            f"the chat template's {{% generation %}} marks {len(spans)} texts of"
-            f" {len(trained)} assistant turns, so single turns cannot be chosen: unset"
-            " train_on_turns and the messages' train and weight"
-        )
-    last = len(spans) - 1
-    chosen = [
-        said if said is not None else marks.turns == "all" or turn == last
-        for turn, said in enumerate(trained)
-    ]
-    return list(itertools.compress(spans, chosen))
-
-
-def _without_thoughts(text: str, spans: Sequence[Span]) -> list[Span]:
-    """The spans without the blocks of thoughts in them."""
-    kept = []
-    for start, stop in spans:
-        if _OPENED.search(text, max(0, start - 64), start):
-            rest = _REST_OF_THOUGHT.match(text, start, stop)
-            start = rest.end() if rest else stop
-        for thought in _THOUGHT.finditer(text, start, stop):
-            kept.append((start, thought.start()))
-            start = thought.end()
-        kept.append((start, stop))
-    return [(start, stop) for start, stop in kept if start < stop]

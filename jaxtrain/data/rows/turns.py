@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxtrain.data.rows.formats import BadRow
-from jaxtrain.data.rows.sandbox import Span
+from jaxtrain.data.rows.marks import Span
 
 Messages = Sequence[Mapping[str, Any]]
 Render = Callable[..., str]  # (messages, add_generation_prompt=False)
