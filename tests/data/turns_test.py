@@ -69,11 +69,22 @@ TEMPLATES = {
     ),
     "counting": "{{ messages | length }}{% for m in messages %}{{ m.content }}"
     "{% endfor %}",
+    "no tools": (  # a turn that is not written, before a closing text
+        "{% for m in messages %}{% if m.role in ('user', 'assistant') %}"
+        "{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{% endif %}{% endfor %}"
+        "{{ '<|assistant|>' if add_generation_prompt else eos_token }}"
+    ),
     "short memory": (
         "{% for m in messages[-4:] %}{{ '<' + m.role + '>' + m.content }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
     ),
 }
+# The generation prompt depends on the question.
+SWITCH = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}"
+    "{% if 'why' in messages[-1].content %}{{ '<why>' }}{% endif %}{% endif %}"
+)
 MARKERS = [
     "<|im_end|>\n<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_end|>\n",
     "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n", "<end_of_turn>\n",
@@ -151,6 +162,34 @@ def test_spans_are_those_of_the_beginnings(name, messages, thinks):
     except BadRow:
         return  # what the beginnings leave open, the linear way may tell
     assert render_with_spans(tokenizer, messages, variables) == expected
+
+
+def talk(*said: str) -> list[dict[str, Any]]:
+    roles = ("user", "assistant") * len(said)
+    return [{"role": r, "content": c} for r, c in zip(roles, said, strict=False)]
+
+
+@pytest.mark.parametrize(
+    ("template", "messages"),
+    [
+        (  # what stands between two turns, within the first of them
+            TEMPLATES["last thought"],
+            talk(
+                *("?", "<think>t</think>a<|end|><|user|>q<|end|><|assistant|>"),
+                *("q", "<think>t</think>b", "z", "c"),
+            ),
+        ),
+        (SWITCH, talk("?", "one", "why", "<b>")),
+        (
+            TEMPLATES["no tools"],
+            [*talk("?", "one", "q", "two"), {"role": "tool", "content": "6"}],
+        ),
+    ],
+)
+def test_spans_of_hard_cases_are_those_of_the_beginnings(template, messages):
+    tokenizer: Any = Tokenizer(template)
+    expected = by_beginnings(tokenizer, messages, {})
+    assert render_with_spans(tokenizer, messages, {}) == expected
 
 
 @settings(max_examples=60, deadline=None)
