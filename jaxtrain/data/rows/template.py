@@ -5,12 +5,13 @@ Otherwise `turns` finds where the assistant's turns stand. `AssistantMarks`, and
 `train` or `weight` of single messages, say which of these turns are trained.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -104,8 +105,7 @@ def render_chat(
         BadRow: the template refuses it, or a message of a whole conversation asks not
             to be trained, which only `render_with_spans` can do.
     """
-    own, trained = take_training_fields(messages)
-    plain = plain_messages(own)
+    plain, trained = _read_messages(messages)
     if False in trained and not add_generation_prompt:
         raise BadRow(
             f"messages[{trained.index(False)}] asks not to be trained (train or"
@@ -170,8 +170,7 @@ def render_with_spans(
         ValueError: preserve_thinking, with a template that marks its own turns.
     """
     template = _template(tokenizer, template_kwargs)
-    own, trained = take_training_fields(messages)
-    plain = plain_messages(own)
+    plain, trained = _read_messages(messages)
     if template.is_marked:
         if marks.preserve_thinking:
             raise ValueError(
@@ -242,8 +241,30 @@ def _template(
         raise BadRow(str(error)) from error
     if not isinstance(text, str):
         raise BadRow(f"chat_template is {type(text).__name__}, expected a string")
-    known = {**tokenizer.special_tokens_map, **plain_data(variables)}
-    return _Template(text, known)
+    for key in ("tools", "documents"):
+        if not all(isinstance(item, Mapping) for item in variables[key] or ()):
+            raise BadRow(f"{key} holds something else than JSON objects")
+    with _no_deep_nesting():
+        return _Template(
+            text, {**tokenizer.special_tokens_map, **plain_data(variables)}
+        )
+
+
+def _read_messages(
+    messages: Messages,
+) -> tuple[list[dict[str, Any]], list[bool | None]]:
+    """What the template sees, and what each message says of its training."""
+    own, trained = take_training_fields(messages)
+    with _no_deep_nesting():
+        return plain_messages(own), trained
+
+
+@contextlib.contextmanager
+def _no_deep_nesting() -> Iterator[None]:
+    try:
+        yield
+    except RecursionError as error:
+        raise BadRow("its values nest too deeply for a chat template") from error
 
 
 def _find_turns(template: _Template, messages: Messages) -> tuple[str, list[Span]]:
