@@ -1,13 +1,19 @@
 """Assistant turns are found in time linear in them, as their beginnings tell."""
 
 import collections
+import functools
+import importlib.util
+import pathlib
+import re
 from typing import Any, ClassVar
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from jaxtrain import assets
 from jaxtrain.data.rows import template as template_module
 from jaxtrain.data.rows.formats import BadRow
 from jaxtrain.data.rows.template import render_with_spans
@@ -200,6 +206,44 @@ def test_spans_of_stock_qwen3_are_those_of_the_beginnings(qwen3, messages):
     except BadRow:
         return
     assert render_with_spans(qwen3, messages, {}) == expected
+
+
+@functools.cache
+def unmarked_template() -> str:
+    folder = assets.asset_path(assets.TOKENIZER)
+    marked = AutoTokenizer.from_pretrained(str(folder)).chat_template
+    return re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", marked)
+
+
+@settings(max_examples=60, deadline=None)
+@given(messages=conversations())
+def test_spans_of_the_embedded_template_without_its_marks(messages):
+    tokenizer: Any = Tokenizer(unmarked_template())
+    try:
+        expected = by_beginnings(tokenizer, messages, {})
+    except BadRow:
+        return
+    assert render_with_spans(tokenizer, messages, {}) == expected
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(
+    "name",
+    ["qwen2_5", "qwen3_6", "llama3", "gemma", "phi3_5", "deepseek_r1_distill"],
+)
+@settings(max_examples=25, deadline=None)
+@given(messages=conversations())
+def test_spans_of_published_templates_are_those_of_the_beginnings(name, messages):
+    found = importlib.util.find_spec("trl")  # its templates: nothing is imported
+    if found is None or found.origin is None:
+        pytest.skip("TRL is not installed")
+    folder = pathlib.Path(found.origin).parent / "chat_templates"
+    tokenizer: Any = Tokenizer((folder / f"{name}.jinja").read_text(encoding="utf-8"))
+    try:
+        expected = by_beginnings(tokenizer, messages, {})
+    except BadRow:
+        return
+    assert render_with_spans(tokenizer, messages, {}) == expected
 
 
 def long_conversation(turns: int) -> list[dict[str, str]]:
