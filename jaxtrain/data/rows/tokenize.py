@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from jaxtrain.data.rows.formats import BadRow, RowFormat
 from jaxtrain.data.rows.jinja import read_template
+from jaxtrain.data.rows.marks import ALL_TURNS, AssistantMarks
 from jaxtrain.data.rows.template import (
     encode_with_assistant_mask,
     render_chat,
@@ -179,13 +180,14 @@ def tokenize_examples(
     *,
     completion_only_loss: bool | None = None,
     assistant_only_loss: bool = False,
+    assistant_marks: AssistantMarks = ALL_TURNS,
     on_bad: OnBad,
 ) -> list[Example | None]:
     """Tokenize canonical rows for next-token training; None where a row is bad.
 
     `completion_only_loss`: train on completions alone; None means yes for
-    prompt/completion rows. `assistant_only_loss`: train on assistant turns alone. Both
-    given, a token must be in both.
+    prompt/completion rows. `assistant_only_loss`: train on assistant turns alone, of
+    which `assistant_marks` may choose. Both given, a token must be in both.
     """
     _check_loss_options(row_format, completion_only_loss, assistant_only_loss)
     if row_format.kind == "tokenized":
@@ -195,11 +197,16 @@ def tokenize_examples(
             highest_id=highest_id(tokenizer),
         )
         return each_row(rows, lambda row: Example(*read(row)), on_bad)
+    if assistant_marks.preserve_thinking and row_format.kind != "messages":
+        raise ValueError(
+            "preserve_thinking=True needs messages, but the rows are "
+            f"{row_format.describe()}: set it to False"
+        )
     encoder = _Encoder(tokenizer, row_format.conversational, on_bad)
     has_prompt = row_format.kind == "prompt_completion"
     columns = ("prompt", "completion") if has_prompt else (row_format.kind,)
     if assistant_only_loss:
-        examples = encoder.mark_assistant(rows, columns)
+        examples = encoder.mark_assistant(rows, columns, assistant_marks)
     else:
         examples = [
             ids if ids is None else Example(ids, np.ones(len(ids), bool))
@@ -345,14 +352,14 @@ class _Encoder:
         return [t if t is None else np.asarray(next(ids), np.int32) for t in texts]
 
     def mark_assistant(
-        self, rows: Sequence[Row], columns: Sequence[str]
+        self, rows: Sequence[Row], columns: Sequence[str], marks: AssistantMarks
     ) -> list[Example | None]:
         """Conversations of which the assistant's tokens are trained."""
 
         def example(row: Row) -> Example:
             messages = [*itertools.chain(*(row[column] for column in columns))]
             ids, mask = encode_with_assistant_mask(
-                self.tokenizer, messages, row["template_kwargs"]
+                self.tokenizer, messages, row["template_kwargs"], marks
             )
             return Example(np.asarray(ids, np.int32), mask)
 
