@@ -20,11 +20,11 @@ from jaxtrain.data.batches.pipeline import BatchIterator
 from jaxtrain.data.stream.batches import StreamIterator, join_states
 from jaxtrain.evaluation.held_out import (
     add_metrics,
-    evaluate,
     perplexity,
     to_floats,
     without_added,
 )
+from jaxtrain.evaluation.sets import evaluate_sets
 from jaxtrain.models.load import LoadedModel
 from jaxtrain.record.throughput import ThroughputMeter, usage
 from jaxtrain.run.bad_steps import BadSteps
@@ -57,7 +57,7 @@ class Parts:
     feed: Feed
     train_data: Prepared
     train_batches: BatchIterator | StreamIterator
-    eval_data: PreparedDataset | None
+    eval_data: Mapping[str, PreparedDataset]  # the sets by name
     steps_per_epoch: int
     epochs_done: Callable[[int], float]
     meter: ThroughputMeter
@@ -384,15 +384,15 @@ class Loop:
 
     def evaluate(self) -> None:
         """Evaluate, log the result and see whether it is the best so far."""
-        if self.parts.eval_data is None:
+        sets = self.parts.eval_data.items()
+        if not sets:
             return
-        batches = self.parts.feed.eval_batches(self.parts.eval_data)
         with self._meter.paused():
             self._fetch_pending()
-            self.evaluated = evaluate(
+            self.evaluated = evaluate_sets(
                 self.parts.eval_step,
                 self.state,
-                self._placed_eval_batches(batches),
+                {name: self._placed_eval_batches(data) for name, data in sets},
                 with_perplexity=self.run.objective == "next_token",
                 added_losses=self.parts.added_losses,
             )
@@ -413,8 +413,8 @@ class Loop:
         if self._best.update(self.evaluated[key], self.step):
             logger.info("%s = %.4g, the best so far", key, self.evaluated[key])
 
-    def _placed_eval_batches(self, batches: Iterator[Any]) -> Iterator[Any]:
-        for batch in batches:
+    def _placed_eval_batches(self, data: PreparedDataset) -> Iterator[Any]:
+        for batch in self.parts.feed.eval_batches(data):
             self._watchdog.feed()
             yield self.parts.feed.place(batch)
 

@@ -242,7 +242,7 @@ def run_loop(world):
         ),
         train_batches=world,
         train_data=object(),
-        eval_data=object(),
+        eval_data={"": object()},
         steps_per_epoch=5,
         epochs_done=lambda step: step / 5,
         meter=ThroughputMeter(

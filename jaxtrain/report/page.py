@@ -11,6 +11,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxtrain.config.eval_sets import names_in
 from jaxtrain.report import series, settings
 from jaxtrain.report.samples import choose_samples
 
@@ -56,6 +57,7 @@ def read_run(workdir: pathlib.Path, *, runs_of_the_page: int = 1) -> dict[str, A
         "config": settings.settings_of(config),
         "made_by": settings.made_by(starts[-1]) if starts else {},
         "changes": settings.changes_between(starts),
+        "eval_sets": names_in([name for name in curves if name.startswith("eval_")]),
         "series": {name: series.columns(points) for name, points in thinned.items()},
         "clock": series.clock(records, most),
         "last_time": records[-1]["time"],

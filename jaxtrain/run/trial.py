@@ -2,13 +2,13 @@
 
 import dataclasses
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxtrain.config import RunConfig
+from jaxtrain.config import RunConfig, eval_sets
 from jaxtrain.config.sections import TEXT_METRIC_SCORES
 from jaxtrain.schema import did_you_mean
 from jaxtrain.types import (
@@ -106,6 +106,35 @@ def _describe(run: RunConfig, error: Exception) -> str:
     )
 
 
+def choose_best_metric(run: RunConfig, names: Collection[str]) -> RunConfig:
+    """The run with a metric to rank by that is one of these evaluation sets.
+
+    Args:
+        names: of the sets, which a program may bring that the configuration did not
+            name; [""] for one alone.
+
+    Raises:
+        ValueError: `metric_for_best_model` is the metric of none of them.
+    """
+    loop = run.loop
+    if not names:
+        return run
+    try:
+        best = eval_sets.choose_metric(
+            loop.best_metric, list(names), decides=loop.ranks_by_metric
+        )
+    except ValueError as error:
+        given = loop.metric_for_best_model
+        raise ValueError(
+            f"training.metric_for_best_model = {given!r}: {error}"
+        ) from None
+    if best == loop.best_metric:
+        return run
+    return dataclasses.replace(
+        run, loop=dataclasses.replace(loop, metric_for_best_model=best)
+    )
+
+
 def _check_best_metric(run: RunConfig, names: set[str]) -> None:
     if run.loop.eval_steps == 0 and not run.loop.eval_on_start:
         return
@@ -119,11 +148,25 @@ def _check_best_metric(run: RunConfig, names: set[str]) -> None:
     for metric in run.generation.metrics:
         names |= {*TEXT_METRIC_SCORES[metric]}
     best = run.loop.best_metric
-    known = sorted(f"eval_{name}" for name in names)
-    if best not in (*known, *(f"eval_{name}" for name in _ADDED)):
+    prefixes = [eval_sets.prefix_of(name) for name in run.data.eval_paths]
+    known = sorted(f"{prefix}{name}" for prefix in prefixes for name in names)
+    if _may_be_of_a_named_set(run, best, names):
+        return
+    if best not in (*known, *(f"{p}{name}" for p in prefixes for name in _ADDED)):
         given = run.loop.metric_for_best_model
         hint = did_you_mean(best, known)
         raise ValueError(
             f"training.metric_for_best_model = {given!r} is no evaluation metric;"
             f" {hint}these are: {', '.join(known)}"
         )
+
+
+def _may_be_of_a_named_set(run: RunConfig, best: str, names: set[str]) -> bool:
+    """Whether a program may still bring a set that this is a metric of.
+
+    `choose_best_metric` judges it then, by the names of the sets.
+    """
+    if run.data.eval or run.data.eval_split:
+        return False
+    plain = best.removeprefix("eval_")
+    return any(plain.endswith(f"_{name}") for name in names)
