@@ -161,6 +161,7 @@ def run_to_end(parts: loop.Parts, workdir: pathlib.Path) -> dict[str, Any]:
         )
         # Rebound, so that a first state that is not trained on can be freed.
         parts, progress = loop.restore(parts, checkpoints)
+        export.prepare(workdir, trains=not progress.is_over(parts.total_steps))
         writer = stack.enter_context(
             writers.make_writers(
                 run.loop.report_to,
