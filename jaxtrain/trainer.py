@@ -24,13 +24,7 @@ from jaxtrain.data.stream.batches import StreamDataset
 from jaxtrain.models import load
 from jaxtrain.record import writers
 from jaxtrain.run import accelerator as accelerate
-from jaxtrain.run import (
-    compilation_cache,
-    distributed,
-    preflight,
-    sampler,
-    trial,
-)
+from jaxtrain.run import compilation_cache, distributed, lock, preflight, sampler, trial
 from jaxtrain.run.feed import Prepared
 from jaxtrain.types import Batch, Objective, TokenLogProbs, WeightedSum
 
@@ -118,6 +112,8 @@ class TrainingOrchestrator:
         compilation_cache.set_up(run.compilation_cache)
         # These raise on what cannot work, before anything is loaded.
         writers.check_installed(run.loop.report_to)
+        if jax.process_index() == 0:
+            lock.refuse_if_held(self.workdir)
         preflight.check(run, self.workdir)
         sources.check_sources(run)
         sampler.check_metrics(run)
@@ -205,9 +201,12 @@ class TrainingOrchestrator:
             raise ValueError("this model is trained already: call prepare() again")
         rows = self.prepare_data(train_dataset, eval_dataset)
         run = trial.choose_best_metric(run, rows[1])
-        return build.run_to_end(
-            build.build(run, model, rows, _loss_of(self), self.workdir), self.workdir
-        )
+        with lock.hold(self.workdir, is_first_process=jax.process_index() == 0):
+            # No name for the parts here: their first state may be freed on the way.
+            return build.run_to_end(
+                build.build(run, model, rows, _loss_of(self), self.workdir),
+                self.workdir,
+            )
 
     def _prepared_run(self) -> RunConfig:
         if self.run is None:

@@ -127,6 +127,7 @@ ALLOWED: dict[str, set[str]] = {
         "types",
     },
     "run.preemption": {"run.interrupts"},
+    "run.lock": set(),
     "run.preflight": {"config"},
     "run.trial": {"config.eval_sets", "config", "schema", "types"},
     "run.weights": {
@@ -242,6 +243,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "run.distributed": set(),
     "trainer": {
+        "run.lock",
         "build",
         "config",
         "data.batches",
@@ -279,6 +281,7 @@ ALLOWED: dict[str, set[str]] = {
         "types",
     },
     "main": {
+        "run.lock",
         "cli.command",
         "cli.ending",
         "data.sources",

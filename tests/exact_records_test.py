@@ -19,7 +19,7 @@ from runs import records, weights
 from jaxtrain.loop import Loop
 from jaxtrain.record.writers import JsonlWriter, drop_lines_after
 from jaxtrain.report import write_report
-from jaxtrain.run import export, exported
+from jaxtrain.run import export, exported, lock
 from jaxtrain.run.checkpoint import CheckpointManager
 from jaxtrain.run.progress import BestMetric, Progress
 from jaxtrain.run.window import MetricWindow
@@ -124,6 +124,7 @@ def test_an_early_stop_is_final_and_its_export_survives_a_kill(
     def killed(self, name):
         with save(self, name) as directory:
             yield directory
+            assert lock.NAME in {path.name for path in tmp_path.iterdir()}
             raise Killed
 
     with monkeypatch.context() as patch:
@@ -132,6 +133,7 @@ def test_an_early_stop_is_final_and_its_export_survives_a_kill(
         )
         with pytest.raises(Killed):
             train(make_config("lora", **STOPPING), tmp_path)
+    assert not (tmp_path / lock.NAME).exists()
     assert (tmp_path / "adapter.partial").is_dir() and not (tmp_path / "model").exists()
     steps = [(r["step"], "eval_loss" in r) for r in records(tmp_path)]
     assert steps == [(1, True), (2, True), (3, True), (3, False)]
