@@ -200,7 +200,7 @@ class TrainingOrchestrator:
         if model is None or model.weights is None:
             raise ValueError("this model is trained already: call prepare() again")
         rows = self.prepare_data(train_dataset, eval_dataset)
-        run = trial.choose_best_metric(run, rows[1])
+        run = trial.choose_best_metric(run, _loss_of(self).objective, rows[1])
         with lock.hold(self.workdir, is_first_process=jax.process_index() == 0):
             # No name for the parts here: their first state may be freed on the way.
             return build.run_to_end(

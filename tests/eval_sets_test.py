@@ -190,6 +190,14 @@ def test_a_set_stops_early_and_its_texts_are_generated(tmp_path, caplog):
     bad = tiny_config("sft", BASE, **settings, metric_for_best_model="loss")
     with pytest.raises(ValueError, match="evaluation sets easy, hard; set"):
         train(bad, tmp_path / "bad", **rows)
+    bad.training.metric_for_best_model = "hard_mean_loss"
+    with pytest.raises(ValueError, match=r"no evaluation metric.*eval_hard_loss"):
+        train(bad, tmp_path / "bad", **rows)
+    bad.training.metric_for_best_model = "hard_loss"
+    with pytest.raises(
+        ValueError, match=r"no evaluation metric.*these are: .*eval_los"
+    ):
+        train(bad, tmp_path / "bad", train_dataset=kinds, eval_dataset=kinds)
     with pytest.raises(ValueError, match="'a b' is no name"):
         train(good, tmp_path / "bad", train_dataset=kinds, eval_dataset={"a b": kinds})
     assert not (tmp_path / "bad" / "metrics.jsonl").exists()
