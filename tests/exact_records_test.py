@@ -208,7 +208,7 @@ def test_a_window_is_kept_to_the_bit_with_what_is_no_number():
             name: WeightedSum(next(values), abs(next(values)))
             for name in ("loss", "entropy", "grad_norm", "learning_rate")
         }
-        if step == 3:
+        if step == 6:
             found["grad_norm"] = WeightedSum(np.float32(np.inf), np.float32(1))
         if step == 5:
             found["entropy"] = WeightedSum(np.float32(np.nan), np.float32(1))
@@ -232,6 +232,8 @@ def test_a_window_is_kept_to_the_bit_with_what_is_no_number():
         np.testing.assert_equal(means(second), means(one))
         assert second.skipped == cut
     assert math.isnan(means(one)["entropy"])
+    norm = steps[5]["grad_norm"]  # of the last step that did not overflow
+    assert means(one)["grad_norm"] == float(norm.total) / float(norm.weight)
     progress = Progress(BestMetric(False), logged={"loss": math.nan}, window=one)
     kept = json.loads(json.dumps(progress.get_state(), allow_nan=False))
     again = Progress(BestMetric(False))
