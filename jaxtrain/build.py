@@ -69,22 +69,22 @@ class Scored:
 def build(
     run: RunConfig,
     model: LoadedModel,
-    rows: tuple[Prepared, PreparedDataset | None],
+    rows: tuple[Prepared, dict[str, PreparedDataset]],
     loss: Loss,
     workdir: pathlib.Path,
 ) -> loop.Parts:
     """Make the parts of a run. The weights of `model` move into the train state.
 
     Args:
-        rows: to train on, and to evaluate on if any.
+        rows: to train on, and to evaluate on by the names of the sets.
         workdir: where passes before training keep what they computed.
 
     Raises:
         ValueError: the model cannot do with these rows what the run asks for.
     """
     train_data, eval_data = rows
-    _check_shared_prompts(run, model, *rows)
-    packed = any(data is not None and data.packed for data in rows)
+    _check_shared_prompts(run, model, train_data, *eval_data.values())
+    packed = any(data.packed for data in (train_data, *eval_data.values()))
     model = model.for_training(packed=packed)
     scored = bind_loss(run, model, loss)
     feed = Feed(run, model.plan)
@@ -114,7 +114,10 @@ def build(
         )
         train_data = scorer.attach(train_data, "train")
         batches = feed.train_batches(train_data)
-        eval_data = None if eval_data is None else scorer.attach(eval_data, "eval")
+        eval_data = {
+            name: scorer.attach(data, f"eval_{name}" if name else "eval")
+            for name, data in eval_data.items()
+        }
 
     # The steps, which compile on their first call, and what the loop does beside them.
     train_step, eval_step = make_steps(
@@ -158,6 +161,7 @@ def run_to_end(parts: loop.Parts, workdir: pathlib.Path) -> dict[str, Any]:
         )
         # Rebound, so that a first state that is not trained on can be freed.
         parts, progress = loop.restore(parts, checkpoints)
+        export.prepare(workdir, trains=not progress.is_over(parts.total_steps))
         writer = stack.enter_context(
             writers.make_writers(
                 run.loop.report_to,
@@ -283,12 +287,12 @@ def _make_reference_sync(
 
 
 def _make_sampler(
-    run: RunConfig, model: LoadedModel, data: PreparedDataset | None
+    run: RunConfig, model: LoadedModel, sets: dict[str, PreparedDataset]
 ) -> Callable[[TrainState], tuple[dict[str, float], dict[str, str]]] | None:
     """What generates held-out texts under the policy; None if nothing asks for it."""
-    if not run.generation.enabled or data is None:
+    if not run.generation.enabled or not sets:
         return None
-    sampler = make_sampler(run, model, data)
+    sampler = make_sampler(run, model, sets)
 
     def sample(state: TrainState) -> tuple[dict[str, float], dict[str, str]]:
         return sampler(model.on_device(overlay(state.frozen, state.trainable)))
@@ -313,14 +317,10 @@ def _orders_by_difficulty(run: RunConfig, data: Prepared) -> bool:
     return isinstance(data, PreparedDataset) and data.difficulty is None
 
 
-def _check_shared_prompts(
-    run: RunConfig, model: LoadedModel, *rows: Prepared | None
-) -> None:
+def _check_shared_prompts(run: RunConfig, model: LoadedModel, *rows: Prepared) -> None:
     if not run.data.share_prompts:
         return
     for data in rows:
-        if data is None:
-            continue
         why = model.decoder.why_no_shared_prompts(data.row_length)
         if why is not None:
             raise ValueError(

@@ -3,12 +3,12 @@
 import os
 from typing import Any
 
-from jaxtrain.data.batches.dataset import PreparedDataset
+from jaxtrain.config import eval_sets
 from jaxtrain.data.loading import AnyRows as Rows
 from jaxtrain.models.load import LoadedModel
 from jaxtrain.models.special_tokens import with_tokenizer
 from jaxtrain.run.feed import Prepared
-from jaxtrain.trainer import TrainingOrchestrator
+from jaxtrain.trainer import EvalRows, TrainingOrchestrator
 
 
 class DPOTrainer(TrainingOrchestrator):
@@ -61,16 +61,18 @@ class DPOTrainer(TrainingOrchestrator):
     def train(
         self,
         train_dataset: Rows | Prepared | None = None,
-        eval_dataset: Rows | PreparedDataset | None = None,
+        eval_dataset: EvalRows | None = None,
     ) -> dict[str, Any]:
         """As the orchestrator's; the results have `reward_margin` and `accuracy` too.
 
-        Both are those of the last evaluation, or of the last steps if there was none.
+        Both are those of the last evaluation, of its first set where there are several,
+        or of the last steps if there was none.
         """
         results = super().train(train_dataset, eval_dataset)
+        evaluated = eval_sets.prefix_of(eval_sets.names_in(results)[0])
         for name, metric in (
             ("reward_margin", "rewards/margins"),
             ("accuracy", "rewards/accuracies"),
         ):
-            results[name] = results.get(f"eval_{metric}", results.get(metric))
+            results[name] = results.get(f"{evaluated}{metric}", results.get(metric))
         return results

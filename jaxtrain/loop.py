@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import dataclasses
-import functools
 import logging
 import math
 import time
@@ -18,13 +17,7 @@ from jaxtrain.config import RunConfig, diff
 from jaxtrain.data.batches.dataset import PreparedDataset
 from jaxtrain.data.batches.pipeline import BatchIterator
 from jaxtrain.data.stream.batches import StreamIterator, join_states
-from jaxtrain.evaluation.held_out import (
-    add_metrics,
-    evaluate,
-    perplexity,
-    to_floats,
-    without_added,
-)
+from jaxtrain.evaluation.sets import evaluate_sets
 from jaxtrain.models.load import LoadedModel
 from jaxtrain.record.throughput import ThroughputMeter, usage
 from jaxtrain.run.bad_steps import BadSteps
@@ -35,6 +28,7 @@ from jaxtrain.run.preemption import Preempted, PreemptionWatch, Watchdog
 from jaxtrain.run.preflight import refuse_never
 from jaxtrain.run.profile import StepProfiler
 from jaxtrain.run.progress import BestMetric, Progress
+from jaxtrain.run.window import MetricWindow
 from jaxtrain.step import EvalStep, TrainStep
 from jaxtrain.tree import overlay, select
 from jaxtrain.types import Metrics, Params, TrainState
@@ -57,7 +51,7 @@ class Parts:
     feed: Feed
     train_data: Prepared
     train_batches: BatchIterator | StreamIterator
-    eval_data: PreparedDataset | None
+    eval_data: Mapping[str, PreparedDataset]  # the sets by name
     steps_per_epoch: int
     epochs_done: Callable[[int], float]
     meter: ThroughputMeter
@@ -106,7 +100,8 @@ def restore(parts: Parts, checkpoints: CheckpointManager) -> tuple[Parts, Progre
     if settings.resume_from_checkpoint == "never":
         raise refuse_never(checkpoints.directory, latest)
     restored = checkpoints.restore(parts.saved(state))
-    for line in diff(restored.config, parts.run.to_dict()):
+    changes = diff(restored.config, parts.run.to_dict())
+    for line in changes:
         logger.warning("resuming with another config: %s", line)
     data_states = [state or {} for state in restored.data_states]
     check_base(data_states[0].get("base_weights"), base, parts.model.directory)
@@ -114,6 +109,9 @@ def restore(parts: Parts, checkpoints: CheckpointManager) -> tuple[Parts, Progre
     progress.step = restored.step
     progress.set_state(data_states[0])  # all but the position is the same for all
     progress.goodput.set_state(restored.clock)
+    progress.heed_changes(restored.config.get("training", {}), settings)
+    if not any(line.startswith(("data.", "training.generation.")) for line in changes):
+        progress.evaluated = restored.metrics
     logger.info("resumed from step %d of %d", restored.step, parts.total_steps)
     frozen = overlay(state.frozen, restored.state.frozen)
     state = dataclasses.replace(restored.state, frozen=frozen)
@@ -133,9 +131,8 @@ class Loop:
         self.parts, self.progress, self.state = parts, progress, parts.state
         self.checkpoints, self.writer = checkpoints, writer
         self.run, self.settings = parts.run, parts.run.loop
-        self.logged: dict[str, float] = {}
-        self.evaluated: dict[str, float] = {}
-        self.evaluated_step: int | None = None
+        self.evaluated = progress.evaluated
+        self.evaluated_step = self.step if self.evaluated else None
         self._meter, self._best = parts.meter, progress.best
         self._meter.on_step = progress.goodput.add
         folder = checkpoints.directory.with_name("profile")
@@ -147,9 +144,7 @@ class Loop:
         self._pending: list[tuple[int, Metrics, AnyBatch]] = []
         self._bad_steps = BadSteps(self.settings, checkpoints.directory)
         self._has_synced = False
-        self._skipped = 0  # steps since the last log
         self._seen_shapes: set[Any] = set()  # of batches; a new one compiles
-        self._unlogged: list[Metrics] = []  # one a step, on the host
 
     @property
     def step(self) -> int:
@@ -196,24 +191,30 @@ class Loop:
         if self.settings.eval_on_start and self.step == 0:
             self.evaluate()
         ending = "finished"
+        batches = self._placed_batches()
         if self.step >= self.parts.total_steps:
             ending = "nothing left"
             self._say_nothing_is_left()
-        for placed, batch in self._placed_batches():
+        elif self.progress.is_over(self.parts.total_steps):
+            ending, batches = self._stop_early(), iter(())
+        for placed, batch in batches:
             self._start_step(placed, batch)
             self._watchdog.feed()
             self._do_what_is_due()
             if preemption.requested(self.step):
                 self._leave()
             if self._best.should_stop:
-                logger.info(
-                    "early stop at step %d: %s has not improved on %.4g of step %d",
-                    *(self.step, self.settings.metric_for_best_model),
-                    *(self._best.value, self._best.step),
-                )
-                ending = "stopped early"
+                ending = self._stop_early()
                 break
         return self._finish(ending)
+
+    def _stop_early(self) -> str:
+        value = math.nan if self._best.value is None else self._best.value
+        logger.info(
+            "early stop at step %d: %s has not improved on %.4g of step %d",
+            *(self.step, self.settings.best_metric, value, self._best.step),
+        )
+        return "stopped early"
 
     def _say_nothing_is_left(self) -> None:
         by_steps = self.settings.max_steps > 0
@@ -225,23 +226,28 @@ class Loop:
         )
 
     def _do_what_is_due(self) -> None:
-        """Log, move the reference, evaluate and save, each every so many steps."""
+        """Log, move the reference, evaluate and save, each every so many steps.
+
+        A checkpoint comes last: what is logged after it would be logged once more by
+        the run that goes on from it.
+        """
         if self._is_due(self.settings.logging_steps):
             self.log()
         sync_reference, dpo = self.parts.sync_reference, self.run.dpo
-        if sync_reference and dpo and self._is_due(dpo.ref_model_sync_steps):
+        if sync_reference and dpo and self.step % dpo.ref_model_sync_steps == 0:
             # The first call compiles, and so counts in no rate.
             compiles, self._has_synced = not self._has_synced, True
             with self._meter.paused() if compiles else contextlib.nullcontext():
                 self.state = sync_reference(self.state)
         if self._is_due(self.settings.eval_steps):
             self.evaluate()
+        if self._best.should_stop:
+            self._log_the_rest()
         if self._is_due(self.settings.save_steps):
             self.save()
 
     def _leave(self) -> None:
         """Save regardless of `save_steps` and stop; the next run resumes from there."""
-        self._log_the_rest()
         self.save()
         self.checkpoints.wait()
         logger.warning("preempted: step %d is saved, start again to go on", self.step)
@@ -260,9 +266,9 @@ class Loop:
     def _results(self, ending: str) -> dict[str, Any]:
         """The last metrics, and what `record.summary` tells of the whole run."""
         return {
-            **self.logged,
+            **self.progress.logged,
             **self.evaluated,
-            "final_loss": self.logged.get("loss", math.nan),
+            "final_loss": self.progress.logged.get("loss", math.nan),
             "global_step": self.step,
             "total_steps": self.parts.total_steps,
             "ending": ending,
@@ -317,51 +323,38 @@ class Loop:
         self._profiler.stop_after(self.step)
 
     def _is_due(self, every: int | None) -> bool:
-        """Every so many steps; after each epoch if None; never if 0."""
-        if every is None:
-            return self.step % self.parts.steps_per_epoch == 0
-        return every > 0 and self.step % every == 0
+        """Every so many steps, after each epoch if None, and at the end; never if 0."""
+        if every == 0:
+            return False
+        is_end = self.step == self.parts.total_steps or self._best.should_stop
+        return is_end or self.step % (every or self.parts.steps_per_epoch) == 0
 
     # --- metrics -------------------------------------------------------------------
 
     def _log_the_rest(self) -> None:
-        if self._pending or self._unlogged or self._skipped:
+        if self._pending or self.progress.window:
             self.log()
 
     def log(self) -> None:
         """Write the means of the metrics since the last log, and rates."""
         self._fetch_pending()
-        steps, self._unlogged = self._unlogged, []
-        skipped, self._skipped = self._skipped, 0
-        record = self._means(steps) if steps else {}
+        window, self.progress.window = self.progress.window, MetricWindow()
+        record = window.means(**self._measured) if window.steps else {}
         record["epoch"] = self.parts.epochs_done(self.step)
         record["num_tokens"] = self.progress.num_tokens
-        if skipped:
-            record["skipped_steps"] = skipped
-        if steps:
-            self.logged = record
+        if window.skipped:
+            record["skipped_steps"] = window.skipped
+        if window.steps:
+            self.progress.logged = record
         rates = self._meter.report() | {"goodput_share": self.progress.goodput.share()}
         self.writer.write(self.step, record | rates | usage(jax.local_devices()[0]))
 
-    def _means(self, steps: list[Metrics]) -> dict[str, float]:
-        """The metrics of these steps as one record."""
-        means = to_floats(functools.reduce(add_metrics, steps))
-        # As the Hugging Face Trainer logs them: a mean of steps, and the last step's.
-        losses = [to_floats({"loss": step["loss"]})["loss"] for step in steps]
-        means["loss"] = sum(losses) / len(losses)
-        last = ("learning_rate", "loss_scale")
-        means |= to_floats({n: v for n, v in steps[-1].items() if n.startswith(last)})
-        # Of the last step whose gradient did not overflow, where loss scaling is on.
-        finite = [s for s in steps if np.isfinite(s["grad_norm"].total)]
-        norms = (name for name in means if name.startswith("grad_norm"))
-        for name in list(norms):
-            del means[name]
-            if finite:
-                means |= to_floats({name: finite[-1][name]})
-        if self.run.objective == "next_token":
-            likelihood = without_added(means, self.parts.added_losses)
-            means["perplexity"] = perplexity(likelihood)
-        return means
+    @property
+    def _measured(self) -> dict[str, Any]:
+        """What sums become besides means, of steps as of evaluations."""
+        is_likelihood = self.run.objective == "next_token"
+        added = self.parts.added_losses
+        return {"with_perplexity": is_likelihood, "added_losses": added}
 
     def _fetch_pending(self) -> None:
         """Wait for the steps in flight and bring their metrics to the host.
@@ -377,24 +370,23 @@ class Loop:
             if "num_tokens" in sums:
                 self.progress.num_tokens += float(sums["num_tokens"].total)
             skipped, measured = self._bad_steps.judge(step, sums, batch, scale)
-            self._skipped += skipped
+            self.progress.window.skipped += skipped
             self.progress.skipped_steps += skipped
             if measured:
-                self._unlogged.append(sums)
+                self.progress.window.add(sums)
 
     def evaluate(self) -> None:
         """Evaluate, log the result and see whether it is the best so far."""
-        if self.parts.eval_data is None:
+        sets = self.parts.eval_data.items()
+        if not sets:
             return
-        batches = self.parts.feed.eval_batches(self.parts.eval_data)
         with self._meter.paused():
             self._fetch_pending()
-            self.evaluated = evaluate(
+            self.evaluated = evaluate_sets(
                 self.parts.eval_step,
                 self.state,
-                self._placed_eval_batches(batches),
-                with_perplexity=self.run.objective == "next_token",
-                added_losses=self.parts.added_losses,
+                {name: self._placed_eval_batches(data) for name, data in sets},
+                **self._measured,
             )
             if self.parts.sampler is not None:
                 self._watchdog.feed()
@@ -413,8 +405,8 @@ class Loop:
         if self._best.update(self.evaluated[key], self.step):
             logger.info("%s = %.4g, the best so far", key, self.evaluated[key])
 
-    def _placed_eval_batches(self, batches: Iterator[Any]) -> Iterator[Any]:
-        for batch in batches:
+    def _placed_eval_batches(self, data: PreparedDataset) -> Iterator[Any]:
+        for batch in self.parts.feed.eval_batches(data):
             self._watchdog.feed()
             yield self.parts.feed.place(batch)
 

@@ -12,7 +12,7 @@ from jaxtrain.cli.command import ConfigParser, Once, default_workdir
 from jaxtrain.cli.ending import Interrupted, run_command
 from jaxtrain.data import sources
 from jaxtrain.record import logs
-from jaxtrain.run import interrupts, preflight
+from jaxtrain.run import interrupts, lock, preflight
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -39,6 +39,7 @@ def main(arguments: Sequence[str]) -> None:
     named = options.workdir or default_workdir(options.config)
     preflight.check_workdir(named)  # as it is written: a Path shortens an address
     workdir = pathlib.Path(named)
+    lock.refuse_if_held(workdir, may_wait=False)
     preflight.check(run, workdir)
     sources.check_sources(run)
     if not sources.names_evaluation_rows(run):

@@ -8,6 +8,7 @@ import copy
 import logging
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -18,23 +19,19 @@ from jaxtrain.config import ConfigManager, RunConfig, resolve, to_config_dict
 from jaxtrain.data import loading, sources
 from jaxtrain.data.batches.dataset import PreparedDataset
 from jaxtrain.data.loading import AnyRows as Rows
+from jaxtrain.data.loading import prepare_evaluation_rows
 from jaxtrain.data.stream.batches import StreamDataset
 from jaxtrain.models import load
 from jaxtrain.record import writers
 from jaxtrain.run import accelerator as accelerate
-from jaxtrain.run import (
-    compilation_cache,
-    distributed,
-    preflight,
-    sampler,
-    trial,
-)
+from jaxtrain.run import compilation_cache, distributed, lock, preflight, sampler, trial
 from jaxtrain.run.feed import Prepared
 from jaxtrain.types import Batch, Objective, TokenLogProbs, WeightedSum
 
 logger = logging.getLogger(__name__)
 
 Path = str | os.PathLike[str]
+EvalRows = Rows | PreparedDataset | Mapping[str, Any]
 
 _NEVER_RUN = (
     "custom_training_step would never run: a step is compiled as a whole here, backward"
@@ -115,6 +112,8 @@ class TrainingOrchestrator:
         compilation_cache.set_up(run.compilation_cache)
         # These raise on what cannot work, before anything is loaded.
         writers.check_installed(run.loop.report_to)
+        if jax.process_index() == 0:
+            lock.refuse_if_held(self.workdir)
         preflight.check(run, self.workdir)
         sources.check_sources(run)
         sampler.check_metrics(run)
@@ -134,7 +133,7 @@ class TrainingOrchestrator:
         """Raw rows of `path`, of `data.train`, or the embedded ones."""
         return loading.load_training_rows(self._prepared_run(), path)
 
-    def load_evaluation_data(self, path: Path | None = None) -> Rows | None:
+    def load_evaluation_data(self, path: Path | None = None) -> EvalRows | None:
         """The same for `data.eval`; None if training data are given and these not."""
         return loading.load_evaluation_rows(self._prepared_run(), path)
 
@@ -154,18 +153,17 @@ class TrainingOrchestrator:
     def prepare_data(
         self,
         train_dataset: Rows | Prepared | None = None,
-        eval_dataset: Rows | PreparedDataset | None = None,
-    ) -> tuple[Prepared, PreparedDataset | None]:
-        """Load, check and tokenize the rows to train on and to evaluate on."""
+        eval_dataset: EvalRows | None = None,
+    ) -> tuple[Prepared, dict[str, PreparedDataset]]:
+        """Load, check and tokenize the rows to train on and to evaluate on, by name."""
         if train_dataset is None:
             train_dataset = self.load_training_data()
             if eval_dataset is None:
                 eval_dataset = self.load_evaluation_data()
-        if eval_dataset is None:
+        if eval_dataset is None or eval_dataset == {}:
             sources.check_evaluation_rows(self._prepared_run())
         prepared = self.prepare_rows(train_dataset)
-        evaluation = None if eval_dataset is None else self.prepare_rows(eval_dataset)
-        return prepared, loading.check_held(evaluation)
+        return prepared, prepare_evaluation_rows(eval_dataset, self.prepare_rows)
 
     def make_objective(self) -> Objective:
         """The loss and its metrics, a pure function of log-probs. Override freely."""
@@ -185,11 +183,12 @@ class TrainingOrchestrator:
     def train(
         self,
         train_dataset: Rows | Prepared | None = None,
-        eval_dataset: Rows | PreparedDataset | None = None,
+        eval_dataset: EvalRows | None = None,
     ) -> dict[str, Any]:
         """Run to the end, resuming where an earlier run in this workdir stopped.
 
         The data sets are rows, prepared or raw; those of the configuration if None.
+        Several evaluation sets are given by name, each with metrics of its own.
 
         Returns:
             `final_loss`, `global_step`, the last metrics by their names,
@@ -201,9 +200,13 @@ class TrainingOrchestrator:
         if model is None or model.weights is None:
             raise ValueError("this model is trained already: call prepare() again")
         rows = self.prepare_data(train_dataset, eval_dataset)
-        return build.run_to_end(
-            build.build(run, model, rows, _loss_of(self), self.workdir), self.workdir
-        )
+        run = trial.choose_best_metric(run, _loss_of(self).objective, rows[1])
+        with lock.hold(self.workdir, is_first_process=jax.process_index() == 0):
+            # No name for the parts here: their first state may be freed on the way.
+            return build.run_to_end(
+                build.build(run, model, rows, _loss_of(self), self.workdir),
+                self.workdir,
+            )
 
     def _prepared_run(self) -> RunConfig:
         if self.run is None:

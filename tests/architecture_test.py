@@ -16,7 +16,14 @@ ALLOWED: dict[str, set[str]] = {
     "tree": set(),
     "schema": {"tree"},
     "objectives.options": {"schema"},
-    "config": {"models.families", "objectives.options", "schema", "tree"},
+    "config.eval_sets": set(),
+    "config": {
+        "config.eval_sets",
+        "models.families",
+        "objectives.options",
+        "schema",
+        "tree",
+    },
     "record.logs": set(),
     "run.interrupts": set(),
     "cli.ending": {"record.logs", "run.interrupts"},
@@ -24,6 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli": {"cli.command", "cli.ending", "config"},
     "cli.source": {"cli.command", "config", "models", "run.distributed"},
     "cli.evaluate": {
+        "config.eval_sets",
         "build",
         "cli.source",
         "config",
@@ -64,7 +72,14 @@ ALLOWED: dict[str, set[str]] = {
     "models": {"kernels", "models.families", "sharding", "tree", "types"},
     "lora": {"models", "sharding", "tree", "types"},
     "objectives": {"objectives.options", "schema", "types"},
-    "evaluation": {"data.batches", "models", "objectives", "sharding", "types"},
+    "evaluation": {
+        "config.eval_sets",
+        "data.batches",
+        "models",
+        "objectives",
+        "sharding",
+        "types",
+    },
     "models.special_tokens": {"data.rows", "models"},
     "models.vocabulary": {
         "config",
@@ -94,8 +109,9 @@ ALLOWED: dict[str, set[str]] = {
         "sharding",
         "types",
     },
-    "record": {"batch", "types", "record.logs"},
+    "record": {"batch", "config.eval_sets", "types", "record.logs"},
     "run": {
+        "config.eval_sets",
         "batch",
         "config",
         "data.batches",
@@ -111,8 +127,9 @@ ALLOWED: dict[str, set[str]] = {
         "types",
     },
     "run.preemption": {"run.interrupts"},
+    "run.lock": set(),
     "run.preflight": {"config"},
-    "run.trial": {"config", "schema", "types"},
+    "run.trial": {"config.eval_sets", "config", "schema", "types"},
     "run.weights": {
         "config",
         "models",
@@ -142,6 +159,7 @@ ALLOWED: dict[str, set[str]] = {
         "types",
     },
     "record.start": {
+        "config.eval_sets",
         "config",
         "data.batches",
         "loop",
@@ -203,8 +221,9 @@ ALLOWED: dict[str, set[str]] = {
         "types",
     },
     "data": set(),
-    "data.sources": {"config", "data.batches", "data.rows"},
+    "data.sources": {"config.eval_sets", "config", "data.batches", "data.rows"},
     "data.loading": {
+        "config.eval_sets",
         "assets",
         "config",
         "data.batches",
@@ -224,6 +243,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "run.distributed": set(),
     "trainer": {
+        "run.lock",
         "build",
         "config",
         "data.batches",
@@ -239,7 +259,7 @@ ALLOWED: dict[str, set[str]] = {
         "types",
     },
     "dpo_trainer": {
-        "data.batches",
+        "config.eval_sets",
         "data.loading",
         "models.load",
         "models.special_tokens",
@@ -261,6 +281,7 @@ ALLOWED: dict[str, set[str]] = {
         "types",
     },
     "main": {
+        "run.lock",
         "cli.command",
         "cli.ending",
         "data.sources",
@@ -271,7 +292,7 @@ ALLOWED: dict[str, set[str]] = {
         "run.interrupts",
     },
     "metrics": {"batch", "evaluation", "record", "types"},
-    "report": {"cli.command", "cli.ending", "tree"},
+    "report": {"config.eval_sets", "cli.command", "cli.ending", "tree"},
 }
 ONLY_IN = {"flax": {"models"}, "torch": set(), "pickle": set()}
 NEVER_IN = {

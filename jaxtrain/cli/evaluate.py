@@ -6,7 +6,7 @@ import json
 import logging
 import pathlib
 import tempfile
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from jaxtrain.cli.source import (
     take_adapter,
 )
 from jaxtrain.config import RunConfig, resolve
+from jaxtrain.config.eval_sets import by_name
 from jaxtrain.config.flags import Flag, override
 from jaxtrain.objectives.options import PreferenceOptions
 
@@ -85,7 +86,11 @@ def main(arguments: Sequence[str]) -> None:
     """
     parser = SourceParser("eval", _EXAMPLES)
     add = parser.add_argument
-    add("--data", help="rows to evaluate on: a file, a folder or a hub name")
+    add(
+        "--data",
+        help="rows to evaluate on: a file, a folder or a hub name; or several sets by"
+        " name, '{helpful: a.jsonl, safe: b.jsonl}'",
+    )
     add("--metrics", help="of generated texts: exact_match, bleu, rouge, bertscore")
     add("--reference", metavar="MODEL", help="what preferences are measured against")
     add("--config", help="settings for a model or an adapter; a run has its own")
@@ -192,7 +197,7 @@ def evaluate(task: Task) -> dict[str, Any]:
 
     from jaxtrain import build
     from jaxtrain.data import loading
-    from jaxtrain.evaluation import held_out
+    from jaxtrain.evaluation.sets import evaluate_sets
     from jaxtrain.run.feed import Feed
     from jaxtrain.run.weights import load_state
     from jaxtrain.sharding import layouts_of
@@ -208,7 +213,7 @@ def evaluate(task: Task) -> dict[str, Any]:
     model, state = load_state(task.loaded, task.policy)
     if data is None:
         data = _prepare(run, rows, model)
-    model = _for_rows(model, run, data)
+    model = _for_rows(model, run, data.values())
     scored = build.bind_loss(run, model, build.Loss(objective))
     # Of the two steps the one that trains is never compiled.
     _, eval_step = build.make_steps(
@@ -220,14 +225,15 @@ def evaluate(task: Task) -> dict[str, Any]:
         layouts_of(state),
     )
     feed = Feed(run, model.plan)
-    metrics = held_out.evaluate(
+    metrics = evaluate_sets(
         eval_step,
         state,
-        (feed.place(batch) for batch in feed.eval_batches(data)),
+        {name: map(feed.place, feed.eval_batches(each)) for name, each in data.items()},
         with_perplexity=run.objective == "next_token",
         added_losses=scored.added,
     )
-    results: dict[str, Any] = {"weights": task.shown, "rows": len(data)}
+    counts = {name: len(each) for name, each in data.items()}
+    results: dict[str, Any] = {"weights": task.shown, "rows": counts.get("", counts)}
     results["data"] = _name_data(run)
     if task.step is not None:
         results["step"] = task.step
@@ -237,37 +243,46 @@ def evaluate(task: Task) -> dict[str, Any]:
     return results | {"metrics": metrics}
 
 
-def _prepare(run: RunConfig, rows: Any, model: "LoadedModel") -> "PreparedDataset":
+def _prepare(
+    run: RunConfig, rows: Any, model: "LoadedModel"
+) -> dict[str, "PreparedDataset"]:
     from jaxtrain.data import loading
 
-    size = model.config.vocab_size
-    data = loading.check_held(loading.prepare_rows(run, rows, model.tokenizer, size))
-    assert data is not None  # there are rows
-    return data
+    return loading.prepare_evaluation_rows(
+        rows,
+        lambda each: loading.prepare_rows(
+            run, each, model.tokenizer, model.config.vocab_size
+        ),
+    )
 
 
 def _for_rows(
-    model: "LoadedModel", run: RunConfig, data: "PreparedDataset"
+    model: "LoadedModel", run: RunConfig, sets: Iterable["PreparedDataset"]
 ) -> "LoadedModel":
     """The model for rows of several documents or of one, as in training."""
-    packed = bool(run.data.packing) or data.packed
+    packed = bool(run.data.packing) or any(data.packed for data in sets)
     return dataclasses.replace(
         model, decoder=dataclasses.replace(model.decoder, packed=packed)
     )
 
 
 def _generate(
-    run: RunConfig, model: "LoadedModel", state: "TrainState", data: "PreparedDataset"
+    run: RunConfig,
+    model: "LoadedModel",
+    state: "TrainState",
+    sets: dict[str, "PreparedDataset"],
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Scores and samples of texts that the policy generates."""
     from jaxtrain.run.sampler import make_sampler
     from jaxtrain.tree import overlay
 
-    sampler = make_sampler(run, model, data)
+    sampler = make_sampler(run, model, sets)
     return sampler(model.on_device(overlay(state.frozen, state.trainable)))
 
 
-def _score_reference(task: Task, rows: Any, loss: "Loss") -> "PreparedDataset":
+def _score_reference(
+    task: Task, rows: Any, loss: "Loss"
+) -> dict[str, "PreparedDataset"]:
     """The rows with the reference's sums, where the run's metrics were of sums.
 
     The reference is what the run began with, which leaves the device again.
@@ -288,8 +303,9 @@ def _score_reference(task: Task, rows: Any, loss: "Loss") -> "PreparedDataset":
             " (training.dpo.precompute_ref_log_probs); evaluate it by one process"
         )
     model, state = load_state(task.loaded)
-    data = _prepare(task.run, rows, model)
-    model = _for_rows(model, task.run, data)
+    sets = _prepare(task.run, rows, model)
+    model = _for_rows(model, task.run, sets.values())
+    scored = {}
     with tempfile.TemporaryDirectory() as folder:
         scorer = ReferenceScorer(
             build.bind_loss(task.run, model, loss).score,
@@ -298,13 +314,15 @@ def _score_reference(task: Task, rows: Any, loss: "Loss") -> "PreparedDataset":
             pathlib.Path(folder),
             describe(model),
         )
-        sums = scorer.attach(data, "eval").reference_logps or {}
-        # Out of a file that is about to be deleted.
-        held = {side: np.array(values) for side, values in sums.items()}
-    return data.with_reference_logps(held["chosen"], held["rejected"])
+        for name, data in sets.items():
+            sums = scorer.attach(data, f"eval_{name}").reference_logps or {}
+            # Out of a file that is about to be deleted.
+            held = {side: np.array(values) for side, values in sums.items()}
+            scored[name] = data.with_reference_logps(held["chosen"], held["rejected"])
+    return scored
 
 
-def _name_data(run: RunConfig) -> str:
+def _name_data(run: RunConfig) -> str | dict[str, str]:
     if run.data.eval or not run.data.train:
         return run.data.eval or "the data that come with jaxtrain"
     return f"{run.data.train}, split {run.data.eval_split}"
@@ -314,8 +332,8 @@ def _take_kind_of_rows(config: ConfigDict) -> None:
     from jaxtrain.data import loading
 
     rows = loading.load_evaluation_rows(resolve(config))
-    if rows is not None:
-        loading.take_kind_of(rows, config)
+    for first in list(by_name(rows).values())[:1]:
+        loading.take_kind_of(first, config)
 
 
 def _prefer_no_reference(
@@ -387,7 +405,12 @@ def _show(results: dict[str, Any], output: pathlib.Path | None) -> None:
     if jax.process_index() != 0:
         return
     metrics = results["metrics"]
-    print(f"{results['weights']}: {results['rows']} rows of {results['data']}")
+    rows, data = by_name(results["rows"]), by_name(results["data"])
+    told = (
+        f"{count} rows of {data[name]}" + (f" ({name})" if name else "")
+        for name, count in rows.items()
+    )
+    print(f"{results['weights']}: {', '.join(told)}")
     width = max(map(len, metrics))
     for name, value in metrics.items():
         print(f"  {name:{width}}  {value:.6g}")

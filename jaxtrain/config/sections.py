@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from jaxtrain import schema
+from jaxtrain.config.eval_sets import by_name
 from jaxtrain.models.families import FAMILIES
 from jaxtrain.objectives.options import PreferenceOptions
 from jaxtrain.schema import (
@@ -202,9 +203,10 @@ class DataSection:
     "a.jsonl:0.7,b.jsonl:0.3", or a list of {"path", "weight"}. The weights are the
     shares of rows (with packing: of packed rows) in each epoch, which is as long as all
     data sets together; rows repeat, or wait for a later epoch."""
-    eval: str = ""
+    eval: str | dict[str, Any] = ""
     """Held-out rows, likewise. "": the embedded ones if `train` is "" too, else
-    `eval_split` of `train`."""
+    `eval_split` of `train`. Several sets by name, {helpful: a.jsonl, safe: b.jsonl}:
+    each is evaluated by itself, and its metrics have its name: eval_helpful_loss."""
     train_split: str = "train"
     """The split of `train` to train on."""
     eval_split: str | None = None
@@ -255,7 +257,7 @@ class DataSection:
     max_train_rows: Annotated[PositiveInt | None, ROWS] = None
     """Train on the first rows only. Unset: on all."""
     max_eval_rows: Annotated[PositiveInt | None, ROWS] = None
-    """Evaluate on the first rows only. Unset: on all."""
+    """Evaluate on the first rows only, of each set. Unset: on all."""
     streaming: bool = False
     """Read training rows as they are needed, never all of them: for data larger than
     the disk's or the hub's patience. Rows are checked as they come; max_steps must be
@@ -273,6 +275,12 @@ class DataSection:
     never kept."""
     cache_dir: Annotated[str | None, OnlyIf("data.cache")] = None
     """Where they are kept. Unset: $JAXTRAIN_CACHE, or ~/.cache/jaxtrain."""
+
+    @property
+    def eval_paths(self) -> dict[str, str]:
+        """What `eval` says of each set by its name; "" is the name of a single one."""
+        named: Any = self.eval
+        return by_name(named)
 
 
 WITH_BETAS = OnlyIf("training.optimizer", ("adamw", "lion", "muon"))
@@ -427,7 +435,10 @@ class LoopSection:
     run_name: str | None = None
     """Unset: the work directory's name."""
     metric_for_best_model: str = "eval_loss"
-    """Its name as the log has it."""
+    """Its name as the log has it; `eval_` may be left out. Of several evaluation sets
+    it is a metric of one of them, such as eval_helpful_loss. Unset, it is the first
+    set's loss, and must be set where early_stopping_patience or load_best_model_at_end
+    depend on it."""
     greater_is_better: bool = DERIVED
     """Unset: false for a name that ends in loss, perplexity or kl."""
     load_best_model_at_end: Annotated[bool, EXPORTED] = False
@@ -473,6 +484,11 @@ class LoopSection:
     def best_metric(self) -> str:
         """`metric_for_best_model` as evaluations name it: with `eval_` before it."""
         return f"eval_{self.metric_for_best_model.removeprefix('eval_')}"
+
+    @property
+    def ranks_by_metric(self) -> bool:
+        """Whether an early stop or the exported model depends on `best_metric`."""
+        return self.load_best_model_at_end or self.early_stopping_patience is not None
 
 
 @dataclass(frozen=True)
@@ -556,7 +572,7 @@ class GenerationSection:
     bertscore_model: str | None = None
     """Local directory of bertscore's encoder."""
     num_prompts: PositiveInt = 64
-    """Taken from the start of the evaluation data."""
+    """Taken from the start of the evaluation data, of each set."""
     max_new_tokens: Annotated[PositiveInt | None, TOKENS] = None
     """Length of a continuation. Unset: the model's, or 64."""
     temperature: NonNegative | None = None

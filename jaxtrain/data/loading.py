@@ -6,13 +6,14 @@ import itertools
 import logging
 import os
 import pathlib
-from typing import TypeAlias
+from collections.abc import Callable, Mapping
+from typing import TypeAlias, TypeVar
 
 import datasets
 from ml_collections import ConfigDict
 
 from jaxtrain import assets
-from jaxtrain.config import RunConfig
+from jaxtrain.config import RunConfig, eval_sets
 from jaxtrain.data.batches.dataset import PreparedDataset
 from jaxtrain.data.batches.mixture import (
     Mixture,
@@ -44,6 +45,7 @@ from jaxtrain.data.stream.source import HubSource, head, open_stream
 
 logger = logging.getLogger(__name__)
 
+_T = TypeVar("_T")
 AnyRows: TypeAlias = Rows | Mixture | StreamRows | datasets.IterableDataset
 
 
@@ -73,12 +75,19 @@ def load_training_rows(
 
 def load_evaluation_rows(
     run: RunConfig, path: str | os.PathLike[str] | None = None
-) -> Rows | None:
+) -> Rows | dict[str, Rows] | None:
     """The same of `data.eval`; None if training data are given and these not.
 
-    They are held, not streamed: of a hub's stream, the first `data.max_eval_rows`.
+    Of several sets, the rows by name. They are held, not streamed: of a hub's stream,
+    the first `data.max_eval_rows`.
     """
     source = path or run.data.eval
+    if isinstance(source, dict):
+        split = run.data.eval_split or "eval"
+        return {
+            name: _load(run, each, split=split, evaluation=True)
+            for name, each in source.items()
+        }
     if not source and run.data.train:
         if run.data.eval_split is None:
             return None
@@ -173,18 +182,37 @@ def take_kind_of(rows: Rows, config: ConfigDict) -> None:
         config.training.objective = "kto"
 
 
-def check_held(rows: PreparedDataset | StreamDataset | None) -> PreparedDataset | None:
-    """Return evaluation rows as they are.
+def prepare_evaluation_rows(
+    sets: _T | Mapping[str, _T] | None,
+    prepare_set: Callable[[_T], PreparedDataset | StreamDataset],
+) -> dict[str, PreparedDataset]:
+    """The evaluation sets by name, prepared one after the other.
+
+    Args:
+        sets: rows; or several sets of rows by name.
+        prepare_set: what makes one of them ready.
 
     Raises:
-        ValueError: they are a stream.
+        ValueError: a set is a stream or cannot be prepared, or a name cannot be used.
     """
-    if isinstance(rows, StreamDataset):
-        raise ValueError(
-            "the evaluation rows are a stream, which has no end: give a list of"
-            " rows, or their path in data.eval"
-        )
-    return rows
+    named = eval_sets.by_name(sets)
+    if "" not in named and named and (problem := eval_sets.find_problem(named)):
+        raise ValueError(f"the evaluation sets {', '.join(map(str, named))}: {problem}")
+    prepared = {}
+    for name, rows in named.items():
+        try:
+            ready = prepare_set(rows)
+        except ValueError as error:
+            if not name:
+                raise
+            raise ValueError(f"evaluation set {name!r}: {error}") from error
+        if isinstance(ready, StreamDataset):
+            raise ValueError(
+                "the evaluation rows are a stream, which has no end: give a list of"
+                f" rows, or their path in {eval_sets.key_of(name)}"
+            )
+        prepared[name] = ready
+    return prepared
 
 
 def _prepare_held(

@@ -3,7 +3,7 @@
 import logging
 import pathlib
 
-from jaxtrain.config import RunConfig
+from jaxtrain.config import RunConfig, eval_sets
 from jaxtrain.data.batches.mixture import parse_mixture
 from jaxtrain.data.rows.columns import make_column_map
 from jaxtrain.data.rows.folders import first_rows, looks_local
@@ -30,7 +30,11 @@ def check_sources(run: RunConfig) -> None:
     named = [("data.train", name, data.train_split) for name, _ in parts]
     evaluates = run.loop.eval_steps != 0 or run.loop.eval_on_start
     if evaluates:
-        named.append(("data.eval", data.eval, data.eval_split or "eval"))
+        split = data.eval_split or "eval"
+        named += [
+            (eval_sets.key_of(name), held_out, split)
+            for name, held_out in data.eval_paths.items()
+        ]
     for key, name, split in named:
         path = pathlib.Path(name).expanduser()
         if not name or not (path.exists() or looks_local(name)):

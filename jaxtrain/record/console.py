@@ -11,6 +11,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from jaxtrain.config.eval_sets import names_in, plain_name, prefix_of
 from jaxtrain.record.logs import COLUMNS, print_line
 
 _CUT = "…"
@@ -49,6 +50,7 @@ class ConsoleWriter:
 
         step   5/80 | 12s, 3m00s left | loss 0.6931 | lr 1.00e-04 | tokens/s 81.2k
         eval  20/80 | 48s, 2m24s left | loss 0.6012 | accuracy 0.8125
+        eval helpful  20/80 | 48s, 2m24s left | loss 0.6012 | accuracy 0.8125
 
     The times are those since the writer was made, and those that the remaining steps
     take at the pace since the first record, evaluation and saving included. Before that
@@ -83,19 +85,34 @@ class ConsoleWriter:
         )
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Advance the bar and print one line, of an evaluation at most two."""
+        """Advance the bar and print a line; of an evaluation at most two for a set."""
         self._bar.update(max(step - self._last_step, 0))
         self._last_step = max(step, self._last_step)
         if "loss" in metrics:
             self._bar.set_postfix_str(f"loss {metrics['loss']:.4f}", refresh=False)
-        is_eval = _are_of_an_evaluation(metrics)
         width = len(str(self._total or 0))
         place = f"{step:>{width}}" + ("" if self._total is None else f"/{self._total}")
-        head = f"{'eval' if is_eval else 'step'} {place} | {self._times(step, metrics)}"
+        times = self._times(step, metrics)
+        if not _are_of_an_evaluation(metrics):
+            self._write_lines(f"step {place} | {times}", metrics, 1)
+            return
+        for name in names_in(metrics):
+            own = {
+                f"eval_{plain_name(metric, [name])}": value
+                for metric, value in metrics.items()
+                if metric.startswith(prefix_of(name))
+            }
+            label = f"eval {one_line(name, _LONGEST_NAME)}".rstrip()
+            self._write_lines(f"{label} {place} | {times}", own, _MOST_EVAL_LINES)
+
+    def _write_lines(
+        self, head: str, metrics: Mapping[str, float], most_lines: int
+    ) -> None:
+        """Print the metrics behind `head`, and what is left of them below it."""
         lines = format_metrics(
             {n: v for n, v in metrics.items() if not _NOT_ON_CONSOLE.fullmatch(n)},
             COLUMNS - len(head) - len(" | "),
-            most_lines=_MOST_EVAL_LINES if is_eval else 1,
+            most_lines=most_lines,
         )
         first, *rest = lines or [""]
         self._print(f"{head} | {first}" if first else head)

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from jaxtrain import __version__, loop
-from jaxtrain.config import RunConfig
+from jaxtrain.config import RunConfig, eval_sets
 from jaxtrain.config.notes import Note
 from jaxtrain.data.batches.dataset import PreparedDataset
 from jaxtrain.record import memory, provenance
@@ -39,10 +39,11 @@ def announce(
     if jax.process_index() != 0:
         return config
     logger.info("%s", "\n".join(describe(parts, progress, workdir)))
-    train, held_out = parts.run.data.train, parts.run.data.eval
-    data = {"train": _describe_rows(parts.train_data, train)}
-    if parts.eval_data is not None:
-        data["eval"] = _describe_rows(parts.eval_data, held_out)
+    named = parts.run.data.eval_paths
+    data = {"train": _describe_rows(parts.train_data, parts.run.data.train)}
+    for name, rows in parts.eval_data.items():
+        key = eval_sets.key_of(name).removeprefix("data.")
+        data[key] = _describe_rows(rows, named.get(name))
     start = provenance.describe_start(
         progress.step, parts.model.plan.mesh, data, parts.run.explain()
     )
@@ -160,10 +161,11 @@ def _data(parts: loop.Parts) -> str:
     if isinstance(named, str):
         held += f"; {short_path(named) if named else 'data.train is not set'}"
     text = f"{held}; rows of {data.row_length:,} tokens, {packing}"
-    if parts.eval_data is not None:
-        rows = parts.eval_data.stats.rows
-        text += f"; {rows:,} {_unit(parts.eval_data, rows)} to evaluate"
-    return text
+    held_out = [
+        f"{rows.stats.rows:,} {_unit(rows, rows.stats.rows)}{name and f' of {name}'}"
+        for name, rows in parts.eval_data.items()
+    ]
+    return f"{text}; {' and '.join(held_out)} to evaluate" if held_out else text
 
 
 def _batch(parts: loop.Parts) -> str:
@@ -188,7 +190,7 @@ def _steps(parts: loop.Parts) -> str:
         s = "" if epochs == 1 else "s"
         text += f", {epochs:.3g} epoch{s} of {parts.steps_per_epoch:,}"
     every = {"log": settings.logging_steps, "save": settings.save_steps}
-    if parts.eval_data is not None:
+    if parts.eval_data:
         every["evaluate"] = settings.eval_steps
     cadence = ", ".join(f"{what} {_often(steps)}" for what, steps in every.items())
     return f"{text}; {cadence}"

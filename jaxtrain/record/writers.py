@@ -176,7 +176,10 @@ class JsonlWriter:
         record = {"step": step, "time": self._clock(), **values}
         line = json.dumps(record, ensure_ascii=False, allow_nan=False)
         if name not in self._files:
-            self._files[name] = (self._folder / name).open("a", encoding="utf-8")
+            # Half of a surrogate pair, which UTF-8 lacks, becomes JSON's own escape.
+            self._files[name] = (self._folder / name).open(
+                "a", encoding="utf-8", errors="backslashreplace"
+            )
         self._files[name].write(f"{line}\n")
         self._files[name].flush()
 
@@ -184,23 +187,34 @@ class JsonlWriter:
 def drop_lines_after(path: pathlib.Path, step: int | None) -> None:
     """Keep the lines up to `step` (None: no line) of a file of JSON lines.
 
-    The half line that a killed process left goes too. The file is replaced at once, so
-    a kill in between loses nothing.
+    What a killed process or a damaged disk left goes too: half a line, bytes that are
+    no UTF-8, and a second record of the same step and kind. The file is replaced at
+    once, so a kill in between loses nothing.
     """
     if not path.exists():
         return
-    kept = []
-    # Not splitlines, for which U+2028 in a text ends a line too.
-    for line in re.findall(r"[^\n]*\n|[^\n]+", path.read_text(encoding="utf-8")):
-        try:
-            recorded = json.loads(line)["step"]
-        except (ValueError, KeyError, TypeError):
+    kept: dict[tuple[float, bool], bytes] = {}
+    # Of bytes, for in a text U+2028 ends a line too.
+    for line in path.read_bytes().splitlines(keepends=True):
+        found = _read_line(line)
+        if found is None or step is None or found[0] > step:
             continue
-        if step is not None and recorded <= step and line.endswith("\n"):
-            kept.append(line)
+        kept[found] = line
     scratch = path.with_name(f"{path.name}.tmp")
-    scratch.write_text("".join(kept), encoding="utf-8")
+    scratch.write_bytes(b"".join(kept.values()))
     os.replace(scratch, path)
+
+
+def _read_line(line: bytes) -> tuple[float, bool] | None:
+    """The step of a whole line, and whether it is of an evaluation."""
+    try:
+        record = json.loads(line.decode("utf-8"))
+        step = record["step"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    is_whole = line.endswith(b"\n") and isinstance(step, int | float)
+    is_evaluation = any(name.startswith("eval_") for name in record)
+    return (step, is_evaluation) if is_whole else None
 
 
 # ----------------------------------------------------------------- TensorBoard, wandb
@@ -226,7 +240,9 @@ class TensorBoardWriter:
     def write_text(self, step: int, texts: Mapping[str, str]) -> None:
         """Record texts, shown as they are and not as Markdown."""
         for name, text in texts.items():
-            indented = "\n".join(f"    {line}" for line in text.splitlines())
+            indented = "\n".join(
+                f"    {line}" for line in _printable(text).splitlines()
+            )
             self._writer.add_text(name, indented, step)
         self._writer.flush()
 
@@ -290,7 +306,7 @@ class WandbWriter:
         """Record texts as a table."""
         table = self._wandb.Table(columns=["step", "name", "text"])
         for name, text in texts.items():
-            table.add_data(step, name, text)
+            table.add_data(step, name, _printable(text))
         self._run.log({"samples": table}, step=step)
 
     def write_config(self, config: Mapping[str, Any]) -> None:
@@ -298,6 +314,11 @@ class WandbWriter:
 
     def close(self) -> None:
         self._run.finish()
+
+
+def _printable(text: str) -> str:
+    """A text that UTF-8 can hold: without halves of surrogate pairs."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 # -------------------------------------------------------------------------- secrets

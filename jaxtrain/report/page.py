@@ -11,6 +11,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxtrain.config.eval_sets import names_in
 from jaxtrain.report import series, settings
 from jaxtrain.report.samples import choose_samples
 
@@ -56,6 +57,7 @@ def read_run(workdir: pathlib.Path, *, runs_of_the_page: int = 1) -> dict[str, A
         "config": settings.settings_of(config),
         "made_by": settings.made_by(starts[-1]) if starts else {},
         "changes": settings.changes_between(starts),
+        "eval_sets": names_in([name for name in curves if name.startswith("eval_")]),
         "series": {name: series.columns(points) for name, points in thinned.items()},
         "clock": series.clock(records, most),
         "last_time": records[-1]["time"],
@@ -166,7 +168,8 @@ def write_report(
     runs = [read_run(workdir, runs_of_the_page=count) for workdir in workdirs]
     path = output or workdirs[0] / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(make_page(runs), encoding="utf-8")
+    # Half of a surrogate pair, which UTF-8 lacks, becomes JSON's own escape.
+    path.write_text(make_page(runs), encoding="utf-8", errors="backslashreplace")
     return path
 
 
@@ -174,7 +177,7 @@ def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
     """Whole JSON lines; a run that still writes may have left half a one."""
     found = []
     # Not splitlines, for which U+2028 in a text ends a line too.
-    for line in path.read_text("utf-8").split("\n"):
+    for line in path.read_text("utf-8", errors="replace").split("\n"):
         try:
             record = json.loads(line)
         except ValueError:

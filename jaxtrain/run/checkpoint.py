@@ -357,8 +357,8 @@ class _NewestAndBest(managers.PreservationPolicy):
             return None
         sign = 1 if self.greater_is_better else -1
         scores = {step: m.get(self.best_metric, math.nan) for step, m in checkpoints}
-        # A diverged evaluation (NaN) is never the best.
-        ranked = [(sign * x, -step) for step, x in scores.items() if not math.isnan(x)]
+        # A diverged evaluation (NaN, infinite) is never the best.
+        ranked = [(sign * x, -step) for step, x in scores.items() if math.isfinite(x)]
         return -max(ranked)[1] if ranked else None
 
 

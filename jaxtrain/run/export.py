@@ -14,9 +14,22 @@ from jaxtrain.models.hf_save import save_in_wrapper, save_pretrained
 from jaxtrain.models.load import LoadedModel, lora_config
 from jaxtrain.models.special_tokens import save_tokenizer
 from jaxtrain.run.checkpoint import CheckpointManager
+from jaxtrain.run.exported import Exported
 from jaxtrain.types import TrainState
 
 logger = logging.getLogger(__name__)
+
+
+def prepare(workdir: pathlib.Path, *, trains: bool) -> None:
+    """Remove what a killed export left, as a run starts.
+
+    Args:
+        trains: whether weights will change, so that what was exported is not theirs.
+    """
+    exported = Exported(workdir)
+    exported.clean()
+    if trains:
+        exported.forget()
 
 
 def export_models(
@@ -28,7 +41,9 @@ def export_models(
 ) -> dict[str, Any]:
     """Write `model/`, under LoRA `adapter/` too, and `best_model/` if it is another.
 
-    With `load_best_model_at_end`, `model/` is the best. Every process calls this.
+    With `load_best_model_at_end`, `model/` is the best. A directory appears under its
+    name when it is whole. What an earlier start exported of the same weights by the
+    same settings is left as it is. Every process calls this.
 
     Returns:
         `model_path` and `best_model_path`, equal where the last weights are the best;
@@ -38,36 +53,58 @@ def export_models(
     last, best = int(state.step), checkpoints.best_step()
     if best is None:
         best = last
-    if best != last and run.loop.load_best_model_at_end:
-        state, last = _restore_weights(state, checkpoints, best), best
-    path = best_path = export_model(workdir / "model", model, run, state)
-    if best != last:
-        state = _restore_weights(state, checkpoints, best)
-        best_path = export_model(workdir / "best_model", model, run, state)
-    exported: dict[str, Any] = {"model_path": path, "best_model_path": best_path}
-    if run.lora is not None:
-        for name in list(exported):
-            adapter = str(_adapter_directory(pathlib.Path(exported[name])))
-            exported[name.replace("model", "adapter")] = adapter
-    return exported | {"model_step": last, "best_model_step": best}
+    loads_best = best != last and run.loop.load_best_model_at_end
+    steps = {"model": best if loads_best else last}
+    if best != steps["model"]:
+        steps["best_model"] = best
+    exported = Exported(workdir)
+    if exported.is_whole(steps, run):
+        logger.info("the export of step %d is complete and stays as it is", last)
+    else:
+        exported.forget()
+        for name, step in steps.items():
+            if step != int(state.step):
+                state = _restore_weights(state, checkpoints, step)
+            _export_whole(exported, name, model, run, state)
+        exported.note(steps, run)
+    paths: dict[str, Any] = {}
+    for name in ("model", "best_model"):
+        paths[f"{name}_path"] = str(workdir / (name if name in steps else "model"))
+        if run.lora is not None:
+            adapter = str(_adapter_directory(pathlib.Path(paths[f"{name}_path"])))
+            paths[f"{name}_path".replace("model", "adapter")] = adapter
+    return paths | {"model_step": steps["model"], "best_model_step": best}
 
 
-def export_model(
-    directory: pathlib.Path, model: LoadedModel, run: RunConfig, state: TrainState
-) -> str:
-    """One directory that transformers loads, adapters merged; returns its path.
+def _export_whole(
+    exported: Exported, name: str, model: LoadedModel, run: RunConfig, state: TrainState
+) -> None:
+    """One directory that transformers loads, adapters merged.
 
     The adapter alone, in PEFT's format, goes beside it: `model/` and `adapter/`.
     """
     if run.lora is not None:
-        export_adapter(_adapter_directory(directory), model, run, state)
-    return export_merged(directory, model, run, state)
+        adapter = _adapter_directory(pathlib.Path(name)).name
+        with exported.whole(adapter) as directory:
+            _write_adapter(directory, model, run, state)
+        logger.info("adapter saved to %s", exported.workdir / adapter)
+    with exported.whole(name) as directory:
+        _write_merged(directory, model, run, state)
+    logger.info("model saved to %s", exported.workdir / name)
 
 
 def export_merged(
     directory: pathlib.Path, model: LoadedModel, run: RunConfig, state: TrainState
 ) -> str:
     """One directory that transformers loads, adapters merged; returns its path."""
+    _write_merged(directory, model, run, state)
+    logger.info("model saved to %s", directory)
+    return str(directory)
+
+
+def _write_merged(
+    directory: pathlib.Path, model: LoadedModel, run: RunConfig, state: TrainState
+) -> None:
     params, config = state.trainable, model.config
     is_wrapped = hf_composite.is_wrapped(model.directory)
     if run.lora is not None:
@@ -93,8 +130,6 @@ def export_merged(
         model.generation.save(directory)
         # As it was used: with the chat template of this run, if that was another.
         save_tokenizer(model.tokenizer, directory)
-    logger.info("model saved to %s", directory)
-    return str(directory)
 
 
 def export_adapter(
@@ -105,6 +140,14 @@ def export_adapter(
     Raises:
         ValueError: the run trains no adapter.
     """
+    _write_adapter(directory, model, run, state)
+    logger.info("adapter saved to %s", directory)
+    return str(directory)
+
+
+def _write_adapter(
+    directory: pathlib.Path, model: LoadedModel, run: RunConfig, state: TrainState
+) -> None:
     settings = lora_config(run)
     lora.save_adapter(
         directory,
@@ -115,8 +158,6 @@ def export_adapter(
         initial=state.frozen if settings.changes_base else None,
         in_wrapper=hf_composite.is_wrapped(model.directory),
     )
-    logger.info("adapter saved to %s", directory)
-    return str(directory)
 
 
 def _adapter_directory(model_directory: pathlib.Path) -> pathlib.Path:

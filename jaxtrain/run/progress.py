@@ -1,10 +1,16 @@
 """How far a run has come, as its checkpoints record it."""
 
 import dataclasses
+import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
+from jaxtrain.config.sections import LoopSection
 from jaxtrain.record.goodput import Goodput
+from jaxtrain.run.window import MetricWindow, as_json
+
+logger = logging.getLogger(__name__)
 
 _BEST_STATE = ("value", "step", "evaluations_since")
 
@@ -21,9 +27,14 @@ class BestMetric:
     evaluations_since: int = 0
 
     def update(self, value: float, step: int) -> bool:
-        """Take note of an evaluation; True if it is the best by over `threshold`."""
+        """Take note of an evaluation; True if it is the best by over `threshold`.
+
+        One that is NaN or infinite is never the best: it is no improvement.
+        """
         sign = 1 if self.greater_is_better else -1
-        improves = self.value is None or sign * (value - self.value) > self.threshold
+        improves = math.isfinite(value) and (
+            self.value is None or sign * (value - self.value) > self.threshold
+        )
         if improves:
             self.value, self.step, self.evaluations_since = value, step, 0
         else:
@@ -37,10 +48,17 @@ class BestMetric:
 
 @dataclasses.dataclass
 class Progress:
-    """How far a run has come, apart from its state and its position in the data."""
+    """How far a run has come, apart from its state and its position in the data.
+
+    `window`: metrics that are not logged yet. `logged`: the last record of steps.
+    `evaluated`: the evaluation of `step`, empty if there was none.
+    """
 
     best: BestMetric
     step: int = 0
+    window: MetricWindow = dataclasses.field(default_factory=MetricWindow)
+    logged: dict[str, float] = dataclasses.field(default_factory=dict)
+    evaluated: dict[str, float] = dataclasses.field(default_factory=dict)
     num_tokens: float = 0.0
     skipped_steps: int = 0
     goodput: Goodput = dataclasses.field(default_factory=Goodput)
@@ -52,6 +70,8 @@ class Progress:
             "num_tokens": self.num_tokens,
             "skipped_steps": self.skipped_steps,
             "best": best,
+            "window": self.window.get_state(),
+            "logged": {name: as_json(value) for name, value in self.logged.items()},
         }
 
     def set_state(self, saved: Mapping[str, Any]) -> None:
@@ -59,3 +79,49 @@ class Progress:
         self.num_tokens = saved["num_tokens"]
         self.skipped_steps = saved.get("skipped_steps", 0)  # older ones do not say
         self.best = dataclasses.replace(self.best, **saved["best"])
+        if self.best.value is not None and not math.isfinite(self.best.value):
+            self.best.value = None  # an older version took infinity for the best
+        self.window.set_state(saved.get("window", {}))
+        self.logged = {name: float(x) for name, x in saved.get("logged", {}).items()}
+
+    def is_over(self, total_steps: int) -> bool:
+        """Whether a run that is started at this point has nothing left to train."""
+        return self.step >= total_steps or (self.step > 0 and self.best.should_stop)
+
+    def heed_changes(self, saved: Mapping[str, Any], settings: LoopSection) -> None:
+        """Forget what other settings than those of the checkpoint make void.
+
+        An early stop is final, unless the run was given more patience or more steps. A
+        best value is one of a certain metric.
+
+        Args:
+            saved: the section `training` of the checkpoint's configuration.
+        """
+        saved = dataclasses.asdict(settings) | dict(saved)  # older ones lack keys
+        name = f"eval_{saved['metric_for_best_model'].removeprefix('eval_')}"
+        before = (name, saved["greater_is_better"])
+        if before != (settings.best_metric, settings.greater_is_better):
+            fresh = BestMetric(self.best.greater_is_better)
+            changes = {key: getattr(fresh, key) for key in _BEST_STATE}
+            self.best = dataclasses.replace(self.best, **changes)
+            return
+        patience = saved["early_stopping_patience"]
+        if patience is None or self.best.evaluations_since < patience:
+            return
+        if not self.best.should_stop:
+            changed = "training.early_stopping_patience"
+        elif changed := _what_is_longer(saved, settings):
+            self.best.evaluations_since = 0
+        else:
+            return
+        logger.info(
+            "goes on after its early stop at step %d: %s is another", self.step, changed
+        )
+
+
+def _what_is_longer(saved: Mapping[str, Any], settings: LoopSection) -> str:
+    """The key by which a run has more steps than it had; "" if by none."""
+    key = "max_steps" if settings.max_steps > 0 else "num_train_epochs"
+    counted_alike = (saved["max_steps"] > 0) == (settings.max_steps > 0)
+    is_longer = not counted_alike or getattr(settings, key) > saved[key]
+    return f"training.{key}" if is_longer else ""

@@ -1,10 +1,13 @@
 """The sampler of a run: which held-out prompts it continues, and how."""
 
-from jaxtrain.config import RunConfig
+from collections.abc import Callable, Mapping
+
+from jaxtrain.config import RunConfig, eval_sets
 from jaxtrain.data.batches.dataset import PreparedDataset
 from jaxtrain.evaluation.samples import Sampler, read_prompts
 from jaxtrain.evaluation.text_metrics import check_text_metric, make_text_metric
 from jaxtrain.models.load import LoadedModel
+from jaxtrain.types import Params
 
 
 def check_metrics(run: RunConfig) -> None:
@@ -21,11 +24,16 @@ def check_metrics(run: RunConfig) -> None:
             raise ValueError(f"training.generation.metrics: {error}") from error
 
 
-def make_sampler(run: RunConfig, model: LoadedModel, data: PreparedDataset) -> Sampler:
-    """Make what generates texts for `run.generation` from the rows of `data`.
+def make_sampler(
+    run: RunConfig, model: LoadedModel, sets: Mapping[str, PreparedDataset]
+) -> Callable[[Params], tuple[dict[str, float], dict[str, str]]]:
+    """Make what generates texts for `run.generation` from the rows of each set.
+
+    Of a set with a name, scores are called `helpful_bleu` and texts
+    `helpful/sample_1/output`. One generator, compiled once, serves all sets.
 
     Raises:
-        ValueError: the rows hold no prompt, or a metric can't be had.
+        ValueError: a set's rows hold no prompt, or a metric can't be had.
     """
     settings = run.generation
     generator = model.make_generator(
@@ -34,26 +42,40 @@ def make_sampler(run: RunConfig, model: LoadedModel, data: PreparedDataset) -> S
         top_k=settings.top_k,
         top_p=settings.top_p,
     )
-    sampler = Sampler(
-        generator,
-        model.tokenizer,
-        read_prompts(
+    metrics = [
+        make_text_metric(name, bertscore_model=settings.bertscore_model)
+        for name in settings.metrics
+    ]
+    samplers = {}
+    for name, data in sets.items():
+        prompts = read_prompts(
             data,
             model.tokenizer,
             settings.num_prompts,
             new_tokens=generator.max_new_tokens,
-        ),
-        [
-            make_text_metric(name, bertscore_model=settings.bertscore_model)
-            for name in settings.metrics
-        ],
-        batch_size=model.plan.fill_up(settings.batch_size),
-        num_logged=settings.num_samples_logged,
-        seed=run.loop.seed,
-    )
-    if not sampler.prompts:
-        raise ValueError(
-            "training.generation.enabled = True: no evaluation row has a prompt"
-            " with an answer; set it false, or give other data.eval"
         )
-    return sampler
+        if not prompts:
+            raise ValueError(
+                "training.generation.enabled = True: no evaluation row has a prompt"
+                f" with an answer; set it false, or give other {eval_sets.key_of(name)}"
+            )
+        samplers[name] = Sampler(
+            generator,
+            model.tokenizer,
+            prompts,
+            metrics,
+            batch_size=model.plan.fill_up(settings.batch_size),
+            num_logged=settings.num_samples_logged,
+            seed=run.loop.seed,
+        )
+
+    def sample(params: Params) -> tuple[dict[str, float], dict[str, str]]:
+        scores: dict[str, float] = {}
+        texts: dict[str, str] = {}
+        for name, sampler in samplers.items():
+            found, written = sampler(params)
+            scores |= {f"{name}_{n}" if name else n: x for n, x in found.items()}
+            texts |= {f"{name}/{n}" if name else n: x for n, x in written.items()}
+        return scores, texts
+
+    return sample

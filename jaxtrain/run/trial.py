@@ -2,13 +2,13 @@
 
 import dataclasses
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxtrain.config import RunConfig
+from jaxtrain.config import RunConfig, eval_sets
 from jaxtrain.config.sections import TEXT_METRIC_SCORES
 from jaxtrain.schema import did_you_mean
 from jaxtrain.types import (
@@ -25,8 +25,14 @@ _ROWS, _TOKENS = 2, 8
 _ADDED = ("aux_loss", "router_aux_loss")
 
 
-def check_objective(run: RunConfig, objective: Objective) -> None:
+def check_objective(
+    run: RunConfig, objective: Objective, sets: Collection[str] | None = None
+) -> None:
     """Trace an objective, and see that it gives the metric that the run ranks by.
+
+    Args:
+        sets: names of the evaluation sets, [""] of one alone; None before they are
+            known for certain, as a program may still bring its own.
 
     Raises:
         ValueError: a function of the user's own takes other arguments, raises, or does
@@ -45,7 +51,7 @@ def check_objective(run: RunConfig, objective: Objective) -> None:
             f"training.objective = {run.objective!r} does not return a WeightedSum and"
             " a dict of them by metric: see jaxtrain.objectives.load_objective"
         )
-    _check_best_metric(run, {"loss", *result[1]})
+    _check_best_metric(run, {"loss", *result[1]}, sets)
 
 
 def _on(objective: Objective, run: RunConfig) -> Callable[..., Any]:
@@ -106,7 +112,40 @@ def _describe(run: RunConfig, error: Exception) -> str:
     )
 
 
-def _check_best_metric(run: RunConfig, names: set[str]) -> None:
+def choose_best_metric(
+    run: RunConfig, objective: Objective, sets: Collection[str]
+) -> RunConfig:
+    """The run with a metric to rank by that is one of these evaluation sets.
+
+    Args:
+        sets: their names, which a program may bring that the configuration did not
+            name; [""] for one alone.
+
+    Raises:
+        ValueError: `metric_for_best_model` is the metric of none of them.
+    """
+    loop, names = run.loop, list(sets)
+    if not names:
+        return run
+    try:
+        best = eval_sets.choose_metric(
+            loop.best_metric, names, decides=loop.ranks_by_metric
+        )
+    except ValueError as error:
+        given = loop.metric_for_best_model
+        raise ValueError(
+            f"training.metric_for_best_model = {given!r}: {error}"
+        ) from None
+    if best != loop.best_metric:
+        loop = dataclasses.replace(loop, metric_for_best_model=best)
+        run = dataclasses.replace(run, loop=loop)
+    check_objective(run, objective, names)
+    return run
+
+
+def _check_best_metric(
+    run: RunConfig, names: set[str], sets: Collection[str] | None
+) -> None:
     if run.loop.eval_steps == 0 and not run.loop.eval_on_start:
         return
     if any(":" in metric for metric in run.generation.metrics):
@@ -119,11 +158,28 @@ def _check_best_metric(run: RunConfig, names: set[str]) -> None:
     for metric in run.generation.metrics:
         names |= {*TEXT_METRIC_SCORES[metric]}
     best = run.loop.best_metric
-    known = sorted(f"eval_{name}" for name in names)
-    if best not in (*known, *(f"eval_{name}" for name in _ADDED)):
+    prefixes = [
+        eval_sets.prefix_of(name)
+        for name in (run.data.eval_paths if sets is None else sets)
+    ]
+    known = sorted(f"{prefix}{name}" for prefix in prefixes for name in names)
+    if sets is None and _may_be_of_a_named_set(run, best, names):
+        return
+    if best not in (*known, *(f"{p}{name}" for p in prefixes for name in _ADDED)):
         given = run.loop.metric_for_best_model
         hint = did_you_mean(best, known)
         raise ValueError(
             f"training.metric_for_best_model = {given!r} is no evaluation metric;"
             f" {hint}these are: {', '.join(known)}"
         )
+
+
+def _may_be_of_a_named_set(run: RunConfig, best: str, names: set[str]) -> bool:
+    """Whether a program may still bring a set that this is a metric of.
+
+    `choose_best_metric` judges it then, by the names of the sets.
+    """
+    if run.data.eval or run.data.eval_split:
+        return False
+    plain = best.removeprefix("eval_")
+    return any(plain.endswith(f"_{name}") for name in names)

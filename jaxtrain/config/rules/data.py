@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+from jaxtrain.config import eval_sets
 from jaxtrain.config.notes import Note
 from jaxtrain.config.rules.resolution import Resolution
 from jaxtrain.config.sections import DEFAULT_MAX_LENGTH, CurriculumSection
@@ -211,7 +212,9 @@ def note_splits(run: Resolution) -> None:
         other = "data.train" if key == "data.train_split" else "data.eval"
         if not source:
             run.note(key, f"{other} is unset", f"set {other} too, or remove the flag")
-        elif (key == "data.train_split" or held_out) and _is_file(source):
+        elif (key == "data.train_split" or held_out) and all(
+            _is_file(each) for each in eval_sets.by_name(source).values()
+        ):
             why = f"{other} = {source!r} is a file, which is taken whole"
             run.note(key, why, f"remove the flag, or change {other}")
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from jaxtrain.config import eval_sets
 from jaxtrain.config.rules.resolution import Resolution
 from jaxtrain.config.sections import TEXT_METRIC_SCORES, GenerationSection
 
@@ -29,6 +30,7 @@ _SCHEDULE = (
 
 def resolve_loop(run: Resolution) -> None:
     """Settle the metric's direction and the trackers; check evaluations and saves."""
+    _resolve_evaluation_sets(run)
     loop = run.loop
     if loop.max_steps != -1 and loop.max_steps < 1:
         run.problem(
@@ -52,6 +54,31 @@ def resolve_loop(run: Resolution) -> None:
             run.problem(key, _NEVER_EVALUATES)
     if loop.load_best_model_at_end:
         _check_checkpoints_are_evaluated(run)
+
+
+def _resolve_evaluation_sets(run: Resolution) -> None:
+    """Check the names of several sets, and choose one's metric to rank by."""
+    sets = run.data.eval
+    if isinstance(sets, str):
+        return
+    if (problem := eval_sets.find_problem(sets)) is not None:
+        run.problem("data.eval", problem)
+        return
+    for name, path in sets.items():
+        if not isinstance(path, str) or not path.strip():
+            where = f"{name!r} names no rows; give a file, a folder or a hub name"
+            run.problem("data.eval", where)
+            return
+    loop = run.loop
+    try:
+        best = eval_sets.choose_metric(
+            loop.best_metric, list(sets), decides=loop.ranks_by_metric
+        )
+    except ValueError as error:
+        run.problem("metric_for_best_model", str(error), causes=["data.eval"])
+    else:
+        if best != loop.best_metric:
+            run.loop = replace(loop, metric_for_best_model=best)
 
 
 def _check_checkpoints_are_evaluated(run: Resolution) -> None:
@@ -137,7 +164,7 @@ def resolve_generation(run: Resolution) -> None:
 
 def _check_best_metric_is_generated(run: Resolution) -> None:
     metrics = run.generation.metrics
-    best = run.loop.metric_for_best_model.removeprefix("eval_")
+    best = eval_sets.plain_name(run.loop.best_metric, run.data.eval_paths)
     if any(":" in metric for metric in metrics):
         return  # a function of the user's own may give a score of any name
     for name, scores in TEXT_METRIC_SCORES.items():

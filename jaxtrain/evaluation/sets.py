@@ -1,0 +1,43 @@
+"""Several evaluation sets: each measured by itself, its metrics under its own name."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from jaxtrain.config import eval_sets
+from jaxtrain.evaluation.held_out import evaluate
+from jaxtrain.types import Metrics, TrainState
+
+
+def evaluate_sets(
+    eval_step: Callable[[TrainState, Any], Metrics],
+    state: TrainState,
+    sets: Mapping[str, Iterable[Any]],
+    *,
+    with_perplexity: bool,
+    added_losses: Mapping[str, float],
+) -> dict[str, float]:
+    """The metrics of `held_out.evaluate` for each set: `eval_helpful_loss`.
+
+    Args:
+        sets: placed batches by name; of a single set, the name is "".
+
+    Raises:
+        ValueError: a set has no batch, or no counted prediction; names it.
+    """
+    metrics: dict[str, float] = {}
+    for name, batches in sets.items():
+        try:
+            found = evaluate(
+                eval_step,
+                state,
+                batches,
+                with_perplexity=with_perplexity,
+                added_losses=added_losses,
+            )
+        except ValueError as error:
+            raise ValueError(f"{eval_sets.key_of(name)}: {error}") from error
+        metrics |= {
+            eval_sets.prefix_of(name) + metric.removeprefix("eval_"): value
+            for metric, value in found.items()
+        }
+    return metrics
