@@ -29,7 +29,7 @@ from jaxtrain.models.load import LoadedModel
 from jaxtrain.record.throughput import ThroughputMeter, usage
 from jaxtrain.run.bad_steps import BadSteps
 from jaxtrain.run.base_weights import check_base, identify_base
-from jaxtrain.run.checkpoint import CheckpointManager
+from jaxtrain.run.checkpoint import CheckpointManager, restore_newest
 from jaxtrain.run.feed import Feed, Prepared
 from jaxtrain.run.preemption import Preempted, PreemptionWatch, Watchdog
 from jaxtrain.run.preflight import refuse_never
@@ -105,7 +105,7 @@ def restore(parts: Parts, checkpoints: CheckpointManager) -> tuple[Parts, Progre
         return parts, progress
     if settings.resume_from_checkpoint == "never":
         raise refuse_never(checkpoints.directory, latest)
-    restored = checkpoints.restore(parts.saved(state))
+    restored = restore_newest(checkpoints, parts.saved(state))
     for line in diff(restored.config, parts.run.to_dict()):
         logger.warning("resuming with another config: %s", line)
     data_states = [state or {} for state in restored.data_states]
