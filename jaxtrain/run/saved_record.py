@@ -1,8 +1,8 @@
 """What a checkpoint says of itself in JSON: its record, metrics and checksums.
 
-    <step>/record/metadata              layout, config, data position, versions
-    <step>/metrics/metrics              the evaluation's numbers, if there was one
-    <step>/checksums/process_<i>.json   of the record, the metrics and the arrays
+    <step>/record/metadata              layout, config, data position, metrics, versions
+    <step>/checksums/process_<i>.json   of the record and the arrays
+    <step>/metrics/metrics              where versions before these kept the metrics
 
 Nothing here imports jax, so that a command can read a record before it waits for that.
 """
@@ -40,6 +40,10 @@ class DamagedCheckpointError(ValueError):
         self.reason = reason
 
 
+class CheckpointVersionError(ValueError):
+    """Another version of jaxtrain must read this checkpoint."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Checksums:
     """The checksums of one checkpoint, as all the processes of then took them.
@@ -66,12 +70,14 @@ def read_record(checkpoint: pathlib.Path) -> dict[str, Any]:
 
     Raises:
         DamagedCheckpointError: it is missing, is no JSON, or is not what was saved.
-        ValueError: another version of jaxtrain must read it.
+        CheckpointVersionError: another version of jaxtrain must read it.
         OSError: it cannot be read here and now.
     """
     record = _read_json(checkpoint, RECORD)
     if not isinstance(record, dict) or not {"format", "layout"} <= record.keys():
         raise DamagedCheckpointError(checkpoint, f"{RECORD} is no checkpoint's record")
+    if str(record.get("step")) != checkpoint.name:
+        raise DamagedCheckpointError(checkpoint, f"{RECORD} is that of another step")
     count = record.get("checksums", 0)
     if count or (checkpoint / CHECKSUMS).exists():
         first = _read_sealed(checkpoint, 0)
@@ -80,22 +86,19 @@ def read_record(checkpoint: pathlib.Path) -> dict[str, Any]:
     return record
 
 
-def read_metrics(checkpoint: pathlib.Path) -> dict[str, float]:
-    """The metrics saved with a step; empty if there were none.
+def read_metrics(
+    checkpoint: pathlib.Path, record: Mapping[str, Any]
+) -> dict[str, float]:
+    """The metrics saved with a step, whose record is given; empty if there were none.
 
     Raises:
         DamagedCheckpointError, OSError: as of `read_record`.
     """
-    first: Mapping[str, Any] = {}
-    if (checkpoint / CHECKSUMS).exists():
-        first = _read_sealed(checkpoint, 0)
-    # Orbax leaves the file out where there is no number.
-    is_there = (checkpoint / METRICS).exists()
-    metrics = _read_json(checkpoint, METRICS) if is_there else {}
-    if "metrics" in first:
-        _compare(checkpoint, METRICS, first["metrics"], metrics)
+    metrics = record.get("metrics", {})
+    if "metrics" not in record and (checkpoint / METRICS).exists():
+        metrics = _read_json(checkpoint, METRICS)
     if not isinstance(metrics, dict):
-        raise DamagedCheckpointError(checkpoint, f"{METRICS} holds no metrics")
+        raise DamagedCheckpointError(checkpoint, "its metrics are no numbers")
     return metrics
 
 
@@ -165,7 +168,7 @@ def _check_format(checkpoint: pathlib.Path, record: Mapping[str, Any]) -> None:
     """Refuse what another version must read, and say which.
 
     Raises:
-        ValueError: it does.
+        CheckpointVersionError: it must.
     """
     if record["format"] == FORMAT:
         return
@@ -173,7 +176,7 @@ def _check_format(checkpoint: pathlib.Path, record: Mapping[str, Any]) -> None:
     named = "the version of jaxtrain that saved it"
     if version is not None:
         named = f"jaxtrain {version}, which saved it: pip install jaxtrain=={version}"
-    raise ValueError(
+    raise CheckpointVersionError(
         f"{checkpoint} has checkpoint format {record['format']}; this is jaxtrain"
         f" {__version__}, which reads format {FORMAT}. Resume the run with {named}"
     )

@@ -7,7 +7,11 @@ from collections.abc import Iterator
 import jax
 
 from jaxtrain.run.checkpoint.values import gather
-from jaxtrain.run.saved_record import DamagedCheckpointError, is_unreadable
+from jaxtrain.run.saved_record import (
+    CheckpointVersionError,
+    DamagedCheckpointError,
+    is_unreadable,
+)
 
 # What TensorStore and XLA say where not the file is to blame but this machine.
 _NOT_DAMAGE = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "Permission denied")
@@ -42,9 +46,11 @@ def _as_damage(checkpoint: pathlib.Path, error: Exception) -> DamagedCheckpointE
     if isinstance(error, DamagedCheckpointError):
         return error
     text = " ".join(str(error).split()) or type(error).__name__
-    is_ours = isinstance(error, MemoryError | jax.errors.JaxRuntimeError)
-    is_ours = is_ours or any(sign in text for sign in _NOT_DAMAGE)
-    if is_ours or (isinstance(error, OSError) and is_unreadable(error)):
+    text = text.partition(". See full TensorStore details")[0]
+    of_the_machine = isinstance(error, MemoryError | jax.errors.JaxRuntimeError)
+    of_the_machine |= any(sign in text for sign in _NOT_DAMAGE)
+    of_the_machine |= isinstance(error, OSError) and is_unreadable(error)
+    if of_the_machine or isinstance(error, CheckpointVersionError):
         raise error
     reason = f"its arrays cannot be read ({text:.{_LONGEST_REASON}})"
     return DamagedCheckpointError(checkpoint, reason)

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import itertools
 import logging
-import math
 import os
 import pathlib
 import shutil
@@ -105,7 +104,10 @@ class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
                 "set 1 or more, or leave it unset to keep all"
             )
         self.directory = pathlib.Path(directory).absolute()
-        self._policy = NewestAndBest(save_total_limit, best_metric, greater_is_better)
+        self._policy = NewestAndBest(
+            save_total_limit, best_metric, greater_is_better, self._metrics_of
+        )
+        self._known_metrics: dict[int, dict[str, float]] = {}
         self._deleter = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-delete")
         self._read_only, self._ledger = read_only, ledger
         self._empty_trash()
@@ -118,8 +120,6 @@ class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
             },
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=self._policy,
-                # Makes Orbax store the metrics; `preservation_policy` decides.
-                best_fn=lambda metrics: metrics.get(best_metric, math.nan),
                 cleanup_tmp_directories=not read_only,
                 read_only=read_only,
                 create=not read_only,
@@ -177,16 +177,15 @@ class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
             "jaxtrain": __version__,
             "checksums": jax.process_count(),  # so many files of them
             "step": step,
+            "metrics": numbers,
             "layout": {name: leaves.describe(leaf) for name, leaf in arrays.items()},
             "config": as_json("config", config or {}),
             "data_states": gather(as_exact_json("data_state", data_state)),
             "clock": as_exact_json("clock", dict(clock or {})),
         }
         raw = {name: leaves.to_raw(leaf) for name, leaf in arrays.items()}
-        values = {
-            name: saved_record.digest(v)
-            for name, v in (("record", record), ("metrics", numbers))
-        }
+        values = {"record": saved_record.digest(record)}
+        self._known_metrics[step] = numbers
         to_hash = storage.SaveChecksums(checksums.on_host(raw), values)
         self._manager.save(
             step,
@@ -195,7 +194,6 @@ class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
                 record=ocp.args.JsonSave(record),
                 checksums=to_hash,
             ),
-            metrics=numbers,
             force=True,
         )
         return True
@@ -217,7 +215,7 @@ class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
             FileNotFoundError: there is no such checkpoint.
             CheckpointMismatchError: leaves differ; names the first with their shapes.
             DamagedCheckpointError: what is read is not what was saved.
-            ValueError: another version of jaxtrain must read it.
+            CheckpointVersionError: another version of jaxtrain must read it.
         """
         self.wait()
         step = self._existing(step)
@@ -225,7 +223,7 @@ class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
         with all_agree(at):
             record = saved_record.read_record(at)
             saved = saved_record.read_checksums(at, record)
-            metrics = saved_record.read_metrics(at)
+            metrics = saved_record.read_metrics(at, record)
         layout = record["layout"]
         wanted = leaves.named_leaves(abstract_state, abstract=True)
         leaves.check_layout(at, layout, wanted, partial=partial)
@@ -245,7 +243,8 @@ class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
         Raises:
             DamagedCheckpointError: they are not what was saved.
         """
-        return saved_record.read_metrics(self.directory / str(step))
+        at = self.directory / str(step)
+        return saved_record.read_metrics(at, saved_record.read_record(at))
 
     def all_steps(self) -> list[int]:
         """Saved steps, ascending; the last may still be on its way to the disk."""
@@ -258,19 +257,14 @@ class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
     def best_step(self) -> int | None:
         """The step with the best `best_metric`, the earliest on ties; None if none."""
         self.wait()
-        found = []
-        for step in self.all_steps():
-            try:
-                found.append((step, self.metrics(step)))
-            except DamagedCheckpointError as error:
-                logger.warning("step %d is not looked at: %s", step, error)
-        return self._policy.best(found)
+        return self._policy.best(self.all_steps())
 
     def delete_after(self, step: int) -> None:
         """Delete the checkpoints later than `step`, to train on from an older one."""
         self.wait()
         for later in [saved for saved in self.all_steps() if saved > step]:
             self._manager.delete(later)
+            self._known_metrics.pop(later, None)
         self._empty_trash()
 
     def set_aside(self, step: int) -> pathlib.Path:
@@ -291,7 +285,15 @@ class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
             storage.sync_folder(self.directory)
         gather(None)
         self._manager.reload()
+        self._known_metrics.pop(step, None)
         return kept
+
+    def strays(self) -> list[int]:
+        """Steps whose name in the directory is no folder: the checkpoint is gone."""
+        known = set(self.all_steps())
+        names = (path.name for path in self.directory.glob("*"))
+        steps = {int(name) for name in names if name.isdecimal()}
+        return sorted(steps - known)
 
     def wait(self) -> None:
         """Block until every save is on disk; raises the error of one that failed."""
@@ -321,6 +323,16 @@ class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
                 f"no checkpoint of step {step} in {self.directory}; there are {steps}"
             )
         return steps[-1] if step is None else step
+
+    def _metrics_of(self, step: int) -> dict[str, float]:
+        """The metrics of a step, which may be on its way to the disk."""
+        if step not in self._known_metrics:
+            try:
+                self._known_metrics[step] = self.metrics(step)
+            except ValueError as error:
+                logger.warning("step %d cannot be the best: %s", step, error)
+                self._known_metrics[step] = {}
+        return self._known_metrics[step]
 
     def _empty_trash(self) -> None:
         """Delete in the background what Orbax moved aside; call with no save running.

@@ -27,7 +27,12 @@ def restore_newest(checkpoints: CheckpointManager, state: Any) -> Restored:
         CheckpointMismatchError, ValueError: as of `CheckpointManager.restore`.
     """
     wanted = _take_shapes(state)
-    damaged: dict[int, DamagedCheckpointError] = {}
+    damaged = {
+        step: DamagedCheckpointError(
+            checkpoints.directory / str(step), "there is no folder of that name"
+        )
+        for step in checkpoints.strays()
+    }
     for step in reversed(checkpoints.all_steps()):
         try:
             restored = checkpoints.restore(wanted, step)
