@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import math
 import os
 import pathlib
 from collections.abc import Mapping
@@ -15,9 +16,9 @@ from orbax.checkpoint.path import atomicity
 from jaxtrain.run.checkpoint import checksums
 from jaxtrain.run.saved_record import checksum_file, seal
 
-# Several chunks of a large leaf are read and written at once; of one chunk, only one
-# core works.
+# Chunks of a large leaf are read and written by several cores at once.
 _CHUNK_BYTES = 2**24
+_LEAST_ROW_BYTES = 2**20
 
 
 def make_array_handler() -> ocp.PyTreeCheckpointHandler:
@@ -38,8 +39,25 @@ def make_array_handler() -> ocp.PyTreeCheckpointHandler:
 
 def to_write(raw: Mapping[str, jax.Array]) -> ocp.args.PyTreeSave:
     """The arguments under which the arrays are saved."""
-    each = ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES)
-    return ocp.args.PyTreeSave(dict(raw), save_args=dict.fromkeys(raw, each))
+    chunks = {name: _cut(leaf) for name, leaf in raw.items()}
+    return ocp.args.PyTreeSave(dict(raw), save_args=chunks)
+
+
+def _cut(leaf: jax.Array) -> ocp.SaveArgs:
+    """How a leaf is cut into chunks: along its first axis, so that each is one run of
+    memory. Orbax's own choice, the longest axis, has every row copied by itself.
+    """
+    shape = leaf.sharding.shard_shape(leaf.shape)
+    size = math.prod(shape) * leaf.dtype.itemsize
+    if size <= _CHUNK_BYTES:
+        return ocp.SaveArgs()
+    row = size // shape[0]
+    if row >= _LEAST_ROW_BYTES:
+        whole_rows = max(row, _CHUNK_BYTES)
+        return ocp.SaveArgs(chunk_byte_size=whole_rows, shard_axes=(0,))
+    if shape[0] == max(shape):
+        return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES)
+    return ocp.SaveArgs()
 
 
 def read_arrays(
