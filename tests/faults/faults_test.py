@@ -25,6 +25,7 @@ from jaxtrain import cli
 from jaxtrain.cli.ending import describe
 from jaxtrain.config import resolve
 from jaxtrain.run import ledger, preflight
+from jaxtrain.run.bad_steps import PendingSteps
 from jaxtrain.run.checkpoint import (
     CheckpointManager,
     DamagedCheckpointError,
@@ -32,6 +33,7 @@ from jaxtrain.run.checkpoint import (
     restore_newest,
     storage,
 )
+from jaxtrain.types import WeightedSum
 
 FLIPS = 60
 
@@ -322,3 +324,18 @@ def test_two_processes_take_the_same_step_where_one_sees_damage(tmp_path):
     assert names == ["1", "2", "3", "damaged-3"]
     hashes = sorted(path.name for path in (tmp_path / "3" / "checksums").iterdir())
     assert hashes == ["commit_success.txt", "process_0.json", "process_1.json"]
+
+
+def test_rows_are_kept_of_steps_in_flight_and_of_bad_ones_alone():
+    def metrics(bad: bool) -> dict[str, WeightedSum]:
+        one = jax.numpy.float32(1)
+        return {"nonfinite": WeightedSum(jax.numpy.float32(bad), one)}
+
+    pending = PendingSteps(2)
+    rows = {step: object() for step in range(1, 11)}
+    for step, batch in rows.items():
+        pending.add(step, metrics(step == 4), batch)
+    taken = pending.take()
+    kept = {step: batch for step, _, batch in taken if batch is not None}
+    assert kept == {step: rows[step] for step in (4, 8, 9, 10)}
+    assert len(taken) == 10 and not pending
