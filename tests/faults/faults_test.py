@@ -339,3 +339,19 @@ def test_rows_are_kept_of_steps_in_flight_and_of_bad_ones_alone():
     kept = {step: batch for step, _, batch in taken if batch is not None}
     assert kept == {step: rows[step] for step in (4, 8, 9, 10)}
     assert len(taken) == 10 and not pending
+
+
+def test_a_run_that_is_killed_again_and_again_ends_as_without_kills(tmp_path):
+    """The harness itself, in a process that has not started jax: it forks."""
+    script = pathlib.Path(__file__).with_name("run.py")
+    done = subprocess.run(
+        [
+            *(sys.executable, script, "--kinds", "kills", "--count", "4"),
+            *("--seed", "3", "--folder", tmp_path),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0 not handled" in done.stdout

@@ -16,6 +16,7 @@ import shutil
 import signal
 import sys
 import time
+from typing import NamedTuple
 
 TESTS = pathlib.Path(__file__).resolve().parent.parent
 TYPES = ("sft", "lora", "from_scratch", "dpo")
@@ -41,13 +42,17 @@ class Round:
 def play(number: int, seed: int, folder: pathlib.Path) -> Round:
     """One round; all its moments are drawn by `seed` and `number`."""
     kind = TYPES[number % len(TYPES)]
-    reference, secs = _reference(kind, folder)
+    reference = _reference(kind, folder)
     draws = random.Random(f"{seed} {number}")
     work = folder / "killed"
     shutil.rmtree(work, ignore_errors=True)
     kills, code = 0, -signal.SIGKILL
     while code == -signal.SIGKILL and kills < KILLS_IN_A_ROUND:
-        code = _start(kind, work, kill_after=draws.uniform(0.2, 1.1) * secs)
+        # One in five falls somewhere into the start, the others around saved steps.
+        wait = draws.choice((None, 1, 1, 2, 2))
+        code = _start(
+            kind, work, Moment(wait, draws.uniform(0, 4 if not wait else 0.3))
+        )
         kills += code == -signal.SIGKILL
     if code == -signal.SIGKILL:
         code = _start(kind, work)
@@ -55,38 +60,59 @@ def play(number: int, seed: int, folder: pathlib.Path) -> Round:
     return Round(number, kind, kills, lost)
 
 
-def _reference(kind: str, folder: pathlib.Path) -> tuple[pathlib.Path, float]:
-    """The work directory of a run that nothing interrupts, and the seconds it took."""
+class Moment(NamedTuple):
+    """When to kill: `secs` after the start, or after so many more steps are saved."""
+
+    saved_steps: int | None
+    secs: float
+
+
+def _reference(kind: str, folder: pathlib.Path) -> pathlib.Path:
+    """The work directory of a run that nothing interrupts."""
     work = folder / f"reference-{kind}"
-    took = work / "seconds"
-    if not took.exists():
-        for _ in range(2):  # the second finds what the first compiled
-            shutil.rmtree(work, ignore_errors=True)
-            started = time.monotonic()
-            code = _start(kind, work)
-            if code:
-                raise RuntimeError(_describe(code, work))
-        took.write_text(str(time.monotonic() - started))
-    return work, float(took.read_text())
+    finished = work / "finished"
+    if not finished.exists():
+        shutil.rmtree(work, ignore_errors=True)
+        code = _start(kind, work)
+        if code:
+            raise RuntimeError(_describe(code, work))
+        finished.touch()
+    return work
 
 
-def _start(kind: str, work: pathlib.Path, kill_after: float | None = None) -> int:
+def _start(kind: str, work: pathlib.Path, kill: Moment | None = None) -> int:
     """Train in a process of its own; its exit code, negative for a signal."""
     work.parent.mkdir(parents=True, exist_ok=True)
     log = work.with_name(f"{work.name}.log")
+    before = _newest(work)
     child = os.fork()
     if not child:
         _train(kind, work, log)
-    deadline = time.monotonic() + (kill_after or _LONGEST_START_SECS)
+    started, at = time.monotonic(), None
+    if kill is None:
+        at = started + _LONGEST_START_SECS
+    elif kill.saved_steps is None:
+        at = started + kill.secs
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status)
-        if time.monotonic() >= deadline:
+        if kill and at is None and _newest(work) >= before + (kill.saved_steps or 0):
+            at = time.monotonic() + kill.secs
+        if at is not None and time.monotonic() >= at:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
-            return -signal.SIGKILL if kill_after else -signal.SIGALRM
+            return -signal.SIGKILL if kill else -signal.SIGALRM
         time.sleep(0.002)
+
+
+def _newest(work: pathlib.Path) -> int:
+    """The newest saved step; 0 if there is none."""
+    try:
+        names = os.listdir(work / "checkpoints")
+    except FileNotFoundError:
+        return 0
+    return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
 def _train(kind: str, work: pathlib.Path, log: pathlib.Path) -> None:
