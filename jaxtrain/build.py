@@ -38,6 +38,7 @@ from jaxtrain.record.throughput import ThroughputMeter, peak_flops
 from jaxtrain.run import export
 from jaxtrain.run.checkpoint import CheckpointManager
 from jaxtrain.run.feed import Feed, Prepared
+from jaxtrain.run.ledger import LEDGER
 from jaxtrain.run.preemption import Preempted
 from jaxtrain.run.profile import check_profile
 from jaxtrain.run.sampler import make_sampler
@@ -157,6 +158,7 @@ def run_to_end(parts: loop.Parts, workdir: pathlib.Path) -> dict[str, Any]:
                 save_total_limit=run.loop.save_total_limit,
                 best_metric=run.loop.best_metric,
                 greater_is_better=run.loop.greater_is_better,
+                ledger=workdir / LEDGER,
             )
         )
         # Rebound, so that a first state that is not trained on can be freed.

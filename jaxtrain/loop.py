@@ -20,9 +20,9 @@ from jaxtrain.data.stream.batches import StreamIterator, join_states
 from jaxtrain.evaluation.sets import evaluate_sets
 from jaxtrain.models.load import LoadedModel
 from jaxtrain.record.throughput import ThroughputMeter, usage
-from jaxtrain.run.bad_steps import BadSteps
+from jaxtrain.run.bad_steps import BadSteps, PendingSteps
 from jaxtrain.run.base_weights import check_base, identify_base
-from jaxtrain.run.checkpoint import CheckpointManager
+from jaxtrain.run.checkpoint import CheckpointManager, restore_newest
 from jaxtrain.run.feed import Feed, Prepared
 from jaxtrain.run.preemption import Preempted, PreemptionWatch, Watchdog
 from jaxtrain.run.preflight import refuse_never
@@ -99,7 +99,7 @@ def restore(parts: Parts, checkpoints: CheckpointManager) -> tuple[Parts, Progre
         return parts, progress
     if settings.resume_from_checkpoint == "never":
         raise refuse_never(checkpoints.directory, latest)
-    restored = checkpoints.restore(parts.saved(state))
+    restored = restore_newest(checkpoints, parts.saved(state))
     changes = diff(restored.config, parts.run.to_dict())
     for line in changes:
         logger.warning("resuming with another config: %s", line)
@@ -140,8 +140,7 @@ class Loop:
             parts.run.profile, folder, self._meter, done=self.step
         )
         self._watchdog = Watchdog(self.settings.step_timeout_secs)
-        # Steps whose metrics are still on the device, with their rows on the host.
-        self._pending: list[tuple[int, Metrics, AnyBatch]] = []
+        self._pending = PendingSteps(_STEPS_AHEAD)
         self._bad_steps = BadSteps(self.settings, checkpoints.directory)
         self._has_synced = False
         self._seen_shapes: set[Any] = set()  # of batches; a new one compiles
@@ -310,7 +309,7 @@ class Loop:
         with self._profiler.step(self.step + 1) as is_profiled:
             self.state, metrics = self.parts.train_step(self.state, placed)
         self.progress.step += 1
-        self._pending.append((self.step, metrics, batch))
+        self._pending.add(self.step, metrics, batch)
         self._meter.dispatched(
             metrics["loss"].total,
             **_count(batch, self.parts.feed.readers),
@@ -363,10 +362,9 @@ class Loop:
             FloatingPointError: see `BadSteps.judge`.
         """
         self._meter.wait()
-        pending, self._pending = self._pending, []
-        fetched: list[Metrics] = [jax.device_get(dict(m)) for _, m, _ in pending]
-        scales = _next_scales(fetched, self.state)
-        for (step, _, batch), sums, scale in zip(pending, fetched, scales, strict=True):
+        pending = self._pending.take()
+        scales = _next_scales([sums for _, sums, _ in pending], self.state)
+        for (step, sums, batch), scale in zip(pending, scales, strict=True):
             if "num_tokens" in sums:
                 self.progress.num_tokens += float(sums["num_tokens"].total)
             skipped, measured = self._bad_steps.judge(step, sums, batch, scale)

@@ -455,7 +455,8 @@ def test_settings_that_no_step_can_go_on_with_are_told_from_others(
     then = resolve({"training": saved}, device_count=1).to_dict()
     record = tmp_path / "checkpoints" / "7" / "record"
     record.mkdir(parents=True)
-    (record / "metadata").write_text(json.dumps({"config": then}))
+    saved_record = {"format": 1, "step": 7, "layout": {}, "config": then}
+    (record / "metadata").write_text(json.dumps(saved_record))
     run_config = resolve({"training": now}, device_count=1)
     if change is None:
         preflight.check(run_config, tmp_path)

@@ -14,6 +14,7 @@ import yaml
 from ml_collections import ConfigDict
 
 from jaxtrain import schema
+from jaxtrain.config.renamed import with_current_names
 from jaxtrain.config.rules import ConfigError
 from jaxtrain.config.run import (
     RunConfig,
@@ -189,7 +190,7 @@ def load_yaml(path: str | os.PathLike[str]) -> ConfigDict:
             " and keys under it"
         )
     config = default_config()
-    given = without_provenance(given or {})
+    given = with_current_names(without_provenance(given or {}))
     problems = schema.overlay(config, SCHEMA, given)
     if problems:
         # The file will not load, so say all there is to say about it now.

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from jaxtrain import schema
 from jaxtrain.config.files import parse_value
+from jaxtrain.config.renamed import current_key
 from jaxtrain.config.rules import ConfigError
 from jaxtrain.config.run import RunConfig, resolve
 from jaxtrain.config.sections import GENERAL_KEYS, SCHEMA
@@ -57,13 +58,14 @@ def split_flags(arguments: Sequence[str]) -> tuple[list[Flag], list[str]]:
     while rest:
         argument = rest.pop(0)
         name, equals, text = argument.partition("=")
-        key = name.lstrip("-").removeprefix("config.")
+        key = current_key(name.lstrip("-").removeprefix("config."))
+        negated = current_key(key.removeprefix("no"))
         if not name.startswith("--") or "." not in key:
             others.append(argument)
         elif equals:
             flags.append(Flag(key, text))
-        elif _names_a_switch(key.removeprefix("no")) and key.startswith("no"):
-            flags.append(Flag(key.removeprefix("no"), "false"))
+        elif _names_a_switch(negated) and key.startswith("no"):
+            flags.append(Flag(negated, "false"))
         elif _names_a_switch(key) and (not rest or not _is_switch_value(rest[0])):
             flags.append(Flag(key, None))
         elif rest and not rest[0].startswith("--"):

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from jaxtrain import schema
 from jaxtrain.config import notes, sections
 from jaxtrain.config.notes import Note
+from jaxtrain.config.renamed import with_current_names
 from jaxtrain.config.rules import ConfigError, resolve_sections
 from jaxtrain.config.sections import SCHEMA
 from jaxtrain.objectives.options import ObjectiveRow, Options, objective_row
@@ -124,7 +125,8 @@ def resolve(
     if not isinstance(config, Mapping | ConfigDict):
         config = config.config_dict
     given = config.to_dict() if isinstance(config, ConfigDict) else config
-    found = resolve_sections(without_provenance(given), device_count, flags)
+    given = with_current_names(without_provenance(given))
+    found = resolve_sections(given, device_count, flags)
     values = {each.name: getattr(found, each.name) for each in fields(RunConfig)}
     values["notes"] = tuple(found.notes)
     values["lora"] = found.lora if found.lora.enabled else None

@@ -451,7 +451,7 @@ class LoopSection:
     """The least change that counts as an improvement."""
     resume_from_checkpoint: Literal["auto", "never"] = "auto"
     """auto: continue from the last checkpoint in the work directory, if there is one.
-    never: refuse to write over it."""
+    never: refuse to write over it; where checkpoints were lost, begin anew."""
     use_auxiliary_loss: bool = False
     """Add the loss of a TrainingOrchestrator subclass."""
     router_aux_loss_coef: NonNegative | None = None

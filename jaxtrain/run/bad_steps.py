@@ -28,6 +28,40 @@ class Verdict(NamedTuple):
     measured: bool
 
 
+class PendingSteps:
+    """Steps whose metrics are still on the device, with the rows that may be saved.
+
+    Rows are kept of steps in flight and of bad ones, which alone are ever saved: so
+    the host's memory does not depend on how rarely metrics are logged.
+    """
+
+    def __init__(self, ahead: int) -> None:
+        """`ahead`: so many steps before the one that is added may be in flight."""
+        self._ahead = ahead
+        self._steps: list[tuple[int, Metrics, AnyBatch | None]] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._steps)
+
+    def add(self, step: int, metrics: Metrics, batch: AnyBatch) -> None:
+        """Take a step that was handed to the device."""
+        self._steps.append((step, metrics, batch))
+        at = len(self._steps) - 2 - self._ahead
+        if at >= 0 and not _is_bad(self._steps[at][1]):
+            self._steps[at] = (*self._steps[at][:2], None)
+
+    def take(self) -> list[tuple[int, Metrics, AnyBatch | None]]:
+        """All of them, their metrics on the host, once they are done; none stays."""
+        taken, self._steps = self._steps, []
+        return [(step, jax.device_get(dict(m)), batch) for step, m, batch in taken]
+
+
+def _is_bad(metrics: Metrics) -> bool:
+    """Whether `BadSteps.judge` may save the rows of a step that is done."""
+    signs = (metrics[name] for name in ("nonfinite", "spike") if name in metrics)
+    return any(bool(sign.total) for sign in signs)
+
+
 class BadSteps:
     """Judges each step by its metrics, in order."""
 
@@ -39,12 +73,13 @@ class BadSteps:
         self._overflows_in_a_row = 0  # at `_LEAST_LOSS_SCALE` or below
 
     def judge(
-        self, step: int, sums: Metrics, batch: AnyBatch, next_scale: float | None
+        self, step: int, sums: Metrics, batch: AnyBatch | None, next_scale: float | None
     ) -> Verdict:
         """Whether the step was skipped; the log then says why.
 
         Args:
             sums: the step's metrics on the host; `nonfinite` and `spike` are taken out.
+            batch: its rows; None only if it is not bad (`PendingSteps`).
             next_scale: the loss scale after the step; None without loss scaling.
 
         Raises:
@@ -76,7 +111,7 @@ class BadSteps:
         return Verdict(skipped=True, measured=False)
 
     def _note_overflow(
-        self, step: int, batch: AnyBatch, scale: float, next_scale: float
+        self, step: int, batch: AnyBatch | None, scale: float, next_scale: float
     ) -> None:
         """Name both scales; stop where smaller ones do not help either."""
         logger.warning(
@@ -92,7 +127,9 @@ class BadSteps:
             path = self._save_batch(step, batch)
             raise self._error(step, problem, path, "training.bf16 in place of fp16")
 
-    def _note_skip(self, step: int, batch: AnyBatch, problem: str, key: str) -> None:
+    def _note_skip(
+        self, step: int, batch: AnyBatch | None, problem: str, key: str
+    ) -> None:
         """Save the step's batch; say what was skipped, or stop as `key` wants it."""
         path = self._save_batch(step, batch)
         self._skipped_in_a_row += 1
@@ -103,7 +140,8 @@ class BadSteps:
             problem += f"; {_MOST_SKIPS_IN_A_ROW} steps in a row were skipped"
         raise self._error(step, problem, path, f"training.{key} = 'skip'")
 
-    def _save_batch(self, step: int, batch: AnyBatch) -> pathlib.Path:
+    def _save_batch(self, step: int, batch: AnyBatch | None) -> pathlib.Path:
+        assert batch is not None  # the rows of bad steps are kept
         process = f".process_{jax.process_index()}" if jax.process_count() > 1 else ""
         folder = self._checkpoints.with_name("bad_batches")
         return save_batch(folder, step, batch, process)

@@ -4,7 +4,6 @@ Nothing here imports jax, so that a command can look before it waits for that.
 """
 
 import importlib.util
-import json
 import netrc
 import os
 import pathlib
@@ -13,6 +12,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxtrain.config import RunConfig, diff
+from jaxtrain.run.ledger import find_loss
+from jaxtrain.run.saved_record import read_record
 
 # A change of these always makes other leaves of the train state, or another order of
 # rows. What only may do so is found when the checkpoint is read.
@@ -96,6 +97,7 @@ def _check_earlier_steps(run: RunConfig, directory: pathlib.Path) -> None:
     """Refuse settings under which the newest step could not be gone on from."""
     steps = saved_steps(directory)
     if not steps:
+        _refuse_lost(run, directory.parent)
         return
     if run.loop.resume_from_checkpoint == "never":
         raise refuse_never(directory, steps[-1])
@@ -114,11 +116,27 @@ def _check_earlier_steps(run: RunConfig, directory: pathlib.Path) -> None:
         )
 
 
+def _refuse_lost(run: RunConfig, workdir: pathlib.Path) -> None:
+    """Refuse to begin at step 0 where checkpoints were, unless the run asks for it.
+
+    Raises:
+        ValueError: says what shows that, and how to begin anew.
+    """
+    if run.loop.resume_from_checkpoint == "never":
+        return
+    loss = find_loss(workdir)
+    if loss is not None:
+        raise ValueError(
+            f"nothing to resume from: {loss}. Put the checkpoints back; or begin anew"
+            " in another workdir, or here with training.resume_from_checkpoint ="
+            " 'never', which writes over the records"
+        )
+
+
 def _saved_config(step: pathlib.Path) -> dict[str, Any]:
     """The configuration in a checkpoint's record; empty where it cannot be read."""
     try:
-        record = json.loads((step / "record" / "metadata").read_text("utf-8"))
-        return dict(record["config"])
+        return dict(read_record(step)["config"])
     except (OSError, ValueError, KeyError, TypeError):
         return {}  # restoring it says what is wrong
 

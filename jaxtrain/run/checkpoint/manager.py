@@ -1,0 +1,371 @@
+"""The manager of a run's checkpoints: save, restore, retain, set aside."""
+
+import contextlib
+import dataclasses
+import itertools
+import logging
+import os
+import pathlib
+import shutil
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from jaxtrain import __version__
+from jaxtrain.run import ledger as ledgers
+from jaxtrain.run import saved_record
+from jaxtrain.run.checkpoint import checksums, leaves, storage
+from jaxtrain.run.checkpoint.agreement import all_agree
+from jaxtrain.run.checkpoint.retention import NewestAndBest
+from jaxtrain.run.checkpoint.values import as_exact_json, as_json, gather
+from jaxtrain.run.saved_record import DamagedCheckpointError
+
+logger = logging.getLogger(__name__)
+
+_TRASH = ".trash"
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """What one checkpoint held. `data_states` has an entry for each process of then.
+
+    `clock` is what `save` was given by process 0.
+    """
+
+    step: int
+    state: Any
+    config: dict[str, Any]
+    metrics: dict[str, float]
+    data_states: tuple[dict[str, Any] | None, ...]
+    clock: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def data_state(self) -> dict[str, Any] | None:
+        """This process's data-iterator state.
+
+        Another number of processes may have saved it, where the position is one and
+        the same for all of them.
+
+        Raises:
+            ValueError: it is not, so that no entry says which rows this process has
+                seen.
+        """
+        saved, present = len(self.data_states), jax.process_count()
+        if saved == present:
+            return self.data_states[jax.process_index()]
+        first, *others = self.data_states
+        if any(state != first for state in others):
+            raise ValueError(
+                f"the checkpoint of step {self.step} holds the data position of "
+                f"{saved} processes, but {present} run now, and the positions differ: "
+                f"start {saved} processes, or use the restored weights and begin the "
+                "data anew"
+            )
+        return first
+
+
+class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
+    """Save asynchronously, restore onto any shardings, keep the newest and the best.
+
+    Every process of a run makes one, on the same directory, and calls it alike.
+    """
+
+    def __init__(
+        self,
+        directory: str | pathlib.Path,
+        *,
+        save_total_limit: int | None = None,
+        best_metric: str | None = None,
+        greater_is_better: bool = False,
+        read_only: bool = False,
+        ledger: pathlib.Path | None = None,
+    ) -> None:
+        """Open or create `directory`; remains of interrupted saves are removed.
+
+        Args:
+            save_total_limit: keep so many of the newest checkpoints, and the best one
+                beside them; None keeps all.
+            best_metric: the key of `metrics` that ranks checkpoints.
+            greater_is_better: whether the best has the greatest metric or the least.
+            read_only: change nothing in `directory`, where another process may be
+                saving at this moment.
+            ledger: a file that tells of the newest saved step (`run.ledger`).
+
+        Raises:
+            ValueError: `save_total_limit` is below 1.
+        """
+        if save_total_limit is not None and save_total_limit < 1:
+            raise ValueError(
+                f"save_total_limit={save_total_limit} would keep no checkpoint: "
+                "set 1 or more, or leave it unset to keep all"
+            )
+        self.directory = pathlib.Path(directory).absolute()
+        self._policy = NewestAndBest(
+            save_total_limit, best_metric, greater_is_better, self._metrics_of
+        )
+        self._known_metrics: dict[int, dict[str, float]] = {}
+        self._deleter = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-delete")
+        self._read_only, self._ledger = read_only, ledger
+        self._empty_trash()
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            item_handlers={
+                "state": storage.make_array_handler(),
+                "record": ocp.JsonCheckpointHandler(),
+                "checksums": storage.ChecksumHandler(),
+            },
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=self._policy,
+                cleanup_tmp_directories=not read_only,
+                read_only=read_only,
+                create=not read_only,
+                # By default Orbax deletes file by file, in place: killed in the
+                # middle, that leaves a broken checkpoint under a valid name.
+                todelete_subdir=_TRASH,
+                temporary_path_class=storage.SyncedRename,
+            ),
+        )
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        *,
+        data_state: Mapping[str, Any] | None = None,
+        config: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, float] | None = None,
+        clock: Mapping[str, float] | None = None,
+    ) -> bool:
+        """Start to save; returns once `state` is copied, so it may be donated then.
+
+        Writing goes on in the background; an error in it is raised by the next `save`
+        or `wait`. An earlier save that is still running is awaited first.
+
+        Args:
+            step: the number of updates behind `state`.
+            state: any tree of `jax.Array`s, PRNG keys included.
+            data_state: JSON values; each process gives its own.
+            config: JSON values, which `restore` gives back.
+            metrics: numbers; `best_metric` among them makes the checkpoint eligible.
+            clock: times, which may differ between processes: those of process 0 count.
+
+        Returns:
+            False, with nothing written, if `step` is saved already.
+
+        Raises:
+            ValueError: a leaf is no `jax.Array`, a value has no exact JSON form, or a
+                later step is saved already.
+        """
+        self.wait()
+        steps = self.all_steps()
+        if step in steps:
+            return False
+        if steps and step < steps[-1]:
+            raise ValueError(
+                f"cannot save step {step} in {self.directory}: it holds step "
+                f"{steps[-1]} already. Call delete_after({step}) to continue from an "
+                "older checkpoint, or use a new directory"
+            )
+        arrays = leaves.named_leaves(state)
+        numbers = {name: float(value) for name, value in (metrics or {}).items()}
+        record = {
+            "format": saved_record.FORMAT,
+            "jaxtrain": __version__,
+            "checksums": jax.process_count(),  # so many files of them
+            "step": step,
+            "metrics": numbers,
+            "layout": {name: leaves.describe(leaf) for name, leaf in arrays.items()},
+            "config": as_json("config", config or {}),
+            "data_states": gather(as_exact_json("data_state", data_state)),
+            "clock": as_exact_json("clock", dict(clock or {})),
+        }
+        raw = {name: leaves.to_raw(leaf) for name, leaf in arrays.items()}
+        values = {"record": saved_record.digest(record)}
+        self._known_metrics[step] = numbers
+        to_hash = storage.SaveChecksums(checksums.on_host(raw), values)
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=storage.to_write(raw),
+                record=ocp.args.JsonSave(record),
+                checksums=to_hash,
+            ),
+            force=True,
+        )
+        return True
+
+    def restore(
+        self, abstract_state: Any, step: int | None = None, *, partial: bool = False
+    ) -> Restored:
+        """Read a checkpoint into the structure and the shardings of `abstract_state`.
+
+        Args:
+            abstract_state: a tree of `jax.ShapeDtypeStruct`s with shardings, or of
+                arrays to take these from; a leaf with no sharding goes to the first
+                device. The mesh may differ from the one that saved.
+            step: the checkpoint's step; the latest if None.
+            partial: leave out what `abstract_state` lacks, such as the optimizer's
+                state, instead of refusing.
+
+        Raises:
+            FileNotFoundError: there is no such checkpoint.
+            CheckpointMismatchError: leaves differ; names the first with their shapes.
+            DamagedCheckpointError: what is read is not what was saved.
+            CheckpointVersionError: another version of jaxtrain must read it.
+        """
+        self.wait()
+        step = self._existing(step)
+        at = self.directory / str(step)
+        with all_agree(at):
+            record = saved_record.read_record(at)
+            saved = saved_record.read_checksums(at, record)
+            metrics = saved_record.read_metrics(at, record)
+        layout = record["layout"]
+        wanted = leaves.named_leaves(abstract_state, abstract=True)
+        leaves.check_layout(at, layout, wanted, partial=partial)
+        targets = {name: leaves.raw_struct(leaf) for name, leaf in wanted.items()}
+        with all_agree(at):
+            read = storage.read_arrays(at / "state", targets, partial=partial)
+        with all_agree(at):
+            _verify(at, {name: read[name] for name in wanted}, saved)
+        found = [leaves.from_raw(read[name], layout[name]) for name in wanted]
+        state = jax.tree.unflatten(jax.tree.structure(abstract_state), found)
+        positions, clock = tuple(record["data_states"]), record.get("clock", {})
+        return Restored(step, state, record["config"], metrics, positions, clock)
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """The metrics saved with `step`; empty if there were none.
+
+        Raises:
+            DamagedCheckpointError: they are not what was saved.
+        """
+        at = self.directory / str(step)
+        return saved_record.read_metrics(at, saved_record.read_record(at))
+
+    def all_steps(self) -> list[int]:
+        """Saved steps, ascending; the last may still be on its way to the disk."""
+        return sorted(self._manager.all_steps())
+
+    def latest_step(self) -> int | None:
+        """The newest saved step, or None."""
+        return max(self.all_steps(), default=None)
+
+    def best_step(self) -> int | None:
+        """The step with the best `best_metric`, the earliest on ties; None if none."""
+        self.wait()
+        return self._policy.best(self.all_steps())
+
+    def delete_after(self, step: int) -> None:
+        """Delete the checkpoints later than `step`, to train on from an older one."""
+        self.wait()
+        for later in [saved for saved in self.all_steps() if saved > step]:
+            self._manager.delete(later)
+            self._known_metrics.pop(later, None)
+        self._empty_trash()
+
+    def set_aside(self, step: int) -> pathlib.Path:
+        """Rename a damaged checkpoint out of the way; nothing of it is deleted.
+
+        Returns:
+            Its folder's new path.
+        """
+        self.wait()
+        kept = self.directory / f"damaged-{step}"
+        for number in itertools.count(2):
+            if not os.path.lexists(kept):
+                break
+            kept = kept.with_name(f"damaged-{step}-{number}")
+        gather(None)  # every process has looked
+        if jax.process_index() == 0:
+            (self.directory / str(step)).rename(kept)
+            storage.sync_folder(self.directory)
+        gather(None)
+        self._manager.reload()
+        self._known_metrics.pop(step, None)
+        return kept
+
+    def strays(self) -> list[int]:
+        """Steps whose name in the directory is no folder: the checkpoint is gone."""
+        known = set(self.all_steps())
+        names = (path.name for path in self.directory.glob("*"))
+        steps = {int(name) for name in names if name.isdecimal()}
+        return sorted(steps - known)
+
+    def wait(self) -> None:
+        """Block until every save is on disk; raises the error of one that failed."""
+        self._manager.wait_until_finished()
+        self._manager.check_for_errors()
+        self._empty_trash()
+        steps = self.all_steps()
+        is_writer = not self._read_only and jax.process_index() == 0
+        if self._ledger is not None and steps and is_writer:
+            ledgers.note_saved(self._ledger, steps[-1])
+
+    def close(self) -> None:
+        """Wait for every save and release Orbax's threads."""
+        self.wait()
+        self._manager.close()
+        self._deleter.shutdown()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _existing(self, step: int | None) -> int:
+        steps = self.all_steps()
+        if not steps:
+            raise FileNotFoundError(f"no checkpoint in {self.directory}")
+        if step not in (None, *steps):
+            raise FileNotFoundError(
+                f"no checkpoint of step {step} in {self.directory}; there are {steps}"
+            )
+        return steps[-1] if step is None else step
+
+    def _metrics_of(self, step: int) -> dict[str, float]:
+        """The metrics of a step, which may be on its way to the disk."""
+        if step not in self._known_metrics:
+            try:
+                self._known_metrics[step] = self.metrics(step)
+            except ValueError as error:
+                logger.warning("step %d cannot be the best: %s", step, error)
+                self._known_metrics[step] = {}
+        return self._known_metrics[step]
+
+    def _empty_trash(self) -> None:
+        """Delete in the background what Orbax moved aside; call with no save running.
+
+        What an interrupted process left goes too.
+        """
+        if self._read_only or jax.process_index() != 0:
+            return
+        trash = self.directory / _TRASH
+        if trash.exists():
+            # Orbax may fill a new trash while this one is being deleted.
+            trash.rename(trash.with_name(f"{_TRASH}-{time.time_ns()}"))
+        for remains in self.directory.glob(f"{_TRASH}-*"):
+            self._deleter.submit(shutil.rmtree, remains, ignore_errors=True)
+
+
+def _verify(
+    at: pathlib.Path,
+    found: Mapping[str, jax.Array],
+    saved: saved_record.Checksums | None,
+) -> None:
+    """Compare restored arrays with the checksums of those that were saved.
+
+    Raises:
+        DamagedCheckpointError: they differ.
+    """
+    if saved is None:
+        logger.info(
+            "%s has no checksums: an earlier version of jaxtrain saved it, and whether"
+            " it is whole is not verified",
+            at,
+        )
+        return
+    damage = checksums.find_damage(found, saved.blocks)
+    if damage is not None:
+        raise DamagedCheckpointError(at, damage)

@@ -1,0 +1,66 @@
+"""Whether a work directory has lost its checkpoints.
+
+Beside `checkpoints/` a small file says that a step was saved. A run whose checkpoints
+are gone must not begin again at step 0 as if nothing had been: its records would be
+written over. Nothing here imports jax.
+"""
+
+import json
+import os
+import pathlib
+
+LEDGER = "newest_checkpoint.json"
+
+
+def note_saved(ledger: pathlib.Path, step: int) -> None:
+    """Write that `step` is saved, unless the file says so already."""
+    if read_saved(ledger) == step:
+        return
+    partial = ledger.with_name(f"{ledger.name}.tmp")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(json.dumps({"step": step}) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(ledger)
+
+
+def read_saved(ledger: pathlib.Path) -> int | None:
+    """The newest step that was saved; 0 where the file is there and says nothing."""
+    try:
+        return int(json.loads(ledger.read_text("utf-8"))["step"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
+def find_loss(workdir: pathlib.Path) -> str | None:
+    """How a work directory without a checkpoint shows that it had some; None if not."""
+    folder = workdir / "checkpoints"
+    aside = sorted(path.name for path in folder.glob("damaged-*"))
+    if aside:
+        return f"{folder} holds only damaged checkpoints ({', '.join(aside)})"
+    step = read_saved(workdir / LEDGER)
+    if step is not None:
+        named = f"step {step}" if step else "a step"
+        return f"{named} was saved in {folder}, and no checkpoint is there now"
+    # Versions before the ledger: the folder was made before the first record.
+    if not folder.exists() and _has_trained(workdir / "metrics.jsonl"):
+        return f"{workdir / 'metrics.jsonl'} tells of training, but {folder} is gone"
+    return None
+
+
+def _has_trained(records: pathlib.Path) -> bool:
+    """Whether a line tells of a step; a torn last line does not count."""
+    try:
+        with records.open(encoding="utf-8", errors="replace") as file:
+            return any(_step_of(line) > 0 for line in file)
+    except OSError:
+        return False
+
+
+def _step_of(line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return 0

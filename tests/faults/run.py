@@ -1,0 +1,134 @@
+"""All of the harness by one command; its figures go into docs/reliability.md.
+
+    python tests/faults/run.py --kinds damage,flips,kills --seed 7 --count 200
+                               [--folder DIR]
+
+`damage`: every kind of damage to the newest checkpoint, once. `flips`: `--count` single
+bit flips. `kills`: at least `--count` SIGKILLs. What is done is noted in `--folder`, so
+the same command goes on where it was stopped; another seed draws other cases.
+"""
+
+import argparse
+import collections
+import dataclasses
+import json
+import logging
+import os
+import pathlib
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+
+HERE = pathlib.Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+sys.path.insert(0, str(HERE.parent.parent))
+
+
+class Notes:
+    """Cases that are done, one JSON line each, so that a run can be gone on with."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self.path = path
+        lines = path.read_text().splitlines() if path.exists() else []
+        self.done = [json.loads(line) for line in lines]
+
+    def add(self, case: dict) -> None:
+        """Note a case that is done."""
+        self.done.append(case)
+        with self.path.open("a") as file:
+            file.write(json.dumps(case) + "\n")
+
+
+def run_damage(folder: pathlib.Path, notes: Notes, _: argparse.Namespace) -> None:
+    """Every kind of damage once."""
+    import damage
+
+    done = {case["name"] for case in notes.done}
+    cases = (
+        (name, change) for name, change in damage.KINDS.items() if name not in done
+    )
+    _run_restores(folder, notes, cases)
+
+
+def run_flips(folder: pathlib.Path, notes: Notes, options: argparse.Namespace) -> None:
+    """Single bit flips, each by a seed of its own."""
+    import damage
+
+    def flip(number: int) -> Callable[..., object]:
+        return lambda newest, _: damage.flip_random_bit(newest, number)
+
+    first = options.seed * 1_000_000
+    numbers = range(first + len(notes.done), first + options.count)
+    _run_restores(folder, notes, ((str(number), flip(number)) for number in numbers))
+
+
+def _run_restores(
+    folder: pathlib.Path,
+    notes: Notes,
+    cases: Iterator[tuple[str, Callable[..., object]]],
+) -> None:
+    import damaged_restores as restores
+
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    saved = folder / "saved"
+    shutil.rmtree(saved, ignore_errors=True)
+    restores.save_all(saved)
+    for name, change in cases:
+        outcome = restores.try_damage(saved, folder / "work", change)
+        notes.add({"name": name, **dataclasses.asdict(outcome)})
+
+
+def run_kills(folder: pathlib.Path, notes: Notes, options: argparse.Namespace) -> None:
+    """Rounds of kills until there are enough."""
+    import kills
+
+    kills.prepare(folder)
+    while sum(case["kills"] for case in notes.done) < options.count:
+        played = kills.play(len(notes.done), options.seed, folder)
+        handled = played.lost is None
+        kind = "as without kills" if handled else "LOST"
+        case = {"kind": kind, "handled": handled, **dataclasses.asdict(played)}
+        notes.add(case)
+        print(json.dumps(case), flush=True)
+
+
+RUNNERS = {"damage": run_damage, "flips": run_flips, "kills": run_kills}
+
+
+def report(name: str, cases: list[dict]) -> bool:
+    """Print the figures of one part; whether all was handled."""
+    kinds = collections.Counter(case["kind"] for case in cases)
+    failed = [case for case in cases if not case["handled"]]
+    counted = sum(case.get("kills", 1) for case in cases)
+    shown = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+    print(f"{name}: {counted} cases, {len(failed)} not handled ({shown})")
+    for case in failed:
+        print(f"  {json.dumps(case)}")
+    return not failed
+
+
+def main() -> int:
+    """The exit status: 1 if anything was not handled."""
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--kinds", default="damage,flips")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--folder", type=pathlib.Path, default="/tmp/jaxtrain-faults")
+    options = parser.parse_args()
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    # Forks come first: the other parts start jax in this process.
+    names = sorted(options.kinds.split(","), reverse=True, key=lambda n: n == "kills")
+    is_fine = True
+    for name in names:
+        if name not in RUNNERS:
+            parser.error(f"--kinds has {name!r}: choose from {', '.join(RUNNERS)}")
+        folder = options.folder / name
+        folder.mkdir(parents=True, exist_ok=True)
+        notes = Notes(folder / f"seed-{options.seed}.jsonl")
+        RUNNERS[name](folder, notes, options)
+        is_fine = report(name, notes.done) and is_fine
+    return 0 if is_fine else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
