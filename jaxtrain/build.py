@@ -37,7 +37,7 @@ from jaxtrain.record.start import announce
 from jaxtrain.record.throughput import ThroughputMeter, peak_flops
 from jaxtrain.run import export
 from jaxtrain.run.checkpoint import CheckpointManager
-from jaxtrain.run.feed import Feed, Prepared
+from jaxtrain.run.feed import Prepared, fit_to_model, make_feed
 from jaxtrain.run.preemption import Preempted
 from jaxtrain.run.profile import check_profile
 from jaxtrain.run.sampler import make_sampler
@@ -82,12 +82,12 @@ def build(
     Raises:
         ValueError: the model cannot do with these rows what the run asks for.
     """
-    train_data, eval_data = rows
-    _check_shared_prompts(run, model, *rows)
+    train_data, eval_data = fit_to_model(rows, model.decoder)
+    in_batches = run.data.packing == "batch"
     packed = any(data is not None and data.packed for data in rows)
-    model = model.for_training(packed=packed)
+    model = model.for_training(packed=packed or in_batches)
     scored = bind_loss(run, model, loss)
-    feed = Feed(run, model.plan)
+    feed = make_feed(run, model)
 
     # Curricula by difficulty: the model as it is now orders the rows. New adapters add
     # nothing yet, so the base alone tells.
@@ -311,19 +311,3 @@ def _orders_by_difficulty(run: RunConfig, data: Prepared) -> bool:
     if not curriculum.enabled or curriculum.strategy != "difficulty_based":
         return False
     return isinstance(data, PreparedDataset) and data.difficulty is None
-
-
-def _check_shared_prompts(
-    run: RunConfig, model: LoadedModel, *rows: Prepared | None
-) -> None:
-    if not run.data.share_prompts:
-        return
-    for data in rows:
-        if data is None:
-            continue
-        why = model.decoder.why_no_shared_prompts(data.row_length)
-        if why is not None:
-            raise ValueError(
-                f"data.share_prompts = True: {why} ({data.row_length} tokens); set"
-                " it false"
-            )

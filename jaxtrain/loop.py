@@ -35,6 +35,7 @@ from jaxtrain.run.preemption import Preempted, PreemptionWatch, Watchdog
 from jaxtrain.run.preflight import refuse_never
 from jaxtrain.run.profile import StepProfiler
 from jaxtrain.run.progress import BestMetric, Progress
+from jaxtrain.run.step_programs import StepPrograms
 from jaxtrain.step import EvalStep, TrainStep
 from jaxtrain.tree import overlay, select
 from jaxtrain.types import Metrics, Params, TrainState
@@ -146,9 +147,9 @@ class Loop:
         # Steps whose metrics are still on the device, with their rows on the host.
         self._pending: list[tuple[int, Metrics, AnyBatch]] = []
         self._bad_steps = BadSteps(self.settings, checkpoints.directory)
-        self._has_synced = False
+        self._has_stepped = self._has_synced = False
         self._skipped = 0  # steps since the last log
-        self._seen_shapes: set[Any] = set()  # of batches; a new one compiles
+        self._programs = StepPrograms(parts.train_step)
         self._unlogged: list[Metrics] = []  # one a step, on the host
 
     @property
@@ -199,6 +200,10 @@ class Loop:
         if self.step >= self.parts.total_steps:
             ending = "nothing left"
             self._say_nothing_is_left()
+        empty = self.parts.train_batches.empty_batches()
+        self._programs.compile(
+            self.state, [self.parts.feed.place(batch, 1) for batch in empty]
+        )
         for placed, batch in self._placed_batches():
             self._start_step(placed, batch)
             self._watchdog.feed()
@@ -297,12 +302,10 @@ class Loop:
         The first step compiles, and so does one whose batch has a new shape: these
         count in no rate.
         """
-        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
-        is_first, compiles = not self._seen_shapes, shapes not in self._seen_shapes
-        self._seen_shapes.add(shapes)
-        started = time.perf_counter()
+        is_first, compiles = not self._has_stepped, self._programs.compiles(placed)
+        self._has_stepped, started = True, time.perf_counter()
         with self._profiler.step(self.step + 1) as is_profiled:
-            self.state, metrics = self.parts.train_step(self.state, placed)
+            self.state, metrics = self._programs(self.state, placed)
         self.progress.step += 1
         self._pending.append((self.step, metrics, batch))
         self._meter.dispatched(

@@ -193,7 +193,7 @@ def evaluate(task: Task) -> dict[str, Any]:
     from jaxtrain import build
     from jaxtrain.data import loading
     from jaxtrain.evaluation import held_out
-    from jaxtrain.run.feed import Feed
+    from jaxtrain.run.feed import make_feed
     from jaxtrain.run.weights import load_state
     from jaxtrain.sharding import layouts_of
 
@@ -219,7 +219,7 @@ def evaluate(task: Task) -> dict[str, Any]:
         optax.identity(),
         layouts_of(state),
     )
-    feed = Feed(run, model.plan)
+    feed = make_feed(run, model)
     metrics = held_out.evaluate(
         eval_step,
         state,
@@ -239,11 +239,12 @@ def evaluate(task: Task) -> dict[str, Any]:
 
 def _prepare(run: RunConfig, rows: Any, model: "LoadedModel") -> "PreparedDataset":
     from jaxtrain.data import loading
+    from jaxtrain.run.feed import fit
 
     size = model.config.vocab_size
     data = loading.check_held(loading.prepare_rows(run, rows, model.tokenizer, size))
     assert data is not None  # there are rows
-    return data
+    return fit(data, model.decoder)
 
 
 def _for_rows(
@@ -279,7 +280,7 @@ def _score_reference(task: Task, rows: Any, loss: "Loss") -> "PreparedDataset":
 
     from jaxtrain import build
     from jaxtrain.passes.reference import ReferenceScorer, describe
-    from jaxtrain.run.feed import Feed
+    from jaxtrain.run.feed import make_feed
     from jaxtrain.run.weights import load_state
 
     if jax.process_count() > 1:
@@ -294,7 +295,7 @@ def _score_reference(task: Task, rows: Any, loss: "Loss") -> "PreparedDataset":
         scorer = ReferenceScorer(
             build.bind_loss(task.run, model, loss).score,
             model.on_device(state.frozen or state.trainable),
-            Feed(task.run, model.plan),
+            make_feed(task.run, model),
             pathlib.Path(folder),
             describe(model),
         )

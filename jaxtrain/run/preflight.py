@@ -12,6 +12,8 @@ import urllib.parse
 from collections.abc import Mapping
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from jaxtrain.config import RunConfig, diff
 
 # A change of these always makes other leaves of the train state, or another order of
@@ -104,6 +106,26 @@ def _check_earlier_steps(run: RunConfig, directory: pathlib.Path) -> None:
             f" does not fit: {'; '.join(changed)}. Set them back, or use a new"
             " workdir"
         )
+
+
+def keep_batching(config: ConfigDict, workdir: pathlib.Path) -> bool:
+    """Set on `config` how an earlier start of this run put examples into rows.
+
+    Only what is unset: defaults may have changed since. Returns whether it set any.
+    """
+    steps = saved_steps(workdir / "checkpoints")
+    if not steps:
+        return False
+    saved = _saved_config(workdir / "checkpoints" / str(steps[-1])).get("data", {})
+    given = config.get("data") or ConfigDict()
+    kept = {
+        key: saved[key]
+        for key in ("packing", "share_prompts")
+        if saved.get(key) is not None and given.get(key) is None
+    }
+    with config.unlocked():
+        config.data = ConfigDict({**given, **kept})
+    return bool(kept)
 
 
 def _saved_config(step: pathlib.Path) -> dict[str, Any]:
