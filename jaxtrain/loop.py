@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxtrain.batch import AnyBatch, rows_of
+from jaxtrain.batch import AnyBatch, PairBatch, rows_of
 from jaxtrain.config import RunConfig, diff
 from jaxtrain.data.batches.dataset import PreparedDataset
 from jaxtrain.data.batches.pipeline import BatchIterator
@@ -310,7 +310,7 @@ class Loop:
         self._pending.append((self.step, metrics, batch))
         self._meter.dispatched(
             metrics["loss"].total,
-            **_count(batch, self.parts.feed.readers),
+            **_count(batch, self.parts.feed),
             counts=not (compiles or is_profiled),
         )
         self._meter.wait(ahead=0 if is_first else _STEPS_AHEAD)
@@ -430,9 +430,14 @@ def _next_scales(fetched: list[Metrics], state: TrainState) -> list[float | None
     return [float(scale) for scale in (*scales, state.loss_scale.scale)]
 
 
-def _count(batch: AnyBatch, readers: int) -> dict[str, float]:
-    """Tokens and rows of a global batch; other processes' are taken to be like ours."""
+def _count(batch: AnyBatch, feed: Feed) -> dict[str, float]:
+    """Tokens, samples and slots of a global batch; other processes' are taken alike."""
     segment_ids = [rows.segment_ids for rows in rows_of(batch)]
     tokens = sum(np.count_nonzero(ids) for ids in segment_ids)
+    slots = sum(ids.size for ids in segment_ids)
     rows = np.count_nonzero(segment_ids[0].any(-1))
-    return {"tokens": float(tokens * readers), "samples": float(rows * readers)}
+    if feed.packs_batches:  # a pair that shares its prompt has three segments
+        shares = isinstance(batch, PairBatch) and batch.shared is not None
+        rows = segment_ids[0].max(-1).sum() // (3 if shares else 1)
+    counts = {"tokens": tokens, "samples": rows, "slots": slots}
+    return {name: float(count * feed.readers) for name, count in counts.items()}

@@ -9,7 +9,10 @@ import pytest
 
 from jaxtrain.data.batches.dataset import DataStats, PreparedDataset, TokenStore
 from jaxtrain.data.batches.layout import choose_packing, lengths_of
+from jaxtrain.models.config import ModelConfig
+from jaxtrain.models.transformer import Decoder
 from jaxtrain.objectives import make_objective
+from jaxtrain.objectives.preference import score_pairs
 from jaxtrain.passes.difficulty import row_difficulty
 from jaxtrain.types import TokenLogProbs
 
@@ -166,3 +169,41 @@ def test_difficulty_is_that_of_padded_rows(row_kind):
     inside = slots[0] >= 0
     ordered = np.asarray(found)[inside][np.argsort(slots[0][inside])]
     np.testing.assert_allclose(ordered, expected, rtol=1e-5)
+
+
+def test_a_shared_prompt_counts_twice_in_the_load_of_experts():
+    """So the router's loss is that of pairs in rows of their own."""
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    experts = {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 8,
+        "norm_topk_prob": True,
+    }
+    config = ModelConfig.from_hf(
+        {"model_type": "qwen3_moe", "vocab_size": VOCABULARY}
+        | {"max_position_embeddings": 64, "hidden_act": "silu"}
+        | sizes
+        | heads
+        | experts
+    )
+    decoder = Decoder(config, compute_dtype="float32")
+    params = decoder.init(jax.random.key(0))
+
+    def router_loss(batch):
+        found = []
+
+        def scored(rows):
+            tokens = decoder.token_log_probs(params, rows, with_router_loss=True)
+            found.append(tokens.router_loss)
+            return dataclasses.replace(tokens, router_loss=None)
+
+        score_pairs(scored, batch)
+        return float(found[0])
+
+    data = make_data("preference", shares_prompts=True)
+    padded = both_batches(dataclasses.replace(data, shares_prompts=False))[0]
+    assert router_loss(both_batches(data)[1]) == pytest.approx(
+        router_loss(padded), rel=1e-5
+    )

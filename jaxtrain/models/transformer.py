@@ -185,7 +185,10 @@ class Decoder(Options):
         attend_of_layer = _attention_over_rows(self, tokens, segment_ids, prompt_ids)
         rotary_of_layer = parts.layer_rotary(self.config, positions, segment_ids)
         bind_layer = parts.layer_binder(self._options, params)
-        is_token = segment_ids != 0
+        counted: Array = segment_ids != 0
+        if prompt_ids is not None:
+            # As often as it stands in rows of its own: a shared prompt twice.
+            counted = counted * (1.0 + (segment_ids % 3 == 1))
 
         def body(
             x: Array, inputs: tuple[Params, Array]
@@ -196,7 +199,7 @@ class Decoder(Options):
             if key is not None:
                 key = jax.random.fold_in(key, index)
             rotary, attend = rotary_of_layer(index), attend_of_layer(index)
-            x, _, load = bind_layer(layer_params)(x, rotary, attend, is_token, key)
+            x, _, load = bind_layer(layer_params)(x, rotary, attend, counted, key)
             return x, load
 
         policy = REMAT_POLICIES[self.remat]

@@ -43,6 +43,11 @@ class Feed:
         return self.plan.readers[1]
 
     @property
+    def packs_batches(self) -> bool:
+        """Whether the examples of a micro-batch share rows."""
+        return self.run.data.packing == "batch"
+
+    @property
     def eval_rows(self) -> int:
         """Rows of an evaluation batch on this process."""
         return self._process_rows(self.run.loop.per_device_eval_batch_size)
@@ -66,7 +71,7 @@ class Feed:
 
     @property
     def _packed_rows(self) -> PackedRows | None:
-        if self.run.data.packing != "batch":
+        if not self.packs_batches:
             return None
         return PackedRows(self.plan.batch_shards, self.long_rows, self.plan.readers)
 
