@@ -46,8 +46,8 @@ class PairBatch:
 
     chosen: Batch
     rejected: Batch
-    ref_chosen_logps: Float[Array, "*A B"] | None = None
-    ref_rejected_logps: Float[Array, "*A B"] | None = None
+    ref_chosen_logps: Float[Array, "*A_B_P"] | None = None
+    ref_rejected_logps: Float[Array, "*A_B_P"] | None = None
     pair_ids: Int32[Array, "*A B P"] | None = None
     shared: Batch | None = None
 
@@ -59,13 +59,17 @@ class LabeledBatch:
     `desirable`: 1 or 0 a row. `mismatched`: each prompt with another row's completion,
     from which KTO estimates its KL term. `ref_*_logps`: precomputed summed reference
     log-probs (nats), where given. A row with an all-zero loss mask is padding.
+    `example_ids`: packed rows hold up to P completions, completion p of row b in the
+    segment `example_ids[b, p]`; 0 is none, and what belongs to a completion is then
+    [*A B P]. None: a row is a completion.
     """
 
     completions: Batch
-    desirable: Float[Array, "*A B"]
+    desirable: Float[Array, "*A_B_P"]
     mismatched: Batch | None = None
-    ref_logps: Float[Array, "*A B"] | None = None
-    ref_mismatched_logps: Float[Array, "*A B"] | None = None
+    ref_logps: Float[Array, "*A_B_P"] | None = None
+    ref_mismatched_logps: Float[Array, "*A_B_P"] | None = None
+    example_ids: Int32[Array, "*A B P"] | None = None
 
 
 AnyBatch: TypeAlias = Batch | PairBatch | LabeledBatch

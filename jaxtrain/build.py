@@ -37,7 +37,7 @@ from jaxtrain.record.start import announce
 from jaxtrain.record.throughput import ThroughputMeter, peak_flops
 from jaxtrain.run import export
 from jaxtrain.run.checkpoint import CheckpointManager
-from jaxtrain.run.feed import Feed, Prepared
+from jaxtrain.run.feed import Prepared, fit_to_model, make_feed
 from jaxtrain.run.ledger import LEDGER
 from jaxtrain.run.preemption import Preempted
 from jaxtrain.run.profile import check_profile
@@ -83,12 +83,11 @@ def build(
     Raises:
         ValueError: the model cannot do with these rows what the run asks for.
     """
-    train_data, eval_data = rows
-    _check_shared_prompts(run, model, train_data, *eval_data.values())
+    train_data, eval_data = fit_to_model(rows, model.decoder)
     packed = any(data.packed for data in (train_data, *eval_data.values()))
-    model = model.for_training(packed=packed)
+    model = model.for_training(packed=packed or run.data.packing == "batch")
     scored = bind_loss(run, model, loss)
-    feed = Feed(run, model.plan)
+    feed = make_feed(run, model)
 
     # Curricula by difficulty: the model as it is now orders the rows. New adapters add
     # nothing yet, so the base alone tells.
@@ -317,15 +316,3 @@ def _orders_by_difficulty(run: RunConfig, data: Prepared) -> bool:
     if not curriculum.enabled or curriculum.strategy != "difficulty_based":
         return False
     return isinstance(data, PreparedDataset) and data.difficulty is None
-
-
-def _check_shared_prompts(run: RunConfig, model: LoadedModel, *rows: Prepared) -> None:
-    if not run.data.share_prompts:
-        return
-    for data in rows:
-        why = model.decoder.why_no_shared_prompts(data.row_length)
-        if why is not None:
-            raise ValueError(
-                f"data.share_prompts = True: {why} ({data.row_length} tokens); set"
-                " it false"
-            )

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxtrain.batch import AnyBatch, rows_of
+from jaxtrain.batch import AnyBatch, PairBatch, rows_of
 from jaxtrain.config import RunConfig, diff
 from jaxtrain.data.batches.dataset import PreparedDataset
 from jaxtrain.data.batches.pipeline import BatchIterator
@@ -28,6 +28,7 @@ from jaxtrain.run.preemption import Preempted, PreemptionWatch, Watchdog
 from jaxtrain.run.preflight import refuse_never
 from jaxtrain.run.profile import StepProfiler
 from jaxtrain.run.progress import BestMetric, Progress
+from jaxtrain.run.step_programs import StepPrograms
 from jaxtrain.run.window import MetricWindow
 from jaxtrain.step import EvalStep, TrainStep
 from jaxtrain.tree import overlay, select
@@ -142,8 +143,8 @@ class Loop:
         self._watchdog = Watchdog(self.settings.step_timeout_secs)
         self._pending = PendingSteps(_STEPS_AHEAD)
         self._bad_steps = BadSteps(self.settings, checkpoints.directory)
-        self._has_synced = False
-        self._seen_shapes: set[Any] = set()  # of batches; a new one compiles
+        self._has_stepped = self._has_synced = False
+        self._programs = StepPrograms(parts.train_step)
 
     @property
     def step(self) -> int:
@@ -196,6 +197,8 @@ class Loop:
             self._say_nothing_is_left()
         elif self.progress.is_over(self.parts.total_steps):
             ending, batches = self._stop_early(), iter(())
+        else:
+            self._compile_ahead()
         for placed, batch in batches:
             self._start_step(placed, batch)
             self._watchdog.feed()
@@ -214,6 +217,10 @@ class Loop:
             *(self.step, self.settings.best_metric, value, self._best.step),
         )
         return "stopped early"
+
+    def _compile_ahead(self) -> None:
+        feed, batches = self.parts.feed, self.parts.train_batches.empty_batches()
+        self._programs.compile(self.state, [feed.place(each, 1) for each in batches])
 
     def _say_nothing_is_left(self) -> None:
         by_steps = self.settings.max_steps > 0
@@ -302,17 +309,15 @@ class Loop:
         The first step compiles, and so does one whose batch has a new shape: these
         count in no rate.
         """
-        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
-        is_first, compiles = not self._seen_shapes, shapes not in self._seen_shapes
-        self._seen_shapes.add(shapes)
-        started = time.perf_counter()
+        is_first, compiles = not self._has_stepped, self._programs.compiles(placed)
+        self._has_stepped, started = True, time.perf_counter()
         with self._profiler.step(self.step + 1) as is_profiled:
-            self.state, metrics = self.parts.train_step(self.state, placed)
+            self.state, metrics = self._programs(self.state, placed)
         self.progress.step += 1
         self._pending.add(self.step, metrics, batch)
         self._meter.dispatched(
             metrics["loss"].total,
-            **_count(batch, self.parts.feed.readers),
+            **_count(batch, self.parts.feed),
             counts=not (compiles or is_profiled),
         )
         self._meter.wait(ahead=0 if is_first else _STEPS_AHEAD)
@@ -417,9 +422,14 @@ def _next_scales(fetched: list[Metrics], state: TrainState) -> list[float | None
     return [float(scale) for scale in (*scales, state.loss_scale.scale)]
 
 
-def _count(batch: AnyBatch, readers: int) -> dict[str, float]:
-    """Tokens and rows of a global batch; other processes' are taken to be like ours."""
+def _count(batch: AnyBatch, feed: Feed) -> dict[str, float]:
+    """Tokens, samples and slots of a global batch; other processes' are taken alike."""
     segment_ids = [rows.segment_ids for rows in rows_of(batch)]
     tokens = sum(np.count_nonzero(ids) for ids in segment_ids)
+    slots = sum(ids.size for ids in segment_ids)
     rows = np.count_nonzero(segment_ids[0].any(-1))
-    return {"tokens": float(tokens * readers), "samples": float(rows * readers)}
+    if feed.packs_batches:  # a pair that shares its prompt has three segments
+        shares = isinstance(batch, PairBatch) and batch.shared is not None
+        rows = segment_ids[0].max(-1).sum() // (3 if shares else 1)
+    counts = {"tokens": tokens, "samples": rows, "slots": slots}
+    return {name: float(count * feed.readers) for name, count in counts.items()}

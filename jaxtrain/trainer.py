@@ -108,7 +108,11 @@ class TrainingOrchestrator:
         """
         config = _to_config_dict(self.config)
         _override(config, training_type, model_name, self.accelerator)
+        if type(self).make_objective is not TrainingOrchestrator.make_objective:
+            _pad_rows(config)
         self.run = run = resolve(config, device_count=distributed.count_devices())
+        if preflight.keep_batching(config, self.workdir):
+            self.run = run = resolve(config, device_count=distributed.count_devices())
         compilation_cache.set_up(run.compilation_cache)
         # These raise on what cannot work, before anything is loaded.
         writers.check_installed(run.loop.report_to)
@@ -244,6 +248,15 @@ def _override(
             config.model.name_or_path = model_name
         if accelerator is not None:
             accelerate.take_over(accelerator, config)
+
+
+def _pad_rows(config: ConfigDict) -> None:
+    """Unless told otherwise, for a loss of one's own may take a row for an example."""
+    data = config.get("data", ConfigDict())
+    is_new = config.training.training_type == "from_scratch"
+    if data.get("packing") is None and not is_new:
+        with config.unlocked():
+            config.data = ConfigDict({**data, "packing": False})
 
 
 def _to_config_dict(config: Any) -> ConfigDict:

@@ -84,7 +84,8 @@ def test_base_has_every_declared_key_with_its_type_and_default() -> None:
     ("key", "kind"),
     [
         ("data.max_length", int),
-        ("data.packing", bool),
+        ("data.packing", object),
+        ("data.shuffle", bool),
         ("data.train", object),
         ("mesh.data", int),
         ("model.export_dtype", str),

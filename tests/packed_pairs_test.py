@@ -111,17 +111,6 @@ def test_packed_pairs_have_the_losses_of_pairs_alone(options):
     np.testing.assert_allclose(found[2], expected[2], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "options", [{"ld_alpha": 0.5}, {"precompute_ref_log_probs": True}]
-)
-def test_options_that_need_a_pair_a_row_are_refused(options):
-    batch = batch_of([documents(0, 2)], packed=True)
-    table = jnp.zeros((VOCABULARY, VOCABULARY))
-    objective = make_objective("preference", **options)
-    with pytest.raises(ValueError, match=r"packed.*data\.packing"):
-        objective(lambda b: score(table, b), lambda b: score(table, b), batch)
-
-
 @pytest.mark.slow
 def test_a_packed_run_trains_on_every_pair(tmp_path, monkeypatch):
     """Steps over all pairs: in fewer rows, the losses are those of pairs alone."""

@@ -18,6 +18,7 @@ from jaxtrain.data.batches.shared_prompt import pair_lengths
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.transformer import Decoder
 from jaxtrain.objectives import make_objective
+from jaxtrain.run import feed
 from jaxtrain.types import Batch
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
@@ -149,7 +150,7 @@ def test_the_model_gives_each_side_the_log_probs_that_it_has_alone(decoder, pack
         )
 
 
-def test_a_window_shorter_than_a_row_is_refused(decoder):
+def test_under_a_window_shorter_than_a_pair_prompts_are_not_shared(decoder):
     config = dataclasses.replace(
         decoder.config, sliding_window=8, layer_types=("sliding_attention",) * 2
     )
@@ -157,11 +158,15 @@ def test_a_window_shorter_than_a_row_is_refused(decoder):
     assert "window of 8" in windowed.why_no_shared_prompts(32)
     assert windowed.why_no_shared_prompts(8) is None
     assert decoder.why_no_shared_prompts(4096) is None
-    ids = jnp.ones((1, 32), jnp.int32)
-    with pytest.raises(ValueError, match=r"prompt_ids.*window of 8"):
-        windowed.hidden_states(
-            windowed.init(jax.random.key(0)), ids, ids, ids, prompt_ids=ids
-        )
+    store = TokenStore(
+        *(np.ones(12, np.int32), np.arange(12) > 4, np.array([0])),
+        *(np.array([12]), np.array([0]), np.array([0, 1])),
+    )
+    sides = {"chosen": store, "rejected": store}
+    data = PreparedDataset("preference", sides, 64, 0, DataStats(), shares_prompts=True)
+    assert feed.fit(data, decoder) is data
+    apart = feed.fit(data, windowed)  # 12 + 12 - 4 tokens
+    assert not apart.shares_prompts and apart.row_length == 64
 
 
 def test_only_pairs_may_share_prompts():

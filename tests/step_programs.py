@@ -91,7 +91,8 @@ def parts_of(case: Case, devices: Sequence[jax.Device]) -> Parts:
     run = resolve(config, device_count=len(devices))
     model = load_abstract_model(run, devices)
     # As `build` does where rows of the prepared data hold several documents.
-    model = model.for_training(packed=run.data.packing)
+    # The batches made here are padded, but for the cases that say otherwise.
+    model = model.for_training(packed=run.data.packing is True)
     schedule, optimizer = make_optimizer(run.optimizer, run.schedule, total_steps=100)
     state = abstract_state(model, run, optimizer)
     layouts = jax.tree.map(lambda leaf: leaf.sharding, state)

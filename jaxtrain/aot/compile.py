@@ -41,7 +41,7 @@ def compile_for(
     """
     run = resolve(config, device_count=len(devices))
     model = load_abstract_model(run, devices)
-    model = model.for_training(packed=run.data.packing)
+    model = model.for_training(packed=bool(run.data.packing))
     step, state = describe_step(run, model)
     batch = _abstract_batch(model, run)
     chip = chip or CHIPS[devices[0].device_kind]
@@ -253,7 +253,7 @@ def describe_devices(topology: str, num_slices: int = 1) -> list[Any]:
 def _abstract_batch(model: LoadedModel, run: RunConfig) -> Any:
     rows = run.loop.per_device_train_batch_size * model.plan.batch_shards
     length = -(-run.data.max_length // 64) * 64  # as `prepare` pads
-    shares = run.data.share_prompts
+    shares = bool(run.data.share_prompts)
     # A pair in one row is at most as long as both sides.
     shape = (run.loop.gradient_accumulation_steps, rows, length * (1 + shares))
     layout = model.plan.batch(1)

@@ -198,7 +198,7 @@ def evaluate(task: Task) -> dict[str, Any]:
     from jaxtrain import build
     from jaxtrain.data import loading
     from jaxtrain.evaluation.sets import evaluate_sets
-    from jaxtrain.run.feed import Feed
+    from jaxtrain.run.feed import make_feed
     from jaxtrain.run.weights import load_state
     from jaxtrain.sharding import layouts_of
 
@@ -224,7 +224,7 @@ def evaluate(task: Task) -> dict[str, Any]:
         optax.identity(),
         layouts_of(state),
     )
-    feed = Feed(run, model.plan)
+    feed = make_feed(run, model)
     metrics = evaluate_sets(
         eval_step,
         state,
@@ -247,13 +247,15 @@ def _prepare(
     run: RunConfig, rows: Any, model: "LoadedModel"
 ) -> dict[str, "PreparedDataset"]:
     from jaxtrain.data import loading
+    from jaxtrain.run.feed import fit
 
-    return loading.prepare_evaluation_rows(
+    data = loading.prepare_evaluation_rows(
         rows,
         lambda each: loading.prepare_rows(
             run, each, model.tokenizer, model.config.vocab_size
         ),
     )
+    return {name: fit(each, model.decoder) for name, each in data.items()}
 
 
 def _for_rows(
@@ -294,7 +296,7 @@ def _score_reference(
 
     from jaxtrain import build
     from jaxtrain.passes.reference import ReferenceScorer, describe
-    from jaxtrain.run.feed import Feed
+    from jaxtrain.run.feed import make_feed
     from jaxtrain.run.weights import load_state
 
     if jax.process_count() > 1:
@@ -310,7 +312,7 @@ def _score_reference(
         scorer = ReferenceScorer(
             build.bind_loss(task.run, model, loss).score,
             model.on_device(state.frozen or state.trainable),
-            Feed(task.run, model.plan),
+            make_feed(task.run, model),
             pathlib.Path(folder),
             describe(model),
         )

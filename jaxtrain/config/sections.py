@@ -224,13 +224,18 @@ class DataSection:
     max_length: Annotated[int, Bound(2), TOKENS] = DERIVED
     """Length of a row, prompt and completion together. Unset: 1024, or the end of an
     enabled curriculum; under dpo, training.dpo.max_length."""
-    packing: bool = DERIVED
-    """Put several documents or pairs into a row, each blind to the others. Unset: only
-    from_scratch does."""
-    share_prompts: bool = False
+    packing: bool | Literal["batch"] = DERIVED
+    """Put several documents or pairs into a row, each blind to the others. batch: those
+    of each micro-batch, so every step has the examples and the numbers that it would
+    have without packing, and no more padding than it must. true: those of the whole
+    data set, ahead of training, and the batch sizes count packed rows, as in TRL.
+    false: every example has a padded row. Unset: true from_scratch, else batch; false
+    for streams and for losses of your own, which may take a row for an example."""
+    share_prompts: bool = DERIVED
     """Preference rows: compute each prompt once, its two completions behind it in one
-    row, each blind to the other. The same numbers with fewer tokens; packed, a row
-    holds up to 2 * max_length of them."""
+    row, each blind to the other. The same numbers with fewer tokens; with packing true
+    a row holds up to 2 * max_length of them. Models whose attention or positions rule
+    it out do without. Unset: with packing batch."""
     shuffle: bool = True
     """Shuffle anew each epoch, from training.seed."""
     on_bad_row: Literal["error", "skip"] = "error"

@@ -234,7 +234,7 @@ def prepare_options(run: RunConfig) -> PrepareOptions:
         objective=run.objective_row.row_kind,
         max_length=run.data.max_length,
         max_prompt_length=run.dpo.max_prompt_length if run.dpo else None,
-        packing=packing if run.data.packing else None,
+        packing=packing if run.data.packing is True else None,
         completion_only_loss=run.data.completion_only_loss,
         assistant_only_loss=run.data.assistant_only_loss,
         assistant_marks=AssistantMarks(

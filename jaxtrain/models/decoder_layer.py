@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Float, Key, Shaped
 
 from jaxtrain.models import layers, moe
 from jaxtrain.models.layers import Attend, Attention, Mlp, Options, RMSNorm, Rotary
@@ -64,7 +64,7 @@ class SparseMlp(nnx.Module):
         self.experts = Experts(options, rngs)
 
     def __call__(
-        self, x: Float[Array, "B T D"], is_token: Bool[Array, "B T"]
+        self, x: Float[Array, "B T D"], counted: Shaped[Array, "B T"]
     ) -> tuple[Float[Array, "B T D"], RouterLoad]:
         config, dtype = self.options.config, self.options.compute_dtype
         with jax.named_scope("router"):
@@ -73,7 +73,7 @@ class SparseMlp(nnx.Module):
                 config.num_experts_per_tok,
                 normalize=config.norm_topk_prob,
             )
-            load = moe.measure_load(probabilities, experts, is_token)
+            load = moe.measure_load(probabilities, experts, counted)
         choice, rows = ("batch", "sequence", None), ("batch", "sequence", "embed")
         inwards, outwards = ("experts", "embed", "mlp"), ("experts", "mlp", "embed")
         apply = self.options.map_shards(
@@ -117,13 +117,13 @@ class DecoderLayer(nnx.Module):
         x: Float[Array, "B T D"],
         rotary: Rotary,
         attend: Attend,
-        is_token: Bool[Array, "B T"],
+        counted: Shaped[Array, "B T"],
         dropout_key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], Any, RouterLoad | None]:
         """The stream after this layer, whatever `attend` keeps, and the router's load.
 
-        `is_token` tells tokens from padding, which no load counts. The load is None
-        where there is no router.
+        `counted` says how often a token counts in the load; padding does not. The load
+        is None where there is no router.
         """
         load = None
         around = self.options.config.family.norms == "around"
@@ -134,7 +134,7 @@ class DecoderLayer(nnx.Module):
             x += self.post_attention_layernorm(added) if around else added
         with jax.named_scope("mlp"):
             if isinstance(self.mlp, SparseMlp):
-                added, load = self.mlp(self.post_attention_layernorm(x), is_token)
+                added, load = self.mlp(self.post_attention_layernorm(x), counted)
                 x += added
             elif around:
                 added = self.mlp(self.pre_feedforward_layernorm(x), dropout_key)

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Float32, Int, Int32
+from jaxtyping import Array, Float, Float32, Int, Int32, Shaped
 
 
 @jax.tree_util.register_dataclass
@@ -48,11 +48,11 @@ def choose_experts(
 def measure_load(
     probabilities: Float32[Array, "B T E"],
     experts: Int32[Array, "B T K"],
-    is_token: Bool[Array, "B T"],
+    counted: Shaped[Array, "B T"],
 ) -> RouterLoad:
-    """One layer's load; where `is_token` is False nothing is counted."""
+    """One layer's load; each token counts so often, padding 0 times."""
     # Sums, not products of matrices: these would be rounded to bfloat16 on a TPU.
-    mask = is_token.astype(jnp.float32)
+    mask = counted.astype(jnp.float32)
     chosen = jax.nn.one_hot(experts, probabilities.shape[-1], dtype=jnp.float32)
     return RouterLoad(
         assigned=(chosen.sum(axis=2) * mask[..., None]).sum(axis=(0, 1)),

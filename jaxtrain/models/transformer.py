@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32, Int32, Key
 
-from jaxtrain.kernels.attention.api import attention, plan_attention
+from jaxtrain.kernels.attention.api import attention, plan_attention, skips_blocks
 from jaxtrain.kernels.attention.partition import Layout
 from jaxtrain.kernels.linear_cross_entropy.api import linear_log_probs
 from jaxtrain.models import head, parts
@@ -178,14 +178,17 @@ class Decoder(Options):
         dropout_key: Array | None,
     ) -> tuple[Array, RouterLoad | None]:
         """`hidden_states`, and the load of each layer's router, where there is one."""
-        reason = self.why_no_shared_prompts(tokens.shape[1])
+        reason = self.why_no_shared_prompts()
         if prompt_ids is not None and reason:
             raise ValueError(f"prompt_ids: {reason}; give each completion a row")
         ends = parts.bind_ends(self._options, params)
         attend_of_layer = _attention_over_rows(self, tokens, segment_ids, prompt_ids)
         rotary_of_layer = parts.layer_rotary(self.config, positions, segment_ids)
         bind_layer = parts.layer_binder(self._options, params)
-        is_token = segment_ids != 0
+        counted: Array = segment_ids != 0
+        if prompt_ids is not None:
+            # As often as it stands in rows of its own: a shared prompt twice.
+            counted = counted * (1.0 + (segment_ids % 3 == 1))
 
         def body(
             x: Array, inputs: tuple[Params, Array]
@@ -196,7 +199,7 @@ class Decoder(Options):
             if key is not None:
                 key = jax.random.fold_in(key, index)
             rotary, attend = rotary_of_layer(index), attend_of_layer(index)
-            x, _, load = bind_layer(layer_params)(x, rotary, attend, is_token, key)
+            x, _, load = bind_layer(layer_params)(x, rotary, attend, counted, key)
             return x, load
 
         policy = REMAT_POLICIES[self.remat]
@@ -212,20 +215,36 @@ class Decoder(Options):
         with jax.named_scope("final_norm"):
             return ends.norm(x), load
 
-    def why_no_shared_prompts(self, length: int) -> str | None:
-        """Why rows of `length` tokens can't share prompts; None where they can.
+    def why_no_shared_prompts(self, longest: int = 0) -> str | None:
+        """Why pairs can't share prompts; None where they can.
 
         A window counts places in the row, where the second completion is further from
         the prompt than its positions say. Some rotary embeddings go by the length of a
         whole document.
+
+        Args:
+            longest: tokens of the longest pair, both completions behind its prompt.
         """
-        windows = [w for w in parts.layer_windows(self.config, length) if w is not None]
-        if windows:
-            return f"the model's window of {min(windows)} is shorter than a row"
+        windows = parts.layer_windows(self.config, longest)
+        if shorter := [window for window in windows if window is not None]:
+            return (
+                f"the model's window of {min(shorter)} tokens is shorter than a pair"
+                f" of {longest}"
+            )
         kinds = {self.config.rope_of(kind).kind for kind in self.config.layer_types}
         for kind in sorted(kinds & KINDS_BY_LENGTH):
             return f"under {kind} a token's rotation depends on its document's length"
         return None
+
+    def skips_blocks(self, length: int) -> bool:
+        """Whether attention over packed rows of `length` leaves out what is masked."""
+        heads = (self.config.num_attention_heads, self.config.head_dim)
+        return skips_blocks(
+            jax.ShapeDtypeStruct((1, length, *heads), self.compute_dtype),
+            softcap=self.config.attn_logit_softcapping,
+            implementation=self.attention,
+            layout=self.layout,
+        )
 
     def logits(
         self,

@@ -1,16 +1,20 @@
 """KTO: learning from single completions with a verdict, desirable or not."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
 from jaxtrain.objectives.options import KtoOptions
 from jaxtrain.objectives.preference import (
     Reference,
     count_tokens,
+    count_trained,
+    example_sums,
     masked_sum,
     real_rows,
-    row_sums,
+    spread,
     weigh,
 )
 from jaxtrain.types import Batch, LabeledBatch, LogProbsFn, Metrics, WeightedSum
@@ -32,11 +36,14 @@ def kto(
     Raises:
         ValueError: the mismatched rows, the reference or its sums are missing.
     """
-    real = real_rows(batch.completions)
-    mask = batch.completions.loss_mask
+    ids, mask = batch.example_ids, batch.completions.loss_mask
+    whole_rows = real_rows(batch.completions)
+    real = whole_rows if ids is None else _real(batch.completions, ids)
     scored = policy(batch.completions)
-    logps = row_sums(scored.logps, mask)
-    ref_logps = _reference_sums(reference, batch.completions, batch.ref_logps, options)
+    logps = example_sums(scored.logps, mask, batch.completions, ids)
+    ref_logps = _reference_sums(
+        reference, batch.completions, ids, batch.ref_logps, options
+    )
     if options.loss_type == "kto":
         if batch.mismatched is None:
             raise ValueError(
@@ -44,22 +51,24 @@ def kto(
                 "term; add them to the data, or use 'apo_zero_unpaired'"
             )
         rows, ref_sums = batch.mismatched, batch.ref_mismatched_logps
-        counted = real_rows(rows)
-        sums = row_sums(policy(rows).logps, rows.loss_mask)
-        ref_sums = _reference_sums(reference, rows, ref_sums, options)
+        counted = _real(rows, ids)
+        sums = example_sums(policy(rows).logps, rows.loss_mask, rows, ids)
+        ref_sums = _reference_sums(reference, rows, ids, ref_sums, options)
         kl = jnp.maximum(masked_sum(sums - ref_sums, counted).mean(), 0.0)
     else:
         kl = jnp.float32(0)
 
     logratios = logps - ref_logps
-    good, bad = real * batch.desirable, real * (1.0 - batch.desirable)
+    desirable = batch.desirable.reshape(-1)
+    good, bad = real * desirable, real * (1.0 - desirable)
     value = options.beta * (logratios - jax.lax.stop_gradient(kl))
-    losses = 1.0 - jax.nn.sigmoid(jnp.where(batch.desirable > 0, value, -value))
+    losses = 1.0 - jax.nn.sigmoid(jnp.where(desirable > 0, value, -value))
     loss = WeightedSum(
         options.desirable_weight * masked_sum(losses, good).total
         + options.undesirable_weight * masked_sum(losses, bad).total,
         real.sum(),
     )
+    per_token = functools.partial(spread, rows=batch.completions, ids=ids)
     rewards = options.beta * logratios
     good_reward, bad_reward = masked_sum(rewards, good), masked_sum(rewards, bad)
     both = ((good_reward.weight > 0) & (bad_reward.weight > 0)).astype(jnp.float32)
@@ -69,20 +78,28 @@ def kto(
         "rewards/margins": masked_sum(good_reward.mean() - bad_reward.mean(), both),
         "logps/chosen": masked_sum(logps, good),
         "logps/rejected": masked_sum(logps, bad),
-        "logits/chosen": masked_sum(scored.mean_logit, mask * good[:, None]),
-        "logits/rejected": masked_sum(scored.mean_logit, mask * bad[:, None]),
+        "logits/chosen": masked_sum(scored.mean_logit, mask * per_token(good)),
+        "logits/rejected": masked_sum(scored.mean_logit, mask * per_token(bad)),
         "entropy": masked_sum(scored.entropy, mask),
         "kl": WeightedSum(kl * real.sum(), real.sum()),
-        "num_tokens": count_tokens(real, batch.completions),
+        "num_tokens": count_tokens(whole_rows, batch.completions),
     }
+
+
+def _real(rows: Batch, ids: Int32[Array, "B P"] | None) -> Float[Array, "N"]:
+    """1 where an example trains any token; a packed row has several entries."""
+    if ids is None:
+        return real_rows(rows)
+    return (count_trained(rows, ids) > 0).astype(jnp.float32)
 
 
 def _reference_sums(
     reference: Reference,
     rows: Batch,
-    precomputed: Float[Array, "B"] | None,
+    ids: Int32[Array, "B P"] | None,
+    precomputed: Float[Array, "*B_P"] | None,
     options: KtoOptions,
-) -> Float[Array, "B"]:
+) -> Float[Array, "N"]:
     """Summed reference log-probs: those in the batch, or the model's."""
     if options.precompute_ref_log_probs:
         if precomputed is None:
@@ -90,10 +107,11 @@ def _reference_sums(
                 "precompute_ref_log_probs=True: the batch has no precomputed reference "
                 "log-probs; add them to the data, or set it to False"
             )
-        return weigh(precomputed, real_rows(rows))
+        return weigh(precomputed.reshape(-1), _real(rows, ids))
     if reference is None:
         raise ValueError(
             "reference=None: this loss compares with a reference model; give one, or "
             "set precompute_ref_log_probs"
         )
-    return jax.lax.stop_gradient(row_sums(reference(rows).logps, rows.loss_mask))
+    sums = example_sums(reference(rows).logps, rows.loss_mask, rows, ids)
+    return jax.lax.stop_gradient(sums)

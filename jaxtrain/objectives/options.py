@@ -279,10 +279,10 @@ OBJECTIVES: dict[str, ObjectiveRow] = {
     "preference": ObjectiveRow(
         PreferenceOptions, "preference", has_reference=True, packs=True
     ),
-    "orpo": ObjectiveRow(OrpoOptions, "preference"),
-    "cpo": ObjectiveRow(CpoOptions, "preference"),
-    "simpo": ObjectiveRow(SimpoOptions, "preference"),
-    "kto": ObjectiveRow(KtoOptions, "labeled", has_reference=True),
+    "orpo": ObjectiveRow(OrpoOptions, "preference", packs=True),
+    "cpo": ObjectiveRow(CpoOptions, "preference", packs=True),
+    "simpo": ObjectiveRow(SimpoOptions, "preference", packs=True),
+    "kto": ObjectiveRow(KtoOptions, "labeled", has_reference=True, packs=True),
 }
 
 

@@ -11,12 +11,13 @@ is the number of micro-batches.
 """
 
 import dataclasses
+import functools
 import operator
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int32
 
 from jaxtrain.objectives import preference_losses as equations
 from jaxtrain.objectives.options import (
@@ -51,6 +52,44 @@ def row_sums(
 ) -> Float[Array, "B"]:
     """Each row's weighted sum, as of the log-probs of its completion."""
     return weigh(values, weights).sum(-1)
+
+
+def _inside(rows: Batch, ids: Int32[Array, "B P"]) -> Bool[Array, "B P T"]:
+    """Which tokens of a packed row belong to each of its examples."""
+    # Three segments a pair where prompts are shared.
+    shares = rows.prompt_ids is not None
+    example = (rows.segment_ids + 2) // 3 if shares else rows.segment_ids
+    return (example[:, None, :] == ids[:, :, None]) & (ids[:, :, None] > 0)
+
+
+def example_sums(
+    values: Float[Array, "B T"],
+    weights: Float[Array, "B T"],
+    rows: Batch,
+    ids: Int32[Array, "B P"] | None,
+) -> Float[Array, "N"]:
+    """Each example's weighted sum: a row's, or of packed ones by number, N = B P."""
+    if ids is None:
+        return row_sums(values, weights)
+    inside, weighed = _inside(rows, ids), weigh(values, weights)
+    return jnp.where(inside, weighed[:, None, :], 0.0).sum(-1).reshape(-1)
+
+
+def count_trained(rows: Batch, ids: Int32[Array, "B P"] | None) -> Float[Array, "N"]:
+    """The weight of each example's trained tokens."""
+    mask = rows.loss_mask
+    if ids is None:
+        return mask.sum(-1)
+    return example_sums(jnp.ones_like(mask), mask, rows, ids)
+
+
+def spread(
+    values: Float[Array, "N"], rows: Batch, ids: Int32[Array, "B P"] | None
+) -> Float[Array, "B T"]:
+    """For each token its example's value; shape [B 1] where a row is an example."""
+    if ids is None:
+        return values[:, None]
+    return (_inside(rows, ids) * values.reshape(*ids.shape, 1)).sum(1)
 
 
 def masked_sum(values: Array, weights: Array) -> WeightedSum:
@@ -99,23 +138,9 @@ def _masks(batch: PairBatch) -> Sides[Array]:
     return Sides(batch.chosen.loss_mask, batch.rejected.loss_mask)
 
 
-def _pair_sums(
-    values: Float[Array, "B T"], weights: Float[Array, "B T"], side: Batch, ids: Any
-) -> Float[Array, "N"]:
-    """Each pair's weighted sum: a row's, or by `PairBatch.pair_ids` [B P] N = B P."""
-    if ids is None:
-        return row_sums(values, weights)
-    # Three segments a pair where prompts are shared.
-    shares = side.prompt_ids is not None
-    pair_of_token = (side.segment_ids + 2) // 3 if shares else side.segment_ids
-    inside = (pair_of_token[:, None, :] == ids[:, :, None]) & (ids[:, :, None] > 0)
-    weighed = weigh(values, weights)
-    return jnp.where(inside, weighed[:, None, :], 0.0).sum(-1).reshape(-1)
-
-
 def _sum_pairs(batch: PairBatch, values: Sides[Any], weights: Sides[Any]) -> Sides[Any]:
     ids = Sides(batch.pair_ids, batch.pair_ids)
-    return values.map(_pair_sums, weights, _sides(batch), ids)
+    return values.map(example_sums, weights, _sides(batch), ids)
 
 
 def _real_rows(batch: PairBatch) -> Float[Array, "B"]:
@@ -126,10 +151,7 @@ def _real_pairs(batch: PairBatch) -> Float[Array, "N"]:
     """1 where a pair trains any token; a row of packed pairs has several entries."""
     if batch.pair_ids is None:
         return _real_rows(batch)
-    trained = sum(
-        _pair_sums(jnp.ones_like(side.loss_mask), side.loss_mask, side, batch.pair_ids)
-        for side in _sides(batch)
-    )
+    trained = sum(count_trained(side, batch.pair_ids) for side in _sides(batch))
     return (jnp.asarray(trained) > 0).astype(jnp.float32)
 
 
@@ -168,9 +190,16 @@ def _token_weights(batch: PairBatch, ld_alpha: float | None) -> Sides[Array]:
     masks = _masks(batch)
     if ld_alpha is None:
         return masks
-    positions = masks.map(lambda mask: jnp.cumsum(mask > 0, axis=-1))
-    shared = jnp.minimum(positions.chosen[:, -1:], positions.rejected[:, -1:])
+    if batch.pair_ids is not None:
+        inside = _sides(batch).map(functools.partial(_inside, ids=batch.pair_ids))
+        trained = inside.map(lambda own, mask: own & (mask > 0)[:, None], masks)
+        positions = trained.map(lambda own: jnp.cumsum(own, axis=-1))
+    else:
+        positions = masks.map(lambda mask: jnp.cumsum(mask > 0, axis=-1))
+    shared = jnp.minimum(positions.chosen[..., -1:], positions.rejected[..., -1:])
     factors = positions.map(lambda index: jnp.where(index <= shared, 1.0, ld_alpha))
+    if batch.pair_ids is not None:
+        factors = factors.map(lambda of_pairs, own: (of_pairs * own).sum(1), inside)
     return masks.map(operator.mul, factors)
 
 
@@ -243,7 +272,7 @@ def _reference_sums(
                 "ref_rejected_logps; add them to the data, or set it to False"
             )
         given = Sides(batch.ref_chosen_logps, batch.ref_rejected_logps)
-        sums = given.map(lambda logps: weigh(logps, pairs.real))
+        sums = given.map(lambda logps: weigh(logps.reshape(-1), pairs.real))
         (ref_chosen, ref_rejected), (chosen, rejected) = sums, pairs.logps
         total = (ref_chosen - chosen + ref_rejected - rejected).sum()
         return sums, {
@@ -286,13 +315,6 @@ def preference(
     Raises:
         ValueError: the reference, its sums or the policy's `collision` are missing.
     """
-    if batch.pair_ids is not None and (
-        options.ld_alpha is not None or options.precompute_ref_log_probs
-    ):
-        raise ValueError(
-            "ld_alpha and precompute_ref_log_probs take a pair a row, and these rows "
-            "are packed: unset them, or set data.packing = false"
-        )
     tokens, masks = score_pairs(policy, batch), _masks(batch)
     weights, real = _token_weights(batch, options.ld_alpha), _real_pairs(batch)
     logps = _sum_pairs(batch, tokens.map(lambda side: side.logps), weights)
@@ -322,8 +344,27 @@ def preference(
 # --- pairs without a reference ----------------------------------------------------
 
 
-def _mean_logps(scored: TokenLogProbs, mask: Array) -> Float[Array, "B"]:
-    return row_sums(scored.logps, mask) / jnp.maximum(mask.sum(-1), 1.0)
+def _sum_logps(batch: PairBatch, scored: Sides[TokenLogProbs]) -> Sides[Array]:
+    return _sum_pairs(batch, scored.map(lambda side: side.logps), _masks(batch))
+
+
+def _mean_logps(batch: PairBatch, scored: Sides[TokenLogProbs]) -> Sides[Array]:
+    ids = Sides(batch.pair_ids, batch.pair_ids)
+    counts = _sides(batch).map(count_trained, ids)
+    counts = counts.map(lambda count: jnp.maximum(count, 1.0))
+    return _sum_logps(batch, scored).map(operator.truediv, counts)
+
+
+def _to_the_end(rows: Batch, ids: Array | None) -> Float[Array, "B T"]:
+    """1 for all predictions up to the completion's last one, the prompt's included."""
+    if ids is None:
+        to_the_end = jax.lax.cummax(rows.loss_mask, axis=1, reverse=True) > 0
+    else:
+        inside = _inside(rows, ids)
+        trained = (inside & (rows.loss_mask > 0)[:, None]).astype(jnp.float32)
+        later = jax.lax.cummax(trained, axis=2, reverse=True) > 0
+        to_the_end = (later & inside).any(1)
+    return (to_the_end & (rows.segment_ids > 0)).astype(jnp.float32)
 
 
 def orpo(
@@ -337,11 +378,9 @@ def orpo(
     del reference
     scored = score_pairs(policy, batch)
     real = _real_pairs(batch)
-    # All predictions up to the completion's last one: the prompt's come before it.
-    to_the_end = jax.lax.cummax(batch.chosen.loss_mask, axis=1, reverse=True) > 0
-    sequence = to_the_end & (batch.chosen.segment_ids > 0)
-    nll = masked_sum(-scored.chosen.logps, sequence.astype(jnp.float32))
-    logps = scored.map(_mean_logps, _masks(batch))
+    sequence = _to_the_end(batch.chosen, batch.pair_ids)
+    nll = masked_sum(-scored.chosen.logps, sequence)
+    logps = _mean_logps(batch, scored)
     log_odds = equations.log_odds_ratio(*logps)
     ratio = jax.nn.log_sigmoid(log_odds)
     rewards = logps.map(lambda x: options.beta * x)
@@ -368,10 +407,8 @@ def cpo(
     del reference
     alpha, beta, loss_type = options.alpha, options.beta, options.loss_type
     scored, masks = score_pairs(policy, batch), _masks(batch)
-    if loss_type in ("ipo", "simpo"):
-        logps = scored.map(_mean_logps, masks)
-    else:
-        logps = scored.map(lambda side, mask: row_sums(side.logps, mask), masks)
+    of_side = _mean_logps if loss_type in ("ipo", "simpo") else _sum_logps
+    logps = of_side(batch, scored)
     values = logps.map(lambda x: -jnp.expm1(-alpha * x) / alpha) if alpha else logps
     difference = values.chosen - values.rejected
     if loss_type == "hinge":

@@ -11,7 +11,11 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxtrain.data.batches.dataset import PreparedDataset
-from jaxtrain.objectives.preference import row_sums, score_pairs
+from jaxtrain.objectives.preference import (
+    count_trained,
+    example_sums,
+    score_pairs,
+)
 from jaxtrain.run.feed import Feed
 from jaxtrain.sharding import to_host
 from jaxtrain.step import ScoreFn
@@ -21,22 +25,38 @@ logger = logging.getLogger(__name__)
 
 
 def row_difficulty(
-    score: ScoreFn, params: Params, batch: Batch | PairBatch | LabeledBatch
-) -> Float[Array, "B"]:
+    score: ScoreFn,
+    params: Params,
+    batch: Batch | PairBatch | LabeledBatch,
+    most: int | None = None,
+) -> Float[Array, "B *P"]:
     """Mean -log p a trained token (nats); of a pair, the chosen's less the rejected's.
 
     So a pair is hard where the model prefers the rejected completion.
+
+    Args:
+        most: rows are packed, with up to so many examples. None: a row is an example.
     """
 
-    def loss(scored: TokenLogProbs, side: Batch) -> Float[Array, "B"]:
-        sums = row_sums(-scored.logps, side.loss_mask)
-        return sums / jnp.maximum(side.loss_mask.sum(-1), 1.0)
+    def loss(
+        scored: TokenLogProbs, side: Batch, ids: Array | None
+    ) -> Float[Array, "B *P"]:
+        sums = example_sums(-scored.logps, side.loss_mask, side, ids)
+        means = sums / jnp.maximum(count_trained(side, ids), 1.0)
+        return means if ids is None else means.reshape(ids.shape)
 
     if isinstance(batch, PairBatch):
         chosen, rejected = score_pairs(functools.partial(score, params), batch)
-        return loss(chosen, batch.chosen) - loss(rejected, batch.rejected)
-    side = batch.completions if isinstance(batch, LabeledBatch) else batch
-    return loss(score(params, side), side)
+        ids = batch.pair_ids
+        return loss(chosen, batch.chosen, ids) - loss(rejected, batch.rejected, ids)
+    if isinstance(batch, LabeledBatch):
+        rows = batch.completions
+        return loss(score(params, rows), rows, batch.example_ids)
+    ids = None
+    if most is not None:
+        shape = (len(batch.tokens), most)
+        ids = jnp.broadcast_to(jnp.arange(1, most + 1), shape)
+    return loss(score(params, batch), batch, ids)
 
 
 def measure(
@@ -54,12 +74,16 @@ def measure(
     path = pathlib.Path(folder) / f"difficulty-{data.fingerprint}.npy"
     if path.is_file():
         return data.with_difficulty(np.load(path))
-    of_batch = feed.plan.jit(lambda params, batch: row_difficulty(score, params, batch))
+    batches = feed.eval_batches(data)
+    most = batches.most_examples
+    of_batch = feed.plan.jit(
+        lambda params, batch: row_difficulty(score, params, batch, most)
+    )
     found = [
-        to_host(of_batch(params, feed.place(batch)))
-        for batch in feed.eval_batches(data)
+        batches.in_order(to_host(of_batch(params, feed.place(batch))))
+        for batch in batches
     ]
-    difficulty = np.concatenate(found)[: len(data)].astype(np.float32)
+    difficulty = np.concatenate(found).astype(np.float32)
     told = "difficulty of %d rows: %.3f to %.3f nats a token"
     logger.info(told, len(data), np.min(difficulty), np.max(difficulty))
     if jax.process_index() == 0:

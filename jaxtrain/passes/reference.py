@@ -16,15 +16,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jaxtyping import Array, UInt32
+from jaxtyping import Array, Float, UInt32
 
 from jaxtrain.data.batches.dataset import PreparedDataset
 from jaxtrain.models.load import LoadedModel
-from jaxtrain.objectives.preference import row_sums, score_pairs
+from jaxtrain.objectives.preference import example_sums, score_pairs
 from jaxtrain.run.feed import Feed
 from jaxtrain.sharding import to_host
 from jaxtrain.step import ScoreFn
-from jaxtrain.types import PairBatch, Params
+from jaxtrain.types import Batch, PairBatch, Params, TokenLogProbs
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +56,8 @@ class ReferenceScorer:
         def sums(params: Params, batch: PairBatch) -> tuple[jax.Array, jax.Array]:
             chosen, rejected = score_pairs(functools.partial(score, params), batch)
             return (
-                row_sums(chosen.logps, batch.chosen.loss_mask),
-                row_sums(rejected.logps, batch.rejected.loss_mask),
+                _sums(chosen, batch.chosen, batch.pair_ids),
+                _sums(rejected, batch.rejected, batch.pair_ids),
             )
 
         self._sums = feed.plan.jit(sums)
@@ -94,9 +94,15 @@ class ReferenceScorer:
         for batch in batches:
             sums = self._sums(self._params, self._feed.place(batch))
             pairs = np.stack([to_host(side) for side in sums], axis=-1)
-            cache.append(pairs[: len(data) - first])  # without empty rows at the end
-            first += global_rows
+            cache.append(batches.in_order(pairs))
         batches.close()
+
+
+def _sums(
+    scored: TokenLogProbs, rows: Batch, ids: jax.Array | None
+) -> Float[Array, "B *P"]:
+    sums = example_sums(scored.logps, rows.loss_mask, rows, ids)
+    return sums if ids is None else sums.reshape(ids.shape)
 
 
 class _Cache:

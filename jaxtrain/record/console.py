@@ -41,6 +41,7 @@ _NAMES = {
 _NOT_ON_CONSOLE = re.compile(
     r"(eval_)?(entropy|mean_token_accuracy|num_tokens|logits/.*|logps/.*"
     r"|rewards/(chosen|rejected)|nll/.*|grad_norm/.*|generated_words|data_wait_share"
+    r"|useful_token_share"
     r"|step_time_.*|host_memory_gib|device_memory_gib)"
 )
 

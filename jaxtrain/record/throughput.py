@@ -167,6 +167,7 @@ class _Step:
     finished: Future[float]
     tokens: float
     samples: float
+    slots: float
     waited_secs: float
     paused_secs: float
     counts: bool
@@ -223,14 +224,21 @@ class ThroughputMeter:
         """Called with the seconds of each step that counts."""
 
     def dispatched(
-        self, result: Any, *, tokens: float, samples: float, counts: bool = True
+        self,
+        result: Any,
+        *,
+        tokens: float,
+        samples: float,
+        slots: float = 0.0,
+        counts: bool = True,
     ) -> None:
         """A step was handed to the device and is not waited for yet.
 
         Args:
             result: an array that it computes.
             tokens: trained tokens of all processes.
-            samples: rows of all processes.
+            samples: rows of all processes; examples where a micro-batch's share rows.
+            slots: tokens that were computed, padding included; 0 if not known.
             counts: whether it enters the rates. A step that compiles, or that is
                 traced by a profiler, does not: neither its tokens nor the time since
                 the step before it finished.
@@ -238,7 +246,9 @@ class ThroughputMeter:
         finished = self._finish_times.watch(result)
         waited, self._waited_secs = self._waited_secs, 0.0
         paused, self._paused_secs = self._paused_secs, 0.0
-        self._in_flight.append(_Step(finished, tokens, samples, waited, paused, counts))
+        self._in_flight.append(
+            _Step(finished, tokens, samples, slots, waited, paused, counts)
+        )
 
     def wait(self, ahead: int = 0) -> None:
         """Wait for all steps but the newest `ahead` of them, and count these steps."""
@@ -292,7 +302,9 @@ class ThroughputMeter:
 
         Waits for the steps in flight. `tokens_per_sec`, `samples_per_sec`,
         `step_time_{p50,p90,p99}_secs`, `data_wait_share` (0 to 1: the share of time in
-        which the devices had nothing to do because rows were not there), and `mfu` =
+        which the devices had nothing to do because rows were not there),
+        `useful_token_share` (0 to 1: of the computed tokens, those that are not
+        padding), and `mfu` =
         tokens/s * FLOPs a token / peak FLOP/s (0 to 1, arXiv:2204.02311).
         """
         self.wait()
@@ -309,6 +321,8 @@ class ThroughputMeter:
             metrics["tokens_per_sec"] = tokens / total_secs
             metrics["samples_per_sec"] = samples / total_secs
             metrics["data_wait_share"] = waited_secs / total_secs
+            if slots := sum(step.slots for step, _ in counted):
+                metrics["useful_token_share"] = tokens / slots
             self._rates.append(metrics["tokens_per_sec"])
             if self._flops_per_token and self._peak_flops:
                 rate = metrics["tokens_per_sec"] * self._flops_per_token

@@ -2,14 +2,17 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxtrain.config import RunConfig
+from jaxtrain.data.batches import shared_prompt
 from jaxtrain.data.batches.dataset import PreparedDataset
 from jaxtrain.data.batches.pipeline import (
     BatchIterator,
     BatchShape,
+    PackedRows,
     Reading,
     epochs_done,
     make_eval_iterator,
@@ -17,7 +20,11 @@ from jaxtrain.data.batches.pipeline import (
     steps_per_epoch,
 )
 from jaxtrain.data.stream.batches import StreamDataset, StreamIterator
+from jaxtrain.models.load import LoadedModel
+from jaxtrain.models.transformer import Decoder
 from jaxtrain.sharding import ShardingPlan, place_batch
+
+logger = logging.getLogger(__name__)
 
 Prepared = PreparedDataset | StreamDataset
 
@@ -28,11 +35,17 @@ class Feed:
 
     run: RunConfig
     plan: ShardingPlan
+    long_rows: bool = False  # whether attention leaves out blocks between examples
 
     @functools.cached_property  # asked at every step, of all devices of a pod
     def readers(self) -> int:
         """Shares of the rows: processes, or groups of them that read the same rows."""
         return self.plan.readers[1]
+
+    @property
+    def packs_batches(self) -> bool:
+        """Whether the examples of a micro-batch share rows."""
+        return self.run.data.packing == "batch"
 
     @property
     def eval_rows(self) -> int:
@@ -45,8 +58,22 @@ class Feed:
     @property
     def _shape(self) -> BatchShape:
         loop = self.run.loop
-        rows = self._process_rows(loop.per_device_train_batch_size)
-        return BatchShape(rows, loop.gradient_accumulation_steps, *self.plan.readers)
+        return self._batch_shape(
+            loop.per_device_train_batch_size, loop.gradient_accumulation_steps
+        )
+
+    def _batch_shape(self, per_device: int, accumulation_steps: int = 1) -> BatchShape:
+        """This process's rows; where each batch is packed, all examples."""
+        if self._packed_rows is not None:
+            return BatchShape(per_device * self.plan.batch_shards, accumulation_steps)
+        rows = self._process_rows(per_device)
+        return BatchShape(rows, accumulation_steps, *self.plan.readers)
+
+    @property
+    def _packed_rows(self) -> PackedRows | None:
+        if not self.packs_batches:
+            return None
+        return PackedRows(self.plan.batch_shards, self.long_rows, self.plan.readers)
 
     def train_batches(self, data: Prepared) -> BatchIterator | StreamIterator:
         """The batches of all steps of the run, [A B T] on each process."""
@@ -71,13 +98,13 @@ class Feed:
             num_epochs=None if by_steps else loop.num_train_epochs,
             num_steps=loop.max_steps if by_steps else None,
             curriculum=self.run.curriculum,
+            rows=self._packed_rows,
         )
 
     def eval_batches(self, data: PreparedDataset) -> BatchIterator:
         """All rows once, in order, [B T] on each process."""
-        return make_eval_iterator(
-            data, BatchShape(self.eval_rows, 1, *self.plan.readers)
-        )
+        shape = self._batch_shape(self.run.loop.per_device_eval_batch_size)
+        return make_eval_iterator(data, shape, self._packed_rows)
 
     def epochs(
         self, data: Prepared, batches: BatchIterator | StreamIterator
@@ -93,3 +120,39 @@ class Feed:
     def place(self, batch: Any, leading_axes: int = 0) -> Any:
         """The global batch over the devices, of which this process brings its rows."""
         return place_batch(batch, self.plan.batch(leading_axes))
+
+
+def make_feed(run: RunConfig, model: LoadedModel) -> Feed:
+    """The feed of a run, with rows that suit the model's attention."""
+    return Feed(run, model.plan, model.decoder.skips_blocks(run.data.max_length))
+
+
+def fit_to_model(
+    rows: tuple[Prepared, Mapping[str, PreparedDataset]], decoder: Decoder
+) -> tuple[Prepared, dict[str, PreparedDataset]]:
+    """The rows to train and to evaluate on, prompts shared only if the model can.
+
+    Raises:
+        ValueError: rows of a stream, which are laid out already.
+    """
+    train, held_out = rows
+    if isinstance(train, StreamDataset):
+        longest = train.row_length if train.options.share_prompts else 0
+        if (why := decoder.why_no_shared_prompts(longest)) and longest:
+            raise ValueError(f"data.share_prompts = True: {why} tokens; set it false")
+    else:
+        train = fit(train, decoder)
+    return train, {name: fit(each, decoder) for name, each in held_out.items()}
+
+
+def fit(data: PreparedDataset, decoder: Decoder) -> PreparedDataset:
+    """These rows, prompts shared only if the model can."""
+    if not data.shares_prompts:
+        return data
+    why = decoder.why_no_shared_prompts(
+        int(shared_prompt.pair_lengths(data.stores).max())
+    )
+    if why is None:
+        return data
+    logger.info("data.share_prompts: prompts are not shared, for %s", why)
+    return data.without_shared_prompts()

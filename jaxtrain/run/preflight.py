@@ -11,6 +11,8 @@ import urllib.parse
 from collections.abc import Mapping
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from jaxtrain.config import RunConfig, diff
 from jaxtrain.run.ledger import find_loss
 from jaxtrain.run.saved_record import read_record
@@ -131,6 +133,27 @@ def _refuse_lost(run: RunConfig, workdir: pathlib.Path) -> None:
             " in another workdir, or here with training.resume_from_checkpoint ="
             " 'never', which writes over the records"
         )
+
+
+def keep_batching(config: ConfigDict, workdir: pathlib.Path) -> bool:
+    """Set on `config` how an earlier start of this run put examples into rows.
+
+    Only what is unset: defaults may have changed since. Returns whether it set any.
+    """
+    folder = workdir / "checkpoints"
+    found = (_saved_config(folder / str(n)) for n in reversed(saved_steps(folder)))
+    saved = next(filter(None, found), {}).get("data", {})
+    if not saved:
+        return False
+    given = config.get("data") or ConfigDict()
+    kept = {
+        key: saved[key]
+        for key in ("packing", "share_prompts")
+        if saved.get(key) is not None and given.get(key) is None
+    }
+    with config.unlocked():
+        config.data = ConfigDict({**given, **kept})
+    return bool(kept)
 
 
 def _saved_config(step: pathlib.Path) -> dict[str, Any]:

@@ -84,11 +84,16 @@ def resolve_data(run: Resolution) -> None:
     data = run.data
     _check_format(run)
     if data.packing is None:
-        run.data = replace(data, packing=run.training_type == "from_scratch")
+        run.data = data = replace(data, packing=_default_packing(run))
+    elif data.packing == "batch":
+        _check_packed_batches(run)
     elif data.packing and run.is_dpo:
         _check_packed_pairs(run)
     if data.share_prompts:
         _check_shared_prompts(run)
+    elif data.share_prompts is None:
+        shares = data.packing == "batch" and _why_no_pairs(run) is None
+        run.data = data = replace(data, share_prompts=shares)
     if data.streaming:
         _check_streaming(run)
         _note_streaming(run)
@@ -134,13 +139,39 @@ def _check_format(run: Resolution) -> None:
         )
 
 
+def _default_packing(run: Resolution) -> bool | str:
+    if run.training_type == "from_scratch":
+        return True
+    if run.data.streaming:
+        return False
+    if ":" in run.loop.objective or run.loop.use_auxiliary_loss:
+        why = (
+            "(unset): every example has a padded row, for a loss of your own may take"
+            " a row for an example; 'batch' is faster where it does not"
+        )
+        run.notes.append(Note("remark", "data.packing", None, why))
+        return False
+    return "batch"
+
+
+def _check_packed_batches(run: Resolution) -> None:
+    """The examples of each micro-batch in shared rows: their lengths must be known."""
+    key = "data.packing"
+    if run.data.streaming:
+        run.problem(key, "a stream's rows are packed by windows: set true or false")
+    if not (run.row and run.row.packs):
+        fix = "set it false, or unset that"
+        run.problem(key, f"objective {run.loop.objective!r} takes a pair a row; {fix}")
+
+
 def _check_packed_pairs(run: Resolution) -> None:
-    """Several pairs a row: only what sums by pair can read them."""
-    key, fix = "data.packing", "set it false, or unset that"
+    """Packed ahead of training: what needs to know which pairs share a row."""
+    key, fix = "data.packing", "set it to 'batch' or false, or unset that"
     if not (run.row and run.row.packs):
         run.problem(key, f"objective {run.loop.objective!r} takes a pair a row; {fix}")
-    if run.dpo.ld_alpha is not None:
-        run.problem(key, f"training.dpo.ld_alpha takes a pair a row; {fix}")
+    elif run.row.row_kind == "labeled":
+        problem = "the completions of kto are packed by micro-batch"
+        run.problem(key, f"{problem}; set it to 'batch'")
     if run.dpo.precompute_ref_log_probs:
         problem = "training.dpo.precompute_ref_log_probs keeps one sum a row"
         run.problem(key, f"{problem}; {fix}")
@@ -149,16 +180,20 @@ def _check_packed_pairs(run: Resolution) -> None:
         run.problem(key, problem, causes=["curriculum.strategy"])
 
 
+def _why_no_pairs(run: Resolution) -> str | None:
+    """Why this run's rows have no prompt that two completions share."""
+    if not run.is_dpo:
+        return f"training_type {run.training_type!r} has single texts"
+    if run.row and run.row.row_kind == "labeled":
+        return f"objective {run.loop.objective!r} takes single completions"
+    return None
+
+
 def _check_shared_prompts(run: Resolution) -> None:
     """Only pairs have a prompt to share."""
-    if not run.is_dpo:
-        problem = f"training_type {run.training_type!r} has single texts"
-    elif run.row and run.row.row_kind == "labeled":
-        problem = f"objective {run.loop.objective!r} takes single completions"
-    else:
-        return
-    text = f"{problem}, not pairs; set it false"
-    run.problem("data.share_prompts", text, causes=["training.training_type"])
+    if (problem := _why_no_pairs(run)) is not None:
+        text = f"{problem}, not pairs; set it false"
+        run.problem("data.share_prompts", text, causes=["training.training_type"])
 
 
 def _check_streaming(run: Resolution) -> None:

@@ -93,11 +93,18 @@ class TokenStore:
         total = np.concatenate([[0], np.cumsum(lengths)])
         return total[self.row_offsets[1:]] - total[self.row_offsets[:-1]]
 
-    def write_row(self, row: int, out: Batch) -> None:
-        """Write one row into `out`, an empty row of [T]."""
+    def documents_of(self, rows: np.ndarray) -> np.ndarray:
+        """int64: the documents of some rows, one after another."""
+        spans = [
+            self.row_documents[self.row_offsets[row] : self.row_offsets[row + 1]]
+            for row in rows
+        ]
+        return np.concatenate([np.zeros(0, np.int64), *spans])
+
+    def write_documents(self, documents: np.ndarray, out: Batch) -> None:
+        """Write documents behind one another into `out`, an empty row of [T]."""
         at = 0
-        first, last = self.row_offsets[row], self.row_offsets[row + 1]
-        for segment, document in enumerate(self.row_documents[first:last], start=1):
+        for segment, document in enumerate(documents, start=1):
             start, length = int(self.starts[document]), int(self.lengths[document])
             stop = at + length
             out.tokens[at:stop] = self.tokens[start : start + length]
@@ -152,48 +159,79 @@ class PreparedDataset:
             stores = {"": dataclasses.replace(stores["chosen"], lengths=both)}
         return functools.reduce(np.maximum, [s.row_lengths() for s in stores.values()])
 
+    @functools.cached_property
+    def side_lengths(self) -> np.ndarray:
+        """int64[rows, S]: tokens in each of the S rows that hold a row side by side.
+
+        That is 1; 2 for chosen and rejected, or for a completion and its mismatch.
+        """
+        if self.shares_prompts:
+            return self.row_lengths()[:, None]
+        return np.stack([s.row_lengths() for s in self.stores.values()], axis=-1)
+
     def batch(self, rows: np.ndarray, *, row_length: int | None = None) -> AnyBatch:
         """Rows as arrays [*rows.shape, T]; -1 gives an empty row, which counts nowhere.
 
         `row_length` overrides T; it must hold the longest of these rows.
         """
         length = self.row_length if row_length is None else row_length
+        ids = None
+        if self.objective == "preference" and (self.most_pairs or self.packed):
+            counts = np.diff(self.stores["chosen"].row_offsets)
+            held = np.where(rows < 0, 0, counts[rows])[..., None]
+            numbers = np.arange(1, (self.most_pairs or counts.max()) + 1)
+            ids = np.where(numbers <= held, numbers, 0).astype(np.int32)
+        return self._batch(rows[..., None], length, self._values(rows), ids)
+
+    def pack(self, slots: np.ndarray, row_length: int) -> AnyBatch:
+        """Several rows in each row of the batch, as `layout.RowPacking.place` says.
+
+        Args:
+            slots: int64[*dims, P], from left to right; -1 is none.
+        """
+        numbers = np.arange(1, slots.shape[-1] + 1)
+        ids = np.where(slots < 0, 0, numbers).astype(np.int32)
+        return self._batch(slots, row_length, self._values(slots), ids)
+
+    def _batch(
+        self,
+        slots: np.ndarray,
+        length: int,
+        values: dict[str, np.ndarray],
+        ids: np.ndarray | None,
+    ) -> AnyBatch:
         if self.shares_prompts:
             write = functools.partial(
-                shared_prompt.write_row, self.stores, self._prompt_lengths
+                shared_prompt.write_documents, self.stores, self._prompt_lengths
             )
-            shared = self._fill(write, rows, length)
-            return shared_prompt.share_prompts(shared, **self._values(rows))
+            shared = self._fill(self.stores["chosen"], write, slots, length)
+            return shared_prompt.share_prompts(shared, pair_ids=ids, **values)
         fields: dict[str, Any] = {
-            name: self._fill(store.write_row, rows, length)
+            name: self._fill(store, store.write_documents, slots, length)
             for name, store in self.stores.items()
         }
         if self.objective == "next_token":
             return fields[""]
-        fields |= self._values(rows)
+        fields |= values
         if self.objective == "preference":
-            return PairBatch(**fields)
-        return LabeledBatch(**fields)
+            return PairBatch(**fields, pair_ids=ids)
+        return LabeledBatch(**fields, example_ids=ids)
 
     def _values(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """What a batch has of each row beside its tokens, by the batch's fields."""
         values = dict(self.row_values)
         for side, logps in (self.reference_logps or {}).items():
             values[f"ref_{side}_logps"] = logps
-        found = {
+        return {
             name: np.where(rows < 0, np.float32(0), np.asarray(array, np.float32)[rows])
             for name, array in values.items()
         }
-        if self.objective == "preference" and (self.most_pairs or self.packed):
-            found["pair_ids"] = self._pair_ids(rows)
-        return found
 
-    def _pair_ids(self, rows: np.ndarray) -> np.ndarray:
-        """int32[*rows.shape, P]: 1, 2, ... for the pairs of a row, 0 behind them."""
-        counts = np.diff(self.stores["chosen"].row_offsets)
-        held = np.where(rows < 0, 0, counts[rows])[..., None]
-        numbers = np.arange(1, (self.most_pairs or counts.max()) + 1)
-        return np.where(numbers <= held, numbers, 0).astype(np.int32)
+    def without_shared_prompts(self) -> "PreparedDataset":
+        """The same pairs, chosen and rejected each in rows of their own."""
+        apart = dataclasses.replace(self, shares_prompts=False)
+        longest = int(apart.row_lengths().max())
+        return dataclasses.replace(apart, row_length=-(-longest // 64) * 64)
 
     @functools.cached_property
     def _prompt_lengths(self) -> np.ndarray:
@@ -281,9 +319,13 @@ class PreparedDataset:
         return cls(**described, **more)
 
     def _fill(
-        self, write_row: Callable[[int, Batch], None], rows: np.ndarray, length: int
+        self,
+        store: TokenStore,
+        write_documents: Callable[[np.ndarray, Batch], None],
+        slots: np.ndarray,
+        length: int,
     ) -> Batch:
-        shape = (*rows.shape, length)
+        shape = (*slots.shape[:-1], length)
         arrays = {
             "tokens": np.full(shape, self.pad_id, np.int32),
             "targets": np.full(shape, self.pad_id, np.int32),
@@ -293,7 +335,8 @@ class PreparedDataset:
         }
         if self.shares_prompts:
             arrays["prompt_ids"] = np.zeros(shape, np.int32)
-        for index in np.argwhere(rows >= 0):
-            at = tuple(index)
-            write_row(int(rows[at]), Batch(**{n: x[at] for n, x in arrays.items()}))
+        for at in np.ndindex(shape[:-1]):
+            rows = slots[at]
+            documents = store.documents_of(rows[rows >= 0])
+            write_documents(documents, Batch(**{n: x[at] for n, x in arrays.items()}))
         return Batch(**arrays)

@@ -21,6 +21,12 @@ from jaxtrain.batch import AnyBatch
 from jaxtrain.config import CurriculumSection
 from jaxtrain.data.batches.curriculum import FirstPass, plan_first_pass
 from jaxtrain.data.batches.dataset import PreparedDataset
+from jaxtrain.data.batches.layout import (
+    RowPacking,
+    RowShape,
+    choose_packing,
+    lengths_of,
+)
 from jaxtrain.data.batches.mixture import rows_per_epoch
 
 
@@ -113,6 +119,11 @@ class Reading:
             raise ValueError(f"seed={self.seed} must lie in 0..2**32 - 1")
 
 
+# Rows of a sample of an order: two epochs, but no fewer and no more than this.
+_FEWEST, _MOST = 1 << 11, 1 << 18
+_FEW_STEPS = 64
+
+
 @dataclasses.dataclass(frozen=True)
 class RowOrder:
     """Which rows make up an optimizer step, on one process.
@@ -153,6 +164,33 @@ class RowOrder:
         rows = np.full(places.shape, -1, np.int64)
         rows[inside] = self._draw(self.num_rows, self.seed, drawn)
         return self._of_parts(rows, epoch) if self.parts else rows
+
+    def sample(self) -> np.ndarray:
+        """int64[steps, A, B]: rows of steps such as these, for their lengths."""
+        shape = (self.shape.accumulation_steps, self.shape.micro_batch_rows)
+        per_step = shape[0] * shape[1]
+        count = -(-min(max(2 * self.num_rows, _FEWEST), _MOST) // per_step)
+        random = np.random.default_rng(self.seed)
+        epochs = range(-(-count * per_step // self.num_rows))
+        rows = np.concatenate([self._any_epoch(random) for _ in epochs])
+        rows = rows[: count * per_step].reshape(-1, *shape)
+        if self.first_pass is not None:
+            early = np.asarray(self.first_pass.rows)[: len(rows)]
+            rows = np.concatenate([early.reshape(-1, *shape), rows])
+        return rows
+
+    def _any_epoch(self, random: np.random.Generator) -> np.ndarray:
+        """The rows of an epoch in an order drawn quickly, not the one trained in."""
+        if not self.parts:
+            ordered = np.arange(self.num_rows)
+            return random.permutation(ordered) if self.shuffle else ordered
+        quotas, sizes = rows_per_epoch(self.parts), [rows for rows, _ in self.parts]
+        firsts = np.cumsum([0, *sizes])[:-1]
+        drawn = [
+            first + random.integers(size, size=quota)
+            for first, size, quota in zip(firsts, sizes, quotas, strict=True)
+        ]
+        return random.permutation(np.concatenate(drawn))
 
     def row_length(self, step: int) -> int | None:
         """Tokens of a row at a step, where a curriculum says; None: the data set's."""
@@ -199,12 +237,69 @@ class BatchReader:
     data: PreparedDataset | str
     order: RowOrder
     flat: bool = False  # [B, T] in place of [1, B, T]
+    packing: RowPacking | None = None
 
     def __call__(self, step: int) -> AnyBatch:
-        data = _load(self.data) if isinstance(self.data, str) else self.data
+        data = self._data
+        if self.packing is None:
+            rows, length = self.order.rows(step), self.order.row_length(step)
+            return data.batch(rows[0] if self.flat else rows, row_length=length)
+        slots, row_length = self._place(step)
+        slots = self.packing.own(slots)
+        return data.pack(slots[0] if self.flat else slots, row_length)
+
+    def examples(self, step: int) -> np.ndarray:
+        """int64[B] or packed [B, P]: the examples of all processes; -1: none.
+
+        For batches without accumulation.
+        """
+        if self.packing is not None:
+            return self._place(step)[0][0]
+        every = BatchShape(self.order.shape.global_micro_batch_rows)
+        return dataclasses.replace(self.order, shape=every).rows(step)[0]
+
+    def empty_batches(self, first: int, last: int) -> list[AnyBatch]:
+        """A batch without examples of each shape that steps first, ..., last - 1 have.
+
+        Where these are many, of each that packing has.
+        """
+        if self.packing is None:
+            return []
+        shapes = set(self.packing.shapes)
+        if last - first <= _FEW_STEPS:
+            placed = (self._place(step) for step in range(first, last))
+            rows_of = self.packing.shards
+            shapes = {RowShape(x.shape[1] // rows_of, length) for x, length in placed}
+        accumulation = self.order.shape.accumulation_steps
+        return [
+            self._data.pack(self.packing.no_examples(accumulation, shape), shape.length)
+            for shape in sorted(shapes)
+        ]
+
+    def _place(self, step: int) -> tuple[np.ndarray, int]:
+        assert self.packing is not None
         rows = self.order.rows(step)
-        length = self.order.row_length(step)
-        return data.batch(rows[0] if self.flat else rows, row_length=length)
+        return self.packing.place(rows, lengths_of(self._data.side_lengths, rows))
+
+    @property
+    def _data(self) -> PreparedDataset:
+        return _load(self.data) if isinstance(self.data, str) else self.data
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedRows:
+    """How the examples of each micro-batch share rows, see `layout`.
+
+    Attributes:
+        shards: devices, or groups of them, that split the rows of a batch.
+        are_long: few rows as long as their examples need, or else rows as long as the
+            longest example, as many as are needed.
+        share: which part of the rows this process reads, and of how many.
+    """
+
+    shards: int
+    are_long: bool
+    share: tuple[int, int] = (0, 1)
 
 
 _load = functools.lru_cache(maxsize=1)(PreparedDataset.load)  # a worker process's own
@@ -242,7 +337,7 @@ class BatchIterator(Iterator[AnyBatch]):
     ) -> None:
         self.num_steps = num_steps
         self.step = 0
-        self._reader = reader
+        self.reader = reader
         self._reading = reading
         self._identity = identity or {}
         self._source: Any = None
@@ -260,6 +355,25 @@ class BatchIterator(Iterator[AnyBatch]):
     def __len__(self) -> int:
         """Steps still to come."""
         return max(self.num_steps - self.step, 0)
+
+    def empty_batches(self) -> list[AnyBatch]:
+        """A batch without examples of each shape to come, to compile for."""
+        return self.reader.empty_batches(self.step, self.num_steps)
+
+    @property
+    def most_examples(self) -> int | None:
+        """How many examples a packed row can hold; None where a row is an example."""
+        return None if self.reader.packing is None else self.reader.packing.most
+
+    def in_order(self, values: np.ndarray) -> np.ndarray:
+        """Values of the examples of all processes' last batch, by example number.
+
+        Args:
+            values: [B, *dims], one for each row, or packed [B, P, *dims].
+        """
+        numbers = self.reader.examples(self.step - 1)
+        present = numbers >= 0
+        return values[present][np.argsort(numbers[present])]
 
     def get_state(self, step: int | None = None) -> dict[str, Any]:
         """The state behind a step, the last one given if None."""
@@ -284,7 +398,7 @@ class BatchIterator(Iterator[AnyBatch]):
             self._folder = None
 
     def _open(self) -> Iterator[AnyBatch]:
-        reader, ahead = self._reader, self._reading.prefetch
+        reader, ahead = self.reader, self._reading.prefetch
         workers = self._reading.num_workers
         if workers:
             if self._folder is None:
@@ -321,6 +435,7 @@ def make_train_iterator(
     num_epochs: float | None = None,
     num_steps: int | None = None,
     curriculum: CurriculumSection | None = None,
+    rows: PackedRows | None = None,
 ) -> BatchIterator:
     """Iterate over training steps: batches of [A, B, T].
 
@@ -329,6 +444,8 @@ def make_train_iterator(
             to whole steps; steps go on into further epochs.
         curriculum: short or easy rows first; batches then differ in T. It changes
             neither the number of steps nor of rows in them.
+        rows: pack the examples of each micro-batch so. `shape` is then of all
+            processes' examples.
 
     Raises:
         ValueError: not exactly one of `num_epochs` and `num_steps`, or the curriculum
@@ -361,7 +478,25 @@ def make_train_iterator(
         )
         order = dataclasses.replace(order, first_pass=first_pass)
         identity["curriculum"] = first_pass.fingerprint
-    return BatchIterator(BatchReader(dataset, order), num_steps, reading, identity)
+    packing = None
+    if rows is not None:
+        identity["packing"] = "batch"
+        packing = _choose_packing(dataset, order, rows)
+    reader = BatchReader(dataset, order, packing=packing)
+    return BatchIterator(reader, num_steps, reading, identity)
+
+
+def _choose_packing(
+    dataset: PreparedDataset, order: RowOrder, rows: PackedRows
+) -> RowPacking:
+    return choose_packing(
+        dataset.side_lengths,
+        order.sample(),
+        order.steps_per_epoch,
+        shards=rows.shards,
+        row_length=None if rows.are_long else dataset.row_length,
+        share=rows.share,
+    )
 
 
 def describe_order(shape: BatchShape, reading: Reading) -> dict[str, Any]:
@@ -374,11 +509,15 @@ def describe_order(shape: BatchShape, reading: Reading) -> dict[str, Any]:
     }
 
 
-def make_eval_iterator(dataset: PreparedDataset, shape: BatchShape) -> BatchIterator:
+def make_eval_iterator(
+    dataset: PreparedDataset, shape: BatchShape, rows: PackedRows | None = None
+) -> BatchIterator:
     """Iterate once over all rows in order: batches of [B, T], without accumulation.
 
-    Every process gets the same number of batches; empty rows fill the last one.
+    Every process gets the same number of batches; empty rows fill the last one. With
+    `rows`, the examples of a batch are packed so, and `shape` is of all processes'.
     """
     order = RowOrder(len(dataset), shape, shuffle=False)
-    reader = BatchReader(dataset, order, flat=True)
+    packing = None if rows is None else _choose_packing(dataset, order, rows)
+    reader = BatchReader(dataset, order, flat=True, packing=packing)
     return BatchIterator(reader, order.steps_per_epoch, Reading())

@@ -52,20 +52,18 @@ def _untrained_prefix(store: "TokenStore") -> np.ndarray:
     return np.minimum(first - starts, store.lengths)
 
 
-def write_row(
+def write_documents(
     stores: Mapping[str, "TokenStore"],
     prompts: np.ndarray,
-    row: int,
+    documents: np.ndarray,
     out: Batch,
 ) -> None:
-    """Write one row into `out`, an empty row of [T].
+    """Write pairs behind one another into `out`, an empty row of [T].
 
     Args:
         prompts: `prompt_lengths(stores)`.
     """
     assert out.prompt_ids is not None
-    store = stores["chosen"]
-    documents = store.row_documents[store.row_offsets[row] : store.row_offsets[row + 1]]
     at = 0
     for pair, document in enumerate(documents, start=1):
         shared = max(int(prompts[document]) - 1, 0)

@@ -223,6 +223,10 @@ class StreamIterator(Iterator[AnyBatch]):
         """Steps still to come."""
         return max(self.num_steps - self.step, 0)
 
+    def empty_batches(self) -> list[AnyBatch]:
+        """None: all batches have one shape, which the first step compiles for."""
+        return []
+
     def get_state(self, step: int | None = None) -> State:
         """The state behind a recent step, the last one given if None: JSON values.
 

@@ -139,6 +139,24 @@ def plan_attention(
     return blocked.plan(_load_kernels(implementation), mask, *q.shape[:2])
 
 
+def skips_blocks(
+    q: jax.ShapeDtypeStruct,
+    *,
+    softcap: float | None = None,
+    implementation: str = "auto",
+    layout: Layout | None = None,
+) -> bool:
+    """Whether documents that share a row cost no attention to one another.
+
+    Then a long row of many costs what rows of their own would.
+    """
+    if implementation == "auto":
+        ids = jax.ShapeDtypeStruct(q.shape[:2], jnp.int32)
+        mask = Mask(ids, None, True, None)  # type: ignore[arg-type]
+        implementation = _choose(q, mask, softcap, _device_of(layout))
+    return implementation in _PALLAS and not _cuts_rows(layout, q.shape[1])
+
+
 def _cuts_rows(layout: Layout | None, length: int) -> bool:
     return layout is not None and layout.token_shards(length) > 1
 

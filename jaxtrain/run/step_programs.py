@@ -1,0 +1,60 @@
+"""The compiled programs of a run's train step, one for each shape of its batches."""
+
+import concurrent.futures
+import logging
+import os
+import time
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import jax
+
+from jaxtrain.batch import AnyBatch
+from jaxtrain.types import Metrics, TrainState
+
+logger = logging.getLogger(__name__)
+
+
+class StepPrograms:
+    """A jitted train step that compiles known shapes ahead, side by side."""
+
+    def __init__(self, train_step: Any) -> None:
+        self._train_step = train_step
+        self._compiled: dict[Hashable, Any] = {}
+        self._seen: set[Hashable] = set()
+
+    def compile(self, state: TrainState, batches: Sequence[AnyBatch]) -> None:
+        """Compile for the shapes of these placed batches, several at once.
+
+        A single shape is left to the first step, which compiles it as well.
+        """
+        if len(batches) < 2:
+            return
+        started = time.perf_counter()
+        workers = min(len(batches), os.cpu_count() or 1)
+        with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+            programs = pool.map(
+                lambda batch: self._train_step.lower(state, batch).compile(), batches
+            )
+            self._compiled = dict(zip(map(_shape, batches), programs, strict=True))
+        self._seen |= self._compiled.keys()
+        told = "compiled the train step for %d shapes of rows in %.1f s"
+        logger.info(told, len(batches), time.perf_counter() - started)
+
+    def compiles(self, batch: AnyBatch) -> bool:
+        """Whether the step of a batch compiles first; asked once for each step."""
+        shape = _shape(batch)
+        is_new, is_first = shape not in self._seen, not self._seen
+        self._seen.add(shape)
+        if is_new and not is_first:
+            logger.info("a batch of a new shape comes: its step compiles first")
+        return is_new
+
+    def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        program = self._compiled.get(_shape(batch), self._train_step)
+        stepped: tuple[TrainState, Metrics] = program(state, batch)
+        return stepped
+
+
+def _shape(batch: Any) -> Hashable:
+    return tuple(leaf.shape for leaf in jax.tree.leaves(batch))

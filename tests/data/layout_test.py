@@ -1,0 +1,109 @@
+"""Packing each micro-batch: every example once, in its micro-batch, in few shapes."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxtrain.data.batches.layout import (
+    MOST_SHAPES,
+    RowShape,
+    _least_padding,
+    choose_packing,
+    lengths_of,
+)
+from jaxtrain.data.batches.pipeline import BatchShape, RowOrder
+
+
+def log_normal_lengths(count, sides, seed=0):
+    random = np.random.default_rng(seed)
+    lengths = np.exp(random.normal(np.log(218), 0.8, (count, sides)))
+    return np.clip(lengths.astype(np.int64), 2, 1024)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(1, 40),  # examples of the data
+    st.integers(1, 9),  # examples of a micro-batch
+    st.integers(1, 3),  # micro-batches of a step
+    st.sampled_from([1, 2, 4]),  # devices
+    st.sampled_from([1, 2]),  # rows side by side
+    st.booleans(),
+    st.integers(0, 99),
+)
+def test_every_example_is_in_one_row_of_its_micro_batch(
+    count, examples, accumulation, shards, sides, varies_rows, seed
+):
+    lengths = log_normal_lengths(count, sides, seed)
+    order = RowOrder(count, BatchShape(examples, accumulation), seed)
+    packing = choose(lengths, order, shards, varies_rows=varies_rows)
+    assert len(packing.shapes) <= MOST_SHAPES
+    for step in range(2 * order.steps_per_epoch):
+        drawn = order.rows(step)
+        slots, length = packing.place(drawn, lengths_of(lengths, drawn))
+        assert slots.shape[1] % shards == 0
+        for held, asked in zip(slots, drawn, strict=True):
+            assert sorted(held[held >= 0]) == sorted(asked[asked >= 0])
+            gaps = np.diff((held >= 0).astype(int), axis=1) > 0
+            assert not gaps.any(), "a row has a gap"
+            filled = np.where(held[..., None] >= 0, lengths[held], 0).sum(1)
+            assert filled.max() <= length
+
+
+def choose(lengths, order, shards, *, varies_rows):
+    return choose_packing(
+        lengths,
+        order.sample(),
+        order.steps_per_epoch,
+        shards=shards,
+        row_length=int(lengths.max()) if varies_rows else None,
+    )
+
+
+@pytest.mark.parametrize("varies_rows", [False, True])
+def test_a_step_that_fits_in_no_shape_gets_one_of_its_own(varies_rows):
+    order = RowOrder(64, BatchShape(8), shuffle=False)
+    packing = choose(np.full((64, 1), 10), order, 2, varies_rows=varies_rows)
+    if varies_rows:
+        packing = dataclasses.replace(packing, shapes=(RowShape(1, 700),))
+    slots, length = packing.place(np.arange(8)[None], np.full((1, 8, 1), 600))
+    assert sorted(slots[slots >= 0]) == list(range(8))
+    assert (slots >= 0).sum(-1).max() * 600 <= length
+    assert slots.shape[1] % 2 == 0
+
+
+@pytest.mark.parametrize("shards", [1, 8])
+@pytest.mark.parametrize("most", [1024, 2048])
+def test_at_least_88_percent_of_the_computed_tokens_are_useful(shards, most):
+    """Log-normal lengths, sigma 0.8, mean 300; 8 examples on each device."""
+    random = np.random.default_rng(0)
+    mean = np.log(300) - 0.8**2 / 2
+    lengths = np.exp(random.normal(mean, 0.8, (20_000, 1))).astype(np.int64)
+    lengths = np.clip(lengths, 2, most)
+    order = RowOrder(len(lengths), BatchShape(8 * shards))
+    packing = choose(lengths, order, shards, varies_rows=False)
+    useful = computed = 0
+    for drawn in order.sample()[: order.steps_per_epoch]:
+        slots, length = packing.place(drawn, lengths_of(lengths, drawn))
+        useful += lengths[drawn].sum()
+        computed += slots.shape[1] * length
+    assert useful / computed >= 0.88
+
+
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=12), st.integers(1, 4))
+def test_the_chosen_sizes_leave_the_least_padding(needed, limit):
+    found = _least_padding(np.asarray(needed), limit)
+
+    def excess(sizes):
+        if max(needed) > max(sizes):
+            return np.inf
+        return sum(min(s for s in sizes if s >= n) - n for n in needed)
+
+    every = itertools.chain.from_iterable(
+        itertools.combinations(sorted(set(needed)), k) for k in range(1, limit + 1)
+    )
+    assert len(found) <= limit
+    assert excess(found) == min(map(excess, every))
