@@ -15,7 +15,7 @@ PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "jaxtrain"
 # Lines of all modules, kernels included.
 # 25,200 after the redesign; the commands, their checks and their report came on top,
 # and then what published models bring along.
-PACKAGE_BUDGET = 32_700
+PACKAGE_BUDGET = 38_000
 # The concerns that one reads to follow a DPO-LoRA run: losses and their options, step,
 # state, adapters, the loop, and what builds them. 4,300 lines are the aim.
 CORE = (
