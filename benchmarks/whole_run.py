@@ -1,0 +1,219 @@
+"""Whole runs as a user starts them, ours and TRL's, on the same files.
+
+    python benchmarks/whole_run.py make DIR [--shape=0.5b] [--rows=4000]
+    python benchmarks/whole_run.py ours DIR --task=dpo [--flag=data.packing=false ...]
+    python benchmarks/whole_run.py trl DIR --task=dpo
+
+`make` writes a model of random weights, a tokenizer of words, and rows whose lengths
+are log-normal (sigma 0.8, mean 300 tokens; a pair's two completions share a third of
+that as their prompt), cut at 1024. Both sides take one epoch, 8 examples a step, in
+bfloat16 with float32 master weights, and TRL with Liger's kernels. The rate is that of
+the steps behind the first tenth, by the clock, reading data and logging included.
+"""
+
+import argparse
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from typing import Any
+
+import numpy as np
+from step_cases import SHAPES
+
+ROWS_A_STEP = 8
+LONGEST = 1024
+EOS = "</s>"
+_FLAGS = (
+    "training.logging_steps=10",
+    "training.bf16=true",
+    "training.eval_steps=0",
+    "training.save_steps=0",
+    "training.save_final_model=false",
+)
+
+
+def make(folder: pathlib.Path, shape: str, rows: int) -> None:
+    """Write `model`, `tokenizer`, `sft.jsonl` and `dpo.jsonl` into a folder."""
+    import tokenizers
+    import torch
+    import transformers
+
+    sizes = SHAPES[shape]
+    config = transformers.Qwen2Config(
+        **sizes,
+        max_position_embeddings=32768,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        tie_word_embeddings=True,
+        eos_token_id=sizes["vocab_size"] - 1,
+    )
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(folder / "model")
+    words = {f"w{i}": i for i in range(sizes["vocab_size"] - 1)}
+    words[EOS] = sizes["vocab_size"] - 1
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token=EOS))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, eos_token=EOS, pad_token=EOS
+    ).save_pretrained(
+        folder / "tokenizer"
+    )  # beside a qwen2 it would be read as its own
+
+    random = np.random.default_rng(0)
+    mean = math.log(300) - 0.8**2 / 2
+
+    def draw_lengths() -> np.ndarray:
+        drawn = np.exp(random.normal(mean, 0.8, rows)).astype(int)
+        return np.clip(drawn, 12, LONGEST - 1)
+
+    def text(length: int) -> str:
+        drawn = random.integers(0, sizes["vocab_size"] - 1, length)
+        return "".join(f" w{token}" for token in drawn)
+
+    with (folder / "sft.jsonl").open("w") as file:
+        for length in draw_lengths():
+            row = {
+                "prompt": text(length // 3),
+                "completion": text(length - length // 3),
+            }
+            print(json.dumps(row), file=file)
+    with (folder / "dpo.jsonl").open("w") as file:
+        for chosen, rejected in zip(draw_lengths(), draw_lengths(), strict=True):
+            prompt = min(chosen, rejected) // 3
+            sides = {"chosen": chosen, "rejected": rejected}
+            row = {"prompt": text(prompt)} | {
+                side: text(length - prompt) for side, length in sides.items()
+            }
+            print(json.dumps(row), file=file)
+
+
+def run_ours(folder: pathlib.Path, task: str, flags: list[str]) -> dict[str, Any]:
+    """Our command line on these files."""
+    workdir = folder / f"out-{time.time():.0f}"
+    given = {flag.partition("=")[0] for flag in flags}
+    ours = [f for f in _FLAGS if f.partition("=")[0] not in given]
+    started = time.time()
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "jaxtrain", "train", task),
+            f"--workdir={workdir}",
+            f"--model.name_or_path={folder / 'model'}",
+            f"--model.tokenizer_name_or_path={folder / 'tokenizer'}",
+            f"--data.train={folder / f'{task}.jsonl'}",
+            f"--data.max_length={LONGEST}",
+            f"--training.per_device_train_batch_size={ROWS_A_STEP}",
+            *(f"--{flag}" for flag in (*ours, *flags)),
+        ],
+        check=True,
+    )
+    with (workdir / "metrics.jsonl").open() as file:
+        records = [json.loads(line) for line in file]
+    records = [record for record in records if "loss" in record]
+    behind = records[len(records) // 10 :]
+    steps = behind[-1]["step"] - behind[0]["step"]
+    seconds = behind[-1]["time"] - behind[0]["time"]
+
+    def mean(name: str) -> float:
+        return float(np.mean([r[name] for r in behind if name in r]))
+
+    return {
+        "steps": records[-1]["step"],
+        "start_to_first_record_secs": records[0]["time"] - started,
+        "examples_per_sec": ROWS_A_STEP * steps / seconds,
+        "tokens_per_sec": float(
+            np.mean([r["tokens_per_sec"] for r in behind if "tokens_per_sec" in r])
+        ),
+        "useful_token_share": mean("useful_token_share"),
+        "loss": records[-1]["loss"],
+    }
+
+
+def run_trl(folder: pathlib.Path, task: str, max_steps: int) -> dict[str, Any]:
+    """TRL's trainer on these files, with its defaults."""
+    started = time.time()
+    import datasets
+    import torch
+    import transformers
+    import trl
+
+    ends: list[float] = []
+
+    class Clock(transformers.TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            torch.cuda.synchronize()
+            ends.append(time.time())
+
+    settings: dict[str, Any] = {
+        "output_dir": str(folder / "trl"),
+        "num_train_epochs": 1,
+        "max_steps": max_steps,
+        "per_device_train_batch_size": ROWS_A_STEP,
+        "max_length": LONGEST,
+        "bf16": True,
+        "gradient_checkpointing": False,
+        "use_liger_kernel": True,
+        "optim": "adamw_torch_fused",
+        "logging_steps": 10,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    kind = {"sft": "SFT", "dpo": "DPO"}[task]
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    models = {"model": load(folder / "model", dtype=torch.float32)}
+    if task == "dpo":
+        models["ref_model"] = load(folder / "model", dtype=torch.float32)
+    trainer = getattr(trl, f"{kind}Trainer")(
+        **models,
+        args=getattr(trl, f"{kind}Config")(**settings),
+        train_dataset=datasets.load_dataset(
+            "json", data_files=str(folder / f"{task}.jsonl"), split="train"
+        ),
+        processing_class=transformers.AutoTokenizer.from_pretrained(
+            folder / "tokenizer"
+        ),
+        callbacks=[Clock()],
+    )
+    trainer.train()
+    behind = ends[len(ends) // 10 :]
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {
+        "steps": len(ends),
+        "start_to_first_step_secs": ends[0] - started,
+        "examples_per_sec": ROWS_A_STEP * (len(behind) - 1) / (behind[-1] - behind[0]),
+        "loss": losses[-1],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("side", choices=["make", "ours", "trl"])
+    parser.add_argument("folder", type=pathlib.Path)
+    parser.add_argument("--shape", default="0.5b", choices=sorted(SHAPES))
+    parser.add_argument("--rows", type=int, default=4000)
+    parser.add_argument("--task", choices=["sft", "dpo"], default="dpo")
+    parser.add_argument("--max_steps", type=int, default=-1)
+    parser.add_argument("--flag", action="append", default=[], help="a key of ours")
+    options = parser.parse_args()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if options.side == "make":
+        make(options.folder, options.shape, options.rows)
+        return
+    if options.side == "ours":
+        length = "training.num_train_epochs=1"
+        if options.max_steps > 0:
+            length = f"training.max_steps={options.max_steps}"
+        found = run_ours(options.folder, options.task, [length, *options.flag])
+    else:
+        found = run_trl(options.folder, options.task, options.max_steps)
+    print(json.dumps({"side": options.side, "task": options.task, **found}))
+
+
+if __name__ == "__main__":
+    main()
