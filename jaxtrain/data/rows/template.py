@@ -5,23 +5,45 @@ Otherwise the spans are found by rendering the conversation's beginnings: the te
 turn starts where the generation prompt ends and stops where the next turn begins.
 """
 
+import dataclasses
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jinja2
 import numpy as np
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from jaxtrain.data.rows.formats import BadRow
 
 Messages = Sequence[Mapping[str, Any]]
 Render = Callable[..., str]
+Span = tuple[int, int]  # of characters: the first, and the one after the last
 
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Stands in for an assistant's text; no template alters plain letters.
 _STAND_IN = "jaxtrainstandin"
+
+
+@dataclasses.dataclass(frozen=True)
+class AssistantMarks:
+    """Which of the assistant's text is trained.
+
+    Attributes:
+        turns: train on all of the assistant's turns, or on the last alone.
+        thinking: train on the `<think>` blocks too.
+        preserve_thinking: render every turn as the template renders it in last place,
+            so that earlier turns keep their thoughts.
+    """
+
+    turns: Literal["all", "last"] = "all"
+    thinking: bool = True
+    preserve_thinking: bool = False
+
+
+ALL_TURNS = AssistantMarks()
 
 
 def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -71,34 +93,62 @@ def encode_with_assistant_mask(
     tokenizer: PreTrainedTokenizerBase,
     messages: Messages,
     template_kwargs: Mapping[str, Any],
+    marks: AssistantMarks = ALL_TURNS,
 ) -> tuple[list[int], np.ndarray]:
     """Token ids of a conversation, and a bool mask of those the assistant wrote.
 
     Raises:
         BadRow: no token is the assistant's, or the spans cannot be told.
     """
+    text, spans = render_with_spans(tokenizer, messages, template_kwargs, marks)
+    encoded = tokenizer(
+        text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+    )
+    return encoded["input_ids"], mask_assistant(encoded["offset_mapping"], spans)
+
+
+def render_with_spans(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    template_kwargs: Mapping[str, Any],
+    marks: AssistantMarks = ALL_TURNS,
+) -> tuple[str, list[Span]]:
+    """The conversation as text, and the spans of characters that are trained.
+
+    Raises:
+        BadRow: the template refuses the conversation, or the spans cannot be told.
+    """
     template = template_kwargs.get("chat_template") or tokenizer.get_chat_template(
         None, template_kwargs.get("tools")
     )
     if _GENERATION_TAG.search(template):
-        options = dict.fromkeys(
-            ("tokenize", "return_dict", "return_assistant_tokens_mask"), True
-        )
-        encoded = _apply_template(tokenizer, messages, template_kwargs, options)
-        ids, mask = encoded["input_ids"], np.asarray(encoded["assistant_masks"], bool)
-    else:
-        ids, mask = _encode_unmarked(tokenizer, messages, template_kwargs)
+        return _render_marked(tokenizer, messages, template, template_kwargs)
+    render = functools.partial(render_chat, tokenizer, template_kwargs=template_kwargs)
+    eos = tokenizer.eos_token
+    spans = find_assistant_spans(
+        render, messages, closing=eos if isinstance(eos, str) else ""
+    )
+    return render(messages), spans
+
+
+def mask_assistant(offsets: Sequence[Span], spans: Sequence[Span]) -> np.ndarray:
+    """bool[tokens]: which tokens of a rendered conversation are trained.
+
+    Raises:
+        BadRow: none of them is.
+    """
+    mask = mask_tokens(offsets, spans)
     if not mask.any():
         raise BadRow(
             "no token is the assistant's: the conversation has no assistant turn, or "
             "the chat template's {% generation %} marks nothing"
         )
-    return ids, mask
+    return mask
 
 
 def find_assistant_spans(
     render: Render, messages: Messages, *, closing: str = ""
-) -> list[tuple[int, int]]:
+) -> list[Span]:
     """Character spans of the assistant's turns, terminators included.
 
     `render(messages, add_generation_prompt=False)` gives text. A turn starts after the
@@ -158,23 +208,23 @@ def _apply_template(
         raise BadRow(f"the chat template refuses the conversation: {error}") from error
 
 
-def _encode_unmarked(
+def _render_marked(
     tokenizer: PreTrainedTokenizerBase,
     messages: Messages,
+    template: str,
     template_kwargs: Mapping[str, Any],
-) -> tuple[list[int], np.ndarray]:
-    render = functools.partial(render_chat, tokenizer, template_kwargs=template_kwargs)
-    eos = tokenizer.eos_token
-    spans = find_assistant_spans(
-        render, messages, closing=eos if isinstance(eos, str) else ""
-    )
-    encoded = tokenizer(
-        render(messages),
-        add_special_tokens=False,
-        return_offsets_mapping=True,
-        verbose=False,
-    )
-    return encoded["input_ids"], mask_tokens(encoded["offset_mapping"], spans)
+) -> tuple[str, list[Span]]:
+    own = [dict(message) for message in messages]
+    options = {**tokenizer.special_tokens_map, **template_kwargs}
+    options["chat_template"] = template
+    try:
+        rendered: Any = render_jinja_template(
+            [own], return_assistant_tokens_mask=True, **options
+        )
+    except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
+        raise BadRow(f"the chat template refuses the conversation: {error}") from error
+    (text,), (spans,) = rendered
+    return text, spans
 
 
 def _turn_end(
