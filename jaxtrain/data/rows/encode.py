@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import transformers
 from transformers import PreTrainedTokenizerBase
 
 
@@ -99,6 +100,8 @@ def _cuts_of(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     """
     if not tokenizer.is_fast or getattr(tokenizer, "split_special_tokens", False):
         return ()
+    if any(_overrides(tokenizer, method) for method in ("__call__", "_encode_plus")):
+        return ()  # it may look at the whole text first
     added = list(tokenizer.added_tokens_decoder.values())
     if any(token.single_word for token in added):
         return ()
@@ -110,6 +113,11 @@ def _cuts_of(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
         and token.content.strip() == token.content
         and not any(_reaches_over(other, token.content) for other in added)
     )
+
+
+def _overrides(tokenizer: PreTrainedTokenizerBase, method: str) -> bool:
+    ours, plain = type(tokenizer), transformers.PreTrainedTokenizerFast
+    return getattr(ours, method, None) is not getattr(plain, method, None)
 
 
 def _reaches_over(other: Any, content: str) -> bool:
