@@ -258,7 +258,7 @@ AWKWARD = {
 }
 PIECES = [
     "<|im_start|>", "<|im_end|>", "<|im_", "assistant", "a", "x", "\n", " ", "  ",
-    "sky", "the sky", " blue", "beginning", "é😀",
+    "sky", "the sky", " blue", "beginning", "é😀", " <|im_start|>assistant",
 ]  # fmt: skip
 texts = st.lists(st.sampled_from(PIECES), max_size=12).map("".join)
 
