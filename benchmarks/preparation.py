@@ -17,6 +17,7 @@ child processes.
 """
 
 import argparse
+import copy
 import importlib.metadata
 import json
 import os
@@ -123,7 +124,7 @@ def run_trl(options: argparse.Namespace) -> dict[str, Any]:
     trainer: Any
     if options.case == "dpo":
         trainer = trl.DPOTrainer(
-            model, args=trl.DPOConfig(**given), train_dataset=rows,
+            model, copy.deepcopy(model), args=trl.DPOConfig(**given), train_dataset=rows,
             processing_class=tokenizer,
         )  # fmt: skip
     else:
