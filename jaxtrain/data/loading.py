@@ -23,6 +23,7 @@ from jaxtrain.data.batches.mixture import (
 from jaxtrain.data.prepare.cache import prepare_cached
 from jaxtrain.data.prepare.options import PrepareOptions
 from jaxtrain.data.prepare.prepare import Rows, prepare
+from jaxtrain.data.rows.columns import make_column_map
 from jaxtrain.data.rows.folders import looks_local
 from jaxtrain.data.rows.formats import detect_format
 from jaxtrain.data.rows.source import load_rows
@@ -203,6 +204,7 @@ def prepare_options(run: RunConfig) -> PrepareOptions:
         on_bad_row=run.data.on_bad_row,
         kind=run.data.format,
         text_column=run.data.text_column,
+        column_map=make_column_map(run.data.column_map),
         difficulty_column=run.curriculum.column if by_column else None,
         share_prompts=run.data.share_prompts,
     )

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from jaxtrain.data.batches.dataset import DataStats, PreparedDataset, TokenStore
 from jaxtrain.data.prepare.kinds import KINDS, Recipe, Row, Sides
 from jaxtrain.data.prepare.options import PrepareOptions
+from jaxtrain.data.rows.files import drop_filled
 from jaxtrain.data.rows.formats import (
     BadRow,
     RowFormat,
@@ -23,7 +24,7 @@ from jaxtrain.data.rows.formats import (
     detect_for,
     read_row,
 )
-from jaxtrain.data.rows.places import HeldRows, name_rows
+from jaxtrain.data.rows.places import name_rows
 from jaxtrain.data.rows.tokenize import check_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ def prepare(
             first numbers and reasons); nothing left to train on.
     """
     check_tokenizer(tokenizer)
-    if not isinstance(rows, datasets.Dataset | HeldRows):
+    if not isinstance(rows, datasets.Dataset | Sequence):
         rows = list(rows)
     row_format = detect_row_format(rows, options)
     logger.info("detected %s", row_format.describe())
@@ -94,7 +95,11 @@ def detect_row_format(rows: Rows, options: PrepareOptions) -> RowFormat:
         ValueError: the rows are of no known format, or the objective needs another.
     """
     return detect_for(
-        options.objective, rows, kind=options.kind, text_column=options.text_column
+        options.objective,
+        rows,
+        kind=options.kind,
+        text_column=options.text_column,
+        column_map=options.column_map,
     )
 
 
@@ -126,7 +131,9 @@ def tokenize(rows: Rows, recipe: Recipe, problems: RowProblems) -> Tokenized:
                 sides[side].append(example)
             for name, key in names:
                 values[name].append(float(document.row[key]))
-    stats = DataStats(len(rows), problems.count, dropped, truncated)
+    stats = DataStats(
+        len(rows), problems.count, dropped, truncated, equal_pairs=problems.equal_count
+    )
     return Tokenized(sides, values, stats)
 
 
@@ -173,6 +180,7 @@ def _read_rows(
         except BadRow as bad:
             problems.add(number, str(bad))
         else:
+            problems.note_equal(number, read)
             yield number, read
 
 
@@ -183,7 +191,7 @@ def _raw_rows(rows: Rows, batch_size: int) -> Iterator[Mapping[str, Any]]:
         return
     for columns in rows.iter(batch_size):
         for values in zip(*columns.values(), strict=True):
-            yield dict(zip(columns, values, strict=True))
+            yield drop_filled(dict(zip(columns, values, strict=True)))
 
 
 def _read_number(row: Mapping[str, Any], column: str) -> float:

@@ -9,6 +9,7 @@ completion.
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import logging
@@ -27,6 +28,7 @@ from jaxtrain.data.rows.template import (
     render_chat,
     require_chat_template,
 )
+from jaxtrain.data.rows.tokenized import read_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -186,6 +188,13 @@ def tokenize_examples(
     given, a token must be in both.
     """
     _check_loss_options(row_format, completion_only_loss, assistant_only_loss)
+    if row_format.kind == "tokenized":
+        read = functools.partial(
+            read_tokens,
+            completion_only=completion_only_loss is not False,
+            highest_id=highest_id(tokenizer),
+        )
+        return each_row(rows, lambda row: Example(*read(row)), on_bad)
     encoder = _Encoder(tokenizer, row_format.conversational, on_bad)
     has_prompt = row_format.kind == "prompt_completion"
     columns = ("prompt", "completion") if has_prompt else (row_format.kind,)
@@ -271,6 +280,9 @@ def common_prefix_length(
 def _check_loss_options(
     row_format: RowFormat, completion_only: bool | None, assistant_only: bool
 ) -> None:
+    has = row_format.columns if row_format.kind == "tokenized" else ()
+    assistant_only &= "assistant_masks" not in has
+    completion_only = completion_only and "completion_mask" not in has
     if assistant_only and not row_format.conversational:
         raise ValueError(
             "assistant_only_loss=True needs conversations, but the rows are "
@@ -349,14 +361,20 @@ class _Encoder:
     def _each(
         self, rows: Sequence[Row | None], function: Callable[[Row], Any]
     ) -> list[Any]:
-        """`function` of each row; None where there is none or it raises BadRow."""
-        found: list[Any] = [None] * len(rows)
-        for index, row in enumerate(rows):
-            try:
-                found[index] = row if row is None else function(row)
-            except BadRow as bad:
-                self.on_bad(index, str(bad))
-        return found
+        return each_row(rows, function, self.on_bad)
+
+
+def each_row(
+    rows: Sequence[Row | None], function: Callable[[Row], Any], on_bad: OnBad
+) -> list[Any]:
+    """`function` of each row; None where there is none or it raises BadRow."""
+    found: list[Any] = [None] * len(rows)
+    for index, row in enumerate(rows):
+        try:
+            found[index] = row if row is None else function(row)
+        except BadRow as bad:
+            on_bad(index, str(bad))
+    return found
 
 
 def _where(values: Sequence[Any], others: Sequence[Any]) -> list[Any]:
