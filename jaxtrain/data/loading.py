@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import logging
 import os
 import pathlib
@@ -157,10 +158,16 @@ def take_kind_of(rows: Rows, config: ConfigDict) -> None:
     Raises:
         ValueError: the rows are of no known kind.
     """
-    kind = detect_format(rows).kind
-    if kind == "preference":
+    row_format = detect_format(
+        rows,
+        text_column=config.data.text_column,
+        column_map=make_column_map(config.data.column_map),
+    )
+    columns = {name for row in itertools.islice(rows, 100) for name in row}
+    columns.update(name for name, _ in row_format.column_map)
+    if row_format.kind == "preference":
         config.training.training_type = "dpo"
-    elif kind == "prompt_completion" and "label" in rows[0]:
+    elif row_format.kind == "prompt_completion" and "label" in columns:
         config.training.training_type = "dpo"
         config.training.objective = "kto"
 

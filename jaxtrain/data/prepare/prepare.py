@@ -78,14 +78,29 @@ def prepare(
     prepared = lay_out(tokenized, recipe)
     problems.report(len(rows))
     if prepared is None:
-        raise ValueError(
-            f"nothing to train on: of {len(rows)} rows {problems.count} are bad and "
-            f"{tokenized.stats.dropped} have no trained token within "
-            f"max_length={options.max_length}; raise max_length, or set "
-            "max_prompt_length"
-        )
+        raise _nothing_left(tokenized.stats, options)
     logger.debug("%s", prepared.stats.describe())
     return prepared
+
+
+def _nothing_left(stats: DataStats, options: PrepareOptions) -> ValueError:
+    """The error of rows of which none can be trained on, with what would help."""
+    reasons, fixes = [], []
+    if stats.bad_rows:
+        reasons.append(f"{stats.bad_rows} are bad")
+        fixes.append("mend the bad rows")
+    if stats.dropped:
+        reasons.append(
+            f"{stats.dropped} have no trained token within "
+            f"max_length={options.max_length}"
+        )
+        fixes.append("raise max_length, or set max_prompt_length")
+    if not reasons:
+        return ValueError("nothing to train on: there are no rows")
+    return ValueError(
+        f"nothing to train on: of {stats.rows} rows {' and '.join(reasons)}; "
+        + ", or ".join(fixes)
+    )
 
 
 def detect_row_format(rows: Rows, options: PrepareOptions) -> RowFormat:
