@@ -124,7 +124,8 @@ def run_trl(options: argparse.Namespace) -> dict[str, Any]:
     trainer: Any
     if options.case == "dpo":
         trainer = trl.DPOTrainer(
-            model, copy.deepcopy(model), args=trl.DPOConfig(**given), train_dataset=rows,
+            model, copy.deepcopy(model), args=trl.DPOConfig(**given),
+            train_dataset=rows,
             processing_class=tokenizer,
         )  # fmt: skip
     else:

@@ -396,6 +396,18 @@ def test_a_folder_that_cannot_be_written_to_is_refused(
         preflight.check_workdir(tmp_path / "runs" / "x")
 
 
+@pytest.mark.parametrize("name", ["run[1]", "a*", "b?/x", "a\\b"])
+def test_a_workdir_that_orbax_reads_as_a_pattern_is_refused(
+    name: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for workdir in (tmp_path / name, name):
+        with pytest.raises(ValueError, match=r"reads as a pattern.*give a workdir"):
+            preflight.check_workdir(workdir)
+    for workdir in ("run 1", "rün-1_{a}", "~a#b%20c'd"):
+        preflight.check_workdir(workdir)
+
+
 @pytest.mark.parametrize(
     "login",
     [{"WANDB_API_KEY": "k"}, {"WANDB_MODE": "offline"}, {"NETRC": "netrc"},

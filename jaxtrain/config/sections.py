@@ -216,6 +216,9 @@ class DataSection:
     label, for KTO."""
     text_column: Annotated[str, OnlyIf("data.format", ("auto", "text"))] = "text"
     """The column of format text."""
+    column_map: dict[str, Any] | None = None
+    """Columns of other names: {prompt: "Question Text", completion: Answer}, our name
+    first. Holds for every data set of the run, and for evaluation rows."""
     max_length: Annotated[int, Bound(2), TOKENS] = DERIVED
     """Length of a row, prompt and completion together. Unset: 1024, or the end of an
     enabled curriculum; under dpo, training.dpo.max_length."""

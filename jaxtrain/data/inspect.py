@@ -2,6 +2,7 @@
 
     jaxtrain inspect sft
     jaxtrain inspect train.jsonl --tokenizer=Qwen/Qwen2.5-0.5B
+    jaxtrain inspect train.csv --data.column_map="{prompt: Question, completion: A}"
 
 It prints the format, the rows that cannot be used with their lines and reasons, the
 lengths, and some rows as the model sees them, the trained tokens between ⟦ and ⟧ (in
@@ -11,6 +12,7 @@ green on a terminal). It exits with 1 if any row is bad.
 import argparse
 import dataclasses
 import functools
+import hashlib
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,8 +23,9 @@ import numpy as np
 
 from jaxtrain.cli.command import ConfigParser
 from jaxtrain.cli.ending import run_command
-from jaxtrain.config import RunConfig, default_config, resolve
+from jaxtrain.config import RunConfig, default_config
 from jaxtrain.config.files import shipped_configs
+from jaxtrain.config.flags import Flag, resolve_flags, split_flags
 from jaxtrain.data.batches.dataset import TokenStore
 from jaxtrain.data.batches.mixture import Mixture
 from jaxtrain.data.loading import (
@@ -32,7 +35,7 @@ from jaxtrain.data.loading import (
     take_kind_of,
 )
 from jaxtrain.data.prepare.prepare import Rows, detect_row_format, prepare
-from jaxtrain.data.rows.formats import RowProblems
+from jaxtrain.data.rows.formats import RowProblems, UnreadableRow
 from jaxtrain.data.rows.places import name_rows
 from jaxtrain.data.rows.tokenize import PreTrainedTokenizerBase
 from jaxtrain.data.stream.batches import StreamRows
@@ -61,20 +64,20 @@ def report(
     """
     options = dataclasses.replace(prepare_options(run), on_bad_row="skip")
     row_format = detect_row_format(rows, options)
-    problems = RowProblems(
-        "skip", shown=max(shown, 10), name_rows=functools.partial(name_rows, rows)
-    )
-    prepared = prepare(rows, tokenizer, options, problems)
+    problems = _Problems(rows, max(shown, 10))
+    lines = [f"format: {row_format.describe()}"]
+    try:
+        prepared = prepare(rows, tokenizer, options, problems)
+    except ValueError as error:
+        if not problems.count:
+            raise
+        return [*lines, *problems.describe(), "", str(error)], problems.count
+    lines += problems.describe()
     # Whole documents, a row each: their true lengths, and what is rendered.
     uncut = dataclasses.replace(
         options, max_length=None, max_prompt_length=None, packing=None
     )
-    whole = prepare(rows, tokenizer, uncut)
-    lines = [f"format: {row_format.describe()}"]
-    lines += [f"validation: {problems.count} of {len(rows)} rows cannot be used"]
-    lines += [f"  {line}" for line in problems.listed()]
-    if problems.count > len(problems.first):
-        lines += [f"  and {problems.count - len(problems.first)} more"]
+    whole = prepare(rows, tokenizer, uncut, _Problems(rows, 0))
     duplicates = count_duplicates(rows)
     lines += [f"duplicates: {duplicates} rows are copies of an earlier one", ""]
     lines += [f"as trained: {prepared.stats.describe()}"]
@@ -87,6 +90,30 @@ def report(
             text = render(store, number, tokenizer, color=color)
             lines += [f"{name}: {text}" if name else text]
     return lines, problems.count
+
+
+class _Problems(RowProblems):
+    """Bad rows that are listed in the report, and not logged."""
+
+    def __init__(self, rows: Rows, shown: int) -> None:
+        name = functools.partial(name_rows, rows)
+        super().__init__("skip", shown=shown, name_rows=name)
+        self._total = len(rows)
+
+    def report(self, total: int) -> None:
+        """Say nothing; `describe` does."""
+
+    def describe(self) -> Iterator[str]:
+        """The lines of the report."""
+        yield f"validation: {self.count} of {self._total} rows cannot be used"
+        yield from (f"  {line}" for line in self.listed())
+        if self.count > len(self.first):
+            yield f"  and {self.count - len(self.first)} more"
+        if self.equal_count:
+            places = ", ".join(self.names(self.equal))
+            more = ", ..." if self.equal_count > len(self.equal) else ""
+            yield f"equal: {self.equal_count} pairs have a chosen that equals rejected"
+            yield f"  {places}{more}"
 
 
 def render(
@@ -109,9 +136,16 @@ def render(
 
 
 def count_duplicates(rows: Rows) -> int:
-    """Rows whose every column equals that of an earlier row."""
-    different = {json.dumps(row, sort_keys=True, default=repr) for row in rows}
-    return len(rows) - len(different)
+    """Rows whose every column equals that of an earlier row; bad lines are none."""
+    seen, count = set(), 0
+    for row in rows:
+        if isinstance(row, UnreadableRow):
+            continue
+        text = json.dumps(row, sort_keys=True, default=repr)
+        digest = hashlib.blake2b(text.encode(errors="replace"), digest_size=16).digest()
+        count += digest in seen
+        seen.add(digest)
+    return count
 
 
 def _lengths(lengths: np.ndarray, max_length: int) -> Iterator[str]:
@@ -129,15 +163,15 @@ def _lengths(lengths: np.ndarray, max_length: int) -> Iterator[str]:
         yield f"  {index * width + 1:>7}-{(index + 1) * width:<7} {count:>8} {bar}"
 
 
-def _run_of_file(path: str, max_length: int | None) -> RunConfig:
+def _run_of_file(path: str, max_length: int | None, flags: Sequence[Flag]) -> RunConfig:
     """The configuration that trains on a file, of the kind that its rows are."""
     config = default_config()
     config.data.train = path
     if max_length:
         config.data.max_length = max_length
-    run = resolve(config)
+    config, run = resolve_flags(config, flags)
     take_kind_of(next(iter(_parts(run, load_training_rows(run)).values())), config)
-    return resolve(config)
+    return resolve_flags(config, flags)[1]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -184,14 +218,15 @@ def _read_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, RunConf
     if path is None:
         options, _, run = parser.read(arguments)
     else:
-        options = parser.parse(arguments)
-        run = _run_of_file(path, options.max_length)
+        flags, rest = split_flags(arguments)
+        options = parser.parse(rest)
+        run = _run_of_file(path, options.max_length, flags)
     return options, run
 
 
 def _data_path(parser: ConfigParser, arguments: Sequence[str]) -> str | None:
     """The argument that is a path of data and not a configuration, if there is one."""
-    options, _ = parser.parse_known_args(arguments)
+    options, _ = parser.parse_known_args(split_flags(arguments)[1])
     named = options.config
     is_config = named is None or named in shipped_configs()
     is_config |= str(named).partition(":")[0].endswith((".py", ".yaml", ".yml"))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import logging
 import os
 import pathlib
@@ -24,6 +25,7 @@ from jaxtrain.data.prepare.cache import prepare_cached
 from jaxtrain.data.prepare.options import PrepareOptions
 from jaxtrain.data.prepare.prepare import Rows, prepare
 from jaxtrain.data.prepare.workers import Resources, usable_cores
+from jaxtrain.data.rows.columns import make_column_map
 from jaxtrain.data.rows.folders import looks_local
 from jaxtrain.data.rows.formats import detect_format
 from jaxtrain.data.rows.source import load_rows
@@ -157,10 +159,16 @@ def take_kind_of(rows: Rows, config: ConfigDict) -> None:
     Raises:
         ValueError: the rows are of no known kind.
     """
-    kind = detect_format(rows).kind
-    if kind == "preference":
+    row_format = detect_format(
+        rows,
+        text_column=config.data.text_column,
+        column_map=make_column_map(config.data.column_map),
+    )
+    columns = {name for row in itertools.islice(rows, 100) for name in row}
+    columns.update(name for name, _ in row_format.column_map)
+    if row_format.kind == "preference":
         config.training.training_type = "dpo"
-    elif kind == "prompt_completion" and "label" in rows[0]:
+    elif row_format.kind == "prompt_completion" and "label" in columns:
         config.training.training_type = "dpo"
         config.training.objective = "kto"
 
@@ -206,6 +214,7 @@ def prepare_options(run: RunConfig) -> PrepareOptions:
         on_bad_row=run.data.on_bad_row,
         kind=run.data.format,
         text_column=run.data.text_column,
+        column_map=make_column_map(run.data.column_map),
         difficulty_column=run.curriculum.column if by_column else None,
         share_prompts=run.data.share_prompts,
     )

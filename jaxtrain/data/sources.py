@@ -5,6 +5,7 @@ import pathlib
 
 from jaxtrain.config import RunConfig
 from jaxtrain.data.batches.mixture import parse_mixture
+from jaxtrain.data.rows.columns import make_column_map
 from jaxtrain.data.rows.folders import first_rows, looks_local
 from jaxtrain.data.rows.formats import detect_for
 from jaxtrain.data.rows.jinja import read_template
@@ -24,6 +25,7 @@ def check_sources(run: RunConfig) -> None:
     data = run.data
     if data.chat_template is not None:
         read_template(data.chat_template)
+    column_map = make_column_map(data.column_map)
     parts = parse_mixture(data.train) or ((str(data.train), 1.0),)
     named = [("data.train", name, data.train_split) for name, _ in parts]
     evaluates = run.loop.eval_steps != 0 or run.loop.eval_on_start
@@ -41,6 +43,7 @@ def check_sources(run: RunConfig) -> None:
                     rows,
                     kind=data.format,
                     text_column=data.text_column,
+                    column_map=column_map,
                 )
         except (ValueError, OSError) as error:
             reason = getattr(error, "strerror", None) or error

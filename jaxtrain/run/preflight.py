@@ -30,6 +30,7 @@ _DECIDING = (
     "model.architecture.num_attention_heads",
     "model.architecture.num_key_value_heads",
 )
+_PATTERN = "*?[]\\"  # Orbax looks for the files of a checkpoint with glob
 _MODES_WITHOUT_LOGIN = ("offline", "disabled", "dryrun")
 
 
@@ -51,7 +52,8 @@ def check_workdir(workdir: str | os.PathLike[str]) -> None:
     """Refuse a work directory that cannot be made or written to.
 
     Raises:
-        ValueError: it, or a folder above it, is a file or cannot be written to.
+        ValueError: it, or a folder above it, is a file or cannot be written to, or
+            its name is a pattern.
     """
     if "://" in os.fspath(workdir):
         raise ValueError(
@@ -61,6 +63,12 @@ def check_workdir(workdir: str | os.PathLike[str]) -> None:
         )
     named = f"workdir = {os.fspath(workdir)!r}"
     absolute = pathlib.Path(workdir).absolute()
+    if marks := sorted(set(str(absolute)) & set(_PATTERN)):
+        raise ValueError(
+            f"{named}: {absolute} has {' '.join(marks)} in it, which the library that"
+            " writes checkpoints reads as a pattern, so none could be restored; give a"
+            f" workdir without any of {' '.join(_PATTERN)}"
+        )
     found = next(at for at in (absolute, *absolute.parents) if os.path.lexists(at))
     if not found.is_dir():
         raise ValueError(

@@ -1,10 +1,12 @@
 import gzip
 import json
+import pickle
 
 import datasets
 import pytest
 
 from jaxtrain.data.rows.formats import BadRow, detect_format, read_row
+from jaxtrain.data.rows.indexed import FileRows
 from jaxtrain.data.rows.places import name_rows
 from jaxtrain.data.rows.source import load_rows
 
@@ -37,23 +39,23 @@ def write(path, rows):
     "name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.parquet", "a.csv"]
 )
 def test_files_of_every_format_give_the_same_rows(name, load, tmp_path):
-    assert load(write(tmp_path / "data" / name, ROWS)).to_list() == ROWS
+    assert list(load(write(tmp_path / "data" / name, ROWS))) == ROWS
 
 
 def test_arrow_files_and_saved_data_sets_are_read(load, tmp_path):
     folder = tmp_path / "saved"
     datasets.Dataset.from_list(ROWS).save_to_disk(str(folder))
-    assert load(folder).to_list() == ROWS
+    assert list(load(folder)) == ROWS
     (arrow,) = folder.glob("*.arrow")
     arrow.rename(tmp_path / "a.arrow")
-    assert load(tmp_path / "a.arrow").to_list() == ROWS
+    assert list(load(tmp_path / "a.arrow")) == ROWS
 
 
 def test_saved_splits_are_chosen_by_name(load, tmp_path):
     rows = datasets.Dataset.from_list(ROWS)
     saved = datasets.DatasetDict({"train": rows, "test": rows.select([1])})
     saved.save_to_disk(str(tmp_path / "saved"))
-    assert load(tmp_path / "saved", split="eval").to_list() == ROWS[1:]
+    assert list(load(tmp_path / "saved", split="eval")) == ROWS[1:]
     with pytest.raises(ValueError, match=r"no split 'dpo'.*test.*train"):
         load(tmp_path / "saved", split="dpo")
 
@@ -62,17 +64,32 @@ def test_saved_splits_are_chosen_by_name(load, tmp_path):
 def test_plain_text_is_one_document_a_line_without_blank_ones(name, load, tmp_path):
     text = b"first line\n\n  \nsecond line\n"
     (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith("gz") else text)
-    assert load(tmp_path / name)["text"][:] == ["first line", "second line"]
+    texts = [row["text"] for row in load(tmp_path / name)]
+    assert texts == ["first line", "second line"]
 
 
 def test_csv_text_stays_text(load, tmp_path):
     (tmp_path / "a.csv").write_text("prompt,completion\nNA,\n")
-    assert load(tmp_path / "a.csv").to_list() == [{"prompt": "NA", "completion": ""}]
+    assert list(load(tmp_path / "a.csv")) == [{"prompt": "NA", "completion": ""}]
 
 
-def test_rows_are_memory_mapped(load, tmp_path):
-    rows = load(write(tmp_path / "a.jsonl", ROWS))
-    assert rows.cache_files
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.csv", "a.parquet"])
+def test_rows_stay_in_their_files(name, load, tmp_path):
+    """Any slice of them, in any order, in a copy in another process too."""
+    rows = [{"prompt": f"p{i}", "completion": "é" * i} for i in range(50)]
+    whole = load(write(tmp_path / name, rows))
+    copied = pickle.loads(pickle.dumps(whole))
+    assert isinstance(whole, FileRows) and len(pickle.dumps(whole)) < 3000
+    for held in (whole, copied):
+        for start, stop in ((3, 9), (9, 20), (25, 30), (0, 2), (48, 99), (7, 7)):
+            assert held[start:stop] == rows[start:stop]
+        assert held[-1] == rows[-1] and held[::7] == rows[::7]
+        assert list(held) == rows == list(held)
+        with pytest.raises(IndexError):
+            held[50]
+    write(tmp_path / name, rows[:-1])
+    with pytest.raises(ValueError, match="changed while it was read"):
+        whole[0]
 
 
 @pytest.mark.parametrize(
@@ -88,8 +105,8 @@ def test_rows_are_memory_mapped(load, tmp_path):
 def test_a_folder_is_divided_by_split_names(train, held_out, load, tmp_path):
     write(tmp_path / "data" / train, ROWS[:1])
     write(tmp_path / "data" / held_out, ROWS[1:])
-    assert load(tmp_path / "data").to_list() == ROWS[:1]
-    assert load(tmp_path / "data", split="eval").to_list() == ROWS[1:]
+    assert list(load(tmp_path / "data")) == ROWS[:1]
+    assert list(load(tmp_path / "data", split="eval")) == ROWS[1:]
     with pytest.raises(ValueError, match="has no split 'dpo'"):
         load(tmp_path / "data", split="dpo")
 
@@ -98,12 +115,12 @@ def test_a_folder_without_split_names_is_taken_whole(load, tmp_path):
     write(tmp_path / "data" / "1.jsonl", ROWS[:1])
     write(tmp_path / "data" / "2.jsonl", ROWS[1:])
     for split in ("train", "eval"):
-        assert load(tmp_path / "data", split=split).to_list() == ROWS
+        assert list(load(tmp_path / "data", split=split)) == ROWS
 
 
 def test_rows_are_limited(load, tmp_path):
     path = write(tmp_path / "a.jsonl", ROWS * 2)
-    assert load(path, max_rows=3).to_list() == (ROWS * 2)[:3]
+    assert list(load(path, max_rows=3)) == (ROWS * 2)[:3]
 
 
 @pytest.mark.parametrize("name", ["./absent", "/tmp/absent/file", "absent.jsonl"])
@@ -131,8 +148,10 @@ def test_malformed_lines_are_rows_that_cannot_be_read(load, tmp_path):
     assert name_rows(held, [1]) == ["a.csv line 3"]
     assert held[1].reason == "has 3 cells, the header has 2"
     path.write_text("no\njson\n")
-    with pytest.raises(ValueError, match=r"cannot read .*a\.jsonl line 1: is not JSON"):
-        load(path)
+    with pytest.raises(
+        ValueError, match=r"none of the first 2 .*a\.jsonl line 1: is not JSON"
+    ):
+        detect_format(load(path))
 
 
 def test_rows_know_their_lines(load, tmp_path):
@@ -146,7 +165,7 @@ def test_rows_know_their_lines(load, tmp_path):
     names = ["1.jsonl line 2", "2.jsonl.gz line 1", "2.jsonl.gz line 3"]
     assert name_rows(rows, [1, 2, 3]) == names
     (tmp_path / "array.json").write_text(json.dumps(ROWS))
-    assert name_rows(load(tmp_path / "array.json"), [1]) == ["row 1"]
+    assert name_rows(load(tmp_path / "array.json"), [1]) == ["array.json row 2"]
     assert name_rows(ROWS, [1]) == ["row 1"]
 
 

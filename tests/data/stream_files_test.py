@@ -133,11 +133,8 @@ def test_csv_cells_are_text_but_for_the_verdict(tmp_path):
 
 
 def test_what_cannot_be_streamed_is_refused_with_the_way_out(tmp_path):
-    (tmp_path / "a.json").write_text('  [{"text": "a"}]')
-    with pytest.raises(ValueError, match=r"one JSON array.*jq -c"):
-        open_stream(str(tmp_path / "a.json"))
     (tmp_path / "a.parquet.gz").write_bytes(b"")
-    with pytest.raises(ValueError, match="gunzip"):
+    with pytest.raises(ValueError, match=r"cannot read .*a.parquet.gz"):
         open_stream(str(tmp_path / "a.parquet.gz"))
     (tmp_path / "a.parquet").write_bytes(b"no parquet")
     with pytest.raises(ValueError, match=r"cannot read .*a.parquet"):

@@ -39,6 +39,7 @@ class DataStats:
     documents: int = 0
     summed_lengths: int = 0
     max_length: int = 0
+    equal_pairs: int = 0
 
     def __add__(self, other: "DataStats") -> "DataStats":
         sums = {name: x + getattr(other, name) for name, x in vars(self).items()}
@@ -57,9 +58,10 @@ class DataStats:
 
     def describe(self) -> str:
         """One line for the log."""
+        equal = f", {self.equal_pairs} with chosen = rejected" * bool(self.equal_pairs)
         return (
             f"{self.rows} rows ({self.bad_rows} bad, {self.dropped} dropped, "
-            f"{self.truncated} truncated) -> {self.packed_rows} rows of "
+            f"{self.truncated} truncated{equal}) -> {self.packed_rows} rows of "
             f"{self.tokens} tokens, {self.trained_tokens} trained; length mean "
             f"{self.mean_length:.1f}, max {self.max_length}; "
             f"filled {self.packing_efficiency:.1%}"

@@ -34,6 +34,7 @@ from jaxtrain.data.batches.dataset import PreparedDataset
 from jaxtrain.data.prepare.options import PrepareOptions
 from jaxtrain.data.prepare.prepare import Rows, prepare
 from jaxtrain.data.prepare.workers import ALONE, Resources
+from jaxtrain.data.rows.indexed import FileRows
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +105,9 @@ def cache_key(
 
 def _blocks(rows: Rows) -> Iterator[bytes | memoryview]:
     """The rows' content in bytes."""
+    if isinstance(rows, FileRows):
+        yield from rows.contents()
+        return
     if not isinstance(rows, datasets.Dataset):
         for row in rows:
             yield json.dumps(row, sort_keys=True, default=repr).encode() + b"\n"

@@ -13,7 +13,8 @@ import numpy as np
 
 from jaxtrain.data.prepare.kinds import KINDS, Recipe, Row
 from jaxtrain.data.prepare.sequences import Sequences
-from jaxtrain.data.rows.formats import BadRow, read_row
+from jaxtrain.data.rows.files import drop_filled
+from jaxtrain.data.rows.formats import BadRow, is_equal, read_row
 from jaxtrain.data.rows.tokenize import Example
 
 DIFFICULTY = "difficulty"  # the name of a canonical row's number for a curriculum
@@ -25,12 +26,13 @@ class Chunk:
 
     `sides` has one sequence a document and side; `values` float64[documents] for each
     name in `value_names`. `problems` are the numbers of bad rows in the whole data set,
-    in order, with the reasons.
+    in order, with the reasons; `equal` those of pairs that prefer nothing.
     """
 
     sides: Mapping[str, Sequences]
     values: Mapping[str, np.ndarray]
     problems: tuple[tuple[int, str], ...]
+    equal: tuple[int, ...]
     dropped: int
     truncated: int
 
@@ -53,7 +55,7 @@ def take_rows(rows: Any, first: int, stop: int) -> list[Mapping[str, Any]]:
     if not isinstance(found, Mapping):
         return list(found)
     return [
-        dict(zip(found, values, strict=True))
+        drop_filled(dict(zip(found, values, strict=True)))
         for values in zip(*found.values(), strict=True)
     ]
 
@@ -90,6 +92,7 @@ def make_chunk(rows: Sequence[Mapping[str, Any]], first: int, recipe: Recipe) ->
         {side: Sequences.of(examples) for side, examples in sides.items()},
         {name: np.asarray(found, np.float64) for name, found in values.items()},
         tuple(sorted(problems, key=operator.itemgetter(0))),
+        tuple(n for n, row in zip(numbers, canonical, strict=True) if is_equal(row)),
         dropped,
         truncated,
     )

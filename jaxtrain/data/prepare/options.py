@@ -3,6 +3,7 @@
 import dataclasses
 
 from jaxtrain.data.batches import pack
+from jaxtrain.data.rows.columns import ColumnMap
 
 OBJECTIVES = ("next_token", "preference", "labeled")
 
@@ -23,6 +24,7 @@ class PrepareOptions:
         on_bad_row: "error" refuses the data set, "skip" leaves bad rows out.
         kind: read the rows as this format, see `detect_format`.
         text_column: the column of text rows.
+        column_map: names of columns that are read, and the file's.
         pad_to: "longest" row or "max_length"; T is that, rounded up.
         pad_to_multiple: T is a multiple of this.
         batch_size: rows that are tokenized at once.
@@ -53,6 +55,7 @@ class PrepareOptions:
     share_prompts: bool = False
     most_pairs: int = 0
     vocab_size: int | None = None
+    column_map: ColumnMap = ()
 
     def __post_init__(self) -> None:
         packing, max_length = self.packing, self.max_length

@@ -73,14 +73,29 @@ def prepare(
     prepared = lay_out(tokenized, recipe, resources.scratch)
     problems.report(len(rows))
     if prepared is None:
-        raise ValueError(
-            f"nothing to train on: of {len(rows)} rows {problems.count} are bad and "
-            f"{tokenized.stats.dropped} have no trained token within "
-            f"max_length={options.max_length}; raise max_length, or set "
-            "max_prompt_length"
-        )
+        raise _nothing_left(tokenized.stats, options)
     logger.debug("%s", prepared.stats.describe())
     return prepared
+
+
+def _nothing_left(stats: DataStats, options: PrepareOptions) -> ValueError:
+    """The error of rows of which none can be trained on, with what would help."""
+    reasons, fixes = [], []
+    if stats.bad_rows:
+        reasons.append(f"{stats.bad_rows} are bad")
+        fixes.append("mend the bad rows")
+    if stats.dropped:
+        reasons.append(
+            f"{stats.dropped} have no trained token within "
+            f"max_length={options.max_length}"
+        )
+        fixes.append("raise max_length, or set max_prompt_length")
+    if not reasons:
+        return ValueError("nothing to train on: there are no rows")
+    return ValueError(
+        f"nothing to train on: of {stats.rows} rows {' and '.join(reasons)}; "
+        + ", or ".join(fixes)
+    )
 
 
 def detect_row_format(rows: Rows, options: PrepareOptions) -> RowFormat:
@@ -90,7 +105,11 @@ def detect_row_format(rows: Rows, options: PrepareOptions) -> RowFormat:
         ValueError: the rows are of no known format, or the objective needs another.
     """
     return detect_for(
-        options.objective, rows, kind=options.kind, text_column=options.text_column
+        options.objective,
+        rows,
+        kind=options.kind,
+        text_column=options.text_column,
+        column_map=options.column_map,
     )
 
 
@@ -113,12 +132,20 @@ def tokenize(
             values[name].append(found)
         for number, reason in chunk.problems:
             problems.add(number, reason)
+        for number in chunk.equal:
+            problems.add_equal(number)
         dropped += chunk.dropped
         truncated += chunk.truncated
     return Tokenized(
         {side: writer.finish() for side, writer in sides.items()},
         {name: np.concatenate(found) for name, found in values.items() if found},
-        DataStats(len(rows), problems.count, dropped, truncated),
+        DataStats(
+            len(rows),
+            problems.count,
+            dropped,
+            truncated,
+            equal_pairs=problems.equal_count,
+        ),
     )
 
 

@@ -1,12 +1,19 @@
-"""Rows of one file after another, never all in memory, from any position onward.
+"""Rows of local data files, the one place where their formats are parsed.
 
-A unit is what is read by itself: a file, or a row group of a parquet file. A position
-in it is two integers, which a checkpoint keeps. Going back to one costs, by format:
+Rows in memory (`indexed.FileRows`) and streams (`stream.source`) both read through the
+units here, so a file means the same to both. A unit is what is read by itself: a file,
+or a row group of a parquet file. A position in it is two integers, which a checkpoint
+keeps. Going back to one costs, by format:
 
     jsonl, txt, csv     nothing: a byte offset
+    a JSON array        nothing: a byte offset
     the same as .gz     decompressing the file up to it, without parsing
     parquet             decoding one row group up to it
     arrow               nothing: a record batch, mapped into memory
+    parquet, arrow .gz  decompressing all of the file into memory
+
+Text is UTF-8, with or without a byte order mark. A line that is not is a bad row; a
+file in UTF-16 or UTF-32 is refused as a whole.
 """
 
 import csv
@@ -20,19 +27,20 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import IO, Any, NamedTuple, TypeAlias
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jaxtrain.data.rows.formats import BadRow, UnreadableRow
 
-# Suffix of a file (without .gz) -> reader in `datasets`, and here.
+# Suffix of a file (without .gz) -> how it is read.
 READERS = {
     ".jsonl": "json",
     ".ndjson": "json",
     ".json": "json",
     ".parquet": "parquet",
     ".csv": "csv",
-    ".tsv": "csv",
+    ".tsv": "tsv",
     ".arrow": "arrow",
     ".txt": "text",
     ".text": "text",
@@ -41,7 +49,10 @@ Position = tuple[int, int]
 START: Position = (0, 0)
 
 _BATCH_ROWS = 1000  # of parquet rows decoded at once
+_CHUNK = 1 << 20  # bytes of a JSON array that are read at once
 _BOM = b"\xef\xbb\xbf"
+_SPACE = b" \t\r\n"
+_CONVERT = "convert it: iconv -f {} -t UTF-8 OLD > NEW"
 
 
 class Item(NamedTuple):
@@ -68,7 +79,7 @@ class Unit:
         """
         try:
             yield from _FORMATS[self.reader][0](self, start)
-        except (OSError, EOFError, zlib.error, pa.ArrowException, csv.Error) as error:
+        except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
             raise ValueError(f"cannot read {self.path}: {error}") from error
 
     def parse(self, item: Item) -> dict[str, Any]:
@@ -80,70 +91,113 @@ class Unit:
         try:
             return self.parse(item)
         except BadRow as bad:
-            return UnreadableRow(str(bad))
+            return UnreadableRow(str(bad), self.place(item.number))
 
-    def place(self, item: Item) -> str:
-        """Where an item stands, for messages."""
-        kind = "row" if self.reader in ("parquet", "arrow") else "line"
-        return f"{self.path.name} {kind} {item.number}"
+    def place(self, number: int) -> str:
+        """Where an item of that number stands, for messages."""
+        by_rows = self.reader in ("parquet", "arrow", "array")
+        return f"{self.path.name} {'row' if by_rows else 'line'} {number}"
+
+    def index(self) -> np.ndarray:
+        """int64[rows, 3]: each row's position, as `items` takes it, and its number.
+
+        Raises:
+            ValueError: the file cannot be read; names it.
+        """
+        if self.reader == "parquet":
+            try:
+                return _index_row_group(self)
+            except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
+                raise ValueError(f"cannot read {self.path}: {error}") from error
+        ends = [(*item.end, item.number) for item in self.items()]
+        table = np.array(ends, np.int64).reshape(-1, 3)
+        starts = np.concatenate([np.zeros((1, 2), np.int64), table[:-1, :2]])
+        return np.concatenate([starts[: len(table)], table[:, 2:]], axis=1)
 
 
 def reader_of(file: pathlib.Path) -> str | None:
     """What reads a file, told by its suffix; None for other files."""
-    name = file.name.lower().removesuffix(".gz")
-    return READERS.get(pathlib.PurePath(name).suffix)
-
-
-def is_read_by_rows(path: pathlib.Path) -> bool:
-    """Whether `make_units` takes a data file: not one JSON array, nor Arrow in gzip."""
-    name = path.name.lower()
-    if name.removesuffix(".gz").endswith(".json"):
-        return _first_byte(path) != b"["
-    return not (reader_of(path) in ("parquet", "arrow") and name.endswith(".gz"))
+    return READERS.get(pathlib.PurePath(_bare_name(file)).suffix)
 
 
 def make_units(path: pathlib.Path) -> list[Unit]:
     """The units of a data file.
 
     Raises:
-        ValueError: a format that cannot be read as a stream; says what to do.
+        ValueError: no known suffix, an encoding other than UTF-8, or a file that
+            cannot be read.
     """
-    name = path.name.lower()
-    suffix = pathlib.PurePath(name.removesuffix(".gz")).suffix
     reader = reader_of(path)
     if reader is None:
-        raise ValueError(f"{path} has no known suffix: use one of {', '.join(READERS)}")
-    if reader == "csv" and suffix == ".tsv":
-        reader = "tsv"
-    if reader in ("parquet", "arrow") and name.endswith(".gz"):
         raise ValueError(
-            f"data.streaming = True: {path} cannot be read from the middle; decompress "
-            f"it (gunzip), as {reader} compresses by itself"
+            f"{path} has no known suffix: use one of {', '.join(READERS)} (each also "
+            ".gz)"
         )
-    if suffix == ".json" and _first_byte(path) == b"[":
-        raise ValueError(
-            f"data.streaming = True: {path} is one JSON array, which has to be read as "
-            "a whole; write one object a line (jq -c '.[]' FILE > FILE.jsonl), or set "
-            "data.streaming = false"
-        )
-    if reader != "parquet":
-        return [Unit(path, reader)]
     try:
-        groups = pq.read_metadata(path).num_row_groups
-    except (OSError, pa.ArrowException) as error:
+        if reader == "parquet":
+            with _columns(path) as source:
+                groups = pq.read_metadata(source).num_row_groups
+            return [Unit(path, reader, group) for group in range(groups)]
+        if reader == "arrow":
+            return [Unit(path, reader)]
+        with _open(path) as file:
+            head = file.read(4096)
+        if encoding := _wide_encoding(head):
+            raise ValueError(
+                f"{path} line 1: the text is {encoding}, and only UTF-8 is read; "
+                + _CONVERT.format(encoding)
+            )
+        if reader == "json" and _is_array(path, head):
+            reader = "array"
+    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
-    return [Unit(path, reader, group) for group in range(groups)]
+    return [Unit(path, reader)]
 
 
-def _open(path: pathlib.Path) -> IO[bytes]:
-    if path.suffix.lower() == ".gz":
-        return io.BufferedReader(gzip.open(path, "rb"), 1 << 20)
-    return path.open("rb", buffering=1 << 20)
+def _bare_name(path: pathlib.Path) -> str:
+    return path.name.lower().removesuffix(".gz")
 
 
-def _first_byte(path: pathlib.Path) -> bytes:
+def is_compressed(path: pathlib.Path) -> bool:
+    """Whether a file is read through gzip."""
+    return path.suffix.lower() == ".gz"
+
+
+def _open(path: pathlib.Path) -> io.BufferedReader:
+    if is_compressed(path):
+        return io.BufferedReader(gzip.open(path, "rb"), _CHUNK)
+    return io.BufferedReader(path.open("rb", buffering=0), _CHUNK)
+
+
+def _wide_encoding(head: bytes) -> str:
+    """UTF-16 or UTF-32, by a byte order mark or its zero bytes; else ""."""
+    if head.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
+        return "UTF-32"
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "UTF-16"
+    # Without a mark: text of letters has a zero in every second byte, or three of four.
+    evens, odds = head[:8:2], head[1:8:2]
+    for zeros, others, order in ((evens, odds, "BE"), (odds, evens, "LE")):
+        if zeros and not any(zeros):
+            quiet = others.count(0) >= len(others) // 2
+            return f"UTF-{32 if quiet else 16}{order}"
+    return ""
+
+
+def _is_array(path: pathlib.Path, head: bytes) -> bool:
+    """Whether a file is one JSON array of rows, not one row a line."""
+    if head.removeprefix(_BOM).lstrip(_SPACE)[:1] != b"[":
+        return False
+    if _bare_name(path).endswith(".json"):
+        return True
+    # In a .jsonl, a first line that is a whole array is a bad row if others follow.
     with _open(path) as file:
-        return file.read(4096).removeprefix(_BOM).lstrip()[:1]
+        lines = (line for line in file if not line.isspace())
+        try:
+            json.loads(next(lines).removeprefix(_BOM))
+        except (ValueError, RecursionError):
+            return True
+        return next(lines, None) is None
 
 
 # --- lines ------------------------------------------------------------------------
@@ -155,59 +209,291 @@ def _lines(unit: Unit, start: Position) -> Iterator[Item]:
     with _open(unit.path) as file:
         file.seek(offset)
         for line in file:
+            text = line if offset else line.removeprefix(_BOM)
             offset += len(line)
             number += 1
-            if not line.isspace():
-                yield Item(line, number, (offset, number))
+            if text and not text.isspace():
+                yield Item(text, number, (offset, number))
 
 
 def _parse_json(line: bytes) -> dict[str, Any]:
+    """As Python's json: the last of equal keys counts, integers are exact."""
+    text = _decode(line.removeprefix(_BOM))  # inside the file where files were joined
     try:
-        row = json.loads(line.removeprefix(_BOM))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        row = json.loads(text)
+    except RecursionError:
+        raise BadRow("is not JSON that can be read (nested too deeply)") from None
+    except ValueError as error:  # JSONDecodeError, or an integer of too many digits
         raise BadRow(f"is not JSON ({error})") from None
     if not isinstance(row, dict):
         raise BadRow("is not a JSON object")
+    if "\\ud" in text or "\\uD" in text:
+        _refuse_surrogates(row)
     return row
 
 
-def _parse_text(line: bytes) -> dict[str, Any]:
+def _refuse_surrogates(row: dict[str, Any]) -> None:
     try:
-        text = line.removeprefix(_BOM).decode()
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        escape = json.dumps(error.object[error.start])
+        raise BadRow(
+            f"holds {escape}, half of a surrogate pair, which is no character"
+        ) from None
+    except RecursionError:
+        raise BadRow("is not JSON that can be read (nested too deeply)") from None
+
+
+def _parse_text(line: bytes) -> dict[str, Any]:
+    return {"text": _decode(line).removesuffix("\n").removesuffix("\r")}
+
+
+def _decode(line: bytes) -> str:
+    try:
+        return line.decode()
     except UnicodeDecodeError as error:
-        raise BadRow(f"is not UTF-8 ({error})") from None
-    return {"text": text.removesuffix("\n").removesuffix("\r")}
+        raise BadRow(_not_utf8(error.object[error.start])) from None
+
+
+def _not_utf8(byte: int) -> str:
+    hint = _CONVERT.format("LATIN1")
+    return f"is not UTF-8 (byte 0x{byte:02x}); if the file is Latin-1, {hint}"
+
+
+# --- one JSON array ---------------------------------------------------------------
+
+
+def _elements(unit: Unit, start: Position) -> Iterator[Item]:
+    """The elements of an array. A position is (byte offset, rows read)."""
+    offset, number = start
+    with _open(unit.path) as file:
+        file.seek(offset)
+        scanner = _ArrayScanner(file, unit.path)
+        if start == START:
+            scanner.skip(_BOM)
+            scanner.expect(b"[")
+        while not scanner.ends():
+            if number:
+                scanner.expect(b",")
+            number += 1
+            element = scanner.take_element(number)
+            yield Item(element, number, (offset + scanner.taken, number))
+
+
+class _ArrayScanner:
+    """Cuts the elements of a JSON array out of a file, holding few of them at a time.
+
+    Bytes are scanned as Latin-1, in which all that structures JSON is the same and one
+    character is one byte; each element is decoded and parsed by itself.
+    """
+
+    _scan = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=str)
+
+    def __init__(self, file: IO[bytes], path: pathlib.Path) -> None:
+        self.taken = 0  # bytes of the file before what comes next
+        self._file, self._path = file, path
+        self._text, self._at, self._ended = "", 0, False
+
+    def skip(self, mark: bytes) -> None:
+        """Leave out a mark, if it comes next."""
+        self._read(_CHUNK)
+        if self._text.startswith(mark.decode("latin-1"), self._at):
+            self._move(self._at + len(mark))
+
+    def peek(self) -> bytes:
+        """The next byte that is no space; empty at the end."""
+        while True:
+            while self._at < len(self._text):
+                if self._text[self._at] not in " \t\r\n":
+                    return self._text[self._at].encode("latin-1")
+                self._move(self._at + 1)
+            if self._ended:
+                return b""
+            self._read(_CHUNK)
+
+    def expect(self, mark: bytes) -> None:
+        """Go on behind a mark.
+
+        Raises:
+            ValueError: something else comes next.
+        """
+        if (found := self.peek()) != mark:
+            shown = repr(found.decode("latin-1")) if found else "the file's end"
+            raise self._broken(f"{shown} stands where {mark.decode()!r} should")
+        self._move(self._at + 1)
+
+    def ends(self) -> bool:
+        """Whether the array ends here.
+
+        Raises:
+            ValueError: it does, and something comes behind it.
+        """
+        if self.peek() != b"]":
+            return False
+        self._move(self._at + 1)
+        if self.peek():
+            raise self._broken("something stands behind its end")
+        return True
+
+    def take_element(self, number: int) -> bytes:
+        """The bytes of the next element.
+
+        Raises:
+            ValueError: there is none that is JSON.
+        """
+        self.peek()
+        while True:
+            try:
+                _, end = self._scan.raw_decode(self._text, self._at)
+            except RecursionError:
+                raise self._broken(f"row {number} is nested too deeply") from None
+            except ValueError as error:
+                if self._ended:
+                    reason = getattr(error, "msg", error)
+                    raise self._broken(f"row {number}: {reason}") from None
+            else:
+                # A number at the end of what was read may go on behind it.
+                if end < len(self._text) or self._ended:
+                    element = self._text[self._at : end]
+                    self._move(end)
+                    return element.encode("latin-1")
+            self._read(max(_CHUNK, len(self._text) - self._at))
+
+    def _move(self, at: int) -> None:
+        self.taken += at - self._at
+        self._at = at
+
+    def _read(self, size: int) -> None:
+        chunk = self._file.read(size)
+        self._ended = not chunk
+        self._text = self._text[self._at :] + chunk.decode("latin-1")
+        self._at = 0
+
+    def _broken(self, reason: str) -> ValueError:
+        """An error that names the line, for which the file is read again."""
+        position = self._file.tell() - (len(self._text) - self._at)
+        with _open(self._path) as file:
+            line = 1 + file.read(position).count(b"\n")
+        return ValueError(f"{self._path} line {line}: is not one JSON array ({reason})")
 
 
 # --- csv --------------------------------------------------------------------------
 
 
+class _Lines(Iterator[str]):
+    """Lines of a file as the csv reader asks for them; bytes that are not UTF-8 stay.
+
+    `offset` is behind the last line given, `number` is its number.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.offset = self.number = 0
+
+    def __next__(self) -> str:
+        line = self.file.readline()
+        if not line:
+            raise StopIteration
+        text = line if self.offset else line.removeprefix(_BOM)
+        self.offset += len(line)
+        self.number += 1
+        return text.decode(errors="surrogateescape")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Record:
+    """Cells of a csv file, or why there are none."""
+
+    header: list[str]
+    cells: list[str]
+    reason: str = ""
+
+
 def _csv(unit: Unit, start: Position) -> Iterator[Item]:
-    """Records, which may span lines; the reader takes no line before it needs it."""
+    """Records, which may span lines. A position is (byte offset, line number)."""
     csv.field_size_limit(sys.maxsize)  # documents are longer than the default
     delimiter = "\t" if unit.reader == "tsv" else ","
     with _open(unit.path) as file:
-        offset, number = START
-
-        def lines() -> Iterator[str]:
-            nonlocal offset, number
-            while line := file.readline():
-                offset, number = offset + len(line), number + 1
-                yield line.removeprefix(_BOM).decode(errors="replace")
-
-        header = next(csv.reader(lines(), delimiter=delimiter), None)
+        lines = _Lines(file)
+        header = _read_header(unit, csv.reader(lines, delimiter=delimiter))
         if header is None:
             return
         if start != START:
-            offset, number = start
-            file.seek(offset)
-        for cells in csv.reader(lines(), delimiter=delimiter):
-            if cells:
-                yield Item((header, cells), number, (offset, number))
+            lines.offset, lines.number = start
+            file.seek(lines.offset)
+        records = csv.reader(lines, delimiter=delimiter)
+        while True:
+            first, begin = lines.number + 1, lines.offset
+            try:
+                cells, reason = next(records), ""
+            except StopIteration:
+                return
+            except csv.Error as error:  # the next line starts a new record
+                cells, reason = [], _csv_reason(error)
+            if not file.peek(1) and _is_open(unit, begin, delimiter):
+                reason = "opens a quote that is never closed"
+            blank = len(cells) == 1 < len(header) and not cells[0].strip()
+            if reason or (cells and not blank):
+                record = _Record(header, cells, reason)
+                yield Item(record, first, (lines.offset, lines.number))
 
 
-def _parse_csv(payload: tuple[list[str], list[str]]) -> dict[str, Any]:
-    header, cells = payload
+def _read_header(unit: Unit, records: Iterator[list[str]]) -> list[str] | None:
+    """The names of the columns; None of an empty file.
+
+    Raises:
+        ValueError: they are not UTF-8, or two are the same.
+    """
+    try:
+        header = next((cells for cells in records if cells), None)
+    except csv.Error as error:
+        raise ValueError(f"{unit.path} line 1: {_csv_reason(error)}") from error
+    for name in header or ():
+        if byte := _undecoded(name):
+            raise ValueError(f"{unit.path} line 1: the header {_not_utf8(byte)}")
+        if name and header and header.count(name) > 1:
+            raise ValueError(
+                f"{unit.path} line 1: two columns are called {name!r}; rename one"
+            )
+    return header
+
+
+def _csv_reason(error: csv.Error) -> str:
+    if "new-line character" in str(error):
+        return "has a carriage return outside of quotes; end lines with LF or CR LF"
+    return f"is not CSV ({error})"
+
+
+def _is_open(unit: Unit, begin: int, delimiter: str) -> bool:
+    """Whether the file's last record, which begins there, ends in an open quote.
+
+    The csv reader takes the file's end for the quote unless it is strict.
+    """
+    with _open(unit.path) as file:
+        file.seek(begin)
+        text = file.read().decode(errors="surrogateescape")
+    try:
+        list(
+            csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        )
+    except csv.Error as error:
+        return "unexpected end of data" in str(error)
+    return False
+
+
+def _undecoded(text: str) -> int:
+    """The first byte that was not UTF-8, kept as U+DC80 and up by Python; else 0."""
+    if text.isascii():
+        return 0
+    return next((ord(c) - 0xDC00 for c in text if "\udc80" <= c <= "\udcff"), 0)
+
+
+def _parse_csv(record: _Record) -> dict[str, Any]:
+    if record.reason:
+        raise BadRow(record.reason)
+    header, cells = record.header, record.cells
+    if byte := next(filter(None, map(_undecoded, cells)), 0):
+        raise BadRow(_not_utf8(byte))
     if len(cells) != len(header):
         raise BadRow(f"has {len(cells)} cells, the header has {len(header)}")
     row: dict[str, Any] = dict(zip(header, cells, strict=True))
@@ -221,12 +507,19 @@ def _parse_csv(payload: tuple[list[str], list[str]]) -> dict[str, Any]:
 # --- columns ----------------------------------------------------------------------
 
 
+def _columns(path: pathlib.Path) -> pa.NativeFile:
+    """A file of columns, mapped into memory, or decompressed into it."""
+    if is_compressed(path):
+        with gzip.open(path, "rb") as file:
+            return pa.BufferReader(file.read())
+    return pa.memory_map(str(path))
+
+
 def _parquet(unit: Unit, start: Position) -> Iterator[Item]:
     """Rows of a row group. A position is (rows of the group read, 0)."""
     done, at = start[0], 0
-    with pq.ParquetFile(unit.path, memory_map=True) as file:
-        groups = [file.metadata.row_group(group) for group in range(unit.group)]
-        before = sum(group.num_rows for group in groups)
+    with _columns(unit.path) as source, pq.ParquetFile(source) as file:
+        before = _rows_before(unit, file)
         for batch in file.iter_batches(_BATCH_ROWS, row_groups=[unit.group]):
             for index in range(max(done - at, 0), len(batch)):
                 end = at + index + 1
@@ -234,9 +527,21 @@ def _parquet(unit: Unit, start: Position) -> Iterator[Item]:
             at += len(batch)
 
 
+def _index_row_group(unit: Unit) -> np.ndarray:
+    with _columns(unit.path) as source, pq.ParquetFile(source) as file:
+        before = _rows_before(unit, file)
+        rows = np.arange(file.metadata.row_group(unit.group).num_rows)
+    return np.stack([rows, np.zeros_like(rows), before + rows + 1], axis=1)
+
+
+def _rows_before(unit: Unit, file: pq.ParquetFile) -> int:
+    groups = (file.metadata.row_group(group) for group in range(unit.group))
+    return sum(group.num_rows for group in groups)
+
+
 def _arrow(unit: Unit, start: Position) -> Iterator[Item]:
     """Rows of an IPC stream or file. A position is (record batch, rows of it read)."""
-    with pa.memory_map(str(unit.path)) as source:
+    with _columns(unit.path) as source:
         before = 0
         for number, batch in enumerate(_record_batches(source)):
             if number >= start[0]:
@@ -247,7 +552,7 @@ def _arrow(unit: Unit, start: Position) -> Iterator[Item]:
             before += len(batch)
 
 
-def _record_batches(source: pa.MemoryMappedFile) -> Iterator[pa.RecordBatch]:
+def _record_batches(source: pa.NativeFile) -> Iterator[pa.RecordBatch]:
     try:
         reader = pa.ipc.open_stream(source)
     except pa.ArrowInvalid:
@@ -260,12 +565,39 @@ def _record_batches(source: pa.MemoryMappedFile) -> Iterator[pa.RecordBatch]:
 def _parse_cells(payload: tuple[pa.RecordBatch, int]) -> dict[str, Any]:
     batch, index = payload
     names = batch.schema.names
-    return {name: batch.column(i)[index].as_py() for i, name in enumerate(names)}
+    try:
+        row = {name: batch.column(i)[index].as_py() for i, name in enumerate(names)}
+    except ValueError as error:  # text that is not UTF-8, a date that is none
+        raise BadRow(f"cannot be read from its columns ({error})") from None
+    return drop_filled(row)
+
+
+def drop_filled(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of Arrow columns without the nulls that Arrow fills into it.
+
+    Arrow gives every struct of a column the keys of all of them, null where a row had
+    none: an argument of one tool would stand in the calls of all. So a null inside of
+    a struct is taken for a key that is not there; a null that the data did hold cannot
+    be told from it. A column that is null, or an element of a list, stays.
+    """
+    return {name: _without_nulls(value) for name, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
+    if isinstance(value, list):
+        # The elements are of one type: numbers and texts hold nothing.
+        first = next((element for element in value if element is not None), None)
+        if isinstance(first, dict | list):
+            return [_without_nulls(element) for element in value]
+    return value
 
 
 _Read: TypeAlias = Callable[[Unit, Position], Iterator[Item]]
 _FORMATS: Mapping[str, tuple[_Read, Callable[[Any], dict[str, Any]]]] = {
     "json": (_lines, _parse_json),
+    "array": (_elements, _parse_json),
     "text": (_lines, _parse_text),
     "csv": (_csv, _parse_csv),
     "tsv": (_csv, _parse_csv),

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from jaxtrain.data.rows.files import READERS, is_read_by_rows, make_units, reader_of
+from jaxtrain.data.rows.files import READERS, make_units, reader_of
 from jaxtrain.data.rows.formats import UnreadableRow
 
 _SAVED = ("state.json", "dataset_dict.json")  # by `Dataset.save_to_disk`
@@ -26,7 +26,7 @@ SPLITS = {
 def first_rows(path: pathlib.Path, split: str) -> list[Mapping[str, Any]]:
     """The first rows of a local file or folder, as its first file has them.
 
-    Empty where only reading all of it tells, as of one large JSON array.
+    Empty where only `datasets` can tell, as of what it saved.
 
     Raises:
         ValueError: there is no such path, no data file of that split in it, or no row.
@@ -44,8 +44,6 @@ def first_rows(path: pathlib.Path, split: str) -> list[Mapping[str, Any]]:
     if reader_of(files[0]) is None:
         known = ", ".join(READERS)
         raise ValueError(f"its suffix is none of {known} (each also .gz)")
-    if not is_read_by_rows(files[0]):
-        return []
     units = make_units(files[0])
     items = (unit.row(item) for unit in units for item in unit.items())
     rows = list(itertools.islice(items, _FIRST_ROWS))

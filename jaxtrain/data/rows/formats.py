@@ -1,12 +1,14 @@
 """What a data set's columns mean, and every row read into one canonical form.
 
-Five kinds of rows: `text`; `prompt` + `completion`; `messages`; preference rows
-`prompt` + `chosen` + `rejected`, whose prompt may be implicit; and labeled rows
-`prompt` + `completion` + `label`, with a verdict each. All but the first come plain
-(strings) or conversational (lists of messages). Alpaca and ShareGPT columns are read
-as conversations.
+Six kinds of rows: `text`; `prompt` + `completion`; `messages`; preference rows
+`prompt` + `chosen` + `rejected`, whose prompt may be implicit; labeled rows
+`prompt` + `completion` + `label`, with a verdict each; and `input_ids`, token ids that
+somebody else made (`tokenized`). All but the first and the last come plain (strings) or
+conversational (lists of messages). Alpaca and ShareGPT columns are read as
+conversations.
 """
 
+import collections
 import dataclasses
 import itertools
 import json
@@ -14,9 +16,18 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+from jaxtrain.data.rows.columns import (
+    ColumnMap,
+    check_columns,
+    propose_map,
+    rename,
+)
+
 logger = logging.getLogger(__name__)
 
-Kind = Literal["text", "prompt_completion", "messages", "preference", "labeled"]
+Kind = Literal[
+    "text", "prompt_completion", "messages", "preference", "labeled", "tokenized"
+]
 Row = Mapping[str, Any]
 
 ROLES = frozenset(
@@ -34,15 +45,23 @@ ROLE_ALIASES = {
 }
 # The rows that objectives train on -> the kinds of format that these are read from.
 TRAINS_ON: Mapping[str, tuple[Kind, ...]] = {
-    "next_token": ("text", "prompt_completion", "messages"),
+    "next_token": ("text", "prompt_completion", "messages", "tokenized"),
     "preference": ("preference",),
     "labeled": ("labeled", "preference"),
 }
+# The columns of token ids, and the masks that may stand beside them.
+IDS = "input_ids"
+MASKS = ("completion_mask", "assistant_masks")
+
 _DETECTED_ROWS = 100
+# What a value of a form that nobody thought of may raise.
+_UNFORESEEN = (
+    ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError,
+)  # fmt: skip
 _ACCEPTED = (
     "'text', 'prompt' + 'completion' (with 'label' for KTO), 'messages', 'chosen' + "
-    "'rejected' (with or without 'prompt'), Alpaca's 'instruction' + 'output', or "
-    "ShareGPT's 'conversations'"
+    "'rejected' (with or without 'prompt'), Alpaca's 'instruction' + 'output', "
+    "ShareGPT's 'conversations', or 'input_ids'"
 )
 
 
@@ -53,9 +72,10 @@ class BadRow(Exception):
 class UnreadableRow(dict[str, Any]):
     """Stands for a line that holds no row; reading it raises BadRow."""
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: str, place: str = "") -> None:
         super().__init__()
         self.reason = reason
+        self.place = place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,13 +87,19 @@ class RowFormat:
     columns: tuple[str, ...]
     implicit_prompt: bool = False
     dialect: Literal["native", "alpaca", "sharegpt"] = "native"
+    # Not in repr, which checkpoints of streams hold beside options that have it.
+    column_map: ColumnMap = dataclasses.field(default=(), repr=False)
 
     def describe(self) -> str:
         """One line for the log."""
         shape = "conversational" if self.conversational else "plain"
         prompt = ", prompt implicit in chosen/rejected" if self.implicit_prompt else ""
         dialect = "" if self.dialect == "native" else f" ({self.dialect} columns)"
-        columns = ", ".join(self.columns)
+        theirs = dict(self.column_map)
+        columns = ", ".join(
+            f"{theirs[name]!r} as {name}" if name in theirs else name
+            for name in self.columns
+        )
         return f"{shape} {self.kind} rows{dialect} from columns {columns}{prompt}"
 
 
@@ -95,6 +121,8 @@ class RowProblems:
         self.on_bad_row = on_bad_row
         self.count = 0
         self._shown = shown
+        self.equal: list[int] = []  # the first rows whose chosen equals rejected
+        self.equal_count = 0
         self._name_rows = name_rows
         self.first: list[tuple[int, str]] = []
 
@@ -103,15 +131,35 @@ class RowProblems:
         if len(self.first) < self._shown:
             self.first.append((row, reason))
 
+    def add_equal(self, row: int) -> None:
+        """Count a pair that prefers nothing."""
+        self.equal_count += 1
+        if len(self.equal) < self._shown:
+            self.equal.append(row)
+
+    def names(self, rows: Sequence[int]) -> Sequence[str]:
+        """Where rows stand."""
+        if self._name_rows is not None:
+            return self._name_rows(rows)
+        return [f"row {row}" for row in rows]
+
     def listed(self) -> list[str]:
         """The first bad rows, each with where it stands and the reason."""
-        names = [f"row {row}" for row, _ in self.first]
-        if self._name_rows is not None:
-            names = [*self._name_rows([row for row, _ in self.first])]
+        names = self.names([row for row, _ in self.first])
         return [f"{n}: {why}" for n, (_, why) in zip(names, self.first, strict=True)]
 
     def report(self, total: int) -> None:
-        """Raise ValueError (on_bad_row='error') or log a warning, if any row is bad."""
+        """Raise ValueError (on_bad_row='error') or log a warning, if any row is bad.
+
+        Log pairs that prefer nothing too.
+        """
+        if self.equal_count:
+            more = ", ..." if self.equal_count > len(self.equal) else ""
+            logger.warning(
+                "%d of %d pairs have a chosen that equals rejected (%s%s): they are "
+                "trained, and prefer nothing",
+                self.equal_count, total, ", ".join(self.names(self.equal)), more,
+            )  # fmt: skip
         if not self.count:
             return
         listed = "; ".join(self.listed())
@@ -123,34 +171,71 @@ class RowProblems:
 
 
 def detect_format(
-    rows: Iterable[Row], *, kind: str = "auto", text_column: str = "text"
+    rows: Iterable[Row],
+    *,
+    kind: str = "auto",
+    text_column: str = "text",
+    column_map: ColumnMap = (),
 ) -> RowFormat:
-    """Tell the format from the columns and values of the first row that has one.
+    """Tell the format from the columns and values of the first rows.
 
-    That is the first row but where it is bad: up to `_DETECTED_ROWS` are tried.
+    It is the one that most of the first `_DETECTED_ROWS` have, and of several the one
+    seen first: a bad row in front does not decide for the rest.
 
     Args:
         kind: read the rows as this kind, where their columns would allow several.
         text_column: the column of text rows.
+        column_map: names of columns that are read, and the file's.
 
     Raises:
-        ValueError: no rows, or columns that form none of the known formats, or not
-            the one asked for.
+        ValueError: no rows, none that can be read, a map that does not fit, columns
+            that form none of the known formats, or not the one asked for.
     """
     tried = list(itertools.islice(rows, _DETECTED_ROWS))
     if not tried:
         raise ValueError("the data set has no rows: give at least one")
-    first = tried[0]
-    names = list(getattr(rows, "column_names", None) or first)
-    for row in tried:
-        for row_format in _possible_formats(row, [*names, *row], text_column):
-            if kind in ("auto", row_format.kind):
-                return row_format
-    filled = sorted(name for name in names if first.get(name) is not None)
+    readable = [row for row in tried if not isinstance(row, UnreadableRow)]
+    if not readable:
+        raise _unreadable(tried)
+    names = list(getattr(rows, "column_names", None) or readable[0])
+    if column_map:
+        check_columns(column_map, [*names, *itertools.chain(*readable)], text_column)
+        names = list(rename(dict.fromkeys(names), column_map))
+    mapped = {name for name, _ in column_map}
+    found: collections.Counter[RowFormat] = collections.Counter()
+    for row in readable:
+        row = rename(row, column_map)
+        formats = list(_possible_formats(row, [*names, *row], text_column))
+        # Columns that somebody named were named to be read.
+        formats.sort(key=lambda each: -len(mapped.intersection(each.columns)))
+        wanted = (each for each in formats if kind in ("auto", each.kind))
+        found.update(itertools.islice(wanted, 1))
+    if not found:
+        raise _unknown_format(readable[0], names, kind, column_map)
+    ((row_format, _),) = found.most_common(1)
+    return dataclasses.replace(row_format, column_map=column_map)
+
+
+def _unreadable(rows: Sequence[Row]) -> ValueError:
+    """The error of rows of which the first ones are none."""
+    bad = [row for row in rows if isinstance(row, UnreadableRow)]
+    listed = "; ".join(f"{row.place or 'row'}: {row.reason}" for row in bad[:3])
+    return ValueError(f"none of the first {len(rows)} rows can be read: {listed}")
+
+
+def _unknown_format(
+    first: Row, names: Sequence[str], kind: str, column_map: ColumnMap
+) -> ValueError:
+    """The error of columns that are no format."""
+    row = rename(first, column_map)
+    filled = sorted(name for name in names if row.get(name) is not None)
     wanted = "a known format" if kind == "auto" else f"format={kind!r}"
-    raise ValueError(
+    advice = f"rename its columns, or map them, such as {propose_map(names)}"
+    if column_map:
+        advice = f"data.column_map = {dict(column_map)!r} does not make one of them"
+    return ValueError(
         f"columns {sorted(names)} (filled in the first row: {filled}) are not {wanted}:"
-        f" give {_ACCEPTED}; rename its columns"
+        f" give {_ACCEPTED}; {advice}"
     )
 
 
@@ -160,6 +245,7 @@ def detect_for(
     *,
     kind: str = "auto",
     text_column: str = "text",
+    column_map: ColumnMap = (),
 ) -> RowFormat:
     """The format in which an objective's kind of rows is read from these.
 
@@ -169,17 +255,21 @@ def detect_for(
     Raises:
         ValueError: the rows are of no known format, or the objective needs another.
     """
-    first: Row = next(iter(rows), {})
-    columns = getattr(rows, "column_names", None) or first
+    good = (row for row in rows if not isinstance(row, UnreadableRow))
+    first: Row = next(itertools.islice(good, 1), {})
+    names = getattr(rows, "column_names", None) or first
+    columns = rename(dict.fromkeys(names), column_map)
     if objective == "labeled" and kind == "auto" and "label" in columns:
         kind = "labeled"  # "auto" reads such rows as prompt and completion
-    row_format = detect_format(rows, kind=kind, text_column=text_column)
+    row_format = detect_format(
+        rows, kind=kind, text_column=text_column, column_map=column_map
+    )
     if row_format.kind not in TRAINS_ON[objective]:
         raise ValueError(
             f"the {objective} objective cannot train on {row_format.describe()}: "
             "preference (DPO) needs 'chosen' and 'rejected', labeled (KTO) needs "
             "'prompt', 'completion' and 'label', next_token (from_scratch, SFT) needs "
-            "text, prompt/completion or messages"
+            "text, prompt/completion, messages or input_ids"
         )
     return row_format
 
@@ -191,6 +281,10 @@ def _possible_formats(
     columns = {name for name in names if first.get(name) is not None}
     if {"chosen", "rejected"} <= columns:
         yield _preference_format(first, columns)
+    if IDS in columns:
+        beside = ("labels",) if "labels" in columns else MASKS
+        present = tuple(name for name in beside if name in columns)
+        yield RowFormat("tokenized", False, (IDS, *present))
     read = ("prompt", "completion")
     if columns.issuperset(read):
         yield _format("prompt_completion", first["completion"], read)
@@ -210,15 +304,27 @@ def _possible_formats(
 def read_row(row: Row, row_format: RowFormat) -> dict[str, Any]:
     """One row in canonical columns, checked. Conversations become lists of messages.
 
-    Returns `text`, or `prompt` and `completion` (and the bool `label`), or `messages`,
-    or `prompt`, `chosen` and `rejected`; for conversations also `template_kwargs` (the
-    row's `tools` and `chat_template_kwargs`).
+    Returns `text`, or the columns of token ids, or `prompt` and `completion` (and the
+    bool `label`), or `messages`, or `prompt`, `chosen` and `rejected`; for
+    conversations also `template_kwargs` (the row's `tools` and `chat_template_kwargs`).
 
     Raises:
         BadRow: the row lacks a value, or one has the wrong form.
     """
     if isinstance(row, UnreadableRow):
         raise BadRow(row.reason)
+    try:
+        return _read_row(rename(row, row_format.column_map), row_format)
+    except _UNFORESEEN as error:
+        raise BadRow(
+            f"cannot be read ({type(error).__name__}: {error}): {shown(row)}"
+        ) from error
+
+
+def _read_row(row: Row, row_format: RowFormat) -> dict[str, Any]:
+    """The same where only what is foreseen raises BadRow."""
+    if row_format.kind == "tokenized":
+        return {name: row.get(name) for name in (IDS, "labels", *MASKS)}
     if row_format.kind == "text":
         (column,) = row_format.columns
         text = _plain(row.get(column), column)
@@ -243,6 +349,11 @@ def read_row(row: Row, row_format: RowFormat) -> dict[str, Any]:
     if row_format.conversational:
         read["template_kwargs"] = _template_kwargs(row)
     return read
+
+
+def is_equal(read: Mapping[str, Any]) -> bool:
+    """Whether a canonical row is a pair that prefers nothing."""
+    return "rejected" in read and bool(read["chosen"] == read["rejected"])
 
 
 def extract_prompt(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
@@ -310,9 +421,12 @@ def _read_preference(row: Row, row_format: RowFormat) -> dict[str, Any]:
 def _read_alpaca(row: Row) -> dict[str, Any]:
     """Instruction (and input) as the user's turn, output as the assistant's."""
     prompt: list[dict[str, Any]] = []
-    for turn in row.get("history") or []:
-        if not isinstance(turn, Sequence) or len(turn) != 2:
-            raise BadRow(f"history holds {_shown(turn)}, expected pairs of strings")
+    history = row.get("history") or []
+    if not isinstance(history, list | tuple):
+        raise BadRow(f"history is {shown(history)}, expected pairs of strings")
+    for turn in history:
+        if not isinstance(turn, list | tuple) or len(turn) != 2:
+            raise BadRow(f"history holds {shown(turn)}, expected pairs of strings")
         prompt.append({"role": "user", "content": _plain(turn[0], "history")})
         prompt.append({"role": "assistant", "content": _plain(turn[1], "history")})
     instruction = _plain(row.get("instruction"), "instruction")
@@ -339,13 +453,13 @@ def _template_kwargs(row: Row) -> dict[str, Any]:
     if isinstance(tools, str):
         try:
             tools = json.loads(tools)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise BadRow(f"tools is not JSON: {error}") from None
     if tools is not None and not isinstance(tools, list):
-        raise BadRow(f"tools is {_shown(tools)}, expected a list of JSON schemas")
+        raise BadRow(f"tools is {shown(tools)}, expected a list of JSON schemas")
     kwargs = row.get("chat_template_kwargs") or {}
     if not isinstance(kwargs, Mapping):
-        raise BadRow(f"chat_template_kwargs is {_shown(kwargs)}, expected a mapping")
+        raise BadRow(f"chat_template_kwargs is {shown(kwargs)}, expected a mapping")
     return {"tools": tools, **kwargs}
 
 
@@ -353,20 +467,20 @@ def _messages(value: Any, column: str) -> list[dict[str, Any]]:
     if isinstance(value, Mapping):  # ShareGPT preference files hold one message
         value = [value]
     if not isinstance(value, list) or not value:
-        raise BadRow(f"{column} is {_shown(value)}, expected a non-empty message list")
+        raise BadRow(f"{column} is {shown(value)}, expected a non-empty message list")
     return [_message(item, f"{column}[{i}]") for i, item in enumerate(value)]
 
 
 def _message(item: Any, where: str) -> dict[str, Any]:
     if not isinstance(item, Mapping):
-        raise BadRow(f"{where} is {_shown(item)}, expected {{'role', 'content'}}")
+        raise BadRow(f"{where} is {shown(item)}, expected {{'role', 'content'}}")
     # Arrow fills a key that only some messages have with None; templates want it gone.
     message = {key: value for key, value in item.items() if value is not None}
     if "from" in message and "value" in message:
         message["role"] = message.pop("from")
         message["content"] = message.pop("value")
     role = message.get("role")
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         message["role"] = ROLE_ALIASES.get(role, "") if isinstance(role, str) else ""
         if not message["role"]:
             known = ", ".join(sorted(ROLES))
@@ -375,25 +489,38 @@ def _message(item: Any, where: str) -> dict[str, Any]:
     if content is None and not message.get("tool_calls"):
         raise BadRow(f"{where} has neither content nor tool_calls")
     if isinstance(content, list):
-        kinds = {
-            part.get("type") if isinstance(part, Mapping) else part for part in content
-        }
-        if kinds != {"text"}:
-            raise BadRow(f"{where} has content parts {kinds}, only text is supported")
+        _check_parts(content, where)
     elif content is not None and not isinstance(content, str):
-        raise BadRow(f"{where} has content {_shown(content)}, expected a string")
+        raise BadRow(f"{where} has content {shown(content)}, expected a string")
     return message
+
+
+def _check_parts(parts: Sequence[Any], where: str) -> None:
+    """Refuse content parts that are no text; `parts.py` has what becomes of text."""
+    if not parts:
+        raise BadRow(f"{where} has a content of no parts")
+    for number, part in enumerate(parts):
+        kind = part.get("type") if isinstance(part, Mapping) else part
+        if kind != "text":
+            raise BadRow(
+                f"{where} has a content part {shown(kind)}, only text is supported"
+            )
+        if not isinstance(part.get("text"), str):
+            raise BadRow(
+                f"{where}.content[{number}] has text {shown(part.get('text'))}, "
+                "expected a string"
+            )
 
 
 def _label(value: Any) -> bool:
     if isinstance(value, bool) or (isinstance(value, int) and value in (0, 1)):
         return bool(value)
-    raise BadRow(f"label is {_shown(value)}, expected true or false")
+    raise BadRow(f"label is {shown(value)}, expected true or false")
 
 
 def _plain(value: Any, column: str) -> str:
     if not isinstance(value, str):
-        raise BadRow(f"{column} is {_shown(value)}, expected a string")
+        raise BadRow(f"{column} is {shown(value)}, expected a string")
     return value
 
 
@@ -418,6 +545,10 @@ def _first_turn(value: Any) -> Mapping[str, Any]:
     return first if isinstance(first, Mapping) else {}
 
 
-def _shown(value: Any) -> str:
-    text = repr(value)
+def shown(value: Any) -> str:
+    """A value as messages show it, cut to 60 characters."""
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = "nested too deeply to show"
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,14 +1,14 @@
-"""Load rows from files, folders or the Hugging Face hub, memory-mapped.
+"""Load rows from files, folders or the Hugging Face hub, without holding them.
 
 A local path holds jsonl, json, parquet, csv, arrow or plain text (one document a
 line), each also as `.gz`, or is a folder of such files, or one that
-`Dataset.save_to_disk` wrote. Any other name is a data set of the hub.
+`Dataset.save_to_disk` wrote. It is never a pattern. Any other name is a data set of the
+hub.
 """
 
 import logging
 import pathlib
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import datasets
 
@@ -19,19 +19,17 @@ from jaxtrain.data.rows.folders import (
     split_aliases,
     split_files,
 )
-from jaxtrain.data.rows.formats import UnreadableRow
-from jaxtrain.data.rows.places import HeldRows, hold, remember_files, same_files
+from jaxtrain.data.rows.indexed import FileRows, index_files
 
 logger = logging.getLogger(__name__)
+
+LoadedRows: TypeAlias = datasets.Dataset | FileRows
 
 
 def load_rows(
     path_or_name: str, *, split: str = "train", max_rows: int | None = None
-) -> datasets.Dataset | HeldRows:
-    """Load the rows of one split as a memory-mapped `datasets.Dataset`.
-
-    Where lines of a jsonl or csv file are malformed, rows are held in memory, these
-    lines as `UnreadableRow`s.
+) -> LoadedRows:
+    """Load the rows of one split: `FileRows` of data files, a `Dataset` of others.
 
     Args:
         path_or_name: a file, a folder, or a data set's name on the hub.
@@ -41,30 +39,37 @@ def load_rows(
         max_rows: keep only the first rows.
 
     Raises:
-        ValueError: nothing to read there, the split is absent, a file is malformed,
+        ValueError: nothing to read there, the split is absent, a file cannot be read,
             or the hub cannot be reached.
     """
     path = pathlib.Path(path_or_name).expanduser()
+    rows: LoadedRows
     if path.exists():
         rows = _load_local(path, split)
     elif looks_local(path_or_name):
         raise ValueError(f"data path {path_or_name!r} does not exist")
     else:
         rows = load_hub(path_or_name, split)
-    if isinstance(rows, HeldRows):
-        return rows.first(max_rows)
-    if max_rows is not None and max_rows < len(rows):
-        rows = same_files(rows.select(range(max_rows)), rows)
-    logger.debug(
-        "loaded %d rows of split %r from %s, columns %s",
-        len(rows), split, path_or_name, rows.column_names,
-    )  # fmt: skip
+    if isinstance(rows, FileRows):
+        rows = rows.first(max_rows)
+    elif max_rows is not None and max_rows < len(rows):
+        rows = rows.select(range(max_rows))
+    logger.debug("loaded %d rows of split %r from %s", len(rows), split, path_or_name)
     return rows
 
 
-def _load_local(path: pathlib.Path, split: str) -> datasets.Dataset | HeldRows:
+def _load_local(path: pathlib.Path, split: str) -> LoadedRows:
     if (saved := load_saved(path, split)) is not None:
         return saved
+    return index_files(data_files(path, split))
+
+
+def data_files(path: pathlib.Path, split: str) -> list[pathlib.Path]:
+    """A file, or those of a folder's split, which are of one format.
+
+    Raises:
+        ValueError: no data file, or several formats.
+    """
     files = split_files(path, split) if path.is_dir() else [path]
     readers = {reader_of(file) for file in files}
     if len(readers) != 1:
@@ -73,13 +78,12 @@ def _load_local(path: pathlib.Path, split: str) -> datasets.Dataset | HeldRows:
             f"{path} mixes formats {sorted(map(str, readers))} "
             f"({', '.join(names)}...): keep one format in a folder"
         )
-    (reader,) = readers
-    if reader is None:
+    if readers == {None}:
         raise ValueError(
             f"{files[0]} has no known suffix: use one of {', '.join(READERS)} "
             "(each also .gz)"
         )
-    return _read_files(reader, files)
+    return files
 
 
 def load_saved(folder: pathlib.Path, split: str) -> datasets.Dataset | None:
@@ -88,68 +92,6 @@ def load_saved(folder: pathlib.Path, split: str) -> datasets.Dataset | None:
         loaded = datasets.load_from_disk(str(folder))
         return _choose_split(loaded, split, str(folder))
     return None
-
-
-def _read_files(
-    reader: str, files: Sequence[pathlib.Path]
-) -> datasets.Dataset | HeldRows:
-    options: dict[str, Any] = {}
-    if reader == "csv":
-        options["keep_default_na"] = False  # "NA" and "" are text like any other
-        if ".tsv" in files[0].suffixes:
-            options["sep"] = "\t"
-    try:
-        rows = datasets.load_dataset(
-            reader,
-            data_files=[str(file.resolve()) for file in files],
-            split="train",
-            **options,
-        )
-    except Exception as error:  # `datasets` raises its readers' own kinds
-        if reader in ("json", "csv"):
-            return _hold(files, error)
-        raise _unreadable(files, error) from error
-    if reader == "text":
-        count = len(rows)
-        rows = rows.filter(
-            lambda texts: [bool(text.strip()) for text in texts],
-            input_columns="text",
-            batched=True,
-        )
-        if len(rows) < count:
-            logger.info("left out %d blank lines", count - len(rows))
-    remember_files(rows, files)
-    return rows
-
-
-def _hold(files: Sequence[pathlib.Path], error: Exception) -> HeldRows:
-    """Rows line by line, so that each bad one can be told from the others.
-
-    Raises:
-        ValueError: no line is a row.
-    """
-    try:
-        rows = hold(files)
-    except ValueError:
-        raise _unreadable(files, error) from error
-    bad = [
-        f"{place}: {row.reason}"
-        for place, row in zip(rows.places, rows, strict=True)
-        if isinstance(row, UnreadableRow)
-    ]
-    if len(bad) == len(rows):
-        raise _unreadable(files, "; ".join(bad[:5]) or error) from error
-    logger.warning(
-        "%s: %d of %d lines hold no row, so all are held in memory",
-        files[0], len(bad), len(rows),
-    )  # fmt: skip
-    return rows
-
-
-def _unreadable(files: Sequence[pathlib.Path], cause: object) -> ValueError:
-    if isinstance(cause, Exception):
-        cause = cause.__cause__ or cause
-    return ValueError(f"cannot read {', '.join(map(str, files[:3]))}: {cause}")
 
 
 def _choose_split(

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from jaxtrain.data.rows.formats import BadRow
+from jaxtrain.data.rows.parts import fit_parts
 
 Messages = Sequence[Mapping[str, Any]]
 Render = Callable[..., str]
@@ -201,11 +202,35 @@ def _apply_template(
     template_kwargs: Mapping[str, Any],
     options: Mapping[str, Any],
 ) -> Any:
-    own = [dict(message) for message in messages]
     try:
+        own = _own_messages(tokenizer, messages, template_kwargs)
         return tokenizer.apply_chat_template(own, **options, **template_kwargs)
     except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
         raise BadRow(f"the chat template refuses the conversation: {error}") from error
+
+
+def _own_messages(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    template_kwargs: Mapping[str, Any],
+) -> list[dict[str, Any]]:
+    """Copies of the messages, in which text parts are as the template wants them."""
+    if any(isinstance(message.get("content"), list) for message in messages):
+        own = template_kwargs.get("chat_template")
+        template = own or tokenizer.get_chat_template(
+            None, template_kwargs.get("tools")
+        )
+
+        def render(probe: list[Mapping[str, Any]]) -> str:
+            turns = [dict(message) for message in probe]
+            return str(
+                tokenizer.apply_chat_template(
+                    turns, chat_template=template, tokenize=False
+                )
+            )
+
+        messages = fit_parts(messages, template, render)
+    return [dict(message) for message in messages]
 
 
 def _render_marked(
@@ -214,7 +239,7 @@ def _render_marked(
     template: str,
     template_kwargs: Mapping[str, Any],
 ) -> tuple[str, list[Span]]:
-    own = [dict(message) for message in messages]
+    own = _own_messages(tokenizer, messages, template_kwargs)
     options = {**tokenizer.special_tokens_map, **template_kwargs}
     options["chat_template"] = template
     try:

@@ -9,6 +9,7 @@ completion.
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import logging
@@ -29,6 +30,7 @@ from jaxtrain.data.rows.template import (
     render_with_spans,
     require_chat_template,
 )
+from jaxtrain.data.rows.tokenized import read_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -188,6 +190,13 @@ def tokenize_examples(
     given, a token must be in both.
     """
     _check_loss_options(row_format, completion_only_loss, assistant_only_loss)
+    if row_format.kind == "tokenized":
+        read = functools.partial(
+            read_tokens,
+            completion_only=completion_only_loss is not False,
+            highest_id=highest_id(tokenizer),
+        )
+        return each_row(rows, lambda row: Example(*read(row)), on_bad)
     encoder = _Encoder(tokenizer, row_format.conversational, on_bad)
     has_prompt = row_format.kind == "prompt_completion"
     columns = ("prompt", "completion") if has_prompt else (row_format.kind,)
@@ -267,6 +276,9 @@ def common_prefix_length(
 def _check_loss_options(
     row_format: RowFormat, completion_only: bool | None, assistant_only: bool
 ) -> None:
+    has = row_format.columns if row_format.kind == "tokenized" else ()
+    assistant_only &= "assistant_masks" not in has
+    completion_only = completion_only and "completion_mask" not in has
     if assistant_only and not row_format.conversational:
         raise ValueError(
             "assistant_only_loss=True needs conversations, but the rows are "
@@ -384,24 +396,26 @@ class _Encoder:
         function: Callable[[Any], Any],
         together: Callable[[list[Any]], Sequence[Any]] = lambda found: found,
     ) -> list[Any]:
-        """`together` of the results of `function`, a result a row.
-
-        None where there is no row or `function` raises BadRow.
-        """
-        good, found = [], []
-        for index, row in enumerate(rows):
-            if row is None:
-                continue
-            try:
-                found.append(function(row))
-            except BadRow as bad:
-                self.on_bad(index, str(bad))
-            else:
-                good.append(index)
-        results: list[Any] = [None] * len(rows)
-        for index, result in zip(good, together(found), strict=True):
+        """`together` of the results of `function`, a result a row; None of bad ones."""
+        results: list[Any] = each_row(rows, function, self.on_bad)
+        good = [index for index, result in enumerate(results) if result is not None]
+        found = together([results[index] for index in good])
+        for index, result in zip(good, found, strict=True):
             results[index] = result
         return results
+
+
+def each_row(
+    rows: Sequence[Any], function: Callable[[Any], Any], on_bad: OnBad
+) -> list[Any]:
+    """`function` of each row; None where there is none or it raises BadRow."""
+    found: list[Any] = [None] * len(rows)
+    for index, row in enumerate(rows):
+        try:
+            found[index] = row if row is None else function(row)
+        except BadRow as bad:
+            on_bad(index, str(bad))
+    return found
 
 
 def _with_eos(text: str, eos: str) -> str:

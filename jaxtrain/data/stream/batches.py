@@ -94,8 +94,8 @@ class StreamDataset:
         options = dataclasses.asdict(self.options)
         elsewhere = ["on_bad_row", "kind", "text_column", "difficulty_column"]
         elsewhere.append("vocab_size")
-        if not self.options.most_pairs:
-            elsewhere.append("most_pairs")
+        later = ("most_pairs", "column_map")  # keys that earlier versions had not
+        elsewhere += [name for name in later if not options[name]]
         items = sorted((k, v) for k, v in options.items() if k not in elsewhere)
         described = [
             [source.identity() for source in self.rows.sources],

@@ -18,10 +18,10 @@ from typing import Any, TypeAlias
 import datasets
 import numpy as np
 
-from jaxtrain.data.rows.files import START, Item, Unit, make_units
-from jaxtrain.data.rows.folders import looks_local, split_files
+from jaxtrain.data.rows.files import START, Item, Unit, drop_filled, make_units
+from jaxtrain.data.rows.folders import looks_local
 from jaxtrain.data.rows.places import HeldRows
-from jaxtrain.data.rows.source import load_hub, load_saved
+from jaxtrain.data.rows.source import data_files, load_hub, load_saved
 
 logger = logging.getLogger(__name__)
 
@@ -100,20 +100,17 @@ def open_stream(
     if path.is_dir():
         saved = load_saved(path, split)
         if saved is None:
-            files = split_files(path, split)
+            files = data_files(path, split)
         else:
             files = [pathlib.Path(file["filename"]) for file in saved.cache_files]
     elif path.exists():
-        files = [path]
+        files = data_files(path, split)
     elif looks_local(path_or_name):
         raise ValueError(f"data path {path_or_name!r} does not exist")
     else:
         rows = load_hub(path_or_name, split, streaming=True)
         return HubSource(path_or_name, rows, max_rows)
     units = tuple(unit for file in files for unit in make_units(file))
-    readers = sorted({unit.reader for unit in units})
-    if len(readers) > 1:
-        raise ValueError(f"{path} mixes formats {readers}: keep one in a folder")
     logger.info(
         "streaming %s: %d files, %.1f MB",
         path, len(files), sum(file.stat().st_size for file in files) / 1e6,
@@ -172,7 +169,7 @@ class _FileCursor(Cursor):
 
     def _make_row(self, read: tuple[Unit, Item]) -> RawRow:
         unit, item = read
-        return RawRow(unit.place(item), unit.row(item))
+        return RawRow(unit.place(item.number), unit.row(item))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,7 +218,7 @@ class _HubCursor(Cursor):
         return {"hub": hub, "rows": self._rows}
 
     def _make_row(self, read: Mapping[str, Any]) -> RawRow:
-        return RawRow(f"{self._place} {self._rows}", read)
+        return RawRow(f"{self._place} {self._rows}", drop_filled(read))
 
 
 Source: TypeAlias = FileSource | HubSource

@@ -11,6 +11,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import itertools
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -22,9 +23,12 @@ from jaxtrain.data.prepare.prepare import lay_out, tokenize
 from jaxtrain.data.rows.formats import RowProblems
 from jaxtrain.data.stream.source import RawRow, Share, Source, State, random_order
 
+logger = logging.getLogger(__name__)
+
 Key = tuple[int, int, int]  # epoch, block in it, window in that
 Make = Callable[[list[RawRow], Key, Share], "Window"]
 
+_SHOWN_EQUAL = 5
 _GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio, for evenly spread draws
 
 
@@ -32,13 +36,15 @@ _GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio, for evenly spread draws
 class Window:
     """Some rows, prepared: which of them to take, in order, and what became of all.
 
-    `problems` are (place, reason) of bad rows.
+    `problems` are (place, reason) of bad rows, `equal` the first places of pairs whose
+    chosen equals rejected.
     """
 
     data: PreparedDataset | None
     order: np.ndarray
     problems: tuple[tuple[str, str], ...]
     stats: DataStats
+    equal: tuple[str, ...] = ()
 
 
 def make_window(
@@ -49,14 +55,15 @@ def make_window(
     tokenized = tokenize([row.row for row in rows], recipe, problems)
     data = lay_out(tokenized, recipe)
     found = tuple((rows[number].place, reason) for number, reason in problems.first)
+    equal = tuple(rows[number].place for number in problems.equal[:_SHOWN_EQUAL])
     if data is None:
-        return Window(None, np.arange(0), found, tokenized.stats)
+        return Window(None, np.arange(0), found, tokenized.stats, equal)
     order = np.arange(len(data))
     if data.packed and share.seed is not None:
         order = random_order(len(data), share.seed, share.index, *key)
     elif data.packed:
         order = _stream_order(data)
-    return Window(data, order, found, data.stats)
+    return Window(data, order, found, data.stats, equal)
 
 
 def _stream_order(data: PreparedDataset) -> np.ndarray:
@@ -153,6 +160,7 @@ class WindowReader:
         self._window_rows = window_rows
         self._ahead = ahead
         self._on_bad_rows = on_bad_rows
+        self._said_equal = False
         self._pending: collections.deque[_Pending] = collections.deque()
         counts = dataclasses.asdict(DataStats())
         start = {"blocks": blocks.get_state(), "window": 0, "row": 0, "counts": counts}
@@ -210,6 +218,13 @@ class WindowReader:
         self.counts += window.stats
         if window.problems and not quietly:
             self._on_bad_rows(window.problems)
+        if window.equal and not self._said_equal:
+            self._said_equal = True  # how many there are is in the stream's counts
+            logger.warning(
+                "pairs have a chosen that equals rejected (%s, ...): they are trained, "
+                "and prefer nothing",
+                ", ".join(window.equal),
+            )
 
     def _make_windows(self, first: int) -> Iterator[_Pending]:
         """Every window from the `first` of the next block on."""

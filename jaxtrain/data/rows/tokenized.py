@@ -1,0 +1,96 @@
+"""Rows that are token ids already, as TRL's SFTTrainer takes them.
+
+`input_ids`, and where not every token is to be trained either `labels` (-100 on what is
+not) or `completion_mask` and `assistant_masks` (1 on what is).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxtrain.data.rows.formats import IDS, MASKS, BadRow, shown
+
+_IGNORED = -100  # PyTorch's label of a token that has no loss
+
+
+def read_tokens(
+    row: Mapping[str, Any], *, completion_only: bool, highest_id: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """int32 ids and a bool mask of those to train, of a canonical row.
+
+    Labels alone decide where they are given; else a token is trained that every mask
+    has.
+
+    Args:
+        completion_only: whether `completion_mask` counts.
+        highest_id: of the tokenizer.
+
+    Raises:
+        BadRow: an id that is none, columns of several lengths, or a label that is
+            another token than the one it stands for.
+    """
+    ids = _integers(row[IDS], IDS)
+    if not len(ids):
+        raise BadRow(f"{IDS} is empty")
+    outside = (ids < 0) | (ids > highest_id)
+    if outside.any():
+        where = int(np.argmax(outside))
+        raise BadRow(
+            f"{IDS}[{where}] is {ids[where]}, which is no token: the tokenizer's go "
+            f"from 0 to {highest_id}"
+        )
+    trained = np.ones(len(ids), bool)
+    if row.get("labels") is not None:
+        trained = _read_labels(row["labels"], ids)
+    else:
+        for name in MASKS:
+            counts = completion_only or name != "completion_mask"
+            if row.get(name) is not None and counts:
+                trained &= _read_mask(row[name], name, len(ids))
+    return ids.astype(np.int32), trained
+
+
+def _read_labels(value: Any, ids: np.ndarray) -> np.ndarray:
+    labels = _integers(value, "labels")
+    _check_length(labels, "labels", len(ids))
+    trained = labels != _IGNORED
+    other = trained & (labels != ids)
+    if other.any():
+        where = int(np.argmax(other))
+        raise BadRow(
+            f"labels[{where}] is {labels[where]}, but {IDS}[{where}] is {ids[where]}: "
+            f"a label is the token itself, or {_IGNORED} where it is not trained"
+        )
+    return trained
+
+
+def _read_mask(value: Any, name: str, length: int) -> np.ndarray:
+    mask = np.asarray(value)
+    if mask.dtype != bool:
+        mask = _integers(value, name)
+        if not np.isin(mask, (0, 1)).all():
+            raise BadRow(f"{name} holds other numbers than 0 and 1")
+    _check_length(mask, name, length)
+    return mask.astype(bool)
+
+
+def _check_length(values: np.ndarray, name: str, length: int) -> None:
+    if len(values) != length:
+        raise BadRow(f"{name} has {len(values)} numbers, {IDS} has {length}")
+
+
+def _integers(value: Any, name: str) -> np.ndarray:
+    """int64[numbers] of a list of integers."""
+    bad = BadRow(f"{name} is {shown(value)}, expected a list of integers")
+    if not isinstance(value, Sequence | np.ndarray) or isinstance(value, str | bytes):
+        raise bad
+    try:
+        found = np.asarray(value)
+    except (ValueError, OverflowError):  # a list of lists of several lengths
+        raise bad from None
+    if found.size == 0 and found.ndim == 1:
+        return np.zeros(0, np.int64)
+    if found.ndim != 1 or found.dtype.kind not in "iu":
+        raise bad
+    return found.astype(np.int64)
