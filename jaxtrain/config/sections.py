@@ -238,7 +238,18 @@ class DataSection:
     ] = None
     """Train on completions, not prompts. Unset: wherever rows have prompts."""
     assistant_only_loss: bool = False
-    """messages: train on assistant turns only."""
+    """messages: train on assistant turns only. A message's own `train` (true or false)
+    or `weight` (0 or 1) chooses single turns."""
+    train_on_turns: Annotated[
+        Literal["all", "last"], OnlyIf("data.assistant_only_loss")
+    ] = "all"
+    """The assistant turns that are trained where a message does not say: all, or the
+    last one alone."""
+    train_on_thinking: Annotated[bool, OnlyIf("data.assistant_only_loss")] = True
+    """Train on the blocks of thoughts (`<think>`, `[THINK]`) in these turns too."""
+    preserve_thinking: Annotated[bool, OnlyIf("data.assistant_only_loss")] = False
+    """Write each assistant turn as the chat template writes the last one, so that
+    earlier turns keep their thoughts, as in TRL's templates for training."""
     chat_template: str | None = None
     """Jinja template, or a file of one. Unset: the tokenizer's."""
     max_train_rows: Annotated[PositiveInt | None, ROWS] = None

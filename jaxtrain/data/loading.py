@@ -28,6 +28,7 @@ from jaxtrain.data.prepare.workers import Resources, usable_cores
 from jaxtrain.data.rows.columns import make_column_map
 from jaxtrain.data.rows.folders import looks_local
 from jaxtrain.data.rows.formats import detect_format
+from jaxtrain.data.rows.marks import AssistantMarks
 from jaxtrain.data.rows.source import load_rows
 from jaxtrain.data.rows.tokenize import (
     PreTrainedTokenizerBase,
@@ -211,6 +212,11 @@ def prepare_options(run: RunConfig) -> PrepareOptions:
         packing=packing if run.data.packing else None,
         completion_only_loss=run.data.completion_only_loss,
         assistant_only_loss=run.data.assistant_only_loss,
+        assistant_marks=AssistantMarks(
+            run.data.train_on_turns,
+            run.data.train_on_thinking,
+            run.data.preserve_thinking,
+        ),
         on_bad_row=run.data.on_bad_row,
         kind=run.data.format,
         text_column=run.data.text_column,

@@ -6,10 +6,10 @@ from hypothesis import strategies as st
 from jaxtrain.data.rows.formats import BadRow
 from jaxtrain.data.rows.template import (
     encode_with_assistant_mask,
-    find_assistant_spans,
     mask_tokens,
     require_chat_template,
 )
+from jaxtrain.data.rows.turns import find_spans_by_beginnings
 
 QWEN3_LIKE = (  # only a last assistant turn gets a thought
     "{% for m in messages %}[{{ m.role }}]"
@@ -74,7 +74,7 @@ def test_spans_hold_what_the_assistant_said(contents):
         return text + "[assistant]" * add_generation_prompt
 
     full = render(messages)
-    spans = find_assistant_spans(render, messages)
+    spans = find_spans_by_beginnings(render, messages)
     said = [f"{m['content']}[end]" for m in messages if m["role"] == "assistant"]
     assert [full[a:b] for a, b in spans] == said
 

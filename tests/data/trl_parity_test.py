@@ -17,6 +17,7 @@ from jaxtrain.data.batches.dataset import PreparedDataset
 from jaxtrain.data.batches.pipeline import BatchShape, Reading, make_train_iterator
 from jaxtrain.data.prepare.options import PrepareOptions
 from jaxtrain.data.prepare.prepare import prepare
+from jaxtrain.data.rows.marks import AssistantMarks
 
 pytestmark = pytest.mark.torch
 torch = pytest.importorskip("torch")
@@ -318,16 +319,69 @@ def test_assistant_masks_of_stock_templates_equal_trls_patched_ones(
     assert_same_sft(trainer, prepared)
 
 
-def test_assistant_mask_of_stock_qwen3_equals_trl_for_one_turn(
-    bpe, tiny_model, tmp_path
-):
-    # For more turns TRL changes the text: it gives every turn an empty thought.
+REASONING_ROWS: Rows = [
+    {"messages": [user("a"), assistant("b"), user("c"), assistant("d"), user("e")]},
+    {
+        "messages": [
+            system("You are a helpful assistant."),
+            user("What color is the sky?"),
+            assistant("<think>\nLook up.\n</think>\n\nIt is blue."),
+            user("Where is the sun?"),
+            assistant("There.") | {"reasoning_content": "It is day."},
+            user("And?"),
+            assistant("<think>\nNothing.\n</think>\n\nNo more."),
+        ]
+    },
+    {
+        "messages": [
+            user("2 times 3?"),
+            CALL | {"content": "<think>\nMultiply.\n</think>\n\n"},
+            {"role": "tool", "content": "6"},
+            assistant("It is 6."),
+            user("Thanks"),
+            assistant("You are welcome."),
+        ],
+        "tools": json.dumps([TOOL]),
+    },
+]
+
+
+def stock_qwen3(bpe: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     folder = pathlib.Path(trl.__file__).parent / "chat_templates"
     bpe.chat_template = (folder / "qwen3.jinja").read_text()
+    return bpe
+
+
+@pytest.mark.parametrize("preserve", [False, True])
+def test_assistant_mask_of_stock_qwen3_equals_trl_for_one_turn(
+    preserve, bpe, tiny_model, tmp_path
+):
+    # For more turns TRL changes the text: it gives every turn an empty thought.
+    tokenizer = stock_qwen3(bpe)
     rows = SFT_ROWS["messages"][:1]
     options = {"assistant_only_loss": True, "max_length": 256}
-    trainer = sft_trainer(rows, bpe, tiny_model, tmp_path, **options)
-    prepared = prepare(rows, bpe, PrepareOptions(objective="next_token", **options))
+    trainer = sft_trainer(rows, tokenizer, tiny_model, tmp_path, **options)
+    marks = AssistantMarks(preserve_thinking=preserve)
+    prepared = prepare(
+        rows,
+        tokenizer,
+        PrepareOptions(objective="next_token", assistant_marks=marks, **options),
+    )
+    assert_same_sft(trainer, prepared)
+
+
+def test_preserved_thoughts_of_stock_qwen3_equal_trl(bpe, tiny_model, tmp_path):
+    tokenizer = stock_qwen3(bpe)
+    options = {"assistant_only_loss": True, "max_length": 1024}
+    rows = datasets.Dataset.from_list(REASONING_ROWS).to_list()
+    trainer = sft_trainer(REASONING_ROWS, tokenizer, tiny_model, tmp_path, **options)
+    marks = AssistantMarks(preserve_thinking=True)
+    prepared = prepare(
+        rows,
+        tokenizer,
+        PrepareOptions(objective="next_token", assistant_marks=marks, **options),
+    )
+    assert len(prepared) == len(REASONING_ROWS)
     assert_same_sft(trainer, prepared)
 
 

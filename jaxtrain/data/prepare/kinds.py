@@ -91,6 +91,7 @@ class NextToken(RowKind):
             recipe.tokenizer,
             completion_only_loss=options.completion_only_loss,
             assistant_only_loss=options.assistant_only_loss,
+            assistant_marks=options.assistant_marks,
             on_bad=on_bad,
         )
         examples = _known_to_the_model(examples, recipe, on_bad)

@@ -4,6 +4,7 @@ import dataclasses
 
 from jaxtrain.data.batches import pack
 from jaxtrain.data.rows.columns import ColumnMap
+from jaxtrain.data.rows.marks import ALL_TURNS, AssistantMarks
 
 OBJECTIVES = ("next_token", "preference", "labeled")
 
@@ -21,6 +22,7 @@ class PrepareOptions:
             "bfd_split" (long documents are split), or "wrapped" (TRL's cut stream).
         completion_only_loss: see `tokenize_examples`, as for the next one.
         assistant_only_loss: train on assistant turns alone.
+        assistant_marks: which of these turns, and what of them.
         on_bad_row: "error" refuses the data set, "skip" leaves bad rows out.
         kind: read the rows as this format, see `detect_format`.
         text_column: the column of text rows.
@@ -45,6 +47,7 @@ class PrepareOptions:
     packing: str | None = None
     completion_only_loss: bool | None = None
     assistant_only_loss: bool = False
+    assistant_marks: AssistantMarks = ALL_TURNS
     on_bad_row: str = "error"
     kind: str = "auto"
     text_column: str = "text"
@@ -84,6 +87,11 @@ class PrepareOptions:
         if max_length is not None and max_length < 2:
             raise ValueError(
                 f"max_length={max_length}: a target needs at least 2 tokens"
+            )
+        if self.assistant_marks != ALL_TURNS and not self.assistant_only_loss:
+            raise ValueError(
+                f"assistant_marks={self.assistant_marks} choose among what the"
+                " assistant wrote: set assistant_only_loss=True"
             )
         if self.max_prompt_length is not None:
             self._check_prompt_length(self.max_prompt_length)

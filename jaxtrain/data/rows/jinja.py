@@ -1,12 +1,10 @@
 """Chat templates as a configuration gives them: the text, or the file of one."""
 
 import pathlib
-import re
 
 import jinja2
 
-# transformers' own tag, which marks what the assistant wrote.
-_GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
+from jaxtrain.data.rows.sandbox import compile_template
 
 
 def read_template(template: str) -> str:
@@ -27,12 +25,14 @@ def read_template(template: str) -> str:
                 " template itself"
             )
         place, text = f"chat_template {template!r}", path.read_text(encoding="utf-8")
-    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
     try:
-        environment.parse(_GENERATION.sub("", text))
-    except jinja2.TemplateSyntaxError as error:
+        compile_template(text)
+    except Exception as error:  # of Jinja's parser, or of Python's on what it wrote
+        line = getattr(error, "lineno", None)
+        at = f", line {line}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
+        reason = getattr(error, "message", None) or f"{type(error).__name__}: {error}"
         raise ValueError(
-            f"{place}, line {error.lineno}: not Jinja: {error.message}; mend it, or"
-            " unset data.chat_template to take the tokenizer's own"
+            f"{place}{at}: not Jinja: {reason}; mend it, or unset data.chat_template"
+            " to take the tokenizer's own"
         ) from error
     return text

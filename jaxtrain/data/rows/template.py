@@ -1,50 +1,85 @@
 """Chat rendering by the tokenizer's own template, and which tokens the assistant wrote.
 
 A template that marks the assistant's text with `{% generation %}` is believed.
-Otherwise the spans are found by rendering the conversation's beginnings: the text of a
-turn starts where the generation prompt ends and stops where the next turn begins.
+Otherwise `turns` finds where the assistant's turns stand. `AssistantMarks`, and a
+`train` or `weight` of single messages, say which of these turns are trained.
 """
 
 import dataclasses
 import functools
+import itertools
+import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import jinja2
 import numpy as np
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from jaxtrain.data.rows.formats import BadRow
+from jaxtrain.data.rows.marks import (
+    ALL_TURNS,
+    AssistantMarks,
+    Span,
+    choose_turns,
+    drop_thoughts,
+    take_training_fields,
+)
 from jaxtrain.data.rows.parts import fit_parts
-
-Messages = Sequence[Mapping[str, Any]]
-Render = Callable[..., str]
-Span = tuple[int, int]  # of characters: the first, and the one after the last
+from jaxtrain.data.rows.sandbox import (
+    plain_data,
+    plain_messages,
+    render_template,
+)
+from jaxtrain.data.rows.turns import (
+    STAND_IN,
+    Messages,
+    TurnShape,
+    find_assistant_spans,
+    find_spans_by_beginnings,
+    find_turn_shape,
+)
 
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
-# Stands in for an assistant's text; no template alters plain letters.
-_STAND_IN = "jaxtrainstandin"
+# What apply_chat_template takes beside the template's variables: not a row's to give.
+_RESERVED = ("messages", "conversation", "add_generation_prompt")
+_FOR_GENERATION = "continue_final_message"
 
 
 @dataclasses.dataclass(frozen=True)
-class AssistantMarks:
-    """Which of the assistant's text is trained.
+class _Template:
+    """A template's text, and the variables it sees beside the messages."""
 
-    Attributes:
-        turns: train on all of the assistant's turns, or on the last alone.
-        thinking: train on the `<think>` blocks too.
-        preserve_thinking: render every turn as the template renders it in last place,
-            so that earlier turns keep their thoughts.
-    """
+    text: str
+    variables: Mapping[str, Any]
 
-    turns: Literal["all", "last"] = "all"
-    thinking: bool = True
-    preserve_thinking: bool = False
+    @property
+    def is_marked(self) -> bool:
+        return bool(_GENERATION_TAG.search(self.text))
 
+    @property
+    def closing(self) -> str:
+        """What it may add after the last turn only."""
+        eos = self.variables.get("eos_token")
+        return eos if isinstance(eos, str) else ""
 
-ALL_TURNS = AssistantMarks()
+    def render(
+        self,
+        messages: Messages,
+        *,
+        add_generation_prompt: bool = False,
+        spans: list[Span] | None = None,
+    ) -> str:
+        """Plain messages as text. Raises BadRow, whatever the template raised."""
+        known = {**self.variables, "add_generation_prompt": add_generation_prompt}
+        try:
+            return render_template(self.text, messages, known, spans)
+        except Exception as error:  # a template is a program
+            kind, reason = type(error).__name__, str(error)
+            told = reason if reason and len(reason) < 300 else f"{kind} {reason[:300]}"
+            raise BadRow(
+                f"the chat template refuses the conversation: {told.strip()}"
+            ) from error
 
 
 def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -64,9 +99,22 @@ def render_chat(
     *,
     add_generation_prompt: bool = False,
 ) -> str:
-    """The conversation as text. Raises BadRow where the template refuses it."""
-    options = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
-    return str(_apply_template(tokenizer, messages, template_kwargs, options))
+    """The conversation as text.
+
+    Raises:
+        BadRow: the template refuses it, or a message of a whole conversation asks not
+            to be trained, which only `render_with_spans` can do.
+    """
+    template = _template(tokenizer, template_kwargs)
+    own, trained = take_training_fields(messages)
+    if False in trained and not add_generation_prompt:
+        raise BadRow(
+            f"messages[{trained.index(False)}] asks not to be trained (train or"
+            " weight), which only assistant_only_loss reads: set it, or take the"
+            " field out"
+        )
+    plain = fit_parts(plain_messages(own), template.text, template.render)
+    return template.render(plain, add_generation_prompt=add_generation_prompt)
 
 
 def turn_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -76,13 +124,13 @@ def turn_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """
     if not getattr(tokenizer, "chat_template", None):
         return None
-    turns = [("user", "?"), ("assistant", _STAND_IN)]
+    turns = [("user", "?"), ("assistant", STAND_IN)]
     messages = [{"role": role, "content": text} for role, text in turns]
     try:
         text = render_chat(tokenizer, messages, {})
     except (BadRow, ValueError):
         return None
-    ending = text.rpartition(_STAND_IN)[2]
+    ending = text.rpartition(STAND_IN)[2]
     added = tokenizer.added_tokens_decoder.items()
     special = {number for number, token in added if token.special}
     special.update(tokenizer.all_special_ids)
@@ -96,10 +144,10 @@ def encode_with_assistant_mask(
     template_kwargs: Mapping[str, Any],
     marks: AssistantMarks = ALL_TURNS,
 ) -> tuple[list[int], np.ndarray]:
-    """Token ids of a conversation, and a bool mask of those the assistant wrote.
+    """Token ids of a conversation, and a bool mask of those that are trained.
 
     Raises:
-        BadRow: no token is the assistant's, or the spans cannot be told.
+        BadRow: none of them is, or the spans cannot be told.
     """
     text, spans = render_with_spans(tokenizer, messages, template_kwargs, marks)
     encoded = tokenizer(
@@ -116,23 +164,38 @@ def render_with_spans(
 ) -> tuple[str, list[Span]]:
     """The conversation as text, and the spans of characters that are trained.
 
+    The spans are in order and do not overlap.
+
     Raises:
         BadRow: the template refuses the conversation, or the spans cannot be told.
+        ValueError: preserve_thinking, with a template that marks its own turns.
     """
-    template = template_kwargs.get("chat_template") or tokenizer.get_chat_template(
-        None, template_kwargs.get("tools")
-    )
-    if _GENERATION_TAG.search(template):
-        return _render_marked(tokenizer, messages, template, template_kwargs)
-    render = functools.partial(render_chat, tokenizer, template_kwargs=template_kwargs)
-    eos = tokenizer.eos_token
-    spans = find_assistant_spans(
-        render, messages, closing=eos if isinstance(eos, str) else ""
-    )
-    return render(messages), spans
+    template = _template(tokenizer, template_kwargs)
+    own, trained = take_training_fields(messages)
+    plain = fit_parts(plain_messages(own), template.text, template.render)
+    if template.is_marked:
+        if marks.preserve_thinking:
+            raise ValueError(
+                "preserve_thinking=True: the chat template marks with {% generation %}"
+                " what the assistant wrote, and its text is taken as it is; set it"
+                " False"
+            )
+        spans: list[Span] = []
+        text = template.render(plain, spans=spans)
+    else:
+        text, spans = _find_turns(template, plain)
+        if marks.preserve_thinking:
+            text, spans = _preserve_thinking(template, plain, text, spans)
+    turns = [i for i, m in enumerate(plain) if m["role"] == "assistant"]
+    spans = choose_turns(spans, [trained[i] for i in turns], marks)
+    if not marks.thinking:
+        spans = drop_thoughts(text, spans)
+    return text, spans
 
 
-def mask_assistant(offsets: Sequence[Span], spans: Sequence[Span]) -> np.ndarray:
+def mask_assistant(
+    offsets: Sequence[Span] | np.ndarray, spans: Sequence[Span]
+) -> np.ndarray:
     """bool[tokens]: which tokens of a rendered conversation are trained.
 
     Raises:
@@ -141,167 +204,111 @@ def mask_assistant(offsets: Sequence[Span], spans: Sequence[Span]) -> np.ndarray
     mask = mask_tokens(offsets, spans)
     if not mask.any():
         raise BadRow(
-            "no token is the assistant's: the conversation has no assistant turn, or "
-            "the chat template's {% generation %} marks nothing"
+            "no token is the assistant's: the conversation has no assistant turn that "
+            "is trained, or the chat template's {% generation %} marks nothing"
         )
     return mask
-
-
-def find_assistant_spans(
-    render: Render, messages: Messages, *, closing: str = ""
-) -> list[Span]:
-    """Character spans of the assistant's turns, terminators included.
-
-    `render(messages, add_generation_prompt=False)` gives text. A turn starts after the
-    generation prompt; where the whole conversation lacks a part of that prompt, where
-    the two part. `closing` is a text that the template may add after the last turn
-    only, as Phi-3's adds EOS.
-
-    Raises:
-        BadRow: the template is not prefix-stable, so the spans cannot be told.
-    """
-    full = render(messages)
-    spans = []
-    for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        if turn == 0:
-            raise BadRow("the conversation opens with the assistant's turn")
-        prompt = render(messages[:turn], add_generation_prompt=True)
-        start = _common_prefix(prompt, full)
-        if start < len(prompt):
-            history = _prefix_length(render(messages[:turn]), full, closing)
-            if history is None or start < history:
-                raise _not_stable(turn)
-        spans.append((start, _turn_end(render, messages, turn, full, closing)))
-    return spans
 
 
 def mask_tokens(
-    offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]
+    offsets: Sequence[Span] | np.ndarray, spans: Sequence[Span]
 ) -> np.ndarray:
     """bool[tokens]: which tokens overlap a span of characters.
 
-    A token also owns the characters since the previous one's end: byte-level
-    tokenizers may leave a leading space out of a token's offsets.
+    The spans are in order and do not overlap. A token also owns the characters since
+    the previous one's end: byte-level tokenizers may leave a leading space out of a
+    token's offsets.
     """
-    mask = np.zeros(len(offsets), bool)
-    if not len(offsets):
-        return mask
-    pairs = np.asarray(offsets)
+    if not len(offsets) or not len(spans):
+        return np.zeros(len(offsets), bool)
+    pairs = offsets
+    if not isinstance(pairs, np.ndarray):
+        flat = itertools.chain.from_iterable(pairs)
+        pairs = np.fromiter(flat, int, 2 * len(offsets)).reshape(-1, 2)
     ends = np.maximum.accumulate(pairs[:, 1])
     begins = np.minimum(pairs[:, 0], np.concatenate([[0], ends[:-1]]))
-    for start, stop in spans:
-        mask |= (ends > start) & (begins < stop)
-    return mask
+    starts, stops = np.asarray(spans).T
+    last = np.searchsorted(starts, ends, "left") - 1  # the last span that begins before
+    return np.asarray((last >= 0) & (begins < stops[last]))
 
 
-def _apply_template(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Messages,
-    template_kwargs: Mapping[str, Any],
-    options: Mapping[str, Any],
-) -> Any:
+def _template(
+    tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any]
+) -> _Template:
+    """The row's template or the tokenizer's, with the row's variables."""
+    variables = {key: value for key, value in template_kwargs.items()}
+    for key in (*_RESERVED, _FOR_GENERATION):
+        if key in variables:
+            raise BadRow(f"chat_template_kwargs holds {key!r}, which no row may set")
+    variables.setdefault("tools", None)
+    variables.setdefault("documents", None)
+    named = variables.pop("chat_template", None)
     try:
-        own = _own_messages(tokenizer, messages, template_kwargs)
-        return tokenizer.apply_chat_template(own, **options, **template_kwargs)
-    except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
-        raise BadRow(f"the chat template refuses the conversation: {error}") from error
+        text = tokenizer.get_chat_template(named, variables["tools"])
+    except ValueError as error:
+        raise BadRow(str(error)) from error
+    if not isinstance(text, str):
+        raise BadRow(f"chat_template is {type(text).__name__}, expected a string")
+    known = {**tokenizer.special_tokens_map, **plain_data(variables)}
+    return _Template(text, known)
 
 
-def _own_messages(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Messages,
-    template_kwargs: Mapping[str, Any],
-) -> list[dict[str, Any]]:
-    """Copies of the messages, in which text parts are as the template wants them."""
-    if any(isinstance(message.get("content"), list) for message in messages):
-        own = template_kwargs.get("chat_template")
-        template = own or tokenizer.get_chat_template(
-            None, template_kwargs.get("tools")
-        )
-
-        def render(probe: list[Mapping[str, Any]]) -> str:
-            turns = [dict(message) for message in probe]
-            return str(
-                tokenizer.apply_chat_template(
-                    turns, chat_template=template, tokenize=False
-                )
-            )
-
-        messages = fit_parts(messages, template, render)
-    return [dict(message) for message in messages]
-
-
-def _render_marked(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Messages,
-    template: str,
-    template_kwargs: Mapping[str, Any],
-) -> tuple[str, list[Span]]:
-    own = _own_messages(tokenizer, messages, template_kwargs)
-    options = {**tokenizer.special_tokens_map, **template_kwargs}
-    options["chat_template"] = template
-    try:
-        rendered: Any = render_jinja_template(
-            [own], return_assistant_tokens_mask=True, **options
-        )
-    except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
-        raise BadRow(f"the chat template refuses the conversation: {error}") from error
-    (text,), (spans,) = rendered
+def _find_turns(template: _Template, messages: Messages) -> tuple[str, list[Span]]:
+    """The text of plain messages, and the spans of the assistant's turns."""
+    text = template.render(messages)
+    shape = _turn_shape(template)
+    if shape is not None:
+        spans = find_assistant_spans(template.render, messages, text, shape)
+        if spans is not None:
+            return text, spans
+    spans = find_spans_by_beginnings(
+        template.render, messages, full=text, closing=template.closing
+    )
     return text, spans
 
 
-def _turn_end(
-    render: Render, messages: Messages, turn: int, full: str, closing: str
-) -> int:
-    """Where the assistant's turn ends in the full text."""
-    if turn == len(messages) - 1:
-        return len(full)
-    closed = _prefix_length(render(messages[: turn + 1]), full, closing)
-    if closed is not None:
-        return closed
-    # Some templates render a last turn unlike an earlier one (Qwen3 adds an empty
-    # thought to it). Then go on to the next assistant turn, and take off the turns
-    # between: what they add is seen by rendering them after a stand-in turn.
-    later = range(turn + 1, len(messages))
-    following = next(
-        (i for i in later if messages[i]["role"] == "assistant"), len(messages)
-    )
-    until = render(messages[:following])
-    shortened = [*messages[:turn], {"role": "assistant", "content": _STAND_IN}]
-    extended = [*shortened, *messages[turn + 1 : following]]
-    _, found, terminator = render(shortened).rpartition(_STAND_IN)
-    rest = render(extended).rpartition(_STAND_IN)[2]
-    between = rest.removeprefix(terminator)
-    if not (
-        found
-        and full.startswith(until)
-        and rest.startswith(terminator)
-        and until.endswith(between)
-    ):
-        raise _not_stable(turn + 1)
-    return len(until) - len(between)
+def _turn_shape(template: _Template) -> TurnShape | None:
+    """The template's shape of turns, found once for all rows with these variables."""
+    shared = {k: v for k, v in template.variables.items() if k != "tools"}
+    try:
+        return _shape_of(template.text, json.dumps(shared, sort_keys=True))
+    except (TypeError, ValueError, RecursionError):  # keys of several types
+        return None
 
 
-def _common_prefix(left: str, right: str) -> int:
-    pairs = zip(left, right, strict=False)
-    shorter = min(len(left), len(right))
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), shorter)
+@functools.lru_cache(maxsize=256)
+def _shape_of(text: str, variables: str) -> TurnShape | None:
+    template = _Template(text, {**json.loads(variables), "tools": None})
+    return find_turn_shape(template.render, template.closing)
 
 
-def _prefix_length(head: str, full: str, closing: str) -> int | None:
-    """Length of `head`, or of it less the closing text, if `full` starts so."""
-    for text in (head, head.removesuffix(closing)):
-        if full.startswith(text):
-            return len(text)
-    return None
+def _preserve_thinking(
+    template: _Template, messages: Messages, text: str, spans: Sequence[Span]
+) -> tuple[str, list[Span]]:
+    """The text with each turn as the template renders it in last place."""
+    turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    if not turns:
+        return text, list(spans)
+    said = [text[start:stop] for start, stop in spans]
+    ends = turns[-1] == len(messages) - 1  # then the last turn is as it shall be
+    first = messages[: turns[0]]
+    # Most templates write a last turn alike whatever was said before it.
+    alike = not ends or _last_turn(template, [*first, messages[-1]]) == said[-1]
+    for number, turn in enumerate(turns[:-1] if ends else turns):
+        before = first if alike else messages[:turn]
+        last = _last_turn(template, [*before, messages[turn]])
+        said[number] = last.removesuffix(template.closing)
+    parts, placed, position, length = [], [], 0, 0
+    for (start, stop), own in zip(spans, said, strict=True):
+        parts += [text[position:start], own]
+        length += start - position
+        placed.append((length, length + len(own)))
+        length, position = length + len(own), stop
+    return "".join([*parts, text[position:]]), placed
 
 
-def _not_stable(count: int) -> BadRow:
-    return BadRow(
-        f"the chat template is not prefix-stable: its first {count} messages alone "
-        "render differently from the same messages in the whole conversation, so the "
-        "assistant's tokens cannot be told; use a template that marks them with "
-        "{% generation %}, or set assistant_only_loss=False"
-    )
+def _last_turn(template: _Template, messages: Messages) -> str:
+    """What the template writes of the last turn, the assistant's."""
+    text, spans = _find_turns(template, messages)
+    start, stop = spans[-1]
+    return text[start:stop]

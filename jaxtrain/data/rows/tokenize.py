@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from jaxtrain.data.rows.encode import TextEncoder
 from jaxtrain.data.rows.formats import BadRow, RowFormat
 from jaxtrain.data.rows.jinja import read_template
+from jaxtrain.data.rows.marks import ALL_TURNS, AssistantMarks
 from jaxtrain.data.rows.template import (
     mask_assistant,
     render_chat,
@@ -181,13 +182,14 @@ def tokenize_examples(
     *,
     completion_only_loss: bool | None = None,
     assistant_only_loss: bool = False,
+    assistant_marks: AssistantMarks = ALL_TURNS,
     on_bad: OnBad,
 ) -> list[Example | None]:
     """Tokenize canonical rows for next-token training; None where a row is bad.
 
     `completion_only_loss`: train on completions alone; None means yes for
-    prompt/completion rows. `assistant_only_loss`: train on assistant turns alone. Both
-    given, a token must be in both.
+    prompt/completion rows. `assistant_only_loss`: train on assistant turns alone, of
+    which `assistant_marks` may choose. Both given, a token must be in both.
     """
     _check_loss_options(row_format, completion_only_loss, assistant_only_loss)
     if row_format.kind == "tokenized":
@@ -197,12 +199,19 @@ def tokenize_examples(
             highest_id=highest_id(tokenizer),
         )
         return each_row(rows, lambda row: Example(*read(row)), on_bad)
+    if assistant_marks.preserve_thinking and row_format.kind != "messages":
+        raise ValueError(
+            "preserve_thinking=True needs messages, but the rows are "
+            f"{row_format.describe()}: set it to False"
+        )
     encoder = _Encoder(tokenizer, row_format.conversational, on_bad)
     has_prompt = row_format.kind == "prompt_completion"
     columns = ("prompt", "completion") if has_prompt else (row_format.kind,)
     masks_prompt = has_prompt and completion_only_loss is not False
     if assistant_only_loss:
-        return encoder.mark_assistant(rows, columns, masks_prompt=masks_prompt)
+        return encoder.mark_assistant(
+            rows, columns, assistant_marks, masks_prompt=masks_prompt
+        )
     if masks_prompt:
         return [
             _completion(*found) if found is not None else None
@@ -341,7 +350,12 @@ class _Encoder:
         return self._each(rows, render, self._texts.encode_alike)
 
     def mark_assistant(
-        self, rows: Sequence[Row], columns: Sequence[str], *, masks_prompt: bool
+        self,
+        rows: Sequence[Row],
+        columns: Sequence[str],
+        marks: AssistantMarks,
+        *,
+        masks_prompt: bool,
     ) -> list[Example | None]:
         """Conversations of which the assistant's tokens are trained.
 
@@ -352,7 +366,7 @@ class _Encoder:
         def render(row: Row) -> tuple[str, list[tuple[int, int]], str | None]:
             messages = [*itertools.chain(*(row[column] for column in columns))]
             rendered = render_with_spans(
-                self.tokenizer, messages, row["template_kwargs"]
+                self.tokenizer, messages, row["template_kwargs"], marks
             )
             prompt = row["prompt"] if masks_prompt else None
             head = prompt and self._render(row, [prompt], is_prompt=True)
