@@ -287,6 +287,8 @@ def test_texts_that_begin_alike_have_the_tokens_of_each(prompt, endings, looked_
     found, other = encoder.encode_alike([row, ["the sky"]])
     plain = looked_around(row, add_special_tokens=False)["input_ids"]
     assert [ids.tolist() for ids in found] == plain
+    whole = TextEncoder(looked_around, add_special_tokens=True).encode(row)
+    assert [ids.tolist() for ids in whole] == looked_around(row)["input_ids"]
     assert [ids.tolist() for ids in other] == looked_around(
         ["the sky"], add_special_tokens=False
     )["input_ids"]
@@ -295,13 +297,13 @@ def test_texts_that_begin_alike_have_the_tokens_of_each(prompt, endings, looked_
 def test_the_prompt_of_a_pair_is_tokenized_once(bpe, caplog, monkeypatch):
     assert "<|im_start|>" in _cuts_of(bpe)
     tokenized = []
-    call = TextEncoder._call
+    encode = TextEncoder.encode
 
-    def note(self, texts, **options):
+    def note(self, texts):
         tokenized.extend(texts)
-        return call(self, texts, **options)
+        return encode(self, texts)
 
-    monkeypatch.setattr(TextEncoder, "_call", note)
+    monkeypatch.setattr(TextEncoder, "encode", note)
     prompt = [{"role": "user", "content": "Where is the sun?"}]
     sides = [[{"role": "assistant", "content": word}] for word in ("Here.", "There.")]
     row = {"prompt": prompt, "chosen": sides[0], "rejected": sides[1]}

@@ -31,7 +31,15 @@ class TextEncoder:
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """int32[tokens] of each text."""
-        return _as_arrays(self._call(texts)["input_ids"])
+        backend = _plain_backend(self.tokenizer)
+        if backend is None:
+            return _as_arrays(self._call(texts)["input_ids"])
+        # What the tokenizer calls too; this leaves out what nobody reads: the places of
+        # tokens in the text, and a dictionary a row.
+        found = backend.encode_batch_fast(
+            list(texts), add_special_tokens=self.add_special_tokens
+        )
+        return _as_arrays([encoding.ids for encoding in found])
 
     def encode_alike(self, rows: Sequence[Sequence[str]]) -> list[list[np.ndarray]]:
         """int32[tokens] of each text of each row; what they begin with, once a row."""
@@ -92,16 +100,28 @@ def _split_like(flat: np.ndarray, rows: Sequence[Any]) -> list[np.ndarray]:
     return [flat[start:stop] for start, stop in itertools.pairwise(ends)]
 
 
+def _plain_backend(tokenizer: PreTrainedTokenizerBase) -> Any | None:
+    """The `tokenizers.Tokenizer` that alone makes the tokens of a whole text; or None.
+
+    Some classes look at the text before it, and some have no such thing.
+    """
+    if not tokenizer.is_fast or getattr(tokenizer, "split_special_tokens", False):
+        return None
+    if any(_overrides(tokenizer, method) for method in ("__call__", "_encode_plus")):
+        return None
+    backend = tokenizer.backend_tokenizer
+    cuts = backend.truncation or backend.padding or backend.encode_special_tokens
+    return None if cuts else backend
+
+
 def _cuts_of(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     """Special tokens in front of which a text may be cut without changing its tokens.
 
     They are found in the raw text, and no other added token can reach over the cut:
     none overlaps them, takes in the white space at the cut, or looks at its neighbours.
     """
-    if not tokenizer.is_fast or getattr(tokenizer, "split_special_tokens", False):
+    if _plain_backend(tokenizer) is None:
         return ()
-    if any(_overrides(tokenizer, method) for method in ("__call__", "_encode_plus")):
-        return ()  # it may look at the whole text first
     added = list(tokenizer.added_tokens_decoder.values())
     if any(token.single_word for token in added):
         return ()
