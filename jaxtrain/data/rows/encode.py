@@ -16,6 +16,8 @@ import numpy as np
 import transformers
 from transformers import PreTrainedTokenizerBase
 
+_WITH_OFFSETS = 128  # texts
+
 
 @dataclasses.dataclass(frozen=True)
 class TextEncoder:
@@ -67,18 +69,24 @@ class TextEncoder:
         Raises:
             NotImplementedError: the tokenizer is written in Python.
         """
-        encoded = self._call(texts, return_offsets_mapping=True)
-        ids = _as_arrays(encoded["input_ids"])
-        pairs = itertools.chain.from_iterable(
-            itertools.chain.from_iterable(encoded["offset_mapping"])
-        )
-        count = sum(map(len, ids))
-        offsets = np.fromiter(pairs, np.int32, 2 * count).reshape(count, 2)
-        return list(zip(ids, _split_like(offsets, ids), strict=True))
+        # A place in the text is a tuple of two at first, which is large: few at a time.
+        found = []
+        for first in range(0, len(texts), _WITH_OFFSETS):
+            encoded = self._call(
+                texts[first : first + _WITH_OFFSETS], return_offsets_mapping=True
+            )
+            ids = _as_arrays(encoded["input_ids"])
+            pairs = itertools.chain.from_iterable(
+                itertools.chain.from_iterable(encoded["offset_mapping"])
+            )
+            count = sum(map(len, ids))
+            offsets = np.fromiter(pairs, np.int32, 2 * count).reshape(count, 2)
+            found += zip(ids, _split_like(offsets, ids), strict=True)
+        return found
 
     def _call(self, texts: Sequence[str], **options: Any) -> Any:
         if not texts:
-            return {"input_ids": [], "offset_mapping": []}
+            return {"input_ids": []}
         return self.tokenizer(
             list(texts),
             add_special_tokens=self.add_special_tokens,
