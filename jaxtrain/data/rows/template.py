@@ -164,23 +164,17 @@ def _own_messages(
     messages: Messages,
     template_kwargs: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
-    """Copies of the messages, in which text parts are as the template wants them."""
-    if any(isinstance(message.get("content"), list) for message in messages):
-        own = template_kwargs.get("chat_template")
-        template = own or tokenizer.get_chat_template(
-            None, template_kwargs.get("tools")
+    """Copies of the messages, with contents in the form that the template wants."""
+    own = template_kwargs.get("chat_template")
+    template = own or tokenizer.get_chat_template(None, template_kwargs.get("tools"))
+
+    def render(probe: list[Mapping[str, Any]]) -> str:
+        turns = [dict(message) for message in probe]
+        return str(
+            tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)
         )
 
-        def render(probe: list[Mapping[str, Any]]) -> str:
-            turns = [dict(message) for message in probe]
-            return str(
-                tokenizer.apply_chat_template(
-                    turns, chat_template=template, tokenize=False
-                )
-            )
-
-        messages = fit_parts(messages, template, render)
-    return [dict(message) for message in messages]
+    return [dict(message) for message in fit_parts(messages, template, render)]
 
 
 def _encode_unmarked(
