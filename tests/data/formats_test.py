@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from jaxtrain.data.rows.formats import (
     BadRow,
     RowProblems,
+    UnreadableRow,
     detect_format,
     extract_prompt,
     read_row,
@@ -150,6 +151,79 @@ def test_an_extracted_prompt_is_shared_and_leaves_completions(chosen, rejected):
 def test_bad_rows_are_told_with_a_reason(good, bad, reason):
     with pytest.raises(BadRow, match=reason):
         read_row(bad, detect_format([good]))
+
+
+GOOD = [
+    {"text": "a"},
+    {"prompt": "a", "completion": "b", "label": True},
+    {"prompt": [USER], "completion": [REPLY], "tools": [], "chat_template_kwargs": {}},
+    {"messages": [USER, REPLY], "system": "s"},
+    {"conversations": [{"from": "human", "value": "h"}, {"from": "gpt", "value": "g"}]},
+    {"prompt": "a", "chosen": "b", "rejected": "c"},
+    {"chosen": [USER, REPLY], "rejected": [USER, OTHER]},
+    {"instruction": "a", "input": "b", "output": "c", "history": [["d", "e"]]},
+    {"input_ids": [1, 2], "labels": [1, 2]},
+]
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                ["role", "content", "from", "value", "type", "text", "tools"]
+            ),
+            inner,
+            max_size=3,
+        )
+    ),
+    max_leaves=8,
+)
+
+
+@given(st.sampled_from(GOOD), st.data())
+def test_no_row_raises_anything_but_bad_row(good, data):
+    row = dict(good)
+    for name in data.draw(st.sets(st.sampled_from(sorted(row)), min_size=1)):
+        value = row[name]
+        inside = isinstance(value, list) and value and data.draw(st.booleans())
+        changed = data.draw(JSON)
+        row[name] = [*value[:-1], changed] if inside else changed
+    try:
+        read_row(row, detect_format([good]))
+    except BadRow as bad:
+        assert str(bad)
+    for first in (row, {}, "no row", None):  # nor does a bad row in front
+        assert detect_format([first, good, good]) == detect_format([good])
+    with pytest.raises(BadRow):
+        read_row("no row", detect_format([good]))
+
+
+def test_history_that_is_none_is_a_bad_row():
+    good = {"instruction": "a", "output": "b", "history": []}
+    for history in (7, "ab", {"a": "b"}, ["ab"], [["a"]], [["a", 7]]):
+        with pytest.raises(BadRow, match="history"):
+            read_row(good | {"history": history}, detect_format([good]))
+
+
+def test_the_form_is_that_of_most_rows():
+    turns = {"prompt": [USER], "completion": [REPLY]}
+    texts = {"prompt": "a", "completion": "b"}
+    assert detect_format([texts, turns, turns]).conversational
+    assert not detect_format([turns, texts, texts]).conversational
+    assert detect_format([turns, texts]).conversational  # of as many, the first
+
+
+def test_lines_that_hold_no_row_are_named_in_place_of_columns():
+    bad = [UnreadableRow("is not JSON", f"a.jsonl line {n}") for n in (1, 2)]
+    with pytest.raises(
+        ValueError, match=r"none of the first 2 rows can be read: a.jsonl line 1: is no"
+    ):
+        detect_format(bad)
+    assert detect_format([*bad, {"text": "a"}]).kind == "text"
+    with pytest.raises(
+        ValueError, match="none of the first 2 rows can be read: 'a' is"
+    ):
+        detect_format(["a", "b"])
 
 
 def test_bad_rows_are_reported_together():

@@ -6,6 +6,7 @@ import pytest
 from jaxtrain.cli.ending import run_command
 from jaxtrain.data.batches.dataset import TokenStore
 from jaxtrain.data.inspect import count_duplicates, main, render
+from jaxtrain.data.rows.formats import UnreadableRow
 
 PAIRS = [
     {"prompt": "What color is the sky?", "completion": " It is blue."},
@@ -89,6 +90,51 @@ def test_of_streams_the_first_rows_are_shown_by_source(tmp_path, capsys):
     assert f"===== {two} (of a stream, the first 10000 rows)" in out
     assert "one.jsonl line 3: completion is None, expected a string" in out
     assert out.count("--- row") == 2
+
+
+def test_rows_that_are_all_bad_are_shown_with_their_reasons(tmp_path, capsys):
+    path = write(tmp_path / "a.jsonl", [{"prompt": "a", "completion": None}] * 12)
+    with (tmp_path / "a.jsonl").open("a") as file:
+        file.write("{\n")
+    status, out, err = inspect(capsys, path, "--data.format=prompt_completion")
+    assert status == 2 and "column_map" not in err
+    assert "no row among the first 100 has a value in 'prompt' and 'completion'" in err
+    path = write(tmp_path / "b.jsonl", [{"prompt": 1, "completion": 2}] * 12)
+    status, out, err = inspect(capsys, path)
+    assert status == 1
+    assert "validation: 12 of 12 rows cannot be used" in out
+    assert "b.jsonl line 10: prompt is 1, expected a string" in out
+    assert "and 2 more" in out
+    assert "nothing to train on: of 12 rows 12 are bad; mend the bad rows" in out
+    assert "max_length" not in out + err and "skipped" not in err
+
+
+def test_what_is_no_utf8_is_never_half_read(tmp_path, capsys):
+    path = tmp_path / "wide.jsonl"
+    path.write_bytes("".join(json.dumps(row) + "\n" for row in PAIRS).encode("utf-16"))
+    status, out, err = inspect(capsys, str(path))
+    assert (status, out) == (2, "")
+    assert "wide.jsonl line 1: the text is UTF-16" in err and "iconv" in err
+    path = tmp_path / "latin.jsonl"
+    path.write_bytes(b'{"prompt": "a", "completion": "\xe9"}\n' * 2)
+    status, out, err = inspect(capsys, str(path))
+    assert (status, out) == (2, "")
+    assert "latin.jsonl line 1: is not UTF-8 (byte 0xe9)" in err
+
+
+def test_pairs_that_prefer_nothing_are_shown(tokenizer_folder, tmp_path, capsys):
+    rows = [{"prompt": "a", "chosen": "b", "rejected": x} for x in "cbb"]
+    path = write(tmp_path / "pairs.jsonl", rows)
+    status, out, _ = inspect(capsys, path, f"--tokenizer={tokenizer_folder}")
+    assert status == 0
+    assert "equal: 2 pairs have a chosen that equals rejected" in out
+    assert "  pairs.jsonl line 2, pairs.jsonl line 3\n" in out
+    assert "duplicates: 1 rows" in out
+
+
+def test_lines_without_a_row_are_no_duplicates():
+    bad = UnreadableRow("is not JSON")
+    assert count_duplicates([bad, bad, {"text": "a"}]) == 0
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ import pathlib
 
 import pytest
 
-from jaxtrain.data.rows.formats import BadRow
 from jaxtrain.data.rows.parts import fit_parts
 from jaxtrain.data.rows.template import render_chat
 
@@ -55,20 +54,13 @@ def test_stock_templates_give_the_text_of_one_string(bpe):
     names = sorted(
         (pathlib.Path(trl.__file__).parent / "chat_templates").glob("*.jinja")
     )
-    compared = 0
     for name in names:
         bpe.chat_template = name.read_text()
         first = "gemma" in name.stem  # knows no system turn
         found = render_chat(bpe, MESSAGES[first:], {}, add_generation_prompt=True)
         assert "one-two" in found and "'type'" not in found, name
-        try:
-            whole = render_chat(bpe, JOINED[first:], {}, add_generation_prompt=True)
-        except BadRow:  # knows nothing but parts, as LLaVA's
-            continue
-        if "one-two" in whole:  # not where strings get lost, as in Idefics 3's
-            assert found == whole, name
-            compared += 1
-    assert compared > 10
+        whole = render_chat(bpe, JOINED[first:], {}, add_generation_prompt=True)
+        assert found == whole, name
 
 
 def test_a_template_is_asked_once(bpe):
@@ -82,5 +74,3 @@ def test_a_template_is_asked_once(bpe):
         fitted = fit_parts(MESSAGES, "a template that is asked once", render)
         assert fitted == JOINED
     assert len(asked) == 2 * 3  # with parts and without, for each of three roles
-    plain = JOINED[:2]
-    assert fit_parts(plain, "never asked", render) == plain and len(asked) == 6

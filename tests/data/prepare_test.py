@@ -300,6 +300,23 @@ def test_nothing_left_to_train_on_is_refused(bpe):
         ValueError, match=r"nothing to train on: of 1 rows.*raise max_len"
     ):
         prepare([row], bpe, PrepareOptions(**LM))
+    bad = {"prompt": 7, "completion": "b"}
+    options = PrepareOptions(**(LM | {"on_bad_row": "skip"}))
+    with pytest.raises(ValueError, match="of 2 rows 1 are bad and 1 have no trained"):
+        prepare([row, bad], bpe, options)
+    with pytest.raises(ValueError, match=r"of 1 rows 1 are bad; mend the bad rows$"):
+        prepare([bad], bpe, options)
+
+
+def test_pairs_that_prefer_nothing_are_trained_and_said(bpe, caplog):
+    equal = {"prompt": "a", "chosen": "b", "rejected": "b"}
+    options = PrepareOptions("preference", 64)
+    with caplog.at_level(logging.INFO, "jaxtrain"):
+        prepared = prepare([PAIRS[0], equal, PAIRS[0]], bpe, options)
+    assert len(prepared) == 3 and prepared.stats.equal_pairs == 1
+    assert "1 of 3 pairs have a chosen that equals rejected (row 1)" in caplog.text
+    assert "1 with chosen = rejected" in prepared.stats.describe()
+    assert "chosen" not in prepare([PAIRS[0]], bpe, options).stats.describe()
 
 
 def test_a_long_prompt_is_kept_by_its_end(bpe):

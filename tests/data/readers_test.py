@@ -50,7 +50,8 @@ def both(name: str, content: bytes, *, zipped: bool = False) -> Rows:
         streamed = head(open_stream(str(path)), None)
         rows = list(held)
         same(held[:], rows)
-        same([held[i] for i in range(len(held))], rows)
+        backwards = [held[i] for i in reversed(range(len(held)))]  # a seek for each
+        same(backwards[::-1], rows)
         same(streamed, rows)
         assert [held.place(i) for i in range(len(held))] == list(streamed.places)
         return rows

@@ -349,6 +349,19 @@ def test_skipped_rows_are_counted_once_whatever_is_restored(small, tmp_path, cap
     resumed.close()
 
 
+def test_pairs_that_prefer_nothing_are_said_once(small, tmp_path, caplog):
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "bc"[i % 2]} for i in range(20)]
+    write(path, rows)
+    data = stream(small, path, objective="preference", packing=None)
+    with caplog.at_level(logging.INFO, "jaxtrain"):
+        batches = iterate(data, shares=1, micro_batch_rows=1, num_steps=20)
+        list(batches)
+        batches.close()
+    assert caplog.text.count("chosen that equals rejected (pairs.jsonl line") == 1
+    assert "10 with chosen = rejected" in caplog.text
+
+
 def test_rows_without_anything_to_train_on_end_the_run(small, tmp_path):
     path = tmp_path / "none.jsonl"
     write(path, [{"prompt": "the dog " * 50, "completion": "x"}] * 9)

@@ -16,12 +16,14 @@ Text is UTF-8, with or without a byte order mark. A line that is not is a bad ro
 file in UTF-16 or UTF-32 is refused as a whole.
 """
 
+import array
 import csv
 import dataclasses
 import gzip
 import io
 import json
 import pathlib
+import re
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -52,6 +54,7 @@ _BATCH_ROWS = 1000  # of parquet rows decoded at once
 _CHUNK = 1 << 20  # bytes of a JSON array that are read at once
 _BOM = b"\xef\xbb\xbf"
 _SPACE = b" \t\r\n"
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # an escape; half of one, or a pair
 _CONVERT = "convert it: iconv -f {} -t UTF-8 OLD > NEW"
 
 
@@ -109,8 +112,10 @@ class Unit:
                 return _index_row_group(self)
             except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
                 raise ValueError(f"cannot read {self.path}: {error}") from error
-        ends = [(*item.end, item.number) for item in self.items()]
-        table = np.array(ends, np.int64).reshape(-1, 3)
+        ends = array.array("q")  # of integers, not of objects
+        for item in self.items():
+            ends.extend((*item.end, item.number))
+        table = np.frombuffer(ends, np.int64).reshape(-1, 3)
         starts = np.concatenate([np.zeros((1, 2), np.int64), table[:-1, :2]])
         return np.concatenate([starts[: len(table)], table[:, 2:]], axis=1)
 
@@ -227,7 +232,7 @@ def _parse_json(line: bytes) -> dict[str, Any]:
         raise BadRow(f"is not JSON ({error})") from None
     if not isinstance(row, dict):
         raise BadRow("is not a JSON object")
-    if "\\ud" in text or "\\uD" in text:
+    if "\\u" in text and _SURROGATE.search(text):
         _refuse_surrogates(row)
     return row
 

@@ -54,6 +54,11 @@ IDS = "input_ids"
 MASKS = ("completion_mask", "assistant_masks")
 
 _DETECTED_ROWS = 100
+# Columns that make a format where a row has a value in each.
+_REQUIRED = (
+    ("chosen", "rejected"), ("prompt", "completion"), ("instruction", "output"),
+    ("messages",), ("conversations",), ("text",), (IDS,),
+)  # fmt: skip
 # What a value of a form that nobody thought of may raise.
 _UNFORESEEN = (
     ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError,
@@ -194,7 +199,7 @@ def detect_format(
     tried = list(itertools.islice(rows, _DETECTED_ROWS))
     if not tried:
         raise ValueError("the data set has no rows: give at least one")
-    readable = [row for row in tried if not isinstance(row, UnreadableRow)]
+    readable = [row for row in tried if _is_readable(row)]
     if not readable:
         raise _unreadable(tried)
     names = list(getattr(rows, "column_names", None) or readable[0])
@@ -216,10 +221,18 @@ def detect_format(
     return dataclasses.replace(row_format, column_map=column_map)
 
 
+def _is_readable(row: Any) -> bool:
+    return isinstance(row, Mapping) and not isinstance(row, UnreadableRow)
+
+
 def _unreadable(rows: Sequence[Row]) -> ValueError:
     """The error of rows of which the first ones are none."""
-    bad = [row for row in rows if isinstance(row, UnreadableRow)]
-    listed = "; ".join(f"{row.place or 'row'}: {row.reason}" for row in bad[:3])
+    listed = "; ".join(
+        f"{row.place}: {row.reason}"
+        if isinstance(row, UnreadableRow)
+        else f"{shown(row)} is no mapping of columns"
+        for row in rows[:3]
+    )
     return ValueError(f"none of the first {len(rows)} rows can be read: {listed}")
 
 
@@ -231,7 +244,10 @@ def _unknown_format(
     filled = sorted(name for name in names if row.get(name) is not None)
     wanted = "a known format" if kind == "auto" else f"format={kind!r}"
     advice = f"rename its columns, or map them, such as {propose_map(names)}"
-    if column_map:
+    if there := next(filter(set(names).issuperset, _REQUIRED), None):
+        listed = " and ".join(map(repr, there))
+        advice = f"no row among the first {_DETECTED_ROWS} has a value in {listed}"
+    elif column_map:
         advice = f"data.column_map = {dict(column_map)!r} does not make one of them"
     return ValueError(
         f"columns {sorted(names)} (filled in the first row: {filled}) are not {wanted}:"
@@ -255,7 +271,7 @@ def detect_for(
     Raises:
         ValueError: the rows are of no known format, or the objective needs another.
     """
-    good = (row for row in rows if not isinstance(row, UnreadableRow))
+    good = (row for row in rows if _is_readable(row))
     first: Row = next(itertools.islice(good, 1), {})
     names = getattr(rows, "column_names", None) or first
     columns = rename(dict.fromkeys(names), column_map)
