@@ -240,16 +240,16 @@ class DataSection:
     assistant_only_loss: bool = False
     """messages: train on assistant turns only. A message's own `train` (true or false)
     or `weight` (0 or 1) chooses single turns."""
-    train_on_turns: Annotated[
-        Literal["all", "last"], OnlyIf("data.assistant_only_loss")
-    ] = "all"
-    """The assistant turns that are trained where a message does not say: all, or the
-    last one alone."""
-    train_on_thinking: Annotated[bool, OnlyIf("data.assistant_only_loss")] = True
-    """Train on the blocks of thoughts (`<think>`, `[THINK]`) in these turns too."""
-    preserve_thinking: Annotated[bool, OnlyIf("data.assistant_only_loss")] = False
-    """Write each assistant turn as the chat template writes the last one, so that
-    earlier turns keep their thoughts, as in TRL's templates for training."""
+    train_on_turns: Literal["all", "last"] = "all"
+    """With assistant_only_loss, the turns that are trained where a message does not
+    say: all, or the last one alone."""
+    train_on_thinking: bool = True
+    """With assistant_only_loss: train on the blocks of thoughts (`<think>`, `[THINK]`)
+    in these turns too."""
+    preserve_thinking: bool = False
+    """With assistant_only_loss: write each assistant turn as the chat template writes
+    the last one, so that earlier turns keep their thoughts, as in TRL's templates for
+    training."""
     chat_template: str | None = None
     """Jinja template, or a file of one. Unset: the tokenizer's."""
     max_train_rows: Annotated[PositiveInt | None, ROWS] = None

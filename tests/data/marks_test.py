@@ -202,3 +202,19 @@ def test_whatever_a_rows_template_raises_is_one_bad_row(bpe, template):
         stop = PrepareOptions("next_token", 64, **options)
         with pytest.raises(ValueError, match="row 1: the chat template refuses"):
             prepare([good, bad, good], bpe, stop)
+
+
+def test_values_that_no_template_can_take_are_bad_rows(bpe):
+    deep: list = []
+    for _ in range(100_000):
+        deep = [deep]
+    for field in ({"tool_calls": deep}, {}):
+        message = assistant("b") | field
+        kwargs = {"tools": [{"a": deep}]} if not field else {}
+        for render in (render_with_spans, render_chat):
+            with pytest.raises(BadRow, match="nest too deeply"):
+                render(bpe, [user("a"), message], kwargs)
+    with pytest.raises(BadRow, match="tools holds something else"):
+        render_chat(bpe, TWO, {"tools": ["f"]})
+    with pytest.raises(BadRow, match="holds 'add_generation_prompt'"):
+        render_chat(bpe, TWO, {"add_generation_prompt": True})

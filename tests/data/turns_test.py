@@ -1,13 +1,19 @@
 """Assistant turns are found in time linear in them, as their beginnings tell."""
 
 import collections
+import functools
+import importlib.util
+import pathlib
+import re
 from typing import Any, ClassVar
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from jaxtrain import assets
 from jaxtrain.data.rows import template as template_module
 from jaxtrain.data.rows.formats import BadRow
 from jaxtrain.data.rows.template import render_with_spans
@@ -69,11 +75,22 @@ TEMPLATES = {
     ),
     "counting": "{{ messages | length }}{% for m in messages %}{{ m.content }}"
     "{% endfor %}",
+    "no tools": (  # a turn that is not written, before a closing text
+        "{% for m in messages %}{% if m.role in ('user', 'assistant') %}"
+        "{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{% endif %}{% endfor %}"
+        "{{ '<|assistant|>' if add_generation_prompt else eos_token }}"
+    ),
     "short memory": (
         "{% for m in messages[-4:] %}{{ '<' + m.role + '>' + m.content }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
     ),
 }
+# The generation prompt depends on the question.
+SWITCH = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}"
+    "{% if 'why' in messages[-1].content %}{{ '<why>' }}{% endif %}{% endif %}"
+)
 MARKERS = [
     "<|im_end|>\n<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_end|>\n",
     "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n", "<end_of_turn>\n",
@@ -153,6 +170,34 @@ def test_spans_are_those_of_the_beginnings(name, messages, thinks):
     assert render_with_spans(tokenizer, messages, variables) == expected
 
 
+def talk(*said: str) -> list[dict[str, Any]]:
+    roles = ("user", "assistant") * len(said)
+    return [{"role": r, "content": c} for r, c in zip(roles, said, strict=False)]
+
+
+@pytest.mark.parametrize(
+    ("template", "messages"),
+    [
+        (  # what stands between two turns, within the first of them
+            TEMPLATES["last thought"],
+            talk(
+                *("?", "<think>t</think>a<|end|><|user|>q<|end|><|assistant|>"),
+                *("q", "<think>t</think>b", "z", "c"),
+            ),
+        ),
+        (SWITCH, talk("?", "one", "why", "<b>")),
+        (
+            TEMPLATES["no tools"],
+            [*talk("?", "one", "q", "two"), {"role": "tool", "content": "6"}],
+        ),
+    ],
+)
+def test_spans_of_hard_cases_are_those_of_the_beginnings(template, messages):
+    tokenizer: Any = Tokenizer(template)
+    expected = by_beginnings(tokenizer, messages, {})
+    assert render_with_spans(tokenizer, messages, {}) == expected
+
+
 @settings(max_examples=60, deadline=None)
 @given(messages=conversations())
 def test_spans_of_stock_qwen3_are_those_of_the_beginnings(qwen3, messages):
@@ -161,6 +206,44 @@ def test_spans_of_stock_qwen3_are_those_of_the_beginnings(qwen3, messages):
     except BadRow:
         return
     assert render_with_spans(qwen3, messages, {}) == expected
+
+
+@functools.cache
+def unmarked_template() -> str:
+    folder = assets.asset_path(assets.TOKENIZER)
+    marked = AutoTokenizer.from_pretrained(str(folder)).chat_template
+    return re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", marked)
+
+
+@settings(max_examples=60, deadline=None)
+@given(messages=conversations())
+def test_spans_of_the_embedded_template_without_its_marks(messages):
+    tokenizer: Any = Tokenizer(unmarked_template())
+    try:
+        expected = by_beginnings(tokenizer, messages, {})
+    except BadRow:
+        return
+    assert render_with_spans(tokenizer, messages, {}) == expected
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(
+    "name",
+    ["qwen2_5", "qwen3_6", "llama3", "gemma", "phi3_5", "deepseek_r1_distill"],
+)
+@settings(max_examples=25, deadline=None)
+@given(messages=conversations())
+def test_spans_of_published_templates_are_those_of_the_beginnings(name, messages):
+    found = importlib.util.find_spec("trl")  # its templates: nothing is imported
+    if found is None or found.origin is None:
+        pytest.skip("TRL is not installed")
+    folder = pathlib.Path(found.origin).parent / "chat_templates"
+    tokenizer: Any = Tokenizer((folder / f"{name}.jinja").read_text(encoding="utf-8"))
+    try:
+        expected = by_beginnings(tokenizer, messages, {})
+    except BadRow:
+        return
+    assert render_with_spans(tokenizer, messages, {}) == expected
 
 
 def long_conversation(turns: int) -> list[dict[str, str]]:

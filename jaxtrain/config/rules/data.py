@@ -98,6 +98,18 @@ def resolve_data(run: Resolution) -> None:
             "only messages have assistant turns; set it false, or train messages with"
             " sft or lora",
         )
+    chosen = {
+        "train_on_turns": data.train_on_turns != "all",
+        "train_on_thinking": not data.train_on_thinking,
+        "preserve_thinking": data.preserve_thinking,
+    }
+    for key in (key for key, is_set in chosen.items() if is_set):
+        if not data.assistant_only_loss:
+            run.problem(
+                f"data.{key}",
+                "it chooses among what the assistant wrote; set"
+                " data.assistant_only_loss, or unset it",
+            )
     if data.completion_only_loss and data.format == "text":
         run.problem(
             "data.completion_only_loss",

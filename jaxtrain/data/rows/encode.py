@@ -70,7 +70,7 @@ class TextEncoder:
             NotImplementedError: the tokenizer is written in Python.
         """
         # A place in the text is a tuple of two at first, which is large: few at a time.
-        found = []
+        found: list[tuple[np.ndarray, np.ndarray]] = []
         for first in range(0, len(texts), _WITH_OFFSETS):
             encoded = self._call(
                 texts[first : first + _WITH_OFFSETS], return_offsets_mapping=True

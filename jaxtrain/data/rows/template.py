@@ -5,12 +5,13 @@ Otherwise `turns` finds where the assistant's turns stand. `AssistantMarks`, and
 `train` or `weight` of single messages, say which of these turns are trained.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -106,14 +107,13 @@ def render_chat(
             to be trained, which only `render_with_spans` can do.
     """
     template = _template(tokenizer, template_kwargs)
-    own, trained = take_training_fields(messages)
+    plain, trained = _read_messages(template, messages)
     if False in trained and not add_generation_prompt:
         raise BadRow(
             f"messages[{trained.index(False)}] asks not to be trained (train or"
             " weight), which only assistant_only_loss reads: set it, or take the"
             " field out"
         )
-    plain = fit_parts(plain_messages(own), template.text, template.render)
     return template.render(plain, add_generation_prompt=add_generation_prompt)
 
 
@@ -171,8 +171,7 @@ def render_with_spans(
         ValueError: preserve_thinking, with a template that marks its own turns.
     """
     template = _template(tokenizer, template_kwargs)
-    own, trained = take_training_fields(messages)
-    plain = fit_parts(plain_messages(own), template.text, template.render)
+    plain, trained = _read_messages(template, messages)
     if template.is_marked:
         if marks.preserve_thinking:
             raise ValueError(
@@ -249,8 +248,31 @@ def _template(
         raise BadRow(str(error)) from error
     if not isinstance(text, str):
         raise BadRow(f"chat_template is {type(text).__name__}, expected a string")
-    known = {**tokenizer.special_tokens_map, **plain_data(variables)}
-    return _Template(text, known)
+    for key in ("tools", "documents"):
+        if not all(isinstance(item, Mapping) for item in variables[key] or ()):
+            raise BadRow(f"{key} holds something else than JSON objects")
+    with _no_deep_nesting():
+        return _Template(
+            text, {**tokenizer.special_tokens_map, **plain_data(variables)}
+        )
+
+
+def _read_messages(
+    template: _Template, messages: Messages
+) -> tuple[list[dict[str, Any]], list[bool | None]]:
+    """What the template sees, and what each message says of its training."""
+    own, trained = take_training_fields(messages)
+    with _no_deep_nesting():
+        plain = fit_parts(plain_messages(own), template.text, template.render)
+    return [dict(message) for message in plain], trained
+
+
+@contextlib.contextmanager
+def _no_deep_nesting() -> Iterator[None]:
+    try:
+        yield
+    except RecursionError as error:
+        raise BadRow("its values nest too deeply for a chat template") from error
 
 
 def _find_turns(template: _Template, messages: Messages) -> tuple[str, list[Span]]:
