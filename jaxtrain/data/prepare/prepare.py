@@ -1,6 +1,7 @@
 """Raw rows to a prepared data set: checked, tokenized, packed, held in flat arrays."""
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -211,6 +212,9 @@ def _raw_rows(rows: Rows, batch_size: int) -> Iterator[Mapping[str, Any]]:
 
 def _read_number(row: Mapping[str, Any], column: str) -> float:
     value = row.get(column)
+    if isinstance(value, str):  # a cell of a csv file
+        with contextlib.suppress(ValueError):
+            value = float(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise BadRow(f"{column} is {value!r}, expected a number")
     if not math.isfinite(value):

@@ -223,12 +223,18 @@ def _lines(unit: Unit, start: Position) -> Iterator[Item]:
 
 def _parse_json(line: bytes) -> dict[str, Any]:
     """As Python's json: the last of equal keys counts, integers are exact."""
-    text = _decode(line.removeprefix(_BOM))  # inside the file where files were joined
+    # A mark stands inside of a file where files were joined.
+    text = _decode(line.removeprefix(_BOM).rstrip(_SPACE))
     try:
         row = json.loads(text)
     except RecursionError:
         raise BadRow("is not JSON that can be read (nested too deeply)") from None
-    except ValueError as error:  # JSONDecodeError, or an integer of too many digits
+    except json.JSONDecodeError as error:
+        place = f"column {error.colno}"
+        if error.lineno > 1:  # of an element of an array
+            place = f"its line {error.lineno} {place}"
+        raise BadRow(f"is not JSON ({error.msg} at {place})") from None
+    except ValueError as error:  # an integer of too many digits
         raise BadRow(f"is not JSON ({error})") from None
     if not isinstance(row, dict):
         raise BadRow("is not a JSON object")
