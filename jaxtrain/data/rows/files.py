@@ -191,11 +191,15 @@ def _wide_encoding(head: bytes) -> str:
 
 def _is_array(path: pathlib.Path, head: bytes) -> bool:
     """Whether a file is one JSON array of rows, not one row a line."""
-    if head.removeprefix(_BOM).lstrip(_SPACE)[:1] != b"[":
+    text = head.removeprefix(_BOM).lstrip(_SPACE)
+    if text[:1] != b"[":
         return False
     if _bare_name(path).endswith(".json"):
         return True
-    # In a .jsonl, a first line that is a whole array is a bad row if others follow.
+    # In a .jsonl, a first line that is an array of something else is a bad row, and so
+    # is a whole array of rows if other lines follow.
+    if text[1:].lstrip(_SPACE)[:1] not in (b"{", b"]"):
+        return False
     with _open(path) as file:
         lines = (line for line in file if not line.isspace())
         try:
