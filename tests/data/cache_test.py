@@ -12,6 +12,7 @@ from jaxtrain.data.batches import dataset
 from jaxtrain.data.prepare import cache
 from jaxtrain.data.prepare.cache import cache_key, prepare_cached
 from jaxtrain.data.prepare.options import PrepareOptions
+from jaxtrain.data.rows.source import load_rows
 
 ROWS = [{"text": "the sky"}, {"text": "is blue"}, {"text": "and green"}]
 OPTIONS = PrepareOptions(objective="next_token", max_length=64)
@@ -151,3 +152,20 @@ def test_a_damaged_entry_is_named_and_made_anew(
     caplog.clear()
     prepare_cached(rows, bpe, options, tmp_path)
     assert len(count_prepares) == len(names) + 1 and "damaged" not in caplog.text
+
+
+def test_rows_in_files_are_told_apart_by_content_and_reader(bpe, tmp_path):
+    """By what is read, not by the file's name or time."""
+    written = {
+        "a.txt": "x\ty\n", "b.txt": "x\ty\n", "c.txt": "x\tz\n",
+        "a.csv": "x\ty\n", "a.tsv": "x\ty\n",
+    }  # fmt: skip
+    keys = {}
+    for name, text in written.items():
+        (tmp_path / name).write_text(text)
+        keys[name] = cache_key(load_rows(str(tmp_path / name)), bpe, OPTIONS)
+    assert keys["a.txt"] == keys.pop("b.txt")
+    assert len(set(keys.values())) == len(keys)
+    (tmp_path / "c.txt").write_text("one\ntwo\n")
+    whole, first = (load_rows(str(tmp_path / "c.txt"), max_rows=n) for n in (2, 1))
+    assert cache_key(whole, bpe, OPTIONS) != cache_key(first, bpe, OPTIONS)

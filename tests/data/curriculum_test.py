@@ -259,6 +259,9 @@ def test_difficulty_comes_from_a_column(bpe, tmp_path):
     assert data.difficulty.tolist() == [3, 1, 2.5]
     data.save(tmp_path)
     assert PreparedDataset.load(tmp_path).difficulty.tolist() == [3, 1, 2.5]
+    rows[1]["level"] = "1.0"  # as a cell of a csv file
+    options = PrepareOptions("next_token", 64, difficulty_column="level")
+    assert prepare(rows, bpe, options).difficulty.tolist() == [3, 1, 2.5]
     rows[1]["level"] = "easy"
     with pytest.raises(ValueError, match=r"row 1: level is 'easy', expected a number"):
         prepare(

@@ -277,9 +277,9 @@ def test_an_array_is_read_in_pieces():
     same(both("a.json", text.encode()), rows)
     same(both("a.jsonl", text.encode()), rows)  # a .jsonl that holds one array
     same(both("a.jsonl", json.dumps(rows, indent=1).encode()), rows)
-    assert reasons("a.jsonl", b'[{"a": 1}]\n{"a": 2}\n') == {
-        "a.jsonl line 1": "is not a JSON object"
-    }
+    for line in (b'[{"a": 1}]', b"[1]", b"[1, "):
+        bad = reasons("a.jsonl", line + b'\n{"a": 2}\n')
+        assert list(bad) == ["a.jsonl line 1"]
 
 
 def test_bad_elements_of_an_array_are_bad_rows():

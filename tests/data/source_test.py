@@ -134,11 +134,12 @@ def test_a_hub_name_without_network_says_to_give_a_local_path():
         load_rows("no/such-data")
 
 
-def test_malformed_lines_are_rows_that_cannot_be_read(load, tmp_path):
+def test_malformed_lines_are_rows_that_cannot_be_read(load, tmp_path, capfd):
     path = write(tmp_path / "a.jsonl", ROWS)
     path.write_text(path.read_text() + '{"prompt": \n[1]\n')
     rows = load(path)
     assert list(rows)[: len(ROWS)] == ROWS
+    assert capfd.readouterr() == ("", "")  # no bar, no line of a library
     assert name_rows(rows, [0, 2]) == ["a.jsonl line 1", "a.jsonl line 3"]
     with pytest.raises(BadRow, match="is not JSON"):
         read_row(rows[2], detect_format(rows))

@@ -3,6 +3,7 @@
 A chunk depends on its rows and the recipe alone, so that any process may make it.
 """
 
+import contextlib
 import dataclasses
 import math
 import operator
@@ -119,6 +120,9 @@ def _read_rows(
 
 def _read_number(row: Mapping[str, Any], column: str) -> float:
     value = row.get(column)
+    if isinstance(value, str):  # a cell of a csv file
+        with contextlib.suppress(ValueError):
+            value = float(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise BadRow(f"{column} is {value!r}, expected a number")
     if not math.isfinite(value):

@@ -191,11 +191,15 @@ def _wide_encoding(head: bytes) -> str:
 
 def _is_array(path: pathlib.Path, head: bytes) -> bool:
     """Whether a file is one JSON array of rows, not one row a line."""
-    if head.removeprefix(_BOM).lstrip(_SPACE)[:1] != b"[":
+    text = head.removeprefix(_BOM).lstrip(_SPACE)
+    if text[:1] != b"[":
         return False
     if _bare_name(path).endswith(".json"):
         return True
-    # In a .jsonl, a first line that is a whole array is a bad row if others follow.
+    # In a .jsonl, a first line that is an array of something else is a bad row, and so
+    # is a whole array of rows if other lines follow.
+    if text[1:].lstrip(_SPACE)[:1] not in (b"{", b"]"):
+        return False
     with _open(path) as file:
         lines = (line for line in file if not line.isspace())
         try:
@@ -223,12 +227,18 @@ def _lines(unit: Unit, start: Position) -> Iterator[Item]:
 
 def _parse_json(line: bytes) -> dict[str, Any]:
     """As Python's json: the last of equal keys counts, integers are exact."""
-    text = _decode(line.removeprefix(_BOM))  # inside the file where files were joined
+    # A mark stands inside of a file where files were joined.
+    text = _decode(line.removeprefix(_BOM).rstrip(_SPACE))
     try:
         row = json.loads(text)
     except RecursionError:
         raise BadRow("is not JSON that can be read (nested too deeply)") from None
-    except ValueError as error:  # JSONDecodeError, or an integer of too many digits
+    except json.JSONDecodeError as error:
+        place = f"column {error.colno}"
+        if error.lineno > 1:  # of an element of an array
+            place = f"its line {error.lineno} {place}"
+        raise BadRow(f"is not JSON ({error.msg} at {place})") from None
+    except ValueError as error:  # an integer of too many digits
         raise BadRow(f"is not JSON ({error})") from None
     if not isinstance(row, dict):
         raise BadRow("is not a JSON object")

@@ -88,10 +88,11 @@ class FileRows(Sequence[Row]):
         return self.units[unit].place(int(self._indices[unit][row, 2]))
 
     def contents(self) -> Iterator[bytes]:
-        """All bytes of the files, each behind its length, and how many rows count."""
+        """All bytes of the files behind how they are read, and how many rows count."""
         yield b"%d" % self._count
-        for path, stamp in self._stamps.items():
-            yield b"%d %s" % (stamp[0], path.suffix.encode())
+        readers = {unit.path: unit.reader for unit in self.units}
+        for path, reader in readers.items():
+            yield f"{self._stamps[path][0]} {reader}".encode()
             with path.open("rb") as file:
                 while chunk := file.read(_CHUNK):
                     yield chunk
