@@ -280,6 +280,10 @@ class DataSection:
     never kept."""
     cache_dir: Annotated[str | None, OnlyIf("data.cache")] = None
     """Where they are kept. Unset: $JAXTRAIN_CACHE, or ~/.cache/jaxtrain."""
+    dataset_num_proc: PositiveInt | None = None
+    """Processes that tokenize rows before training, where that takes more than some
+    seconds; the result is the same. Unset: one for each core. Of a stream,
+    training.dataloader_num_workers do."""
 
     @property
     def eval_paths(self) -> dict[str, str]:

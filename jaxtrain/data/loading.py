@@ -25,6 +25,7 @@ from jaxtrain.data.batches.mixture import (
 from jaxtrain.data.prepare.cache import prepare_cached
 from jaxtrain.data.prepare.options import PrepareOptions
 from jaxtrain.data.prepare.prepare import Rows, prepare
+from jaxtrain.data.prepare.workers import Resources, usable_cores
 from jaxtrain.data.rows.columns import make_column_map
 from jaxtrain.data.rows.folders import looks_local
 from jaxtrain.data.rows.formats import detect_format
@@ -221,9 +222,11 @@ def _prepare_held(
     tokenizer: PreTrainedTokenizerBase,
     options: PrepareOptions,
 ) -> PreparedDataset:
+    resources = Resources(run.data.dataset_num_proc or usable_cores())
     if run.data.cache:
-        return prepare_cached(rows, tokenizer, options, run.data.cache_dir)
-    return prepare(rows, tokenizer, options)
+        folder = run.data.cache_dir
+        return prepare_cached(rows, tokenizer, options, folder, resources)
+    return prepare(rows, tokenizer, options, resources=resources)
 
 
 def prepare_options(run: RunConfig) -> PrepareOptions:

@@ -119,6 +119,41 @@ def test_processes_prepare_once_and_share(bpe, tmp_path):
     assert sorted("are kept in" in log for log in logs) == [False, True]
 
 
+@pytest.mark.parametrize("harm", ["a bit", "a short file", "no file", "no json"])
+def test_a_damaged_entry_is_named_and_made_anew(
+    harm, bpe, tmp_path, caplog, count_prepares
+):
+    rows = [{"prompt": "the", "completion": " sky", "hard": n} for n in range(9)]
+    options = dataclasses.replace(OPTIONS, difficulty_column="hard")
+    fingerprint = prepare_cached(rows, bpe, options, tmp_path).fingerprint
+    (entry,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    names = sorted(path.name for path in entry.glob("*.npy"))
+    if harm != "a bit":
+        names = names[:1]
+    for number, name in enumerate(names):
+        path = entry / name
+        content = bytearray(path.read_bytes())
+        if harm == "a bit":
+            content[-1] ^= 1
+            path.write_bytes(content)
+        elif harm == "a short file":
+            path.write_bytes(content[:-1])
+        elif harm == "no file":
+            path.unlink()
+        else:
+            (entry / "prepared.json").write_text('{"stats"')
+        caplog.clear()
+        found = prepare_cached(rows, bpe, options, tmp_path)
+        assert len(count_prepares) == number + 2, name
+        assert f"the token ids in the cache {entry} are damaged" in caplog.text
+        assert found.fingerprint == fingerprint
+        assert found.difficulty.tolist() == list(range(9))
+        assert (tmp_path / f"{entry.name}.damaged").is_dir()
+    caplog.clear()
+    prepare_cached(rows, bpe, options, tmp_path)
+    assert len(count_prepares) == len(names) + 1 and "damaged" not in caplog.text
+
+
 def test_rows_in_files_are_told_apart_by_content_and_reader(bpe, tmp_path):
     """By what is read, not by the file's name or time."""
     written = {

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+import jaxtrain.types  # noqa: F401  makes batches trees of jax
 from jaxtrain.data.batches.dataset import PreparedDataset
 from jaxtrain.data.batches.pipeline import BatchShape, Reading, make_train_iterator
 from jaxtrain.data.prepare.options import PrepareOptions

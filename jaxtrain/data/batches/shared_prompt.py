@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # that module lays out rows by this one
     from jaxtrain.data.batches.dataset import TokenStore
 
 SIDES = ("chosen", "rejected")
+_BLOCK = 10_000  # documents
 
 
 def share_prompts(rows: Batch, **fields: Any) -> PairBatch:
@@ -46,10 +47,17 @@ def pair_lengths(stores: Mapping[str, "TokenStore"]) -> np.ndarray:
 
 
 def _untrained_prefix(store: "TokenStore") -> np.ndarray:
-    starts = store.starts.astype(np.int64)
-    trained = np.append(np.flatnonzero(store.trained), len(store.trained))
-    first = trained[np.searchsorted(trained, starts)]
-    return np.minimum(first - starts, store.lengths)
+    count = len(store.starts)
+    prefixes = np.empty(count, np.int64)
+    for begin in range(0, count, _BLOCK):  # a block's places at a time in memory
+        block = slice(begin, begin + _BLOCK)
+        starts = store.starts[block].astype(np.int64)
+        lengths = store.lengths[block].astype(np.int64)
+        low, high = int(starts.min()), int((starts + lengths).max())
+        trained = np.append(low + np.flatnonzero(store.trained[low:high]), high)
+        first = trained[np.searchsorted(trained, starts)]
+        prefixes[block] = np.minimum(first - starts, lengths)
+    return prefixes
 
 
 def write_documents(

@@ -2,13 +2,15 @@
 
 The hash is of the rows, the tokenizer, the options, the libraries' versions and our own
 source, so a stale entry is never found. Entries are folders of `.npy` files without
-pickled objects, written aside and renamed, which is atomic; runs and processes map them
-into memory and share its pages. Nothing is ever deleted: remove the folder at will.
+pickled objects, written aside and renamed when all of it is on disk, which is atomic;
+runs and processes map them into memory and share its pages. An entry whose checksum is
+not its content's is set aside and made anew. Remove the folder at will.
 """
 
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import json
 import logging
@@ -16,10 +18,11 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import tokenizers
 import transformers
@@ -30,10 +33,12 @@ from jaxtrain.config.folders import cache_folder
 from jaxtrain.data.batches.dataset import PreparedDataset
 from jaxtrain.data.prepare.options import PrepareOptions
 from jaxtrain.data.prepare.prepare import Rows, prepare
+from jaxtrain.data.prepare.workers import ALONE, Resources
 from jaxtrain.data.rows.indexed import FileRows
 
 logger = logging.getLogger(__name__)
 
+_SEAL = "checksum.json"
 _DATE = "strftime_now"  # a template that writes today's date
 
 
@@ -42,28 +47,33 @@ def prepare_cached(
     tokenizer: PreTrainedTokenizerBase,
     options: PrepareOptions,
     folder: str | os.PathLike[str] | None = None,
+    resources: Resources = ALONE,
 ) -> PreparedDataset:
     """`prepare(rows, tokenizer, options)`, from disk if it was done before.
 
     While one process prepares, others that want the same wait for it.
 
     Args:
-        folder: where entries are; unset: `cache_folder()`.
+        folder: where entries are, and temporary files beside them; unset:
+            `cache_folder()`.
+        resources: as for `prepare`.
 
     Raises:
         ValueError: as `prepare`.
     """
     key = cache_key(rows, tokenizer, options)
     if key is None:
-        return prepare(rows, tokenizer, options)
+        return prepare(rows, tokenizer, options, resources=resources)
     root = pathlib.Path(folder).expanduser() if folder else cache_folder()
     try:
         root.mkdir(parents=True, exist_ok=True)
+        beside = dataclasses.replace(resources, scratch=root)
+        make = functools.partial(prepare, rows, tokenizer, options, resources=beside)
         with _locked(root / f"{key}.lock"):
-            return _load_or_prepare(root / key, rows, tokenizer, options)
+            return _load_or_make(root / key, make)
     except OSError as error:
         logger.warning("no cache of token ids: %s", error)
-        return prepare(rows, tokenizer, options)
+        return prepare(rows, tokenizer, options, resources=resources)
 
 
 def cache_key(
@@ -109,26 +119,70 @@ def _blocks(rows: Rows) -> Iterator[bytes | memoryview]:
         yield memoryview(sink.getvalue())
 
 
-def _load_or_prepare(
-    entry: pathlib.Path,
-    rows: Rows,
-    tokenizer: PreTrainedTokenizerBase,
-    options: PrepareOptions,
+def _load_or_make(
+    entry: pathlib.Path, make: Callable[[], PreparedDataset]
 ) -> PreparedDataset:
-    if (entry / "prepared.json").is_file():
-        prepared = PreparedDataset.load(entry)
-        logger.debug("token ids from %s: %s", entry, prepared.stats.describe())
-        return prepared
-    made = prepare(rows, tokenizer, options)
+    if (entry / _SEAL).is_file() and (found := _load(entry)) is not None:
+        logger.debug("token ids from %s: %s", entry, found.stats.describe())
+        return found
+    made = make()
     aside = pathlib.Path(tempfile.mkdtemp(prefix="new-", dir=entry.parent))
     try:
         made.save(aside)
+        (aside / _SEAL).write_text(json.dumps({"checksum": _checksum(made)}))
+        for path in [*aside.iterdir(), aside]:
+            _flush(path)
         os.replace(aside, entry)
+        _flush(entry.parent)
     except OSError:
         shutil.rmtree(aside, ignore_errors=True)
         raise
     logger.debug("token ids are kept in %s", entry)
     return PreparedDataset.load(entry)
+
+
+def _load(entry: pathlib.Path) -> PreparedDataset | None:
+    """What an entry holds; None if that is not what was written, and it is set aside.
+
+    Raises:
+        OSError: it cannot be set aside.
+    """
+    try:
+        sealed = json.loads((entry / _SEAL).read_text())["checksum"]
+        found = PreparedDataset.load(entry)
+        if _checksum(found) == sealed:
+            return found
+        reason = "its checksum is another"
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+    damaged = entry.with_name(f"{entry.name}.damaged")
+    shutil.rmtree(damaged, ignore_errors=True)  # of an earlier time
+    os.replace(entry, damaged)
+    logger.warning(
+        "the token ids in the cache %s are damaged (%s): they are made anew, and the"
+        " damaged ones are in %s; check the disk",
+        entry, reason, damaged.name,
+    )  # fmt: skip
+    return None
+
+
+def _checksum(data: PreparedDataset) -> str:
+    """Of all arrays. Training wants the fingerprint too, which is kept in `data`."""
+    digest = hashlib.blake2b(data.fingerprint.encode(), digest_size=16)
+    described = [data.row_length, data.pad_id, dataclasses.asdict(data.stats)]
+    digest.update(json.dumps(described).encode())
+    if data.difficulty is not None:
+        digest.update(np.ascontiguousarray(data.difficulty).data)
+    return digest.hexdigest()
+
+
+def _flush(path: pathlib.Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

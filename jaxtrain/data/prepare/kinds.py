@@ -7,6 +7,8 @@ data set has, and how these are packed.
 import abc
 import dataclasses
 import functools
+import itertools
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
@@ -16,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from jaxtrain.data.batches import pack, shared_prompt
 from jaxtrain.data.batches.dataset import TokenStore
 from jaxtrain.data.prepare.options import PrepareOptions
+from jaxtrain.data.prepare.sequences import Sequences, write_sequences
 from jaxtrain.data.rows.formats import RowFormat
 from jaxtrain.data.rows.tokenize import (
     Example,
@@ -28,7 +31,9 @@ from jaxtrain.data.rows.tokenize import (
 )
 
 Row = Mapping[str, Any]  # canonical, as `read_row` gives it
-Sides = dict[str, list[Example]]
+Sides = Mapping[str, Sequences]
+Folder = str | os.PathLike[str] | None  # for temporary files; None: the system's
+_BLOCK_ROWS = 1000  # sequences that are made in memory together
 _Tokens = TypeVar("_Tokens", Example, Pair)
 
 
@@ -62,9 +67,11 @@ class RowKind(abc.ABC):
     ) -> Iterator[Document]:
         """The documents of canonical rows; `on_bad` is told which rows have none."""
 
-    def pack(self, sides: Sides, options: PrepareOptions) -> dict[str, TokenStore]:
+    def pack(
+        self, sides: Sides, options: PrepareOptions, scratch: Folder = None
+    ) -> dict[str, TokenStore]:
         """All documents as one store a side, packed into rows."""
-        return {name: make_store(examples, options) for name, examples in sides.items()}
+        return {name: make_store(found, options) for name, found in sides.items()}
 
 
 class NextToken(RowKind):
@@ -123,10 +130,13 @@ class Labeled(RowKind):
         examples = _known_to_the_model(examples, recipe, on_bad_side)
         return _truncated("completions", rows, examples, recipe.options.max_length)
 
-    def pack(self, sides: Sides, options: PrepareOptions) -> dict[str, TokenStore]:
+    def pack(
+        self, sides: Sides, options: PrepareOptions, scratch: Folder = None
+    ) -> dict[str, TokenStore]:
         """Add each prompt with another row's completion."""
-        mixed = mismatch_completions(sides["completions"], options.max_length)
-        return super().pack(sides | {"mismatched": mixed}, options)
+        blocks = mismatch_completions(sides["completions"], options.max_length)
+        mixed = write_sequences(blocks, scratch)
+        return super().pack({**sides, "mismatched": mixed}, options)
 
 
 class Preference(RowKind):
@@ -155,7 +165,9 @@ class Preference(RowKind):
             sides = {side: _join(cut, side) for side in shared_prompt.SIDES}
             yield Document(row, sides, shorter)
 
-    def pack(self, sides: Sides, options: PrepareOptions) -> dict[str, TokenStore]:
+    def pack(
+        self, sides: Sides, options: PrepareOptions, scratch: Folder = None
+    ) -> dict[str, TokenStore]:
         """Pairs are packed by their longer side, so both sides' rows hold the same.
 
         With shared prompts, a row is as long as both sides together.
@@ -189,12 +201,10 @@ KINDS: dict[str, RowKind] = {
 }
 
 
-def make_store(examples: Sequence[Example], options: PrepareOptions) -> TokenStore:
-    """Sequences behind one another, cut and packed as the options say."""
-    lengths = np.fromiter((len(e.ids) for e in examples), np.int64, len(examples))
-    tokens = np.concatenate([np.zeros(0, np.int32), *(e.ids for e in examples)])
-    trained = np.concatenate([np.zeros(0, bool), *(e.trained for e in examples)])
-    starts = np.cumsum(lengths) - lengths
+def make_store(found: Sequences, options: PrepareOptions) -> TokenStore:
+    """Sequences cut and packed as the options say; their tokens stay where they are."""
+    tokens, trained, lengths = found.tokens, found.trained, found.lengths
+    starts = found.starts
     packing, max_length = options.packing, options.max_length or 0
     if packing == "wrapped":
         starts, lengths = pack.wrap_stream(len(tokens), max_length)
@@ -209,26 +219,34 @@ def make_store(examples: Sequence[Example], options: PrepareOptions) -> TokenSto
 
 
 def mismatch_completions(
-    examples: Sequence[Example], max_length: int | None
-) -> list[Example]:
+    found: Sequences, max_length: int | None
+) -> Iterator[Sequences]:
     """Each prompt with the completion of the next row that has another prompt.
 
     KTO estimates its KL term on them. The last rows go on at the first. Where all
-    prompts are equal, the next row's completion is taken.
+    prompts are equal, the next row's completion is taken. They come in blocks.
     """
-    starts = [int(np.argmax(example.trained)) for example in examples]
-    prompts = [e.ids[:n].tobytes() for e, n in zip(examples, starts, strict=True)]
-    every = list(range(len(examples)))
+    count, starts, ends = len(found.lengths), found.starts, np.cumsum(found.lengths)
+    prompts = np.fromiter((np.argmax(e.trained) for e in found), np.int64, count)
+
+    def prompt(row: int) -> np.ndarray:
+        return found.tokens[starts[row] : starts[row] + prompts[row]]
+
+    every = range(count)
     # The first rows of runs of equal prompts, or every row.
-    firsts = [i for i in every if prompts[i - 1] != prompts[i]] or every
+    firsts = [i for i in every if not np.array_equal(prompt(i - 1), prompt(i))]
+    firsts = firsts or list(every)
     partners = np.take(firsts, np.searchsorted(firsts, every, "right"), mode="wrap")
-    mixed = []
-    for i, j in enumerate(partners.tolist()):
-        completion = examples[j].ids[starts[j] :]
-        ids = np.concatenate([examples[i].ids[: starts[i]], completion])[:max_length]
-        trained = np.arange(len(ids)) >= starts[i]
-        mixed.append(Example(ids, trained))
-    return mixed
+
+    def mixed(row: int) -> Example:
+        other = partners[row]
+        completion = found.tokens[starts[other] + prompts[other] : ends[other]]
+        ids = np.concatenate([prompt(row), completion])[:max_length]
+        return Example(ids, np.arange(len(ids)) >= prompts[row])
+
+    rows = iter(every)
+    while block := list(itertools.islice(rows, _BLOCK_ROWS)):
+        yield Sequences.of([mixed(row) for row in block])
 
 
 def _known_to_the_model(

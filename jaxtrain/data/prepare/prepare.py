@@ -1,13 +1,9 @@
 """Raw rows to a prepared data set: checked, tokenized, packed, held in flat arrays."""
 
-import collections
-import contextlib
 import dataclasses
 import functools
-import itertools
 import logging
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import datasets
@@ -15,22 +11,16 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from jaxtrain.data.batches.dataset import DataStats, PreparedDataset, TokenStore
-from jaxtrain.data.prepare.kinds import KINDS, Recipe, Row, Sides
+from jaxtrain.data.prepare.chunks import DIFFICULTY, value_names
+from jaxtrain.data.prepare.kinds import KINDS, Folder, Recipe, Sides
 from jaxtrain.data.prepare.options import PrepareOptions
-from jaxtrain.data.rows.files import drop_filled
-from jaxtrain.data.rows.formats import (
-    BadRow,
-    RowFormat,
-    RowProblems,
-    detect_for,
-    read_row,
-)
+from jaxtrain.data.prepare.sequences import SequenceWriter
+from jaxtrain.data.prepare.workers import ALONE, Resources, make_chunks
+from jaxtrain.data.rows.formats import RowFormat, RowProblems, detect_for
 from jaxtrain.data.rows.places import name_rows
 from jaxtrain.data.rows.tokenize import check_tokenizer
 
 logger = logging.getLogger(__name__)
-
-_DIFFICULTY = "difficulty"  # the name of a canonical row's number for a curriculum
 
 Rows: TypeAlias = datasets.Dataset | Sequence[Mapping[str, Any]]
 
@@ -44,7 +34,7 @@ class Tokenized:
     """
 
     sides: Sides
-    values: Mapping[str, list[float]]
+    values: Mapping[str, np.ndarray]
     stats: DataStats
 
 
@@ -53,13 +43,17 @@ def prepare(
     tokenizer: PreTrainedTokenizerBase,
     options: PrepareOptions,
     problems: RowProblems | None = None,
+    resources: Resources = ALONE,
 ) -> PreparedDataset:
     """Check, tokenize, truncate and pack rows into a data set of one static length.
+
+    Tokens of many rows are in unnamed files mapped into memory, which end with it.
 
     Args:
         rows: raw rows in any known format (see `formats`).
         problems: collects the bad rows and does what it was made to do about them, in
             place of `options.on_bad_row`.
+        resources: how many processes take part, which changes nothing in the result.
 
     Raises:
         ValueError: an option that does not fit the rows; bad rows (with their count,
@@ -75,8 +69,8 @@ def prepare(
             options.on_bad_row, name_rows=functools.partial(name_rows, rows)
         )
     recipe = Recipe(row_format, tokenizer, options)
-    tokenized = tokenize(rows, recipe, problems)
-    prepared = lay_out(tokenized, recipe)
+    tokenized = tokenize(rows, recipe, problems, resources)
+    prepared = lay_out(tokenized, recipe, resources.scratch)
     problems.report(len(rows))
     if prepared is None:
         raise _nothing_left(tokenized.stats, options)
@@ -119,51 +113,58 @@ def detect_row_format(rows: Rows, options: PrepareOptions) -> RowFormat:
     )
 
 
-def tokenize(rows: Rows, recipe: Recipe, problems: RowProblems) -> Tokenized:
+def tokenize(
+    rows: Rows, recipe: Recipe, problems: RowProblems, resources: Resources = ALONE
+) -> Tokenized:
     """The documents of rows whose format is known.
 
-    Bad rows are added to `problems`; the caller reports them.
+    Bad rows are added to `problems`, in order; the caller reports them.
     """
-    kind, size = KINDS[recipe.options.objective], recipe.options.batch_size
-    names = list(kind.row_values)
-    if recipe.options.difficulty_column is not None:
-        names.append((_DIFFICULTY, _DIFFICULTY))
-    sides: Sides = collections.defaultdict(list)
-    values: dict[str, list[float]] = {name: [] for name, _ in names}
+    sides: dict[str, SequenceWriter] = {}
+    values: dict[str, list[np.ndarray]] = {name: [] for name, _ in value_names(recipe)}
     dropped = truncated = 0
-    good = _read_rows(rows, recipe, problems)
-    while batch := list(itertools.islice(good, size)):
-        numbers, canonical = zip(*batch, strict=True)
-
-        def on_bad(index: int, reason: str, numbers: Any = numbers) -> None:
-            problems.add(numbers[index], reason)
-
-        for document in kind.tokenize(canonical, recipe, on_bad):
-            truncated += document.truncated
-            if document.sides is None:
-                dropped += 1
-                continue
-            for side, example in document.sides.items():
-                sides[side].append(example)
-            for name, key in names:
-                values[name].append(float(document.row[key]))
-    stats = DataStats(
-        len(rows), problems.count, dropped, truncated, equal_pairs=problems.equal_count
+    for chunk in make_chunks(rows, recipe, resources):
+        for side, block in chunk.sides.items():
+            if side not in sides:
+                sides[side] = SequenceWriter(resources.scratch)
+            sides[side].append(block)
+        for name, found in chunk.values.items():
+            values[name].append(found)
+        for number, reason in chunk.problems:
+            problems.add(number, reason)
+        for number in chunk.equal:
+            problems.add_equal(number)
+        dropped += chunk.dropped
+        truncated += chunk.truncated
+    return Tokenized(
+        {side: writer.finish() for side, writer in sides.items()},
+        {name: np.concatenate(found) for name, found in values.items() if found},
+        DataStats(
+            len(rows),
+            problems.count,
+            dropped,
+            truncated,
+            equal_pairs=problems.equal_count,
+        ),
     )
-    return Tokenized(sides, values, stats)
 
 
-def lay_out(tokenized: Tokenized, recipe: Recipe) -> PreparedDataset | None:
-    """Documents packed into rows of one length; None where there is no document."""
+def lay_out(
+    tokenized: Tokenized, recipe: Recipe, scratch: Folder = None
+) -> PreparedDataset | None:
+    """Documents packed into rows of one length; None where there is no document.
+
+    `scratch` is a folder for temporary files.
+    """
     if not tokenized.sides:
         return None
     options = recipe.options
     kind = KINDS[options.objective]
     values = {name: np.asarray(x, np.float32) for name, x in tokenized.values.items()}
-    values.pop(_DIFFICULTY, None)
+    values.pop(DIFFICULTY, None)
     prepared = PreparedDataset(
         options.objective,
-        kind.pack(tokenized.sides, options),
+        kind.pack(tokenized.sides, options, scratch),
         row_length=0,  # told below
         pad_id=recipe.tokenizer.pad_token_id,
         stats=tokenized.stats,
@@ -183,57 +184,17 @@ def lay_out(tokenized: Tokenized, recipe: Recipe) -> PreparedDataset | None:
     )
 
 
-def _read_rows(
-    rows: Rows, recipe: Recipe, problems: RowProblems
-) -> Iterator[tuple[int, Row]]:
-    """Numbers of rows and canonical rows; bad rows go to `problems`."""
-    column = recipe.options.difficulty_column
-    for number, row in enumerate(_raw_rows(rows, recipe.options.batch_size)):
-        try:
-            read = read_row(row, recipe.row_format)
-            if column is not None:
-                read |= {_DIFFICULTY: _read_number(row, column)}
-        except BadRow as bad:
-            problems.add(number, str(bad))
-        else:
-            problems.note_equal(number, read)
-            yield number, read
-
-
-def _raw_rows(rows: Rows, batch_size: int) -> Iterator[Mapping[str, Any]]:
-    """Rows one by one. `datasets` decodes whole batches several times faster."""
-    if not isinstance(rows, datasets.Dataset):
-        yield from rows
-        return
-    for columns in rows.iter(batch_size):
-        for values in zip(*columns.values(), strict=True):
-            yield drop_filled(dict(zip(columns, values, strict=True)))
-
-
-def _read_number(row: Mapping[str, Any], column: str) -> float:
-    value = row.get(column)
-    if isinstance(value, str):  # a cell of a csv file
-        with contextlib.suppress(ValueError):
-            value = float(value)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise BadRow(f"{column} is {value!r}, expected a number")
-    if not math.isfinite(value):
-        raise BadRow(f"{column} is {value!r}, expected a finite number")
-    return float(value)
-
-
 def _difficulty_of_rows(
     tokenized: Tokenized, prepared: PreparedDataset, options: PrepareOptions
 ) -> np.ndarray | None:
     """float32[rows]: means over the tokens of a row's documents; None: not known."""
-    if _DIFFICULTY not in tokenized.values:
+    if DIFFICULTY not in tokenized.values:
         return None
     store = next(iter(prepared.stores.values()))
-    values = np.asarray(tokenized.values[_DIFFICULTY])
+    values = tokenized.values[DIFFICULTY]
     if options.packing == "bfd_split":  # the store has the pieces of documents
-        (examples,) = tokenized.sides.values()
-        lengths = np.asarray([len(example.ids) for example in examples], np.int64)
-        values = np.repeat(values, -(-lengths // (options.max_length or 1)))
+        (found,) = tokenized.sides.values()
+        values = np.repeat(values, -(-found.lengths // (options.max_length or 1)))
     weights = store.lengths[store.row_documents].astype(np.float64)
     firsts = store.row_offsets[:-1]
     sums = np.add.reduceat(values[store.row_documents] * weights, firsts)

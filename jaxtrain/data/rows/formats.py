@@ -136,12 +136,11 @@ class RowProblems:
         if len(self.first) < self._shown:
             self.first.append((row, reason))
 
-    def note_equal(self, row: int, read: Mapping[str, Any]) -> None:
-        """Count a canonical row, if it is a pair that prefers nothing."""
-        if "rejected" in read and read["chosen"] == read["rejected"]:
-            self.equal_count += 1
-            if len(self.equal) < self._shown:
-                self.equal.append(row)
+    def add_equal(self, row: int) -> None:
+        """Count a pair that prefers nothing."""
+        self.equal_count += 1
+        if len(self.equal) < self._shown:
+            self.equal.append(row)
 
     def names(self, rows: Sequence[int]) -> Sequence[str]:
         """Where rows stand."""
@@ -366,6 +365,11 @@ def _read_row(row: Row, row_format: RowFormat) -> dict[str, Any]:
     if row_format.conversational:
         read["template_kwargs"] = _template_kwargs(row)
     return read
+
+
+def is_equal(read: Mapping[str, Any]) -> bool:
+    """Whether a canonical row is a pair that prefers nothing."""
+    return "rejected" in read and bool(read["chosen"] == read["rejected"])
 
 
 def extract_prompt(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:

@@ -192,7 +192,9 @@ def render_with_spans(
     return text, spans
 
 
-def mask_assistant(offsets: Sequence[Span], spans: Sequence[Span]) -> np.ndarray:
+def mask_assistant(
+    offsets: Sequence[Span] | np.ndarray, spans: Sequence[Span]
+) -> np.ndarray:
     """bool[tokens]: which tokens of a rendered conversation are trained.
 
     Raises:
@@ -207,7 +209,9 @@ def mask_assistant(offsets: Sequence[Span], spans: Sequence[Span]) -> np.ndarray
     return mask
 
 
-def mask_tokens(offsets: Sequence[Span], spans: Sequence[Span]) -> np.ndarray:
+def mask_tokens(
+    offsets: Sequence[Span] | np.ndarray, spans: Sequence[Span]
+) -> np.ndarray:
     """bool[tokens]: which tokens overlap a span of characters.
 
     The spans are in order and do not overlap. A token also owns the characters since
@@ -216,8 +220,10 @@ def mask_tokens(offsets: Sequence[Span], spans: Sequence[Span]) -> np.ndarray:
     """
     if not len(offsets) or not len(spans):
         return np.zeros(len(offsets), bool)
-    flat = np.fromiter(itertools.chain.from_iterable(offsets), int, 2 * len(offsets))
-    pairs = flat.reshape(-1, 2)
+    pairs = offsets
+    if not isinstance(pairs, np.ndarray):
+        flat = itertools.chain.from_iterable(pairs)
+        pairs = np.fromiter(flat, int, 2 * len(offsets)).reshape(-1, 2)
     ends = np.maximum.accumulate(pairs[:, 1])
     begins = np.minimum(pairs[:, 0], np.concatenate([[0], ends[:-1]]))
     starts, stops = np.asarray(spans).T

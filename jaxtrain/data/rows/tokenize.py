@@ -21,12 +21,14 @@ import numpy as np
 import transformers
 from transformers import PreTrainedTokenizerBase
 
+from jaxtrain.data.rows.encode import TextEncoder
 from jaxtrain.data.rows.formats import BadRow, RowFormat
 from jaxtrain.data.rows.jinja import read_template
 from jaxtrain.data.rows.marks import ALL_TURNS, AssistantMarks
 from jaxtrain.data.rows.template import (
-    encode_with_assistant_mask,
+    mask_assistant,
     render_chat,
+    render_with_spans,
     require_chat_template,
 )
 from jaxtrain.data.rows.tokenized import read_tokens
@@ -205,20 +207,20 @@ def tokenize_examples(
     encoder = _Encoder(tokenizer, row_format.conversational, on_bad)
     has_prompt = row_format.kind == "prompt_completion"
     columns = ("prompt", "completion") if has_prompt else (row_format.kind,)
+    masks_prompt = has_prompt and completion_only_loss is not False
     if assistant_only_loss:
-        examples = encoder.mark_assistant(rows, columns, assistant_marks)
-    else:
-        examples = [
-            ids if ids is None else Example(ids, np.ones(len(ids), bool))
-            for ids in encoder.encode(rows, columns)
+        return encoder.mark_assistant(
+            rows, columns, assistant_marks, masks_prompt=masks_prompt
+        )
+    if masks_prompt:
+        return [
+            _completion(*found) if found is not None else None
+            for found in encoder.encode_behind_prompts(rows, ("completion",))
         ]
-    if not has_prompt or completion_only_loss is False:
-        return examples
-    heads = encoder.encode(_where(rows, examples), ("prompt",), prompts=True)
-    for example, head in zip(examples, heads, strict=True):
-        if example is not None and head is not None:
-            example.trained[: common_prefix_length(head, example.ids)] = False
-    return _where(examples, heads)  # a prompt that no template renders is bad too
+    return [
+        Example(ids, np.ones(len(ids), bool)) if ids is not None else None
+        for ids in encoder.encode(rows, columns)
+    ]
 
 
 def tokenize_pairs(
@@ -234,16 +236,12 @@ def tokenize_pairs(
     either side; later prompt tokens are left out.
     """
     encoder = _Encoder(tokenizer, row_format.conversational, on_bad)
-    chosen = encoder.encode(rows, ("prompt", "chosen"))
-    good = _where(rows, chosen)
-    rejected = encoder.encode(good, ("prompt", "rejected"))
-    good = _where(good, rejected)
-    heads = encoder.encode(good, ("prompt",), prompts=True)
     pairs: list[Pair | None] = []
-    for head, *sides in zip(heads, chosen, rejected, strict=True):
-        if head is None:
+    for found in encoder.encode_behind_prompts(rows, ("chosen", "rejected")):
+        if found is None:
             pairs.append(None)
             continue
+        head, *sides = found
         shared = min(common_prefix_length(head, side) for side in sides)
         pairs.append(Pair(head[:shared], *(side[shared:] for side in sides)))
     return pairs
@@ -302,9 +300,17 @@ def _check_loss_options(
         )
 
 
+def _completion(head: np.ndarray, ids: np.ndarray) -> Example:
+    """The example whose prompt alone has the tokens `head`."""
+    return Example(ids, np.arange(len(ids)) >= common_prefix_length(head, ids))
+
+
 @dataclasses.dataclass(frozen=True)
 class _Encoder:
-    """Texts or conversations to tokens; `on_bad` is told what cannot be rendered."""
+    """Rows to tokens, the texts of all of them in one call of the tokenizer.
+
+    `on_bad` is told of the rows that cannot be rendered; for these the result is None.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     conversational: bool
@@ -314,65 +320,107 @@ class _Encoder:
         if self.conversational:
             require_chat_template(self.tokenizer)
 
-    def encode(
-        self,
-        rows: Sequence[Row | None],
-        columns: Sequence[str],
-        *,
-        prompts: bool = False,
-    ) -> list[Any]:
-        """int32 ids of rows' columns behind one another; None: of none or a bad one.
+    @property
+    def _texts(self) -> TextEncoder:
+        return TextEncoder(self.tokenizer, add_special_tokens=not self.conversational)
 
-        `prompts`: a completion is still to come.
+    def encode(
+        self, rows: Sequence[Row], columns: Sequence[str]
+    ) -> list[np.ndarray | None]:
+        """int32 ids of rows' columns behind one another."""
+
+        def render(row: Row) -> str:
+            return self._render(row, [row[column] for column in columns])
+
+        return self._each(rows, render, self._texts.encode)
+
+    def encode_behind_prompts(
+        self, rows: Sequence[Row], columns: Sequence[str]
+    ) -> list[list[np.ndarray] | None]:
+        """int32 ids of each row's prompt, and of the prompt with each of the columns.
+
+        The prompt's own end where a completion is still to come.
         """
 
-        def text(row: Row) -> str:
-            *before, last = (row[column] for column in columns)
-            if not self.conversational:
-                eos = self.tokenizer.eos_token
-                return "".join(before) + (last if prompts else _with_eos(last, eos))
+        def render(row: Row) -> list[str]:
+            prompt = row["prompt"]
+            whole = [self._render(row, [prompt, row[column]]) for column in columns]
+            return [self._render(row, [prompt], is_prompt=True), *whole]
+
+        return self._each(rows, render, self._texts.encode_alike)
+
+    def mark_assistant(
+        self,
+        rows: Sequence[Row],
+        columns: Sequence[str],
+        marks: AssistantMarks,
+        *,
+        masks_prompt: bool,
+    ) -> list[Example | None]:
+        """Conversations of which the assistant's tokens are trained.
+
+        `masks_prompt`: none of the prompt's, either.
+        """
+        texts = self._texts
+
+        def render(row: Row) -> tuple[str, list[tuple[int, int]], str | None]:
+            messages = [*itertools.chain(*(row[column] for column in columns))]
+            rendered = render_with_spans(
+                self.tokenizer, messages, row["template_kwargs"], marks
+            )
+            prompt = row["prompt"] if masks_prompt else None
+            head = prompt and self._render(row, [prompt], is_prompt=True)
+            return *rendered, head
+
+        def tokenize(rendered: Sequence[Any]) -> list[Any]:
+            encoded = texts.encode_with_offsets([text for text, _, _ in rendered])
+            heads = iter(texts.encode([head for *_, head in rendered if head]))
+            return [
+                (*tokens, spans, next(heads) if head else None)
+                for tokens, (_, spans, head) in zip(encoded, rendered, strict=True)
+            ]
+
+        def example(found: Any) -> Example:
+            ids, offsets, spans, head = found
+            trained = mask_assistant(offsets, spans)
+            if head is not None:
+                trained[: common_prefix_length(head, ids)] = False
+            return Example(ids, trained)
+
+        return self._each(self._each(rows, render, tokenize), example)
+
+    def _render(
+        self, row: Row, parts: Sequence[Any], *, is_prompt: bool = False
+    ) -> str:
+        """The text of columns' values; of a prompt, before its completion begins."""
+        *before, last = parts
+        if self.conversational:
             return render_chat(
                 self.tokenizer,
                 [*itertools.chain(*before, last)],
                 row["template_kwargs"],
-                add_generation_prompt=prompts,
+                add_generation_prompt=is_prompt,
             )
-
-        texts = self._each(rows, text)
-        given = [text for text in texts if text is not None]
-        if not given:
-            return texts
-        encoded = self.tokenizer(
-            given,
-            add_special_tokens=not self.conversational,
-            return_attention_mask=False,
-            verbose=False,  # lengths are cut later: no warning about the model's most
-        )
-        ids = iter(encoded["input_ids"])
-        return [t if t is None else np.asarray(next(ids), np.int32) for t in texts]
-
-    def mark_assistant(
-        self, rows: Sequence[Row], columns: Sequence[str], marks: AssistantMarks
-    ) -> list[Example | None]:
-        """Conversations of which the assistant's tokens are trained."""
-
-        def example(row: Row) -> Example:
-            messages = [*itertools.chain(*(row[column] for column in columns))]
-            ids, mask = encode_with_assistant_mask(
-                self.tokenizer, messages, row["template_kwargs"], marks
-            )
-            return Example(np.asarray(ids, np.int32), mask)
-
-        return self._each(rows, example)
+        eos = str(self.tokenizer.eos_token)
+        return "".join(before) + (last if is_prompt else _with_eos(last, eos))
 
     def _each(
-        self, rows: Sequence[Row | None], function: Callable[[Row], Any]
+        self,
+        rows: Sequence[Any],
+        function: Callable[[Any], Any],
+        together: Callable[[list[Any]], Sequence[Any]] = lambda found: found,
     ) -> list[Any]:
-        return each_row(rows, function, self.on_bad)
+        """`together` of the results of `function`, a result a row; None of bad ones."""
+        results: list[Any] = each_row(rows, function, self.on_bad)
+        good = [index for index, result in enumerate(results) if result is not None]
+        found = together([results[index] for index in good])
+        for index, result in zip(good, found, strict=True):
+            results[index] = result
+        return results
 
 
 def each_row(
-    rows: Sequence[Row | None], function: Callable[[Row], Any], on_bad: OnBad
+    rows: Sequence[Any], function: Callable[[Any], Any], on_bad: OnBad
 ) -> list[Any]:
     """`function` of each row; None where there is none or it raises BadRow."""
     found: list[Any] = [None] * len(rows)
@@ -382,11 +430,6 @@ def each_row(
         except BadRow as bad:
             on_bad(index, str(bad))
     return found
-
-
-def _where(values: Sequence[Any], others: Sequence[Any]) -> list[Any]:
-    """The values beside which something stands; None for the rest."""
-    return [v if o is not None else None for v, o in zip(values, others, strict=True)]
 
 
 def _with_eos(text: str, eos: str) -> str:
