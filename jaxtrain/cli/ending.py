@@ -58,6 +58,8 @@ def run_command(
     debug = "--debug" in given
     if sys.excepthook is sys.__excepthook__:
         sys.excepthook = _without_late_callbacks
+    if sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = _without_late_reads
     try:
         if arguments is None:  # a command of its own, not one within a program
             logs.set_up(debug=debug)
@@ -101,6 +103,15 @@ def _without_late_callbacks(
     """
     if not (kind is RuntimeError and str(error) == "Event loop is closed"):
         sys.__excepthook__(kind, error, where)
+
+
+def _without_late_reads(late: "sys.UnraisableHookArgs") -> None:
+    """Print what nothing could catch, but for the echo of a damaged checkpoint.
+
+    Where one array cannot be read, Orbax drops the reads of the others unfinished.
+    """
+    if not str(late.exc_value).startswith("Encountered error while reading array"):
+        sys.__unraisablehook__(late)
 
 
 def describe(error: BaseException) -> tuple[int, str] | None:

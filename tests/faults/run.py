@@ -69,7 +69,9 @@ def _run_restores(
 ) -> None:
     import damaged_restores as restores
 
+    # What they say is looked at, and not shown.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
+    logging.getLogger().addHandler(logging.NullHandler())
     saved = folder / "saved"
     shutil.rmtree(saved, ignore_errors=True)
     restores.save_all(saved)

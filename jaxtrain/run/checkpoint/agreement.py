@@ -47,6 +47,8 @@ def _as_damage(checkpoint: pathlib.Path, error: Exception) -> DamagedCheckpointE
         return error
     text = " ".join(str(error).split()) or type(error).__name__
     text = text.partition(". See full TensorStore details")[0]
+    if isinstance(error, LookupError | TypeError | AttributeError):
+        text = f"its metadata are not Orbax's: {type(error).__name__} {text}"
     of_the_machine = isinstance(error, MemoryError | jax.errors.JaxRuntimeError)
     of_the_machine |= any(sign in text for sign in _NOT_DAMAGE)
     of_the_machine |= isinstance(error, OSError) and is_unreadable(error)
