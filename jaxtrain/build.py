@@ -37,7 +37,8 @@ from jaxtrain.record.start import announce
 from jaxtrain.record.throughput import ThroughputMeter, peak_flops
 from jaxtrain.run import export
 from jaxtrain.run.checkpoint import CheckpointManager
-from jaxtrain.run.feed import Prepared, fit_to_model, make_feed
+from jaxtrain.run.feed import Prepared
+from jaxtrain.run.fitting import fit_to_model, make_feed
 from jaxtrain.run.ledger import LEDGER
 from jaxtrain.run.preemption import Preempted
 from jaxtrain.run.profile import check_profile

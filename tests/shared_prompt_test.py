@@ -18,7 +18,7 @@ from jaxtrain.data.batches.shared_prompt import pair_lengths
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.transformer import Decoder
 from jaxtrain.objectives import make_objective
-from jaxtrain.run import feed
+from jaxtrain.run import fitting
 from jaxtrain.types import Batch
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
@@ -164,8 +164,8 @@ def test_under_a_window_shorter_than_a_pair_prompts_are_not_shared(decoder):
     )
     sides = {"chosen": store, "rejected": store}
     data = PreparedDataset("preference", sides, 64, 0, DataStats(), shares_prompts=True)
-    assert feed.fit(data, decoder) is data
-    apart = feed.fit(data, windowed)  # 12 + 12 - 4 tokens
+    assert fitting.fit(data, decoder) is data
+    apart = fitting.fit(data, windowed)  # 12 + 12 - 4 tokens
     assert not apart.shares_prompts and apart.row_length == 64
 
 

@@ -198,7 +198,7 @@ def evaluate(task: Task) -> dict[str, Any]:
     from jaxtrain import build
     from jaxtrain.data import loading
     from jaxtrain.evaluation.sets import evaluate_sets
-    from jaxtrain.run.feed import make_feed
+    from jaxtrain.run.fitting import make_feed
     from jaxtrain.run.weights import load_state
     from jaxtrain.sharding import layouts_of
 
@@ -247,7 +247,7 @@ def _prepare(
     run: RunConfig, rows: Any, model: "LoadedModel"
 ) -> dict[str, "PreparedDataset"]:
     from jaxtrain.data import loading
-    from jaxtrain.run.feed import fit
+    from jaxtrain.run.fitting import fit
 
     data = loading.prepare_evaluation_rows(
         rows,
@@ -296,7 +296,7 @@ def _score_reference(
 
     from jaxtrain import build
     from jaxtrain.passes.reference import ReferenceScorer, describe
-    from jaxtrain.run.feed import make_feed
+    from jaxtrain.run.fitting import make_feed
     from jaxtrain.run.weights import load_state
 
     if jax.process_count() > 1:

@@ -71,7 +71,7 @@ def check_evaluation_rows(run: RunConfig) -> None:
                 f"training.{key} = {value!r}: there are no evaluation rows; set"
                 f" data.eval, or unset {key}"
             )
-    if run.loop.eval_steps or run.loop.eval_on_start:
+    if run.loop.eval_steps:
         logger.info(
             "training.eval_steps = %s does nothing: there are no evaluation rows; set"
             " data.eval to evaluate",

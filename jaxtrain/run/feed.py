@@ -2,12 +2,10 @@
 
 import dataclasses
 import functools
-import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from jaxtrain.config import RunConfig
-from jaxtrain.data.batches import shared_prompt
 from jaxtrain.data.batches.dataset import PreparedDataset
 from jaxtrain.data.batches.pipeline import (
     BatchIterator,
@@ -20,11 +18,7 @@ from jaxtrain.data.batches.pipeline import (
     steps_per_epoch,
 )
 from jaxtrain.data.stream.batches import StreamDataset, StreamIterator
-from jaxtrain.models.load import LoadedModel
-from jaxtrain.models.transformer import Decoder
 from jaxtrain.sharding import ShardingPlan, place_batch
-
-logger = logging.getLogger(__name__)
 
 Prepared = PreparedDataset | StreamDataset
 
@@ -120,39 +114,3 @@ class Feed:
     def place(self, batch: Any, leading_axes: int = 0) -> Any:
         """The global batch over the devices, of which this process brings its rows."""
         return place_batch(batch, self.plan.batch(leading_axes))
-
-
-def make_feed(run: RunConfig, model: LoadedModel) -> Feed:
-    """The feed of a run, with rows that suit the model's attention."""
-    return Feed(run, model.plan, model.decoder.skips_blocks(run.data.max_length))
-
-
-def fit_to_model(
-    rows: tuple[Prepared, Mapping[str, PreparedDataset]], decoder: Decoder
-) -> tuple[Prepared, dict[str, PreparedDataset]]:
-    """The rows to train and to evaluate on, prompts shared only if the model can.
-
-    Raises:
-        ValueError: rows of a stream, which are laid out already.
-    """
-    train, held_out = rows
-    if isinstance(train, StreamDataset):
-        longest = train.row_length if train.options.share_prompts else 0
-        if (why := decoder.why_no_shared_prompts(longest)) and longest:
-            raise ValueError(f"data.share_prompts = True: {why} tokens; set it false")
-    else:
-        train = fit(train, decoder)
-    return train, {name: fit(each, decoder) for name, each in held_out.items()}
-
-
-def fit(data: PreparedDataset, decoder: Decoder) -> PreparedDataset:
-    """These rows, prompts shared only if the model can."""
-    if not data.shares_prompts:
-        return data
-    why = decoder.why_no_shared_prompts(
-        int(shared_prompt.pair_lengths(data.stores).max())
-    )
-    if why is None:
-        return data
-    logger.info("data.share_prompts: prompts are not shared, for %s", why)
-    return data.without_shared_prompts()

@@ -14,9 +14,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-MOST_SHAPES = 8
-# A shape more for so many steps of an epoch: each costs a compilation.
-_STEPS_A_SHAPE = 32
+MOST_SHAPES = 7
+# Each costs a compilation, and is worth it if it saves the time of so many steps in an
+# epoch.
+_STEPS_A_SHAPE = 40
 # Rows of kernels that leave out blocks are as long as this on average, at most.
 _LONG_ROW = 16_384
 _MULTIPLE = 128  # of tokens in a row
@@ -191,8 +192,7 @@ def choose_packing(
         needed = -(-needed // _MULTIPLE) * _MULTIPLE
     else:
         needed = _rows_needed(drawn, row_length, shards=shards, most=most)
-    limit = min(MOST_SHAPES, max(1, steps_per_epoch // _STEPS_A_SHAPE))
-    sizes = _least_padding(needed.reshape(count, -1).max(axis=1), limit)
+    sizes = _choose_sizes(needed.reshape(count, -1).max(axis=1), steps_per_epoch)
     shapes = tuple(
         RowShape(rows, size) if row_length is None else RowShape(size, row_length)
         for size in sizes
@@ -218,6 +218,21 @@ def _rows_needed(
         fits = loads(sample[open_], bins, shards * rows) <= row_length
         needed[open_[fits]] = rows
     return needed
+
+
+def _choose_sizes(needed: np.ndarray, steps_per_epoch: int) -> list[int]:
+    """So many sizes that one more would not be worth its compilation."""
+    sizes = _least_padding(needed, 1)
+    for count in range(2, MOST_SHAPES + 1):
+        more = _least_padding(needed, count)
+        filled, fuller = (
+            np.asarray(each)[np.searchsorted(each, needed)].mean()
+            for each in (sizes, more)
+        )
+        if (filled / fuller - 1) * steps_per_epoch < _STEPS_A_SHAPE:
+            break
+        sizes = more
+    return sizes
 
 
 def _least_padding(needed: np.ndarray, limit: int) -> list[int]:
