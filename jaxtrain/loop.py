@@ -323,7 +323,8 @@ class Loop:
         self._meter.wait(ahead=0 if is_first else _STEPS_AHEAD)
         if is_first:
             seconds = time.perf_counter() - started
-            logger.info("first step took %.1f s, compilation included", seconds)
+            included = ", compilation included" if compiles else ""
+            logger.info("first step took %.1f s%s", seconds, included)
         self._profiler.stop_after(self.step)
 
     def _is_due(self, every: int | None) -> bool:

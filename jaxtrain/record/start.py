@@ -14,6 +14,7 @@ from jaxtrain import __version__, loop
 from jaxtrain.config import RunConfig, eval_sets
 from jaxtrain.config.notes import Note
 from jaxtrain.data.batches.dataset import PreparedDataset
+from jaxtrain.data.batches.pipeline import BatchIterator
 from jaxtrain.record import memory, provenance
 from jaxtrain.record.console import one_line
 from jaxtrain.record.logs import COLUMNS
@@ -154,18 +155,33 @@ def _data(parts: loop.Parts) -> str:
         }
         told = "".join(f", {n:,} {what}" for what, n in lost.items() if n)
         held = f"{stats.rows:,} {unit}, {short(stats.tokens)} tokens{told}"
-        packing = f"{packing}, {stats.packing_efficiency:.0%} filled"
+        packing = f"rows of {data.row_length:,} tokens, {packing},"
+        packing += f" {stats.packing_efficiency:.0%} filled"
+        if parts.feed.packs_batches:
+            packing = _packed_batches(parts)
     else:
+        packing = f"rows of {data.row_length:,} tokens, {packing}"
         count = len(data.rows.sources)
         held = f"a stream of {count} source{'s' * (count > 1)}"
     if isinstance(named, str):
         held += f"; {short_path(named) if named else 'data.train is not set'}"
-    text = f"{held}; rows of {data.row_length:,} tokens, {packing}"
+    text = f"{held}; {packing}"
     held_out = [
         f"{rows.stats.rows:,} {_unit(rows, rows.stats.rows)}{name and f' of {name}'}"
         for name, rows in parts.eval_data.items()
     ]
     return f"{text}; {' and '.join(held_out)} to evaluate" if held_out else text
+
+
+def _packed_batches(parts: loop.Parts) -> str:
+    """The shapes that rows may have where the examples of a micro-batch share them."""
+    batches = parts.train_batches
+    assert isinstance(batches, BatchIterator)  # a stream's rows are padded
+    assert batches.reader.packing is not None
+    shapes = batches.reader.packing.shapes
+    sizes = [f"{rows} x {length:,}" for rows, length in (shapes[0], shapes[-1])]
+    kinds = f"{len(shapes)} shapes, {' to '.join(sizes)}" if shapes[1:] else sizes[0]
+    return f"a step's examples packed into rows of {kinds} tokens a device"
 
 
 def _batch(parts: loop.Parts) -> str:
@@ -178,6 +194,8 @@ def _batch(parts: loop.Parts) -> str:
     most = rows * data.row_length * _sides(data)
     if isinstance(data, PreparedDataset):
         held = data.stats.tokens / max(data.stats.packed_rows, 1) * rows
+        if parts.feed.packs_batches:
+            return f"{text}; about {short(held)} tokens"
         return f"{text}; about {short(held)} tokens, at most {short(most)}"
     return f"{text}; at most {short(most)} tokens"
 

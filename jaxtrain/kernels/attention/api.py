@@ -5,6 +5,7 @@ import importlib
 import logging
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ IMPLEMENTATIONS = ("auto", "reference", "xla", "cudnn", *_PALLAS)
 # Up to here our Hopper kernels are ahead of cuDNN on plain causal rows, or level.
 _MEASURED_ROW, _NARROW_HEAD = 8192, 128
 _logger = logging.getLogger(__name__)
+_logged: set[tuple[Any, ...]] = set()  # choices that a line told
 Queries = Array | jax.ShapeDtypeStruct  # their shape and type
 
 
@@ -251,11 +253,16 @@ _REFUSALS: dict[str, _Refuse] = {
 }
 
 
-@functools.cache
 def _log_choice(name: str, shape: tuple[int, ...], dtype: str, packed: bool) -> None:
-    """One line for each new combination, not one for each layer or trace."""
+    """One line for each new choice, not one for each layer, trace or shape of rows."""
+    choice = (name, shape[2:], dtype, packed)
+    if choice in _logged:
+        return
+    _logged.add(choice)
     what = "with segments" if packed else "without segments"
-    _logger.info("attention: auto chose %s for q %s %s %s", name, shape, dtype, what)
+    heads, width = shape[2:]
+    told = "attention: auto chose %s for %d heads of %d, %s, %s"
+    _logger.info(told, name, heads, width, dtype, what)
 
 
 def _check_shapes(q: Array, k: Array, v: Array, mask: Mask) -> None:

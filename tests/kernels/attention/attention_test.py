@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxtrain.kernels.attention import IMPLEMENTATIONS, attention, plan_attention
+from jaxtrain.kernels.attention import IMPLEMENTATIONS, api, attention, plan_attention
 from jaxtrain.kernels.attention.blocked import attention_blocked, plan
 from jaxtrain.kernels.attention.cudnn import attention_cudnn, compute_capability
 from jaxtrain.kernels.attention.hopper import Tiles
@@ -529,7 +529,8 @@ def test_a_schedule_made_once_gives_the_same_output(name):
     assert plan_attention(q, **ids, implementation="xla") is None
 
 
-def test_auto_logs_its_choice_once(caplog):
+def test_auto_logs_its_choice_once(caplog, monkeypatch):
+    monkeypatch.setattr(api, "_logged", set())  # what other tests' calls told
     q, k, v, _ = make_inputs(Case(length=7, width=6), jnp.float32)
     with caplog.at_level(logging.INFO):
         attention(q, k, v)
