@@ -6,7 +6,7 @@
 
 `make` writes a model of random weights, a tokenizer of words, and rows whose lengths
 are log-normal (sigma 0.8, mean 300 tokens; a pair's two completions share a third of
-that as their prompt), cut at 1024. Both sides take one epoch, 8 examples a step, in
+that as their prompt), cut at 1024. Both sides take one epoch, --batch examples a step, in
 bfloat16 with float32 master weights, and TRL with Liger's kernels. The rate is that of
 the steps behind the first tenth, by the clock, reading data and logging included.
 """
@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 from step_cases import SHAPES
 
-ROWS_A_STEP = 8
 LONGEST = 1024
 EOS = "</s>"
 _FLAGS = (
@@ -91,7 +90,9 @@ def make(folder: pathlib.Path, shape: str, rows: int) -> None:
             print(json.dumps(row), file=file)
 
 
-def run_ours(folder: pathlib.Path, task: str, flags: list[str]) -> dict[str, Any]:
+def run_ours(
+    folder: pathlib.Path, task: str, batch: int, flags: list[str]
+) -> dict[str, Any]:
     """Our command line on these files."""
     workdir = folder / f"out-{time.time():.0f}"
     given = {flag.partition("=")[0] for flag in flags}
@@ -105,7 +106,7 @@ def run_ours(folder: pathlib.Path, task: str, flags: list[str]) -> dict[str, Any
             f"--model.tokenizer_name_or_path={folder / 'tokenizer'}",
             f"--data.train={folder / f'{task}.jsonl'}",
             f"--data.max_length={LONGEST}",
-            f"--training.per_device_train_batch_size={ROWS_A_STEP}",
+            f"--training.per_device_train_batch_size={batch}",
             *(f"--{flag}" for flag in (*ours, *flags)),
         ],
         check=True,
@@ -123,7 +124,7 @@ def run_ours(folder: pathlib.Path, task: str, flags: list[str]) -> dict[str, Any
     return {
         "steps": records[-1]["step"],
         "start_to_first_record_secs": records[0]["time"] - started,
-        "examples_per_sec": ROWS_A_STEP * steps / seconds,
+        "examples_per_sec": batch * steps / seconds,
         "tokens_per_sec": float(
             np.mean([r["tokens_per_sec"] for r in behind if "tokens_per_sec" in r])
         ),
@@ -132,7 +133,9 @@ def run_ours(folder: pathlib.Path, task: str, flags: list[str]) -> dict[str, Any
     }
 
 
-def run_trl(folder: pathlib.Path, task: str, max_steps: int) -> dict[str, Any]:
+def run_trl(
+    folder: pathlib.Path, task: str, batch: int, max_steps: int
+) -> dict[str, Any]:
     """TRL's trainer on these files, with its defaults."""
     started = time.time()
     import datasets
@@ -151,7 +154,7 @@ def run_trl(folder: pathlib.Path, task: str, max_steps: int) -> dict[str, Any]:
         "output_dir": str(folder / "trl"),
         "num_train_epochs": 1,
         "max_steps": max_steps,
-        "per_device_train_batch_size": ROWS_A_STEP,
+        "per_device_train_batch_size": batch,
         "max_length": LONGEST,
         "bf16": True,
         "gradient_checkpointing": False,
@@ -184,7 +187,7 @@ def run_trl(folder: pathlib.Path, task: str, max_steps: int) -> dict[str, Any]:
     return {
         "steps": len(ends),
         "start_to_first_step_secs": ends[0] - started,
-        "examples_per_sec": ROWS_A_STEP * (len(behind) - 1) / (behind[-1] - behind[0]),
+        "examples_per_sec": batch * (len(behind) - 1) / (behind[-1] - behind[0]),
         "loss": losses[-1],
     }
 
@@ -198,6 +201,7 @@ def main() -> None:
     parser.add_argument("--shape", default="0.5b", choices=sorted(SHAPES))
     parser.add_argument("--rows", type=int, default=4000)
     parser.add_argument("--task", choices=["sft", "dpo"], default="dpo")
+    parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--max_steps", type=int, default=-1)
     parser.add_argument("--flag", action="append", default=[], help="a key of ours")
     options = parser.parse_args()
@@ -209,10 +213,22 @@ def main() -> None:
         length = "training.num_train_epochs=1"
         if options.max_steps > 0:
             length = f"training.max_steps={options.max_steps}"
-        found = run_ours(options.folder, options.task, [length, *options.flag])
+        found = run_ours(
+            options.folder, options.task, options.batch, [length, *options.flag]
+        )
     else:
-        found = run_trl(options.folder, options.task, options.max_steps)
-    print(json.dumps({"side": options.side, "task": options.task, **found}))
+        found = run_trl(options.folder, options.task, options.batch, options.max_steps)
+    print(
+        json.dumps(
+            {
+                "side": options.side,
+                "task": options.task,
+                "flags": options.flag,
+                "batch": options.batch,
+                **found,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":
