@@ -5,9 +5,9 @@
     python benchmarks/whole_run.py trl DIR --task=dpo
 
 `make` writes a model of random weights, a tokenizer of words, and rows whose lengths
-are log-normal (sigma 0.8, mean 300 tokens; a pair's two completions share a third of
-that as their prompt), cut at 1024. Both sides take one epoch, --batch examples a step, in
-bfloat16 with float32 master weights, and TRL with Liger's kernels. The rate is that of
+are log-normal (sigma 0.8, mean 300 tokens; a third of the shorter side is a pair's
+prompt), cut at 1024. Both sides take one epoch, --batch examples a step, in bfloat16 with
+float32 master weights, and TRL with Liger's kernels. The rate is that of
 the steps behind the first tenth, by the clock, reading data and logging included.
 """
 
@@ -218,17 +218,8 @@ def main() -> None:
         )
     else:
         found = run_trl(options.folder, options.task, options.batch, options.max_steps)
-    print(
-        json.dumps(
-            {
-                "side": options.side,
-                "task": options.task,
-                "flags": options.flag,
-                "batch": options.batch,
-                **found,
-            }
-        )
-    )
+    asked = {name: getattr(options, name) for name in ("side", "task", "batch", "flag")}
+    print(json.dumps(asked | found))
 
 
 if __name__ == "__main__":
