@@ -6,8 +6,8 @@
 
 `make` writes a model of random weights, a tokenizer of words, and rows whose lengths
 are log-normal (sigma 0.8, mean 300 tokens; a third of the shorter side is a pair's
-prompt), cut at 1024. Both sides take one epoch, --batch examples a step, in bfloat16 with
-float32 master weights, and TRL with Liger's kernels. The rate is that of
+prompt), cut at 1024. Both sides take one epoch, --batch examples a step, in bfloat16
+with float32 master weights, and TRL with Liger's kernels. The rate is that of
 the steps behind the first tenth, by the clock, reading data and logging included.
 """
 

@@ -178,7 +178,7 @@ def save_all(manager: CheckpointManager, losses: list[float | None]) -> None:
         (1, False, [2.0, 1.0, 0.5], [3], 3),
         (1, False, [2.0, 1.0, 1.0], [2, 3], 2),
         (1, False, [2.0, float("nan"), 3.0], [1, 3], 1),
-        (1, True, [float("-inf"), None, None], [1, 3], 1),
+        (1, True, [float("-inf"), None, None], [3], None),
         (1, False, [None, None], [2], None),
     ],
 )

@@ -137,6 +137,9 @@ class World:
     def get_state(self, step):
         return step
 
+    def empty_batches(self):
+        return []
+
     # The device.
     def compute(self, secs):
         start = max(self.clock.now, self.free_at)
@@ -236,6 +239,7 @@ def run_loop(world):
         train_step=world.train_step,
         eval_step=world.eval_step,
         feed=types.SimpleNamespace(
+            packs_batches=False,
             readers=1,
             place=lambda batch, leading_axes=0: batch,
             eval_batches=lambda data: iter([eval_batch]),
@@ -304,10 +308,13 @@ def check_records(world, until):
             tokens = sum(world.steps[number - 1][2] for number in counted)
             rows = sum(world.steps[number - 1][3] for number in counted)
             waited = sum(times[number][1] for number in counted)
+            # Two rows a step, see `World.__next__`.
+            slots = sum(2 * world.scenario.shapes[number - 1] for number in counted)
             want |= {
                 "tokens_per_sec": tokens / sum(secs),
                 "samples_per_sec": rows / sum(secs),
                 "data_wait_share": waited / sum(secs),
+                "useful_token_share": tokens / slots,
                 "mfu": tokens / sum(secs) * FLOPS_PER_TOKEN / PEAK_FLOPS,
                 "step_time_p50_secs": np.percentile(secs, 50),
                 "step_time_p90_secs": np.percentile(secs, 90),

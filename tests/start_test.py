@@ -82,8 +82,11 @@ def test_the_block_of_a_full_run_tells_what_can_be_counted_by_hand(dpo_parts):
     assert (
         "16 rows a step = 2 a device x 4 data-parallel x 2 micro-" in entries["batch"]
     )
-    length = dpo_parts.train_data.row_length
-    assert f"at most {start.short(16 * 2 * length)}" in entries["batch"]
+    (shape,) = dpo_parts.train_batches.reader.packing.shapes
+    assert "packed by" in entries["data"]
+    tokens = dpo_parts.train_data.stats.tokens
+    about = f"about {start.short(tokens / 48 * 16)} tokens in rows of"
+    assert f"{about} {shape.rows} x {shape.length}" in entries["batch"]
     assert entries["steps"].startswith("8, 2.67 epochs of 3; log every 1, save every 3")
     assert "4 x cpu; mesh data 2 x fsdp 2" in entries["devices"]
     assert "parameters and optimizer split" in entries["devices"]
@@ -107,9 +110,10 @@ def test_the_memory_estimate_is_what_one_device_holds_and_below_what_xla_takes(
     assert found["reference"] == on_first_device(state.frozen)
     assert found["optimizer"] == on_first_device(state.opt_state)
     assert found["gradients"] == found["parameters"]  # float32, split alike
-    # Two sides of two pairs, rows of T, width D, in float32, for each layer.
-    config, length = dpo_parts.model.config, dpo_parts.train_data.row_length
-    inputs = 2 * 2 * length * config.hidden_size * 4 * config.num_hidden_layers
+    # A device's rows of T with two pairs, width D, in float32, for each layer.
+    config = dpo_parts.model.config
+    (shape,) = dpo_parts.train_batches.reader.packing.shapes
+    inputs = shape.tokens * config.hidden_size * 4 * config.num_hidden_layers
     assert found["layer inputs"] == inputs
     batch = next(dpo_parts.train_batches)
     placed = dpo_parts.feed.place(batch, leading_axes=1)

@@ -14,6 +14,7 @@ from jaxtrain import __version__, loop
 from jaxtrain.config import RunConfig, eval_sets
 from jaxtrain.config.notes import Note
 from jaxtrain.data.batches.dataset import PreparedDataset
+from jaxtrain.data.batches.layout import RowShape
 from jaxtrain.data.batches.pipeline import BatchIterator
 from jaxtrain.record import memory, provenance
 from jaxtrain.record.console import one_line
@@ -118,8 +119,10 @@ def estimate_memory(parts: loop.Parts) -> memory.Estimate:
 def _layer_inputs(parts: loop.Parts) -> int:
     """Bytes of a micro-batch's layer inputs [B T D], which the backward pass reads."""
     run, config, data = parts.run, parts.model.config, parts.train_data
-    rows = run.loop.per_device_train_batch_size * _sides(data)
-    tokens = rows * data.row_length // run.mesh.context
+    tokens = run.loop.per_device_train_batch_size * data.row_length
+    if shapes := _row_shapes(parts):
+        tokens = shapes[-1].tokens
+    tokens = tokens * _sides(data) // run.mesh.context
     width = jax.numpy.dtype(run.precision.compute_dtype).itemsize * config.hidden_size
     return tokens * width * config.num_hidden_layers
 
@@ -157,8 +160,8 @@ def _data(parts: loop.Parts) -> str:
         held = f"{stats.rows:,} {unit}, {short(stats.tokens)} tokens{told}"
         packing = f"rows of {data.row_length:,} tokens, {packing},"
         packing += f" {stats.packing_efficiency:.0%} filled"
-        if parts.feed.packs_batches:
-            packing = _packed_batches(parts)
+        if _row_shapes(parts):
+            packing = "packed by micro-batch"
     else:
         packing = f"rows of {data.row_length:,} tokens, {packing}"
         count = len(data.rows.sources)
@@ -173,15 +176,12 @@ def _data(parts: loop.Parts) -> str:
     return f"{text}; {' and '.join(held_out)} to evaluate" if held_out else text
 
 
-def _packed_batches(parts: loop.Parts) -> str:
-    """The shapes that rows may have where the examples of a micro-batch share them."""
+def _row_shapes(parts: loop.Parts) -> tuple[RowShape, ...]:
+    """What rows may look like where a micro-batch's examples share them; else none."""
     batches = parts.train_batches
-    assert isinstance(batches, BatchIterator)  # a stream's rows are padded
-    assert batches.reader.packing is not None
-    shapes = batches.reader.packing.shapes
-    sizes = [f"{rows} x {length:,}" for rows, length in (shapes[0], shapes[-1])]
-    kinds = f"{len(shapes)} shapes, {' to '.join(sizes)}" if shapes[1:] else sizes[0]
-    return f"a step's examples packed into rows of {kinds} tokens a device"
+    if not isinstance(batches, BatchIterator) or batches.reader.packing is None:
+        return ()
+    return batches.reader.packing.shapes
 
 
 def _batch(parts: loop.Parts) -> str:
@@ -194,8 +194,11 @@ def _batch(parts: loop.Parts) -> str:
     most = rows * data.row_length * _sides(data)
     if isinstance(data, PreparedDataset):
         held = data.stats.tokens / max(data.stats.packed_rows, 1) * rows
-        if parts.feed.packs_batches:
-            return f"{text}; about {short(held)} tokens"
+        if shapes := _row_shapes(parts):
+            sizes = [f"{n} x {length:,}" for n, length in (shapes[0], shapes[-1])]
+            kinds = f"{len(shapes)} shapes, {' to '.join(sizes)}"
+            rows_of = kinds if shapes[1:] else sizes[0]
+            return f"{text}; about {short(held)} tokens in rows of {rows_of}"
         return f"{text}; about {short(held)} tokens, at most {short(most)}"
     return f"{text}; at most {short(most)} tokens"
 
