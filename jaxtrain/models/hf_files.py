@@ -37,6 +37,18 @@ def read_json(file: pathlib.Path) -> dict[str, Any]:
     return content
 
 
+def is_own_file(file: pathlib.Path) -> bool:
+    """Whether a file of a directory, a link followed, is of that directory itself.
+
+    Snapshots in the hub's cache hold links into the `blobs` beside `snapshots`.
+    """
+    directory = file.parent.resolve()
+    homes = [directory]
+    if directory.parent.name == "snapshots":
+        homes.append(directory.parent.with_name("blobs"))
+    return any(file.resolve().is_relative_to(home) for home in homes)
+
+
 def check_tokenizer_files(directory: pathlib.Path) -> None:
     """Raise ValueError if files of the tokenizer are damaged; it names them all."""
     problems = Problems()
