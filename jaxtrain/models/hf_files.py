@@ -16,6 +16,7 @@ from jaxtrain.models.hf_names import TOKENIZER_FILES, WEIGHTS, WEIGHTS_INDEX
 from jaxtrain.models.problems import Problems
 
 _LFS_POINTER = b"version https://git-lfs"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _AGAIN = "download it again (`hf download`; in a git clone `git lfs pull`)"
 
 
@@ -170,7 +171,9 @@ def _read_index(index: pathlib.Path) -> dict[str, str]:
 
 
 def _why_no_weights(directory: pathlib.Path) -> str:
-    pickles = sorted(file.name for file in directory.glob("*.bin"))
+    pickles = sorted(
+        file.name for file in directory.glob("*") if file.suffix in _PICKLES
+    )
     if pickles:
         return (
             f"{directory} has its weights only as pickles ({', '.join(pickles)}),"
