@@ -1,4 +1,4 @@
-"""The cache of reference log-probs: right sums, resumed, refused where stale."""
+"""The cache of reference log-probs: right sums, resumed, repaired where damaged."""
 
 import pathlib
 import sys
@@ -117,16 +117,67 @@ def test_train_and_eval_data_have_caches_of_their_own(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("changed", ["weights", "tokenizer", "data"])
-def test_a_stale_cache_is_refused_by_what_changed(changed, tokenizer, tmp_path):
+def test_a_stale_cache_is_set_aside_and_computed_anew(
+    changed, tokenizer, tmp_path, caplog
+):
     make_scorer(tmp_path).attach(make_data(tokenizer), "train")
+    old = (tmp_path / "train" / "logps.float32").read_bytes()
     data = make_data(tokenizer, last="sea" if changed == "data" else "sky")
+    weight = -0.75 if changed == "weights" else -0.5
     scorer = make_scorer(
         tmp_path,
-        weight=-0.5000001 if changed == "weights" else -0.5,
+        weight=weight,
         tokenizer_hash="u" if changed == "tokenizer" else "t",
     )
-    with pytest.raises(ValueError, match=f"other {changed}. Delete that folder"):
-        scorer.attach(data, "train")
+    np.testing.assert_array_equal(
+        attached(scorer.attach(data, "train")), sums_by_hand(data, weight)
+    )
+    assert f"{tmp_path}/train are stale (they belong to other {changed})" in caplog.text
+    assert (tmp_path / "train.stale" / "logps.float32").read_bytes() == old
+
+
+def flip_a_bit(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (lambda at: flip_a_bit(at / "logps.float32"), "rows 4 to 7 do not match"),
+        (lambda at: flip_a_bit(at / "checksums.jsonl"), "checksum"),
+        (lambda at: (at / "identity.json").write_text("{"), "identity.json: "),
+        (lambda at: (at / "identity.json").write_bytes(b"\xff"), "identity.json: "),
+        (lambda at: (at / "identity.json").unlink(), "identity.json: "),
+        (lambda at: (at / "checksums.jsonl").write_text("[4]\n"), "checksums.jsonl: "),
+        (lambda at: (at / "checksums.jsonl").unlink(), "have no checksums"),
+    ],
+)
+def test_a_damaged_cache_is_named_set_aside_and_computed_anew(
+    damage, named, tokenizer, tmp_path, caplog
+):
+    data, placed = make_data(tokenizer), []
+    make_scorer(tmp_path).attach(data, "train")
+    damage(tmp_path / "train")
+    repaired = make_scorer(tmp_path, placed=placed).attach(data, "train")
+    np.testing.assert_array_equal(attached(repaired), sums_by_hand(data))
+    assert named in caplog.text and str(tmp_path / "train") in caplog.text
+    aside = {path.name for path in tmp_path.iterdir()} - {"train"}
+    assert aside in ({"train.damaged"}, {"train.stale"})
+    caplog.clear()
+    make_scorer(tmp_path, placed=placed).attach(data, "train")
+    assert len(placed) == 3 and "aside" not in caplog.text  # sound from now on
+
+
+def test_a_batch_without_its_checksum_is_computed_again(tokenizer, tmp_path, caplog):
+    data, placed = make_data(tokenizer), []
+    make_scorer(tmp_path).attach(data, "train")
+    lines = tmp_path / "train" / "checksums.jsonl"
+    lines.write_bytes(lines.read_bytes()[:-3])  # killed in the last one
+    resumed = make_scorer(tmp_path, placed=placed).attach(data, "train")
+    assert len(placed) == 1 and "set aside" not in caplog.text
+    np.testing.assert_array_equal(attached(resumed), sums_by_hand(data))
 
 
 # --- fingerprints ------------------------------------------------------------------

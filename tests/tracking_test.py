@@ -11,12 +11,12 @@ from tensorboardX.proto import event_pb2, types_pb2
 from tensorboardX.record_writer import masked_crc32c
 
 from jaxtrain.record import writers as tracking
+from jaxtrain.record.safe_text import mask_secrets
 from jaxtrain.record.writers import (
     JsonlWriter,
     WandbWriter,
     check_installed,
     make_writers,
-    mask_secrets,
 )
 
 

@@ -9,6 +9,7 @@ from jaxtrain.cli.generate import (
     add_sampling,
     check_sampling,
     encode,
+    for_output,
     load,
     make_stream,
     require_template,
@@ -121,7 +122,7 @@ def _take_turn(
     try:
         for piece in answer(asked):
             said += piece
-            print(piece, end="", flush=True)
+            print(for_output(piece), end="", flush=True)
     except KeyboardInterrupt:
         print(" ...", end="")
     except ValueError as error:

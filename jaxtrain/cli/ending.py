@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from jaxtrain.record import logs
+from jaxtrain.record.safe_text import escape_controls, mask_text
 from jaxtrain.run import interrupts
 
 MISTAKE, FAULT, INTERRUPTED = 2, 1, 130
@@ -71,15 +72,20 @@ def run_command(
     except (Exception, KeyboardInterrupt) as error:
         found = describe(error)
         if debug or found is None:
-            traceback.print_exc()
+            print(_safe(traceback.format_exc()), file=sys.stderr, end="")
         if found is None:
             return FAULT
         code, message = found
-        for line in message.splitlines():
+        for line in _safe(message).splitlines():
             print(f"error: {line}", file=sys.stderr)
         if code == INTERRUPTED and arguments is None:
             _leave_at_once()
         return code
+
+
+def _safe(message: str) -> str:
+    """A message that may quote settings and data, as it may be shown."""
+    return escape_controls(mask_text(message))
 
 
 def _leave_at_once() -> None:

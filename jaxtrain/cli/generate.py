@@ -17,6 +17,7 @@ from jaxtrain.cli.source import (
 )
 from jaxtrain.config import RunConfig, resolve
 from jaxtrain.config.flags import Flag, override
+from jaxtrain.record.safe_text import escape_controls
 
 if TYPE_CHECKING:
     from jaxtrain.evaluation.stream import Stream
@@ -336,4 +337,9 @@ def _print(text: str, end: str = "\n") -> None:
     import jax
 
     if jax.process_index() == 0:
-        print(text, end=end, flush=True)
+        print(for_output(text), end=end, flush=True)
+
+
+def for_output(text: str) -> str:
+    """A model's text: on a terminal its control characters are spelled."""
+    return escape_controls(text) if sys.stdout.isatty() else text

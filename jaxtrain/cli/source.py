@@ -8,6 +8,7 @@ This module imports nothing large, so that a wrong name is refused at once.
 import argparse
 import dataclasses
 import json
+import logging
 import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +32,9 @@ from jaxtrain.config.sections import (
     SCHEMA,
     TrainingType,
 )
+from jaxtrain.record.safe_text import MASK
+
+logger = logging.getLogger(__name__)
 
 KEYS = """\
 Keys of the configuration that act here are flags too: --mesh.fsdp=2,
@@ -257,6 +261,7 @@ def configure(
     """
     if source.kind == "run":
         made = to_config_dict(source.run())
+        _warn_of_masked(source, flags)
         if base is not None:
             made.model.name_or_path = base
         _fit_mesh(made, any(flag.key.startswith("mesh.") for flag in flags))
@@ -280,6 +285,19 @@ def configure(
     if config is None:
         _compute_as_stored(made)
     return made
+
+
+def _warn_of_masked(source: Source, flags: Sequence[Flag]) -> None:
+    """Say that a run's own arguments of its loss are not all known any more."""
+    key = "training.objective_kwargs"
+    training = source.saved.get("training", {})
+    is_given = any(flag.key.startswith(key) for flag in flags)
+    if MASK in json.dumps(training.get("objective_kwargs")) and not is_given:
+        logger.warning(
+            "%s: %s holds secrets, which config.json has as %s: give it by --%s=... if"
+            " the loss needs them",
+            source.name, key, MASK, key,
+        )  # fmt: skip
 
 
 def _check_base(base: str, adapter: str) -> None:

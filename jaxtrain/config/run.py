@@ -18,6 +18,7 @@ from jaxtrain.config.renamed import with_current_names
 from jaxtrain.config.rules import ConfigError, resolve_sections
 from jaxtrain.config.sections import SCHEMA
 from jaxtrain.objectives.options import ObjectiveRow, Options, objective_row
+from jaxtrain.record.safe_text import mask_secrets
 from jaxtrain.tree import dotted
 
 
@@ -146,9 +147,10 @@ def diff(
 ) -> list[str]:
     """Keys whose values differ between two `to_dict()`s: "key: old -> new".
 
-    A key that an earlier release did not have stands at its default there.
+    A key that an earlier release did not have stands at its default there. Secrets are
+    masked: what is saved lacks them, and the lines are logged.
     """
-    flat_old, flat_new = (dotted(_as_dict(each)) for each in (old, new))
+    flat_old, flat_new = (dotted(mask_secrets(_as_dict(each))) for each in (old, new))
     return [
         f"{key}: {flat_old.get(key)!r} -> {flat_new.get(key)!r}"
         for key in sorted(flat_old.keys() | flat_new.keys())

@@ -40,6 +40,7 @@ from jaxtrain.data.rows.places import name_rows
 from jaxtrain.data.rows.tokenize import PreTrainedTokenizerBase
 from jaxtrain.data.stream.batches import StreamRows
 from jaxtrain.data.stream.source import head
+from jaxtrain.record.safe_text import escape_controls
 
 _GREEN, _PLAIN = "\x1b[32m", "\x1b[0m"
 _BAR = 40  # characters of the longest bar
@@ -106,7 +107,7 @@ class _Problems(RowProblems):
     def describe(self) -> Iterator[str]:
         """The lines of the report."""
         yield f"validation: {self.count} of {self._total} rows cannot be used"
-        yield from (f"  {line}" for line in self.listed())
+        yield from (f"  {escape_controls(line)}" for line in self.listed())
         if self.count > len(self.first):
             yield f"  and {self.count - len(self.first)} more"
         if self.equal_count:
@@ -130,8 +131,8 @@ def render(
         trained[0] = False  # nothing predicts a document's first token
         borders = np.flatnonzero(np.diff(trained)) + 1
         for run in np.split(np.arange(length), borders):
-            piece = tokenizer.decode(ids[run].tolist())
-            text += f"{marks[0]}{piece}{marks[1]}" if trained[run[0]] else str(piece)
+            piece = escape_controls(str(tokenizer.decode(ids[run].tolist())))
+            text += f"{marks[0]}{piece}{marks[1]}" if trained[run[0]] else piece
     return text
 
 

@@ -6,6 +6,7 @@ the modules of transformers 5; every tensor without one belongs to a tower. Only
 decoder is loaded and trained. `hf_save.save_in_wrapper` puts it back.
 """
 
+import logging
 import os
 import pathlib
 import shutil
@@ -13,8 +14,10 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from jaxtrain.models.families import WRAPPERS
-from jaxtrain.models.hf_files import find_weights, read_header, read_json
+from jaxtrain.models.hf_files import find_weights, is_own_file, read_header, read_json
 from jaxtrain.models.hf_names import EMBEDDING, HEAD, WEIGHTS_INDEX
+
+logger = logging.getLogger(__name__)
 
 # What the wrapper says for the decoder as well.
 _SHARED_KEYS = (
@@ -98,12 +101,23 @@ def plan_files(
 
 
 def copy_others(source: pathlib.Path, target: pathlib.Path) -> None:
-    """Copy all files but weights that `target` has not: of processors, and notes."""
+    """Copy all files but weights that `target` has not: of processors, and notes.
+
+    A link to a file that is not the model's is left out: an export may be published.
+    """
     weights = (".safetensors", ".bin", ".pth", ".gguf")
     for file in source.iterdir():
         is_weights = file.suffix in weights or file.name == WEIGHTS_INDEX
-        if file.is_file() and not is_weights and not (target / file.name).exists():
-            shutil.copy(file, target / file.name)
+        if is_weights or not file.is_file() or (target / file.name).exists():
+            continue
+        if not is_own_file(file):
+            logger.warning(
+                "%s is a link to %s, outside of the model's directory: it is not"
+                " exported; copy it there by hand if it belongs to the model",
+                file, file.resolve(),
+            )  # fmt: skip
+            continue
+        shutil.copy(file, target / file.name)
 
 
 def _wrapped_name(name: str, is_old: bool) -> str:

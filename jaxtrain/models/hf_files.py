@@ -16,6 +16,7 @@ from jaxtrain.models.hf_names import TOKENIZER_FILES, WEIGHTS, WEIGHTS_INDEX
 from jaxtrain.models.problems import Problems
 
 _LFS_POINTER = b"version https://git-lfs"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _AGAIN = "download it again (`hf download`; in a git clone `git lfs pull`)"
 
 
@@ -35,6 +36,18 @@ def read_json(file: pathlib.Path) -> dict[str, Any]:
             f"{file} holds a {type(content).__name__}, not an object of keys: {_AGAIN}"
         )
     return content
+
+
+def is_own_file(file: pathlib.Path) -> bool:
+    """Whether a file of a directory, a link followed, is of that directory itself.
+
+    Snapshots in the hub's cache hold links into the `blobs` beside `snapshots`.
+    """
+    directory = file.parent.resolve()
+    homes = [directory]
+    if directory.parent.name == "snapshots":
+        homes.append(directory.parent.with_name("blobs"))
+    return any(file.resolve().is_relative_to(home) for home in homes)
 
 
 def check_tokenizer_files(directory: pathlib.Path) -> None:
@@ -158,7 +171,9 @@ def _read_index(index: pathlib.Path) -> dict[str, str]:
 
 
 def _why_no_weights(directory: pathlib.Path) -> str:
-    pickles = sorted(file.name for file in directory.glob("*.bin"))
+    pickles = sorted(
+        file.name for file in directory.glob("*") if file.suffix in _PICKLES
+    )
     if pickles:
         return (
             f"{directory} has its weights only as pickles ({', '.join(pickles)}),"

@@ -1,7 +1,8 @@
 """Reference log-probs, computed once before training: no second model in the step.
 
 They are streamed to `<workdir>/reference/<name>/`, so that a run that was stopped goes
-on where it was, and a second run on the same model and data computes nothing.
+on where it was, and a second run on the same model and data computes nothing
+(`sums_cache.py`).
 """
 
 import functools
@@ -21,14 +22,13 @@ from jaxtyping import Array, Float, UInt32
 from jaxtrain.data.batches.dataset import PreparedDataset
 from jaxtrain.models.load import LoadedModel
 from jaxtrain.objectives.preference import example_sums, score_pairs
+from jaxtrain.passes.sums_cache import SumsCache
 from jaxtrain.run.feed import Feed
 from jaxtrain.sharding import to_host
 from jaxtrain.step import ScoreFn
 from jaxtrain.types import Batch, PairBatch, Params, TokenLogProbs
 
 logger = logging.getLogger(__name__)
-
-_ROW_BYTES = 8  # float32 sums of chosen and rejected
 
 
 class ReferenceScorer:
@@ -65,37 +65,42 @@ class ReferenceScorer:
     def attach(self, data: PreparedDataset, name: str) -> PreparedDataset:
         """The same pairs with `reference_logps`, on every process for all of them.
 
+        What is kept of another model or of other data, or is damaged, is set aside
+        with a warning and computed anew.
+
         Args:
             name: of the data set, "train" or "eval"; each has a cache of its own.
-
-        Raises:
-            ValueError: the cache of that name is another model's, or other data's.
         """
-        cache = _Cache(
-            self._directory / name, {**self._identity, "data": data.fingerprint}
-        )
+        identity = {**self._identity, "data": data.fingerprint}
+        cache = SumsCache(self._directory / name)
+        # Only the first process looks and writes; the others begin where it does.
+        done = cache.open(identity) if jax.process_index() == 0 else 0
+        done = int(multihost_utils.broadcast_one_to_all(np.int32(done)))
         global_rows = self._feed.eval_rows * self._feed.readers
         first = len(data)
-        if cache.rows() < first:
-            # Every process starts where the first one, which writes, will.
-            done = multihost_utils.broadcast_one_to_all(np.int32(cache.rows()))
-            first = int(done) // global_rows * global_rows
+        if done < first:
+            first = done // global_rows * global_rows
             self._score_from(first, data, cache)
         told = "reference log-probs of %d %s pairs: %d are new, all in %s"
         logger.info(told, len(data), name, len(data) - first, cache.directory)
         multihost_utils.sync_global_devices(f"reference {name}")
         return data.with_reference_logps(*cache.read(len(data)))
 
-    def _score_from(self, first: int, data: PreparedDataset, cache: "_Cache") -> None:
+    def _score_from(self, first: int, data: PreparedDataset, cache: SumsCache) -> None:
         batches = self._feed.eval_batches(data)
         global_rows = self._feed.eval_rows * self._feed.readers
         batches.set_state({"next_step": first // global_rows})
-        cache.truncate(first)
+        writes = jax.process_index() == 0
+        if writes:
+            cache.truncate(first)
         for batch in batches:
             sums = self._sums(self._params, self._feed.place(batch))
-            pairs = np.stack([to_host(side) for side in sums], axis=-1)
-            cache.append(batches.in_order(pairs))
+            pairs = batches.in_order(np.stack([to_host(side) for side in sums], -1))
+            if writes:
+                cache.append(pairs)
         batches.close()
+        if writes:
+            cache.flush()
 
 
 def _sums(
@@ -103,51 +108,6 @@ def _sums(
 ) -> Float[Array, "B *P"]:
     sums = example_sums(scored.logps, rows.loss_mask, rows, ids)
     return sums if ids is None else sums.reshape(ids.shape)
-
-
-class _Cache:
-    """float32[rows, 2] in a file that grows, beside the identity that it belongs to."""
-
-    def __init__(self, directory: pathlib.Path, identity: Mapping[str, str]) -> None:
-        self.directory = directory
-        self._file = directory / "logps.float32"
-        described = directory / "identity.json"
-        if described.is_file():
-            found = json.loads(described.read_text())
-            if differing := sorted(
-                {key for key, _ in found.items() ^ identity.items()}
-            ):
-                raise ValueError(
-                    f"the reference log-probs in {directory} are stale: they belong to"
-                    f" other {' and '.join(differing)}. Delete that folder to compute"
-                    " them anew, or use a new workdir"
-                )
-        elif jax.process_index() == 0:
-            directory.mkdir(parents=True, exist_ok=True)
-            partial = directory / "identity.partial"
-            partial.write_text(json.dumps(dict(identity), indent=2))
-            partial.replace(described)
-
-    def rows(self) -> int:
-        """Whole rows on disk."""
-        size = self._file.stat().st_size if self._file.is_file() else 0
-        return size // _ROW_BYTES
-
-    def truncate(self, rows: int) -> None:
-        """Keep the first so many; a batch that was cut off is written again."""
-        if jax.process_index() == 0:
-            with self._file.open("ab") as file:
-                file.truncate(rows * _ROW_BYTES)
-
-    def append(self, pairs: np.ndarray) -> None:
-        if jax.process_index() == 0:
-            with self._file.open("ab") as file:
-                file.write(np.ascontiguousarray(pairs, np.float32).tobytes())
-
-    def read(self, rows: int) -> tuple[np.ndarray, np.ndarray]:
-        """Both sides, mapped into memory."""
-        pairs = np.memmap(self._file, np.float32, "r", shape=(rows, 2))
-        return pairs[:, 0], pairs[:, 1]
 
 
 # --- what the numbers depend on ----------------------------------------------------

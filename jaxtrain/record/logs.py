@@ -14,6 +14,8 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from jaxtrain.record.safe_text import escape_controls, mask_text
+
 COLUMNS = 100  # of the longest line, where no word is longer
 _LEVELS = ("debug", "info", "warning", "error")
 _LEVEL_KEY = "JAXTRAIN_LOG_LEVEL"
@@ -109,6 +111,7 @@ class LineFormatter(logging.Formatter):
     """`12:30:59 text`; further lines stand below the text, and long lines are wrapped.
 
     A word of its own, such as a path, is never cut, and errors are never wrapped.
+    Secrets are masked, and control characters are spelled.
     """
 
     def __init__(self) -> None:
@@ -121,7 +124,7 @@ class LineFormatter(logging.Formatter):
             text = f"{record.levelname.lower()}: {text}"
         if record.exc_info:
             text = f"{text}\n{self.formatException(record.exc_info)}"
-        lines = text.splitlines()
+        lines = escape_controls(mask_text(text)).splitlines()
         if record.levelno < logging.ERROR:
             lines = [part for line in lines for part in _wrap(line)]
         text = f"\n{_INDENT}".join(lines)

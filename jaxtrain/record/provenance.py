@@ -19,10 +19,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import yaml
 from jax.sharding import Mesh
 
 from jaxtrain import __version__
-from jaxtrain.record.writers import mask_secrets
+from jaxtrain.record.safe_text import mask_secrets
 
 KEY = "provenance"
 _PACKAGE = pathlib.Path(__file__).resolve().parent.parent
@@ -113,11 +114,13 @@ def command_line(arguments: Sequence[str]) -> str:
 
 
 def _mask(value: str, name: str) -> str:
-    """An argument without its secrets, those in a JSON object too."""
-    if value.startswith("{"):
-        with contextlib.suppress(ValueError):
-            return json.dumps(mask_secrets(json.loads(value)))
-    return str(mask_secrets(value, name))
+    """An argument without its secrets, those in a mapping or a list too."""
+    if not value.startswith(("{", "[", "(")):
+        return str(mask_secrets(value, name))
+    with contextlib.suppress(yaml.YAMLError):  # JSON is YAML
+        if isinstance(found := yaml.safe_load(value), dict | list):
+            return json.dumps(mask_secrets(found, name), default=str)
+    return "..."  # in Python's syntax: who knows what it holds
 
 
 def _earlier_starts(path: pathlib.Path) -> list[Any]:

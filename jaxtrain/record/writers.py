@@ -12,7 +12,6 @@ import json
 import math
 import os
 import pathlib
-import re
 import sys
 import time
 import uuid
@@ -20,8 +19,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TextIO
 
 from jaxtrain.record.console import ConsoleWriter
+from jaxtrain.record.safe_text import mask_secrets
 
-_MASK = "***"
 _NO_WANDB = (
     "report_to has 'wandb', which is not installed: pip install 'jaxtrain[wandb]', or "
     "take it out of report_to"
@@ -319,46 +318,3 @@ class WandbWriter:
 def _printable(text: str) -> str:
     """A text that UTF-8 can hold: without halves of surrogate pairs."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-# -------------------------------------------------------------------------- secrets
-
-_SECRET_WORDS = frozenset(
-    {"password", "passwd", "passphrase", "secret", "secrets", "credentials", "apikey"}
-)
-# What stands before "token" where it is a token of the vocabulary.
-_VOCABULARY_WORDS = frozenset(
-    {"pad", "eos", "bos", "unk", "mask", "sep", "cls", "special", "stop", "image"}
-)
-_CREDENTIALS_IN_URL = re.compile(r"(?<=://)[^/@\s]+(?=@)")
-
-
-def mask_secrets(value: Any, name: str = "") -> Any:
-    """A copy of nested config values with the secrets replaced by `***`.
-
-    Secret are: anything under a key with the word password, secret or credentials; a
-    string under a key with the word token or key (`hf_token`, `apiKey`; but not
-    `tokenizer`, `max_tokens`, `eos_token`); user and password in a URL.
-    """
-    if isinstance(value, Mapping):
-        return {key: mask_secrets(below, str(key)) for key, below in value.items()}
-    if isinstance(value, list | tuple):
-        return [mask_secrets(below, name) for below in value]
-    if _is_secret(name, value):
-        return _MASK
-    if isinstance(value, str):
-        return _CREDENTIALS_IN_URL.sub(_MASK, value)
-    return value
-
-
-def _is_secret(name: str, value: Any) -> bool:
-    spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", name)
-    words = re.split(r"[^a-z0-9]+", spaced.lower())
-    if value is None or value == "":
-        return False
-    if _SECRET_WORDS & set(words):
-        return True
-    return isinstance(value, str) and any(
-        word in ("token", "key") and before not in _VOCABULARY_WORDS
-        for before, word in zip(["", *words], words, strict=False)
-    )

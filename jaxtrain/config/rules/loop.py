@@ -1,5 +1,6 @@
 """Rules of the loop: its length, evaluation, checkpoints and generated texts."""
 
+import unicodedata
 from dataclasses import replace
 
 from jaxtrain.config import eval_sets
@@ -12,6 +13,8 @@ _NEVER_EVALUATES = (
 )
 
 
+# Unicode's categories: control characters, halves of surrogates, line ends.
+_CONTROLS = ("Cc", "Cs", "Zl", "Zp")
 _OF_EVALUATION = (
     "per_device_eval_batch_size",
     "metric_for_best_model",
@@ -31,6 +34,7 @@ _SCHEDULE = (
 def resolve_loop(run: Resolution) -> None:
     """Settle the metric's direction and the trackers; check evaluations and saves."""
     _resolve_evaluation_sets(run)
+    _check_run_name(run)
     loop = run.loop
     if loop.max_steps != -1 and loop.max_steps < 1:
         run.problem(
@@ -54,6 +58,20 @@ def resolve_loop(run: Resolution) -> None:
             run.problem(key, _NEVER_EVALUATES)
     if loop.load_best_model_at_end:
         _check_checkpoints_are_evaluated(run)
+
+
+def _check_run_name(run: Resolution) -> None:
+    """Refuse a name that would lead out of `out/`, or that steers a terminal."""
+    name = run.loop.run_name or ""
+    parts = name.replace("\\", "/").split("/")
+    if any(unicodedata.category(each) in _CONTROLS for each in name):
+        run.problem("run_name", "it holds control characters; write plain text")
+    elif parts[0] == "" != name or {".", "..", "~"} & {*parts}:
+        run.problem(
+            "run_name",
+            "a run of this name would be kept outside of out/; give a name, and the"
+            " place as the work directory",
+        )
 
 
 def _resolve_evaluation_sets(run: Resolution) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from jaxtrain.data.rows.files import READERS, make_units, reader_of
 from jaxtrain.data.rows.formats import UnreadableRow
 
-_SAVED = ("state.json", "dataset_dict.json")  # by `Dataset.save_to_disk`
+SAVED = ("state.json", "dataset_dict.json")  # by `Dataset.save_to_disk`
 _FIRST_ROWS = 100
 SPLITS = {
     "train": ("train", "training"),
@@ -65,7 +65,7 @@ def _nearest(path: pathlib.Path) -> str:
 
 def is_saved(folder: pathlib.Path) -> bool:
     """Whether `Dataset.save_to_disk` wrote it."""
-    return any((folder / file).is_file() for file in _SAVED)
+    return any((folder / file).is_file() for file in SAVED)
 
 
 def split_files(folder: pathlib.Path, split: str) -> list[pathlib.Path]:

@@ -6,6 +6,7 @@ line), each also as `.gz`, or is a folder of such files, or one that
 hub.
 """
 
+import json
 import logging
 import pathlib
 from typing import Any, TypeAlias
@@ -14,6 +15,7 @@ import datasets
 
 from jaxtrain.data.rows.files import READERS, reader_of
 from jaxtrain.data.rows.folders import (
+    SAVED,
     is_saved,
     looks_local,
     split_aliases,
@@ -87,11 +89,41 @@ def data_files(path: pathlib.Path, split: str) -> list[pathlib.Path]:
 
 
 def load_saved(folder: pathlib.Path, split: str) -> datasets.Dataset | None:
-    """What `save_to_disk` wrote to a folder, or None."""
+    """What `save_to_disk` wrote to a folder, or None.
+
+    Raises:
+        ValueError: a file in it names others that are elsewhere.
+    """
     if is_saved(folder):
+        _check_saved(folder)
         loaded = datasets.load_from_disk(str(folder))
         return _choose_split(loaded, split, str(folder))
     return None
+
+
+def _check_saved(folder: pathlib.Path) -> None:
+    """Refuse a saved data set whose lists name files outside of it.
+
+    Raises:
+        ValueError: names the list and the file.
+    """
+    for file in (*(folder / name for name in SAVED), *folder.glob("*/state.json")):
+        for name in map(str, _names_in(file)):
+            if pathlib.PurePath(name).name != name or name == "..":
+                raise ValueError(
+                    f"{file} names {name!r}; the files of a saved data set must lie"
+                    " beside the list of them"
+                )
+
+
+def _names_in(file: pathlib.Path) -> list[Any]:
+    """The files and splits in a list; of a damaged list none, `datasets` refuses it."""
+    try:
+        content = json.loads(file.read_text("utf-8"))
+        files = [each["filename"] for each in content.get("_data_files") or ()]
+        return [*files, *(content.get("splits") or ())]
+    except (OSError, ValueError, AttributeError, TypeError, LookupError):
+        return []
 
 
 def _choose_split(

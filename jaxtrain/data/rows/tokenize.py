@@ -98,6 +98,13 @@ def load_tokenizer(
             revision=revision,
         )
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error) and not trust_remote_code:
+            raise ValueError(
+                f"cannot load tokenizer {path_or_name!r}: it brings code of its own,"
+                " which does not run unless you say so: read that code, then set"
+                " model.trust_remote_code = true; or set model.tokenizer_name_or_path"
+                " to a tokenizer without any"
+            ) from error
         place = (
             "the folder holds no tokenizer that transformers reads (tokenizer.json "
             "and tokenizer_config.json)"

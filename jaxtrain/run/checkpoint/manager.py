@@ -16,6 +16,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from jaxtrain import __version__
+from jaxtrain.record.safe_text import mask_secrets
 from jaxtrain.run import ledger as ledgers
 from jaxtrain.run import saved_record
 from jaxtrain.run.checkpoint import checksums, leaves, storage
@@ -149,7 +150,7 @@ class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
             step: the number of updates behind `state`.
             state: any tree of `jax.Array`s, PRNG keys included.
             data_state: JSON values; each process gives its own.
-            config: JSON values, which `restore` gives back.
+            config: JSON values, which `restore` gives back, secrets masked.
             metrics: numbers; `best_metric` among them makes the checkpoint eligible.
             clock: times, which may differ between processes: those of process 0 count.
 
@@ -179,7 +180,7 @@ class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
             "step": step,
             "metrics": numbers,
             "layout": {name: leaves.describe(leaf) for name, leaf in arrays.items()},
-            "config": as_json("config", config or {}),
+            "config": as_json("config", mask_secrets(config or {})),
             "data_states": gather(as_exact_json("data_state", data_state)),
             "clock": as_exact_json("clock", dict(clock or {})),
         }
