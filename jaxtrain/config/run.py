@@ -123,8 +123,13 @@ def resolve(
     if isinstance(config, RunConfig):
         return config
     if not isinstance(config, Mapping | ConfigDict):
-        config = config.config_dict
+        config = getattr(config, "config_dict", config)
     given = config.to_dict() if isinstance(config, ConfigDict) else config
+    if not isinstance(given, Mapping):
+        raise ConfigError(
+            f"the configuration is a {type(given).__name__}, {schema.shown(given)}:"
+            " give sections of keys, such as {'training': {...}}"
+        )
     given = with_current_names(without_provenance(given))
     found = resolve_sections(given, device_count, flags)
     values = {each.name: getattr(found, each.name) for each in fields(RunConfig)}

@@ -172,7 +172,8 @@ class Yaml(Kind):
 def use_config(run: config.RunConfig) -> None:
     """Read of a resolved configuration what needs no model."""
     saved = run.to_dict()
-    assert config.RunConfig.from_dict(saved).to_dict() == saved
+    again = config.RunConfig.from_dict(saved).to_dict()
+    assert again == saved, (again, saved)
     json.dumps(saved)
     run.explain()
     _ = run.objective_options
