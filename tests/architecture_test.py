@@ -106,6 +106,7 @@ ALLOWED: dict[str, set[str]] = {
         "models",
         "models.source",
         "models.vocabulary",
+        "record",
         "sharding",
         "types",
     },

@@ -74,6 +74,8 @@ class RunConfig:
             section = getattr(self, name)
             if section and getattr(section, "enabled", True):
                 training[name] = asdict(section)
+            elif section and type(section)().enabled:  # off, and on by default
+                training[name] = {"enabled": False}
         plain = {name: asdict(getattr(self, name)) for name in sections.PLAIN_SECTIONS}
         if self.training_type != "from_scratch":
             del plain["model"]["architecture"]

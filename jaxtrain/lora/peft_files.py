@@ -346,9 +346,9 @@ def _refuse_variants(path: pathlib.Path, config: Mapping[str, Any]) -> None:
         )
     if variants:
         raise ValueError(
-            f"adapter {path}: {variants!s:.400} is not supported, because the adapter would"
-            " act differently here: merge it with PEFT (merge_and_unload) and load the"
-            " merged model"
+            f"adapter {path}: {variants!s:.400} is not supported, because the adapter"
+            " would act differently here: merge it with PEFT (merge_and_unload) and"
+            " load the merged model"
         )
 
 

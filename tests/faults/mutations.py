@@ -1,4 +1,4 @@
-"""Small changes to trees of JSON, to texts and to bytes, all by one random generator."""
+"""Small changes to trees of JSON, texts and bytes, all by one random generator."""
 
 import copy
 import random
@@ -12,7 +12,7 @@ NUMBERS: tuple[Any, ...] = (
 TEXTS = (
     "", " ", "a", "true", "null", "nan", "1e5", "0", "-1", "auto", "default",
     "../../x", "/dev/null", "a\0b", "a\nb", "\x1b[31m", "\ufeff", "\u202e", "é", "字",
-    "👩‍👩‍👧", "\ud800", "{{ x }}", "{% for", "(", "[a", "(?P<", "(a+)+$", "*", "{}", "[]",
+    "\ud800", "{{ x }}", "{% for", "(", "[a", "(?P<", "(a+)+$", "*", "{}", "[]",
     "%s", "a.b.c", "a" * 300, "<|endoftext|>", "__class__", "1,2,3",
 )  # fmt: skip
 TOKENS = (
@@ -88,7 +88,7 @@ def _change(rng: random.Random, node: Any, key: Any) -> None:
     elif draw == 4:
         del node[key]
     elif draw == 5:
-        node[key] = rng.choice(([value], {"a": value}, [value, value], str(value)))
+        node[key] = rng.choice(([value], {"a": value}, [value, value], f"{key}"))
     elif draw == 6 and isinstance(node, dict):
         node[rng.choice((f"{key}x", key[:-1], key.upper(), *TEXTS))] = value
     elif draw == 7 and isinstance(value, str):
