@@ -9,6 +9,8 @@ set, and docs/configuration.md.
 import dataclasses
 import difflib
 import math
+import reprlib
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,6 +21,11 @@ from ml_collections import ConfigDict, FieldReference
 from jaxtrain.tree import dotted, flatten, get, nest
 
 T = TypeVar("T")
+
+# What a message shows of a value, of the names in a section, and of many mistakes.
+_MOST_CHARACTERS = 240
+_MOST_NAMES = 12
+_MOST_SUGGESTIONS = 50
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,21 +259,23 @@ def _check(
         path = f"{prefix}{name}"
         entry = schema.get(name)
         if entry is None:
-            fix = suggest_key(str(name), prefix, schema, root)
-            problems[path] = f"{path} = {value!r}: unknown key; {fix}"
+            fix = "remove it"
+            if len(problems) < _MOST_SUGGESTIONS:  # each takes milliseconds
+                fix = suggest_key(str(name), prefix, schema, root)
+            problems[path] = f"{_cut(path)} = {shown(value)}: unknown key; {fix}"
         elif isinstance(entry, Leaf):
             is_unset = value is None and entry.default is None
             try:
                 yield (name,), None if is_unset else convert(value, entry.hint)
             except ValueError as error:
-                problems[path] = f"{path} = {value!r}: {error}"
+                problems[path] = f"{path} = {shown(value)}: {error}"
         elif isinstance(value, Mapping):
             for below, converted in _check(entry, value, f"{path}.", problems, root):
                 yield (name, *below), converted
         elif value is not None:  # an empty YAML section reads as null: nothing set
             problems[path] = (
-                f"{path} = {value!r}: a section, not a value; set keys under it:"
-                f" {', '.join(entry)}"
+                f"{path} = {shown(value)}: a section, not a value; set keys under it:"
+                f" {_names(entry)}"
             )
 
 
@@ -281,7 +290,54 @@ def suggest_key(name: str, prefix: str, schema: Schema, root: Schema) -> str:
     close = difflib.get_close_matches(name, leaves, n=1, cutoff=0.8)
     if close:
         return f"did you mean {leaves[close[0]]}?"
-    return f"the keys here are {', '.join(schema)}"
+    return f"the keys here are {_names(schema)}"
+
+
+def _names(schema: Schema) -> str:
+    """The names in a section, the first of them where there are many."""
+    names = list(schema)
+    if len(names) <= _MOST_NAMES + 3:
+        return ", ".join(names)
+    more = len(names) - _MOST_NAMES
+    return f"{', '.join(names[:_MOST_NAMES])} and {more} more (docs/configuration.md)"
+
+
+def shown(value: Any) -> str:
+    """A value in a message: its repr, with "..." for what is too long or too deep."""
+    return _cut(_SHORT.repr(value))
+
+
+def _cut(text: str) -> str:
+    is_long = len(text) > _MOST_CHARACTERS
+    return f"{text[:_MOST_CHARACTERS]}..." if is_long else text
+
+
+class _ShortRepr(reprlib.Repr):
+    """`repr` of bounded length; a mapping's keys in their own order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxdict, self.maxother = 5, 20, _MOST_CHARACTERS
+        self.maxlist = self.maxtuple = self.maxset = 20
+        self.maxstring = _MOST_CHARACTERS
+
+    def repr_dict(self, mapping: dict[Any, Any], level: int) -> str:
+        if level <= 0:
+            return "{...}"
+        items = list(mapping.items())[: self.maxdict]
+        parts = [
+            f"{self.repr1(name, level - 1)}: {self.repr1(value, level - 1)}"
+            for name, value in items
+        ]
+        parts += ["..."] if len(mapping) > len(items) else []
+        return f"{{{', '.join(parts)}}}"
+
+    def repr_int(self, number: int, level: int) -> str:
+        is_long = number.bit_length() > 256  # Python refuses to print the longest
+        return "a very long integer" if is_long else repr(number)
+
+
+_SHORT = _ShortRepr()
 
 
 def convert(value: Any, hint: Any) -> Any:
@@ -340,7 +396,7 @@ def describe(hint: Any) -> str:
     if origin is tuple:
         return f"a list, each item {describe(arguments[0])}"
     if origin is dict:
-        return "a mapping"
+        return "a mapping of names to values, its numbers finite"
     names = {bool: "true or false", int: "an integer", float: "a number", str: "a text"}
     return names[hint]
 
@@ -351,7 +407,9 @@ def _convert(value: Any, hint: Any) -> tuple[Any] | None:
     if origin is Annotated:
         checks = [fact for fact in arguments[1:] if isinstance(fact, Bound | OneOf)]
         fits = _convert(value, arguments[0])
-        return fits if fits and all(fits[0] in check for check in checks) else None
+        if fits and fits[0] is not None and any(fits[0] not in c for c in checks):
+            return None
+        return fits
     if origin is Literal:
         same_type = type(value) is type(arguments[0])  # True is no stage 1
         return (value,) if same_type and value in arguments else None
@@ -363,13 +421,26 @@ def _convert(value: Any, hint: Any) -> tuple[Any] | None:
     if origin is dict:
         if isinstance(value, ConfigDict):
             value = value.to_dict()
-        return (dict(value),) if isinstance(value, Mapping) else None
+        is_plain = isinstance(value, Mapping) and _is_plain(value)
+        return (dict(value),) if is_plain else None
     if hint is float:
-        is_number = type(value) in (int, float) and math.isfinite(value)
+        is_number = type(value) in (int, float) and abs(value) <= sys.float_info.max
         return (float(value),) if is_number else None
     if hint is int and isinstance(value, float) and value.is_integer():
         return (int(value),)
     return (value,) if type(value) is hint else None
+
+
+def _is_plain(tree: Any, depth: int = 20) -> bool:
+    """Whether a mapping's keys are texts and its numbers finite, and it is not deep."""
+    if isinstance(tree, float):
+        return math.isfinite(tree)
+    if not isinstance(tree, Mapping | list | tuple):
+        return True
+    if isinstance(tree, Mapping) and not all(isinstance(name, str) for name in tree):
+        return False
+    below = tree.values() if isinstance(tree, Mapping) else tree
+    return depth > 0 and all(_is_plain(each, depth - 1) for each in below)
 
 
 def _convert_items(value: Any, hint: Any) -> tuple[Any] | None:

@@ -115,6 +115,7 @@ ALLOWED: dict[str, set[str]] = {
         "models",
         "models.source",
         "models.vocabulary",
+        "record",
         "sharding",
         "types",
     },

@@ -4,7 +4,6 @@ import ast
 import difflib
 import importlib.util
 import os
-import re
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +22,7 @@ from jaxtrain.config.run import (
     without_provenance,
 )
 from jaxtrain.config.sections import SCHEMA
+from jaxtrain.config.yaml_loader import RefusedYamlError, YamlLoader
 
 
 class ConfigManager:
@@ -87,6 +87,8 @@ def load_config(path: str | os.PathLike[str]) -> ConfigDict:
         raise ValueError(f"config = {text!r}: unknown kind; give a .yaml or .py file")
     if Path(text).is_dir():
         raise ValueError(f"config = {text!r}: a folder; name a file")
+    if Path(text).exists() and not Path(text).is_file():
+        raise ValueError(f"config = {text!r}: a pipe or a device; name a file")
     if not Path(text).is_file():
         hint = _nearest_file(Path(text))
         raise FileNotFoundError(f"config = {text!r}: no such file{hint}")
@@ -181,7 +183,7 @@ def load_yaml(path: str | os.PathLike[str]) -> ConfigDict:
     """
     with open(path, encoding="utf-8") as file:
         try:
-            given = yaml.load(file, _YamlLoader)
+            given = yaml.load(file, YamlLoader)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ConfigError(_not_yaml(os.fspath(path), error)) from error
     if not isinstance(given, Mapping | None):
@@ -211,7 +213,7 @@ def _not_yaml(path: str, error: Exception) -> str:
         problem += "; indent with spaces, not with tabs"
     elif isinstance(error, UnicodeDecodeError):
         problem += "; save it as UTF-8"
-    elif "given twice" not in problem:
+    elif not isinstance(error, RefusedYamlError):
         problem += "; look at this line and the one above: indentation, colons, quotes"
     return f"{where}: not YAML: {problem}"
 
@@ -227,41 +229,14 @@ def parse_value(text: str) -> Any:
     if value.startswith(("(", "[", "{")):
         try:
             return ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            return value
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+            return value  # all that it raises by its documentation
     return _read_yaml(f"[{value}]") if "," in value else value
 
 
 def _read_yaml(text: str) -> Any:
     """What YAML makes of a text; the text where it can't be read."""
     try:
-        return yaml.load(text, _YamlLoader)
+        return yaml.load(text, YamlLoader)
     except yaml.YAMLError:
         return text
-
-
-class _YamlLoader(yaml.SafeLoader):
-    """PyYAML's safe loader with YAML 1.2 numbers, refusing a key given twice."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        names: set[str] = set()
-        for key, _ in node.value:
-            if key.tag == _MERGE_TAG or not isinstance(key, yaml.ScalarNode):
-                continue
-            if key.value in names:
-                raise yaml.constructor.ConstructorError(
-                    None,
-                    None,
-                    f"key {key.value!r} is given twice; keep one",
-                    key.start_mark,
-                )
-            names.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-_MERGE_TAG = "tag:yaml.org,2002:merge"
-_YamlLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$"),
-    list("-+.0123456789"),
-)

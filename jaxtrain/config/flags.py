@@ -33,6 +33,7 @@ _OVERRULED_BY = {
 _ONE_OF = {"fp16": ("bf16",), "bf16": ("fp16",)}
 _ONE_BASE = ("quantization", "load_in_4bit", "load_in_8bit")
 _SECTIONS = tuple(SCHEMA)
+_MOST_CHARACTERS = 240  # of a flag's value that a message repeats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +152,8 @@ def _parse(flag: Flag) -> dict[str, Any]:
     try:
         return {flag.key: schema.parse(flag.text, entry.hint, parse_value)}
     except ValueError as error:
-        raise ValueError(f"--{flag.key}={flag.text}: {error}") from None
+        text = flag.text if len(flag.text) < _MOST_CHARACTERS else "..."
+        raise ValueError(f"--{flag.key}={text}: {error}") from None
 
 
 def _leaves(

@@ -75,6 +75,8 @@ class RunConfig:
             section = getattr(self, name)
             if section and getattr(section, "enabled", True):
                 training[name] = asdict(section)
+            elif section and type(section)().enabled:  # off, and on by default
+                training[name] = {"enabled": False}
         plain = {name: asdict(getattr(self, name)) for name in sections.PLAIN_SECTIONS}
         if self.training_type != "from_scratch":
             del plain["model"]["architecture"]
@@ -124,8 +126,13 @@ def resolve(
     if isinstance(config, RunConfig):
         return config
     if not isinstance(config, Mapping | ConfigDict):
-        config = config.config_dict
+        config = getattr(config, "config_dict", config)
     given = config.to_dict() if isinstance(config, ConfigDict) else config
+    if not isinstance(given, Mapping):
+        raise ConfigError(
+            f"the configuration is a {type(given).__name__}, {schema.shown(given)}:"
+            " give sections of keys, such as {'training': {...}}"
+        )
     given = with_current_names(without_provenance(given))
     found = resolve_sections(given, device_count, flags)
     values = {each.name: getattr(found, each.name) for each in fields(RunConfig)}

@@ -312,7 +312,9 @@ class OptimizerSection:
     ] = DERIVED
     """Decay of the mean of their squares. Unset: by type."""
     adam_epsilon: Annotated[
-        Positive, OnlyIf("training.optimizer", ("adamw", "muon"))
+        float,
+        Bound(0, 1, open_low=True),
+        OnlyIf("training.optimizer", ("adamw", "muon")),
     ] = 1e-8
     """Added to the denominator of Adam's update."""
     momentum: FractionBelowOne | None = None

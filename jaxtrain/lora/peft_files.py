@@ -9,7 +9,8 @@ import json
 import math
 import pathlib
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ import safetensors.numpy
 from jaxtrain.lora import peft_tensors, targets
 from jaxtrain.lora.peft_tensors import PREFIX, WEIGHTS_FILE
 from jaxtrain.lora.targets import ADAPTER_LEAVES, EMBEDDING, LoraConfig
+from jaxtrain.models.hf_files import read_header, read_json
 from jaxtrain.sharding import to_host
 from jaxtrain.tree import flatten, nest
 from jaxtrain.types import Params
@@ -212,8 +214,7 @@ def read_settings(path: str | pathlib.Path) -> LoraConfig:
     path = pathlib.Path(path)
     config = _read_config(path)
     _refuse_variants(path, config)
-    with safetensors.safe_open(path / WEIGHTS_FILE, "numpy") as file:
-        keys = file.keys()
+    keys = read_header(path / WEIGHTS_FILE)[0]
     ties = bool(config.get("ensure_weight_tying"))
     prefix = re.escape(PREFIX)
     tensor_name = rf"(?:{prefix})?(\S+)\.lora_(?:A\.|embedding_A)"
@@ -230,7 +231,7 @@ def read_settings(path: str | pathlib.Path) -> LoraConfig:
     }
     saved = config.get("modules_to_save") or ()
     return LoraConfig(
-        r=int(config.get("r", 8)),  # PEFT's defaults, here and below
+        r=config.get("r", 8),  # PEFT's defaults, here and below
         alpha=config.get("lora_alpha", 8),
         dropout=config.get("lora_dropout", 0.0),
         # From the weights: PEFT passes over a name in its config that matches nothing.
@@ -271,7 +272,58 @@ def _read_config(path: pathlib.Path) -> dict[str, Any]:
                 f"adapter {path} has no {name}: save it with PEFT's save_pretrained"
                 " (safe_serialization, its default)"
             )
-    return json.loads((path / CONFIG_FILE).read_text())
+    config = read_json(path / CONFIG_FILE)
+    wrong = [
+        f"{path / CONFIG_FILE}: {name} = {config[name]!r:.200}: must be {wanted}"
+        for name, (wanted, is_right) in _VALUES.items()
+        if name in config and not is_right(config[name])
+    ]
+    if wrong:
+        raise ValueError("\n".join(wrong))
+    return config
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+def _is_flag(value: Any) -> bool:
+    return value is None or isinstance(value, bool)
+
+
+def _is_names(value: Any) -> bool:
+    is_list = isinstance(value, list) and all(isinstance(each, str) for each in value)
+    return value is None or isinstance(value, str) or is_list
+
+
+def _is_pattern(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, dict)
+        and all(_is_number(number) and number > 0 for number in value.values())
+    )
+
+
+_FLAG = ("true or false", _is_flag)
+_NAMES = ("a text or a list of texts", _is_names)
+_PATTERN = ("an object of numbers above 0", _is_pattern)
+# What the keys that we read must hold, in words and as a test.
+_VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "r": ("an integer, at least 1", lambda r: type(r) is int and r > 0),
+    "lora_alpha": ("a number above 0", lambda x: _is_number(x) and x > 0),
+    "lora_dropout": ("a number in [0, 1)", lambda x: _is_number(x) and 0 <= x < 1),
+    "bias": ("a text", lambda bias: isinstance(bias, str)),
+    "use_rslora": _FLAG,
+    "use_dora": _FLAG,
+    "ensure_weight_tying": _FLAG,
+    "target_modules": _NAMES,
+    "modules_to_save": _NAMES,
+    "rank_pattern": _PATTERN,
+    "alpha_pattern": _PATTERN,
+    "init_lora_weights": (
+        "true, false or a text",
+        lambda x: _is_flag(x) or type(x) is str,
+    ),
+}
 
 
 def _refuse_variants(path: pathlib.Path, config: Mapping[str, Any]) -> None:
@@ -294,9 +346,9 @@ def _refuse_variants(path: pathlib.Path, config: Mapping[str, Any]) -> None:
         )
     if variants:
         raise ValueError(
-            f"adapter {path}: {variants} is not supported, because the adapter would"
-            " act differently here: merge it with PEFT (merge_and_unload) and load the"
-            " merged model"
+            f"adapter {path}: {variants!s:.400} is not supported, because the adapter"
+            " would act differently here: merge it with PEFT (merge_and_unload) and"
+            " load the merged model"
         )
 
 

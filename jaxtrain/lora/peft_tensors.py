@@ -11,6 +11,8 @@ import safetensors.numpy
 
 from jaxtrain.lora import targets
 from jaxtrain.lora.targets import LoraConfig, TreePath
+from jaxtrain.models.hf_files import read_header, reading
+from jaxtrain.models.hf_names import NUMPY_TYPES
 from jaxtrain.models.quantization import CODES
 from jaxtrain.tree import get as tree_get
 
@@ -60,7 +62,8 @@ def read_stacks(
         drop_head: pass over what a file says of a head that is the embedding.
 
     Raises:
-        ValueError: a tensor has no place in the base, or is not of this base.
+        ValueError: the file is damaged, or a tensor has no place in the base, is not
+            of this base, or holds no floating point numbers.
     """
     places = {
         name: (module, layer)
@@ -68,7 +71,14 @@ def read_stacks(
         for layer, name in enumerate(module.names)
     }
     stacks: dict[TreePath, dict[int, np.ndarray]] = {}
-    tensors = safetensors.numpy.load_file(path / WEIGHTS_FILE)
+    for key, tensor in read_header(path / WEIGHTS_FILE)[0].items():
+        if tensor["dtype"] not in NUMPY_TYPES:
+            raise ValueError(
+                f"adapter {path}: {key} holds {tensor['dtype']}, not one of"
+                f" {', '.join(NUMPY_TYPES)}: save it anew with PEFT"
+            )
+    with reading(path / WEIGHTS_FILE):
+        tensors = safetensors.numpy.load_file(path / WEIGHTS_FILE)
     for key, value in tensors.items():
         name = _IN_WRAPPER.sub("model.", key.removeprefix(PREFIX), count=1)
         name = name.replace(_WRAPPED_HEAD, "lm_head.")

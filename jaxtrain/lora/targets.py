@@ -69,6 +69,13 @@ class LoraConfig:
             raise ValueError(
                 "lora.target_modules is empty: name modules, or say all-linear"
             )
+        alphas = {f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()}
+        for key, alpha in {"lora_alpha": self.alpha, **alphas}.items():
+            is_number = type(alpha) in (int, float) and math.isfinite(alpha)
+            if not is_number or alpha <= 0:
+                raise ValueError(
+                    f"lora.{key} = {alpha!r} must be a finite number above 0"
+                )
         for key, rank in self.rank_pattern.items():
             if not isinstance(rank, int) or rank < 1:
                 raise ValueError(

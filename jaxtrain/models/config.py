@@ -68,15 +68,46 @@ class ModelConfig:
         problems = [*self._wrong_sizes()]
         if not problems:  # the other rules compare sizes
             problems += [*self._wrong_layers(), *self._wrong_experts()]
+            problems += self._too_large()
         if problems:
             raise ValueError("\n".join(problems))
 
     def _wrong_sizes(self) -> Iterator[str]:
-        names = (*_SIZES, *(_EXPERT_SIZES if self.family.expert_width_key else ()))
+        names = (
+            *_SIZES_AND_LENGTH,
+            *(_EXPERT_SIZES if self.family.expert_width_key else ()),
+        )
         for name in names:
-            size = getattr(self, name)
-            if not isinstance(size, int) or size < 1:
-                yield f"model.{name} = {size!r}: must be a positive integer"
+            size, most = getattr(self, name), _MOST.get(name, 2**31 - 1)
+            if type(size) is not int or size < 1:
+                yield f"model.{name} = {size!r:.100}: must be a positive integer"
+            elif size > most:
+                shown = f"{size:,}" if size < 10**18 else f"a number above {10**18:,}"
+                yield f"model.{name} = {shown}: must be at most {most:,}"
+        for name, (least, may_be_unset) in _NUMBERS.items():
+            number = getattr(self, name)
+            if number is None and may_be_unset:
+                continue
+            is_number = type(number) in (int, float) and abs(number) < math.inf
+            if not is_number or number < 0 or (number == 0 and least):
+                wanted = "above 0" if least else "of at least 0"
+                yield (
+                    f"model.{name} = {number!r:.100}: must be a finite number {wanted}"
+                )
+
+    def _too_large(self) -> Iterator[str]:
+        """A line if no machine holds the matrices, counted without making a shape."""
+        width, heads = self.hidden_size, self.num_attention_heads
+        attention = 2 * width * self.head_dim * (heads + self.num_key_value_heads)
+        mlp = 3 * width * (self.expert_width or self.intermediate_size)
+        layer = attention + mlp * (self.num_experts or 1)
+        weights = self.vocab_size * width + self.num_hidden_layers * layer
+        if weights > _MOST_WEIGHTS:
+            sizes = ", ".join(f"{name} = {getattr(self, name):,}" for name in _SIZES)
+            yield (
+                f"model: {sizes} make {weights / 1e12:,.0f} trillion weights, which"
+                f" need {weights * 2 / 2**40:,.0f} TiB in bfloat16: lower the sizes"
+            )
 
     def _wrong_layers(self) -> Iterator[str]:
         if self.num_attention_heads % self.num_key_value_heads:
@@ -124,11 +155,6 @@ class ModelConfig:
             yield (
                 "model.norm_topk_prob = False: a mixtral's weights always sum to 1; use"
                 " model_type = 'qwen3_moe'"
-            )
-        if self.router_aux_loss_coef < 0:
-            yield (
-                f"model.router_aux_loss_coef = {self.router_aux_loss_coef}: must be at"
-                " least 0"
             )
 
     @property
@@ -205,6 +231,7 @@ class ModelConfig:
         family = family_of(options.get("model_type"))
         problems = Problems(refused_options(options, family))
         given = {**family.defaults, **options}
+        _check_layers(given)
         problems.lines += _layers_without_experts(given, family)
         num_heads, head_dim = given["num_attention_heads"], given["head_dim"]
         kv_heads = given["num_key_value_heads"]
@@ -312,6 +339,20 @@ _SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
     "num_attention_heads", "num_key_value_heads", "head_dim",
 )  # fmt: skip
+_SIZES_AND_LENGTH = (*_SIZES, "max_position_embeddings")
+# Layers and experts are counted one by one, here and in files.
+_MOST = {"num_hidden_layers": 10_000, "num_experts": 10_000}
+_MOST_WEIGHTS = 10**14  # 182 TiB in bfloat16
+# Other numbers: whether 0 is too small, and whether they may be unset.
+_NUMBERS = {
+    "rms_norm_eps": (True, False),
+    "initializer_range": (False, False),
+    "router_aux_loss_coef": (False, False),
+    "sliding_window": (False, True),
+    "query_pre_attn_scalar": (True, True),
+    "attn_logit_softcapping": (True, True),
+    "final_logit_softcapping": (True, True),
+}
 _EXPERT_SIZES = ("num_experts", "num_experts_per_tok", "expert_width")
 
 
@@ -360,6 +401,16 @@ def refused_options(options: Mapping[str, Any], family: Family) -> list[str]:
         f" implement: {'; '.join(refused)}. Remove each that the weights do not"
         " need, or train another model"
     ]
+
+
+def _check_layers(given: Mapping[str, Any]) -> None:
+    """Raise ValueError for a number of layers that no list may be made of."""
+    layers, most = given["num_hidden_layers"], _MOST["num_hidden_layers"]
+    if type(layers) is not int or not 0 < layers <= most:
+        raise ValueError(
+            f"model.num_hidden_layers = {layers!r:.100}: must be a positive integer, at"
+            f" most {most:,}"
+        )
 
 
 def _layers_without_experts(given: Mapping[str, Any], family: Family) -> Iterator[str]:

@@ -5,12 +5,16 @@ files that no reader takes. Each is described here in one line: which file, what
 wrong with it, what to do.
 """
 
+import contextlib
 import json
+import math
 import os
 import pathlib
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+import safetensors
 
 from jaxtrain.models.hf_names import TOKENIZER_FILES, WEIGHTS, WEIGHTS_INDEX
 from jaxtrain.models.problems import Problems
@@ -29,8 +33,9 @@ def read_json(file: pathlib.Path) -> dict[str, Any]:
     _check_content(file)
     try:
         content = json.loads(file.read_text("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{file} is not JSON ({error}): {_AGAIN}") from error
+    except (ValueError, RecursionError) as error:  # ValueError: integers too long too
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise ValueError(f"{file} is not JSON ({reason}): {_AGAIN}") from error
     if not isinstance(content, dict):
         raise ValueError(
             f"{file} holds a {type(content).__name__}, not an object of keys: {_AGAIN}"
@@ -110,18 +115,77 @@ def read_header(file: pathlib.Path) -> tuple[dict[str, Any], int]:
         text = stream.read(length) if start <= size else b""
     try:
         header = {k: v for k, v in json.loads(text).items() if k != "__metadata__"}
-        ends = [tensor["data_offsets"][1] for tensor in header.values()]
-        wanted = start + max(ends, default=0)
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{file} is cut off in its header or is no safetensors file: {_AGAIN}"
         ) from error
+    try:
+        wanted = start + _check_places(header)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}: {_AGAIN}") from None
     if size != wanted:
         state = "is cut off" if size < wanted else "has bytes too many"
         raise ValueError(
             f"{file} {state}: {size} bytes, but its header speaks of {wanted}: {_AGAIN}"
         )
     return header, start
+
+
+# Bits of a value, by safetensors' name of its type.
+_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+    "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
+    "I64": 64, "U64": 64, "F64": 64, "C64": 64,
+}  # fmt: skip
+
+
+def _check_places(header: Mapping[str, Any]) -> int:
+    """The bytes of all tensors of a header; they must lie one behind the other.
+
+    Raises:
+        ValueError: a tensor's type, shape or place is none; names the tensor.
+    """
+    places = []
+    for name, tensor in header.items():
+        try:
+            bits, shape = _BITS[tensor["dtype"]], tensor["shape"]
+            begin, end = tensor["data_offsets"]
+        except (TypeError, KeyError, ValueError):
+            raise ValueError(
+                f"its header gives {name!r:.200} no type, shape and place"
+            ) from None
+        numbers = [*shape, begin, end] if isinstance(shape, list) else [None]
+        if any(type(each) is not int or not 0 <= each < 2**63 for each in numbers):
+            raise ValueError(
+                f"its header gives {name!r:.200} the shape {shape!r:.80} at {begin!r}"
+                f" to {end!r}"
+            )
+        if (end - begin) * 8 != math.prod(shape) * bits:
+            raise ValueError(
+                f"its header gives {name!r:.200} {end - begin} bytes, which the shape"
+                f" {shape!r:.80} of {tensor['dtype']} does not take"
+            )
+        places.append((begin, end, name))
+    at = 0
+    for begin, end, name in sorted(places):
+        if begin != at:
+            raise ValueError(
+                f"its header puts {name!r:.200} at byte {begin} and not at {at}, where"
+                " the tensor before it ends"
+            )
+        at = end
+    return at
+
+
+@contextlib.contextmanager
+def reading(file: pathlib.Path) -> Iterator[None]:
+    """Name the file in what safetensors says of it, as a ValueError."""
+    try:
+        yield
+    except safetensors.SafetensorError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{file} cannot be read ({reason:.300}): {_AGAIN}") from error
 
 
 def _check_content(file: pathlib.Path) -> None:

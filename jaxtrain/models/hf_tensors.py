@@ -19,7 +19,7 @@ from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.hf_composite import is_wrapped, text_name
 from jaxtrain.models.hf_config import fp8_block
 from jaxtrain.models.hf_experts import split_fused
-from jaxtrain.models.hf_files import find_weights
+from jaxtrain.models.hf_files import find_weights, reading
 from jaxtrain.models.hf_float8 import whole_tensors
 from jaxtrain.models.hf_names import EMBEDDING, HEAD
 
@@ -58,7 +58,8 @@ def open_tensors(
         stored: dict[str, Any] = {}
         file_of: dict[str, pathlib.Path] = {}
         for file in files:
-            opened = stack.enter_context(safe_open(str(file), framework="numpy"))
+            with reading(file):
+                opened = stack.enter_context(safe_open(str(file), framework="numpy"))
             for name in opened.keys():  # noqa: SIM118 (no mapping)
                 stored[name], file_of[name] = opened.get_slice(name), file
         tensors = whole_tensors(stored, file_of, fp8_block(directory))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from jaxtrain.models.fingerprint import fingerprint_model
 from jaxtrain.models.generation_config import GenerationConfig
 from jaxtrain.models.source import ModelSource, read_sizes, read_source
 from jaxtrain.models.transformer import Decoder
+from jaxtrain.record.memory import in_words, sum_bytes
 from jaxtrain.types import Params
 
 logger = logging.getLogger(__name__)
@@ -88,6 +90,7 @@ def load_model(run: RunConfig) -> LoadedModel:
     config, directory = source.config, source.directory
     decoder = make_decoder(run, config, plan)
     base, described = _describe_weights(run, decoder, plan)
+    check_fits(described, plan)
     size = f"{config.num_params() / 1e6:.1f}M"
     fingerprint = None
     # From scratch, a directory gives its sizes and its tokenizer only.
@@ -120,6 +123,29 @@ def load_model(run: RunConfig) -> LoadedModel:
         *(decoder, params, source.tokenizer, plan, directory),
         *(source.generation, fingerprint),
     )
+
+
+def check_fits(described: Params, plan: sharding.ShardingPlan) -> None:
+    """Refuse weights that alone are larger than the devices, before any is made.
+
+    Args:
+        described: the weights as shapes with their layouts.
+
+    Raises:
+        ValueError: a device needs more bytes for them than it has, with both numbers.
+    """
+    device = plan.mesh.local_devices[0]
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    if limit is None and device.platform == "cpu":
+        limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    needed, _ = sum_bytes(described)
+    if limit is not None and needed > limit:
+        raise ValueError(
+            f"the weights alone need {in_words(needed)} a device; the device has"
+            f" {in_words(limit)}: choose a smaller model (config.model), split it over"
+            " more devices (config.mesh.fsdp), or quantize a frozen base"
+            " (training.lora.quantization)"
+        )
 
 
 def adopt(model: LoadedModel, run: RunConfig) -> LoadedModel:

@@ -10,6 +10,7 @@ arXiv:2309.00071, section 3.3).
 
 import dataclasses
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -36,6 +37,15 @@ _PARAMETERS: Mapping[str, tuple[str, str]] = {
 }
 _KIND_KEYS = ("rope_type", "type")
 _COMMON_KEYS = ("rope_theta", "partial_rotary_factor")
+_ABOVE_ZERO = (
+    "factor", "attention_factor", "beta_fast", "beta_slow", "high_freq_factor",
+    "partial_rotary_factor", "short_factor", "long_factor",
+)  # fmt: skip
+_BOUNDS = {
+    "rope_theta": (1, math.inf),
+    _LENGTH: (2, 2**31),
+    "partial_rotary_factor": (0, 1),
+}
 # Kinds whose rotation of a token depends on how long its document is.
 KINDS_BY_LENGTH = frozenset({"longrope", "dynamic"})
 
@@ -83,9 +93,12 @@ class RopeConfig:
             )
         required, optional = (words.split() for words in _PARAMETERS[kind])
         _check_values(parameters, {*required, *optional, *_COMMON_KEYS})
-        theta = parameters.pop("rope_theta", None) or theta
+        stored = parameters.pop("rope_theta", None)
+        theta = theta if stored is None else stored
         partial = parameters.pop("partial_rotary_factor", None)
-        partial = float(partial or options.get("partial_rotary_factor") or 1.0)
+        if partial is None:
+            partial = options.get("partial_rotary_factor")
+        partial = 1.0 if partial is None else float(partial)
         if kind == "default":  # a length that nothing is scaled by
             parameters.pop(_LENGTH, None)
         parameters = {
@@ -141,6 +154,11 @@ class RopeConfig:
                 f" {self.partial_rotary_factor} turns {width} features: rotary"
                 f" embeddings need an even number, at least {least}"
             )
+        elif not self._has_frequencies(head_dim):
+            yield (
+                f"rope_parameters of kind {self.kind!r} give no finite frequencies for"
+                f" model.head_dim = {head_dim}: {self.to_hf()!s:.300}"
+            )
         for name in ("short_factor", "long_factor"):
             factors = getattr(self, name)
             if factors is not None and len(factors) != width // 2:
@@ -148,6 +166,21 @@ class RopeConfig:
                     f"rope_parameters.{name} has {len(factors)} numbers; a rotary width"
                     f" of {width} needs {width // 2}"
                 )
+
+    def _has_frequencies(self, head_dim: int) -> bool:
+        """Whether angles can be computed by these parameters, in float32."""
+        lists = (self.short_factor, self.long_factor)
+        if any(
+            each is not None and len(each) != self.rotary_width(head_dim) // 2
+            for each in lists
+        ):
+            return True  # another problem, of its own line
+        try:
+            with np.errstate(all="ignore"):
+                frequencies, scale = inverse_frequencies(self, head_dim)
+        except (ArithmeticError, ValueError):  # of logarithms and quotients
+            return False
+        return bool(np.isfinite(frequencies).all()) and math.isfinite(scale)
 
 
 def kind_of(parameters: Mapping[str, Any], family: Family) -> Any:
@@ -179,9 +212,10 @@ def _check_values(parameters: Mapping[str, Any], known: set[str]) -> None:
     ]
     if wrong:
         raise ValueError(
-            f"rope_parameters: {', '.join(wrong)}: must be numbers (short_factor and"
-            " long_factor: lists of them; truncate: true or false), and rope_theta,"
-            f" factor and {_LENGTH} above 0"
+            f"rope_parameters: {', '.join(wrong)}: must be finite numbers (short_factor"
+            " and long_factor: lists of them; truncate: true or false), none below 0,"
+            f" rope_theta at least 1, {_LENGTH} at least 2, partial_rotary_factor at"
+            f" most 1, and {', '.join(_ABOVE_ZERO)} above 0"
         )
 
 
@@ -192,9 +226,15 @@ def _is_valid(name: str, value: Any) -> bool:
     if is_list and not isinstance(value, list | tuple):
         return False
     numbers = value if is_list else [value]
-    if any(type(number) not in (int, float) for number in numbers):
+    if any(
+        type(number) not in (int, float) or not 0 <= number <= sys.float_info.max
+        for number in numbers
+    ):
         return False
-    return name not in ("rope_theta", "factor", _LENGTH) or value > 0
+    if name in _ABOVE_ZERO and not all(number > 0 for number in numbers):
+        return False
+    least, most = _BOUNDS.get(name, (0, math.inf))
+    return all(least <= number <= most for number in numbers)
 
 
 def _find_parameters(
@@ -212,11 +252,19 @@ def _find_parameters(
         parameters = parameters[layer_type]
     if family.local_rope and layer_type == "sliding_attention":
         # Gemma 3's local layers are never scaled.
-        theta = options.get("rope_local_base_freq") or 10_000.0
+        theta = _given_theta(options, "rope_local_base_freq", 10_000.0)
         return (dict(parameters) if nested else {}), theta
     scaling = options.get("rope_scaling") or {}
-    theta = options.get("rope_theta") or family.default_rope_theta
+    theta = _given_theta(options, "rope_theta", family.default_rope_theta)
     return {**parameters, **scaling}, theta
+
+
+def _given_theta(options: Mapping[str, Any], key: str, default: float) -> float:
+    """A base that stands outside of the rope parameters."""
+    theta = options.get(key)
+    if theta is not None and not _is_valid("rope_theta", theta):
+        raise ValueError(f"{key} = {theta!r}: must be a finite number, at least 1")
+    return default if theta is None else theta
 
 
 def inverse_frequencies(

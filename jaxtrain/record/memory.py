@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import Sharding
 
-_UNITS = (("GiB", 2.0**30), ("MiB", 2.0**20), ("KiB", 2.0**10))
+_UNITS = (("TiB", 2.0**40), ("GiB", 2.0**30), ("MiB", 2.0**20), ("KiB", 2.0**10))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +50,12 @@ class Estimate:
 def _unit_of(size: float) -> tuple[str, float]:
     """The unit that suits so many bytes, and its bytes."""
     return next((unit for unit in _UNITS if size >= unit[1]), _UNITS[-1])
+
+
+def in_words(size: float) -> str:
+    """`3.2 TiB`."""
+    unit, whole = _unit_of(size)
+    return f"{size / whole:.1f} {unit}"
 
 
 def sum_bytes(tree: Any) -> tuple[int, int]:

@@ -2,10 +2,14 @@
 
     python tests/faults/run.py --kinds damage,flips,kills --seed 7 --count 200
                                [--folder DIR]
+    python tests/faults/run.py --kinds config,yaml,rows,model,tokenizer,adapter
+                               --seed 7 --count 9000
 
 `damage`: every kind of damage to the newest checkpoint, once. `flips`: `--count` single
-bit flips. `kills`: at least `--count` SIGKILLs. What is done is noted in `--folder`, so
-the same command goes on where it was stopped; another seed draws other cases.
+bit flips. `kills`: at least `--count` SIGKILLs. `config`, `yaml`, `rows`, `model`,
+`tokenizer`, `adapter`: `--count` bad inputs of each (fuzz.py). What is done is noted in
+`--folder`, so the same command goes on where it was stopped; another seed draws other
+cases.
 """
 
 import argparse
@@ -15,6 +19,7 @@ import json
 import logging
 import os
 import pathlib
+import resource
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -94,7 +99,38 @@ def run_kills(folder: pathlib.Path, notes: Notes, options: argparse.Namespace) -
         print(json.dumps(case), flush=True)
 
 
-RUNNERS = {"damage": run_damage, "flips": run_flips, "kills": run_kills}
+def run_inputs(folder: pathlib.Path, notes: Notes, options: argparse.Namespace) -> None:
+    """Bad inputs of the kind that the folder is named after.
+
+    An input at which the process ended before is noted as such, and passed over.
+    """
+    import fuzz
+
+    # What would fill this machine's memory is a failure of one input, not of all.
+    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+    name, begun = folder.name, folder / f"begun-{options.seed}"
+    first = options.seed * 1_000_000
+    if begun.exists() and int(begun.read_text()) == first + len(notes.done):
+        case = {"name": begun.read_text(), "kind": "the process ended"}
+        notes.add({**case, "handled": False})
+    kind = fuzz.KINDS[name](folder)
+    with fuzz.quiet():
+        for number in range(first + len(notes.done), first + options.count):
+            begun.write_text(str(number))
+            outcome = fuzz.run_one(kind, name, number)
+            notes.add({"name": str(number), **dataclasses.asdict(outcome)})
+    begun.unlink(missing_ok=True)
+
+
+_EXAMPLES = 3  # of each kind that are printed
+_MEMORY = 16 * 2**30  # bytes of address space
+INPUTS = ("config", "yaml", "rows", "model", "tokenizer", "adapter")
+RUNNERS = {
+    "damage": run_damage,
+    "flips": run_flips,
+    "kills": run_kills,
+    **dict.fromkeys(INPUTS, run_inputs),
+}
 
 
 def report(name: str, cases: list[dict]) -> bool:
@@ -104,8 +140,11 @@ def report(name: str, cases: list[dict]) -> bool:
     counted = sum(case.get("kills", 1) for case in cases)
     shown = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
     print(f"{name}: {counted} cases, {len(failed)} not handled ({shown})")
+    examples: collections.Counter[str] = collections.Counter()
     for case in failed:
-        print(f"  {json.dumps(case)}")
+        examples[case["kind"]] += 1
+        if examples[case["kind"]] <= _EXAMPLES:
+            print(f"  {json.dumps(case)}")
     return not failed
 
 
@@ -118,6 +157,7 @@ def main() -> int:
     parser.add_argument("--folder", type=pathlib.Path, default="/tmp/jaxtrain-faults")
     options = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     # Forks come first: the other parts start jax in this process.
     names = sorted(options.kinds.split(","), reverse=True, key=lambda n: n == "kills")
     is_fine = True

@@ -13,6 +13,7 @@ from jaxtrain.schema import build
 from jaxtrain.tree import dotted, get, nest
 
 _AS_SET = object()
+_MOST_LINES = 50  # of a message
 
 
 class ConfigError(ValueError):
@@ -22,7 +23,9 @@ class ConfigError(ValueError):
         self.problems = (
             problems.splitlines() if isinstance(problems, str) else list(problems)
         )
-        super().__init__("\n".join(self.problems))
+        more = len(self.problems) - _MOST_LINES
+        rest = [f"and {more} problems more"] if more > 0 else []
+        super().__init__("\n".join([*self.problems[:_MOST_LINES], *rest]))
 
 
 class Resolution:
@@ -104,7 +107,9 @@ class Resolution:
         if value is _AS_SET:
             is_general = key in self.general
             value = self.general[key] if is_general else get(self.values, key)
-        self.problems.append(f"{self.origin.get(key, key)} = {value!r}: {text}")
+        self.problems.append(
+            f"{self.origin.get(key, key)} = {schema.shown(value)}: {text}"
+        )
 
     def is_refused(self, key: str) -> bool:
         """Whether the key, or a section around it, had a value that can't be used."""

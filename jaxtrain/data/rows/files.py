@@ -132,6 +132,8 @@ def make_units(path: pathlib.Path) -> list[Unit]:
         ValueError: no known suffix, an encoding other than UTF-8, or a file that
             cannot be read.
     """
+    if path.exists() and not path.is_file():  # a pipe would be waited for, forever
+        raise ValueError(f"{path} is a pipe, a device or a folder: name a file")
     reader = reader_of(path)
     if reader is None:
         raise ValueError(

@@ -90,6 +90,8 @@ def load_tokenizer(
             " (such as tokenizer.json); set model.tokenizer_name_or_path to one that"
             " does"
         )
+    if local:
+        _check_files(folder)
     try:
         loader = _named_class(folder) or transformers.AutoTokenizer
         tokenizer = loader.from_pretrained(
@@ -97,7 +99,7 @@ def load_tokenizer(
             trust_remote_code=trust_remote_code,
             revision=revision,
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers and tokenizers have no base of theirs
         if "trust_remote_code" in str(error) and not trust_remote_code:
             raise ValueError(
                 f"cannot load tokenizer {path_or_name!r}: it brings code of its own,"
@@ -112,9 +114,11 @@ def load_tokenizer(
             else "it is no local folder, and the Hugging Face hub did not give it; "
             "without network, give a local folder"
         )
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or "no message").splitlines()[0]
+        if not isinstance(error, OSError | ValueError):
+            reason = f"{type(error).__name__}: {reason}"
         raise ValueError(
-            f"cannot load tokenizer {path_or_name!r}: {place}. {reason}"
+            f"cannot load tokenizer {path_or_name!r}: {place}. {reason:.400}"
         ) from error
     if chat_template is not None:
         tokenizer.chat_template = read_template(chat_template)
@@ -155,6 +159,16 @@ def _named_class(folder: pathlib.Path) -> Any | None:
     if has_code or model_type not in _TAKEN_AT_ITS_WORD.get(name, ()):
         return None
     return getattr(transformers, name, None)
+
+
+def _check_files(folder: pathlib.Path) -> None:
+    """Raise ValueError for what is no file in a folder: a pipe is waited for."""
+    for file in folder.iterdir():
+        if file.exists() and not (file.is_file() or file.is_dir()):
+            raise ValueError(
+                f"cannot load tokenizer {str(folder)!r}: {file.name} is a pipe or a"
+                " device, not a file"
+            )
 
 
 def _holds_tokenizer(folder: pathlib.Path) -> bool:
