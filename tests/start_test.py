@@ -85,7 +85,7 @@ def test_the_block_of_a_full_run_tells_what_can_be_counted_by_hand(dpo_parts):
     (shape,) = dpo_parts.train_batches.reader.packing.shapes
     assert "packed by" in entries["data"]
     tokens = dpo_parts.train_data.stats.tokens
-    about = f"about {start.short(tokens / 48 * 16)} tokens in rows of"
+    about = f"about {start.short(tokens / 42 * 16)} tokens in rows of"
     assert f"{about} {shape.rows} x {shape.length}" in entries["batch"]
     assert entries["steps"].startswith("8, 2.67 epochs of 3; log every 1, save every 3")
     assert "4 x cpu; mesh data 2 x fsdp 2" in entries["devices"]

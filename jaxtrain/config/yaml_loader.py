@@ -33,20 +33,21 @@ class YamlLoader(yaml.SafeLoader):
         self._sizes: dict[int, int] = {}  # values in a node that is whole, by its id
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        event = self.peek_event()
+        event: Any = self.peek_event()
+        start: Any = event.start_mark
         if self._depth >= _DEEPEST:
             raise RefusedYamlError(
                 f"more than {_DEEPEST} values within one another; nest them less",
-                event.start_mark,
+                start,
             )
         self._depth += 1
-        node = super().compose_node(parent, index)
+        node: Any = super().compose_node(parent, index)
         self._depth -= 1
         if isinstance(event, yaml.AliasEvent):
             if id(node) not in self._sizes:
                 raise RefusedYamlError(
                     f"*{event.anchor} stands within what it names; write it out",
-                    event.start_mark,
+                    start,
                 )
             return node
         size = 1 + sum(self._sizes[id(child)] for child in _children(node))
@@ -54,7 +55,7 @@ class YamlLoader(yaml.SafeLoader):
             raise RefusedYamlError(
                 f"it holds more than {_MOST_VALUES:,} values, aliases written out;"
                 " use fewer of them",
-                event.start_mark,
+                start,
             )
         self._sizes[id(node)] = size
         return node
