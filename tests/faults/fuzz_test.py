@@ -143,7 +143,7 @@ def test_an_alpha_that_scales_nothing_is_refused(alpha, tmp_path):
     kind = fuzz.Adapter(tmp_path)
     settings = json.loads(kind.valid["adapter_config.json"]) | {"lora_alpha": alpha}
     _write(tmp_path, kind.valid | {"adapter_config.json": json.dumps(settings)})
-    with pytest.raises(ValueError, match="adapter_config.json: lora_alpha"):
+    with pytest.raises(ValueError, match=r"adapter_config\.json: lora_alpha"):
         load_adapter(tmp_path, kind.base)
 
 
