@@ -20,7 +20,7 @@ _MERGE_TAG = "tag:yaml.org,2002:merge"
 class RefusedYamlError(yaml.MarkedYAMLError):
     """YAML, but not as a configuration; the problem says what to do."""
 
-    def __init__(self, problem: str, mark: yaml.Mark) -> None:
+    def __init__(self, problem: str, mark: Any) -> None:
         super().__init__(None, None, problem, mark)
 
 
@@ -86,7 +86,7 @@ class YamlLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _children(node: yaml.Node) -> list[yaml.Node]:
+def _children(node: Any) -> list[Any]:
     if isinstance(node, yaml.MappingNode):
         return [each for pair in node.value for each in pair]
     return node.value if isinstance(node, yaml.SequenceNode) else []
