@@ -124,6 +124,8 @@ class RopeConfig:
             trained = options.get(_LENGTH) or parameters.get(_LENGTH) or length
             if kind == "dynamic":
                 trained = length  # transformers goes by no other
+            if trained < 1:
+                raise ValueError(f"{_LENGTH} = {trained}: not a number of tokens >= 1")
             parameters = {"factor": length / trained, **parameters, _LENGTH: trained}
         return cls(kind, float(theta), partial, **parameters)
 

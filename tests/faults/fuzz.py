@@ -40,7 +40,7 @@ from jaxtrain.config.flags import resolve_flags, split_flags
 from jaxtrain.config.sections import SCHEMA
 from jaxtrain.tree import dotted, flatten
 
-LIMIT_SECS = 20.0
+LIMIT_SECS = 90  # of a clock on the wall: the machine may be busy
 MOST_LINES, MOST_CHARACTERS = 60, 1500
 _FRAME = os.sep + "jaxtrain" + os.sep
 

@@ -236,6 +236,12 @@ def _unreadable(rows: Sequence[Row]) -> ValueError:
     return ValueError(f"none of the first {len(rows)} rows can be read: {listed}")
 
 
+def _listed(names: Sequence[str], most: int = 20) -> list[str]:
+    """Names of columns for a message: the first ones, long ones cut."""
+    short = [name if len(name) <= 60 else f"{name[:57]}..." for name in sorted(names)]
+    return short if len(short) <= most else [*short[:most], "..."]
+
+
 def _unknown_format(
     first: Row, names: Sequence[str], kind: str, column_map: ColumnMap
 ) -> ValueError:
@@ -243,14 +249,15 @@ def _unknown_format(
     row = rename(first, column_map)
     filled = sorted(name for name in names if row.get(name) is not None)
     wanted = "a known format" if kind == "auto" else f"format={kind!r}"
-    advice = f"rename its columns, or map them, such as {propose_map(names)}"
+    advice = f"rename its columns, or map them, such as {propose_map(_listed(names))}"
     if there := next(filter(set(names).issuperset, _REQUIRED), None):
         listed = " and ".join(map(repr, there))
         advice = f"no row among the first {_DETECTED_ROWS} has a value in {listed}"
     elif column_map:
         advice = f"data.column_map = {dict(column_map)!r} does not make one of them"
     return ValueError(
-        f"columns {sorted(names)} (filled in the first row: {filled}) are not {wanted}:"
+        f"columns {_listed(names)} (filled in the first row: {_listed(filled)}) are not"
+        f" {wanted}:"
         f" give {_ACCEPTED}; {advice}"
     )
 

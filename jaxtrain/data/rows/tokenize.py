@@ -182,6 +182,11 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
             f"tokenizer {tokenizer.name_or_path!r} has no EOS token, so a model could "
             "not learn to stop: set 'eos_token' in its tokenizer_config.json"
         )
+    if (highest := highest_id(tokenizer)) >= 2**31:
+        raise ValueError(
+            f"tokenizer {tokenizer.name_or_path!r} has a token id {highest}, beyond 32"
+            " bits: no model has so many; mend its tokenizer.json"
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
         logger.info(
