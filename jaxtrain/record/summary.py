@@ -90,6 +90,8 @@ def _where_best_is(results: Mapping[str, Any], workdir: pathlib.Path) -> str:
             return str(results[f"{name}_path"])
     if best in results["saved_steps"]:
         return str(workdir / "checkpoints" / str(best))
+    if best == 0:
+        return "no checkpoint: it is the model before training"
     return "no checkpoint; let save_steps divide eval_steps"
 
 

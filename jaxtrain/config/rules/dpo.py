@@ -92,12 +92,16 @@ def check_objective(run: Resolution) -> None:
     if row.has_reference:
         read |= {"sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"}
     ignored = [key for key in vars(run.dpo) if key not in read]
-    flagged = {key: vars(run.dpo)[key] for key in ignored if _DPO + key in run.flags}
+    flagged = {
+        key: value
+        for key, value in vars(run.dpo).items()
+        if key in ignored and _DPO + key in run.flags and value is not None
+    }
     for key, value in (_set_in_dpo(run.dpo, ignored) | flagged).items():
         run.problem(
             _DPO + key,
-            f"objective {name!r} does not read it; unset it, or give what the objective"
-            " reads in training.objective_kwargs",
+            f"objective {name!r} does not read it; set it null, or give what the"
+            " objective reads in training.objective_kwargs",
             value=value,
             causes=["objective"],
         )
