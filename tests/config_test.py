@@ -610,7 +610,7 @@ def test_all_problems_are_reported_at_once() -> None:
         "did you mean 'adamw'?",
         "training.max_grad_norm = '1.0': a text, not a number >= 0; write it without",
         "training.seed = True: not an integer",
-        "training.adam_epsilon = nan: not a number > 0",
+        "training.adam_epsilon = nan: not a number in (0, 1]",
         "did you mean 'sigmoid'?",
         "optimiser = {}: unknown key; did you mean training.optimizer?",
         "training.fp16 = True: bf16 is true too",

@@ -55,7 +55,7 @@ def test_a_file_and_a_flag_name_the_same_sets(tmp_path):
         ({"..": "x"}, "'..' is no name"),
         ({"a.b": "x"}, "'a.b' is no name"),
         ({"": "x"}, "'' is no name"),
-        ({1: "x"}, "1 is no name"),
+        ({1: "x"}, "not a text or a mapping of names to values"),
         ({"safe": "x", "Safe": "y"}, "told apart"),
         ({"safe": "x", "safe_aux": "y"}, "told apart"),
         ({"safe": ""}, "'safe' names no rows"),

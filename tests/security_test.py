@@ -120,11 +120,11 @@ def test_yaml_makes_plain_values_alone(tmp_path):
     for name, tree in trees():
         for called, node in calls(tree):
             if called == "yaml.load":
-                assert ast.unparse(node.args[1]) == "_YamlLoader", name
+                assert ast.unparse(node.args[1]) == "YamlLoader", name
             assert not called.startswith(("yaml.unsafe", "yaml.full")), name
-    from jaxtrain.config.files import _YamlLoader
+    from jaxtrain.config.yaml_loader import YamlLoader
 
-    assert issubclass(_YamlLoader, yaml.SafeLoader)
+    assert issubclass(YamlLoader, yaml.SafeLoader)
 
 
 @pytest.mark.parametrize(

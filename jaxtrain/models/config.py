@@ -68,7 +68,7 @@ class ModelConfig:
         problems = [*self._wrong_sizes()]
         if not problems:  # the other rules compare sizes
             problems += [*self._wrong_layers(), *self._wrong_experts()]
-            problems += self._too_large()
+            problems += _too_large(self)
         if problems:
             raise ValueError("\n".join(problems))
 
@@ -82,32 +82,15 @@ class ModelConfig:
             if type(size) is not int or size < 1:
                 yield f"model.{name} = {size!r:.100}: must be a positive integer"
             elif size > most:
-                shown = f"{size:,}" if size < 10**18 else f"a number above {10**18:,}"
-                yield f"model.{name} = {shown}: must be at most {most:,}"
+                yield f"model.{name} = {_count(size)}: must be at most {most:,}"
         for name, (least, may_be_unset) in _NUMBERS.items():
             number = getattr(self, name)
             if number is None and may_be_unset:
                 continue
             is_number = type(number) in (int, float) and abs(number) < math.inf
             if not is_number or number < 0 or (number == 0 and least):
-                wanted = "above 0" if least else "of at least 0"
-                yield (
-                    f"model.{name} = {number!r:.100}: must be a finite number {wanted}"
-                )
-
-    def _too_large(self) -> Iterator[str]:
-        """A line if no machine holds the matrices, counted without making a shape."""
-        width, heads = self.hidden_size, self.num_attention_heads
-        attention = 2 * width * self.head_dim * (heads + self.num_key_value_heads)
-        mlp = 3 * width * (self.expert_width or self.intermediate_size)
-        layer = attention + mlp * (self.num_experts or 1)
-        weights = self.vocab_size * width + self.num_hidden_layers * layer
-        if weights > _MOST_WEIGHTS:
-            sizes = ", ".join(f"{name} = {getattr(self, name):,}" for name in _SIZES)
-            yield (
-                f"model: {sizes} make {weights / 1e12:,.0f} trillion weights, which"
-                f" need {weights * 2 / 2**40:,.0f} TiB in bfloat16: lower the sizes"
-            )
+                wanted = f"a finite number {'above' if least else 'of at least'} 0"
+                yield f"model.{name} = {number!r:.100}: must be {wanted}"
 
     def _wrong_layers(self) -> Iterator[str]:
         if self.num_attention_heads % self.num_key_value_heads:
@@ -401,6 +384,25 @@ def refused_options(options: Mapping[str, Any], family: Family) -> list[str]:
         f" implement: {'; '.join(refused)}. Remove each that the weights do not"
         " need, or train another model"
     ]
+
+
+def _too_large(config: ModelConfig) -> Iterator[str]:
+    """A line if no machine holds the matrices, counted without making a shape."""
+    width, heads = config.hidden_size, config.num_attention_heads
+    attention = 2 * width * config.head_dim * (heads + config.num_key_value_heads)
+    mlp = 3 * width * (config.expert_width or config.intermediate_size)
+    layer = attention + mlp * (config.num_experts or 1)
+    weights = config.vocab_size * width + config.num_hidden_layers * layer
+    if weights > _MOST_WEIGHTS:
+        sizes = ", ".join(f"{name} = {getattr(config, name):,}" for name in _SIZES)
+        yield (
+            f"model: {sizes} make {weights / 1e12:,.0f} trillion weights, which"
+            f" need {weights * 2 / 2**40:,.0f} TiB in bfloat16: lower the sizes"
+        )
+
+
+def _count(size: int) -> str:
+    return f"{size:,}" if size < 10**18 else f"a number above {10**18:,}"
 
 
 def _check_layers(given: Mapping[str, Any]) -> None:
