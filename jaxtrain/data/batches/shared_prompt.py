@@ -53,7 +53,7 @@ def _untrained_prefix(store: "TokenStore") -> np.ndarray:
         block = slice(begin, begin + _BLOCK)
         starts = store.starts[block].astype(np.int64)
         lengths = store.lengths[block].astype(np.int64)
-        low, high = int(starts.min()), int((starts + lengths).max())
+        low, high = int(np.min(starts)), int(np.max(starts + lengths))
         trained = np.append(low + np.flatnonzero(store.trained[low:high]), high)
         first = trained[np.searchsorted(trained, starts)]
         prefixes[block] = np.minimum(first - starts, lengths)
