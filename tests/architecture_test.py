@@ -231,6 +231,7 @@ ALLOWED: dict[str, set[str]] = {
         "types",
     },
     "aot": {
+        "batch",
         "build",
         "cli.command",
         "cli.ending",

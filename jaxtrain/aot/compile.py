@@ -16,6 +16,7 @@ from jaxtrain.aot import gpus, search
 from jaxtrain.aot.hlo_cost import analyze
 from jaxtrain.aot.jaxpr_cost import count_flops
 from jaxtrain.aot.report import CHIPS, Chip, Report
+from jaxtrain.batch import rows_of
 from jaxtrain.config import RunConfig, resolve
 from jaxtrain.models.load import LoadedModel, load_abstract_model
 from jaxtrain.models.state import abstract_state, needs_reference
@@ -45,8 +46,7 @@ def compile_for(
     step, state = describe_step(run, model)
     batch = _abstract_batch(model, run)
     chip = chip or CHIPS[devices[0].device_kind]
-    leaves = jax.tree.leaves_with_path(batch)
-    tokens = sum(leaf.size for path, leaf in leaves if path[-1].name == "tokens")
+    tokens = sum(rows.tokens.size for rows in rows_of(batch))
     report = functools.partial(Report, topology, len(devices), chip, tokens, run)
     start = time.perf_counter()
     traced = step.trace(state, batch)
