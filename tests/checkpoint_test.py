@@ -5,7 +5,6 @@ import json
 import os
 import pathlib
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,9 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+from two_processes import run_two
 
 from jaxtrain.run.checkpoint import (
     CheckpointManager,
@@ -395,26 +397,7 @@ with CheckpointManager(directory, save_total_limit=1) as manager:
 
 
 def test_two_processes_save_one_checkpoint_and_each_its_own_data_position(tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(REPOSITORY),
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", _ONE_OF_TWO_PROCESSES, tmp_path, address, str(rank)],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
+    run_two(_ONE_OF_TWO_PROCESSES, tmp_path)
     with CheckpointManager(tmp_path) as manager:
         restored = manager.restore({"w": jax.ShapeDtypeStruct((16,), jnp.float32)})
     np.testing.assert_array_equal(restored.state["w"], np.arange(16.0))

@@ -18,6 +18,7 @@ from jaxtrain.aot.jaxpr_cost import count_flops
 from jaxtrain.aot.report import CHIPS, Chip, Report
 from jaxtrain.batch import rows_of
 from jaxtrain.config import RunConfig, resolve
+from jaxtrain.data.batches.dataset import ROW_MULTIPLE
 from jaxtrain.models.load import LoadedModel, load_abstract_model
 from jaxtrain.models.state import abstract_state, needs_reference
 from jaxtrain.optimizers.configured import make_optimizer
@@ -252,7 +253,7 @@ def describe_devices(topology: str, num_slices: int = 1) -> list[Any]:
 
 def _abstract_batch(model: LoadedModel, run: RunConfig) -> Any:
     rows = run.loop.per_device_train_batch_size * model.plan.batch_shards
-    length = -(-run.data.max_length // 64) * 64  # as `prepare` pads
+    length = -(-run.data.max_length // ROW_MULTIPLE) * ROW_MULTIPLE  # as `prepare` pads
     shares = bool(run.data.share_prompts)
     # A pair in one row is at most as long as both sides.
     shape = (run.loop.gradient_accumulation_steps, rows, length * (1 + shares))

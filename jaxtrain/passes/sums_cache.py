@@ -11,13 +11,14 @@ something else, is renamed and made anew.
 
 import json
 import logging
-import os
 import pathlib
 import shutil
 from collections.abc import Iterator, Mapping
 
 import numpy as np
 import xxhash
+
+from jaxtrain.run.durable import flush, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ class SumsCache:
             except _Unusable as found:
                 self._set_aside(found)
         self.directory.mkdir(parents=True, exist_ok=True)
-        _write_whole(self._identity, json.dumps(dict(identity), indent=2))
+        write_whole(self._identity, json.dumps(dict(identity), indent=2))
         return 0
 
     def truncate(self, rows: int) -> None:
@@ -56,7 +57,7 @@ class SumsCache:
             kept = self._file.read_bytes()[: rows * _ROW_BYTES]
         self._file.write_bytes(kept)
         line = _line(rows, kept) if rows else ""
-        _write_whole(self._checksums, line)
+        write_whole(self._checksums, line)
 
     def append(self, pairs: np.ndarray) -> None:
         """Add a batch, float32[rows, 2]."""
@@ -70,7 +71,7 @@ class SumsCache:
     def flush(self) -> None:
         """Wait until all of it is on the disk."""
         for path in (self._file, self._checksums, self.directory):
-            _sync(path)
+            flush(path)
 
     def read(self, rows: int) -> tuple[np.ndarray, np.ndarray]:
         """Both sides, mapped into memory."""
@@ -146,20 +147,3 @@ class _Unusable(Exception):
 
 def _line(rows: int, data: bytes) -> str:
     return f"{json.dumps([rows, xxhash.xxh3_64_hexdigest(data)])}\n"
-
-
-def _write_whole(path: pathlib.Path, text: str) -> None:
-    """Write a file aside, flush it, and rename it."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text)
-    _sync(partial)
-    partial.replace(path)
-    _sync(path.parent)
-
-
-def _sync(path: pathlib.Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -6,8 +6,9 @@ written over. Nothing here imports jax.
 """
 
 import json
-import os
 import pathlib
+
+from jaxtrain.run.durable import write_whole
 
 LEDGER = "newest_checkpoint.json"
 
@@ -16,12 +17,7 @@ def note_saved(ledger: pathlib.Path, step: int) -> None:
     """Write that `step` is saved, unless the file says so already."""
     if read_saved(ledger) == step:
         return
-    partial = ledger.with_name(f"{ledger.name}.tmp")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(json.dumps({"step": step}) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(ledger)
+    write_whole(ledger, json.dumps({"step": step}) + "\n")
 
 
 def read_saved(ledger: pathlib.Path) -> int | None:

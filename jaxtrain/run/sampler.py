@@ -29,8 +29,9 @@ def make_sampler(
 ) -> Callable[[Params], tuple[dict[str, float], dict[str, str]]]:
     """Make what generates texts for `run.generation` from the rows of each set.
 
-    Of a set with a name, scores are called `helpful_bleu` and texts
-    `helpful/sample_1/output`. One generator, compiled once, serves all sets.
+    The scores and texts of a named set bear its name: those of the set `helpful` are
+    `helpful_bleu` and `helpful/sample_1/output`. One generator, compiled once, serves
+    all sets.
 
     Raises:
         ValueError: a set's rows hold no prompt, or a metric can't be had.

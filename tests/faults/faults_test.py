@@ -2,10 +2,8 @@
 
 import json
 import logging
-import os
 import pathlib
 import shutil
-import socket
 import subprocess
 import sys
 from unittest import mock
@@ -19,6 +17,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 import checkpoint_runs
 import damage
 import damaged_restores as restores
+from two_processes import run_two
 
 import jaxtrain
 from jaxtrain import cli
@@ -299,26 +298,7 @@ with CheckpointManager(directory) as manager:
 
 
 def test_two_processes_take_the_same_step_where_one_sees_damage(tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(pathlib.Path(jaxtrain.__file__).parent.parent),
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", _ONE_OF_TWO_PROCESSES, tmp_path, address, str(rank)],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
+    for errors in run_two(_ONE_OF_TWO_PROCESSES, tmp_path):
         assert errors.count("DAMAGED CHECKPOINT: step 3 (seen by one process)") == 1
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["1", "2", "3", "damaged-3"]

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtrain.batch import AnyBatch, Batch, LabeledBatch, PairBatch
 from jaxtrain.data.batches import shared_prompt
 
+ROW_MULTIPLE = 64  # tokens: rows are as long as a multiple of this
 _DESCRIBED = (
     "objective", "row_length", "pad_id", "parts", "shares_prompts", "most_pairs",
 )  # fmt: skip
@@ -230,8 +231,8 @@ class PreparedDataset:
     def without_shared_prompts(self) -> "PreparedDataset":
         """The same pairs, chosen and rejected each in rows of their own."""
         apart = dataclasses.replace(self, shares_prompts=False)
-        longest = int(apart.row_lengths().max())
-        return dataclasses.replace(apart, row_length=-(-longest // 64) * 64)
+        multiples = -(-int(apart.row_lengths().max()) // ROW_MULTIPLE)
+        return dataclasses.replace(apart, row_length=multiples * ROW_MULTIPLE)
 
     @functools.cached_property
     def _prompt_lengths(self) -> np.ndarray:

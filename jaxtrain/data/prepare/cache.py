@@ -35,6 +35,7 @@ from jaxtrain.data.prepare.options import PrepareOptions
 from jaxtrain.data.prepare.prepare import Rows, prepare
 from jaxtrain.data.prepare.workers import ALONE, Resources
 from jaxtrain.data.rows.indexed import FileRows
+from jaxtrain.run.durable import flush
 
 logger = logging.getLogger(__name__)
 
@@ -131,9 +132,9 @@ def _load_or_make(
         made.save(aside)
         (aside / _SEAL).write_text(json.dumps({"checksum": _checksum(made)}))
         for path in [*aside.iterdir(), aside]:
-            _flush(path)
+            flush(path)
         os.replace(aside, entry)
-        _flush(entry.parent)
+        flush(entry.parent)
     except OSError:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -174,15 +175,6 @@ def _checksum(data: PreparedDataset) -> str:
     if data.difficulty is not None:
         digest.update(np.ascontiguousarray(data.difficulty).data)
     return digest.hexdigest()
-
-
-def _flush(path: pathlib.Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import dataclasses
 
 from jaxtrain.data.batches import pack
+from jaxtrain.data.batches.dataset import ROW_MULTIPLE
 from jaxtrain.data.rows.columns import ColumnMap
 from jaxtrain.data.rows.marks import ALL_TURNS, AssistantMarks
 
@@ -52,7 +53,7 @@ class PrepareOptions:
     kind: str = "auto"
     text_column: str = "text"
     pad_to: str = "longest"
-    pad_to_multiple: int = 64
+    pad_to_multiple: int = ROW_MULTIPLE
     batch_size: int = 1000
     difficulty_column: str | None = None
     share_prompts: bool = False

@@ -1,8 +1,9 @@
 """Columns under the names that jaxtrain reads: `data.column_map`, and its hints."""
 
-import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+from jaxtrain.schema import did_you_mean
 
 # Every name of a column that a format reads.
 NAMES = (
@@ -48,15 +49,14 @@ def check_columns(names: ColumnMap, found: Iterable[str], text_column: str) -> N
     for name, column in names:
         known = [*NAMES, text_column]
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
+            hint = did_you_mean(name, known)
             raise ValueError(
                 f"{shown}: no format reads {name!r}; {hint}The map goes from our name "
                 f"to the file's, and our names are {', '.join(NAMES)}"
             )
         if column not in found:
-            close = difflib.get_close_matches(column, found, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
+            close = did_you_mean(column, found).rstrip()
+            hint = f"; {close}" if close else ""
             raise ValueError(
                 f"{shown}: there is no column {column!r}, only {found}{hint}"
             )

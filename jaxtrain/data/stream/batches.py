@@ -19,7 +19,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from jaxtrain.batch import AnyBatch
-from jaxtrain.data.batches.dataset import DataStats, PreparedDataset
+from jaxtrain.data.batches.dataset import ROW_MULTIPLE, DataStats, PreparedDataset
 from jaxtrain.data.batches.pipeline import (
     BatchShape,
     Reading,
@@ -37,7 +37,6 @@ from jaxtrain.data.stream.windows import BlockReader, Lane, WindowReader, make_w
 
 logger = logging.getLogger(__name__)
 
-_ROW_MULTIPLE = 64  # tokens; as `prepare`'s pad_to_multiple
 _DETECT_ROWS = 100  # among which the first good one tells the format
 _KEPT_STATES = 32  # of the last steps: more than are ever read ahead
 _SHOWN_BAD_ROWS = 5
@@ -80,7 +79,7 @@ class StreamDataset:
     def row_length(self) -> int:
         """Tokens of every row (T), for lengths are not known in advance."""
         longest = (self.options.max_length or 0) * (1 + self.options.share_prompts)
-        return -(-longest // _ROW_MULTIPLE) * _ROW_MULTIPLE
+        return -(-longest // ROW_MULTIPLE) * ROW_MULTIPLE
 
     @property
     def packed(self) -> bool:
@@ -126,7 +125,7 @@ def prepare_stream(
         options,
         difficulty_column=None,
         pad_to="max_length",
-        pad_to_multiple=_ROW_MULTIPLE,
+        pad_to_multiple=ROW_MULTIPLE,
         batch_size=sizes.window_rows,
     )
     if options.objective == "preference" and options.packing is not None:

@@ -23,6 +23,7 @@ from jaxtrain.run.checkpoint import checksums, leaves, storage
 from jaxtrain.run.checkpoint.agreement import all_agree
 from jaxtrain.run.checkpoint.retention import NewestAndBest
 from jaxtrain.run.checkpoint.values import as_exact_json, as_json, gather
+from jaxtrain.run.durable import flush
 from jaxtrain.run.saved_record import DamagedCheckpointError
 
 logger = logging.getLogger(__name__)
@@ -283,7 +284,7 @@ class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
         gather(None)  # every process has looked
         if jax.process_index() == 0:
             (self.directory / str(step)).rename(kept)
-            storage.sync_folder(self.directory)
+            flush(self.directory)
         gather(None)
         self._manager.reload()
         self._known_metrics.pop(step, None)

@@ -14,6 +14,7 @@ from etils import epath
 from orbax.checkpoint.path import atomicity
 
 from jaxtrain.run.checkpoint import checksums
+from jaxtrain.run.durable import flush
 from jaxtrain.run.saved_record import checksum_file, seal
 
 # Chunks of a large leaf are read and written by several cores at once.
@@ -134,10 +135,8 @@ async def _write_checksums(directory: Any, args: SaveChecksums) -> None:
     # The state is donated once it is saved: no view of it may outlive that.
     args.pieces.clear()
     path = pathlib.Path(os.fspath(directory)) / checksum_file(jax.process_index())
-    with path.open("w", encoding="utf-8") as file:
-        file.write(seal(body))
-        file.flush()
-        os.fsync(file.fileno())
+    path.write_text(seal(body), encoding="utf-8")
+    flush(path)
 
 
 class SyncedRename(atomicity.AtomicRenameTemporaryPath):
@@ -152,26 +151,11 @@ class SyncedRename(atomicity.AtomicRenameTemporaryPath):
         final = pathlib.Path(os.fspath(self.get_final()))
         await asyncio.to_thread(_sync_tree, temporary)
         await super().finalize()
-        sync_folder(final.parent)
-
-
-def sync_folder(folder: pathlib.Path) -> None:
-    """Flush the names in a folder to the disk, where the file system can."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        pass  # some network file systems refuse this for folders
-    finally:
-        os.close(descriptor)
+        flush(final.parent)
 
 
 def _sync_tree(folder: pathlib.Path) -> None:
     for at, _, files in os.walk(folder):
         for name in files:
-            with open(os.path.join(at, name), "rb") as file:
-                os.fsync(file.fileno())
-        sync_folder(pathlib.Path(at))
+            flush(pathlib.Path(at, name))
+        flush(pathlib.Path(at))
