@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import logging
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from jaxtrain.types import LogicalAxes
 logger = logging.getLogger(__name__)
 
 BATCH_AXES = ("data", "fsdp")
+_TRITON_PRODUCTS = "xla_gpu_enable_triton_gemm"
 
 MeshAxes = tuple[str, ...]
 
@@ -129,12 +131,14 @@ class ShardingPlan:
 
     `zero_stage`: see the module's docstring. `offload_*` keep that state in pinned
     host memory between steps; the step brings it to the device while it needs it.
+    `unrolled`: its programs compile each layer on its own.
     """
 
     mesh: Mesh
     zero_stage: int = 3
     offload_optimizer: bool = False
     offload_params: bool = False
+    unrolled: bool = False
 
     @property
     def batch_shards(self) -> int:
@@ -180,11 +184,26 @@ class ShardingPlan:
         part, adding all of the result up in device memory each time: at 32 chips eight
         times the traffic of gathering the weights first (docs/scaling.md). Under tensor
         parallelism, which that is for, it is left alone.
+
+        For GPUs it would compile and time many kernels of Triton's for each product of
+        each layer: 198 s for 36 unrolled layers of a 3B with LoRA, which then run 3%
+        slower than with cuBLAS alone, compiled in 27 s. In a scan Triton's kernels save
+        a copy of each layer's weights, so there they stay (benchmarks/RESULTS.md).
+        `XLA_FLAGS` that name the option win.
         """
-        is_tpu, shape = self.mesh.devices.flat[0].platform == "tpu", self.mesh.shape
-        if is_tpu and shape["fsdp"] * shape["context"] > 1 and shape["tensor"] == 1:
+        shape = self.mesh.shape
+        gathers = shape["fsdp"] * shape["context"] > 1 and shape["tensor"] == 1
+        if self.platform == "tpu" and gathers:
             return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+        unsaid = _TRITON_PRODUCTS not in os.environ.get("XLA_FLAGS", "")
+        if self.platform == "gpu" and self.unrolled and unsaid:
+            return {_TRITON_PRODUCTS: "false"}
         return None
+
+    @property
+    def platform(self) -> str:
+        """Of the mesh's devices, which need not be present: "cpu", "gpu" or "tpu"."""
+        return str(self.mesh.devices.flat[0].platform)
 
     def jit(self, program: Callable, **options: Any) -> Any:
         """`jax.jit` for this mesh: with `compiler_options`."""

@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxtrain import assets
+from jaxtrain import assets, sharding
 from jaxtrain.config import resolve
 from jaxtrain.data.prepare.options import PrepareOptions
 from jaxtrain.data.prepare.prepare import prepare
 from jaxtrain.data.rows.tokenize import load_tokenizer
-from jaxtrain.models.load import make_plan
 from jaxtrain.passes import reference
 from jaxtrain.run.feed import Feed
 from jaxtrain.types import TokenLogProbs
@@ -61,7 +60,12 @@ def make_scorer(directory, *, weight=-0.5, tokenizer_hash="t", placed=None):
     return reference.ReferenceScorer(
         score,
         {"w": jnp.float32(weight)},
-        Counting(run, make_plan(run)),
+        Counting(
+            run,
+            sharding.ShardingPlan(
+                sharding.make_mesh(run.mesh.sizes, jax.devices()[:1])
+            ),
+        ),
         directory,
         {"tokenizer": tokenizer_hash},
     )

@@ -24,6 +24,9 @@ from jaxtrain.types import Params
 
 logger = logging.getLogger(__name__)
 
+# Compiling takes a time in proportion; longer stacks were not measured unrolled.
+_MOST_UNROLLED = 48
+
 
 @dataclasses.dataclass
 class LoadedModel(Inference):
@@ -86,8 +89,9 @@ def load_model(run: RunConfig) -> LoadedModel:
     Raises:
         ValueError: no such model or tokenizer, or one that can't be trained here.
     """
-    plan, source = make_plan(run), read_source(run)
+    source = read_source(run)
     config, directory = source.config, source.directory
+    plan = make_plan(run, config)
     decoder = make_decoder(run, config, plan)
     base, described = _describe_weights(run, decoder, plan)
     check_fits(described, plan)
@@ -161,7 +165,7 @@ def adopt(model: LoadedModel, run: RunConfig) -> LoadedModel:
             "model.grow_vocabulary = True: this model was loaded without it; load it"
             " anew by this configuration"
         )
-    plan = make_plan(run)
+    plan = make_plan(run, model.config)
     decoder = make_decoder(run, model.config, plan)
     _, described = _describe_weights(run, decoder, plan)
     converted = jax.tree.map(
@@ -188,7 +192,8 @@ def load_abstract_model(
     Its weights are `jax.ShapeDtypeStruct`s. Its tokenizer is that of `source`; without
     one there is none, and `models.source.read_sizes` says what is read.
     """
-    plan, source = make_plan(run, devices), source or read_sizes(run)
+    source = source or read_sizes(run)
+    plan = make_plan(run, source.config, devices)
     decoder = make_decoder(run, source.config, plan)
     _, described = _describe_weights(run, decoder, plan)
     return LoadedModel(
@@ -197,17 +202,38 @@ def load_abstract_model(
 
 
 def make_plan(
-    run: RunConfig, devices: Sequence[jax.Device] | None = None
+    run: RunConfig, config: ModelConfig, devices: Sequence[jax.Device] | None = None
 ) -> sharding.ShardingPlan:
     """The mesh over this run's devices and what is split over it."""
     devices = (jax.devices() if devices is None else devices)[: run.devices.num_gpus]
     zero = run.devices.deepspeed
-    return sharding.ShardingPlan(
+    plan = sharding.ShardingPlan(
         sharding.make_mesh(run.mesh.sizes, devices, slices=run.mesh.slices),
         zero_stage=zero.zero_stage,
         offload_optimizer=zero.offload_optimizer,
         offload_params=zero.offload_param,
     )
+    return dataclasses.replace(plan, unrolled=_unrolls_layers(run, config, plan))
+
+
+def _unrolls_layers(
+    run: RunConfig, config: ModelConfig, plan: sharding.ShardingPlan
+) -> bool:
+    """Whether each layer is compiled on its own: where that was measured to pay.
+
+    On one GPU it saves the copies in and out of stacked buffers. What is split by
+    layers, or gathered and offloaded layer by layer, was measured in a scan only.
+    """
+    if run.model.scan_layers is not None:
+        return not run.model.scan_layers
+    by_layers = (
+        plan.mesh.shape["fsdp"] > 1
+        or plan.offload_params
+        or run.precision.remat == "offload"
+        or (run.lora is not None and run.lora.quantization is not None)
+    )
+    few = config.num_hidden_layers <= _MOST_UNROLLED
+    return plan.platform == "gpu" and few and not by_layers
 
 
 def make_decoder(
@@ -239,7 +265,7 @@ def make_decoder(
         remat=run.precision.remat,
         attention=run.model.attention,
         loss_chunk=run.model.loss_chunk_tokens,
-        scan_layers=run.model.scan_layers,
+        scan_layers=not plan.unrolled,
         constrain=plan.constrain,
         map_shards=plan.map_shards,
         quantization=quantized,

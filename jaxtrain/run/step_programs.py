@@ -26,17 +26,21 @@ class StepPrograms:
     def compile(self, state: TrainState, batches: Sequence[AnyBatch]) -> None:
         """Compile for the shapes of these placed batches, several at once.
 
-        A single shape is left to the first step, which compiles it as well.
+        They are lowered one after another, since that is Python and threads would only
+        wait for one another; XLA compiles the first ones meanwhile. A single shape is
+        left to the first step, which compiles it as well.
         """
         if len(batches) < 2:
             return
         started = time.perf_counter()
         workers = min(len(batches), os.cpu_count() or 1)
         with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-            programs = pool.map(
-                lambda batch: self._train_step.lower(state, batch).compile(), batches
-            )
-            self._compiled = dict(zip(map(_shape, batches), programs, strict=True))
+            programs = [
+                pool.submit(self._train_step.lower(state, batch).compile)
+                for batch in batches
+            ]
+        for batch, program in zip(batches, programs, strict=True):
+            self._compiled[_shape(batch)] = program.result()
         self._seen |= self._compiled.keys()
         told = "compiled the train step for %d shapes of rows in %.1f s"
         logger.info(told, len(batches), time.perf_counter() - started)

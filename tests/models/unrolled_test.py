@@ -1,0 +1,79 @@
+"""When each layer is compiled on its own, and what XLA is told then."""
+
+import jax
+import pytest
+
+from jaxtrain import sharding
+from jaxtrain.config import resolve
+from jaxtrain.models.config import ModelConfig
+from jaxtrain.models.load import make_decoder, make_plan
+
+
+def config_of(layers: int = 2) -> ModelConfig:
+    return ModelConfig.from_hf(
+        {
+            "model_type": "llama",
+            "vocab_size": 16,
+            "hidden_size": 8,
+            "intermediate_size": 8,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 4096,
+        }
+    )
+
+
+def plan_of(layers: int = 2, fsdp: int = 1, devices: int = 1, **sections):
+    training = {"training_type": "sft"} | sections.pop("training", {})
+    values = {"mesh": {"data": devices // fsdp, "fsdp": fsdp}, "training": training}
+    run = resolve(values | sections, device_count=devices)
+    return run, make_plan(run, config_of(layers), jax.devices()[:devices])
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.setattr(sharding.ShardingPlan, "platform", "gpu")
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+
+
+def test_elsewhere_one_layer_is_compiled_for_all():
+    run, plan = plan_of()
+    assert not plan.unrolled and plan.compiler_options is None
+    assert make_decoder(run, config_of(), plan).scan_layers
+
+
+@pytest.mark.usefixtures("gpu")
+def test_on_gpus_each_layer_is_compiled_on_its_own_by_cublas():
+    run, plan = plan_of(devices=2)
+    assert plan.unrolled
+    assert plan.compiler_options == {"xla_gpu_enable_triton_gemm": "false"}
+    assert not make_decoder(run, config_of(), plan).scan_layers
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"layers": 80},
+        {"fsdp": 2, "devices": 2},
+        {"training": {"remat_policy": "offload", "gradient_checkpointing": True}},
+        {"training": {"training_type": "lora", "lora": {"quantization": "nf4"}}},
+        {"model": {"scan_layers": True}},
+    ],
+    ids=["long", "split", "offloaded", "quantized", "as asked for"],
+)
+def test_what_was_measured_in_a_scan_stays_there(given):
+    _, plan = plan_of(**given)
+    assert not plan.unrolled and plan.compiler_options is None
+
+
+def test_a_key_unrolls_anywhere():
+    _, plan = plan_of(model={"scan_layers": False})
+    assert plan.unrolled and plan.compiler_options is None  # no GPU
+
+
+@pytest.mark.usefixtures("gpu")
+def test_flags_that_name_the_option_win(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_triton_gemm=true")
+    assert plan_of()[1].compiler_options is None
