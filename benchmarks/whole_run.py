@@ -9,6 +9,8 @@ are log-normal (sigma 0.8, mean 300 tokens; a third of the shorter side is a pai
 prompt), cut at 1024. Both sides take one epoch, --batch examples a step, in bfloat16
 with float32 master weights, and TRL with Liger's kernels. The rate is that of
 the steps behind the first tenth, by the clock, reading data and logging included.
+`--lora`: both train adapters of rank 16 on all linear layers of a frozen bfloat16 base,
+with gradient checkpointing.
 """
 
 import argparse
@@ -26,6 +28,15 @@ from step_cases import SHAPES
 
 LONGEST = 1024
 EOS = "</s>"
+LORA_RANK, LORA_ALPHA = 16, 32
+_LORA_FLAGS = (
+    "training.lora.enabled=true",
+    f"training.lora.r={LORA_RANK}",
+    f"training.lora.lora_alpha={LORA_ALPHA}",
+    "training.lora.lora_dropout=0.0",
+    "training.lora.target_modules=all-linear",
+    "training.gradient_checkpointing=true",
+)
 _FLAGS = (
     "training.logging_steps=10",
     "training.bf16=true",
@@ -134,7 +145,7 @@ def run_ours(
 
 
 def run_trl(
-    folder: pathlib.Path, task: str, batch: int, max_steps: int
+    folder: pathlib.Path, task: str, batch: int, max_steps: int, lora: bool
 ) -> dict[str, Any]:
     """TRL's trainer on these files, with its defaults."""
     started = time.time()
@@ -157,7 +168,7 @@ def run_trl(
         "per_device_train_batch_size": batch,
         "max_length": LONGEST,
         "bf16": True,
-        "gradient_checkpointing": False,
+        "gradient_checkpointing": lora,
         "use_liger_kernel": True,
         "optim": "adamw_torch_fused",
         "logging_steps": 10,
@@ -167,8 +178,20 @@ def run_trl(
     }
     kind = {"sft": "SFT", "dpo": "DPO"}[task]
     load = transformers.AutoModelForCausalLM.from_pretrained
-    models = {"model": load(folder / "model", dtype=torch.float32)}
-    if task == "dpo":
+    models: dict[str, Any] = {}
+    if lora:
+        import peft
+
+        models["model"] = load(folder / "model", dtype=torch.bfloat16)
+        models["peft_config"] = peft.LoraConfig(
+            r=LORA_RANK,
+            lora_alpha=LORA_ALPHA,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        )
+    else:
+        models["model"] = load(folder / "model", dtype=torch.float32)
+    if task == "dpo" and not lora:
         models["ref_model"] = load(folder / "model", dtype=torch.float32)
     trainer = getattr(trl, f"{kind}Trainer")(
         **models,
@@ -203,6 +226,7 @@ def main() -> None:
     parser.add_argument("--task", choices=["sft", "dpo"], default="dpo")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--max_steps", type=int, default=-1)
+    parser.add_argument("--lora", action="store_true")
     parser.add_argument("--flag", action="append", default=[], help="a key of ours")
     options = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -213,12 +237,18 @@ def main() -> None:
         length = "training.num_train_epochs=1"
         if options.max_steps > 0:
             length = f"training.max_steps={options.max_steps}"
-        found = run_ours(
-            options.folder, options.task, options.batch, [length, *options.flag]
-        )
+        flags = [length, *(_LORA_FLAGS if options.lora else ()), *options.flag]
+        found = run_ours(options.folder, options.task, options.batch, flags)
     else:
-        found = run_trl(options.folder, options.task, options.batch, options.max_steps)
-    asked = {name: getattr(options, name) for name in ("side", "task", "batch", "flag")}
+        found = run_trl(
+            options.folder,
+            options.task,
+            options.batch,
+            options.max_steps,
+            options.lora,
+        )
+    names = ("side", "task", "batch", "lora", "flag")
+    asked = {name: getattr(options, name) for name in names}
     print(json.dumps(asked | found))
 
 
