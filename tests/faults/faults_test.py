@@ -321,17 +321,40 @@ def test_rows_are_kept_of_steps_in_flight_and_of_bad_ones_alone():
     assert len(taken) == 10 and not pending
 
 
-def test_a_run_that_is_killed_again_and_again_ends_as_without_kills(tmp_path):
+def _harness(*arguments: object) -> subprocess.CompletedProcess[str]:
     """The harness itself, in a process that has not started jax: it forks."""
     script = pathlib.Path(__file__).with_name("run.py")
-    done = subprocess.run(
-        [
-            *(sys.executable, script, "--kinds", "kills", "--count", "4"),
-            *("--seed", "3", "--folder", tmp_path),
-        ],
+    return subprocess.run(
+        [sys.executable, script, *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=240,
     )
+
+
+def test_a_run_that_is_killed_again_and_again_ends_as_without_kills(tmp_path):
+    """In the writing of its caches too."""
+    chosen = ("--kinds", "kills", "--runs", "caches", "--count", 4)
+    done = _harness(*chosen, "--seed", 3, "--folder", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 not handled" in done.stdout
+    told = _harness("--summary", tmp_path)
+    assert (
+        told.returncode == 0
+        and told.stdout.splitlines()[-3:] == (done.stdout.splitlines()[-3:])
+    )
+
+
+def test_the_total_of_several_folders_tells_of_every_failure(tmp_path):
+    case = {"kind": "as without kills", "handled": True, "run": "sft", "kills": 3}
+    lost = case | {"kind": "LOST", "handled": False, "events": {"save": 3}}
+    for name, cases in {"a": [case, case], "b": [case, lost]}.items():
+        path = tmp_path / name / "kills" / "seed-1.jsonl"
+        path.parent.mkdir(parents=True)
+        path.write_text("".join(f"{json.dumps(each)}\n" for each in cases) + '{"to')
+    fine = _harness("--summary", tmp_path / "a")
+    assert fine.returncode == 0 and "kills: 6 cases, 0 not handled" in fine.stdout
+    both = _harness("--summary", tmp_path / "a", tmp_path / "b")
+    assert both.returncode == 1 and "kills: 12 cases, 1 not handled" in both.stdout
+    assert json.dumps(lost) in both.stdout
+    assert _harness("--summary", tmp_path / "c").returncode == 1

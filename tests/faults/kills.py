@@ -49,7 +49,7 @@ RUNS = {
 # fall: as long as what is written there takes.
 _LATEST_SECS = {
     "start": 4.0,
-    "cache": 0.03,
+    "cache": 0.15,
     "reference": 0.5,
     "save": 0.3,
     "export": 0.05,
@@ -224,7 +224,8 @@ def _has_begun(work: pathlib.Path, kill: Moment, before: dict[str, set[str]]) ->
 def _marks(work: pathlib.Path, event: str) -> set[str]:
     """What there is on the disk of an event; something new tells that it begins."""
     if event == "cache":
-        return {name for name in _names(work / "cache") if name.startswith("new-")}
+        rooms = (work / "cache").glob("new-*")
+        return {f"{room.name} {_changed_ns(room)}" for room in rooms}
     if event == "reference":
         sides = [work / "reference" / side for side in ("train", "eval")]
         return {f"{side} {_size(side / 'logps.float32')}" for side in sides}
@@ -241,6 +242,13 @@ def _names(folder: pathlib.Path) -> list[str]:
         return os.listdir(folder)
     except FileNotFoundError:
         return []
+
+
+def _changed_ns(path: pathlib.Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
 
 
 def _size(path: pathlib.Path) -> int:
