@@ -69,6 +69,10 @@ def run_command(
     except BrokenPipeError:  # `jaxtrain configs | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAULT
+    except interrupts.Terminated:
+        if arguments is None:
+            _leave_at_once(interrupts.TEMPORARY)
+        raise
     except (Exception, KeyboardInterrupt) as error:
         found = describe(error)
         if debug or found is None:
@@ -79,7 +83,7 @@ def run_command(
         for line in _safe(message).splitlines():
             print(f"error: {line}", file=sys.stderr)
         if code == INTERRUPTED and arguments is None:
-            _leave_at_once()
+            _leave_at_once(code)
         return code
 
 
@@ -88,7 +92,7 @@ def _safe(message: str) -> str:
     return escape_controls(mask_text(message))
 
 
-def _leave_at_once() -> None:
+def _leave_at_once(code: int) -> None:
     """End the process without Python's own clearing up.
 
     A compilation that was interrupted may still run in a thread; clearing up beneath
@@ -96,7 +100,7 @@ def _leave_at_once() -> None:
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(INTERRUPTED)
+    os._exit(code)
 
 
 def _without_late_callbacks(

@@ -159,14 +159,14 @@ def test_checksums_do_not_depend_on_the_mesh():
 
 def test_all_is_on_the_disk_before_the_step_gets_its_name(tmp_path):
     synced: list[bool] = []
-    sync = storage._sync_tree
+    sync = storage.flush_tree
 
     def watch(folder: pathlib.Path) -> None:
         sync(folder)
         synced.append((tmp_path / "1").exists())
 
     with (
-        mock.patch.object(storage, "_sync_tree", watch),
+        mock.patch.object(storage, "flush_tree", watch),
         CheckpointManager(tmp_path) as manager,
     ):
         manager.save(1, restores.make_state(1))

@@ -8,6 +8,7 @@ everything and started nothing, so a kill costs two seconds and not ten.
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -79,21 +80,28 @@ class Moment(NamedTuple):
     secs: float
 
 
+class Hang(NamedTuple):
+    """When the disk stops to answer, and the run's limit on the time of a step."""
+
+    after: int
+    timeout_secs: float
+
+
 def play(name: str, number: int, seed: int, folder: pathlib.Path) -> Round:
     """One round of a kind of run; all its moments are drawn by `seed` and `number`."""
     run, events = RUNS[name], dict.fromkeys(_LATEST_SECS, 0)
-    reference = _reference(name, folder)
+    whole = reference(name, folder)
     work = folder / "killed"
     shutil.rmtree(work, ignore_errors=True)
     code = -signal.SIGKILL
     for moment in _moments(run, random.Random(f"{seed} {number}")):
-        code = _start(name, work, moment)
+        code = start(name, work, moment)
         if code != -signal.SIGKILL:
             break
         events[moment.event] += 1
     if code == -signal.SIGKILL:
-        code = _start(name, work)
-    lost = _describe(code, work) if code else _difference(reference, work)
+        code = start(name, work)
+    lost = describe(code, work) if code else difference(whole, work)
     seen = {event: count for event, count in events.items() if count}
     return Round(number, name, sum(seen.values()), seen, lost)
 
@@ -114,15 +122,15 @@ def _moments(run: Run, draws: random.Random) -> list[Moment]:
     ]
 
 
-def _reference(name: str, folder: pathlib.Path) -> pathlib.Path:
+def reference(name: str, folder: pathlib.Path) -> pathlib.Path:
     """The work directory of a run that nothing interrupts."""
     work = folder / f"reference-{name}"
     finished = work / "finished"
     if not finished.exists():
         shutil.rmtree(work, ignore_errors=True)
-        code = _start(name, work)
+        code = start(name, work)
         if code:
-            raise RuntimeError(_describe(code, work))
+            raise RuntimeError(describe(code, work))
         finished.touch()
     return work
 
@@ -130,14 +138,20 @@ def _reference(name: str, folder: pathlib.Path) -> pathlib.Path:
 # --- processes -----------------------------------------------------------------------
 
 
-def _start(name: str, work: pathlib.Path, kill: Moment | None = None) -> int:
+def start(
+    name: str,
+    work: pathlib.Path,
+    kill: Moment | None = None,
+    hang: Hang | None = None,
+) -> int:
     """Train in processes of their own; the exit code, negative for a signal.
 
-    Of several processes the code is that of the first one that failed.
+    Of several processes the code is that of the first one that failed. What they print
+    is in `log_of(work, rank)`.
     """
     work.parent.mkdir(parents=True, exist_ok=True)
     before = {event: _marks(work, event) for event in _LATEST_SECS}
-    children = _fork(name, work)
+    children = _fork(name, work, hang)
     started, at = time.monotonic(), None
     if kill is None:
         at = started + _LONGEST_START_SECS
@@ -156,7 +170,7 @@ def _start(name: str, work: pathlib.Path, kill: Moment | None = None) -> int:
         time.sleep(_POLL_SECS)
 
 
-def _fork(name: str, work: pathlib.Path) -> list[int]:
+def _fork(name: str, work: pathlib.Path, hang: Hang | None) -> list[int]:
     count = RUNS[name].processes
     environment = {}
     if count > 1:
@@ -171,7 +185,7 @@ def _fork(name: str, work: pathlib.Path) -> list[int]:
         if not child:
             if count > 1:
                 os.environ.update(environment, JAX_PROCESS_ID=str(rank))
-            _train(name, work, work.with_name(f"{work.name}-{rank}.log"))
+            _train_and_leave(name, work, log_of(work, rank), hang)
         children.append(child)
     return children
 
@@ -261,28 +275,25 @@ def _size(path: pathlib.Path) -> int:
 # --- one run -------------------------------------------------------------------------
 
 
-def _train(name: str, work: pathlib.Path, log: pathlib.Path) -> None:
-    """In the child: train to the end, and leave by a code; never returns."""
+def log_of(work: pathlib.Path, rank: int) -> pathlib.Path:
+    """Where a process's output is, beside the work directory."""
+    return work.with_name(f"{work.name}-{rank}.log")
+
+
+def _train_and_leave(
+    name: str, work: pathlib.Path, log: pathlib.Path, hang: Hang | None
+) -> None:
+    """In the child: train to the end, and leave as a command does; never returns."""
     code = 1
     try:
         with log.open("w") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-        import checkpoint_runs
+        from jaxtrain.cli.ending import run_command
+        from jaxtrain.record import logs
 
-        from jaxtrain.run import distributed
-        from jaxtrain.trainer import TrainingOrchestrator
-
-        distributed.initialize()
-        config, rows = _make_config(name, work), {}
-        if name != "stream":
-            rows = checkpoint_runs.make_datasets(RUNS[name].training_type)
-        if name == "caches":  # enough of them that a kill falls between two batches
-            rows["train_dataset"] = checkpoint_runs.make_rows("dpo", 300)
-        orchestrator = TrainingOrchestrator(config, workdir=work)
-        orchestrator.prepare()
-        orchestrator.train(**rows)
-        code = 0
+        logs.set_up()
+        code = run_command(lambda _: _train(name, work, hang), [])
     except BaseException:
         import traceback
 
@@ -291,6 +302,38 @@ def _train(name: str, work: pathlib.Path, log: pathlib.Path) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _train(name: str, work: pathlib.Path, hang: Hang | None) -> None:
+    import checkpoint_runs
+
+    from jaxtrain.run import distributed
+    from jaxtrain.trainer import TrainingOrchestrator
+
+    distributed.initialize()
+    config, rows = _make_config(name, work), {}
+    if name != "stream":
+        rows = checkpoint_runs.make_datasets(RUNS[name].training_type)
+    if name == "caches":  # enough of them that a kill falls between two batches
+        rows["train_dataset"] = checkpoint_runs.make_rows("dpo", 300)
+    if hang is not None:
+        config.training.step_timeout_secs = hang.timeout_secs
+        _let_the_disk_hang(work, hang.after)
+    orchestrator = TrainingOrchestrator(config, workdir=work)
+    orchestrator.prepare()
+    orchestrator.train(**rows)
+
+
+def _let_the_disk_hang(work: pathlib.Path, after: int) -> None:
+    """Once a step is saved, so many more flushes end, and then none."""
+    flush, count = os.fsync, itertools.count()
+
+    def hang(descriptor: int) -> None:
+        if _marks(work, "save") and next(count) >= after:
+            time.sleep(10 * _LONGEST_START_SECS)
+        flush(descriptor)
+
+    os.fsync = hang
 
 
 def _make_config(name: str, work: pathlib.Path) -> Any:
@@ -334,7 +377,7 @@ def _write_rows(folder: pathlib.Path) -> tuple[str, str]:
 # --- what came of it -----------------------------------------------------------------
 
 
-def _describe(code: int, work: pathlib.Path) -> str:
+def describe(code: int, work: pathlib.Path) -> str:
     told = []
     for log in sorted(work.parent.glob(f"{work.name}-*.log")):
         lines = log.read_text(errors="replace").splitlines()
@@ -342,7 +385,7 @@ def _describe(code: int, work: pathlib.Path) -> str:
     return f"exit code {code}: {' || '.join(told)}"
 
 
-def _difference(reference: pathlib.Path, work: pathlib.Path) -> str | None:
+def difference(reference: pathlib.Path, work: pathlib.Path) -> str | None:
     """What a run that was killed ended with that the other one did not; None if so."""
     for pattern in ("*.safetensors", "logps.float32"):
         for path in sorted(reference.rglob(pattern)):

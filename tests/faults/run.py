@@ -8,12 +8,14 @@
 
 `damage`: every kind of damage to the newest checkpoint, once. `flips`: `--count` single
 bit flips. `kills`: at least `--count` SIGKILLs, of all kinds of runs in turn, or of
-those that `--runs` names (kills.py). `config`, `yaml`, `rows`, `model`, `tokenizer`,
-`adapter`: `--count` bad inputs of each (fuzz.py). What is done is noted in `--folder`,
-so the same command goes on where it was stopped; another seed draws other cases.
-Several may run at once, by seeds or folders of their own; JAX_COMPILATION_CACHE_DIR
-gives them one cache of compiled programs. `--summary` runs nothing: it adds up what was
-noted in some folders, and ends with 1 if anything was not handled.
+those that `--runs` names (kills.py). `disks`: at least `--count` starts on a disk that
+is full or fails otherwise, which takes root (disks.py). `config`, `yaml`, `rows`,
+`model`, `tokenizer`, `adapter`: `--count` bad inputs of each (fuzz.py). What is done is
+noted in `--folder`, so the same command goes on where it was stopped; another seed
+draws other cases. Several may run at once, by seeds or folders of their own;
+JAX_COMPILATION_CACHE_DIR gives them one cache of compiled programs. `--summary` runs
+nothing: it adds up what was noted in some folders, and ends with 1 if anything was not
+handled.
 """
 
 import argparse
@@ -109,6 +111,20 @@ def run_kills(folder: pathlib.Path, notes: Notes, options: argparse.Namespace) -
         print(json.dumps(case), flush=True)
 
 
+def run_disks(folder: pathlib.Path, notes: Notes, options: argparse.Namespace) -> None:
+    """Rounds on bad disks until enough starts have failed."""
+    import disks
+
+    folder.mkdir(parents=True, exist_ok=True)
+    disks.prepare(options.folder.absolute())
+    while sum(case["failed"] for case in notes.done) < options.count:
+        played = disks.play(len(notes.done), options.seed, folder)
+        handled = played.lost is None
+        case = {"kind": played.fault, "handled": handled, **dataclasses.asdict(played)}
+        notes.add(case)
+        print(json.dumps(case), flush=True)
+
+
 def run_inputs(folder: pathlib.Path, notes: Notes, options: argparse.Namespace) -> None:
     """Bad inputs of the kind that the folder is named after.
 
@@ -134,11 +150,13 @@ def run_inputs(folder: pathlib.Path, notes: Notes, options: argparse.Namespace) 
 
 _EXAMPLES = 3  # of each kind that are printed
 _MEMORY = 16 * 2**30  # bytes of address space
+FORKING = ("kills", "disks")
 INPUTS = ("config", "yaml", "rows", "model", "tokenizer", "adapter")
 RUNNERS = {
     "damage": run_damage,
     "flips": run_flips,
     "kills": run_kills,
+    "disks": run_disks,
     **dict.fromkeys(INPUTS, run_inputs),
 }
 
@@ -147,7 +165,7 @@ def report(name: str, cases: list[dict]) -> bool:
     """Print the figures of one part; whether all was handled."""
     kinds = collections.Counter(case["kind"] for case in cases)
     failed = [case for case in cases if not case["handled"]]
-    counted = sum(case.get("kills", 1) for case in cases)
+    counted = sum(case.get("kills", case.get("failed", 1)) for case in cases)
     shown = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
     print(f"{name}: {counted} cases, {len(failed)} not handled ({shown})")
     for by in ("run", "events"):
@@ -168,7 +186,7 @@ def _count_kills(cases: list[dict], by: str) -> collections.Counter[str]:
     for case in cases:
         if by == "events":
             counts.update(case.get("events", {}))
-        elif by in case:
+        elif by in case and "kills" in case:
             counts[case[by]] += case["kills"]
     return counts
 
@@ -205,7 +223,7 @@ def main() -> int:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     # Forks come first: the other parts start jax in this process.
-    names = sorted(options.kinds.split(","), reverse=True, key=lambda n: n == "kills")
+    names = sorted(options.kinds.split(","), key=lambda name: name not in FORKING)
     is_fine = True
     for name in names:
         if name not in RUNNERS:

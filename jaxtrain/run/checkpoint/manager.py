@@ -188,6 +188,7 @@ class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
         raw = {name: leaves.to_raw(leaf) for name, leaf in arrays.items()}
         values = {"record": saved_record.digest(record)}
         self._known_metrics[step] = numbers
+        self._flush_records()
         to_hash = storage.SaveChecksums(checksums.on_host(raw), values)
         self._manager.save(
             step,
@@ -315,6 +316,12 @@ class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _flush_records(self) -> None:
+        """Have the lines up to this step on the disk before the checkpoint is."""
+        if self._ledger is not None and jax.process_index() == 0:
+            for path in self._ledger.parent.glob("*.jsonl"):
+                flush(path)
 
     def _existing(self, step: int | None) -> int:
         steps = self.all_steps()
