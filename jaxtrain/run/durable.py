@@ -48,11 +48,11 @@ def naming(path: pathlib.Path) -> Iterator[None]:
         raise
 
 
-def write_whole(path: pathlib.Path, text: str) -> None:
-    """Write a file aside, flush it, rename it, and flush the name."""
+def write_whole(path: pathlib.Path, content: str | bytes) -> None:
+    """Write a file, a text as UTF-8, aside, flush it, rename it, and flush the name."""
     partial = path.with_name(f"{path.name}.partial")
     with naming(partial):
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
         flush(partial)
     partial.replace(path)
     flush(path.parent)
