@@ -59,8 +59,9 @@ def play(number: int, seed: int, folder: pathlib.Path) -> Round:
             code, log = _start_with(fault, limit, run, work)
             if code == 0:
                 break
-            told.append(log[-1] if log else "")
+            told += [line for line in log if line.startswith("error: ")][:1]
             if wrong := _judge(fault, code, log):
+                (folder / f"failed-{number}.log").write_text("\n".join(log))
                 return Round(number, fault, run, len(told), told, wrong)
         _remount(disk, **_ENOUGH)
         code = kills.start(run, work)
