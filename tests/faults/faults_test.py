@@ -17,6 +17,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 import checkpoint_runs
 import damage
 import damaged_restores as restores
+import disks
 from two_processes import run_two
 
 import jaxtrain
@@ -32,6 +33,7 @@ from jaxtrain.run.checkpoint import (
     restore_newest,
     storage,
 )
+from jaxtrain.run.checkpoint import manager as manager_module
 from jaxtrain.types import WeightedSum
 
 FLIPS = 60
@@ -163,13 +165,19 @@ def test_all_is_on_the_disk_before_the_step_gets_its_name(tmp_path):
 
     def watch(folder: pathlib.Path) -> None:
         sync(folder)
-        synced.append((tmp_path / "1").exists())
+        synced.append((tmp_path / "checkpoints" / "1").exists())
 
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    flushed = mock.Mock()
+    folder = tmp_path / "checkpoints"
     with (
         mock.patch.object(storage, "flush_tree", watch),
-        CheckpointManager(tmp_path) as manager,
+        mock.patch.object(manager_module, "flush", flushed),
+        CheckpointManager(folder, ledger=tmp_path / ledger.LEDGER) as manager,
     ):
         manager.save(1, restores.make_state(1))
+        # The lines up to the step, before anything of it is written.
+        flushed.assert_called_once_with(tmp_path / "metrics.jsonl")
     assert len(synced) == 4 and not any(synced)  # three parts, and the whole
 
 
@@ -343,6 +351,15 @@ def test_a_run_that_is_killed_again_and_again_ends_as_without_kills(tmp_path):
         told.returncode == 0
         and told.stdout.splitlines()[-3:] == (done.stdout.splitlines()[-3:])
     )
+
+
+def test_a_disk_that_is_full_or_hangs_is_told_in_one_line_and_loses_nothing(tmp_path):
+    if reason := disks.can_mount(tmp_path):
+        pytest.skip(reason)
+    chosen = ("--kinds", "disks", "--seed", 3, "--count", 4)
+    done = _harness(*chosen, "--folder", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0 not handled" in done.stdout
 
 
 def test_the_total_of_several_folders_tells_of_every_failure(tmp_path):
