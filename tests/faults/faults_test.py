@@ -22,8 +22,10 @@ from two_processes import run_two
 
 import jaxtrain
 from jaxtrain import cli
+from jaxtrain.cli import ending
 from jaxtrain.cli.ending import describe
 from jaxtrain.config import resolve
+from jaxtrain.record import logs
 from jaxtrain.run import ledger, preflight
 from jaxtrain.run.bad_steps import PendingSteps
 from jaxtrain.run.checkpoint import (
@@ -360,6 +362,29 @@ def test_a_disk_that_is_full_or_hangs_is_told_in_one_line_and_loses_nothing(tmp_
     done = _harness(*chosen, "--folder", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 not handled" in done.stdout
+
+
+def test_of_a_failed_save_the_echoes_of_orbax_are_not_shown():
+    printed = mock.Mock()
+    with (
+        mock.patch.object(sys, "__unraisablehook__", printed),
+        mock.patch.object(sys, "__excepthook__", printed),
+    ):
+        for text in ("Event loop is closed", "something else"):
+            error = RuntimeError(text)
+            ending._without_late_reads(mock.Mock(exc_value=error))
+            ending._without_late_callbacks(RuntimeError, error, None)
+            assert printed.call_count == (2 if text == "something else" else 0)
+    try:
+        raise OSError(28, "No space left on device")
+    except OSError:
+        found = sys.exc_info()
+    for name, shown in {"absl": False, "orbax.x": False, "jaxtrain.loop": True}.items():
+        record = logging.LogRecord(name, logging.ERROR, "", 1, "failed", (), found)
+        for with_all in (True, False):
+            text = logs.LineFormatter(with_all_tracebacks=with_all).format(record)
+            assert "error: failed" in text
+            assert ("Traceback" in text) == (with_all or shown)
 
 
 def test_the_total_of_several_folders_tells_of_every_failure(tmp_path):

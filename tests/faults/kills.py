@@ -292,6 +292,8 @@ def _train_and_leave(
         from jaxtrain.cli.ending import run_command
         from jaxtrain.record import logs
 
+        # As in a command, which sets these before any library does.
+        sys.excepthook, sys.unraisablehook = sys.__excepthook__, sys.__unraisablehook__
         logs.set_up()
         code = run_command(lambda _: _train(name, work, hang), [])
     except BaseException:
