@@ -1,5 +1,6 @@
 """How hard each row is to the model before training, for a curriculum."""
 
+import contextlib
 import functools
 import io
 import logging
@@ -109,9 +110,14 @@ def _read(path: pathlib.Path) -> np.ndarray | None:
         content = path.read_bytes()
     except FileNotFoundError:
         return None
-    content, checksum = content[:-_CHECKSUM_BYTES], content[-_CHECKSUM_BYTES:]
-    if xxhash.xxh3_64_digest(content) == checksum:
-        return np.load(io.BytesIO(content))
+    array, checksum = content[:-_CHECKSUM_BYTES], content[-_CHECKSUM_BYTES:]
+    if xxhash.xxh3_64_digest(array) == checksum:
+        return np.load(io.BytesIO(array))
+    with contextlib.suppress(ValueError, EOFError, OSError):
+        file = io.BytesIO(content)
+        found = np.load(file)
+        if file.tell() == len(content):
+            return found  # an earlier release took no checksum
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("difficulty: read")
     if jax.process_index() == 0:
