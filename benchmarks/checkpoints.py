@@ -1,13 +1,14 @@
 """Saving and restoring a train state, beside torch.save and torch.load of the same.
 
-    python benchmarks/checkpoints.py [--gb 1] [--repeats 3] [--folder DIR]
+    python benchmarks/checkpoints.py [--gb 1] [--repeats 3] [--folder DIR] [--save-only]
 
 Weights and both of Adam's moments in float32, in the shapes of a decoder whose layers
 are stacked. Every repeat runs each part once, one after the other, so that a busy
 machine hurts all alike. For each part: the median of wall seconds, the least, and the
 least of the process's CPU seconds, which other programs disturb less. Checksums: the
 same save with hashing switched off gives their price. By PYTHONPATH the same script
-measures an earlier version, without that part.
+measures an earlier version, without that part. `--save-only` leaves out torch and all
+restoring, which need the state three times over in memory, and times the hashing.
 """
 
 import argparse
@@ -19,13 +20,14 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from typing import Any
 from unittest import mock
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import numpy as np
 
-from jaxtrain.run.checkpoint import CheckpointManager
+from jaxtrain.run.checkpoint import CheckpointManager, checksums
 
 LAYERS = 8
 
@@ -51,9 +53,40 @@ def make_state(gib: float) -> dict[str, jax.Array]:
     }
 
 
-def measure(
-    state: dict[str, jax.Array], folder: pathlib.Path
-) -> dict[str, tuple[float, float]]:
+Seconds = dict[str, tuple[float, float]]  # wall and CPU
+
+
+def measure_saves(state: dict[str, jax.Array], folder: pathlib.Path) -> Seconds:
+    """A save with checksums and one without, in turn; the time of hashing alone too."""
+    seconds: Seconds = {}
+    hash_pieces = checksums.hash_pieces
+
+    def clock(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*arguments: Any) -> Any:
+            started, cpu = time.perf_counter(), time.thread_time()
+            result = call(*arguments)
+            seconds[name] = (time.perf_counter() - started, time.thread_time() - cpu)
+            return result
+
+        return timed
+
+    def save() -> None:
+        with CheckpointManager(folder / "save") as manager:
+            manager.save(1, state)
+            manager.wait()
+
+    hashing = clock("hashing, in its thread", hash_pieces)
+    for name, hash_ in (("save", hashing), ("save without checksums", lambda _: {})):
+        with mock.patch.object(checksums, "hash_pieces", hash_):
+            cpu = time.process_time()
+            clock(name, save)()
+            seconds[name] = (seconds[name][0], time.process_time() - cpu)
+        shutil.rmtree(folder / "save")
+        os.sync()
+    return seconds
+
+
+def measure(state: dict[str, jax.Array], folder: pathlib.Path) -> Seconds:
     """Wall and CPU seconds of each part, once."""
     import torch
 
@@ -64,7 +97,7 @@ def measure(
         name: torch.from_numpy(np.asarray(leaf).copy()) for name, leaf in state.items()
     }
     file = folder / "state.pt"
-    seconds: dict[str, tuple[float, float]] = {}
+    seconds: Seconds = {}
 
     def clock(name: str, call: Callable[[], object]) -> None:
         started, cpu = time.perf_counter(), time.process_time()
@@ -107,12 +140,14 @@ def main() -> None:
     parser.add_argument("--gb", type=float, default=1.0, help="GiB of state")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--folder", type=pathlib.Path, help="a disk to write to")
+    parser.add_argument("--save-only", action="store_true")
     options = parser.parse_args()
     state = make_state(options.gb)
     size = sum(leaf.nbytes for leaf in state.values())
     print(f"{size / 2**30:.2f} GiB, {len(state)} leaves, {os.cpu_count()} cores")
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        runs = [measure(state, pathlib.Path(folder)) for _ in range(options.repeats)]
+        part = measure_saves if options.save_only else measure
+        runs = [part(state, pathlib.Path(folder)) for _ in range(options.repeats)]
     for name in runs[0]:
         walls, cpus = zip(*(run[name] for run in runs), strict=True)
         shown = f"{statistics.median(walls):6.2f} s   least {min(walls):6.2f} s"

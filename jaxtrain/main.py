@@ -45,6 +45,7 @@ def main(arguments: Sequence[str]) -> None:
     if not sources.names_evaluation_rows(run):
         sources.check_evaluation_rows(run)
     logs.show_progress()
+    interrupts.leave_on_sigterm()
     # Only now: what is wrong with a flag or a path need not wait for jax.
     from jaxtrain import trainer
     from jaxtrain.run import distributed

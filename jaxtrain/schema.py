@@ -374,10 +374,17 @@ def parse(text: str, hint: Any, read: Callable[[str], Any]) -> Any:
     if holds_text and not text.startswith(("[", "(", "{")):
         return convert(text, hint)
     value = read(text)
+    if holds_text and value == text and (_convert({}, hint) or _convert([], hint)):
+        raise ValueError(
+            "begins with a bracket, but is no list and no mapping: look at brackets,"
+            " quotes, colons and commas; a path of that name is ./ and the name"
+        )
     if holds_text and _convert(value, hint) is None:
         value = text
-    elif isinstance(value, str) and _convert(listed := read(f"[{text}]"), hint):
-        value = listed  # numbers with commas between them
+    elif isinstance(value, str):
+        listed = read(f"[{text}]")
+        if not isinstance(listed, str) and _convert(listed, hint):
+            value = listed  # numbers with commas between them
     return convert(value, hint)
 
 

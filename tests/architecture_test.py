@@ -125,6 +125,7 @@ ALLOWED: dict[str, set[str]] = {
         "config.eval_sets",
         "record.logs",
         "record.safe_text",
+        "run.durable",
         "types",
     },
     "run": {
@@ -149,7 +150,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "run.preemption": {"run.interrupts"},
     "run.ledger": {"run.durable"},
-    "run.lock": set(),
+    "run.lock": {"run.durable"},
     "run.saved_record": set(),
     "run.preflight": {"config", "run.ledger", "run.saved_record"},
     "run.trial": {"config.eval_sets", "config", "schema", "types"},

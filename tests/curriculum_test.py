@@ -106,7 +106,7 @@ def test_the_models_own_loss_puts_easy_rows_first(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_resumed_run_takes_its_difficulties_from_the_work_directory(tmp_path):
+def test_a_resumed_run_takes_its_difficulties_from_the_work_directory(tmp_path, caplog):
     config = config_of("dpo", strategy="difficulty_based", start_length=32)
     config.training.save_steps = 5
     config.training.max_steps = 5
@@ -117,6 +117,14 @@ def test_a_resumed_run_takes_its_difficulties_from_the_work_directory(tmp_path):
     resumed = run(config, tmp_path)
     assert len(resumed.batches) == 2
     assert kept.stat().st_mtime_ns == written
+    # One bit of it flips: told, kept aside, and measured anew.
+    sound = kept.read_bytes()
+    kept.write_bytes(sound[:-12] + bytes([sound[-12] ^ 1]) + sound[-11:])
+    config.training.max_steps = 9
+    run(config, tmp_path)
+    assert kept.read_bytes() == sound
+    assert kept.with_name(f"{kept.name}.damaged").exists()
+    assert "do not match their checksum: they are measured anew" in caplog.text
 
 
 def test_difficulty_of_pairs_is_what_the_model_prefers_wrongly():

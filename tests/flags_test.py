@@ -228,6 +228,18 @@ def test_a_flag_unsets_a_files_other_names_of_it() -> None:
     assert not run.devices.deepspeed.offload_param
 
 
+def test_a_mapping_with_a_slip_in_it_is_not_taken_for_a_path() -> None:
+    slips = ("{helpful: a.jsonl, safe: b.jsonl", "{a: b: c}", "[{path: a.jsonl}")
+    for text in slips:
+        flags = [Flag("data.train", text)]
+        with pytest.raises(ConfigError, match="no list and no mapping: look at") as got:
+            resolve_flags(default_config(), flags)
+        assert f"--data.train={text}: " in str(got.value)
+    flags = [Flag("data.train", "./{a}.jsonl"), Flag("training.run_name", "{a")]
+    _, run = resolve_flags(default_config(), flags)
+    assert (run.data.train, run.loop.run_name) == ("./{a}.jsonl", "{a")
+
+
 def test_numbers_with_commas_between_them_are_a_list() -> None:
     text = "training_type=dpo;dpo.loss_type=sigmoid,sft;dpo.loss_weights=1.0,0.5"
     _, run = resolve_flags(default_config(), flags_of(text))

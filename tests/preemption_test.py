@@ -127,6 +127,9 @@ def test_a_hang_ends_the_process_with_its_stacks():
     ended = run_watched("    stuck()")
     assert ended.returncode == 1
     assert "Timeout (0:00:01)!" in ended.stderr and "in stuck" in ended.stderr
+    told, *stacks = ended.stderr.splitlines()
+    assert "nothing was finished for 1 s (training.step_timeout_secs)" in told
+    assert "give the same command again" in told and "error: " not in str(stacks)
     assert ended.stdout == ""
 
 
@@ -134,6 +137,26 @@ def test_a_fed_watchdog_lets_be():
     body = "    for _ in range(6):\n        time.sleep(0.3)\n        watchdog.feed()"
     ended = run_watched(body)
     assert (ended.returncode, ended.stdout) == (0, "left\n")
+
+
+def test_sigterm_as_a_run_starts_ends_it_with_75_and_one_line(tmp_path):
+    """It comes as the model is loaded, before there is a step to finish."""
+    code = f"""
+import os, signal, sys
+from jaxtrain import main
+from jaxtrain.cli.ending import run_command
+from jaxtrain.models import load
+load.load_model = lambda run: os.kill(os.getpid(), signal.SIGTERM)
+sys.argv[1:] = ["from_scratch", "--workdir={tmp_path / "run"}"]
+sys.exit(run_command(main.main))
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == EXIT_CODE, ended.stderr
+    told = "SIGTERM: leaving; the same command goes on from what is saved"
+    assert ended.stderr.splitlines()[-1] == told
+    assert not (tmp_path / "run" / "run.lock").exists()
 
 
 def test_a_watchdog_of_no_time_watches_nothing():

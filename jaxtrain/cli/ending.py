@@ -69,6 +69,10 @@ def run_command(
     except BrokenPipeError:  # `jaxtrain configs | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAULT
+    except interrupts.Terminated:
+        if arguments is None:
+            _leave_at_once(interrupts.TEMPORARY)
+        raise
     except (Exception, KeyboardInterrupt) as error:
         found = describe(error)
         if debug or found is None:
@@ -79,7 +83,7 @@ def run_command(
         for line in _safe(message).splitlines():
             print(f"error: {line}", file=sys.stderr)
         if code == INTERRUPTED and arguments is None:
-            _leave_at_once()
+            _leave_at_once(code)
         return code
 
 
@@ -88,7 +92,7 @@ def _safe(message: str) -> str:
     return escape_controls(mask_text(message))
 
 
-def _leave_at_once() -> None:
+def _leave_at_once(code: int) -> None:
     """End the process without Python's own clearing up.
 
     A compilation that was interrupted may still run in a thread; clearing up beneath
@@ -96,28 +100,33 @@ def _leave_at_once() -> None:
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(INTERRUPTED)
+    os._exit(code)
 
 
 def _without_late_callbacks(
     kind: type[BaseException], error: BaseException, where: TracebackType | None
 ) -> None:
-    """Print an exception that nothing caught, but for the echo of a failed save.
-
-    Where one write of a checkpoint fails, Orbax closes its event loop, and each of the
-    other writes complains of that from a thread of C++.
-    """
-    if not (kind is RuntimeError and str(error) == "Event loop is closed"):
+    """Print an exception that nothing caught, but for the echo of a failed save."""
+    if not _is_echo(error):
         sys.__excepthook__(kind, error, where)
 
 
 def _without_late_reads(late: "sys.UnraisableHookArgs") -> None:
-    """Print what nothing could catch, but for the echo of a damaged checkpoint.
-
-    Where one array cannot be read, Orbax drops the reads of the others unfinished.
-    """
-    if not str(late.exc_value).startswith("Encountered error while reading array"):
+    """Print what nothing could catch, but for the echo of a failed save or read."""
+    if not _is_echo(late.exc_value):
         sys.__unraisablehook__(late)
+
+
+def _is_echo(error: BaseException | None) -> bool:
+    """Whether Orbax says again what it has raised or will raise.
+
+    Where one write of a checkpoint fails, it closes its event loop, and each of the
+    other writes complains of that from a thread of C++. Where one array cannot be
+    read, it drops the reads of the others unfinished.
+    """
+    text = str(error)
+    is_late_write = isinstance(error, RuntimeError) and text == "Event loop is closed"
+    return is_late_write or text.startswith("Encountered error while reading array")
 
 
 def describe(error: BaseException) -> tuple[int, str] | None:

@@ -1,6 +1,8 @@
 """How hard each row is to the model before training, for a curriculum."""
 
+import contextlib
 import functools
+import io
 import logging
 import os
 import pathlib
@@ -8,6 +10,8 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+import xxhash
+from jax.experimental import multihost_utils
 from jaxtyping import Array, Float
 
 from jaxtrain.data.batches.dataset import PreparedDataset
@@ -16,12 +20,15 @@ from jaxtrain.objectives.preference import (
     example_sums,
     score_pairs,
 )
+from jaxtrain.run.durable import write_whole
 from jaxtrain.run.feed import Feed
 from jaxtrain.sharding import to_host
 from jaxtrain.step import ScoreFn
 from jaxtrain.types import Batch, LabeledBatch, PairBatch, Params, TokenLogProbs
 
 logger = logging.getLogger(__name__)
+
+_CHECKSUM_BYTES = 8
 
 
 def row_difficulty(
@@ -72,8 +79,9 @@ def measure(
     where another machine would round differently.
     """
     path = pathlib.Path(folder) / f"difficulty-{data.fingerprint}.npy"
-    if path.is_file():
-        return data.with_difficulty(np.load(path))
+    kept = _read(path)
+    if kept is not None:
+        return data.with_difficulty(kept)
     batches = feed.eval_batches(data)
     most = batches.most_examples
     of_batch = feed.plan.jit(
@@ -88,7 +96,35 @@ def measure(
     logger.info(told, len(data), np.min(difficulty), np.max(difficulty))
     if jax.process_index() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f"new-{path.name}")
-        np.save(aside, difficulty)
-        os.replace(aside, path)
+        buffer = io.BytesIO()
+        np.save(buffer, difficulty)
+        content = buffer.getvalue()
+        # Behind the array, where np.load does not look.
+        write_whole(path, content + xxhash.xxh3_64_digest(content))
     return data.with_difficulty(difficulty)
+
+
+def _read(path: pathlib.Path) -> np.ndarray | None:
+    """What was measured before; None if nothing was, or it is damaged and set aside."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    array, checksum = content[:-_CHECKSUM_BYTES], content[-_CHECKSUM_BYTES:]
+    if xxhash.xxh3_64_digest(array) == checksum:
+        return np.load(io.BytesIO(array))
+    with contextlib.suppress(ValueError, EOFError, OSError):
+        file = io.BytesIO(content)
+        found = np.load(file)
+        if file.tell() == len(content):
+            return found  # an earlier release took no checksum
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("difficulty: read")
+    if jax.process_index() == 0:
+        path.replace(path.with_name(f"{path.name}.damaged"))
+    logger.warning(
+        "the difficulties of rows in %s do not match their checksum: they are measured"
+        " anew, and the others are kept in %s.damaged; check the disk",
+        *(path, path.name),
+    )
+    return None

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import xxhash
 
-from jaxtrain.run.durable import flush, write_whole
+from jaxtrain.run.durable import flush, naming, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -55,17 +55,18 @@ class SumsCache:
         kept = b""
         if rows:
             kept = self._file.read_bytes()[: rows * _ROW_BYTES]
-        self._file.write_bytes(kept)
+        with naming(self._file):
+            self._file.write_bytes(kept)
         line = _line(rows, kept) if rows else ""
         write_whole(self._checksums, line)
 
     def append(self, pairs: np.ndarray) -> None:
         """Add a batch, float32[rows, 2]."""
         data = np.ascontiguousarray(pairs, np.float32).tobytes()
-        with self._file.open("ab") as file:
+        with naming(self._file), self._file.open("ab") as file:
             file.write(data)
         rows = self._file.stat().st_size // _ROW_BYTES
-        with self._checksums.open("a") as file:
+        with naming(self._checksums), self._checksums.open("a") as file:
             file.write(_line(rows, data))
 
     def flush(self) -> None:

@@ -61,7 +61,7 @@ def set_up(
         )
     shows_all = level == "debug"
     handler = LineHandler()
-    handler.setFormatter(LineFormatter())
+    handler.setFormatter(LineFormatter(with_all_tracebacks=shows_all))
     root = logging.getLogger()
     root.handlers[:] = [handler]  # absl has put its own handler there
     root.setLevel(logging.INFO if shows_all else logging.WARNING)
@@ -114,15 +114,17 @@ class LineFormatter(logging.Formatter):
     Secrets are masked, and control characters are spelled.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, with_all_tracebacks: bool = True) -> None:
+        """Without all of them: not those of libraries, whose errors a command tells."""
         super().__init__(datefmt="%H:%M:%S")
+        self._with_all = with_all_tracebacks
 
     def format(self, record: logging.LogRecord) -> str:
         """The lines of one record."""
         text = record.getMessage()
         if record.levelno != logging.INFO:
             text = f"{record.levelname.lower()}: {text}"
-        if record.exc_info:
+        if record.exc_info and (self._with_all or not _is_of_library(record)):
             text = f"{text}\n{self.formatException(record.exc_info)}"
         lines = escape_controls(mask_text(text)).splitlines()
         if record.levelno < logging.ERROR:
@@ -157,8 +159,11 @@ def _wrap(line: str) -> list[str]:
 
 
 def _is_not_chatter(record: logging.LogRecord) -> bool:
-    library = record.name.partition(".")[0]
-    return record.levelno >= logging.ERROR or library not in _LIBRARIES
+    return record.levelno >= logging.ERROR or not _is_of_library(record)
+
+
+def _is_of_library(record: logging.LogRecord) -> bool:
+    return record.name.partition(".")[0] in _LIBRARIES
 
 
 def _silence_warnings_of_libraries() -> None:

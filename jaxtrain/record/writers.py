@@ -20,6 +20,7 @@ from typing import Any, Protocol, TextIO
 
 from jaxtrain.record.console import ConsoleWriter
 from jaxtrain.record.safe_text import mask_secrets
+from jaxtrain.run.durable import flush, naming, write_whole
 
 _NO_WANDB = (
     "report_to has 'wandb', which is not installed: pip install 'jaxtrain[wandb]', or "
@@ -162,9 +163,7 @@ class JsonlWriter:
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         text = json.dumps(config, indent=2, default=str)
-        scratch = self._folder / "config.json.tmp"
-        scratch.write_text(f"{text}\n", encoding="utf-8")
-        os.replace(scratch, self._folder / "config.json")  # whole at any moment
+        write_whole(self._folder / "config.json", f"{text}\n")
 
     def close(self) -> None:
         """Close the files."""
@@ -179,8 +178,9 @@ class JsonlWriter:
             self._files[name] = (self._folder / name).open(
                 "a", encoding="utf-8", errors="backslashreplace"
             )
-        self._files[name].write(f"{line}\n")
-        self._files[name].flush()
+        with naming(self._folder / name):
+            self._files[name].write(f"{line}\n")
+            self._files[name].flush()
 
 
 def drop_lines_after(path: pathlib.Path, step: int | None) -> None:
@@ -200,7 +200,9 @@ def drop_lines_after(path: pathlib.Path, step: int | None) -> None:
             continue
         kept[found] = line
     scratch = path.with_name(f"{path.name}.tmp")
-    scratch.write_bytes(b"".join(kept.values()))
+    with naming(scratch):
+        scratch.write_bytes(b"".join(kept.values()))
+        flush(scratch)
     os.replace(scratch, path)
 
 

@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import pathlib
 import shutil
 from collections.abc import Iterator, Mapping
@@ -16,6 +15,7 @@ from jax.experimental import multihost_utils
 
 from jaxtrain import __version__
 from jaxtrain.config import RunConfig
+from jaxtrain.run.durable import flush, flush_tree, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -38,9 +38,11 @@ class Exported:
         partial, old = (self.workdir / f"{name}{end}" for end in (_PARTIAL, _OLD))
         yield partial
         if self._writes:
+            flush_tree(partial)
             if final.exists():
                 final.rename(old)
             partial.rename(final)
+            flush(self.workdir)
             _remove(old)
         _wait_for_all(f"exported {name}")
 
@@ -74,9 +76,7 @@ class Exported:
                 logger.info("removed %s, an export that is out of date", stale)
                 _remove(stale)
         text = json.dumps({**_identity(steps, run), "files": self._files(kept)})
-        scratch = self._note.with_name(f"{self._note.name}.tmp")
-        scratch.write_text(f"{text}\n", encoding="utf-8")
-        os.replace(scratch, self._note)
+        write_whole(self._note, f"{text}\n")
 
     def is_whole(self, steps: Mapping[str, int], run: RunConfig) -> bool:
         """Whether the weights of these steps are exported by the same settings."""

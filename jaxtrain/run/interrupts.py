@@ -5,14 +5,42 @@ while they import or load, and the program would go on as if nobody had pressed 
 So the key press is noted, and asked for again between the parts of a run.
 """
 
+import os
 import signal
 from types import FrameType
 
-_pressed = False
+# EX_TEMPFAIL of sysexits.h: not failed, start it again.
+TEMPORARY = 75
+
+_pressed = _watches = False
+
+
+class Terminated(SystemExit):
+    """SIGTERM came where no checkpoint can be saved; what is saved stays."""
+
+    def __init__(self) -> None:
+        super().__init__(TEMPORARY)
+
+
+def leave_on_sigterm() -> None:
+    """Let SIGTERM end what is open in good order, and the process with 75.
+
+    While steps are trained `run.preemption` saves one first. Within another program,
+    whose signals are its own, this does nothing.
+    """
+    if _watches:
+        signal.signal(signal.SIGTERM, _leave)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    os.write(2, b"SIGTERM: leaving; the same command goes on from what is saved\n")
+    raise Terminated
 
 
 def watch() -> None:
     """Note every SIGINT from now on; it raises KeyboardInterrupt as before."""
+    global _watches
+    _watches = True
     signal.signal(signal.SIGINT, _note)
 
 

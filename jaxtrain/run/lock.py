@@ -22,6 +22,8 @@ import time
 import uuid
 from collections.abc import Iterator
 
+from jaxtrain.run.durable import naming
+
 logger = logging.getLogger(__name__)
 
 NAME = "run.lock"
@@ -191,7 +193,8 @@ def _create(path: pathlib.Path, own: Holder) -> bool:
     """Make the lock, whole from its first moment; False if there is one."""
     text = json.dumps(dataclasses.asdict(own)) + "\n"
     scratch = path.with_name(f"{NAME}.{own.token}")
-    scratch.write_text(text, encoding="utf-8")
+    with naming(scratch):
+        scratch.write_text(text, encoding="utf-8")
     try:
         os.link(scratch, path)
     except FileExistsError:

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Mapping
 from types import FrameType
 from typing import Any
@@ -18,8 +19,7 @@ from jaxtrain.run import interrupts
 
 logger = logging.getLogger(__name__)
 
-# EX_TEMPFAIL of sysexits.h: not failed, start it again.
-EXIT_CODE = 75
+EXIT_CODE = interrupts.TEMPORARY
 
 
 class Preempted(SystemExit):
@@ -77,27 +77,53 @@ class PreemptionWatch(contextlib.AbstractContextManager["PreemptionWatch"]):
 class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
     """End the process, every thread's stack on stderr, if `feed` stays out too long.
 
-    A collective that waits for a process that is stuck would wait for ever; the exit
-    code, 1, lets the launcher start all of them again. A thread of C does it, so it
-    works when Python itself is stuck.
+    A collective that waits for a process that is stuck would wait for ever, and so
+    would a save on a disk that does not answer; the exit code, 1, lets the launcher
+    start all of them again. A thread of C does it, so it works when Python itself is
+    stuck. What to do is told by a thread of Python just before.
     """
 
     def __init__(self, timeout_secs: float) -> None:
         """`timeout_secs` 0 watches nothing."""
         self._timeout_secs = timeout_secs
+        self._stopped = threading.Event()
+        self._fed = time.monotonic()
 
     def __enter__(self) -> "Watchdog":
         self.feed()
+        if self._timeout_secs:
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._stopped.set()
         if self._timeout_secs:
             faulthandler.cancel_dump_traceback_later()
 
     def feed(self) -> None:
         """Something was finished: count from now again."""
+        self._fed = time.monotonic()
         if self._timeout_secs:
             # A notebook's sys.stderr is no file; the one Python started with is.
             faulthandler.dump_traceback_later(
                 self._timeout_secs, exit=True, file=sys.__stderr__ or 2
             )
+
+    def _watch(self) -> None:
+        ahead = min(1.0, 0.2 * self._timeout_secs)
+        while True:
+            left = self._fed + self._timeout_secs - ahead - time.monotonic()
+            if left <= 0:
+                break
+            if self._stopped.wait(left):
+                return
+        os.write(2, _STUCK.format(self._timeout_secs).encode())
+
+
+_STUCK = (
+    "error: nothing was finished for {:g} s (training.step_timeout_secs): a disk, a"
+    " device or another process of the run does not answer. The stacks below tell where"
+    " it is stuck. Mend that and give the same command again, which goes on from the"
+    " newest checkpoint; if a step, a batch of an evaluation or a save needs as long,"
+    " raise training.step_timeout_secs\n"
+)

@@ -95,7 +95,13 @@ def test_an_interrupted_write_is_not_taken_for_an_entry(bpe, tmp_path, monkeypat
         patched.setattr(dataset.PreparedDataset, "save", fail)
         assert len(prepare_cached(ROWS, bpe, OPTIONS, tmp_path)) == 3
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+    # What a process left that was killed while it wrote goes with the next one.
+    remains = tmp_path / f"new-{cache_key(ROWS, bpe, OPTIONS)}" / "entry"
+    remains.mkdir(parents=True)
+    (remains / "tokens.npy").write_bytes(b"half of it")
     assert len(prepare_cached(ROWS, bpe, OPTIONS, tmp_path)) == 3
+    (entry,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    assert (entry / "checksum.json").is_file() and not entry.name.startswith("new-")
 
 
 @pytest.mark.slow

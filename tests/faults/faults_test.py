@@ -17,12 +17,15 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 import checkpoint_runs
 import damage
 import damaged_restores as restores
+import disks
 from two_processes import run_two
 
 import jaxtrain
 from jaxtrain import cli
+from jaxtrain.cli import ending
 from jaxtrain.cli.ending import describe
 from jaxtrain.config import resolve
+from jaxtrain.record import logs
 from jaxtrain.run import ledger, preflight
 from jaxtrain.run.bad_steps import PendingSteps
 from jaxtrain.run.checkpoint import (
@@ -32,6 +35,7 @@ from jaxtrain.run.checkpoint import (
     restore_newest,
     storage,
 )
+from jaxtrain.run.checkpoint import manager as manager_module
 from jaxtrain.types import WeightedSum
 
 FLIPS = 60
@@ -159,17 +163,23 @@ def test_checksums_do_not_depend_on_the_mesh():
 
 def test_all_is_on_the_disk_before_the_step_gets_its_name(tmp_path):
     synced: list[bool] = []
-    sync = storage._sync_tree
+    sync = storage.flush_tree
 
     def watch(folder: pathlib.Path) -> None:
         sync(folder)
-        synced.append((tmp_path / "1").exists())
+        synced.append((tmp_path / "checkpoints" / "1").exists())
 
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    flushed = mock.Mock()
+    folder = tmp_path / "checkpoints"
     with (
-        mock.patch.object(storage, "_sync_tree", watch),
-        CheckpointManager(tmp_path) as manager,
+        mock.patch.object(storage, "flush_tree", watch),
+        mock.patch.object(manager_module, "flush", flushed),
+        CheckpointManager(folder, ledger=tmp_path / ledger.LEDGER) as manager,
     ):
         manager.save(1, restores.make_state(1))
+        # The lines up to the step, before anything of it is written.
+        flushed.assert_called_once_with(tmp_path / "metrics.jsonl")
     assert len(synced) == 4 and not any(synced)  # three parts, and the whole
 
 
@@ -321,17 +331,72 @@ def test_rows_are_kept_of_steps_in_flight_and_of_bad_ones_alone():
     assert len(taken) == 10 and not pending
 
 
-def test_a_run_that_is_killed_again_and_again_ends_as_without_kills(tmp_path):
+def _harness(*arguments: object) -> subprocess.CompletedProcess[str]:
     """The harness itself, in a process that has not started jax: it forks."""
     script = pathlib.Path(__file__).with_name("run.py")
-    done = subprocess.run(
-        [
-            *(sys.executable, script, "--kinds", "kills", "--count", "4"),
-            *("--seed", "3", "--folder", tmp_path),
-        ],
+    return subprocess.run(
+        [sys.executable, script, *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=240,
     )
+
+
+def test_a_run_that_is_killed_again_and_again_ends_as_without_kills(tmp_path):
+    """In the writing of its caches too."""
+    chosen = ("--kinds", "kills", "--runs", "caches", "--count", 4)
+    done = _harness(*chosen, "--seed", 3, "--folder", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 not handled" in done.stdout
+    told = _harness("--summary", tmp_path)
+    assert (
+        told.returncode == 0
+        and told.stdout.splitlines()[-3:] == (done.stdout.splitlines()[-3:])
+    )
+
+
+def test_a_disk_that_is_full_or_hangs_is_told_in_one_line_and_loses_nothing(tmp_path):
+    if reason := disks.can_mount(tmp_path):
+        pytest.skip(reason)
+    chosen = ("--kinds", "disks", "--seed", 3, "--count", 4)
+    done = _harness(*chosen, "--folder", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0 not handled" in done.stdout
+
+
+def test_of_a_failed_save_the_echoes_of_orbax_are_not_shown():
+    printed = mock.Mock()
+    with (
+        mock.patch.object(sys, "__unraisablehook__", printed),
+        mock.patch.object(sys, "__excepthook__", printed),
+    ):
+        for text in ("Event loop is closed", "something else"):
+            error = RuntimeError(text)
+            ending._without_late_reads(mock.Mock(exc_value=error))
+            ending._without_late_callbacks(RuntimeError, error, None)
+            assert printed.call_count == (2 if text == "something else" else 0)
+    try:
+        raise OSError(28, "No space left on device")
+    except OSError:
+        found = sys.exc_info()
+    for name, shown in {"absl": False, "orbax.x": False, "jaxtrain.loop": True}.items():
+        record = logging.LogRecord(name, logging.ERROR, "", 1, "failed", (), found)
+        for with_all in (True, False):
+            text = logs.LineFormatter(with_all_tracebacks=with_all).format(record)
+            assert "error: failed" in text
+            assert ("Traceback" in text) == (with_all or shown)
+
+
+def test_the_total_of_several_folders_tells_of_every_failure(tmp_path):
+    case = {"kind": "as without kills", "handled": True, "run": "sft", "kills": 3}
+    lost = case | {"kind": "LOST", "handled": False, "events": {"save": 3}}
+    for name, cases in {"a": [case, case], "b": [case, lost]}.items():
+        path = tmp_path / name / "kills" / "seed-1.jsonl"
+        path.parent.mkdir(parents=True)
+        path.write_text("".join(f"{json.dumps(each)}\n" for each in cases) + '{"to')
+    fine = _harness("--summary", tmp_path / "a")
+    assert fine.returncode == 0 and "kills: 6 cases, 0 not handled" in fine.stdout
+    both = _harness("--summary", tmp_path / "a", tmp_path / "b")
+    assert both.returncode == 1 and "kills: 12 cases, 1 not handled" in both.stdout
+    assert json.dumps(lost) in both.stdout
+    assert _harness("--summary", tmp_path / "c").returncode == 1

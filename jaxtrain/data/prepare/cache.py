@@ -17,7 +17,6 @@ import logging
 import os
 import pathlib
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -68,10 +67,12 @@ def prepare_cached(
     root = pathlib.Path(folder).expanduser() if folder else cache_folder()
     try:
         root.mkdir(parents=True, exist_ok=True)
-        beside = dataclasses.replace(resources, scratch=root)
-        make = functools.partial(prepare, rows, tokenizer, options, resources=beside)
-        with _locked(root / f"{key}.lock"):
-            return _load_or_make(root / key, make)
+        with _locked(root / f"{key}.lock"), _room(root / f"new-{key}") as room:
+            beside = dataclasses.replace(resources, scratch=room)
+            make = functools.partial(
+                prepare, rows, tokenizer, options, resources=beside
+            )
+            return _load_or_make(root / key, make, room / "entry")
     except OSError as error:
         logger.warning("no cache of token ids: %s", error)
         return prepare(rows, tokenizer, options, resources=resources)
@@ -121,23 +122,19 @@ def _blocks(rows: Rows) -> Iterator[bytes | memoryview]:
 
 
 def _load_or_make(
-    entry: pathlib.Path, make: Callable[[], PreparedDataset]
+    entry: pathlib.Path, make: Callable[[], PreparedDataset], aside: pathlib.Path
 ) -> PreparedDataset:
     if (entry / _SEAL).is_file() and (found := _load(entry)) is not None:
         logger.debug("token ids from %s: %s", entry, found.stats.describe())
         return found
     made = make()
-    aside = pathlib.Path(tempfile.mkdtemp(prefix="new-", dir=entry.parent))
-    try:
-        made.save(aside)
-        (aside / _SEAL).write_text(json.dumps({"checksum": _checksum(made)}))
-        for path in [*aside.iterdir(), aside]:
-            flush(path)
-        os.replace(aside, entry)
-        flush(entry.parent)
-    except OSError:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+    aside.mkdir()
+    made.save(aside)
+    (aside / _SEAL).write_text(json.dumps({"checksum": _checksum(made)}))
+    for path in [*aside.iterdir(), aside]:
+        flush(path)
+    os.replace(aside, entry)
+    flush(entry.parent)
     logger.debug("token ids are kept in %s", entry)
     return PreparedDataset.load(entry)
 
@@ -175,6 +172,17 @@ def _checksum(data: PreparedDataset) -> str:
     if data.difficulty is not None:
         digest.update(np.ascontiguousarray(data.difficulty).data)
     return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _room(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """An empty folder for the time of the block; what a killed process left goes."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from jaxtrain.run.checkpoint import checksums, leaves, storage
 from jaxtrain.run.checkpoint.agreement import all_agree
 from jaxtrain.run.checkpoint.retention import NewestAndBest
 from jaxtrain.run.checkpoint.values import as_exact_json, as_json, gather
-from jaxtrain.run.durable import flush
+from jaxtrain.run.durable import flush, naming
 from jaxtrain.run.saved_record import DamagedCheckpointError
 
 logger = logging.getLogger(__name__)
@@ -188,16 +188,18 @@ class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
         raw = {name: leaves.to_raw(leaf) for name, leaf in arrays.items()}
         values = {"record": saved_record.digest(record)}
         self._known_metrics[step] = numbers
+        self._flush_records()
         to_hash = storage.SaveChecksums(checksums.on_host(raw), values)
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=storage.to_write(raw),
-                record=ocp.args.JsonSave(record),
-                checksums=to_hash,
-            ),
-            force=True,
-        )
+        with naming(self.directory):
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=storage.to_write(raw),
+                    record=ocp.args.JsonSave(record),
+                    checksums=to_hash,
+                ),
+                force=True,
+            )
         return True
 
     def restore(
@@ -299,8 +301,9 @@ class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
 
     def wait(self) -> None:
         """Block until every save is on disk; raises the error of one that failed."""
-        self._manager.wait_until_finished()
-        self._manager.check_for_errors()
+        with naming(self.directory):
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
         self._empty_trash()
         steps = self.all_steps()
         is_writer = not self._read_only and jax.process_index() == 0
@@ -315,6 +318,12 @@ class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _flush_records(self) -> None:
+        """Have the lines up to this step on the disk before the checkpoint is."""
+        if self._ledger is not None and jax.process_index() == 0:
+            for path in self._ledger.parent.glob("*.jsonl"):
+                flush(path)
 
     def _existing(self, step: int | None) -> int:
         steps = self.all_steps()

@@ -14,7 +14,7 @@ from etils import epath
 from orbax.checkpoint.path import atomicity
 
 from jaxtrain.run.checkpoint import checksums
-from jaxtrain.run.durable import flush
+from jaxtrain.run.durable import flush, flush_tree
 from jaxtrain.run.saved_record import checksum_file, seal
 
 # Chunks of a large leaf are read and written by several cores at once.
@@ -149,13 +149,6 @@ class SyncedRename(atomicity.AtomicRenameTemporaryPath):
         """Flush the files and folders, rename, and flush the name."""
         temporary = pathlib.Path(os.fspath(self.get()))
         final = pathlib.Path(os.fspath(self.get_final()))
-        await asyncio.to_thread(_sync_tree, temporary)
+        await asyncio.to_thread(flush_tree, temporary)
         await super().finalize()
         flush(final.parent)
-
-
-def _sync_tree(folder: pathlib.Path) -> None:
-    for at, _, files in os.walk(folder):
-        for name in files:
-            flush(pathlib.Path(at, name))
-        flush(pathlib.Path(at))
