@@ -160,12 +160,12 @@ def _data(parts: loop.Parts) -> str:
         held = f"{stats.rows:,} {unit}, {short(stats.tokens)} tokens{told}"
         packing = f"rows of {data.row_length:,} tokens, {packing},"
         packing += f" {stats.packing_efficiency:.0%} filled"
-        if _row_shapes(parts):
-            packing = "packed by micro-batch"
     else:
         packing = f"rows of {data.row_length:,} tokens, {packing}"
         count = len(data.rows.sources)
         held = f"a stream of {count} source{'s' * (count > 1)}"
+    if parts.feed.packs_batches:
+        packing = "packed by micro-batch"
     if isinstance(named, str):
         held += f"; {short_path(named) if named else 'data.train is not set'}"
     text = f"{held}; {packing}"

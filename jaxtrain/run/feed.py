@@ -83,7 +83,12 @@ class Feed:
             # By devices, where these divide, so that other processes can resume.
             shares = shards if shards % self.readers == 0 else self.readers
             return StreamIterator(
-                data, self._shape, reading, num_steps=loop.max_steps, shares=shares
+                data,
+                self._shape,
+                reading,
+                num_steps=loop.max_steps,
+                shares=shares,
+                rows=self._packed_rows,
             )
         return make_train_iterator(
             data,

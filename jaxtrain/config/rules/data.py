@@ -142,8 +142,6 @@ def _check_format(run: Resolution) -> None:
 def _default_packing(run: Resolution) -> bool | str:
     if run.training_type == "from_scratch":
         return True
-    if run.data.streaming:
-        return False
     if ":" in run.loop.objective or run.loop.use_auxiliary_loss:
         why = (
             "(unset): every example has a padded row, for a loss of your own may take"
@@ -155,10 +153,8 @@ def _default_packing(run: Resolution) -> bool | str:
 
 
 def _check_packed_batches(run: Resolution) -> None:
-    """The examples of each micro-batch in shared rows: their lengths must be known."""
+    """The examples of each micro-batch in shared rows: the loss must find them."""
     key = "data.packing"
-    if run.data.streaming:
-        run.problem(key, "a stream's rows are packed by windows: set true or false")
     if not (run.row and run.row.packs):
         fix = "set it false, or unset that"
         run.problem(key, f"objective {run.loop.objective!r} takes a pair a row; {fix}")

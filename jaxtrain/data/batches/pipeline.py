@@ -307,7 +307,11 @@ _load = functools.lru_cache(maxsize=1)(PreparedDataset.load)  # a worker process
 
 def check_identity(saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
     """Raise ValueError where a saved state is of other data, seed or batch shape."""
-    keys = (saved.keys() | present.keys()) - {"next_step", "lanes"}  # the position
+    keys = (saved.keys() | present.keys()) - {
+        "next_step",
+        "lanes",
+        "row_shapes",
+    }  # the position
     differing = [
         f"{key} was {saved.get(key)!r} and is {present.get(key)!r}"
         for key in sorted(keys)
