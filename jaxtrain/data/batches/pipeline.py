@@ -522,6 +522,11 @@ def make_eval_iterator(
     `rows`, the examples of a batch are packed so, and `shape` is of all processes'.
     """
     order = RowOrder(len(dataset), shape, shuffle=False)
-    packing = None if rows is None else _choose_packing(dataset, order, rows)
+    packing = None
+    if rows is not None:  # every evaluation asks for the same
+        packing = dataset.packings.get((shape, rows))
+        if packing is None:
+            packing = _choose_packing(dataset, order, rows)
+            dataset.packings[shape, rows] = packing
     reader = BatchReader(dataset, order, flat=True, packing=packing)
     return BatchIterator(reader, order.steps_per_epoch, Reading())
