@@ -472,14 +472,18 @@ def make_train_iterator(
     if dataset.parts:
         identity["parts"] = [list(part) for part in dataset.parts]
     if curriculum is not None and curriculum.enabled:
-        dataset, first_pass = plan_first_pass(
-            dataset,
+        planned, first_pass = plan_first_pass(
+            _as_padded(dataset) if rows is not None else dataset,
             curriculum,
             rows_per_step=shape.accumulation_steps * shape.global_micro_batch_rows,
             num_steps=num_steps,
             seed=seed,
             shuffle=shuffle,
         )
+        same = {
+            name: getattr(dataset, name) for name in ("shares_prompts", "row_length")
+        }
+        dataset = dataclasses.replace(planned, **same)
         order = dataclasses.replace(order, first_pass=first_pass)
         identity["curriculum"] = first_pass.fingerprint
     packing = None
@@ -488,6 +492,11 @@ def make_train_iterator(
         packing = _choose_packing(dataset, order, rows)
     reader = BatchReader(dataset, order, packing=packing)
     return BatchIterator(reader, num_steps, reading, identity)
+
+
+def _as_padded(dataset: PreparedDataset) -> PreparedDataset:
+    """The rows as they would be padded, by whose lengths a curriculum goes."""
+    return dataset.without_shared_prompts() if dataset.shares_prompts else dataset
 
 
 def _choose_packing(
