@@ -1,13 +1,13 @@
 """Which share of the computed tokens is useful, as the log of whole runs counts it.
 
-    python benchmarks/useful_tokens.py [--rows=12000] [--steps=60] [--devices=1,8]
+    python benchmarks/useful_tokens.py --blocks [--rows=50000] [--steps=60]
 
 Rows have log-normal lengths (sigma 0.8, mean 300 tokens; a third of a pair's shorter
 side is its prompt), cut at 1024 and at 2048, 8 examples a device. The model has one
 layer of width 8, for only the layout of the rows counts: the share is metrics.jsonl's
 `useful_token_share` over the steps of a run by the command line. CPU devices stand in
 for others. The attention of a CPU computes the whole mask, as that of cuDNN does; with
-`blocks`, rows are laid out as for kernels that leave out blocks (Hopper, TPUs).
+`--blocks`, rows are laid out as for kernels that leave out blocks (Hopper, TPUs).
 """
 
 import argparse
@@ -118,20 +118,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rows", type=int, default=12_000)
+    parser.add_argument("--rows", type=int, default=50_000)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--devices", default="1,8")
+    parser.add_argument("--tasks", default="sft,dpo")
+    parser.add_argument("--lengths", default="1024,2048")
+    parser.add_argument("--blocks", action="store_true")
     parser.add_argument("--flag", action="append", default=[], help="of every run")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         make(folder, options.rows)
         flags = [f"training.max_steps={options.steps}", *options.flag]
+        flags += ["blocks"] * options.blocks
         for devices in map(int, options.devices.split(",")):
-            for task in ("sft", "dpo"):
-                for longest in (1024, 2048):
+            for task in options.tasks.split(","):
+                for longest in map(int, options.lengths.split(",")):
                     share = measure(folder, task, longest, devices, *flags)
-                    print(f"{devices} devices, {task} {longest}: {share:.3f}")
+                    told = f"{devices} devices, {task} {longest}: {share:.3f}"
+                    print(told, flush=True)
 
 
 if __name__ == "__main__":

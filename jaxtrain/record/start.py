@@ -157,7 +157,8 @@ def _data(parts: loop.Parts) -> str:
             "truncated": stats.truncated,
         }
         told = "".join(f", {n:,} {what}" for what, n in lost.items() if n)
-        held = f"{stats.rows:,} {unit}, {short(stats.tokens)} tokens{told}"
+        once = " (shared prompts once)" if data.shares_prompts else ""
+        held = f"{stats.rows:,} {unit}, {short(stats.tokens)} tokens{once}{told}"
         packing = f"rows of {data.row_length:,} tokens, {packing},"
         packing += f" {stats.packing_efficiency:.0%} filled"
     else:
