@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from jaxtrain.data.batches.layout import (
     MOST_SHAPES,
+    RowPacking,
     RowShape,
     _least_padding,
     choose_packing,
@@ -129,6 +130,14 @@ def test_the_largest_of_the_covering_shapes_holds_any_micro_batch(
         assert sorted(slots[slots >= 0]) == list(range(examples))
         held = np.where(slots[..., None] >= 0, each[0][slots], 0).sum(2)
         assert held.max() <= length
+
+
+def test_a_micro_batch_that_only_fits_with_as_many_examples_in_each_row_fits():
+    """By tokens of both sides, the first device is full with the first pair alone."""
+    packing = RowPacking(2, 4, (RowShape(1, 512),), varies_rows=False)
+    lengths = np.asarray([[[256, 256], [200, 1], [200, 1], [200, 1]]])
+    slots, length = packing.place(np.arange(4)[None], lengths)
+    assert length == 512 and (slots >= 0).sum(-1).tolist() == [[2, 2]]
 
 
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=12), st.integers(1, 4))
