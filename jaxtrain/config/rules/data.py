@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from jaxtrain.config import eval_sets
 from jaxtrain.config.notes import Note
@@ -140,7 +141,7 @@ def _check_format(run: Resolution) -> None:
         )
 
 
-def _default_packing(run: Resolution) -> bool | str:
+def _default_packing(run: Resolution) -> bool | Literal["batch"]:
     if run.training_type == "from_scratch":
         return True
     if ":" in run.loop.objective or run.loop.use_auxiliary_loss:
@@ -153,7 +154,7 @@ def _default_packing(run: Resolution) -> bool | str:
     return "batch"
 
 
-def _packing_instead(run: Resolution) -> tuple[bool | str, str] | None:
+def _packing_instead(run: Resolution) -> tuple[bool | Literal["batch"], str] | None:
     """What acts in place of a packing that this run cannot have, and why; else None."""
     packing = run.data.packing
     if not packing or not run.is_dpo:
