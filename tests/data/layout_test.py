@@ -114,7 +114,7 @@ def test_the_largest_of_the_covering_shapes_holds_any_micro_batch(
         1000,
         shards=shards,
         row_length=256 if varies_rows else None,
-        most_shapes=5,
+        most_shapes=6,
     )
     packing = cover(packing, 256, examples)
     assert len(packing.shapes) <= MOST_SHAPES + 1

@@ -214,8 +214,9 @@ def choose_packing(
 def cover(packing: RowPacking, longest: int, examples: int) -> RowPacking:
     """Add shapes for micro-batches that need more than the sample did.
 
-    The largest holds `examples` of up to `longest` tokens each, whatever they are; if
-    it is far above the others, two shapes in between spare most of the difference.
+    The largest holds `examples` of up to `longest` tokens each, whatever they are. One
+    or two in between, as `MOST_SHAPES` leave room, spare most of the difference. So
+    there is one more than these at the most.
     """
     fitted, each = packing.shapes[-1], -(-examples // packing.shards)
     if packing.varies_rows:
@@ -226,7 +227,8 @@ def cover(packing: RowPacking, longest: int, examples: int) -> RowPacking:
         whole = RowShape(fitted.rows, -(-tokens // _MULTIPLE) * _MULTIPLE)
         start, end, unit = fitted.length, whole.length, _RARE_MULTIPLE
     # In equal ratios, so that each spares the same share.
-    between = (start * (end / start) ** (n / 3) for n in (1, 2))
+    count = min(2, MOST_SHAPES - len(packing.shapes))
+    between = (start * (end / start) ** (n / (count + 1)) for n in range(1, count + 1))
     sizes = {-(-math.ceil(size) // unit) * unit for size in between}
     shapes = {
         fitted._replace(**{"rows" if packing.varies_rows else "length": size})

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 _LOOK_AHEAD = 1024  # rows whose lengths tell the shapes
 _ORDERS = 8  # in which these rows are tried
-_FITTED_SHAPES = 5  # at most: the larger ones come on top
+_FITTED_SHAPES = 6  # at most: larger ones come on top
 _Behind = TypeVar("_Behind")
 
 
