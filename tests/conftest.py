@@ -89,7 +89,7 @@ THOROUGH = (
     "what_packs_test.py::test_a_run_packs_by_default_and_has_the_numbers_of_padded_rows"
     "[experts",
     "what_packs_test.py::test_a_run_packs_by_default_and_has_the_numbers_of_padded_rows"
-    "[lengths",
+    "[lengths]",
     "what_packs_test.py::test_a_run_packs_by_default_and_has_the_numbers_of_padded_rows"
     "[own data",
     "what_packs_test.py::test_a_run_packs_by_default_and_has_the_numbers_of_padded_rows"
