@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxtrain.data.batches import pipeline
 from jaxtrain.data.batches.dataset import DataStats, PreparedDataset, TokenStore
 from jaxtrain.data.batches.layout import choose_packing, lengths_of
+from jaxtrain.data.batches.pipeline import BatchShape
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.transformer import Decoder
 from jaxtrain.objectives import make_objective
@@ -207,3 +209,20 @@ def test_a_shared_prompt_counts_twice_in_the_load_of_experts():
     assert router_loss(both_batches(data)[1]) == pytest.approx(
         router_loss(padded), rel=1e-5
     )
+
+
+def test_the_shapes_of_an_evaluation_set_are_chosen_once(monkeypatch):
+    calls = []
+
+    def counted(*args, **options):
+        calls.append(options)
+        return choose_packing(*args, **options)
+
+    monkeypatch.setattr(pipeline, "choose_packing", counted)
+    data, rows = make_data("next_token"), pipeline.PackedRows(1, are_long=True)
+    for _ in range(2):
+        batches = list(pipeline.make_eval_iterator(data, BatchShape(4), rows))
+        assert sum(np.count_nonzero(b.loss_mask) for b in batches) > 0
+    assert len(calls) == 1
+    list(pipeline.make_eval_iterator(data, BatchShape(2), rows))
+    assert len(calls) == 2, "another batch size has shapes of its own"

@@ -719,14 +719,6 @@ _SCRATCH = {"training_type": "from_scratch"}
         ({"training": _SCRATCH, "model": {"architecture":
           {"model_type": "gemma2", "hidden_act": "silu"}}}, "set hidden_activation"),
         # data
-        ({"training": {**_DPO, "objective": "kto"}, "data": {"packing": True}},
-         "data.packing = True"),
-        ({"training": {**_DPO, "objective": "a:b"}, "data": {"packing": "batch"}},
-         "data.packing = 'batch'"),
-        ({"training": {"training_type": "sft", "max_steps": 1},
-          "data": {"streaming": True, "packing": "batch"}}, "data.packing = 'batch'"),
-        ({"training": {**_DPO, "dpo": {"precompute_ref_log_probs": True}},
-          "data": {"packing": True}}, "data.packing = True"),
         ({"training": _DPO, "data": {"format": "text"}}, "data.format = 'text'"),
         ({"data": {"format": "preference"}}, "data.format = 'preference'"),
         ({"data": {"format": "text", "assistant_only_loss": True}},

@@ -84,6 +84,18 @@ THOROUGH = (
     "trl_training_test.py::test_twenty_steps_log_and_learn_what_trl_does[llama-lora",
     "trl_training_test.py::test_twenty_steps_log_and_learn_what_trl_does[qwen2-dpo]",
     "trl_training_test.py::test_an_adapter_trains_on_as_in_trl[lora-dpo",
+    "what_packs_test.py::test_a_run_packs_by_default_and_has_the_numbers_of_padded_rows"
+    "[cpo",
+    "what_packs_test.py::test_a_run_packs_by_default_and_has_the_numbers_of_padded_rows"
+    "[experts",
+    "what_packs_test.py::test_a_run_packs_by_default_and_has_the_numbers_of_padded_rows"
+    "[lengths]",
+    "what_packs_test.py::test_a_run_packs_by_default_and_has_the_numbers_of_padded_rows"
+    "[own data",
+    "what_packs_test.py::test_a_run_packs_by_default_and_has_the_numbers_of_padded_rows"
+    "[simpo",
+    "what_packs_test.py::test_a_run_packs_by_default_and_has_the_numbers_of_padded_rows"
+    "[stream, window",
 )
 
 

@@ -83,6 +83,7 @@ def test_the_block_of_a_full_run_tells_what_can_be_counted_by_hand(dpo_parts):
         "16 rows a step = 2 a device x 4 data-parallel x 2 micro-" in entries["batch"]
     )
     (shape,) = dpo_parts.train_batches.reader.packing.shapes
+    assert "tokens (shared prompts once)" in entries["data"]
     assert "packed by" in entries["data"]
     tokens = dpo_parts.train_data.stats.tokens
     about = f"about {start.short(tokens / 42 * 16)} tokens in rows of"

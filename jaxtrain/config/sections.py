@@ -230,9 +230,11 @@ class DataSection:
     """Put several documents or pairs into a row, each blind to the others. batch: those
     of each micro-batch, so every step has the examples and the numbers that it would
     have without packing, and no more padding than it must. true: those of the whole
-    data set, ahead of training, and the batch sizes count packed rows, as in TRL.
-    false: every example has a padded row. Unset: true from_scratch, else batch; false
-    for streams and for losses of your own, which may take a row for an example."""
+    data set (of a stream, those of each window), ahead of training, and the batch
+    sizes count packed rows, as in TRL. false: every example has a padded row. Unset:
+    true from_scratch, else batch; false for losses of your own, which may take a row
+    for an example. What a loss rules out gives way to what it allows; the log says so.
+    """
     share_prompts: bool = DERIVED
     """Preference rows: compute each prompt once, its two completions behind it in one
     row, each blind to the other. The same numbers with fewer tokens; with packing true

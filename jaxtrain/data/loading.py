@@ -132,7 +132,7 @@ def prepare_rows(
         return _prepare_mixture(run, rows, tokenizer, options)
     if not isinstance(rows, StreamRows):
         return _prepare_held(run, rows, tokenizer, options)
-    if options.packing is None:
+    if run.data.packing is False:
         logger.info(
             "data.packing = False: rows of a stream are padded to data.max_length = %d "
             "tokens, for the longest is not known",

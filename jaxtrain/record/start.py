@@ -157,15 +157,16 @@ def _data(parts: loop.Parts) -> str:
             "truncated": stats.truncated,
         }
         told = "".join(f", {n:,} {what}" for what, n in lost.items() if n)
-        held = f"{stats.rows:,} {unit}, {short(stats.tokens)} tokens{told}"
+        once = " (shared prompts once)" if data.shares_prompts else ""
+        held = f"{stats.rows:,} {unit}, {short(stats.tokens)} tokens{once}{told}"
         packing = f"rows of {data.row_length:,} tokens, {packing},"
         packing += f" {stats.packing_efficiency:.0%} filled"
-        if _row_shapes(parts):
-            packing = "packed by micro-batch"
     else:
         packing = f"rows of {data.row_length:,} tokens, {packing}"
         count = len(data.rows.sources)
         held = f"a stream of {count} source{'s' * (count > 1)}"
+    if parts.feed.packs_batches:
+        packing = "packed by micro-batch"
     if isinstance(named, str):
         held += f"; {short_path(named) if named else 'data.train is not set'}"
     text = f"{held}; {packing}"

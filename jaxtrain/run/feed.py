@@ -73,18 +73,16 @@ class Feed:
         """The batches of all steps of the run, [A B T] on each process."""
         loop = self.run.loop
         by_steps = loop.max_steps > 0
-        reading = Reading(
-            loop.seed,
-            self.run.data.shuffle,
-            num_workers=self.run.devices.dataloader_num_workers,
-        )
+        workers = self.run.devices.dataloader_num_workers
+        reading = Reading(loop.seed, self.run.data.shuffle, num_workers=workers)
         if isinstance(data, StreamDataset):
             shards = self.plan.batch_shards
             # By devices, where these divide, so that other processes can resume.
             shares = shards if shards % self.readers == 0 else self.readers
             return StreamIterator(
-                data, self._shape, reading, num_steps=loop.max_steps, shares=shares
-            )
+                data, self._shape, reading,
+                num_steps=loop.max_steps, shares=shares, rows=self._packed_rows,
+            )  # fmt: skip
         return make_train_iterator(
             data,
             self._shape,

@@ -22,18 +22,12 @@ def make_feed(run: RunConfig, model: LoadedModel) -> Feed:
 def fit_to_model(
     rows: tuple[Prepared, Mapping[str, PreparedDataset]], decoder: Decoder
 ) -> tuple[Prepared, dict[str, PreparedDataset]]:
-    """The rows to train and to evaluate on, prompts shared only if the model can.
-
-    Raises:
-        ValueError: rows of a stream, which are laid out already.
-    """
+    """The rows to train and to evaluate on, prompts shared only if the model can."""
     train, held_out = rows
-    if isinstance(train, StreamDataset):
-        longest = train.row_length if train.options.share_prompts else 0
-        if (why := decoder.why_no_shared_prompts(longest)) and longest:
-            raise ValueError(f"data.share_prompts = True: {why} tokens; set it false")
-    else:
+    if not isinstance(train, StreamDataset):
         train = fit(train, decoder)
+    elif train.options.share_prompts and _refuses(decoder, train.row_length):
+        train = train.without_shared_prompts()
     return train, {name: fit(each, decoder) for name, each in held_out.items()}
 
 
@@ -41,10 +35,13 @@ def fit(data: PreparedDataset, decoder: Decoder) -> PreparedDataset:
     """These rows, prompts shared only if the model can."""
     if not data.shares_prompts:
         return data
-    why = decoder.why_no_shared_prompts(
-        int(shared_prompt.pair_lengths(data.stores).max())
-    )
-    if why is None:
-        return data
-    logger.info("data.share_prompts: prompts are not shared, for %s", why)
-    return data.without_shared_prompts()
+    longest = int(shared_prompt.pair_lengths(data.stores).max())
+    return data.without_shared_prompts() if _refuses(decoder, longest) else data
+
+
+def _refuses(decoder: Decoder, longest: int) -> bool:
+    """Whether the model cannot share the prompts of such pairs; the log says why."""
+    why = decoder.why_no_shared_prompts(longest)
+    if why is not None:
+        logger.info("data.share_prompts: prompts are not shared, for %s", why)
+    return why is not None

@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 
 from jaxtrain.data.batches.layout import (
     MOST_SHAPES,
+    RowPacking,
     RowShape,
     _least_padding,
     choose_packing,
+    cover,
     lengths_of,
 )
 from jaxtrain.data.batches.pipeline import BatchShape, RowOrder
@@ -91,6 +93,51 @@ def test_at_least_88_percent_of_the_computed_tokens_are_useful(shards, most):
         useful += lengths[drawn].sum()
         computed += slots.shape[1] * length
     assert useful / computed >= 0.88
+
+
+@settings(deadline=None)
+@given(
+    st.integers(1, 12),  # examples of a micro-batch
+    st.sampled_from([1, 2, 4]),  # devices
+    st.sampled_from([1, 2]),  # rows side by side
+    st.booleans(),
+    st.integers(0, 99),
+)
+def test_the_largest_of_the_covering_shapes_holds_any_micro_batch(
+    examples, shards, sides, varies_rows, seed
+):
+    short = np.full((64, sides), 10)
+    order = RowOrder(64, BatchShape(examples), shuffle=False)
+    packing = choose_packing(
+        short,
+        order.sample(),
+        1000,
+        shards=shards,
+        row_length=256 if varies_rows else None,
+        most_shapes=6,
+    )
+    packing = cover(packing, 256, examples)
+    assert len(packing.shapes) <= MOST_SHAPES + 1
+    tokens = [shape.tokens for shape in packing.shapes]
+    assert tokens == sorted(tokens)
+    assert tokens[-1] <= max(256, 128) * -(-examples // shards) + 128
+    drawn = np.arange(examples)[None]
+    random = np.random.default_rng(seed)
+    lengths = random.choice([1, 2, 255, 256], (1, examples, sides))
+    for each in (lengths, np.full_like(lengths, 256)):
+        slots, length = packing.place(drawn, each)
+        assert RowShape(slots.shape[1] // shards, length) in packing.shapes
+        assert sorted(slots[slots >= 0]) == list(range(examples))
+        held = np.where(slots[..., None] >= 0, each[0][slots], 0).sum(2)
+        assert held.max() <= length
+
+
+def test_a_micro_batch_that_only_fits_with_as_many_examples_in_each_row_fits():
+    """By tokens of both sides, the first device is full with the first pair alone."""
+    packing = RowPacking(2, 4, (RowShape(1, 512),), varies_rows=False)
+    lengths = np.asarray([[[256, 256], [200, 1], [200, 1], [200, 1]]])
+    slots, length = packing.place(np.arange(4)[None], lengths)
+    assert length == 512 and (slots >= 0).sum(-1).tolist() == [[2, 2]]
 
 
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=12), st.integers(1, 4))

@@ -12,7 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxtrain.data.batches.pipeline import BatchShape, make_eval_iterator
+from jaxtrain.batch import Batch
+from jaxtrain.data.batches.pipeline import (
+    BatchShape,
+    PackedRows,
+    make_eval_iterator,
+)
 from jaxtrain.data.prepare.options import PrepareOptions
 from jaxtrain.data.prepare.prepare import prepare
 from jaxtrain.data.stream.batches import (
@@ -145,9 +150,10 @@ def test_every_epoch_has_every_row_once_in_an_order_of_its_own(
         ["text", "packed", "mixture", "preference", "pairs", "shared", "kto"]
     ),
     prefetch=st.integers(1, 3),
+    by_batch=st.sampled_from([None, "long", "many"]),
 )
 def test_a_resumed_stream_gives_the_same_bytes(
-    small, folder, stop, window, buffer, shares, shuffle, kind, prefetch
+    small, folder, stop, window, buffer, shares, shuffle, kind, prefetch, by_batch
 ):
     options = {"window_rows": window, "shuffle_buffer_size": buffer}
     paths, weights = [folder / "text.jsonl"], None
@@ -157,10 +163,12 @@ def test_a_resumed_stream_gives_the_same_bytes(
     if kind in ("preference", "pairs", "shared", "kto"):
         paths = [folder / "preference.jsonl"]
         options["objective"] = "labeled" if kind == "kto" else "preference"
-    if kind in ("packed", "mixture", "pairs", "shared"):
+    made = {"shares": shares, "shuffle": shuffle, "accumulation_steps": 2}
+    if by_batch is not None:
+        made["rows"] = PackedRows(shares, by_batch == "long")
+    elif kind in ("packed", "mixture", "pairs", "shared"):
         options["packing"] = "bfd"
     data = stream(small, *paths, weights=weights, **options)
-    made = {"shares": shares, "shuffle": shuffle, "accumulation_steps": 2}
     whole = read(iterate(data, **made))
     interrupted = iterate(data, prefetch=prefetch, **made)
     for _ in range(stop):
@@ -178,6 +186,101 @@ def test_a_resumed_stream_gives_the_same_bytes(
     assert read(interrupted) == whole[max(stop, STEPS - 1) :]
 
 
+def documents(batch):
+    """The (tokens, targets, mask) of all documents, by side and micro-batch."""
+    found = {}
+    for side, rows in by_side(batch).items():
+        arrays = [rows.tokens, rows.targets, rows.loss_mask, rows.segment_ids]
+        for number, micro_batch in enumerate(zip(*arrays, strict=True)):
+            held = found[side, number] = []
+            for *row, ids in zip(*micro_batch, strict=True):
+                held += [
+                    tuple(map(tuple, [array[ids == segment] for array in row]))
+                    for segment in range(1, ids.max() + 1)
+                ]
+            held.sort()
+    return found
+
+
+def by_side(batch):
+    if isinstance(batch, Batch):
+        return {"": batch}
+    return {k: v for k, v in vars(batch).items() if isinstance(v, Batch)}
+
+
+@settings(max_examples=12)
+@given(
+    shards=st.sampled_from([1, 2, 4]),
+    accumulation=st.integers(1, 2),
+    are_long=st.booleans(),
+    kind=st.sampled_from(["next_token", "preference", "labeled"]),
+)
+def test_packed_micro_batches_have_the_examples_of_padded_ones(
+    small, folder, shards, accumulation, are_long, kind
+):
+    name = "text" if kind == "next_token" else "preference"
+    data = stream(small, folder / f"{name}.jsonl", objective=kind)
+    made = {"shares": shards, "accumulation_steps": accumulation}
+    padded = iterate(data, **made)
+    packed = iterate(data, rows=PackedRows(shards, are_long), **made)
+    shapes = {shapes_of(batch) for batch in packed.empty_batches()}
+    for batch, rows in zip(packed, padded, strict=True):
+        assert documents(batch) == documents(rows)
+        assert shapes_of(batch) in shapes
+        if kind == "labeled":
+            assert batch.desirable.sum() == rows.desirable.sum()
+        tokens = next(iter(by_side(batch).values())).tokens
+        assert tokens.shape[1] % shards == 0
+        # A row of several examples is as long as a multiple of 128 tokens.
+        assert tokens.size <= 4 * accumulation * max(data.row_length, 128)
+    packed.close(), padded.close()
+
+
+def shapes_of(batch):
+    return tuple(array.shape for array in named_arrays(batch).values())
+
+
+def test_a_shared_prompt_stands_once_and_a_model_may_refuse_that(small, folder):
+    data = stream(
+        small, folder / "preference.jsonl", objective="preference", share_prompts=True
+    )
+    apart = data.without_shared_prompts()
+    assert (data.row_length, apart.row_length) == (128, 64)
+    rows = PackedRows(2, are_long=True)
+    for shared, alone in zip(
+        iterate(data, rows=rows), iterate(apart, rows=rows), strict=True
+    ):
+        assert shared.shared is not None and alone.shared is None
+        for side in ("chosen", "rejected"):
+            trained = [
+                sorted(getattr(b, side).targets[getattr(b, side).loss_mask > 0])
+                for b in (shared, alone)
+            ]
+            assert trained[0] == trained[1]
+        held = [np.count_nonzero(x.segment_ids) for x in by_side(alone).values()]
+        assert np.count_nonzero(shared.shared.segment_ids) < sum(held)
+
+
+@pytest.mark.parametrize("are_long", [False, True])
+def test_longer_rows_than_the_first_fit_in_the_shapes_of_the_start(
+    small, tmp_path, are_long
+):
+    """At most eight shapes, though nothing at the start tells what will come."""
+    path = tmp_path / "growing.jsonl"
+    write(path, [{"text": "the dog " * (1 + i // 40)} for i in range(3000)])
+    data = stream(small, path, max_length=128)
+    batches = iterate(
+        data, rows=PackedRows(1, are_long), shares=1, micro_batch_rows=8,
+        shuffle=False, num_steps=370,
+    )  # fmt: skip
+    known = {shapes_of(batch) for batch in batches.empty_batches()}
+    assert 1 < len(known) <= 8
+    found = [shapes_of(batch) for batch in batches]
+    batches.close()
+    assert set(found) <= known
+    assert found[-1] != found[0], "the last rows are many times as long"
+
+
 @pytest.mark.slow
 def test_worker_processes_change_nothing(small, folder):
     data = stream(small, folder / "text.jsonl", packing="bfd")
@@ -192,11 +295,16 @@ def test_worker_processes_change_nothing(small, folder):
     assert found + read(none) == whole
 
 
-def test_batches_do_not_depend_on_the_number_of_processes(small, folder):
+@pytest.mark.parametrize("packing", ["windows", "batch"])
+def test_batches_do_not_depend_on_the_number_of_processes(small, folder, packing):
     """And a run of two processes goes on as one of four."""
-    data = stream(small, folder / "text.jsonl", packing="bfd")
+    by_batch = packing == "batch"
+    data = stream(small, folder / "text.jsonl", packing=None if by_batch else "bfd")
 
     def process(index, count):
+        if by_batch:
+            rows = PackedRows(4, are_long=True, share=(index, count))
+            return iterate(data, shares=4, micro_batch_rows=8, rows=rows)
         return iterate(
             data, shares=4, micro_batch_rows=8 // count,
             process_index=index, process_count=count,
@@ -210,8 +318,9 @@ def test_batches_do_not_depend_on_the_number_of_processes(small, folder):
             np.concatenate(halves, axis=1), whole[step].tokens
         )
     states = json.loads(json.dumps([half.get_state() for half in two]))
-    with pytest.raises(ValueError, match=r"no share \[2, 3\]"):
-        process(1, 2).set_state(states[0])
+    if not by_batch:
+        with pytest.raises(ValueError, match=r"no share \[2, 3\]"):
+            process(1, 2).set_state(states[0])
     four = [process(index, 4) for index in range(4)]
     for quarter in four:
         quarter.set_state(join_states(states))

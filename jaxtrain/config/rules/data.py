@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from jaxtrain.config import eval_sets
 from jaxtrain.config.notes import Note
@@ -85,10 +86,11 @@ def resolve_data(run: Resolution) -> None:
     _check_format(run)
     if data.packing is None:
         run.data = data = replace(data, packing=_default_packing(run))
-    elif data.packing == "batch":
-        _check_packed_batches(run)
-    elif data.packing and run.is_dpo:
-        _check_packed_pairs(run)
+    elif (other := _packing_instead(run)) is not None:
+        packing, why = other
+        why = f"becomes {packing!r}, and batch sizes count examples: {why}"
+        run.notes.append(Note("remark", "data.packing", data.packing, why))
+        run.data = data = replace(data, packing=packing)
     if data.share_prompts:
         _check_shared_prompts(run)
     elif data.share_prompts is None:
@@ -139,11 +141,9 @@ def _check_format(run: Resolution) -> None:
         )
 
 
-def _default_packing(run: Resolution) -> bool | str:
+def _default_packing(run: Resolution) -> bool | Literal["batch"]:
     if run.training_type == "from_scratch":
         return True
-    if run.data.streaming:
-        return False
     if ":" in run.loop.objective or run.loop.use_auxiliary_loss:
         why = (
             "(unset): every example has a padded row, for a loss of your own may take"
@@ -154,30 +154,23 @@ def _default_packing(run: Resolution) -> bool | str:
     return "batch"
 
 
-def _check_packed_batches(run: Resolution) -> None:
-    """The examples of each micro-batch in shared rows: their lengths must be known."""
-    key = "data.packing"
-    if run.data.streaming:
-        run.problem(key, "a stream's rows are packed by windows: set true or false")
+def _packing_instead(run: Resolution) -> tuple[bool | Literal["batch"], str] | None:
+    """What acts in place of a packing that this run cannot have, and why; else None."""
+    packing = run.data.packing
+    if not packing or not run.is_dpo:
+        return None
     if not (run.row and run.row.packs):
-        fix = "set it false, or unset that"
-        run.problem(key, f"objective {run.loop.objective!r} takes a pair a row; {fix}")
-
-
-def _check_packed_pairs(run: Resolution) -> None:
-    """Packed ahead of training: what needs to know which pairs share a row."""
-    key, fix = "data.packing", "set it to 'batch' or false, or unset that"
-    if not (run.row and run.row.packs):
-        run.problem(key, f"objective {run.loop.objective!r} takes a pair a row; {fix}")
-    elif run.row.row_kind == "labeled":
-        problem = "the completions of kto are packed by micro-batch"
-        run.problem(key, f"{problem}; set it to 'batch'")
+        return False, f"objective {run.loop.objective!r} takes a pair a row"
+    if packing == "batch":
+        return None
+    # Packed ahead of training: what needs to know which pairs share a row.
+    if run.row.row_kind == "labeled":
+        return "batch", "completions are packed by micro-batch only"
     if run.dpo.precompute_ref_log_probs:
-        problem = "training.dpo.precompute_ref_log_probs keeps one sum a row"
-        run.problem(key, f"{problem}; {fix}")
+        return "batch", "training.dpo.precompute_ref_log_probs keeps one sum a row"
     if run.curriculum.enabled and run.curriculum.strategy == "length_based":
-        problem = f"a length_based curriculum takes a pair a row; {fix}"
-        run.problem(key, problem, causes=["curriculum.strategy"])
+        return "batch", "a length_based curriculum takes a pair a row"
+    return None
 
 
 def _why_no_pairs(run: Resolution) -> str | None:

@@ -170,6 +170,11 @@ class PreparedDataset:
             return self.row_lengths()[:, None]
         return np.stack([s.row_lengths() for s in self.stores.values()], axis=-1)
 
+    @functools.cached_property
+    def packings(self) -> dict[Any, Any]:
+        """How rows were packed, by what that was chosen for, to choose but once."""
+        return {}
+
     def batch(self, rows: np.ndarray, *, row_length: int | None = None) -> AnyBatch:
         """Rows as arrays [*rows.shape, T]; -1 gives an empty row, which counts nowhere.
 

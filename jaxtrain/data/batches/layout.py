@@ -10,6 +10,7 @@ the examples for the least padding. Which one a step has depends on its examples
 """
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -76,7 +77,7 @@ class RowPacking:
                 if shape.rows == rows and shape.length >= load
             ]
         if not fitting:
-            fitting.append(self._rare(lengths))
+            fitting.append(self._dealt_out(lengths) or self._rare(lengths))
         shape, bins = min(fitting, key=lambda found: found[0].tokens)
         return self._slots(examples, bins, shape), shape.length
 
@@ -90,6 +91,14 @@ class RowPacking:
         """This process's part of what `place` gives, without any example."""
         rows = shape.rows * self.shards // self.share[1]
         return np.full((accumulation_steps, rows, self.most), -1)
+
+    def _dealt_out(self, lengths: np.ndarray) -> tuple[RowShape, np.ndarray] | None:
+        """The largest shape with as many examples in each row, if they fit so."""
+        shape = self.shapes[-1]
+        rows = self.shards * shape.rows
+        bins = np.broadcast_to(np.arange(lengths.shape[1]) % rows, lengths.shape[:2])
+        fits = loads(lengths, bins, rows).max() <= shape.length
+        return (shape, bins) if fits else None
 
     def _rare(self, lengths: np.ndarray) -> tuple[RowShape, np.ndarray]:
         """A shape for a step that fits in none."""
@@ -167,6 +176,7 @@ def choose_packing(
     shards: int,
     row_length: int | None,
     share: tuple[int, int] = (0, 1),
+    most_shapes: int = MOST_SHAPES,
 ) -> RowPacking:
     """Choose the shapes of rows that leave the least padding.
 
@@ -175,13 +185,13 @@ def choose_packing(
     Args:
         lengths: int64[examples, sides], see `RowPacking.place`.
         sample: int64[steps, A, G], the examples of some steps such as will come.
+        steps_per_epoch: steps after which a shape has to have paid.
         row_length: rows are so long, and their number varies. None: a device's rows
             are few and long, which suits attention that leaves out blocks.
     """
     count, _, examples = sample.shape
     drawn = lengths_of(lengths, sample.reshape(-1, examples))
-    each = -(-examples // shards)
-    most = min(examples, 2 * each)
+    each, most = -(-examples // shards), most_in_row(examples, shards)
     if row_length is None:
         mean = drawn.sum(axis=1).max(axis=-1).mean() / shards
         rows = min(each, max(1, round(mean / _LONG_ROW)))
@@ -192,12 +202,46 @@ def choose_packing(
         needed = -(-needed // _MULTIPLE) * _MULTIPLE
     else:
         needed = _rows_needed(drawn, row_length, shards=shards, most=most)
-    sizes = _choose_sizes(needed.reshape(count, -1).max(axis=1), steps_per_epoch)
+    needed = needed.reshape(count, -1).max(axis=1)
+    sizes = _choose_sizes(needed, steps_per_epoch, most_shapes)
     shapes = tuple(
         RowShape(rows, size) if row_length is None else RowShape(size, row_length)
         for size in sizes
     )
     return RowPacking(shards, most, shapes, row_length is not None, share)
+
+
+def cover(packing: RowPacking, longest: int, examples: int) -> RowPacking:
+    """Add shapes for micro-batches that need more than the sample did.
+
+    The largest holds `examples` of up to `longest` tokens each, whatever they are. One
+    or two in between, as `MOST_SHAPES` leave room, spare most of the difference. So
+    there is one more than these at the most.
+    """
+    fitted, each = packing.shapes[-1], -(-examples // packing.shards)
+    if packing.varies_rows:
+        whole = RowShape(each, fitted.length)
+        start, end, unit = fitted.rows, whole.rows, 1
+    else:
+        tokens = -(-each // fitted.rows) * longest
+        whole = RowShape(fitted.rows, -(-tokens // _MULTIPLE) * _MULTIPLE)
+        start, end, unit = fitted.length, whole.length, _RARE_MULTIPLE
+    # In equal ratios, so that each spares the same share.
+    count = min(2, MOST_SHAPES - len(packing.shapes))
+    between = (start * (end / start) ** (n / (count + 1)) for n in range(1, count + 1))
+    sizes = {-(-math.ceil(size) // unit) * unit for size in between}
+    shapes = {
+        fitted._replace(**{"rows" if packing.varies_rows else "length": size})
+        for size in sizes
+        if size > start
+    }
+    kept = (s for s in {*packing.shapes, *shapes} if s.tokens < whole.tokens)
+    return dataclasses.replace(packing, shapes=(*sorted(kept), whole))
+
+
+def most_in_row(examples: int, shards: int) -> int:
+    """For how many of a micro-batch's examples a row has room."""
+    return min(examples, 2 * -(-examples // shards))
 
 
 def lengths_of(lengths: np.ndarray, examples: np.ndarray) -> np.ndarray:
@@ -220,10 +264,10 @@ def _rows_needed(
     return needed
 
 
-def _choose_sizes(needed: np.ndarray, steps_per_epoch: int) -> list[int]:
+def _choose_sizes(needed: np.ndarray, steps_per_epoch: int, most: int) -> list[int]:
     """So many sizes that one more would not be worth its compilation."""
     sizes = _least_padding(needed, 1)
-    for count in range(2, MOST_SHAPES + 1):
+    for count in range(2, most + 1):
         more = _least_padding(needed, count)
         filled, fuller = (
             np.asarray(each)[np.searchsorted(each, needed)].mean()

@@ -307,7 +307,11 @@ _load = functools.lru_cache(maxsize=1)(PreparedDataset.load)  # a worker process
 
 def check_identity(saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
     """Raise ValueError where a saved state is of other data, seed or batch shape."""
-    keys = (saved.keys() | present.keys()) - {"next_step", "lanes"}  # the position
+    keys = (saved.keys() | present.keys()) - {
+        "next_step",
+        "lanes",
+        "row_shapes",
+    }  # the position
     differing = [
         f"{key} was {saved.get(key)!r} and is {present.get(key)!r}"
         for key in sorted(keys)
@@ -468,14 +472,18 @@ def make_train_iterator(
     if dataset.parts:
         identity["parts"] = [list(part) for part in dataset.parts]
     if curriculum is not None and curriculum.enabled:
-        dataset, first_pass = plan_first_pass(
-            dataset,
+        planned, first_pass = plan_first_pass(
+            _as_padded(dataset) if rows is not None else dataset,
             curriculum,
             rows_per_step=shape.accumulation_steps * shape.global_micro_batch_rows,
             num_steps=num_steps,
             seed=seed,
             shuffle=shuffle,
         )
+        same = {
+            name: getattr(dataset, name) for name in ("shares_prompts", "row_length")
+        }
+        dataset = dataclasses.replace(planned, **same)
         order = dataclasses.replace(order, first_pass=first_pass)
         identity["curriculum"] = first_pass.fingerprint
     packing = None
@@ -484,6 +492,11 @@ def make_train_iterator(
         packing = _choose_packing(dataset, order, rows)
     reader = BatchReader(dataset, order, packing=packing)
     return BatchIterator(reader, num_steps, reading, identity)
+
+
+def _as_padded(dataset: PreparedDataset) -> PreparedDataset:
+    """The rows as they would be padded, by whose lengths a curriculum goes."""
+    return dataset.without_shared_prompts() if dataset.shares_prompts else dataset
 
 
 def _choose_packing(
@@ -518,6 +531,11 @@ def make_eval_iterator(
     `rows`, the examples of a batch are packed so, and `shape` is of all processes'.
     """
     order = RowOrder(len(dataset), shape, shuffle=False)
-    packing = None if rows is None else _choose_packing(dataset, order, rows)
+    packing = None
+    if rows is not None:  # every evaluation asks for the same
+        packing = dataset.packings.get((shape, rows))
+        if packing is None:
+            packing = _choose_packing(dataset, order, rows)
+            dataset.packings[shape, rows] = packing
     reader = BatchReader(dataset, order, flat=True, packing=packing)
     return BatchIterator(reader, order.steps_per_epoch, Reading())

@@ -20,8 +20,11 @@ from transformers import PreTrainedTokenizerBase
 
 from jaxtrain.batch import AnyBatch
 from jaxtrain.data.batches.dataset import ROW_MULTIPLE, DataStats, PreparedDataset
+from jaxtrain.data.batches.gather import gather_rows
+from jaxtrain.data.batches.layout import RowShape
 from jaxtrain.data.batches.pipeline import (
     BatchShape,
+    PackedRows,
     Reading,
     check_identity,
     describe_order,
@@ -31,6 +34,7 @@ from jaxtrain.data.prepare.options import PrepareOptions
 from jaxtrain.data.prepare.prepare import detect_row_format
 from jaxtrain.data.rows.formats import RowFormat
 from jaxtrain.data.rows.tokenize import check_tokenizer
+from jaxtrain.data.stream.packing import StepPacking
 from jaxtrain.data.stream.producer import Producer, run_window
 from jaxtrain.data.stream.source import Share, Source, State, head
 from jaxtrain.data.stream.windows import BlockReader, Lane, WindowReader, make_window
@@ -83,8 +87,14 @@ class StreamDataset:
 
     @property
     def packed(self) -> bool:
-        """Whether a row may hold more than one document."""
+        """Whether a window's rows may hold more than one document."""
         return self.options.packing is not None
+
+    def without_shared_prompts(self) -> "StreamDataset":
+        """The same pairs, chosen and rejected each in rows of their own."""
+        options = dataclasses.replace(self.options, share_prompts=False)
+        recipes = [dataclasses.replace(each, options=options) for each in self.recipes]
+        return dataclasses.replace(self, options=options, recipes=tuple(recipes))
 
     @property
     def fingerprint(self) -> str:
@@ -159,10 +169,14 @@ class StreamIterator(Iterator[AnyBatch]):
         *,
         num_steps: int,
         shares: int | None = None,
+        rows: PackedRows | None = None,
     ) -> None:
         """Take up the rows of this process; read nothing yet.
 
         Args:
+            rows: pack the examples of each micro-batch so. `shape` is then of all
+                processes' examples, and each process reads all shares, for only who
+                knows all lengths knows the shape of the rows.
             shares: how many shares the rows are dealt out to, a multiple of the
                 processes that divides a micro-batch; one a process if None. Batches
                 depend on it, and not on the number of processes.
@@ -170,12 +184,12 @@ class StreamIterator(Iterator[AnyBatch]):
         Raises:
             ValueError: `shares` does not fit.
         """
-        count, rows = shape.process_count, shape.global_micro_batch_rows
+        count, examples = shape.process_count, shape.global_micro_batch_rows
         shares = count if shares is None else shares
-        if shares % count or rows % shares:
+        if shares % count or examples % shares:
             raise ValueError(
                 f"shares={shares} must be a multiple of process_count={count} "
-                f"and divide a micro-batch of {rows} rows"
+                f"and divide a micro-batch of {examples} rows"
             )
         self.num_steps = num_steps
         self.step = 0
@@ -193,6 +207,11 @@ class StreamIterator(Iterator[AnyBatch]):
             "shares": shares,
             "fingerprint": dataset.fingerprint,
         }
+        self._rows = rows
+        self._row_shapes: list[list[int]] | None = None  # where batches are packed
+        if rows is not None:
+            self._identity["packing"] = "batch"
+        self._empty: list[AnyBatch] = []
         self._lane_states: dict[str, State] = {}  # at _first_step
         self._first_step = 0
         self._states: dict[int, _Snapshot] = {}
@@ -204,12 +223,7 @@ class StreamIterator(Iterator[AnyBatch]):
     def __next__(self) -> AnyBatch:
         if self.step >= self.num_steps:
             raise StopIteration
-        if self._producer is None:
-            steps = self.num_steps - self.step
-            self._producer = Producer(
-                self._lanes, self._assemble, steps, self._reading, self._dataset.recipes
-            )
-        batch, snapshot = self._producer.get()
+        batch, snapshot = self._open().get()
         self.step += 1
         self._states[self.step] = snapshot
         self._states.pop(self.step - _KEPT_STATES, None)
@@ -223,8 +237,14 @@ class StreamIterator(Iterator[AnyBatch]):
         return max(self.num_steps - self.step, 0)
 
     def empty_batches(self) -> list[AnyBatch]:
-        """None: all batches have one shape, which the first step compiles for."""
-        return []
+        """A batch without examples of each shape to come, to compile for.
+
+        None where all have one shape. This reads the stream's first rows.
+        """
+        if self._rows is None:
+            return []
+        self._open()
+        return self._empty
 
     def get_state(self, step: int | None = None) -> State:
         """The state behind a recent step, the last one given if None: JSON values.
@@ -238,7 +258,10 @@ class StreamIterator(Iterator[AnyBatch]):
             lanes = self._lane_states
         else:
             raise ValueError(f"the state behind step {step} is not kept any more")
-        return {"next_step": step, "lanes": lanes, **self._identity}
+        state = {"next_step": step, "lanes": lanes, **self._identity}
+        if self._rows is not None:
+            state["row_shapes"] = self._row_shapes
+        return state
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Continue at a saved state.
@@ -257,6 +280,7 @@ class StreamIterator(Iterator[AnyBatch]):
             )
         self._close_producer()
         self._states.clear()
+        self._row_shapes = state.get("row_shapes")
         self._lane_states = {str(i): lanes[str(i)] for i in self._held} if lanes else {}
         self.step = self._first_step = int(state["next_step"])
 
@@ -269,6 +293,34 @@ class StreamIterator(Iterator[AnyBatch]):
         if self.step in self._states:
             self._report(self._states[self.step].counts)
         self._close_producer()
+
+    def _open(self) -> Producer:
+        if self._producer is None:
+            self._producer = Producer(
+                self._lanes,
+                functools.partial(
+                    self._make_batches, self.num_steps - self.step, self._packing()
+                ),
+                self._reading,
+                self._dataset.recipes,
+            )
+            if self._rows is not None:
+                opening = self._producer.get()
+                self._row_shapes = [list(shape) for shape in opening.shapes]
+                self._empty = opening.empty
+        return self._producer
+
+    def _packing(self) -> StepPacking | None:
+        if self._rows is None:
+            return None
+        shapes = self._row_shapes
+        return StepPacking(
+            self._rows,
+            self._accumulation,
+            self._dataset.row_length,
+            self.num_steps,
+            None if shapes is None else tuple(RowShape(*each) for each in shapes),
+        )
 
     def _close_producer(self) -> None:
         if self._producer is not None:
@@ -309,22 +361,34 @@ class StreamIterator(Iterator[AnyBatch]):
             lanes.append(lane)
         return lanes
 
-    def _assemble(self, lanes: Sequence[Lane]) -> "tuple[AnyBatch, _Snapshot]":
-        taken = [
-            lane.take()
-            for _ in range(self._accumulation)
-            for lane in lanes
-            for _ in range(self._rows_each)
-        ]
-        rows = len(taken) // self._accumulation
-        batch = _batch(taken, (self._accumulation, rows))
+    def _make_batches(
+        self, remaining: int, packing: StepPacking | None, lanes: Sequence[Lane]
+    ) -> Iterator[Any]:
+        steps = map(self._take, itertools.repeat(lanes))
+        if packing is not None:
+            yield from packing.batches(steps, remaining)
+            return
+        for rows, snapshot in itertools.islice(steps, remaining):
+            numbers = np.arange(len(rows)).reshape(self._accumulation, -1)
+            yield rows.batch(numbers), snapshot
+
+    def _take(self, lanes: Sequence[Lane]) -> "tuple[PreparedDataset, _Snapshot]":
+        """The rows of the next step, and where the stream stands behind them."""
+        rows = gather_rows(
+            [
+                lane.take()
+                for _ in range(self._accumulation)
+                for lane in lanes
+                for _ in range(self._rows_each)
+            ]
+        )
         readers = [reader for lane in lanes for reader in lane.readers]
         counts = sum((reader.counts for reader in readers), DataStats())
         states = {
             str(index): lane.get_state()
             for index, lane in zip(self._held, lanes, strict=True)
         }
-        return batch, _Snapshot(states, counts, min(lane.epoch for lane in lanes))
+        return rows, _Snapshot(states, counts, min(lane.epoch for lane in lanes))
 
     def _take_bad_rows(self, problems: Sequence[tuple[str, str]]) -> None:
         if self._dataset.options.on_bad_row == "error":
@@ -371,28 +435,6 @@ class _Snapshot:
     lanes: dict[str, State]
     counts: DataStats
     epoch: int
-
-
-def _batch(
-    taken: Sequence[tuple[PreparedDataset, int]], shape: tuple[int, int]
-) -> AnyBatch:
-    """Rows of several windows as arrays [*shape, ...]."""
-    made = []
-    for _, run in itertools.groupby(taken, lambda item: id(item[0])):
-        data, rows = zip(*run, strict=True)
-        made.append(data[0].batch(np.asarray(rows)))
-    return _join(shape, *made)
-
-
-def _join(shape: tuple[int, int], *parts: Any) -> Any:
-    """The rows of batches behind one another, as arrays [*shape, ...]."""
-    if parts[0] is None:
-        return None
-    if isinstance(parts[0], AnyBatch):
-        fields = zip(*(vars(part).values() for part in parts), strict=True)
-        return type(parts[0])(*(_join(shape, *arrays) for arrays in fields))
-    array = np.concatenate(parts)
-    return array.reshape(*shape, *array.shape[1:])
 
 
 def _describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> list[str]:

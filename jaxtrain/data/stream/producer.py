@@ -22,8 +22,7 @@ class Producer:
     def __init__(
         self,
         make_lanes: Any,
-        assemble: Any,
-        count: int,
+        make_batches: Any,
         reading: Reading,
         recipes: tuple[Recipe, ...],
     ) -> None:
@@ -44,9 +43,8 @@ class Producer:
 
         def produce() -> None:
             try:
-                lanes = make_lanes(self._pool, workers)
-                for _ in range(count):
-                    if not self._put(assemble(lanes)):
+                for made in make_batches(make_lanes(self._pool, workers)):
+                    if not self._put(made):
                         return
             except BaseException as error:
                 self._put(error)
@@ -57,7 +55,7 @@ class Producer:
         self._thread.start()
 
     def get(self) -> Any:
-        """The next batch; raises what went wrong in making it."""
+        """What was made next; raises what went wrong in making it."""
         made = self._made.get()
         if isinstance(made, BaseException):
             self._made.put(made)  # for whoever asks again
