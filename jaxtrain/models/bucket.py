@@ -1,0 +1,52 @@
+"""Models in a bucket: their small files on the local disk, their weights left there.
+
+`fetch_model` copies a model's folder but for its weights. The copy stands for the model
+everywhere; `weight_file` gives a file of its weights, which is in the bucket, and
+`weight_files` reads tensors of either kind of file alike.
+"""
+
+import pathlib
+
+from jaxtrain.config.folders import bucket_cache
+from jaxtrain.storage import mirror
+from jaxtrain.storage.reading import AnyFile, RemoteFile, list_files
+
+# Files of weights, of which all but safetensors are not read at all.
+_WEIGHTS = (
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".onnx", ".h5",
+    ".msgpack", ".npz", ".zip", ".tar",
+)  # fmt: skip
+
+
+def fetch_model(address: str) -> pathlib.Path:
+    """A local copy of a model's folder in a bucket, its weights left where they are.
+
+    Raises:
+        ValueError, OSError: there is no such folder, or it cannot be read.
+    """
+    listed = list_files(address)
+    if "" in listed:
+        raise ValueError(f"model {address!r} is a file: name the folder that it is in")
+    files = {path: file for path, file in listed.items() if "/" not in path}
+    return mirror.mirror_files(address, files, bucket_cache(), stays=_is_weights)
+
+
+def _is_weights(file: RemoteFile) -> bool:
+    """Whether a file is one of weights, by its name."""
+    return file.suffix in _WEIGHTS
+
+
+def shown(directory: str) -> str:
+    """A model's directory as its user names it: a copy's address in the bucket."""
+    return mirror.origin(directory, bucket_cache()) or directory
+
+
+def weight_file(directory: pathlib.Path, name: str) -> AnyFile:
+    """A file of weights in a directory, whether or not it is there."""
+    return mirror.staying(directory, bucket_cache()).get(name) or directory / name
+
+
+def weight_names(directory: pathlib.Path) -> list[str]:
+    """The names of all files in a directory, sorted; weights in a bucket as well."""
+    on_disk = (file.name for file in directory.glob("*"))
+    return sorted({*on_disk, *mirror.staying(directory, bucket_cache())})
