@@ -18,6 +18,7 @@ ALLOWED: dict[str, set[str]] = {
     "objectives.options": {"schema"},
     "config.eval_sets": set(),
     "record.safe_text": set(),
+    "storage": set(),
     "config": {
         "config.eval_sets",
         "models.families",
