@@ -118,7 +118,7 @@ def read_header(file: AnyFile) -> tuple[dict[str, Any], int]:
 
 
 def _read_at_once(files: list[RemoteFile]) -> None:
-    """Read the headers of files in a bucket; what is wrong is said when they are used."""
+    """Read the headers of files in a bucket; their use says what is wrong."""
 
     def read(file: RemoteFile) -> None:
         with contextlib.suppress(ValueError):

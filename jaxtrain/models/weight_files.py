@@ -84,9 +84,9 @@ class RemoteSlice(NamedTuple):
         stop = max(first, stop)
         data = self.file.read(self.start + first * row, self.start + stop * row)
         ahead = [1] * max(axis, 0) + [stop - first] if self.shape else []
-        values = np.frombuffer(data, dtype).reshape(*ahead, *self.shape[axis + 1 :])
+        values = np.frombuffer(data, dtype).reshape((*ahead, *self.shape[axis + 1 :]))
         rest = (slice(each.start, each.stop) for each in bounds[axis + 1 :])
-        return values[(*[slice(None)] * (axis + 1), *rest)]
+        return np.asarray(values[(*[slice(None)] * (axis + 1), *rest)])
 
 
 class RemoteTensors:

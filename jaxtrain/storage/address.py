@@ -22,8 +22,8 @@ def is_remote(address: AnyPath) -> bool:
     """Whether this is the address of something in a bucket (gs://, s3://).
 
     Raises:
-        ValueError: it is an address of another kind, or was an address before it
-            became a path.
+        ValueError: it is an address of another kind, it holds credentials, or it was
+            an address before it became a path.
     """
     text = os.fspath(address)
     found = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):/(/?)", text)
@@ -41,6 +41,13 @@ def is_remote(address: AnyPath) -> bool:
         raise ValueError(
             f"{text!r}: addresses of the kind {scheme}:// cannot be used; give"
             " gs://bucket/folder, s3://bucket/folder or a folder on a disk"
+        )
+    if {"@", ":"} & {*text.partition("://")[2].partition("/")[0]}:
+        # Not shown: what stands there may be a secret.
+        raise ValueError(
+            f"an address {scheme}://... has '@' or ':' before its first slash, as"
+            " credentials would: leave them out, and log in by the environment or the"
+            " files of the library (docs/data.md)"
         )
     return True
 
