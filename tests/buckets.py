@@ -9,7 +9,9 @@ environment, which `serve` sets. Where the emulators are not installed, tests sk
 
 import contextlib
 import http.server
+import importlib
 import importlib.util
+import logging
 import os
 import socket
 import threading
@@ -192,6 +194,7 @@ def _add_preconditions() -> None:
 def _start_s3() -> str:
     from moto.server import ThreadedMotoServer
 
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
     moto = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     moto.start()
     host, port = moto.get_host_and_port()
