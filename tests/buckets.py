@@ -9,7 +9,9 @@ environment, which `serve` sets. Where the emulators are not installed, tests sk
 
 import contextlib
 import http.server
+import importlib
 import importlib.util
+import logging
 import os
 import socket
 import threading
@@ -192,6 +194,7 @@ def _add_preconditions() -> None:
 def _start_s3() -> str:
     from moto.server import ThreadedMotoServer
 
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
     moto = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     moto.start()
     host, port = moto.get_host_and_port()
@@ -220,10 +223,13 @@ class Proxy(contextlib.AbstractContextManager["Proxy"]):
         proxy = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"  # botocore waits for "100 Continue"
+
             def log_message(self, *_: object) -> None:
                 pass
 
             def _handle(self) -> None:
+                self.close_connection = True
                 length = int(self.headers.get("Content-Length") or 0)
                 body = self._body(length)
                 proxy.requests.append((self.command, self.path))
@@ -250,6 +256,7 @@ class Proxy(contextlib.AbstractContextManager["Proxy"]):
 
             def _reply(self, status: int, headers: dict, body: bytes) -> None:
                 self.send_response(status)
+                self.send_header("Connection", "close")
                 for name, value in headers.items():
                     self.send_header(name, value)
                 if self.command != "HEAD":
@@ -276,7 +283,8 @@ class Proxy(contextlib.AbstractContextManager["Proxy"]):
         headers = {
             name: value
             for name, value in handler.headers.items()
-            if name.lower() not in ("transfer-encoding", "content-length", "connection")
+            if name.lower()
+            not in ("transfer-encoding", "content-length", "connection", "expect")
         }
         connection.request(handler.command, handler.path, body, headers)
         reply = connection.getresponse()

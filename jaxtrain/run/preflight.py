@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from jaxtrain.config import RunConfig, diff
 from jaxtrain.run.ledger import find_loss
-from jaxtrain.run.saved_record import read_record
+from jaxtrain.run.saved_record import is_committed, read_record
 
 # A change of these always makes other leaves of the train state, or another order of
 # rows. What only may do so is found when the checkpoint is read.
@@ -81,10 +81,13 @@ def check_workdir(workdir: str | os.PathLike[str]) -> None:
         raise ValueError(f"{named}: {found} cannot be written to; give another workdir")
 
 
-def saved_steps(directory: pathlib.Path) -> list[int]:
-    """The steps saved in a directory of checkpoints, ascending, read off its names."""
-    names = (path.name for path in directory.glob("*"))
-    return sorted(int(name) for name in names if name.isdecimal())
+def saved_steps(directory: Any) -> list[int]:
+    """The steps saved in a directory of checkpoints, ascending, read off its names.
+
+    In a bucket those that are committed.
+    """
+    steps = (path for path in directory.glob("*") if path.name.isdecimal())
+    return sorted(int(path.name) for path in steps if is_committed(path))
 
 
 def refuse_never(directory: pathlib.Path, step: int) -> ValueError:

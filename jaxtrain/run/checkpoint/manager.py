@@ -4,12 +4,8 @@ import contextlib
 import dataclasses
 import itertools
 import logging
-import os
 import pathlib
-import shutil
-import time
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -19,16 +15,15 @@ from jaxtrain import __version__
 from jaxtrain.record.safe_text import mask_secrets
 from jaxtrain.run import ledger as ledgers
 from jaxtrain.run import saved_record
-from jaxtrain.run.checkpoint import checksums, leaves, storage
+from jaxtrain.run.checkpoint import checksums, leaves, s3_arrays, storage
 from jaxtrain.run.checkpoint.agreement import all_agree
+from jaxtrain.run.checkpoint.place import is_on_s3, place_of
 from jaxtrain.run.checkpoint.retention import NewestAndBest
 from jaxtrain.run.checkpoint.values import as_exact_json, as_json, gather
-from jaxtrain.run.durable import flush
 from jaxtrain.run.saved_record import DamagedCheckpointError
+from jaxtrain.storage.address import AnyPath, as_path
 
 logger = logging.getLogger(__name__)
-
-_TRASH = ".trash"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,13 +73,14 @@ class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
 
     def __init__(
         self,
-        directory: str | pathlib.Path,
+        directory: AnyPath,
         *,
         save_total_limit: int | None = None,
         best_metric: str | None = None,
         greater_is_better: bool = False,
         read_only: bool = False,
-        ledger: pathlib.Path | None = None,
+        ledger: Any = None,
+        before_commit: Callable[[], None] | None = None,
     ) -> None:
         """Open or create `directory`; remains of interrupted saves are removed.
 
@@ -96,6 +92,8 @@ class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
             read_only: change nothing in `directory`, where another process may be
                 saving at this moment.
             ledger: a file that tells of the newest saved step (`run.ledger`).
+            before_commit: in a bucket, called in the background when a step is written
+                and before it counts: for what must not be missing beside it.
 
         Raises:
             ValueError: `save_total_limit` is below 1.
@@ -105,18 +103,22 @@ class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
                 f"save_total_limit={save_total_limit} would keep no checkpoint: "
                 "set 1 or more, or leave it unset to keep all"
             )
-        self.directory = pathlib.Path(directory).absolute()
+        self.directory = as_path(directory)
+        self._place = place_of(self.directory, before_commit)
         self._policy = NewestAndBest(
             save_total_limit, best_metric, greater_is_better, self._metrics_of
         )
         self._known_metrics: dict[int, dict[str, float]] = {}
-        self._deleter = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-delete")
         self._read_only, self._ledger = read_only, ledger
         self._empty_trash()
         self._manager = ocp.CheckpointManager(
             self.directory,
             item_handlers={
-                "state": storage.make_array_handler(),
+                "state": (
+                    s3_arrays.PiecesHandler()
+                    if is_on_s3(self.directory)
+                    else storage.make_array_handler()
+                ),
                 "record": ocp.JsonCheckpointHandler(),
                 "checksums": storage.ChecksumHandler(),
             },
@@ -127,8 +129,8 @@ class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
                 create=not read_only,
                 # By default Orbax deletes file by file, in place: killed in the
                 # middle, that leaves a broken checkpoint under a valid name.
-                todelete_subdir=_TRASH,
-                temporary_path_class=storage.SyncedRename,
+                todelete_subdir=self._place.trash,
+                temporary_path_class=self._place.temporary_path_class,
             ),
         )
 
@@ -188,13 +190,15 @@ class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
         raw = {name: leaves.to_raw(leaf) for name, leaf in arrays.items()}
         values = {"record": saved_record.digest(record)}
         self._known_metrics[step] = numbers
-        to_hash = storage.SaveChecksums(checksums.on_host(raw), values)
+        pieces = checksums.on_host(raw)
+        is_own = is_on_s3(self.directory)
+        to_write = s3_arrays.to_write(raw, pieces) if is_own else storage.to_write(raw)
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                state=storage.to_write(raw),
+                state=to_write,
                 record=ocp.args.JsonSave(record),
-                checksums=to_hash,
+                checksums=storage.SaveChecksums(pieces, values),
             ),
             force=True,
         )
@@ -231,7 +235,10 @@ class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
         leaves.check_layout(at, layout, wanted, partial=partial)
         targets = {name: leaves.raw_struct(leaf) for name, leaf in wanted.items()}
         with all_agree(at):
-            read = storage.read_arrays(at / "state", targets, partial=partial)
+            if is_on_s3(at):
+                read = s3_arrays.read(at / "state", targets)
+            else:
+                read = storage.read_arrays(at / "state", targets, partial=partial)
         with all_agree(at):
             _verify(at, {name: read[name] for name in wanted}, saved)
         found = [leaves.from_raw(read[name], layout[name]) for name in wanted]
@@ -265,6 +272,8 @@ class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
         """Delete the checkpoints later than `step`, to train on from an older one."""
         self.wait()
         for later in [saved for saved in self.all_steps() if saved > step]:
+            if jax.process_index() == 0:
+                self._place.remove(later)
             self._manager.delete(later)
             self._known_metrics.pop(later, None)
         self._empty_trash()
@@ -276,24 +285,23 @@ class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
             Its folder's new path.
         """
         self.wait()
-        kept = self.directory / f"damaged-{step}"
+        kept = f"damaged-{step}"
         for number in itertools.count(2):
-            if not os.path.lexists(kept):
+            if not self._place.has(kept):
                 break
-            kept = kept.with_name(f"damaged-{step}-{number}")
+            kept = f"damaged-{step}-{number}"
         gather(None)  # every process has looked
         if jax.process_index() == 0:
-            (self.directory / str(step)).rename(kept)
-            flush(self.directory)
+            self._place.rename(str(step), kept)
         gather(None)
         self._manager.reload()
         self._known_metrics.pop(step, None)
-        return kept
+        return self.directory / kept
 
     def strays(self) -> list[int]:
         """Steps whose name in the directory is no folder: the checkpoint is gone."""
         known = set(self.all_steps())
-        names = (path.name for path in self.directory.glob("*"))
+        names = self._place.stray_names()
         steps = {int(name) for name in names if name.isdecimal()}
         return sorted(steps - known)
 
@@ -311,7 +319,7 @@ class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
         """Wait for every save and release Orbax's threads."""
         self.wait()
         self._manager.close()
-        self._deleter.shutdown()
+        self._place.close()
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -337,18 +345,10 @@ class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
         return self._known_metrics[step]
 
     def _empty_trash(self) -> None:
-        """Delete in the background what Orbax moved aside; call with no save running.
-
-        What an interrupted process left goes too.
-        """
+        """Delete what Orbax moved aside, in the background; with no save running."""
         if self._read_only or jax.process_index() != 0:
             return
-        trash = self.directory / _TRASH
-        if trash.exists():
-            # Orbax may fill a new trash while this one is being deleted.
-            trash.rename(trash.with_name(f"{_TRASH}-{time.time_ns()}"))
-        for remains in self.directory.glob(f"{_TRASH}-*"):
-            self._deleter.submit(shutil.rmtree, remains, ignore_errors=True)
+        self._place.empty_trash()
 
 
 def _verify(
