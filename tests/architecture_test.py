@@ -19,6 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "config.eval_sets": set(),
     "record.safe_text": set(),
     "storage": set(),
+    "config.folders": set(),
     "config": {
         "config.eval_sets",
         "models.families",

@@ -191,7 +191,7 @@ def test_columns_that_rows_cannot_replace_are_cut_on_the_host(gs_bucket, tmp_pat
     remote = list_files(f"{gs_bucket}/m")[file.name]
     with open_weights(remote) as opened:
         tensors = hf.Tensors(
-            {n: opened.get_slice(n) for n in opened.keys()}, {}, in_bucket=True
+            {n: opened.get_slice(n) for n in list(opened.keys())}, {}, in_bucket=True
         )
         loaded = hf._load_leaf(odd, tensors, target, np.dtype(np.float32))
     assert loaded.sharding == target

@@ -9,13 +9,7 @@ import pathlib
 
 from jaxtrain.config.folders import bucket_cache
 from jaxtrain.storage import mirror
-from jaxtrain.storage.reading import AnyFile, RemoteFile, list_files
-
-# Files of weights, of which all but safetensors are not read at all.
-_WEIGHTS = (
-    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".onnx", ".h5",
-    ".msgpack", ".npz", ".zip", ".tar",
-)  # fmt: skip
+from jaxtrain.storage.reading import AnyFile
 
 
 def fetch_model(address: str) -> pathlib.Path:
@@ -24,16 +18,7 @@ def fetch_model(address: str) -> pathlib.Path:
     Raises:
         ValueError, OSError: there is no such folder, or it cannot be read.
     """
-    listed = list_files(address)
-    if "" in listed:
-        raise ValueError(f"model {address!r} is a file: name the folder that it is in")
-    files = {path: file for path, file in listed.items() if "/" not in path}
-    return mirror.mirror_files(address, files, bucket_cache(), stays=_is_weights)
-
-
-def _is_weights(file: RemoteFile) -> bool:
-    """Whether a file is one of weights, by its name."""
-    return file.suffix in _WEIGHTS
+    return mirror.mirror_model(address, bucket_cache())
 
 
 def shown(directory: str) -> str:

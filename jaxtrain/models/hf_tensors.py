@@ -49,7 +49,7 @@ class Tensors(dict[str, Any]):
         self.in_bucket = in_bucket
 
     def for_each(self, read: Callable[[_T], None], items: Iterable[_T]) -> None:
-        """Call `read`, which reads a tensor, for each item; of a bucket many at once."""
+        """Call `read`, which reads a tensor, for each item; in buckets many at once."""
         if not self.in_bucket:
             for item in items:
                 read(item)

@@ -9,7 +9,7 @@ import jax
 
 from jaxtrain import lora, tree
 from jaxtrain.config import RunConfig
-from jaxtrain.models import hf_composite
+from jaxtrain.models import bucket, hf_composite
 from jaxtrain.models.hf_save import save_in_wrapper, save_pretrained
 from jaxtrain.models.load import LoadedModel, lora_config
 from jaxtrain.models.special_tokens import save_tokenizer
@@ -153,7 +153,7 @@ def _write_adapter(
         directory,
         state.trainable,
         settings,
-        model.directory,
+        model.directory and bucket.shown(model.directory),
         tied_embeddings=model.config.tie_word_embeddings,
         initial=state.frozen if settings.changes_base else None,
         in_wrapper=hf_composite.is_wrapped(model.directory),

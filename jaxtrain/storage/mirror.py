@@ -22,6 +22,11 @@ from jaxtrain.storage.reading import RemoteFile, list_files
 
 logger = logging.getLogger(__name__)
 
+# Files of weights, of which all but safetensors are not read at all.
+_WEIGHTS = (
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".onnx", ".h5",
+    ".msgpack", ".npz", ".zip", ".tar",
+)  # fmt: skip
 _NOTE = "source.json"
 _AT_ONCE = 8  # files that are copied at once
 _CHUNK = 64 << 20  # bytes of a file that are held in memory at once
@@ -85,6 +90,25 @@ def mirror_files(
             shutil.rmtree(aside, ignore_errors=True)
             raise
     return target
+
+
+def mirror_model(address: AnyPath, root: pathlib.Path) -> pathlib.Path:
+    """A local copy of what a model's folder itself holds, its weights left there.
+
+    Raises:
+        ValueError, OSError: as of `mirror`; or the address is that of a file.
+    """
+    listed = list_files(address)
+    if "" in listed:
+        raise ValueError(
+            f"{os.fspath(address)!r} is a file: name the folder that it is in"
+        )
+    files = {path: file for path, file in listed.items() if "/" not in path}
+    return mirror_files(address, files, root, stays=_is_weights)
+
+
+def _is_weights(file: RemoteFile) -> bool:
+    return file.suffix in _WEIGHTS
 
 
 def origin(folder: AnyPath, root: pathlib.Path) -> str | None:

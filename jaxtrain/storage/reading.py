@@ -24,7 +24,7 @@ from jaxtrain.storage.fetch import tag_of
 _PIECE = 8 << 20
 READS_AT_ONCE = 32
 # What a file read from front to back asks for at once.
-_BLOCK = 4 << 20
+BLOCK = 4 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ class RemoteFile:
         if mode != "rb":
             raise ValueError(f"{self.address} is opened for reading bytes alone")
         raw = _Reader(self)
-        return raw if buffering == 0 else io.BufferedReader(raw, _BLOCK)
+        return raw if buffering == 0 else io.BufferedReader(raw, BLOCK)
 
     def read(self, start: int = 0, stop: int | None = None) -> bytes:
         """The bytes of a range, up to the end if `stop` is None.

@@ -1,12 +1,13 @@
 """Rules of the rows: their length, curriculum, format, packing and streaming."""
 
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from jaxtrain.config import eval_sets
 from jaxtrain.config.notes import Note
 from jaxtrain.config.rules.resolution import Resolution
 from jaxtrain.config.sections import DEFAULT_MAX_LENGTH, CurriculumSection
+from jaxtrain.storage.address import is_remote
 
 _END = "curriculum.end_length"
 
@@ -269,8 +270,14 @@ def note_hub_keys(run: Resolution) -> None:
 
 
 def _is_from_hub(name: str) -> bool:
-    return bool(name) and not Path(name).expanduser().is_dir()
+    if not name or is_remote(name):
+        return False
+    return not Path(name).expanduser().is_dir()
 
 
 def _is_file(source: object) -> bool:
-    return isinstance(source, str) and Path(source).expanduser().is_file()
+    if not isinstance(source, str):
+        return False
+    if is_remote(source):  # told by its name: no rule asks the network
+        return bool(PurePosixPath(source).suffix)
+    return Path(source).expanduser().is_file()
