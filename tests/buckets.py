@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import socket
+import sys
 import threading
 import time
 import urllib.request
@@ -327,3 +328,13 @@ class Proxy(contextlib.AbstractContextManager["Proxy"]):
     def __exit__(self, *_: object) -> None:
         self._server.shutdown()
         self._server.server_close()
+
+
+def main() -> None:
+    """Serve a kind of bucket until stdin ends; the URL is printed."""
+    print(_server(sys.argv[1]), flush=True)
+    sys.stdin.read()
+
+
+if __name__ == "__main__":
+    main()
