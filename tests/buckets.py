@@ -11,13 +11,16 @@ import contextlib
 import http.server
 import importlib
 import importlib.util
+import json
 import logging
 import os
 import socket
+import sys
 import threading
 import time
 import urllib.request
 import uuid
+import xml.etree.ElementTree
 from collections.abc import Callable, Iterator
 from unittest import mock
 
@@ -123,6 +126,24 @@ def _forget_connections() -> None:
         from orbax.checkpoint._src.path import gcs_utils
 
         gcs_utils.get_bucket.cache_clear()
+
+
+def list_objects(scheme: str, prefix: str) -> list[str]:
+    """The names of objects, asked of the emulator itself, by no library of ours."""
+    if scheme == "gs":
+        url = f"{_server(scheme)}/storage/v1/b/{BUCKET}/o?prefix={prefix}"
+        with urllib.request.urlopen(url) as reply:
+            return sorted(item["name"] for item in json.load(reply).get("items", []))
+    url = f"{_server(scheme)}/{BUCKET}?list-type=2&prefix={prefix}"
+    with urllib.request.urlopen(url) as reply:
+        found = xml.etree.ElementTree.parse(reply).iter()
+    return sorted(at.text or "" for at in found if at.tag.rpartition("}")[2] == "Key")
+
+
+def read_object(scheme: str, name: str) -> bytes:
+    """An object's content, asked of the emulator itself."""
+    with urllib.request.urlopen(f"{_server(scheme)}/{BUCKET}/{name}") as reply:
+        return reply.read()
 
 
 def free_port() -> int:
@@ -242,7 +263,12 @@ class Proxy(contextlib.AbstractContextManager["Proxy"]):
                 elif isinstance(fault, int):
                     self._reply(fault, {}, b"")
                     return
-                self._reply(*proxy.forward(target, self, body))
+                try:
+                    reply = proxy.forward(target, self, body)
+                except ConnectionAbortedError:
+                    self.connection.shutdown(socket.SHUT_RDWR)
+                    return
+                self._reply(*reply)
 
             def _body(self, length: int) -> bytes:
                 if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
@@ -263,7 +289,8 @@ class Proxy(contextlib.AbstractContextManager["Proxy"]):
                     self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
                 if self.command != "HEAD":
-                    self.wfile.write(body)
+                    with contextlib.suppress(ConnectionError):  # a killed client
+                        self.wfile.write(body)
 
             do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = do_PATCH = _handle
 
@@ -301,3 +328,13 @@ class Proxy(contextlib.AbstractContextManager["Proxy"]):
     def __exit__(self, *_: object) -> None:
         self._server.shutdown()
         self._server.server_close()
+
+
+def main() -> None:
+    """Serve a kind of bucket until stdin ends; the URL is printed."""
+    print(_server(sys.argv[1]), flush=True)
+    sys.stdin.read()
+
+
+if __name__ == "__main__":
+    main()

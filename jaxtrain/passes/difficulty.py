@@ -8,6 +8,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import Array, Float
 
 from jaxtrain.data.batches.dataset import PreparedDataset
@@ -72,8 +73,12 @@ def measure(
     where another machine would round differently.
     """
     path = pathlib.Path(folder) / f"difficulty-{data.fingerprint}.npy"
-    if path.is_file():
-        return data.with_difficulty(np.load(path))
+    # The folder may be on the first process's disk alone.
+    is_first = jax.process_index() == 0
+    is_known = np.int32(is_first and path.is_file())
+    if multihost_utils.broadcast_one_to_all(is_known):
+        known = np.load(path) if is_first else np.zeros(len(data), np.float32)
+        return data.with_difficulty(multihost_utils.broadcast_one_to_all(known))
     batches = feed.eval_batches(data)
     most = batches.most_examples
     of_batch = feed.plan.jit(
@@ -86,7 +91,7 @@ def measure(
     difficulty = np.concatenate(found).astype(np.float32)
     told = "difficulty of %d rows: %.3f to %.3f nats a token"
     logger.info(told, len(data), np.min(difficulty), np.max(difficulty))
-    if jax.process_index() == 0:
+    if is_first:
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f"new-{path.name}")
         np.save(aside, difficulty)

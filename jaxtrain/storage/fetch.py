@@ -7,7 +7,8 @@ import pathlib
 import uuid
 from typing import Any
 
-from jaxtrain.storage.address import AnyPath, filesystem, is_remote, name, split
+from jaxtrain.storage import folders
+from jaxtrain.storage.address import AnyPath, filesystem, is_remote, name
 from jaxtrain.storage.errors import retrying
 
 _NOTE = ".source.json"
@@ -29,7 +30,7 @@ def local_copy(address: AnyPath, cache_folder: AnyPath) -> pathlib.Path:
     entry = hashlib.sha256(os.fspath(address).rstrip("/").encode()).hexdigest()[:16]
     into = root / entry
     into.mkdir(parents=True, exist_ok=True)
-    listed = retrying(lambda: _list(address), f"listing {os.fspath(address)}")
+    listed = folders.files_below(address)
     if not listed:
         raise FileNotFoundError(f"nothing is at {os.fspath(address)}")
     for relative, info in listed.items():
@@ -42,14 +43,14 @@ def fetch_file(info: dict[str, Any], target: pathlib.Path) -> None:
     """Copy one object, unless the copy that is there is still the same.
 
     Args:
-        info: of fsspec, with `name`, `size` and the object's tag.
+        info: of `folders.files_below`.
     """
     identity = {"size": info["size"], "tag": tag_of(info)}
     note = target.with_name(f".{target.name}{_NOTE}")
     if _is_fresh(target, note, identity):
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    retrying(lambda: _download(info, target), f"reading {info['full_name']}")
+    download(info, target)
     scratch = note.with_name(f"{note.name}.{uuid.uuid4().hex}")
     scratch.write_text(json.dumps(identity))
     os.replace(scratch, note)
@@ -59,24 +60,6 @@ def tag_of(info: dict[str, Any]) -> str:
     """What changes whenever an object's content does."""
     found = (info.get(key) for key in ("etag", "ETag", "md5Hash", "generation"))
     return str(next(filter(None, found), "")).strip('"')
-
-
-def _list(address: AnyPath) -> dict[str, dict[str, Any]]:
-    """The files at an address by their path below it; "" for a file itself."""
-    files, (bucket, key) = filesystem(address), split(address)
-    at = f"{bucket}/{key}" if key else bucket
-    found = files.find(at, detail=True)
-    listed = {}
-    for path, info in sorted(found.items()):
-        if info["type"] == "file" and not path.endswith("/"):
-            relative = path[len(at) :].strip("/")
-            listed[relative] = {**info, "full_name": address_of(address, path)}
-    return listed
-
-
-def address_of(address: AnyPath, path: str) -> str:
-    """The address of what fsspec lists as `bucket/key`."""
-    return f"{os.fspath(address).partition('://')[0]}://{path}"
 
 
 def _is_fresh(
@@ -89,8 +72,17 @@ def _is_fresh(
         return False
 
 
+def download(info: dict[str, Any], target: pathlib.Path) -> None:
+    """Read an object aside, and give it its name when it is whole.
+
+    Args:
+        info: as of `fetch_file`.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    retrying(lambda: _download(info, target), f"reading {info['full_name']}")
+
+
 def _download(info: dict[str, Any], target: pathlib.Path) -> None:
-    """Read an object aside, and give it its name when it is whole."""
     address = info["full_name"]
     scratch = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:

@@ -11,21 +11,44 @@ import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from jaxtrain.storage.address import AnyPath, filesystem, join, split
+from jaxtrain.storage.address import AnyPath, filesystem, join, scheme_of, split
 from jaxtrain.storage.errors import retrying
+
+_AT_ONCE_BYTES = 2**26
+
+
+def files_below(address: AnyPath) -> dict[str, dict[str, Any]]:
+    """What fsspec says of each object below an address, by its path from there.
+
+    `full_name` is added, its address.
+    """
+    return _by_path(address, "find")
+
+
+def files_at(address: AnyPath) -> dict[str, dict[str, Any]]:
+    """The same of the objects right at an address, without those of folders in it."""
+    return _by_path(address, "ls")
 
 
 def sizes(address: AnyPath) -> dict[str, int]:
     """The size in bytes of each object below an address, by its path from there."""
-    at = "/".join(split(address))
+    return {path: info["size"] for path, info in files_below(address).items()}
 
-    def look() -> dict[str, Any]:
-        return filesystem(address).find(at, detail=True)
 
-    found = retrying(look, f"listing {os.fspath(address)}")
+def _by_path(address: AnyPath, how: str) -> dict[str, dict[str, Any]]:
+    at, scheme = "/".join(split(address)).rstrip("/"), scheme_of(address)
+
+    def look() -> dict[str, dict[str, Any]]:
+        try:
+            found = getattr(filesystem(address), how)(at, detail=True)
+        except FileNotFoundError:
+            return {}
+        listed = found.values() if isinstance(found, dict) else found
+        return {info["name"]: info for info in listed}
+
     return {
-        path[len(at) :].strip("/"): info["size"]
-        for path, info in sorted(found.items())
+        path[len(at) :].strip("/"): {**info, "full_name": f"{scheme}://{path}"}
+        for path, info in sorted(retrying(look, f"listing {address}").items())
         if info["type"] == "file" and not path.endswith("/")
     }
 
@@ -51,13 +74,23 @@ def upload(folder: pathlib.Path, address: AnyPath, last: Sequence[str] = ()) -> 
         upload_file(folder / name, join(address, name))
 
 
-def upload_file(file: pathlib.Path, address: AnyPath) -> None:
-    """Upload a file whole; readers see all of it or what was there before."""
-    files = filesystem(address)
-    retrying(
-        lambda: files.put_file(str(file), "/".join(split(address))),
-        f"writing {os.fspath(address)}",
-    )
+def upload_file(
+    file: pathlib.Path, address: AnyPath, limit_secs: float | None = None
+) -> None:
+    """Upload a file whole; readers see all of it or what was there before.
+
+    Args:
+        limit_secs: for how long it is tried again (`errors.retrying`).
+    """
+    files, target = filesystem(address), "/".join(split(address))
+
+    def put() -> None:
+        if file.stat().st_size > _AT_ONCE_BYTES:
+            files.put_file(str(file), target)
+        else:  # as it is at one moment, for it may grow
+            files.pipe_file(target, file.read_bytes())
+
+    retrying(put, f"writing {os.fspath(address)}", limit_secs)
 
 
 def delete(address: AnyPath, names: Iterable[str]) -> None:

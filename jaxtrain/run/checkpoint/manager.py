@@ -15,6 +15,7 @@ from jaxtrain import __version__
 from jaxtrain.record.safe_text import mask_secrets
 from jaxtrain.run import ledger as ledgers
 from jaxtrain.run import saved_record
+from jaxtrain.run.buffer import beside
 from jaxtrain.run.checkpoint import checksums, leaves, s3_arrays, storage
 from jaxtrain.run.checkpoint.agreement import all_agree
 from jaxtrain.run.checkpoint.place import is_on_s3, place_of
@@ -304,6 +305,10 @@ class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
         names = self._place.stray_names()
         steps = {int(name) for name in names if name.isdecimal()}
         return sorted(steps - known)
+
+    def beside(self, name: str) -> pathlib.Path:
+        """A folder beside this one, on this machine even if this one is in a bucket."""
+        return beside(self.directory, name)
 
     def wait(self) -> None:
         """Block until every save is on disk; raises the error of one that failed."""

@@ -13,8 +13,10 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.path import atomicity
 
+from jaxtrain.run.buffer import beside
 from jaxtrain.run.checkpoint import checksums
 from jaxtrain.run.durable import flush
+from jaxtrain.run.ledger import LEDGER, note_saved
 from jaxtrain.run.saved_record import checksum_file, seal
 from jaxtrain.storage.address import as_path, is_remote
 from jaxtrain.storage.errors import retrying
@@ -172,9 +174,15 @@ def commit_marker(
     class Commit(atomicity.CommitFileTemporaryPath):
         async def finalize(self) -> None:
             """Do what comes before, and write the marker."""
-            if before is not None and self.get_final().name.isdecimal():
+            folder = self.get_final()
+            is_step = folder.name.isdecimal()
+            if before is not None and is_step:
                 await asyncio.to_thread(before)
             await super().finalize()
+            if is_step:  # so that it is known here even if the bucket is lost
+                ledger = beside(folder.parent, LEDGER)
+                ledger.parent.mkdir(parents=True, exist_ok=True)
+                note_saved(ledger, int(folder.name))
 
     return Commit
 
