@@ -7,7 +7,6 @@ from jaxtrain.config import eval_sets
 from jaxtrain.config.notes import Note
 from jaxtrain.config.rules.resolution import Resolution
 from jaxtrain.config.sections import DEFAULT_MAX_LENGTH, CurriculumSection
-from jaxtrain.storage.address import is_remote
 
 _END = "curriculum.end_length"
 
@@ -270,7 +269,7 @@ def note_hub_keys(run: Resolution) -> None:
 
 
 def _is_from_hub(name: str) -> bool:
-    if not name or is_remote(name):
+    if not name or "://" in name:
         return False
     return not Path(name).expanduser().is_dir()
 
@@ -278,6 +277,6 @@ def _is_from_hub(name: str) -> bool:
 def _is_file(source: object) -> bool:
     if not isinstance(source, str):
         return False
-    if is_remote(source):  # told by its name: no rule asks the network
+    if "://" in source:  # told by its name: no rule asks the network
         return bool(PurePosixPath(source).suffix)
     return Path(source).expanduser().is_file()
