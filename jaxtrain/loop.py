@@ -137,10 +137,7 @@ class Loop:
         self._meter, self._best = parts.meter, progress.best
         self._meter.on_step = progress.goodput.add
         self._profiler = StepProfiler(
-            parts.run.profile,
-            checkpoints.beside("profile"),
-            self._meter,
-            done=self.step,
+            self.run.profile, checkpoints.beside("profile"), self._meter, done=self.step
         )
         self._watchdog = Watchdog(self.settings.step_timeout_secs)
         self._pending = PendingSteps(_STEPS_AHEAD)

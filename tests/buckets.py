@@ -156,6 +156,8 @@ def free_port() -> int:
 def _start_gs() -> str:
     from gcp_storage_emulator import server
 
+    for name in ("gcp_storage_emulator", "api"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     _add_preconditions()
     port = free_port()
     server.create_server(

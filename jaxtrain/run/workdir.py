@@ -88,9 +88,10 @@ def _mirrored(home: Any, folder: pathlib.Path) -> Iterator["Mirror"]:
         yield mirror
         mirror.close()
     except BaseException as error:
+        is_lost = isinstance(error, Exception) and errors.is_network(error)
         if mirror is not None:
-            mirror.abandon()
-        if isinstance(error, Exception) and errors.is_network(error):
+            mirror.abandon(0.0 if is_lost else _LAST_LIMIT_SECS)
+        if is_lost:
             secs = time.monotonic() - (started if mirror is None else mirror.reached)
             raise ConnectionError(lock.describe_loss(home, secs, error)) from error
         raise
@@ -149,11 +150,11 @@ class Mirror:
         self._stop()
         self.flush()
 
-    def abandon(self) -> None:
+    def abandon(self, limit_secs: float) -> None:
         """Stop where the run has failed; its last records are uploaded if possible."""
         self._stop()
         try:
-            self.flush(_LAST_LIMIT_SECS)
+            self.flush(limit_secs)
         except Exception as error:
             logger.warning(
                 "the last records are not in %s, but in %s: %s",

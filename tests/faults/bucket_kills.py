@@ -190,13 +190,20 @@ class Harness:
                 return f"{name} differs"
         if _losses(expected) != _losses(found):
             return "metrics.jsonl differs"
-        if missing := {name for name in expected if "/events" not in name} ^ {
-            name for name in found if "/events" not in name
-        }:
-            names = sorted(name for name in missing if "/state/" not in name)
-            if names:
-                return f"left or missing: {names[:5]}"
-        return None
+        # A start that was killed has a file of events more.
+        kept = [
+            {
+                name
+                for name in files
+                if "/events" not in name and not name.startswith("checkpoints/")
+            }
+            for files in (expected, found)
+        ]
+        if kept[0] != kept[1]:
+            return f"left or missing: {sorted(kept[0] ^ kept[1])[:5]}"
+        steps = {"/".join(n.split("/")[:2]) for n in found if n.startswith("checkp")}
+        half = [step for step in steps if f"{step}/commit_success.txt" not in found]
+        return f"half a checkpoint is left: {half}" if half else None
 
     def _files(self, work: str) -> dict[str, bytes]:
         """The contents at a work directory, read past the libraries that are tested.

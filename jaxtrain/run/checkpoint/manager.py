@@ -19,7 +19,7 @@ from jaxtrain.run.buffer import beside
 from jaxtrain.run.checkpoint import checksums, leaves, s3_arrays, storage
 from jaxtrain.run.checkpoint.agreement import all_agree
 from jaxtrain.run.checkpoint.place import is_on_s3, place_of
-from jaxtrain.run.checkpoint.retention import NewestAndBest
+from jaxtrain.run.checkpoint.retention import NewestAndBest, PreserveAll
 from jaxtrain.run.checkpoint.values import as_exact_json, as_json, gather
 from jaxtrain.run.saved_record import DamagedCheckpointError
 from jaxtrain.storage.address import AnyPath, as_path
@@ -110,7 +110,7 @@ class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
             save_total_limit, best_metric, greater_is_better, self._metrics_of
         )
         self._known_metrics: dict[int, dict[str, float]] = {}
-        self._read_only, self._ledger = read_only, ledger
+        self._read_only, self._ledger, self._has_saved = read_only, ledger, False
         self._empty_trash()
         self._manager = ocp.CheckpointManager(
             self.directory,
@@ -124,7 +124,9 @@ class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
                 "checksums": storage.ChecksumHandler(),
             },
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=self._policy,
+                preservation_policy=self._policy
+                if self._place.trash
+                else PreserveAll(),
                 cleanup_tmp_directories=not read_only,
                 read_only=read_only,
                 create=not read_only,
@@ -191,6 +193,7 @@ class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
         raw = {name: leaves.to_raw(leaf) for name, leaf in arrays.items()}
         values = {"record": saved_record.digest(record)}
         self._known_metrics[step] = numbers
+        self._has_saved = True
         pieces = checksums.on_host(raw)
         is_own = is_on_s3(self.directory)
         to_write = s3_arrays.to_write(raw, pieces) if is_own else storage.to_write(raw)
@@ -272,11 +275,7 @@ class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
     def delete_after(self, step: int) -> None:
         """Delete the checkpoints later than `step`, to train on from an older one."""
         self.wait()
-        for later in [saved for saved in self.all_steps() if saved > step]:
-            if jax.process_index() == 0:
-                self._place.remove(later)
-            self._manager.delete(later)
-            self._known_metrics.pop(later, None)
+        self._delete([saved for saved in self.all_steps() if saved > step])
         self._empty_trash()
 
     def set_aside(self, step: int) -> pathlib.Path:
@@ -315,6 +314,8 @@ class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
         self._manager.wait_until_finished()
         self._manager.check_for_errors()
         self._empty_trash()
+        if self._has_saved and not self._place.trash:
+            self._delete(self._policy.surplus(self.all_steps()))
         steps = self.all_steps()
         is_writer = not self._read_only and jax.process_index() == 0
         if self._ledger is not None and steps and is_writer:
@@ -328,6 +329,17 @@ class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _delete(self, steps: list[int]) -> None:
+        for step in steps:
+            if self._place.trash:
+                self._manager.delete(step)
+            elif jax.process_index() == 0:
+                self._place.remove(step)
+            self._known_metrics.pop(step, None)
+        if steps and not self._place.trash:
+            gather(None)  # for all processes they count no more
+            self._manager.reload()
 
     def _existing(self, step: int | None) -> int:
         steps = self.all_steps()

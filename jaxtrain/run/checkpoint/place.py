@@ -5,6 +5,7 @@ no rename: a step counts while the object `COMMIT_FILE` is in it, which is writt
 and deleted first.
 """
 
+import logging
 import os
 import pathlib
 import shutil
@@ -20,6 +21,9 @@ from jaxtrain.run.durable import flush
 from jaxtrain.run.saved_record import COMMIT_FILE
 from jaxtrain.storage import folders
 from jaxtrain.storage.address import is_remote, scheme_of
+from jaxtrain.storage.errors import one_line
+
+logger = logging.getLogger(__name__)
 
 _TRASH = ".trash"
 
@@ -27,7 +31,8 @@ _TRASH = ".trash"
 class Place(Protocol):
     """What a `CheckpointManager` asks of the folder that it keeps checkpoints in.
 
-    `trash`: where Orbax is to move what it deletes; None where it cannot move.
+    `trash`: where Orbax is to move what it deletes; None where it cannot move, and is
+    to delete nothing.
     `temporary_path_class`: how Orbax makes a step appear.
     """
 
@@ -41,7 +46,10 @@ class Place(Protocol):
         """Rename a step's folder, whole or not at all."""
 
     def remove(self, step: int) -> None:
-        """Delete a step where Orbax would leave parts of it that count if killed."""
+        """Delete a step whole where Orbax could be killed and leave a part that counts.
+
+        It counts no more when this returns; the rest may go in the background.
+        """
 
     def stray_names(self) -> list[str]:
         """All names in the folder, where one that is no folder can be told."""
@@ -111,6 +119,7 @@ class InBucket:
     ) -> None:
         self._directory = directory
         self.temporary_path_class = commit_marker(before_commit)
+        self._deleter = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-delete")
 
     def has(self, name: str) -> bool:
         return (self._directory / name).exists()
@@ -120,7 +129,8 @@ class InBucket:
         folders.move(source, target, marker=COMMIT_FILE)
 
     def remove(self, step: int) -> None:
-        folders.remove(self._directory / str(step), first=COMMIT_FILE)
+        folders.delete(self._directory / str(step), [COMMIT_FILE])
+        self._deleter.submit(_remove, self._directory / str(step))
 
     def stray_names(self) -> list[str]:
         return []  # an object that is no folder is no checkpoint either
@@ -129,7 +139,15 @@ class InBucket:
         pass
 
     def close(self) -> None:
-        pass
+        self._deleter.shutdown()
+
+
+def _remove(folder: Any) -> None:
+    """Delete what is left of a step that counts no more; the next start does too."""
+    try:
+        folders.remove(folder)
+    except Exception as error:
+        logger.warning("%s is not deleted yet: %s", folder, one_line(error))
 
 
 def is_on_s3(directory: Any) -> bool:
