@@ -18,7 +18,8 @@ _NETWORK = ("aiohttp", "aiobotocore", "botocore", "requests", "urllib3", "fsspec
 _TRANSIENT_CODES = {408, 429, *range(500, 505)}
 _TRANSIENT_ERRNOS = {
     errno.EBUSY, errno.ECONNRESET, errno.ETIMEDOUT, errno.ECONNREFUSED,
-    errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EREMOTEIO,
+    errno.EHOSTUNREACH, errno.ENETUNREACH,
+    getattr(errno, "EREMOTEIO", errno.EIO),  # what s3fs makes of a server's error
 }  # fmt: skip
 # What TensorStore says, of which every error is a ValueError.
 _TRANSIENT_WORDS = (
