@@ -211,34 +211,49 @@ def _moves(lock: _Lock, seen: _Sight) -> bool:
 
 
 class _Beat:
-    """A thread that renews the lock, and ends the process where it has lost it."""
+    """A thread that renews the lock, and ends the process where it has lost it.
+
+    In a bucket a second one watches the first, for a request may hang.
+    """
 
     def __init__(self, lock: _Lock, own: Holder) -> None:
         self._lock, self._own = lock, own
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="run-lock", daemon=True)
-        self._thread.start()
+        self._renewed = time.monotonic()
+        self._error: BaseException = TimeoutError("no answer")
+        tasks = [self._run, *([self._watch] if is_remote(lock.workdir) else [])]
+        self._threads = [
+            threading.Thread(target=task, name="run-lock", daemon=True)
+            for task in tasks
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def stop(self) -> None:
-        """End the thread."""
+        """End the threads."""
         self._stopped.set()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
 
     def _run(self) -> None:
-        renewed = time.monotonic()
         while not self._stopped.wait(_BEAT_SECS):
             try:
                 if not self._renew():
                     return
-                renewed = time.monotonic()
+                self._renewed = time.monotonic()
             except Exception as error:
-                secs = time.monotonic() - renewed
+                self._error = error
                 logger.warning(
                     "%s cannot be renewed: %s", self._lock.path, errors.one_line(error)
                 )
-                if is_remote(self._lock.workdir) and secs > errors.LIMIT_SECS:
-                    _end_process(describe_loss(self._lock.workdir, secs, error))
-                    return
+
+    def _watch(self) -> None:
+        """End the process if the bucket has been silent for too long."""
+        while not self._stopped.wait(_BEAT_SECS):
+            secs = time.monotonic() - self._renewed
+            if secs > errors.LIMIT_SECS:
+                _end_process(describe_loss(self._lock.workdir, secs, self._error))
+                return
 
     def _renew(self) -> bool:
         """Show that this process is alive; False where another has the lock."""

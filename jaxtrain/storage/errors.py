@@ -1,5 +1,6 @@
 """What the errors of the storage libraries mean, and calling again after a fault."""
 
+import errno
 import logging
 import random
 import time
@@ -15,7 +16,11 @@ _FIRST_WAIT_SECS, _LONGEST_WAIT_SECS = 0.5, 20.0
 # Libraries whose own errors are of the network, or of a server that is busy.
 _NETWORK = ("aiohttp", "aiobotocore", "botocore", "requests", "urllib3", "fsspec")
 _TRANSIENT_CODES = {408, 429, *range(500, 505)}
-_TRANSIENT_ERRNOS = {16, 104, 110, 111, 113, 121}  # EBUSY, ECONN*, EHOSTUNREACH, EIO
+_TRANSIENT_ERRNOS = {
+    errno.EBUSY, errno.ECONNRESET, errno.ETIMEDOUT, errno.ECONNREFUSED,
+    errno.EHOSTUNREACH, errno.ENETUNREACH,
+    getattr(errno, "EREMOTEIO", errno.EIO),  # what s3fs makes of a server's error
+}  # fmt: skip
 # What TensorStore says, of which every error is a ValueError.
 _TRANSIENT_WORDS = (
     "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED: ", "CURL error", "Timed out",

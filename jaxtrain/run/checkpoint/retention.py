@@ -7,8 +7,6 @@ from typing import Any
 
 from orbax.checkpoint import checkpoint_managers as managers
 
-PreserveAll = managers.PreserveAll
-
 
 @dataclasses.dataclass(frozen=True)
 class NewestAndBest(managers.PreservationPolicy):
@@ -43,3 +41,13 @@ class NewestAndBest(managers.PreservationPolicy):
         # A diverged evaluation (NaN, infinite) is never the best.
         ranked = [(sign * x, -step) for step, x in scores.items() if math.isfinite(x)]
         return -max(ranked)[1] if ranked else None
+
+
+class PreserveAll(managers.PreservationPolicy):
+    """Orbax is to delete nothing."""
+
+    def should_preserve(
+        self, checkpoints: Sequence[managers.PolicyCheckpointInfo], **_: Any
+    ) -> Sequence[bool]:
+        """True for each."""
+        return [True] * len(checkpoints)
