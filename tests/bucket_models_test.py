@@ -9,22 +9,27 @@ import shutil
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
 from jaxtrain import assets
+from jaxtrain.config import default_config, resolve
 from jaxtrain.models import Decoder, hf
 from jaxtrain.models import bucket as bucket_models
 from jaxtrain.models.fingerprint import fingerprint_model
 from jaxtrain.models.hf_files import find_weights, read_header
+from jaxtrain.models.hf_float8 import whole_tensors
 from jaxtrain.models.hf_layouts import split_by_rows
 from jaxtrain.models.hf_names import leaves_of
+from jaxtrain.models.source import read_sizes
 from jaxtrain.models.weight_files import open_weights
 from jaxtrain.storage.address import filesystem
 from jaxtrain.storage.reading import list_files
 from tests.buckets import Proxy, bucket, endpoint_of, gs_bucket, serve
+from tests.two_processes import run_two
 
 __all__ = ["bucket", "gs_bucket"]
 MODEL = assets.asset_path(assets.MODEL)
@@ -262,9 +267,93 @@ def test_a_changed_model_gets_a_copy_of_its_own(gs_bucket, sharded):
     before = hf.resolve_model_path(address)
     assert hf.resolve_model_path(address) == before
     config = json.loads((sharded / "config.json").read_text())
-    text = json.dumps(config | {"rope_theta": 77.0})
+    text = json.dumps(config | {"max_position_embeddings": 77})
     filesystem(address).pipe_file(f"{address}/config.json", text.encode())
     after = hf.resolve_model_path(address)
     assert after != before
-    assert hf.load_config(after).rope_theta == 77.0
+    assert hf.load_config(after).max_position_embeddings == 77
     assert hf.load_config(before) == hf.load_config(sharded)
+
+
+def test_float8_is_read_slice_by_slice_too(gs_bucket, tmp_path, reads):
+    random = np.random.default_rng(1)
+    codes = random.normal(size=(8, 6)).astype(ml_dtypes.float8_e4m3fn)
+    scales = random.uniform(1, 2, size=(2, 2)).astype(np.float32)
+    header = {
+        "w": {"dtype": "F8_E4M3", "shape": [8, 6], "data_offsets": [0, 48]},
+        "w_scale_inv": {"dtype": "F32", "shape": [2, 2], "data_offsets": [48, 64]},
+    }
+    text = json.dumps(header).encode()
+    content = len(text).to_bytes(8, "little") + text + codes.tobytes()
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(content + scales.tobytes())
+    filesystem(gs_bucket).put_file(str(file), f"{gs_bucket}/x.safetensors")
+    (remote,) = list_files(f"{gs_bucket}/x.safetensors").values()
+    with open_weights(remote) as opened:
+        stored = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+        ours = whole_tensors(stored, dict.fromkeys(stored, remote), (4, 3))["w"]
+    wanted = codes.astype(np.float32) * scales.repeat(4, 0).repeat(3, 1)
+    reads.clear()
+    np.testing.assert_array_equal(ours[3:7, 1:5], wanted[3:7, 1:5])
+    assert weight_bytes(reads) == 4 * 6
+
+
+def test_sizes_alone_read_no_weights(gs_bucket, reads):
+    """What `jaxtrain aot` asks for."""
+    config = default_config()
+    config.model.name_or_path = upload(MODEL, f"{gs_bucket}/m")
+    sizes = read_sizes(resolve(config))
+    assert sizes.config == hf.load_config(MODEL)
+    assert weight_bytes(reads) == 0
+
+
+PROGRAM = """
+import sys
+folder, address, rank = sys.argv[1:]
+import jax
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(address, 2, int(rank))
+import math, os
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtrain.models import Decoder, hf
+from jaxtrain.storage.reading import RemoteFile
+
+local = hf.resolve_model_path(os.environ["TEST_MODEL"])
+config = hf.load_config(local)
+hf.match_weights(local, config)
+mesh = Mesh(np.array(jax.devices()), ("fsdp",))
+
+def layout(leaf):  # columns of the files' rows, for matrices of layers
+    names = [None] * len(leaf.shape)
+    if len(leaf.shape) > 1:
+        names[-2] = "fsdp"
+    return NamedSharding(mesh, PartitionSpec(*names))
+
+targets = jax.tree.map(layout, Decoder(config).abstract_params())
+read = []
+piece = RemoteFile._read_piece
+RemoteFile._read_piece = lambda self, place: (
+    read.append(place[1] - place[0]), piece(self, place))[1]
+ours = hf.load_params(local, Decoder(config), targets)
+disk = hf.load_params(os.environ["TEST_DISK"], Decoder(config), targets)
+shapes = jax.tree.leaves(Decoder(config).abstract_params())
+split = sum(math.prod(x.shape) for x in shapes if len(x.shape) > 1)
+whole = sum(math.prod(x.shape) for x in shapes if len(x.shape) == 1)
+item = jax.tree.leaves(disk)[0].dtype.itemsize
+for mine, other in zip(jax.tree.leaves(ours), jax.tree.leaves(disk), strict=True):
+    assert mine.sharding == other.sharding
+    for a, b in zip(mine.addressable_shards, other.addressable_shards, strict=True):
+        np.testing.assert_array_equal(a.data, b.data)
+stacked_vectors = sum(read) - split * item // 2 - whole * item
+assert 0 <= stacked_vectors < split * item * 0.02, (sum(read), split, whole)
+"""
+
+
+def test_each_of_two_processes_reads_half(gs_bucket, sharded, tmp_path, monkeypatch):
+    """Both hold columns; each reads half of the rows, and they exchange parts."""
+    address = upload(sharded, f"{gs_bucket}/m")
+    monkeypatch.setenv("TEST_MODEL", address)
+    monkeypatch.setenv("TEST_DISK", str(sharded))
+    run_two(PROGRAM, tmp_path)

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import uuid
+from collections.abc import Mapping
 from typing import Any
 
 from jaxtrain.storage import folders
@@ -56,7 +57,7 @@ def fetch_file(info: dict[str, Any], target: pathlib.Path) -> None:
     os.replace(scratch, note)
 
 
-def tag_of(info: dict[str, Any]) -> str:
+def tag_of(info: Mapping[str, Any]) -> str:
     """What changes whenever an object's content does."""
     found = (info.get(key) for key in ("etag", "ETag", "md5Hash", "generation"))
     return str(next(filter(None, found), "")).strip('"')
