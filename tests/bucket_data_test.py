@@ -214,6 +214,22 @@ def test_what_cannot_be_read_is_told_first_with_its_key(gs_bucket, key, place, t
     assert "hunter2" not in message
 
 
+@pytest.mark.parametrize(
+    "status, told", [(403, "may not be read"), (401, "no valid credentials")]
+)
+@pytest.mark.parametrize("key", ["data.train", "model.name_or_path"])
+def test_who_may_not_read_is_told_so(key, status, told):
+    with (
+        Proxy(endpoint_of("gs"), lambda method, path: status) as proxy,
+        serve("gs", proxy.url) as root,
+    ):
+        config = tiny_config("sft")
+        section, _, name = key.partition(".")
+        config[section][name] = f"{root}/x.jsonl"
+        with pytest.raises(ValueError, match=f"{key} = '{root}/x.jsonl': .*{told}"):
+            check_sources(resolve(config))
+
+
 def test_a_library_that_is_missing_is_named(monkeypatch, capsys, tmp_path):
     import importlib.util
 

@@ -58,12 +58,12 @@ class _Tensor(NamedTuple):
     stop: int
 
 
-def _reader(file: AnyFile) -> Callable[[_Ranges], Iterable[bytes | np.ndarray]]:
+def _reader(file: AnyFile) -> Callable[[_Ranges], Iterable[bytes]]:
     """What gives the bytes of ranges of a file, mapped where it is on the disk."""
     if isinstance(file, RemoteFile):
         return file.read_all
     bytes_of = np.memmap(file, np.uint8, "r")
-    return lambda ranges: (bytes_of[start:stop] for start, stop in ranges)
+    return lambda ranges: (bytes_of[start:stop].tobytes() for start, stop in ranges)
 
 
 def _tensors(file: AnyFile) -> Iterator[_Tensor]:

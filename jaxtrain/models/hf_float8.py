@@ -14,8 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxtrain.models.hf_files import read_header
-from jaxtrain.models.weight_files import RemoteSlice
-from jaxtrain.storage.reading import AnyFile
+from jaxtrain.storage.reading import AnyFile, RemoteFile
 
 _SCALE = "_scale_inv"
 _TYPES = {"F8_E4M3": ml_dtypes.float8_e4m3fn}
@@ -31,7 +30,7 @@ class _Scaled:
     [O / rows, I / columns] is in memory.
     """
 
-    codes: np.ndarray | RemoteSlice
+    codes: Any
     scales: np.ndarray
     block: tuple[int, int]
 
@@ -84,9 +83,9 @@ def whole_tensors(
 _header_of = functools.lru_cache(maxsize=1)(read_header)
 
 
-def _map_codes(file: AnyFile, name: str, tensor: Any) -> np.ndarray | RemoteSlice:
+def _map_codes(file: AnyFile, name: str, tensor: Any) -> Any:
     """A float8 tensor of a file, which numpy alone has no type for."""
-    if isinstance(tensor, RemoteSlice):
+    if isinstance(file, RemoteFile):
         return tensor
     header, start = _header_of(file)
     entry = header[name]
@@ -99,9 +98,7 @@ def _map_codes(file: AnyFile, name: str, tensor: Any) -> np.ndarray | RemoteSlic
     )
 
 
-def _scaled(
-    name: str, codes: np.ndarray | RemoteSlice, stored: Any, block: tuple[int, int]
-) -> _Scaled:
+def _scaled(name: str, codes: Any, stored: Any, block: tuple[int, int]) -> _Scaled:
     if stored is None or codes.ndim != 2:
         raise ValueError(
             f"{name} is in float8, but no matrix with a {_SCALE[1:]} beside it: train"

@@ -5,9 +5,10 @@ of a tensor's first axis gives.
 """
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -41,7 +42,8 @@ def open_weights(file: AnyFile) -> Iterator[Any]:
         yield opened
 
 
-class RemoteSlice(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class RemoteSlice:
     """A tensor in a bucket that is read when it is indexed, as `safe_open` has them.
 
     `start` is its first byte in the file. Indexed, it reads the rows that are asked
