@@ -163,9 +163,11 @@ def _start_gs() -> str:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     _add_preconditions()
     port = free_port()
-    server.create_server(
+    emulator = server.create_server(
         "127.0.0.1", port, in_memory=True, default_bucket=BUCKET
-    ).start()
+    )
+    emulator._api.daemon = True  # so that this process can end
+    emulator.start()
     return f"http://127.0.0.1:{port}"
 
 
