@@ -26,6 +26,8 @@ from unittest import mock
 
 import pytest
 
+from jaxtrain.storage.address import set_up
+
 BUCKET = "bkt"
 NEEDED = {
     "gs": ("gcsfs", "gcp_storage_emulator"),
@@ -118,6 +120,7 @@ def _forget_connections() -> None:
     """Let fsspec, etils and Orbax open new ones, under the environment of now."""
     from etils.epath import backend
 
+    set_up()
     backend._FileSystemSpecBackend._get_filesystem.cache_clear()
     for library, name in (("gcsfs", "GCSFileSystem"), ("s3fs", "S3FileSystem")):
         if importlib.util.find_spec(library) is not None:
@@ -160,9 +163,11 @@ def _start_gs() -> str:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     _add_preconditions()
     port = free_port()
-    server.create_server(
+    emulator = server.create_server(
         "127.0.0.1", port, in_memory=True, default_bucket=BUCKET
-    ).start()
+    )
+    emulator._api.daemon = True  # so that this process can end
+    emulator.start()
     return f"http://127.0.0.1:{port}"
 
 

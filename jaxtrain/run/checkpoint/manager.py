@@ -127,7 +127,7 @@ class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
                 preservation_policy=self._policy
                 if self._place.trash
                 else PreserveAll(),
-                cleanup_tmp_directories=not read_only,
+                cleanup_tmp_directories=not read_only and bool(self._place.trash),
                 read_only=read_only,
                 create=not read_only,
                 # By default Orbax deletes file by file, in place: killed in the

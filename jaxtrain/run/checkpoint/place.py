@@ -31,8 +31,8 @@ _TRASH = ".trash"
 class Place(Protocol):
     """What a `CheckpointManager` asks of the folder that it keeps checkpoints in.
 
-    `trash`: where Orbax is to move what it deletes; None where it cannot move, and is
-    to delete nothing.
+    `trash`: where Orbax is to move what it deletes; None where it cannot move, and
+    deletes nothing.
     `temporary_path_class`: how Orbax makes a step appear.
     """
 
@@ -55,7 +55,7 @@ class Place(Protocol):
         """All names in the folder, where one that is no folder can be told."""
 
     def empty_trash(self) -> None:
-        """Delete in the background what Orbax moved aside; with no save running."""
+        """Delete what no longer counts, or does not yet; with no save running."""
 
     def close(self) -> None:
         """Wait for what goes on in the background."""
@@ -118,6 +118,7 @@ class InBucket:
         self, directory: Any, before_commit: Callable[[], None] | None
     ) -> None:
         self._directory = directory
+        self._is_tidy = False
         self.temporary_path_class = commit_marker(before_commit)
         self._deleter = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-delete")
 
@@ -136,7 +137,14 @@ class InBucket:
         return []  # an object that is no folder is no checkpoint either
 
     def empty_trash(self) -> None:
-        pass
+        if self._is_tidy:
+            return
+        self._is_tidy = True  # from now on nothing is left half by anyone
+        found = folders.sizes(self._directory)
+        whole = {name.removesuffix(f"/{COMMIT_FILE}") for name in found}
+        folders.delete(
+            self._directory, [at for at in found if at.partition("/")[0] not in whole]
+        )
 
     def close(self) -> None:
         self._deleter.shutdown()
