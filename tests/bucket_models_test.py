@@ -24,7 +24,7 @@ from jaxtrain.models.hf_files import find_weights, read_header
 from jaxtrain.models.hf_float8 import whole_tensors
 from jaxtrain.models.hf_layouts import split_by_rows
 from jaxtrain.models.hf_names import leaves_of
-from jaxtrain.models.source import read_sizes
+from jaxtrain.models.source import read_sizes, read_source
 from jaxtrain.models.weight_files import open_weights
 from jaxtrain.storage.address import filesystem
 from jaxtrain.storage.reading import list_files
@@ -305,6 +305,19 @@ def test_sizes_alone_read_no_weights(gs_bucket, reads):
     sizes = read_sizes(resolve(config))
     assert sizes.config == hf.load_config(MODEL)
     assert weight_bytes(reads) == 0
+
+
+def test_what_is_wrong_is_told_by_the_address(gs_bucket, cache):
+    address = upload(MODEL, f"{gs_bucket}/m")
+    filesystem(address).rm_file(f"{address}/model.safetensors")
+    filesystem(address).pipe_file(f"{address}/tokenizer.json", b"{")
+    config = default_config()
+    config.training.training_type = "sft"
+    config.model.name_or_path = address
+    with pytest.raises(ValueError, match=f"{address} has neither") as error:
+        read_source(resolve(config))
+    assert f"{address}/tokenizer.json is not JSON" in str(error.value)
+    assert str(cache) not in str(error.value)
 
 
 PROGRAM = """

@@ -5,7 +5,9 @@ everywhere; `weight_file` gives a file of its weights, which is in the bucket, a
 `weight_files` reads tensors of either kind of file alike.
 """
 
+import contextlib
 import pathlib
+from collections.abc import Iterator
 
 from jaxtrain.config.folders import bucket_cache
 from jaxtrain.storage import mirror
@@ -24,6 +26,18 @@ def fetch_model(address: str) -> pathlib.Path:
 def shown(directory: str) -> str:
     """A model's directory as its user names it: a copy's address in the bucket."""
     return mirror.origin(directory, bucket_cache()) or directory
+
+
+@contextlib.contextmanager
+def named_as_given(directory: str | pathlib.Path) -> Iterator[None]:
+    """Name a copy's address in a ValueError, in place of the copy."""
+    try:
+        yield
+    except ValueError as error:
+        given, here = shown(str(directory)), str(directory)
+        if given == here:
+            raise
+        raise ValueError(str(error).replace(here, given)) from error
 
 
 def weight_file(directory: pathlib.Path, name: str) -> AnyFile:

@@ -296,7 +296,7 @@ def _load_leaf(
     return jax.device_put(_relay(loaded, on_device), sharding)
 
 
-@functools.partial(jax.jit, static_argnums=1, donate_argnums=0)
+@functools.partial(jax.jit, static_argnums=1)
 def _relay(array: jax.Array, sharding: Sharding) -> jax.Array:
     """The same array in another layout, on all processes together."""
     return jax.lax.with_sharding_constraint(array, sharding)

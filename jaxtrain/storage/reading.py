@@ -170,14 +170,6 @@ def list_files(address: AnyPath) -> Mapping[str, RemoteFile]:
     return found
 
 
-def find_files(address: AnyPath) -> Mapping[str, RemoteFile]:
-    """The same as `list_files`; empty where there is nothing of this name."""
-    try:
-        return list_files(address)
-    except FileNotFoundError:
-        return {}
-
-
 def _listed(address: AnyPath) -> Mapping[str, Mapping[str, Any]]:
     assert is_remote(address)
     bucket, key = split(address)
