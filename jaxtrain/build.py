@@ -43,6 +43,7 @@ from jaxtrain.run.ledger import LEDGER
 from jaxtrain.run.preemption import Preempted
 from jaxtrain.run.profile import check_profile
 from jaxtrain.run.sampler import make_sampler
+from jaxtrain.run.workdir import WorkDirectory
 from jaxtrain.tree import overlay
 from jaxtrain.types import Objective, TrainState
 
@@ -144,13 +145,13 @@ def build(
     )
 
 
-def run_to_end(parts: loop.Parts, workdir: pathlib.Path) -> dict[str, Any]:
-    """Train from the newest checkpoint in `workdir` to the end, and export.
+def run_to_end(parts: loop.Parts, work: WorkDirectory) -> dict[str, Any]:
+    """Train from the newest checkpoint in `work.home` to the end, and export.
 
     Returns:
         The results of the loop, with `model_path` and `best_model_path`.
     """
-    run = parts.run
+    run, workdir = parts.run, work.home
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(
             CheckpointManager(
@@ -159,6 +160,7 @@ def run_to_end(parts: loop.Parts, workdir: pathlib.Path) -> dict[str, Any]:
                 best_metric=run.loop.best_metric,
                 greater_is_better=run.loop.greater_is_better,
                 ledger=workdir / LEDGER,
+                before_commit=work.save_records,
             )
         )
         # Rebound, so that a first state that is not trained on can be freed.
@@ -167,7 +169,7 @@ def run_to_end(parts: loop.Parts, workdir: pathlib.Path) -> dict[str, Any]:
         writer = stack.enter_context(
             writers.make_writers(
                 run.loop.report_to,
-                workdir,
+                work.folder,
                 run.loop.run_name or workdir.name,
                 announce(parts, progress, workdir),
                 resume_step=progress.step or None,

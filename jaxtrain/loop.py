@@ -136,9 +136,8 @@ class Loop:
         self.evaluated_step = self.step if self.evaluated else None
         self._meter, self._best = parts.meter, progress.best
         self._meter.on_step = progress.goodput.add
-        folder = checkpoints.directory.with_name("profile")
         self._profiler = StepProfiler(
-            parts.run.profile, folder, self._meter, done=self.step
+            self.run.profile, checkpoints.beside("profile"), self._meter, done=self.step
         )
         self._watchdog = Watchdog(self.settings.step_timeout_secs)
         self._pending = PendingSteps(_STEPS_AHEAD)

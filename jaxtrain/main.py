@@ -4,15 +4,16 @@ The same as `jaxtrain train dpo --workdir=out/dpo`. Any key can be set by a flag
 wins over the file: `--training.dpo.beta=0.2`.
 """
 
-import pathlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from jaxtrain.cli.command import ConfigParser, Once, default_workdir
 from jaxtrain.cli.ending import Interrupted, run_command
 from jaxtrain.data import sources
 from jaxtrain.record import logs
 from jaxtrain.run import interrupts, lock, preflight
+from jaxtrain.run.buffer import as_home
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -32,13 +33,13 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--workdir",
         action=Once,
-        help="folder for checkpoints, logs and the exported model (default: out/ and"
-        " the configuration's name)",
+        help="folder or address (gs://, s3://) for checkpoints, logs and the exported"
+        " model (default: out/ and the configuration's name)",
     )
     options, config, run = parser.read(arguments)
     named = options.workdir or default_workdir(options.config)
     preflight.check_workdir(named)  # as it is written: a Path shortens an address
-    workdir = pathlib.Path(named)
+    workdir = as_home(named)
     lock.refuse_if_held(workdir, may_wait=False)
     preflight.check(run, workdir)
     sources.check_sources(run)
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str]) -> None:
         raise Interrupted(_how_to_go_on(workdir)) from interrupt
 
 
-def _how_to_go_on(workdir: pathlib.Path) -> str:
+def _how_to_go_on(workdir: Any) -> str:
     steps = preflight.saved_steps(workdir / "checkpoints")
     if not steps:
         return "interrupted; no step is saved yet, so the same command starts anew"

@@ -26,6 +26,7 @@ from jaxtrain.record import writers
 from jaxtrain.run import accelerator as accelerate
 from jaxtrain.run import compilation_cache, distributed, lock, preflight, sampler, trial
 from jaxtrain.run.feed import Prepared
+from jaxtrain.run.workdir import as_home, open_workdir
 from jaxtrain.types import Batch, Objective, TokenLogProbs, WeightedSum
 
 logger = logging.getLogger(__name__)
@@ -66,11 +67,11 @@ class TrainingOrchestrator:
     ) -> None:
         """Take a `ConfigManager`, a `ConfigDict` or a `RunConfig`; start nothing.
 
-        `accelerator`: see `run.accelerator.take_over`. `workdir`: folder for
+        `accelerator`: see `run.accelerator.take_over`. `workdir`: folder or address for
         checkpoints, logs and the model; by default `out/<run_name or training_type>`.
 
         Raises:
-            ValueError: `workdir` is the address of a bucket, or no folder to write to.
+            ValueError: `workdir` cannot be written to.
         """
         if workdir is not None:
             preflight.check_workdir(workdir)
@@ -127,11 +128,11 @@ class TrainingOrchestrator:
         self.model = load.load_model(run) if model is None else load.adopt(model, run)
 
     @property
-    def workdir(self) -> pathlib.Path:
-        """Where this run keeps everything it writes."""
+    def workdir(self) -> Any:
+        """Where this run keeps everything it writes: a `pathlib` or an `epath` path."""
         run = self._prepared_run()
         name = run.loop.run_name or run.training_type
-        return pathlib.Path(self._workdir or pathlib.Path("out") / name)
+        return as_home(self._workdir or pathlib.Path("out") / name)
 
     def load_training_data(self, path: Path | None = None) -> Rows:
         """Raw rows of `path`, of `data.train`, or the embedded ones."""
@@ -205,11 +206,10 @@ class TrainingOrchestrator:
             raise ValueError("this model is trained already: call prepare() again")
         rows = self.prepare_data(train_dataset, eval_dataset)
         run = trial.choose_best_metric(run, _loss_of(self).objective, rows[1])
-        with lock.hold(self.workdir, is_first_process=jax.process_index() == 0):
+        with open_workdir(self.workdir) as work:
             # No name for the parts here: their first state may be freed on the way.
             return build.run_to_end(
-                build.build(run, model, rows, _loss_of(self), self.workdir),
-                self.workdir,
+                build.build(run, model, rows, _loss_of(self), work.folder), work
             )
 
     def _prepared_run(self) -> RunConfig:

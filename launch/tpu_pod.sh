@@ -7,9 +7,9 @@
 #   launch/tpu_pod.sh delete
 #
 # `run` goes on from the newest checkpoint, so run it again after a preemption (exit
-# code 75). Checkpoints have to be where every host sees them: BUCKET, mounted by
-# Cloud Storage FUSE. Make it with a hierarchical namespace: only there is the renaming
-# of a folder atomic, which a whole checkpoint relies on.
+# code 75). The work directory is gs://BUCKET/NAME, which every host sees; the account of
+# the hosts has to be allowed to read, write and delete there. A model and data may be in
+# a bucket too: --model.name_or_path=gs://... --data.train=gs://...
 set -euo pipefail
 
 : "${PROJECT:?the Google Cloud project}" "${ZONE:?such as us-west4-a}"
@@ -17,16 +17,6 @@ set -euo pipefail
 : "${SPOT:=}" "${BUCKET:=}"
 SOURCE=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 WHERE=(--project="$PROJECT" --zone="$ZONE")
-
-# As cloud.google.com/storage/docs/cloud-storage-fuse/install says. It runs on the hosts.
-# shellcheck disable=SC2016
-INSTALL_GCSFUSE='
-  key=/usr/share/keyrings/cloud.google.asc
-  apt=https://packages.cloud.google.com/apt
-  curl -fsS $apt/doc/apt-key.gpg | sudo tee $key > /dev/null &&
-  echo "deb [signed-by=$key] $apt gcsfuse-$(lsb_release -c -s) main" |
-    sudo tee /etc/apt/sources.list.d/gcsfuse.list &&
-  sudo apt-get update -q && sudo apt-get install -q -y gcsfuse'
 
 on_all_hosts() {
   gcloud compute tpus tpu-vm ssh "$NAME" "${WHERE[@]}" --worker=all --command="$1"
@@ -51,9 +41,8 @@ create() {
   gcloud compute tpus tpu-vm scp "$archive" "$NAME:jaxtrain.tar.gz" \
     "${WHERE[@]}" --worker=all
   rm "$archive"
-  on_all_hosts "$INSTALL_GCSFUSE"
   on_all_hosts "mkdir -p jaxtrain && tar -xzf jaxtrain.tar.gz -C jaxtrain &&
-    pip install -q -U pip && pip install -q -e 'jaxtrain[tpu]'"
+    pip install -q -U pip && pip install -q -e 'jaxtrain[tpu,gcs]'"
 }
 
 run() {
@@ -61,10 +50,8 @@ run() {
   # Quoted once more: the arguments pass through the shells of the hosts.
   local arguments
   arguments=$(printf ' %q' "$@")
-  on_all_hosts "mkdir -p ~/bucket &&
-    { mountpoint -q ~/bucket || gcsfuse --implicit-dirs $BUCKET ~/bucket; } &&
-    cd jaxtrain && JAXTRAIN_DISTRIBUTED=1 python3 -m jaxtrain.main \
-    --workdir=\$HOME/bucket/$NAME$arguments"
+  on_all_hosts "cd jaxtrain && JAXTRAIN_DISTRIBUTED=1 python3 -m jaxtrain.main \
+    --workdir=gs://${BUCKET#gs://}/$NAME$arguments"
 }
 
 delete() {

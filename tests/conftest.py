@@ -42,6 +42,8 @@ settings.load_profile("jaxtrain")
 # all the time: CI has 25 minutes. JAXTRAIN_TEST_ALL=1 runs them too.
 THOROUGH = (
     "assets_test.py::test_a_rebuild_gives_the_same_bytes",
+    "bucket_kills_test.py::test_a_run_killed_at_requests_ends_as_without_kills[gs-2",
+    "bucket_kills_test.py::test_a_run_killed_at_requests_ends_as_without_kills[s3",
     "context_test.py::test_losses_gradients_and_weights_are_those_of_one_device[dpo",
     "context_test.py::test_losses_gradients_and_weights_are_those_of_one_device[from",
     "context_test.py::test_losses_gradients_and_weights_are_those_of_one_device[lora",

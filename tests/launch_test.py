@@ -64,14 +64,17 @@ def test_tpu_pod_creates_installs_and_runs_on_every_host(tmp_path):
     created = call("create")
     assert "queued-resources create jaxtrain --project=p --zone=z" in created
     assert "--accelerator-type=v5litepod-16" in created and "--spot" in created
-    assert created.count("--worker=all") == 3  # copy, gcsfuse, pip
+    assert created.count("--worker=all") == 2  # copy, pip
+    assert "jaxtrain[tpu,gcs]" in created
     sent = (tmp_path / "sent").read_text().splitlines()
     assert {"./pyproject.toml", "./jaxtrain/main.py", "./configs/dpo.py"} <= {*sent}
     assert not [path for path in sent if "/." in path]  # no environment, no cache
     ran = call("run", "--config=configs/dpo.py", "--config.model.revision=a b")
     assert "JAXTRAIN_DISTRIBUTED=1 python3 -m jaxtrain.main" in ran
     assert r"--config=configs/dpo.py --config.model.revision=a\ b" in ran
-    assert "--workdir=$HOME/bucket/jaxtrain" in ran
+    assert "--workdir=gs://b/jaxtrain --config" in ran
+    environment["BUCKET"] = "gs://b"  # as it is copied from elsewhere
+    assert "--workdir=gs://b/jaxtrain" in call("run", "dpo")
     assert "delete jaxtrain" in call("delete")
 
 
@@ -120,8 +123,9 @@ def test_the_jobset_is_one_slice_with_a_pod_for_each_host():
     assert jobset["spec"]["failurePolicy"]["maxRestarts"] > 0
     assert pod["restartPolicy"] == "Never"
     assert pod["terminationGracePeriodSeconds"] >= 60
-    mounts = {mount["name"] for mount in container["volumeMounts"]}
-    assert mounts == {volume["name"] for volume in pod["volumes"]}
+    # No disk is shared: the work directory is in a bucket.
+    assert "--workdir=gs://BUCKET/jaxtrain" in container["args"]
+    assert "volumes" not in pod and "volumeMounts" not in container
 
 
 def test_the_dockerfile_copies_what_is_there_and_gets_signals_itself():

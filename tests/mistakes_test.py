@@ -204,7 +204,7 @@ MISTAKES = [
     m("train sft --workdir=a_file", "workdir = 'a_file'", "is a file", "another"),
     m("train sft --workdir=a_file/x", "workdir = 'a_file/x'", "is a file"),
     m("train sft --workdir=", "--workdir is empty"),
-    m("train sft --workdir=gs://bucket/x", "'gs://bucket/x' is an address", "mount"),
+    m("train sft --workdir=hdfs://b/x", "workdir = 'hdfs://b/x'", "give gs://"),
     m(f"{TRAIN} --training.num_gpus=99", "training.num_gpus = 99", "set 8 or fewer"),
     m(f"{TRAIN} --mesh.tensor=3", "tensor 3", "the nearest are"),
     # --- models

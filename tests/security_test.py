@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import yaml
 
-from jaxtrain import assets
+from jaxtrain import assets, cli
 from jaxtrain.cli import chat, ending, generate, source
 from jaxtrain.config import ConfigError, diff, load_yaml, resolve
 from jaxtrain.data import inspect
@@ -28,6 +28,7 @@ from jaxtrain.models import hf_composite, hf_files
 from jaxtrain.record import logs, provenance, safe_text
 from jaxtrain.record.console import ConsoleWriter
 from jaxtrain.report.page import write_report
+from jaxtrain.storage import mirror, reading
 from tests.runs import tiny_config, train
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -256,6 +257,43 @@ def test_a_saved_data_set_names_files_beside_its_list_alone(tmp_path):
         load_rows(str(tmp_path / "dict"))
 
 
+@pytest.mark.parametrize(
+    "address, key",
+    [
+        ("gs://b/m", "m/../../../escape.json"),
+        ("gs://b/m", "m/./../../escape.json"),
+        ("gs://b/m", "m//etc/escape.json"),
+        ("gs://b/m", "m/..\\\\escape.json"),
+        ("gs://b/..", "../escape.json"),
+        ("gs://b/../../x", "../../x/escape.json"),
+        ("s3://b/a/..", "a/../escape.json"),
+    ],
+)
+def test_a_copy_of_a_bucket_stays_in_the_cache(address, key, tmp_path, monkeypatch):
+    class Bucket:
+        def find(self, at, detail):
+            return {f"b/{key}": {"type": "file", "size": 2, "etag": "1"}}
+
+        def cat_file(self, path, start, end):
+            return b"{}"
+
+    monkeypatch.setattr(reading, "filesystem", lambda address: Bucket())
+    root = tmp_path / "outer" / "cache"
+    try:
+        copy = mirror.mirror(address, root)
+    except ValueError as error:
+        assert "leads out of the folder" in str(error)
+    else:
+        assert copy.resolve().is_relative_to(root.resolve())
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert all(path.is_relative_to(root) for path in written)
+    # What lies elsewhere is no copy, whatever it says of itself.
+    fake = tmp_path / "entry"
+    fake.mkdir()
+    (fake / "source.json").write_text('{"address": "gs://b/m", "remaining": []}')
+    assert mirror.origin(fake / "model", root) is None
+
+
 # --- what is written -----------------------------------------------------------------
 
 
@@ -382,6 +420,21 @@ def test_a_local_run_asks_no_network_writes_nothing_elsewhere_and_keeps_no_secre
 )
 def test_secrets_are_known_by_their_key_or_their_form(value, masked):
     assert safe_text.mask_secrets(value) == (value if masked is ... else masked)
+
+
+@pytest.mark.parametrize("place", ["id:hunter2@b/m", "hunter2@b/m", "id:hunter2/m"])
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+def test_credentials_in_an_address_are_refused_and_not_shown(scheme, place, capsys):
+    for command in (
+        f"train sft --data.train={scheme}://{place}",
+        f"train sft --model.name_or_path={scheme}://{place}",
+        f"eval {scheme}://{place}",
+        f"report {scheme}://{place}",
+    ):
+        assert cli.main(command.split()) == 2
+        told = capsys.readouterr().err
+        assert "credentials" in told and "hunter2" not in told
+        assert len(told.strip().splitlines()) == 1
 
 
 def test_the_recorded_command_holds_no_secret():

@@ -270,9 +270,13 @@ def test_from_scratch_takes_only_the_sizes_of_a_directory(base_model):
 # --- the documented Python interface -----------------------------------------------
 
 
-def test_a_buckets_address_is_no_workdir():
-    with pytest.raises(ValueError, match=r"'gs://bucket/run' is an address.*mount"):
-        TrainingOrchestrator(tiny_config("sft"), workdir="gs://bucket/run")
+def test_an_address_that_cannot_be_used_is_no_workdir():
+    for address, told in (
+        ("hdfs://bucket/run", "workdir = 'hdfs://bucket/run'.*give gs://"),
+        (pathlib.Path("gs://bucket/run"), "has lost a slash"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            TrainingOrchestrator(tiny_config("sft"), workdir=address)
 
 
 def test_prepare_training_gives_false_and_logs_why(tmp_path, caplog):

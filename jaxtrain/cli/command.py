@@ -10,11 +10,24 @@ from ml_collections import ConfigDict
 
 from jaxtrain.config import RunConfig, load_config
 from jaxtrain.config.flags import Flag, resolve_flags, split_flags
+from jaxtrain.storage.address import as_path, is_remote
 
 _KEYS = """\
 Any key of the configuration is a flag too, which wins over the file:
 --training.learning_rate=5e-4, --data.train=train.jsonl. `jaxtrain configs` lists the
 configurations that come along."""
+
+
+def path_argument(text: str) -> Any:
+    """A flag's value as a `Path`, or as an `epath.Path` where it is an address.
+
+    Raises:
+        argparse.ArgumentTypeError: an address that cannot be used.
+    """
+    try:
+        return as_path(text) if is_remote(text) else Path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 class Once(argparse.Action):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from jaxtrain.cli.command import path_argument
 from jaxtrain.cli.source import (
     COMPUTING,
     Source,
@@ -94,7 +95,7 @@ def main(arguments: Sequence[str]) -> None:
     add("--metrics", help="of generated texts: exact_match, bleu, rouge, bertscore")
     add("--reference", metavar="MODEL", help="what preferences are measured against")
     add("--config", help="settings for a model or an adapter; a run has its own")
-    add("--output", type=pathlib.Path, help="a JSON file for the results")
+    add("--output", type=path_argument, help="a JSON file for the results")
     options, source, flags = parser.read(arguments)
     if options.reference and source.kind != "model":
         parser.error(f"--reference={options.reference}: a {source.kind} has its own")
@@ -154,6 +155,7 @@ def _task_of_model(
 def _task_of_run(
     source: Source, config: ConfigDict, step: str | None, flags: Sequence[Flag]
 ) -> Task:
+    from jaxtrain.models.hf import resolve_model_path
     from jaxtrain.run.preflight import saved_steps
     from jaxtrain.run.weights import choose_checkpoint
 
@@ -176,7 +178,8 @@ def _task_of_run(
     adapter = source.path / "adapter"
     if source.run().lora is None:
         run = _resolve(config, _override(config, flags))
-        return Task(run, run, source.exported, str(source.exported))
+        policy = resolve_model_path(str(source.exported))
+        return Task(run, run, policy, str(source.exported))
     if config.training.lora.init_from and source.run().dpo is not None:
         raise ValueError(
             f"{source.name}: its reference is the adapter that it began with, which"

@@ -4,6 +4,7 @@ import dataclasses
 import pathlib
 from collections.abc import Sequence
 
+from jaxtrain.cli.command import path_argument
 from jaxtrain.cli.source import (
     COMPUTING,
     Source,
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str]) -> None:
     add = parser.add_argument
     add(
         "--output",
-        type=pathlib.Path,
+        type=path_argument,
         metavar="DIR",
         help="default: export/step_N in the run, for an adapter export/step_N_adapter",
     )

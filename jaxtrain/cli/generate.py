@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from jaxtrain.cli.command import path_argument
 from jaxtrain.cli.source import (
     COMPUTING,
     Source,
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str]) -> None:
     add("--chat", action="store_true", help="put prompts into the chat template")
     add("--system", help="with --chat: the system message")
     add("--batch_size", type=int, default=8, help="prompts at once, over all devices")
-    add("--output", type=pathlib.Path, help="a .jsonl file for prompts and texts")
+    add("--output", type=path_argument, help="a .jsonl file for prompts and texts")
     add_sampling(parser, max_new_tokens=128)
     options, source, flags = parser.read(arguments)
     if options.system is not None and not options.chat:
@@ -241,7 +242,7 @@ def read_prompts(options: argparse.Namespace) -> list[Prompt]:
 def _read_file(name: str) -> Iterator[Prompt]:
     is_input = name == "-"
     try:
-        text = sys.stdin.read() if is_input else pathlib.Path(name).read_text("utf-8")
+        text = sys.stdin.read() if is_input else path_argument(name).read_text("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{name}: not UTF-8 ({error.reason}); save it as UTF-8"

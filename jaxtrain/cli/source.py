@@ -33,6 +33,8 @@ from jaxtrain.config.sections import (
     TrainingType,
 )
 from jaxtrain.record.safe_text import MASK
+from jaxtrain.storage.address import as_path, is_remote
+from jaxtrain.storage.checks import check_readable
 
 logger = logging.getLogger(__name__)
 
@@ -68,17 +70,18 @@ class Source:
     base: str | None = None
 
     @property
-    def path(self) -> Path:
-        return Path(self.name).expanduser()
+    def path(self) -> Any:
+        """A `Path`, or an `epath.Path` of an address."""
+        return path_of(self.name)
 
     @property
-    def checkpoints(self) -> Path:
+    def checkpoints(self) -> Any:
         """A run's folder of checkpoints."""
         return self.path / "checkpoints"
 
     @property
-    def exported(self) -> Path | None:
-        """The model that a run exported, if it did."""
+    def exported(self) -> Any:
+        """The path of the model that a run exported, or None."""
         model = self.path / "model"
         return model if (model / "config.json").is_file() else None
 
@@ -101,7 +104,8 @@ def find(name: str) -> Source:
     Raises:
         ValueError: it is a configuration, or a path with nothing that can be loaded.
     """
-    path = Path(name).expanduser()
+    check_readable(name, "MODEL_OR_RUN")
+    path = path_of(name)
     if path.is_dir():
         return _look_into(name, path)
     suffix = path.suffix in (".yaml", ".yml", ".py")
@@ -118,7 +122,12 @@ def find(name: str) -> Source:
     return Source(name, "model")
 
 
-def _look_into(name: str, path: Path) -> Source:
+def path_of(name: str) -> Any:
+    """The `Path` of a name, or of the address of a bucket its `epath.Path`."""
+    return as_path(name) if is_remote(name) else Path(name).expanduser()
+
+
+def _look_into(name: str, path: Any) -> Source:
     adapter, config = path / "adapter_config.json", path / "config.json"
     if adapter.is_file():
         base = _read(adapter).get("base_model_name_or_path")
@@ -143,7 +152,7 @@ def _look_into(name: str, path: Path) -> Source:
     )
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _read(file: Any) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text("utf-8"))
     except ValueError as error:
@@ -168,7 +177,8 @@ class SourceParser(Parser):
         self._only_runs = only_runs
         what = "the work directory of a run"
         if not only_runs:
-            what += ", a model's directory, a PEFT adapter's, or a hub name"
+            what += ", a model's directory, a PEFT adapter's, or a hub name; or the"
+            what += " address of one in a bucket (gs://, s3://)"
         self.add_argument(
             "source", metavar="RUN" if only_runs else "MODEL_OR_RUN", help=what
         )
@@ -317,11 +327,11 @@ def _check_base(base: str, adapter: str) -> None:
         ) from error
 
 
-def take_adapter(config: ConfigDict, adapter: Path) -> None:
+def take_adapter(config: ConfigDict, adapter: Any) -> None:
     """Let the policy be the base with an adapter of PEFT's; a quantized base stays so.
 
     Args:
-        adapter: its directory.
+        adapter: the path of its directory.
     """
     lora = default_config().training.lora
     for key in ("quantization", "quantization_block_size"):

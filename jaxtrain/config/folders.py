@@ -10,3 +10,8 @@ def cache_folder() -> pathlib.Path:
         return pathlib.Path(folder).expanduser()
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return pathlib.Path(base).expanduser() / "jaxtrain"
+
+
+def bucket_cache() -> pathlib.Path:
+    """Where copies of files in buckets are."""
+    return cache_folder() / "buckets"

@@ -144,12 +144,12 @@ class ModelSection:
     """The model, its tokenizer and its kernels."""
 
     name_or_path: str = ""
-    """A local Hugging Face directory or a hub name. "": the model that comes with
-    jaxtrain. from_scratch takes only its sizes and its tokenizer; there "" means those
-    of `architecture`."""
+    """A local Hugging Face directory, the address of one in a bucket (gs://, s3://) or
+    a hub name. "": the model that comes with jaxtrain. from_scratch takes only its
+    sizes and its tokenizer; there "" means those of `architecture`."""
     tokenizer_name_or_path: str = ""
-    """Where the tokenizer is, if not with the model. "" with `architecture`: the one
-    that comes with jaxtrain."""
+    """Where the tokenizer is, if not with the model; named alike. "" with
+    `architecture`: the one that comes with jaxtrain."""
     revision: str | None = None
     """Branch, tag or commit on the hub. Unset: the default branch."""
     trust_remote_code: bool = False
@@ -200,8 +200,9 @@ class DataSection:
     """Where rows come from and how they become batches."""
 
     train: str | tuple[dict[str, Any], ...] = ""
-    """A file (jsonl, json, parquet, csv, arrow, txt), a folder of them, or a hub name.
-    "": the data that comes with jaxtrain, of the kind training_type needs. A mixture:
+    """A file (jsonl, json, parquet, csv, arrow, txt), a folder of them, either of these
+    by its address in a bucket (gs://, s3://), or a hub name. "": the data that comes
+    with jaxtrain, of the kind training_type needs. A mixture:
     "a.jsonl:0.7,b.jsonl:0.3", or a list of {"path", "weight"}. The weights are the
     shares of rows (with packing: of packed rows) in each epoch, which is as long as all
     data sets together; rows repeat, or wait for a later epoch."""
@@ -262,7 +263,8 @@ class DataSection:
     the last one, so that earlier turns keep their thoughts, as in TRL's templates for
     training."""
     chat_template: str | None = None
-    """Jinja template, or a file of one. Unset: the tokenizer's."""
+    """Jinja template, or a file of one, which may be in a bucket. Unset: the
+    tokenizer's."""
     max_train_rows: Annotated[PositiveInt | None, ROWS] = None
     """Train on the first rows only. Unset: on all."""
     max_eval_rows: Annotated[PositiveInt | None, ROWS] = None
@@ -719,9 +721,10 @@ class LoraSection:
     ] = "nf4"
     """The only 4-bit type."""
     init_from: str = ""
-    """A directory with a PEFT adapter to start from, such as an earlier run's adapter/.
-    It brings its own settings; of the keys here, only lora_dropout, enabled and those
-    of quantization are read. The DPO reference is the base with that adapter."""
+    """A directory with a PEFT adapter to start from, such as an earlier run's adapter/,
+    on the disk or in a bucket. It brings its own settings; of the keys here, only
+    lora_dropout, enabled and those of quantization are read. The DPO reference is the
+    base with that adapter."""
     task_type: Annotated[
         Literal["CAUSAL_LM"], NoEffect("training.training_type says what is trained")
     ] = "CAUSAL_LM"

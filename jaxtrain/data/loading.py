@@ -282,6 +282,7 @@ def _load(
 ) -> Rows:
     max_rows = run.data.max_eval_rows if evaluation else run.data.max_train_rows
     name = os.fspath(path or _embedded(run, evaluation))
+    # An address of a bucket looks local too.
     local = pathlib.Path(name).expanduser().exists() or looks_local(name)
     if run.data.streaming and not local:
         return head(open_stream(name, split=split, max_rows=max_rows), max_rows)

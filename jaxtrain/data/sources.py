@@ -8,20 +8,25 @@ from jaxtrain.data.batches.mixture import parse_mixture
 from jaxtrain.data.rows.columns import make_column_map
 from jaxtrain.data.rows.folders import first_rows, looks_local
 from jaxtrain.data.rows.formats import detect_for
-from jaxtrain.data.rows.jinja import read_template
+from jaxtrain.data.rows.jinja import is_template_file, read_template
+from jaxtrain.data.rows.remote import first_remote_rows
+from jaxtrain.storage.address import is_remote
+from jaxtrain.storage.checks import check_readable
 
 logger = logging.getLogger(__name__)
 
 
 def check_sources(run: RunConfig) -> None:
-    """Look at the start of every local file or folder that the run names.
+    """Look at the start of every file or folder that the run names, buckets' too.
 
-    At the chat template too, if the run has one.
+    At the chat template too, if the run has one, and whether a model, a tokenizer and
+    an adapter in a bucket are there.
 
     Raises:
         ValueError: there is none, it holds no row, or not of the kind that is needed;
             names the key.
     """
+    _check_addresses(run)
     data = run.data
     if data.chat_template is not None:
         read_template(data.chat_template)
@@ -36,11 +41,15 @@ def check_sources(run: RunConfig) -> None:
             for name, held_out in data.eval_paths.items()
         ]
     for key, name, split in named:
+        check_readable(name, key)
         path = pathlib.Path(name).expanduser()
         if not name or not (path.exists() or looks_local(name)):
             continue  # embedded, or of the hub
         try:
-            rows = first_rows(path, split)
+            if is_remote(name):
+                rows = first_remote_rows(name, split)
+            else:
+                rows = first_rows(path, split)
             if rows:
                 detect_for(
                     run.objective_row.row_kind,
@@ -52,6 +61,21 @@ def check_sources(run: RunConfig) -> None:
         except (ValueError, OSError) as error:
             reason = getattr(error, "strerror", None) or error
             raise ValueError(f"{key} = {name!r}: {reason}") from error
+
+
+def _check_addresses(run: RunConfig) -> None:
+    """Refuse an address of a bucket that cannot be read; names the key."""
+    lora, template = run.lora, run.data.chat_template or ""
+    named = {
+        "model.name_or_path": run.model.name_or_path,
+        "model.tokenizer_name_or_path": run.model.tokenizer_name_or_path,
+        "training.lora.init_from": lora.init_from if lora is not None else "",
+        # Where it is no file, it is the template itself.
+        "data.chat_template": template if is_template_file(template) else "",
+    }
+    for key, name in named.items():
+        if name:
+            check_readable(name, key)
 
 
 def check_evaluation_rows(run: RunConfig) -> None:

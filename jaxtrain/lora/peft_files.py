@@ -18,11 +18,14 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from jaxtrain.config.folders import bucket_cache
 from jaxtrain.lora import peft_tensors, targets
 from jaxtrain.lora.peft_tensors import PREFIX, WEIGHTS_FILE
 from jaxtrain.lora.targets import ADAPTER_LEAVES, EMBEDDING, LoraConfig
 from jaxtrain.models.hf_files import read_header, read_json
 from jaxtrain.sharding import to_host
+from jaxtrain.storage.address import is_remote
+from jaxtrain.storage.mirror import mirror
 from jaxtrain.tree import flatten, nest
 from jaxtrain.types import Params
 
@@ -174,14 +177,15 @@ def load_adapter(
     """Read a PEFT LoRA adapter: the trainable tree (float32, on the host), its config.
 
     Args:
-        path: directory of adapter_config.json and adapter_model.safetensors.
+        path: directory of adapter_config.json and adapter_model.safetensors, which may
+            be in a bucket.
         base_tree: the base's parameters, or anything with their structure and shapes.
 
     Raises:
         ValueError: no such file, an unsupported variant (by name), or weights that do
             not fit the base.
     """
-    path = pathlib.Path(path)
+    path = adapter_folder(path)
     lora = read_settings(path)
     config = _read_config(path)
     ties = targets.is_tied(base_tree) and bool(config.get("ensure_weight_tying"))
@@ -205,13 +209,22 @@ def load_adapter(
     return trainable, lora
 
 
+def adapter_folder(path: str | pathlib.Path) -> pathlib.Path:
+    """An adapter's folder; of one in a bucket, its copy on the local disk.
+
+    Raises:
+        OSError: the bucket does not give it.
+    """
+    return mirror(path, bucket_cache()) if is_remote(path) else pathlib.Path(path)
+
+
 def read_settings(path: str | pathlib.Path) -> LoraConfig:
     """The settings of a PEFT LoRA adapter; its weights are named, not read.
 
     Raises:
         ValueError: no such file, or an unsupported variant, by name.
     """
-    path = pathlib.Path(path)
+    path = adapter_folder(path)
     config = _read_config(path)
     _refuse_variants(path, config)
     keys = read_header(path / WEIGHTS_FILE)[0]

@@ -5,6 +5,7 @@
 
 import collections
 import dataclasses
+import functools
 import itertools
 import logging
 import os
@@ -19,6 +20,7 @@ import numpy as np
 from huggingface_hub.errors import StrictDataclassError
 from jax.sharding import Sharding, SingleDeviceSharding
 
+from jaxtrain.models.bucket import fetch_model
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.hf_config import load_config, stored_dtype
 from jaxtrain.models.hf_files import (
@@ -27,6 +29,7 @@ from jaxtrain.models.hf_files import (
     has_weights,
     shorten,
 )
+from jaxtrain.models.hf_layouts import split_by_rows
 from jaxtrain.models.hf_names import (
     EMBEDDING,
     HEAD,
@@ -41,6 +44,7 @@ from jaxtrain.models.hf_tensors import Tensors, open_tensors
 from jaxtrain.models.problems import Problems
 from jaxtrain.models.quantization import CODES, SCALES, quantize_on_device
 from jaxtrain.models.transformer import Decoder
+from jaxtrain.storage.address import is_remote
 from jaxtrain.tree import flatten, nest
 from jaxtrain.types import Params
 
@@ -65,9 +69,13 @@ _IMPLIED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 def resolve_model_path(name: str, revision: str | None = None) -> pathlib.Path:
     """The directory of a model: `name` itself, or what the hub has under that name.
 
+    Of a model in a bucket, the local copy of its small files (`bucket.fetch_model`).
+
     Raises:
-        ValueError: it is neither a directory nor to be had from the hub.
+        ValueError: it is neither a directory nor to be had from the hub or a bucket.
     """
+    if is_remote(name):
+        return fetch_model(name)
     directory = pathlib.Path(name).expanduser()
     if directory.is_dir():
         return directory
@@ -257,25 +265,46 @@ def _check_tensors(
 
 
 def _load_leaf(
-    leaf: Leaf, tensors: Mapping[str, Any], sharding: Sharding, dtype: np.dtype
+    leaf: Leaf, tensors: Tensors, sharding: Sharding, dtype: np.dtype
 ) -> jax.Array:
-    """One leaf, assembled from each layer's and expert's tensor, slice by slice."""
+    """One leaf, assembled from each layer's and expert's tensor, slice by slice.
+
+    Of tensors in a bucket whole rows are read. Where devices have columns of them, each
+    reads as many rows first, and they exchange what they have.
+    """
+    columns = leaf.columns_axis if tensors.in_bucket else None
+    reading = sharding if columns is None else split_by_rows(leaf, sharding)
     parts: dict[Any, np.ndarray] = {}
 
     def read(index: Any) -> np.ndarray:
-        bounds = tuple(
+        bounds = [
             range(size)[part] for part, size in zip(index, leaf.shape, strict=True)
-        )
-        if bounds not in parts:  # replicas share what was read once
-            parts[bounds] = _read_slice(leaf, tensors, bounds, dtype)
-        return parts[bounds]
+        ]
+        cut = [slice(None)] * len(bounds)
+        if columns is not None:
+            cut[columns] = index[columns]
+            bounds[columns] = range(leaf.shape[columns])
+        key = tuple(bounds)
+        if key not in parts:  # replicas share what was read once
+            parts[key] = _read_slice(leaf, tensors, key, dtype)
+        return parts[key][tuple(cut)]
 
-    return jax.make_array_from_callback(leaf.shape, sharding, read)
+    loaded = jax.make_array_from_callback(leaf.shape, reading, read)
+    if reading is sharding:
+        return loaded
+    on_device = sharding.with_memory_kind("device")
+    return jax.device_put(_relay(loaded, on_device), sharding)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _relay(array: jax.Array, sharding: Sharding) -> jax.Array:
+    """The same array in another layout, on all processes together."""
+    return jax.lax.with_sharding_constraint(array, sharding)
 
 
 def _load_in_few_bits(
     leaf: Leaf,
-    tensors: Mapping[str, Any],
+    tensors: Tensors,
     targets: Mapping[Path, Sharding],
     model: Decoder,
     stored: str,
@@ -298,15 +327,18 @@ def _load_in_few_bits(
 
 
 def _read_slice(
-    leaf: Leaf, tensors: Mapping[str, Any], bounds: tuple[range, ...], dtype: np.dtype
+    leaf: Leaf, tensors: Tensors, bounds: tuple[range, ...], dtype: np.dtype
 ) -> np.ndarray:
     out = np.empty([len(part) for part in bounds], dtype)
     stacked = bounds[: leaf.stacked_axes]
     inner = [slice(part.start, part.stop) for part in bounds[leaf.stacked_axes :]]
-    for place in itertools.product(*stacked):
+
+    def fill(place: tuple[int, ...]) -> None:
         tensor = tensors[leaf.tensor_name(place)]
         transposed = leaf.transposed
         values = tensor[tuple(inner[::-1])].T if transposed else tensor[tuple(inner)]
         at = tuple(i - part.start for i, part in zip(place, stacked, strict=True))
         out[at or ...] = values
+
+    tensors.for_each(fill, itertools.product(*stacked))
     return out

@@ -16,6 +16,7 @@ from typing import Any
 from jaxtrain.models.families import WRAPPERS
 from jaxtrain.models.hf_files import find_weights, is_own_file, read_header, read_json
 from jaxtrain.models.hf_names import EMBEDDING, HEAD, WEIGHTS_INDEX
+from jaxtrain.storage.reading import AnyFile
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ def wrapped_config(source: pathlib.Path, changed: Mapping[str, Any]) -> dict[str
 
 def plan_files(
     source: pathlib.Path, names: Collection[str]
-) -> list[tuple[pathlib.Path, dict[str, str | None]]]:
+) -> list[tuple[AnyFile, dict[str, str | None]]]:
     """The files of a wrapper with what each is to hold, for new tensors of the decoder.
 
     Args:
@@ -84,7 +85,7 @@ def plan_files(
         takes its place; None where the wrapper's own stays.
     """
     files, _ = find_weights(source)
-    plan: list[tuple[pathlib.Path, dict[str, str | None]]] = []
+    plan: list[tuple[AnyFile, dict[str, str | None]]] = []
     for file in files:
         header, _ = read_header(file)
         stored = {name: text_name(name) for name in header}

@@ -5,7 +5,9 @@ files that no reader takes. Each is described here in one line: which file, what
 wrong with it, what to do.
 """
 
+import concurrent.futures
 import contextlib
+import functools
 import json
 import math
 import os
@@ -16,8 +18,10 @@ from typing import Any
 
 import safetensors
 
+from jaxtrain.models.bucket import weight_file, weight_names
 from jaxtrain.models.hf_names import TOKENIZER_FILES, WEIGHTS, WEIGHTS_INDEX
 from jaxtrain.models.problems import Problems
+from jaxtrain.storage.reading import AnyFile, RemoteFile
 
 _LFS_POINTER = b"version https://git-lfs"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -73,23 +77,26 @@ def check_tokenizer_files(directory: pathlib.Path) -> None:
 def has_weights(directory: str | os.PathLike[str]) -> bool:
     """Whether a directory has weights, or an index of them."""
     folder = pathlib.Path(directory)
-    return any((folder / name).is_file() for name in (WEIGHTS, WEIGHTS_INDEX))
+    is_one = weight_file(folder, WEIGHTS).is_file()
+    return is_one or (folder / WEIGHTS_INDEX).is_file()
 
 
-def find_weights(directory: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, str]]:
+def find_weights(directory: pathlib.Path) -> tuple[list[AnyFile], dict[str, str]]:
     """The files of weights, and for each tensor of an index the file that it names.
 
     Raises:
         ValueError: there are none, or files are missing or damaged; it names all.
     """
     weight_map: dict[str, str] = {}
-    if (directory / WEIGHTS).is_file():
-        files = [directory / WEIGHTS]
+    if (whole := weight_file(directory, WEIGHTS)).is_file():
+        files = [whole]
     elif (directory / WEIGHTS_INDEX).is_file():
         weight_map = _read_index(directory / WEIGHTS_INDEX)
-        files = [directory / name for name in sorted(set(weight_map.values()))]
+        names = sorted(set(weight_map.values()))
+        files = [weight_file(directory, name) for name in names]
     else:
         raise ValueError(_why_no_weights(directory))
+    _read_at_once([file for file in files if isinstance(file, RemoteFile)])
     problems = Problems()
     for file in files:
         with problems.noted():
@@ -98,17 +105,34 @@ def find_weights(directory: pathlib.Path) -> tuple[list[pathlib.Path], dict[str,
     return files, weight_map
 
 
-def read_header(file: pathlib.Path) -> tuple[dict[str, Any], int]:
+def read_header(file: AnyFile) -> tuple[dict[str, Any], int]:
     """The header of a safetensors file and the place where its tensors begin.
 
     The header says for each tensor its `dtype`, `shape` and `data_offsets`.
 
     Raises:
         ValueError: the file is damaged.
+        OSError: a bucket does not give it.
     """
+    return (_remembered if isinstance(file, RemoteFile) else _read_header)(file)
+
+
+def _read_at_once(files: list[RemoteFile]) -> None:
+    """Read the headers of files in a bucket; their use says what is wrong."""
+
+    def read(file: RemoteFile) -> None:
+        with contextlib.suppress(ValueError):
+            read_header(file)
+
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        list(pool.map(read, files))
+
+
+def _read_header(file: AnyFile) -> tuple[dict[str, Any], int]:
     _check_content(file)
     size = file.stat().st_size
-    with file.open("rb") as stream:
+    # Of a file in a bucket no byte more than is asked for.
+    with file.open("rb", 0 if isinstance(file, RemoteFile) else -1) as stream:
         first = stream.read(8)
         length = struct.unpack("<Q", first)[0] if len(first) == 8 else size
         start = 8 + length
@@ -130,6 +154,8 @@ def read_header(file: pathlib.Path) -> tuple[dict[str, Any], int]:
         )
     return header, start
 
+
+_remembered = functools.lru_cache(maxsize=512)(_read_header)
 
 # Bits of a value, by safetensors' name of its type.
 _BITS = {
@@ -188,11 +214,11 @@ def reading(file: pathlib.Path) -> Iterator[None]:
         raise ValueError(f"{file} cannot be read ({reason:.300}): {_AGAIN}") from error
 
 
-def _check_content(file: pathlib.Path) -> None:
+def _check_content(file: AnyFile) -> None:
     """Raise ValueError for a file that is not there, empty or a pointer of git-lfs."""
     if not file.is_file():
         raise ValueError(f"{file} is missing: {_AGAIN}")
-    with file.open("rb") as stream:
+    with file.open("rb", 0 if isinstance(file, RemoteFile) else -1) as stream:
         start = stream.read(len(_LFS_POINTER))
     if not start:
         raise ValueError(f"{file} is empty: {_AGAIN}")
@@ -225,7 +251,8 @@ def _read_index(index: pathlib.Path) -> dict[str, str]:
             raise ValueError(
                 f"{index} names the file {name!r}; shards must lie beside the index"
             )
-    missing = [name for name in names if not (index.parent / name).is_file()]
+    folder = index.parent
+    missing = [name for name in names if not weight_file(folder, name).is_file()]
     if missing:
         raise ValueError(
             f"{index} names files that {index.parent} lacks: {', '.join(missing)};"
@@ -235,9 +262,8 @@ def _read_index(index: pathlib.Path) -> dict[str, str]:
 
 
 def _why_no_weights(directory: pathlib.Path) -> str:
-    pickles = sorted(
-        file.name for file in directory.glob("*") if file.suffix in _PICKLES
-    )
+    names = weight_names(directory)
+    pickles = [name for name in names if name.endswith(_PICKLES)]
     if pickles:
         return (
             f"{directory} has its weights only as pickles ({', '.join(pickles)}),"
@@ -251,7 +277,7 @@ def _why_no_weights(directory: pathlib.Path) -> str:
             f"{found}, but an adapter: name the model that it was trained on, and the"
             " adapter as training.lora.init_from"
         )
-    others = sorted(file.name for file in directory.glob("*.safetensors"))
+    others = [name for name in names if name.endswith(".safetensors")]
     if others:
         return f"{found}, only {', '.join(others[:3])}: download the index too"
     return f"{found}: download the weights"

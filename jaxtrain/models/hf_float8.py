@@ -7,7 +7,6 @@ scale. Others have one scale for the matrix.
 
 import dataclasses
 import functools
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxtrain.models.hf_files import read_header
+from jaxtrain.storage.reading import AnyFile, RemoteFile
 
 _SCALE = "_scale_inv"
 _TYPES = {"F8_E4M3": ml_dtypes.float8_e4m3fn}
@@ -26,10 +26,11 @@ _ACTIVATIONS = (".activation_scale", ".input_scale")
 class _Scaled:
     """A float8 matrix [O I] times its scales. Behaves as a slice of safetensors.
 
-    `codes` is mapped from the file; `scales` [O / rows, I / columns] is in memory.
+    `codes` is mapped from the file, or read from the bucket as it is indexed; `scales`
+    [O / rows, I / columns] is in memory.
     """
 
-    codes: np.ndarray
+    codes: Any
     scales: np.ndarray
     block: tuple[int, int]
 
@@ -52,7 +53,7 @@ class _Scaled:
 
 def whole_tensors(
     stored: Mapping[str, Any],
-    file_of: Mapping[str, pathlib.Path],
+    file_of: Mapping[str, AnyFile],
     block: tuple[int, int],
 ) -> dict[str, Any]:
     """The tensors of a checkpoint, float8 matrices with their scales multiplied in.
@@ -72,7 +73,7 @@ def whole_tensors(
     for name, tensor in stored.items():
         if name in in_few_bits:
             scales = stored.get(f"{name}{_SCALE}")
-            codes = _map_codes(file_of[name], name)
+            codes = _map_codes(file_of[name], name, tensor)
             tensors[name] = _scaled(f"{file_of[name]}: {name}", codes, scales, block)
         elif not name.endswith((_SCALE, *_ACTIVATIONS)):
             tensors[name] = tensor
@@ -82,8 +83,10 @@ def whole_tensors(
 _header_of = functools.lru_cache(maxsize=1)(read_header)
 
 
-def _map_codes(file: pathlib.Path, name: str) -> np.ndarray:
+def _map_codes(file: AnyFile, name: str, tensor: Any) -> Any:
     """A float8 tensor of a file, which numpy alone has no type for."""
+    if isinstance(file, RemoteFile):
+        return tensor
     header, start = _header_of(file)
     entry = header[name]
     return np.memmap(
@@ -95,9 +98,7 @@ def _map_codes(file: pathlib.Path, name: str) -> np.ndarray:
     )
 
 
-def _scaled(
-    name: str, codes: np.ndarray, stored: Any, block: tuple[int, int]
-) -> _Scaled:
+def _scaled(name: str, codes: Any, stored: Any, block: tuple[int, int]) -> _Scaled:
     if stored is None or codes.ndim != 2:
         raise ValueError(
             f"{name} is in float8, but no matrix with a {_SCALE[1:]} beside it: train"

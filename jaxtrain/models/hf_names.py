@@ -64,6 +64,13 @@ class Leaf:
         return self.path[-1] in ("kernel", "weight") or self.is_expert
 
     @property
+    def columns_axis(self) -> int | None:
+        """The axis along a row of the tensors' matrices; None where they are none."""
+        if len(self.shape) - self.stacked_axes != 2:
+            return None
+        return len(self.shape) - (2 if self.transposed else 1)
+
+    @property
     def places(self) -> list[Place]:
         """One of each tensor."""
         return list(itertools.product(*map(range, self.shape[: self.stacked_axes])))

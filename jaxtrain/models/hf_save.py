@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from jaxtrain.models import hf_composite
@@ -27,6 +26,7 @@ from jaxtrain.models.hf_names import (
     Place,
     leaves_of,
 )
+from jaxtrain.models.weight_files import open_weights
 from jaxtrain.sharding import to_host
 from jaxtrain.tree import flatten
 from jaxtrain.types import Params
@@ -127,7 +127,7 @@ def save_in_wrapper(
     total_bytes = 0
     for file, names in plan:
         tensors = {}
-        with safe_open(str(file), framework="numpy") as opened:
+        with open_weights(file) as opened:
             stored = set(opened.keys())
             for name, own in names.items():
                 if own is None:

@@ -6,22 +6,25 @@ Checkpoints of one model differ in how they name and keep its tensors: without t
 shows them all in one form. Nothing is read before a slice of it is asked for.
 """
 
+import concurrent.futures
 import contextlib
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
-
-from safetensors import safe_open
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.hf_composite import is_wrapped, text_name
 from jaxtrain.models.hf_config import fp8_block
 from jaxtrain.models.hf_experts import split_fused
-from jaxtrain.models.hf_files import find_weights, reading
+from jaxtrain.models.hf_files import find_weights
 from jaxtrain.models.hf_float8 import whole_tensors
 from jaxtrain.models.hf_names import EMBEDDING, HEAD
+from jaxtrain.models.weight_files import open_weights
+from jaxtrain.storage.reading import READS_AT_ONCE, AnyFile, RemoteFile
+
+_T = TypeVar("_T")
 
 # A file of transformers' base class, which has no head, lacks the first part of names.
 _WITHOUT_PREFIX = re.compile(r"(layers\.\d+|embed_tokens|norm)\..+")
@@ -31,11 +34,28 @@ class Tensors(dict[str, Any]):
     """Tensors by name, each a slice of its file that is read when indexed.
 
     `promised`: for the tensors that an index lists, the file that it names.
+    `in_bucket`: whether their files are in a bucket.
     """
 
-    def __init__(self, tensors: Mapping[str, Any], promised: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        tensors: Mapping[str, Any],
+        promised: Mapping[str, str],
+        *,
+        in_bucket: bool = False,
+    ) -> None:
         super().__init__(tensors)
         self.promised = promised
+        self.in_bucket = in_bucket
+
+    def for_each(self, read: Callable[[_T], None], items: Iterable[_T]) -> None:
+        """Call `read`, which reads a tensor, for each item; in buckets many at once."""
+        if not self.in_bucket:
+            for item in items:
+                read(item)
+            return
+        with concurrent.futures.ThreadPoolExecutor(READS_AT_ONCE) as pool:
+            list(pool.map(read, items))
 
     def whereabouts(self, name: str) -> str:
         """For a missing tensor, which file ought to have it; "" where none is named."""
@@ -56,10 +76,9 @@ def open_tensors(
     files, promised = find_weights(directory)
     with contextlib.ExitStack() as stack:
         stored: dict[str, Any] = {}
-        file_of: dict[str, pathlib.Path] = {}
+        file_of: dict[str, AnyFile] = {}
         for file in files:
-            with reading(file):
-                opened = stack.enter_context(safe_open(str(file), framework="numpy"))
+            opened = stack.enter_context(open_weights(file))
             for name in opened.keys():  # noqa: SIM118 (no mapping)
                 stored[name], file_of[name] = opened.get_slice(name), file
         tensors = whole_tensors(stored, file_of, fp8_block(directory))
@@ -68,7 +87,9 @@ def open_tensors(
         tensors = split_fused(config.model_type, tensors)
         if config.tie_word_embeddings and HEAD in tensors:
             tensors.setdefault(EMBEDDING, tensors[HEAD])
-        yield Tensors(tensors, _renamed(promised, rename))
+        in_bucket = isinstance(files[0], RemoteFile)
+        promised = _renamed(promised, rename)
+        yield Tensors(tensors, promised, in_bucket=in_bucket)
 
 
 def _renamed(

@@ -13,7 +13,7 @@ from jaxtrain import lora, sharding
 from jaxtrain.config import RunConfig
 from jaxtrain.evaluation.inference import Inference
 from jaxtrain.kernels.attention import Layout
-from jaxtrain.models import hf, quantization, vocabulary
+from jaxtrain.models import bucket, hf, quantization, vocabulary
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.fingerprint import fingerprint_model
 from jaxtrain.models.generation_config import GenerationConfig
@@ -104,7 +104,7 @@ def load_model(run: RunConfig) -> LoadedModel:
         params = jax.jit(base.init, out_shardings=sharding.layouts_of(described))(key)
     else:
         told = "loading %s of %s parameters from %s"
-        logger.info(told, config.model_type, size, directory)
+        logger.info(told, config.model_type, size, bucket.shown(directory))
         if run.lora is not None:
             vocabulary.check_new_rows_train(base, source.stored_rows, lora_config(run))
         stored = vocabulary.with_rows(decoder, source.stored_rows)

@@ -12,7 +12,7 @@ from typing import Any
 from jaxtrain import assets
 from jaxtrain.config import RunConfig
 from jaxtrain.data.loading import load_run_tokenizer
-from jaxtrain.models import hf
+from jaxtrain.models import bucket, hf
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.generation_config import (
     GenerationConfig,
@@ -57,12 +57,13 @@ def read_source(run: RunConfig, *, needs_weights: bool = True) -> ModelSource:
         config = _own_sizes(run, tokenizer)
     else:
         looks = not is_new and (needs_weights or hf.has_weights(directory))
-        tokenizer, config = hf.read_directory(
-            directory,
-            functools.partial(load_run_tokenizer, run, directory),
-            own_tokenizer=not run.model.tokenizer_name_or_path,
-            weights=looks,
-        )
+        with bucket.named_as_given(directory):
+            tokenizer, config = hf.read_directory(
+                directory,
+                functools.partial(load_run_tokenizer, run, directory),
+                own_tokenizer=not run.model.tokenizer_name_or_path,
+                weights=looks,
+            )
     config = _stretch(run, config)
     stored_rows = config.vocab_size
     config = fit_vocabulary(run, config, tokenizer)

@@ -79,9 +79,12 @@ def measure(
     where another machine would round differently.
     """
     path = pathlib.Path(folder) / f"difficulty-{data.fingerprint}.npy"
-    kept = _read(path)
-    if kept is not None:
-        return data.with_difficulty(kept)
+    # The folder may be on the first process's disk alone.
+    is_first = jax.process_index() == 0
+    kept = _read(path) if is_first else None
+    if multihost_utils.broadcast_one_to_all(np.int32(kept is not None)):
+        known = np.zeros(len(data), np.float32) if kept is None else kept
+        return data.with_difficulty(multihost_utils.broadcast_one_to_all(known))
     batches = feed.eval_batches(data)
     most = batches.most_examples
     of_batch = feed.plan.jit(
@@ -94,7 +97,7 @@ def measure(
     difficulty = np.concatenate(found).astype(np.float32)
     told = "difficulty of %d rows: %.3f to %.3f nats a token"
     logger.info(told, len(data), np.min(difficulty), np.max(difficulty))
-    if jax.process_index() == 0:
+    if is_first:
         path.parent.mkdir(parents=True, exist_ok=True)
         buffer = io.BytesIO()
         np.save(buffer, difficulty)
@@ -118,10 +121,7 @@ def _read(path: pathlib.Path) -> np.ndarray | None:
         found = np.load(file)
         if file.tell() == len(content):
             return found  # an earlier release took no checksum
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("difficulty: read")
-    if jax.process_index() == 0:
-        path.replace(path.with_name(f"{path.name}.damaged"))
+    path.replace(path.with_name(f"{path.name}.damaged"))
     logger.warning(
         "the difficulties of rows in %s do not match their checksum: they are measured"
         " anew, and the others are kept in %s.damaged; check the disk",

@@ -45,7 +45,7 @@ class ReferenceScorer:
         """Score by `params`, in the evaluation batches of `feed`.
 
         Args:
-            directory: where the sums are kept, shared by all processes.
+            directory: where the first process keeps the sums.
             identity: what they depend on besides the weights and the data, by name.
         """
         self._params = params
@@ -84,7 +84,14 @@ class ReferenceScorer:
         told = "reference log-probs of %d %s pairs: %d are new, all in %s"
         logger.info(told, len(data), name, len(data) - first, cache.directory)
         multihost_utils.sync_global_devices(f"reference {name}")
-        return data.with_reference_logps(*cache.read(len(data)))
+        if jax.process_count() == 1:
+            return data.with_reference_logps(*cache.read(len(data)))
+        # The folder may be on the first process's disk alone.
+        pairs = np.zeros((2, len(data)), np.float32)
+        if jax.process_index() == 0:
+            pairs = np.stack(cache.read(len(data)))
+        pairs = np.asarray(multihost_utils.broadcast_one_to_all(pairs))
+        return data.with_reference_logps(*pairs)
 
     def _score_from(self, first: int, data: PreparedDataset, cache: SumsCache) -> None:
         batches = self._feed.eval_batches(data)

@@ -27,6 +27,9 @@ _LIBRARIES = (
     *("optax", "orbax", "tensorboardX", "tensorstore", "tokenizers", "torch"),
     *("transformers", "urllib3"),
 )
+# They log a traceback of what they raise too, or of a device that is not there; our
+# message follows.
+_NOISY = ("jax._src.xla_bridge", "gcsfs", "google.auth", "s3fs", "botocore")
 # How much libraries say for which Python's logging and warnings are not asked.
 _QUIET: Mapping[str, str] = {
     "TF_CPP_MIN_LOG_LEVEL": "2",  # XLA's own lines: errors only
@@ -72,8 +75,8 @@ def set_up(
     handler.addFilter(_is_not_chatter)
     for name in _LIBRARIES:
         logging.getLogger(name).setLevel(logging.ERROR)
-    # Of a plugin whose device is not there it logs a traceback; our message follows.
-    logging.getLogger("jax._src.xla_bridge").setLevel(logging.CRITICAL)
+    for name in _NOISY:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     for name, value in _QUIET.items():
         environ.setdefault(name, value)
     if not sys.stderr.isatty():  # a download's bar is of use where one looks on

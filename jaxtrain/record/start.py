@@ -3,7 +3,6 @@
 import dataclasses
 import logging
 import os
-import pathlib
 import textwrap
 from collections.abc import Iterable
 from typing import Any
@@ -19,6 +18,7 @@ from jaxtrain.data.batches.pipeline import BatchIterator
 from jaxtrain.record import memory, provenance
 from jaxtrain.record.console import one_line
 from jaxtrain.record.logs import COLUMNS
+from jaxtrain.run.buffer import local_folder
 from jaxtrain.run.feed import Prepared
 from jaxtrain.tree import dotted, select
 
@@ -31,7 +31,7 @@ _LONGEST_PATH = 60
 
 
 def announce(
-    parts: loop.Parts, progress: loop.Progress, workdir: pathlib.Path
+    parts: loop.Parts, progress: loop.Progress, workdir: Any
 ) -> dict[str, Any]:
     """Log what is about to run, and return the configuration with its provenance.
 
@@ -49,12 +49,10 @@ def announce(
     start = provenance.describe_start(
         progress.step, parts.model.plan.mesh, data, parts.run.explain()
     )
-    return provenance.with_history(config, start, workdir)
+    return provenance.with_history(config, start, local_folder(workdir))
 
 
-def describe(
-    parts: loop.Parts, progress: loop.Progress, workdir: pathlib.Path
-) -> list[str]:
+def describe(parts: loop.Parts, progress: loop.Progress, workdir: Any) -> list[str]:
     """The block: a title, and an aligned entry for each thing one wants to know."""
     run = parts.run
     entries = {
@@ -249,12 +247,12 @@ def _memory(parts: loop.Parts) -> str:
     return estimate_memory(parts).describe(limit)
 
 
-def _writes(run: RunConfig, workdir: pathlib.Path) -> str:
+def _writes(run: RunConfig, workdir: Any) -> str:
     trackers = [name for name in run.loop.report_to if name != "jsonl"]
     return f"{short_path(workdir)}; {', '.join(('metrics.jsonl', *trackers))}"
 
 
-def _resumes(parts: loop.Parts, progress: loop.Progress, workdir: pathlib.Path) -> str:
+def _resumes(parts: loop.Parts, progress: loop.Progress, workdir: Any) -> str:
     if not progress.step:
         return ""
     path = short_path(workdir / "checkpoints" / str(progress.step))

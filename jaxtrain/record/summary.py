@@ -1,7 +1,6 @@
 """The end of a run in a few lines: what came out, where it is, what to do next."""
 
 import logging
-import pathlib
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,14 +19,14 @@ _ENDINGS = {
 }
 
 
-def log_summary(results: Mapping[str, Any], workdir: pathlib.Path) -> None:
+def log_summary(results: Mapping[str, Any], workdir: Any) -> None:
     """Log what `describe` says, line by line, in the first process."""
     if jax.process_index() == 0:
         for line in describe(results, workdir):
             logger.info("%s", line)
 
 
-def describe(results: Mapping[str, Any], workdir: pathlib.Path) -> list[str]:
+def describe(results: Mapping[str, Any], workdir: Any) -> list[str]:
     """At most ten lines about a run that has ended.
 
     Args:
@@ -82,7 +81,7 @@ def _headline(results: Mapping[str, Any]) -> str:
     return f"{_ENDINGS[results['ending']]} step {step} of {total}: {', '.join(facts)}"
 
 
-def _where_best_is(results: Mapping[str, Any], workdir: pathlib.Path) -> str:
+def _where_best_is(results: Mapping[str, Any], workdir: Any) -> str:
     """The directory with the best weights, or why there is none."""
     best = results["best_step"]
     for name in ("model", "best_model"):
@@ -95,7 +94,7 @@ def _where_best_is(results: Mapping[str, Any], workdir: pathlib.Path) -> str:
     return "no checkpoint; let save_steps divide eval_steps"
 
 
-def _next_steps(results: Mapping[str, Any], workdir: pathlib.Path) -> list[str]:
+def _next_steps(results: Mapping[str, Any], workdir: Any) -> list[str]:
     run = shlex.quote(str(workdir))
     if results["ending"] == "preempted":
         return ["start the same command again; it goes on from here"]

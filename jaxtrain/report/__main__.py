@@ -1,10 +1,9 @@
 """The command `jaxtrain report`, or `python -m jaxtrain.report`."""
 
-import pathlib
 import sys
 from collections.abc import Sequence
 
-from jaxtrain.cli.command import Parser
+from jaxtrain.cli.command import Parser, path_argument
 from jaxtrain.cli.ending import run_command
 from jaxtrain.report import write_report
 
@@ -16,9 +15,9 @@ def main(arguments: Sequence[str]) -> None:
         ValueError: a directory holds no run.
     """
     parser = Parser("report", "Write one HTML page of one or several runs.")
-    parser.add_argument("workdir", nargs="+", type=pathlib.Path)
+    parser.add_argument("workdir", nargs="+", type=path_argument)
     parser.add_argument(
-        "--output", type=pathlib.Path, help="default: report.html in the first workdir"
+        "--output", type=path_argument, help="default: report.html in the first workdir"
     )
     options = parser.parse(arguments)
     print(write_report(options.workdir, options.output))

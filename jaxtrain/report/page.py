@@ -169,7 +169,7 @@ def write_report(
     path = output or workdirs[0] / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)
     # Half of a surrogate pair, which UTF-8 lacks, becomes JSON's own escape.
-    path.write_text(make_page(runs), encoding="utf-8", errors="backslashreplace")
+    path.write_bytes(make_page(runs).encode(errors="backslashreplace"))
     return path
 
 
@@ -177,7 +177,7 @@ def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
     """Whole JSON lines; a run that still writes may have left half a one."""
     found = []
     # Not splitlines, for which U+2028 in a text ends a line too.
-    for line in path.read_text("utf-8", errors="replace").split("\n"):
+    for line in path.read_bytes().decode(errors="replace").split("\n"):
         try:
             record = json.loads(line)
         except ValueError:

@@ -10,6 +10,7 @@ import jax
 from jaxtrain.batch import AnyBatch
 from jaxtrain.config.sections import LoopSection
 from jaxtrain.record.diagnostics import save_batch
+from jaxtrain.run.buffer import beside
 from jaxtrain.types import Metrics
 
 logger = logging.getLogger(__name__)
@@ -143,7 +144,7 @@ class BadSteps:
     def _save_batch(self, step: int, batch: AnyBatch | None) -> pathlib.Path:
         assert batch is not None  # the rows of bad steps are kept
         process = f".process_{jax.process_index()}" if jax.process_count() > 1 else ""
-        folder = self._checkpoints.with_name("bad_batches")
+        folder = beside(self._checkpoints, "bad_batches")
         return save_batch(folder, step, batch, process)
 
     def _error(

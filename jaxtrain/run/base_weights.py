@@ -5,9 +5,9 @@ the base that they were trained beside and no other, and so do a reference's rew
 """
 
 import logging
-import pathlib
 
 from jaxtrain.config import RunConfig
+from jaxtrain.lora.peft_files import adapter_folder
 from jaxtrain.lora.peft_tensors import WEIGHTS_FILE
 from jaxtrain.models.fingerprint import fingerprint_files
 from jaxtrain.models.load import LoadedModel
@@ -25,7 +25,7 @@ def identify_base(run: RunConfig, model: LoadedModel, state: TrainState) -> str 
         return None
     if run.dpo is None or run.lora is None or not run.lora.init_from:
         return model.fingerprint
-    adapter = pathlib.Path(run.lora.init_from) / WEIGHTS_FILE
+    adapter = adapter_folder(run.lora.init_from) / WEIGHTS_FILE
     return f"{model.fingerprint}+{fingerprint_files([adapter])}"
 
 

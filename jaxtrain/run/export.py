@@ -9,31 +9,31 @@ import jax
 
 from jaxtrain import lora, tree
 from jaxtrain.config import RunConfig
-from jaxtrain.models import hf_composite
+from jaxtrain.models import bucket, hf_composite
 from jaxtrain.models.hf_save import save_in_wrapper, save_pretrained
 from jaxtrain.models.load import LoadedModel, lora_config
 from jaxtrain.models.special_tokens import save_tokenizer
+from jaxtrain.run import exported as exports
 from jaxtrain.run.checkpoint import CheckpointManager
-from jaxtrain.run.exported import Exported
 from jaxtrain.types import TrainState
 
 logger = logging.getLogger(__name__)
 
 
-def prepare(workdir: pathlib.Path, *, trains: bool) -> None:
+def prepare(workdir: Any, *, trains: bool) -> None:
     """Remove what a killed export left, as a run starts.
 
     Args:
         trains: whether weights will change, so that what was exported is not theirs.
     """
-    exported = Exported(workdir)
+    exported = exports.exported(workdir)
     exported.clean()
     if trains:
         exported.forget()
 
 
 def export_models(
-    workdir: pathlib.Path,
+    workdir: Any,
     model: LoadedModel,
     run: RunConfig,
     state: TrainState,
@@ -57,7 +57,7 @@ def export_models(
     steps = {"model": best if loads_best else last}
     if best != steps["model"]:
         steps["best_model"] = best
-    exported = Exported(workdir)
+    exported = exports.exported(workdir)
     if exported.is_whole(steps, run):
         logger.info("the export of step %d is complete and stays as it is", last)
     else:
@@ -69,22 +69,27 @@ def export_models(
         exported.note(steps, run)
     paths: dict[str, Any] = {}
     for name in ("model", "best_model"):
-        paths[f"{name}_path"] = str(workdir / (name if name in steps else "model"))
+        there = name if name in steps else "model"
+        paths[f"{name}_path"] = str(workdir / there)
         if run.lora is not None:
-            adapter = str(_adapter_directory(pathlib.Path(paths[f"{name}_path"])))
+            adapter = str(workdir / _adapter_of(there))
             paths[f"{name}_path".replace("model", "adapter")] = adapter
     return paths | {"model_step": steps["model"], "best_model_step": best}
 
 
 def _export_whole(
-    exported: Exported, name: str, model: LoadedModel, run: RunConfig, state: TrainState
+    exported: exports.Exported,
+    name: str,
+    model: LoadedModel,
+    run: RunConfig,
+    state: TrainState,
 ) -> None:
     """One directory that transformers loads, adapters merged.
 
     The adapter alone, in PEFT's format, goes beside it: `model/` and `adapter/`.
     """
     if run.lora is not None:
-        adapter = _adapter_directory(pathlib.Path(name)).name
+        adapter = _adapter_of(name)
         with exported.whole(adapter) as directory:
             _write_adapter(directory, model, run, state)
         logger.info("adapter saved to %s", exported.workdir / adapter)
@@ -153,17 +158,16 @@ def _write_adapter(
         directory,
         state.trainable,
         settings,
-        model.directory,
+        model.directory and bucket.shown(model.directory),
         tied_embeddings=model.config.tie_word_embeddings,
         initial=state.frozen if settings.changes_base else None,
         in_wrapper=hf_composite.is_wrapped(model.directory),
     )
 
 
-def _adapter_directory(model_directory: pathlib.Path) -> pathlib.Path:
-    """Where the adapter of an exported model goes."""
-    name = model_directory.name.replace("model", "adapter")
-    return model_directory.with_name(name)
+def _adapter_of(name: str) -> str:
+    """The directory of the adapter of an exported model, by that of the model."""
+    return name.replace("model", "adapter")
 
 
 def _restore_weights(

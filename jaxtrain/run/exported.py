@@ -15,47 +15,49 @@ from jax.experimental import multihost_utils
 
 from jaxtrain import __version__
 from jaxtrain.config import RunConfig
+from jaxtrain.run.buffer import local_folder
 from jaxtrain.run.durable import flush, flush_tree, write_whole
+from jaxtrain.storage import folders
+from jaxtrain.storage.address import is_remote
+from jaxtrain.storage.errors import retrying
 
 logger = logging.getLogger(__name__)
 
-_NAMES = ("model", "best_model", "adapter", "best_adapter")
+NAMES = ("model", "best_model", "adapter", "best_adapter")
+NOTE = "exported.json"
 _PARTIAL, _OLD = ".partial", ".old"
+# In a bucket: without one of them nobody takes a folder for a model or an adapter.
+_LAST = ("config.json", "adapter_config.json")
+
+
+def exported(workdir: Any) -> "Exported":
+    """The exported directories of a work directory."""
+    return BucketExported(workdir) if is_remote(workdir) else Exported(workdir)
 
 
 class Exported:
     """The exported directories of a work directory. Every process calls it alike."""
 
-    def __init__(self, workdir: pathlib.Path) -> None:
+    def __init__(self, workdir: Any) -> None:
         self.workdir = workdir
-        self._note = workdir / "exported.json"
+        self._folder = local_folder(workdir)
+        self._note = workdir / NOTE
         self._writes = jax.process_index() == 0
 
     @contextlib.contextmanager
     def whole(self, name: str) -> Iterator[pathlib.Path]:
         """A directory to write to, which takes the place of `name` when it is whole."""
-        final = self.workdir / name
-        partial, old = (self.workdir / f"{name}{end}" for end in (_PARTIAL, _OLD))
+        partial = self._folder / f"{name}{_PARTIAL}"
         yield partial
         if self._writes:
-            flush_tree(partial)
-            if final.exists():
-                final.rename(old)
-            partial.rename(final)
-            flush(self.workdir)
-            _remove(old)
+            self._publish(partial, name)
         _wait_for_all(f"exported {name}")
 
     def clean(self) -> None:
         """Remove what a killed export left behind."""
-        for name in _NAMES if self._writes else ():
-            final, old = self.workdir / name, self.workdir / f"{name}{_OLD}"
-            if old.exists() and not final.exists():
-                old.rename(final)  # killed between two renames
-            for remains in (old, self.workdir / f"{name}{_PARTIAL}"):
-                if remains.exists():
-                    _remove(remains)
-                    logger.info("removed %s, which a killed export left", remains)
+        for name in NAMES if self._writes else ():
+            for remains in self._clean(name):
+                logger.info("removed %s, which a killed export left", remains)
 
     def forget(self) -> None:
         """Take back the note, as other weights come."""
@@ -71,12 +73,10 @@ class Exported:
             return
         kept = _directories(steps, run)
         for name in ("best_model", "best_adapter"):
-            stale = self.workdir / name
-            if name not in kept and stale.is_dir() and not stale.is_symlink():
-                logger.info("removed %s, an export that is out of date", stale)
-                _remove(stale)
+            if name not in kept and self._drop(name):
+                logger.info("removed %s/%s, out of date", self.workdir, name)
         text = json.dumps({**_identity(steps, run), "files": self._files(kept)})
-        write_whole(self._note, f"{text}\n")
+        self._write_note(f"{text}\n")
 
     def is_whole(self, steps: Mapping[str, int], run: RunConfig) -> bool:
         """Whether the weights of these steps are exported by the same settings."""
@@ -95,11 +95,83 @@ class Exported:
     def _files(self, names: list[str]) -> dict[str, int]:
         """The size of each file, by its path in the work directory."""
         return {
-            path.relative_to(self.workdir).as_posix(): path.stat().st_size
+            f"{name}/{path}": size
             for name in names
-            for path in sorted((self.workdir / name).rglob("*"))
+            for path, size in self._sizes(name).items()
+        }
+
+    # What a bucket does otherwise.
+
+    def _publish(self, partial: pathlib.Path, name: str) -> None:
+        """Put a whole directory in the place of `name`."""
+        final, old = self.workdir / name, self.workdir / f"{name}{_OLD}"
+        flush_tree(partial)
+        if final.exists():
+            final.rename(old)
+        partial.rename(final)
+        flush(self.workdir)
+        _remove(old)
+
+    def _clean(self, name: str) -> list[Any]:
+        """Remove what a killed export left of a name; returns what that was."""
+        final, old = self.workdir / name, self.workdir / f"{name}{_OLD}"
+        if old.exists() and not final.exists():
+            old.rename(final)  # killed between two renames
+        remains = [old, self.workdir / f"{name}{_PARTIAL}"]
+        found = [path for path in remains if path.exists()]
+        for path in found:
+            _remove(path)
+        return found
+
+    def _drop(self, name: str) -> bool:
+        """Remove an exported directory; False if there is none."""
+        stale = self.workdir / name
+        if not stale.is_dir() or stale.is_symlink():
+            return False
+        _remove(stale)
+        return True
+
+    def _sizes(self, name: str) -> dict[str, int]:
+        """The size of each file of a directory, by its path in it."""
+        folder = self.workdir / name
+        return {
+            path.relative_to(folder).as_posix(): path.stat().st_size
+            for path in sorted(folder.rglob("*"))
             if path.is_file()
         }
+
+    def _write_note(self, text: str) -> None:
+        write_whole(self._note, text)
+
+
+class BucketExported(Exported):
+    """In a bucket: written on this machine, and uploaded with what makes it count last.
+
+    While an export is replaced, the one before it does not count either.
+    """
+
+    def _publish(self, partial: pathlib.Path, name: str) -> None:
+        folders.upload(partial, self.workdir / name, last=_LAST)
+        _remove(partial)
+
+    def _clean(self, name: str) -> list[Any]:
+        found = self._sizes(name)
+        if not found or not set(_LAST).isdisjoint(found):
+            return []
+        folders.remove(self.workdir / name)
+        return [self.workdir / name]
+
+    def _drop(self, name: str) -> bool:
+        found = self._sizes(name)
+        folders.delete(self.workdir / name, [last for last in _LAST if last in found])
+        folders.remove(self.workdir / name)
+        return bool(found)
+
+    def _sizes(self, name: str) -> dict[str, int]:
+        return folders.sizes(self.workdir / name)
+
+    def _write_note(self, text: str) -> None:
+        retrying(lambda: self._note.write_text(text), f"writing {self._note}")
 
 
 def _directories(steps: Mapping[str, int], run: RunConfig) -> list[str]:
@@ -114,7 +186,7 @@ def _identity(steps: Mapping[str, int], run: RunConfig) -> dict[str, Any]:
     return {"steps": dict(steps), "settings": digest, "version": __version__}
 
 
-def _read(path: pathlib.Path) -> Any:
+def _read(path: Any) -> Any:
     try:
         return json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):

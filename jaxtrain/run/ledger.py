@@ -7,20 +7,27 @@ written over. Nothing here imports jax.
 
 import json
 import pathlib
+from typing import Any
 
 from jaxtrain.run.durable import write_whole
+from jaxtrain.storage.address import is_remote
+from jaxtrain.storage.errors import retrying
 
 LEDGER = "newest_checkpoint.json"
 
 
-def note_saved(ledger: pathlib.Path, step: int) -> None:
+def note_saved(ledger: Any, step: int) -> None:
     """Write that `step` is saved, unless the file says so already."""
     if read_saved(ledger) == step:
         return
-    write_whole(ledger, json.dumps({"step": step}) + "\n")
+    text = json.dumps({"step": step}) + "\n"
+    if is_remote(ledger):
+        retrying(lambda: ledger.write_text(text), f"writing {ledger}")
+    else:
+        write_whole(ledger, text)
 
 
-def read_saved(ledger: pathlib.Path) -> int | None:
+def read_saved(ledger: Any) -> int | None:
     """The newest step that was saved; 0 where the file is there and says nothing."""
     try:
         return int(json.loads(ledger.read_text("utf-8"))["step"])
@@ -30,7 +37,7 @@ def read_saved(ledger: pathlib.Path) -> int | None:
         return 0
 
 
-def find_loss(workdir: pathlib.Path) -> str | None:
+def find_loss(workdir: Any) -> str | None:
     """How a work directory without a checkpoint shows that it had some; None if not."""
     folder = workdir / "checkpoints"
     aside = sorted(path.name for path in folder.glob("damaged-*"))
@@ -40,7 +47,10 @@ def find_loss(workdir: pathlib.Path) -> str | None:
     if step is not None:
         named = f"step {step}" if step else "a step"
         return f"{named} was saved in {folder}, and no checkpoint is there now"
-    # Versions before the ledger: the folder was made before the first record.
+    # Versions before the ledger, which knew no bucket, made the folder before the
+    # first record.
+    if is_remote(workdir):
+        return None
     if not folder.exists() and _has_trained(workdir / "metrics.jsonl"):
         return f"{workdir / 'metrics.jsonl'} tells of training, but {folder} is gone"
     return None

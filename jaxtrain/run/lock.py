@@ -5,7 +5,9 @@ there is known at once where it is a process of this machine. Of one elsewhere, 
 another container, only the file tells, whose time of change the holder renews every
 `_BEAT_SECS`: it counts as gone if that stands still for `_SILENT_SECS`. No clock of
 another machine is believed and no lock of the file system is needed, so that this holds
-on shared storage too. Nothing here imports jax.
+on shared storage and in buckets too (`lock_file`). A holder that cannot renew its lock
+in a bucket for `errors.LIMIT_SECS` has lost the bucket, and ends. Nothing here imports
+jax.
 """
 
 import contextlib
@@ -21,8 +23,13 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
+from typing import Any
 
-from jaxtrain.run.durable import naming
+from jaxtrain.run import lock_file
+from jaxtrain.run.buffer import local_folder
+from jaxtrain.run.ledger import LEDGER, read_saved
+from jaxtrain.storage import errors
+from jaxtrain.storage.address import is_remote
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +79,7 @@ class Holder:
 
 
 @contextlib.contextmanager
-def hold(workdir: pathlib.Path, *, is_first_process: bool) -> Iterator[None]:
+def hold(workdir: Any, *, is_first_process: bool) -> Iterator[None]:
     """Hold `workdir` for the time of the block; the first process does it for all.
 
     Raises:
@@ -81,28 +88,27 @@ def hold(workdir: pathlib.Path, *, is_first_process: bool) -> Iterator[None]:
     if not is_first_process:
         yield
         return
-    workdir.mkdir(parents=True, exist_ok=True)
-    path, own = workdir / NAME, Holder.of_this_process()
+    lock, own = _Lock(workdir), Holder.of_this_process()
     for _ in range(_MOST_TRIES):
         refuse_if_held(workdir)
-        if _look(path) in _GONE:
-            _put_aside(path)
-        if _create(path, own):
+        seen = lock.look()
+        if seen is not None and seen in _GONE:
+            lock.put_away(seen)
+        if lock.create(own):
             break
     else:
-        raise ValueError(f"{path}: cannot be written; give another workdir")
-    for remains in workdir.glob(f"{NAME}.*"):  # of killed processes
-        remains.unlink(missing_ok=True)
-    beat = _Beat(path, own)
+        raise ValueError(f"{lock.path}: cannot be written; give another workdir")
+    lock.file.tidy()
+    beat = _Beat(lock, own)
     try:
         yield
     finally:
         beat.stop()
-        if _is_of(own, path):
-            path.unlink(missing_ok=True)
+        if lock.is_of(own):
+            lock.file.remove()
 
 
-def refuse_if_held(workdir: pathlib.Path, *, may_wait: bool = True) -> None:
+def refuse_if_held(workdir: Any, *, may_wait: bool = True) -> None:
     """Refuse a work directory that a run writes to at this moment.
 
     Args:
@@ -112,21 +118,21 @@ def refuse_if_held(workdir: pathlib.Path, *, may_wait: bool = True) -> None:
     Raises:
         ValueError: names the holder, and what to do.
     """
-    path = workdir / NAME
-    seen = _look(path)
+    lock = _Lock(workdir)
+    seen = lock.look()
     if seen is None or seen in _GONE:
         return
     if seen.holder is not None and seen.holder.is_here():
         is_held = seen.holder.is_alive()
     elif may_wait:
-        is_held = _moves(path, seen)
+        is_held = _moves(lock, seen)
     else:
         return
     if is_held:
         raise ValueError(
             f"workdir = {str(workdir)!r}: another run writes to it"
             f" ({seen.holder or 'it does not say which'}). Wait for that run, stop it,"
-            f" or give another workdir; if it is gone for certain, delete {path}"
+            f" or give another workdir; if it is gone for certain, delete {lock.path}"
         )
     _GONE.add(seen)
 
@@ -136,24 +142,67 @@ class _Sight:
     """A lock as it was seen; `holder` is None where the file is damaged."""
 
     holder: Holder | None
-    changed_ns: int
+    seen: lock_file.Seen
 
 
 _GONE: set[_Sight] = set()  # locks whose holders were found gone
 
 
-def _moves(path: pathlib.Path, seen: _Sight) -> bool:
+class _Lock:
+    """The lock of a work directory, on a disk or in a bucket."""
+
+    def __init__(self, workdir: Any) -> None:
+        self.workdir = workdir
+        self.path = workdir / NAME
+        self.file = lock_file.lock_file(workdir, NAME)
+
+    def look(self) -> _Sight | None:
+        """The lock as it is; None if there is none."""
+        return _read(self.file.look())
+
+    def create(self, own: Holder) -> bool:
+        """Make it; False if there is one."""
+        return self.file.create(_content(own))
+
+    def put_away(self, gone: _Sight) -> None:
+        """Remove a lock whose holder is gone, but not one that was made since."""
+        self.file.put_away(lambda seen: _read(seen) in _GONE, gone.seen)
+
+    def is_of(self, own: Holder) -> bool:
+        """Whether this process holds it."""
+        found = self.look()
+        return found is not None and found.holder == own
+
+
+def _content(own: Holder) -> bytes:
+    # In s3:// a version depends on the content alone.
+    beat = {"renewed": time.time_ns()}
+    return f"{json.dumps(dataclasses.asdict(own) | beat)}\n".encode()
+
+
+def _read(seen: lock_file.Seen | None) -> _Sight | None:
+    if seen is None:
+        return None
+    try:
+        fields = json.loads(seen.content)
+        fields.pop("renewed", None)
+        return _Sight(Holder(**fields), seen)
+    except (ValueError, TypeError, AttributeError):
+        return _Sight(None, seen)
+
+
+def _moves(lock: _Lock, seen: _Sight) -> bool:
     """Whether the holder renews its lock, watched for as long as it may be silent."""
-    if time.time() - seen.changed_ns / 1e9 > _LONG_AGO_SECS:
+    if time.time() - seen.seen.changed > _LONG_AGO_SECS:
         return False
     logger.info(
         "%s was left by %s: looking for up to %.0f s whether it still runs",
-        *(path, seen.holder or "a run that it does not name", _SILENT_SECS),
+        *(lock.path, seen.holder or "a run that it does not name", _SILENT_SECS),
     )
     until = time.monotonic() + _SILENT_SECS
     while time.monotonic() < until:
         time.sleep(_POLL_SECS)
-        now = _look(path)
+        now = lock.look()
         if now is None:
             return False  # it has just ended
         if now != seen:
@@ -161,86 +210,76 @@ def _moves(path: pathlib.Path, seen: _Sight) -> bool:
     return False
 
 
-def _look(path: pathlib.Path) -> _Sight | None:
-    try:
-        # Opened anew, which makes shared storage ask its server.
-        with path.open("rb") as file:
-            text, changed = file.read(), os.fstat(file.fileno()).st_mtime_ns
-    except FileNotFoundError:
-        return None
-    try:
-        return _Sight(Holder(**json.loads(text)), changed)
-    except (ValueError, TypeError):
-        return _Sight(None, changed)
-
-
-def _is_of(own: Holder, path: pathlib.Path) -> bool:
-    seen = _look(path)
-    return seen is not None and seen.holder == own
-
-
-def _put_aside(path: pathlib.Path) -> None:
-    """Remove a lock whose holder is gone, but not one that was made since."""
-    aside = path.with_name(f"{NAME}.{uuid.uuid4().hex}")
-    with contextlib.suppress(FileNotFoundError):  # another process was faster
-        path.rename(aside)
-        if _look(aside) not in _GONE and not path.exists():
-            aside.rename(path)  # and what was moved is its lock
-        aside.unlink(missing_ok=True)
-
-
-def _create(path: pathlib.Path, own: Holder) -> bool:
-    """Make the lock, whole from its first moment; False if there is one."""
-    text = json.dumps(dataclasses.asdict(own)) + "\n"
-    scratch = path.with_name(f"{NAME}.{own.token}")
-    with naming(scratch):
-        scratch.write_text(text, encoding="utf-8")
-    try:
-        os.link(scratch, path)
-    except FileExistsError:
-        return False
-    except OSError:  # a file system without links
-        try:
-            with path.open("x", encoding="utf-8") as file:
-                file.write(text)
-        except FileExistsError:
-            return False
-    finally:
-        scratch.unlink(missing_ok=True)
-    return True
-
-
 class _Beat:
-    """A thread that renews the lock, and ends the process where another has it."""
+    """A thread that renews the lock, and ends the process where it has lost it.
 
-    def __init__(self, path: pathlib.Path, own: Holder) -> None:
-        self._path, self._own = path, own
+    In a bucket a second one watches the first, for a request may hang.
+    """
+
+    def __init__(self, lock: _Lock, own: Holder) -> None:
+        self._lock, self._own = lock, own
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="run-lock", daemon=True)
-        self._thread.start()
+        self._renewed = time.monotonic()
+        self._error: BaseException = TimeoutError("no answer")
+        tasks = [self._run, *([self._watch] if is_remote(lock.workdir) else [])]
+        self._threads = [
+            threading.Thread(target=task, name="run-lock", daemon=True)
+            for task in tasks
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def stop(self) -> None:
-        """End the thread."""
+        """End the threads."""
         self._stopped.set()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
 
     def _run(self) -> None:
         while not self._stopped.wait(_BEAT_SECS):
             try:
-                found = _look(self._path)
-                if found is None:  # deleted by hand
-                    _create(self._path, self._own)
-                elif found.holder in (None, self._own):
-                    os.utime(self._path)
-                else:
-                    _end_process(
-                        f"{self._path.parent}: {found.holder} took this work directory"
-                        f" over, as this process was silent for {_SILENT_SECS:.0f} s;"
-                        " it ends, so that two runs never write to one"
-                    )
+                if not self._renew():
                     return
-            except OSError as error:
-                logger.warning("%s cannot be renewed: %s", self._path, error)
+                self._renewed = time.monotonic()
+            except Exception as error:
+                self._error = error
+                logger.warning(
+                    "%s cannot be renewed: %s", self._lock.path, errors.one_line(error)
+                )
+
+    def _watch(self) -> None:
+        """End the process if the bucket has been silent for too long."""
+        while not self._stopped.wait(_BEAT_SECS):
+            secs = time.monotonic() - self._renewed
+            if secs > errors.LIMIT_SECS:
+                _end_process(describe_loss(self._lock.workdir, secs, self._error))
+                return
+
+    def _renew(self) -> bool:
+        """Show that this process is alive; False where another has the lock."""
+        found = self._lock.look()
+        if found is None:  # deleted by hand
+            self._lock.create(self._own)
+        elif found.holder in (None, self._own):
+            self._lock.file.renew(found.seen, _content(self._own))
+        else:
+            _end_process(
+                f"{self._lock.workdir}: {found.holder} took this work directory"
+                f" over, as this process was silent for {_SILENT_SECS:.0f} s;"
+                " it ends, so that two runs never write to one"
+            )
+            return False
+        return True
+
+
+def describe_loss(workdir: Any, secs: float, error: BaseException) -> str:
+    """What is said of a bucket that no longer answers: the last step that is safe."""
+    step = read_saved(local_folder(workdir) / LEDGER)
+    safe = f"step {step} is committed" if step else "no step is committed yet"
+    return (
+        f"{workdir} has not answered for {secs:.0f} s ({errors.one_line(error)});"
+        f" {safe}: the same command goes on from there"
+    )
 
 
 def _end_process(reason: str) -> None:

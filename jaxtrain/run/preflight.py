@@ -3,6 +3,7 @@
 Nothing here imports jax, so that a command can look before it waits for that.
 """
 
+import functools
 import importlib.util
 import netrc
 import os
@@ -15,7 +16,9 @@ from ml_collections import ConfigDict
 
 from jaxtrain.config import RunConfig, diff
 from jaxtrain.run.ledger import find_loss
-from jaxtrain.run.saved_record import read_record
+from jaxtrain.run.saved_record import is_committed, read_record
+from jaxtrain.storage.address import is_remote
+from jaxtrain.storage.checks import check_writable
 
 # A change of these always makes other leaves of the train state, or another order of
 # rows. What only may do so is found when the checkpoint is read.
@@ -38,7 +41,7 @@ _MODES_WITHOUT_LOGIN = ("offline", "disabled", "dryrun")
 
 
 def check(
-    run: RunConfig, workdir: pathlib.Path, environ: Mapping[str, str] = os.environ
+    run: RunConfig, workdir: Any, environ: Mapping[str, str] = os.environ
 ) -> None:
     """Refuse a run that would fail later, for reasons that are no model's.
 
@@ -56,15 +59,12 @@ def check_workdir(workdir: str | os.PathLike[str]) -> None:
 
     Raises:
         ValueError: it, or a folder above it, is a file or cannot be written to, or
-            its name is a pattern.
+            its name is a pattern; of an address, as of `storage.checks`.
     """
-    if "://" in os.fspath(workdir):
-        raise ValueError(
-            f"workdir = {os.fspath(workdir)!r} is an address, not a folder: mount"
-            " the bucket on every host (Cloud Storage FUSE, as launch/tpu_pod.sh"
-            " does) and give the folder where it is mounted"
-        )
     named = f"workdir = {os.fspath(workdir)!r}"
+    _check_address(os.fspath(workdir))
+    if is_remote(workdir):
+        return
     absolute = pathlib.Path(workdir).absolute()
     if marks := sorted(set(str(absolute)) & set(_PATTERN)):
         raise ValueError(
@@ -81,13 +81,29 @@ def check_workdir(workdir: str | os.PathLike[str]) -> None:
         raise ValueError(f"{named}: {found} cannot be written to; give another workdir")
 
 
-def saved_steps(directory: pathlib.Path) -> list[int]:
-    """The steps saved in a directory of checkpoints, ascending, read off its names."""
-    names = (path.name for path in directory.glob("*"))
-    return sorted(int(name) for name in names if name.isdecimal())
+@functools.cache
+def _check_address(workdir: str) -> None:
+    """Refuse an address that cannot be written to; once, for that takes a moment."""
+    check_writable(workdir, "workdir")
+    bucket_marks = set(workdir) & set(_PATTERN) if is_remote(workdir) else set()
+    if bucket_marks:
+        raise ValueError(
+            f"workdir = {workdir!r} has {' '.join(sorted(bucket_marks))} in it, which"
+            " reads as a pattern of names; give a workdir without any of"
+            f" {' '.join(_PATTERN)}"
+        )
 
 
-def refuse_never(directory: pathlib.Path, step: int) -> ValueError:
+def saved_steps(directory: Any) -> list[int]:
+    """The steps saved in a directory of checkpoints, ascending, read off its names.
+
+    In a bucket those that are committed.
+    """
+    steps = (path for path in directory.glob("*") if path.name.isdecimal())
+    return sorted(int(path.name) for path in steps if is_committed(path))
+
+
+def refuse_never(directory: Any, step: int) -> ValueError:
     """The error of `resume_from_checkpoint = never` beside a checkpoint."""
     return ValueError(
         f"training.resume_from_checkpoint = 'never', but {directory} holds step"
@@ -95,7 +111,7 @@ def refuse_never(directory: pathlib.Path, step: int) -> ValueError:
     )
 
 
-def _check_earlier_steps(run: RunConfig, directory: pathlib.Path) -> None:
+def _check_earlier_steps(run: RunConfig, directory: Any) -> None:
     """Refuse settings under which the newest step could not be gone on from."""
     steps = saved_steps(directory)
     if not steps:
@@ -118,7 +134,7 @@ def _check_earlier_steps(run: RunConfig, directory: pathlib.Path) -> None:
         )
 
 
-def _refuse_lost(run: RunConfig, workdir: pathlib.Path) -> None:
+def _refuse_lost(run: RunConfig, workdir: Any) -> None:
     """Refuse to begin at step 0 where checkpoints were, unless the run asks for it.
 
     Raises:
@@ -135,7 +151,7 @@ def _refuse_lost(run: RunConfig, workdir: pathlib.Path) -> None:
         )
 
 
-def keep_batching(config: ConfigDict, workdir: pathlib.Path) -> bool:
+def keep_batching(config: ConfigDict, workdir: Any) -> bool:
     """Set on `config` how an earlier start of this run put examples into rows.
 
     Only what is unset: defaults may have changed since. Returns whether it set any.
@@ -156,7 +172,7 @@ def keep_batching(config: ConfigDict, workdir: pathlib.Path) -> bool:
     return bool(kept)
 
 
-def _saved_config(step: pathlib.Path) -> dict[str, Any]:
+def _saved_config(step: Any) -> dict[str, Any]:
     """The configuration in a checkpoint's record; empty where it cannot be read."""
     try:
         return dict(read_record(step)["config"])

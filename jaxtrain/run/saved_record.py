@@ -17,10 +17,13 @@ from typing import Any
 import xxhash
 
 from jaxtrain import __version__
+from jaxtrain.storage import errors
+from jaxtrain.storage.address import is_remote
 
 # Raised if a checkpoint's files change so that earlier versions cannot read them.
 FORMAT = 1
 RECORD, METRICS, CHECKSUMS = "record/metadata", "metrics/metrics", "checksums"
+COMMIT_FILE = "commit_success.txt"  # Orbax's name, of what makes a step in a bucket
 # Of `is_unreadable`.
 _UNREADABLE = (
     errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE,
@@ -122,9 +125,17 @@ def read_checksums(
     return Checksums(blocks)
 
 
-def is_unreadable(error: OSError) -> bool:
+def is_unreadable(error: Exception) -> bool:
     """Whether a file may be whole, but cannot be read here and now."""
-    return error.errno in _UNREADABLE
+    if isinstance(error, OSError) and error.errno in _UNREADABLE:
+        return True
+    tests = (errors.is_network, errors.is_forbidden, errors.is_login)
+    return any(test(error) for test in tests)
+
+
+def is_committed(checkpoint: Any) -> bool:
+    """Whether a step's folder counts; on a disk its name alone says so."""
+    return not is_remote(checkpoint) or bool((checkpoint / COMMIT_FILE).exists())
 
 
 def checksum_file(process_index: int) -> str:

@@ -1,7 +1,7 @@
 """Rules of the rows: their length, curriculum, format, packing and streaming."""
 
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from jaxtrain.config import eval_sets
@@ -262,8 +262,14 @@ def note_hub_keys(run: Resolution) -> None:
 
 
 def _is_from_hub(name: str) -> bool:
-    return bool(name) and not Path(name).expanduser().is_dir()
+    if not name or "://" in name:
+        return False
+    return not Path(name).expanduser().is_dir()
 
 
 def _is_file(source: object) -> bool:
-    return isinstance(source, str) and Path(source).expanduser().is_file()
+    if not isinstance(source, str):
+        return False
+    if "://" in source:  # told by its name: no rule asks the network
+        return bool(PurePosixPath(source).suffix)
+    return Path(source).expanduser().is_file()

@@ -12,6 +12,8 @@ keeps. Going back to one costs, by format:
     arrow               nothing: a record batch, mapped into memory
     parquet, arrow .gz  decompressing all of the file into memory
 
+In a bucket, the same but for arrow, whose batches before the position are read.
+
 Text is UTF-8, with or without a byte order mark. A line that is not is a bad row; a
 file in UTF-16 or UTF-32 is refused as a whole.
 """
@@ -34,6 +36,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jaxtrain.data.rows.formats import BadRow, UnreadableRow
+from jaxtrain.storage.reading import BLOCK as REMOTE_CHUNK
+from jaxtrain.storage.reading import AnyFile, RemoteFile
 
 # Suffix of a file (without .gz) -> how it is read.
 READERS = {
@@ -70,7 +74,7 @@ class Item(NamedTuple):
 class Unit:
     """A file, or (`group`) one row group of a parquet file."""
 
-    path: pathlib.Path
+    path: AnyFile
     reader: str
     group: int = 0
 
@@ -120,12 +124,12 @@ class Unit:
         return np.concatenate([starts[: len(table)], table[:, 2:]], axis=1)
 
 
-def reader_of(file: pathlib.Path) -> str | None:
+def reader_of(file: pathlib.PurePath | RemoteFile) -> str | None:
     """What reads a file, told by its suffix; None for other files."""
     return READERS.get(pathlib.PurePath(_bare_name(file)).suffix)
 
 
-def make_units(path: pathlib.Path) -> list[Unit]:
+def make_units(path: AnyFile) -> list[Unit]:
     """The units of a data file.
 
     Raises:
@@ -161,19 +165,21 @@ def make_units(path: pathlib.Path) -> list[Unit]:
     return [Unit(path, reader)]
 
 
-def _bare_name(path: pathlib.Path) -> str:
+def _bare_name(path: pathlib.PurePath | RemoteFile) -> str:
     return path.name.lower().removesuffix(".gz")
 
 
-def is_compressed(path: pathlib.Path) -> bool:
+def is_compressed(path: AnyFile) -> bool:
     """Whether a file is read through gzip."""
     return path.suffix.lower() == ".gz"
 
 
-def _open(path: pathlib.Path) -> io.BufferedReader:
+def _open(path: AnyFile) -> io.BufferedReader:
     if is_compressed(path):
-        return io.BufferedReader(gzip.open(path, "rb"), _CHUNK)
-    return io.BufferedReader(path.open("rb", buffering=0), _CHUNK)
+        packed = path.open("rb") if isinstance(path, RemoteFile) else path
+        return io.BufferedReader(gzip.open(packed, "rb"), _CHUNK)
+    chunk = REMOTE_CHUNK if isinstance(path, RemoteFile) else _CHUNK
+    return io.BufferedReader(path.open("rb", buffering=0), chunk)
 
 
 def _wide_encoding(head: bytes) -> str:
@@ -191,7 +197,7 @@ def _wide_encoding(head: bytes) -> str:
     return ""
 
 
-def _is_array(path: pathlib.Path, head: bytes) -> bool:
+def _is_array(path: AnyFile, head: bytes) -> bool:
     """Whether a file is one JSON array of rows, not one row a line."""
     text = head.removeprefix(_BOM).lstrip(_SPACE)
     if text[:1] != b"[":
@@ -306,7 +312,7 @@ class _ArrayScanner:
 
     _scan = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=str)
 
-    def __init__(self, file: IO[bytes], path: pathlib.Path) -> None:
+    def __init__(self, file: IO[bytes], path: AnyFile) -> None:
         self.taken = 0  # bytes of the file before what comes next
         self._file, self._path = file, path
         self._text, self._at, self._ended = "", 0, False
@@ -524,11 +530,16 @@ def _parse_csv(record: _Record) -> dict[str, Any]:
 # --- columns ----------------------------------------------------------------------
 
 
-def _columns(path: pathlib.Path) -> pa.NativeFile:
-    """A file of columns, mapped into memory, or decompressed into it."""
+def _columns(path: AnyFile) -> pa.NativeFile:
+    """A file of columns, mapped into memory, or decompressed into it.
+
+    Of one in a bucket, what is asked for is read.
+    """
     if is_compressed(path):
-        with gzip.open(path, "rb") as file:
+        with _open(path) as file:
             return pa.BufferReader(file.read())
+    if isinstance(path, RemoteFile):
+        return pa.PythonFile(path.open("rb", buffering=0), "r")
     return pa.memory_map(str(path))
 
 

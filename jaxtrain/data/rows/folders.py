@@ -9,11 +9,12 @@ import itertools
 import os
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jaxtrain.data.rows.files import READERS, make_units, reader_of
 from jaxtrain.data.rows.formats import UnreadableRow
+from jaxtrain.storage.reading import AnyFile
 
 SAVED = ("state.json", "dataset_dict.json")  # by `Dataset.save_to_disk`
 _FIRST_ROWS = 100
@@ -44,13 +45,22 @@ def first_rows(path: pathlib.Path, split: str) -> list[Mapping[str, Any]]:
     if reader_of(files[0]) is None:
         known = ", ".join(READERS)
         raise ValueError(f"its suffix is none of {known} (each also .gz)")
-    units = make_units(files[0])
+    return rows_at_start(files[0])
+
+
+def rows_at_start(file: AnyFile) -> list[Mapping[str, Any]]:
+    """The first rows of a file.
+
+    Raises:
+        ValueError: it holds none.
+    """
+    units = make_units(file)
     items = (unit.row(item) for unit in units for item in unit.items())
     rows = list(itertools.islice(items, _FIRST_ROWS))
     bad = [row.reason for row in rows if isinstance(row, UnreadableRow)]
     if len(bad) == len(rows):
         reason = f"its first line {bad[0]}" if bad else "it is empty"
-        raise ValueError(f"{files[0].name} holds no row: {reason}")
+        raise ValueError(f"{file.name} holds no row: {reason}")
     return rows
 
 
@@ -70,18 +80,28 @@ def is_saved(folder: pathlib.Path) -> bool:
 
 def split_files(folder: pathlib.Path, split: str) -> list[pathlib.Path]:
     """The data files of a split; the whole folder where nothing is named by split."""
-    named = sorted(
-        file.relative_to(folder) for file in folder.rglob("*") if reader_of(file)
-    )
+    names = [file.relative_to(folder) for file in folder.rglob("*")]
+    return [folder / name for name in choose_split(names, split, str(folder))]
+
+
+def choose_split(
+    names: Iterable[pathlib.PurePath], split: str, folder: str
+) -> list[pathlib.PurePath]:
+    """Which of a folder's files, by their paths below it, are the data of a split.
+
+    Raises:
+        ValueError: none is.
+    """
+    named = sorted(name for name in names if reader_of(name))
     files = [n for n in named if not any(part.startswith(".") for part in n.parts)]
     if not files:
         raise ValueError(
             f"{folder} holds no data file: expected {', '.join(READERS)} (each also "
             ".gz)"
         )
-    by_split: dict[str | None, list[pathlib.Path]] = {}
+    by_split: dict[str | None, list[pathlib.PurePath]] = {}
     for file in files:
-        by_split.setdefault(_split_of(file), []).append(folder / file)
+        by_split.setdefault(_split_of(file), []).append(file)
     if set(by_split) == {None}:
         return by_split[None]
     for alias in split_aliases(split):
@@ -96,7 +116,7 @@ def split_files(folder: pathlib.Path, split: str) -> list[pathlib.Path]:
     )
 
 
-def _split_of(file: pathlib.Path) -> str | None:
+def _split_of(file: pathlib.PurePath) -> str | None:
     """Which split a file's first folder, or its own name, stands for."""
     known = {alias for aliases in SPLITS.values() for alias in aliases}
     first_folder = [folder.lower() for folder in file.parts[:-1][:1]]
@@ -117,5 +137,5 @@ def looks_local(name: str) -> bool:
     return (
         name.startswith((".", "/", "~", "\\"))
         or name.count("/") > 1
-        or reader_of(pathlib.Path(name)) is not None
+        or reader_of(pathlib.PurePath(name)) is not None
     )

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from jaxtrain.data.rows.files import Item, Unit, is_compressed, make_units
+from jaxtrain.storage.reading import AnyFile
 
 _CHUNK = 1 << 20
 
@@ -150,7 +151,8 @@ def _seeks(unit: Unit) -> bool:
     return not (is_compressed(unit.path) or unit.reader == "parquet")
 
 
-def _stamp(path: pathlib.Path) -> tuple[int, int]:
+def _stamp(path: AnyFile) -> tuple[int, int]:
     """What another content of a file changes: its size and time."""
+    assert isinstance(path, pathlib.Path)  # of a bucket, a copy: source.load_rows
     found = os.stat(path)
     return found.st_size, found.st_mtime_ns

@@ -4,21 +4,32 @@ import pathlib
 
 import jinja2
 
+from jaxtrain.config.folders import bucket_cache
 from jaxtrain.data.rows.sandbox import compile_template
+from jaxtrain.storage.address import is_remote
+from jaxtrain.storage.mirror import mirror
+
+
+def is_template_file(template: str) -> bool:
+    """Whether this names a file, and is not itself a template."""
+    return template.endswith((".jinja", ".j2", ".jinja2"))
 
 
 def read_template(template: str) -> str:
     """A template's text, its syntax checked.
 
     Args:
-        template: Jinja, or the path of a .jinja, .jinja2 or .j2 file.
+        template: Jinja, or the path or the address of a .jinja, .jinja2 or .j2
+            file.
 
     Raises:
         ValueError: there is no such file, or it is not Jinja; names the line.
     """
     place, text = "chat_template", template
-    if template.endswith((".jinja", ".j2", ".jinja2")):
+    if is_template_file(template):
         path = pathlib.Path(template).expanduser()
+        if is_remote(template):
+            path = mirror(template, bucket_cache())
         if not path.is_file():
             raise ValueError(
                 f"chat_template {template!r} does not exist: give a file, or the"

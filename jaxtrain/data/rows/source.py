@@ -1,7 +1,7 @@
 """Load rows from files, folders or the Hugging Face hub, without holding them.
 
-A local path holds jsonl, json, parquet, csv, arrow or plain text (one document a
-line), each also as `.gz`, or is a folder of such files, or one that
+A path, or an address in a bucket, holds jsonl, json, parquet, csv, arrow or plain text
+(one document a line), each also as `.gz`, or is a folder of such files, or one that
 `Dataset.save_to_disk` wrote. It is never a pattern. Any other name is a data set of the
 hub.
 """
@@ -9,6 +9,7 @@ hub.
 import json
 import logging
 import pathlib
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import datasets
@@ -22,6 +23,9 @@ from jaxtrain.data.rows.folders import (
     split_files,
 )
 from jaxtrain.data.rows.indexed import FileRows, index_files
+from jaxtrain.data.rows.remote import copy_data
+from jaxtrain.storage.address import is_remote
+from jaxtrain.storage.reading import AnyFile
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +38,8 @@ def load_rows(
     """Load the rows of one split: `FileRows` of data files, a `Dataset` of others.
 
     Args:
-        path_or_name: a file, a folder, or a data set's name on the hub.
+        path_or_name: a file, a folder, either in a bucket (gs://, s3://: it is copied
+            to the local disk), or a data set's name on the hub.
         split: "train" or "eval", or a split's own name. A folder whose subfolders or
             files are named by split gives that split; any other folder, or a file,
             is taken whole.
@@ -45,6 +50,8 @@ def load_rows(
             or the hub cannot be reached.
     """
     path = pathlib.Path(path_or_name).expanduser()
+    if is_remote(path_or_name):
+        path = copy_data(path_or_name, split)
     rows: LoadedRows
     if path.exists():
         rows = _load_local(path, split)
@@ -73,11 +80,21 @@ def data_files(path: pathlib.Path, split: str) -> list[pathlib.Path]:
         ValueError: no data file, or several formats.
     """
     files = split_files(path, split) if path.is_dir() else [path]
+    check_formats(files, str(path))
+    return files
+
+
+def check_formats(files: Sequence[AnyFile], folder: str) -> None:
+    """Refuse files of several formats, and such as are no data.
+
+    Raises:
+        ValueError: says which.
+    """
     readers = {reader_of(file) for file in files}
     if len(readers) != 1:
         names = sorted(file.name for file in files)[:5]
         raise ValueError(
-            f"{path} mixes formats {sorted(map(str, readers))} "
+            f"{folder} mixes formats {sorted(map(str, readers))} "
             f"({', '.join(names)}...): keep one format in a folder"
         )
     if readers == {None}:
@@ -85,7 +102,6 @@ def data_files(path: pathlib.Path, split: str) -> list[pathlib.Path]:
             f"{files[0]} has no known suffix: use one of {', '.join(READERS)} "
             "(each also .gz)"
         )
-    return files
 
 
 def load_saved(folder: pathlib.Path, split: str) -> datasets.Dataset | None:

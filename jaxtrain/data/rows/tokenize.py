@@ -21,6 +21,7 @@ import numpy as np
 import transformers
 from transformers import PreTrainedTokenizerBase
 
+from jaxtrain.config.folders import bucket_cache
 from jaxtrain.data.rows.encode import TextEncoder
 from jaxtrain.data.rows.formats import BadRow, RowFormat
 from jaxtrain.data.rows.jinja import read_template
@@ -32,6 +33,8 @@ from jaxtrain.data.rows.template import (
     require_chat_template,
 )
 from jaxtrain.data.rows.tokenized import read_tokens
+from jaxtrain.storage.address import is_remote
+from jaxtrain.storage.mirror import mirror_model
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +71,7 @@ def load_tokenizer(
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> PreTrainedTokenizerBase:
-    """Load a tokenizer from a local folder or the hub, ready to train with.
+    """Load a tokenizer from a folder, a bucket or the hub, ready to train with.
 
     Args:
         chat_template: a Jinja template, or the path of one, in place of its own.
@@ -80,6 +83,8 @@ def load_tokenizer(
         ValueError: it cannot be loaded, or it has no EOS token.
     """
     folder = pathlib.Path(path_or_name).expanduser()
+    if is_remote(path_or_name):
+        folder = mirror_model(path_or_name, bucket_cache())
     local = folder.is_dir()
     if not local and (path_or_name.startswith((".", "/", "~")) or folder.exists()):
         raise ValueError(f"tokenizer {path_or_name!r} is not a folder")

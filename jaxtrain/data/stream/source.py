@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 import logging
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import datasets
@@ -21,7 +21,15 @@ import numpy as np
 from jaxtrain.data.rows.files import START, Item, Unit, drop_filled, make_units
 from jaxtrain.data.rows.folders import looks_local
 from jaxtrain.data.rows.places import HeldRows
-from jaxtrain.data.rows.source import data_files, load_hub, load_saved
+from jaxtrain.data.rows.remote import copy_data, stream_files
+from jaxtrain.data.rows.source import (
+    check_formats,
+    data_files,
+    load_hub,
+    load_saved,
+)
+from jaxtrain.storage.address import is_remote
+from jaxtrain.storage.reading import AnyFile
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +96,7 @@ def random_order(count: int, *key: int) -> np.ndarray:
 def open_stream(
     path_or_name: str, *, split: str = "train", max_rows: int | None = None
 ) -> "Source":
-    """A file, a folder (see `source.load_rows`) or a data set of the hub.
+    """A file, a folder (see `source.load_rows`), in a bucket too, or of the hub.
 
     Args:
         max_rows: read only the first rows.
@@ -97,7 +105,16 @@ def open_stream(
         ValueError: nothing to read there, or no way to read it as a stream.
     """
     path = pathlib.Path(path_or_name).expanduser()
-    if path.is_dir():
+    files: Sequence[AnyFile] | None = None
+    if is_remote(path_or_name):
+        files = stream_files(path_or_name, split)
+        if files is None:
+            path = copy_data(path_or_name, split)
+        else:
+            check_formats(files, path_or_name)
+    if files is not None:
+        pass
+    elif path.is_dir():
         saved = load_saved(path, split)
         if saved is None:
             files = data_files(path, split)
@@ -113,14 +130,14 @@ def open_stream(
     units = tuple(unit for file in files for unit in make_units(file))
     logger.info(
         "streaming %s: %d files, %.1f MB",
-        path, len(files), sum(file.stat().st_size for file in files) / 1e6,
+        path_or_name, len(files), sum(file.stat().st_size for file in files) / 1e6,
     )  # fmt: skip
     return FileSource(path_or_name, units, max_rows)
 
 
 @dataclasses.dataclass(frozen=True)
 class FileSource:
-    """Local files."""
+    """Files on the disk, or in a bucket."""
 
     name: str
     units: tuple[Unit, ...]

@@ -51,7 +51,7 @@ def _as_damage(checkpoint: pathlib.Path, error: Exception) -> DamagedCheckpointE
         text = f"its metadata are not Orbax's: {type(error).__name__} {text}"
     of_the_machine = isinstance(error, MemoryError | jax.errors.JaxRuntimeError)
     of_the_machine |= any(sign in text for sign in _NOT_DAMAGE)
-    of_the_machine |= isinstance(error, OSError) and is_unreadable(error)
+    of_the_machine |= is_unreadable(error)
     if of_the_machine or isinstance(error, CheckpointVersionError):
         raise error
     reason = f"its arrays cannot be read ({text:.{_LONGEST_REASON}})"

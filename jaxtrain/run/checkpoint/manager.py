@@ -4,12 +4,8 @@ import contextlib
 import dataclasses
 import itertools
 import logging
-import os
 import pathlib
-import shutil
-import time
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -19,16 +15,17 @@ from jaxtrain import __version__
 from jaxtrain.record.safe_text import mask_secrets
 from jaxtrain.run import ledger as ledgers
 from jaxtrain.run import saved_record
-from jaxtrain.run.checkpoint import checksums, leaves, storage
+from jaxtrain.run.buffer import beside
+from jaxtrain.run.checkpoint import checksums, leaves, s3_arrays, storage
 from jaxtrain.run.checkpoint.agreement import all_agree
-from jaxtrain.run.checkpoint.retention import NewestAndBest
+from jaxtrain.run.checkpoint.place import is_on_s3, place_of
+from jaxtrain.run.checkpoint.retention import NewestAndBest, PreserveAll
 from jaxtrain.run.checkpoint.values import as_exact_json, as_json, gather
 from jaxtrain.run.durable import flush, naming
 from jaxtrain.run.saved_record import DamagedCheckpointError
+from jaxtrain.storage.address import AnyPath, as_path
 
 logger = logging.getLogger(__name__)
-
-_TRASH = ".trash"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,13 +75,14 @@ class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
 
     def __init__(
         self,
-        directory: str | pathlib.Path,
+        directory: AnyPath,
         *,
         save_total_limit: int | None = None,
         best_metric: str | None = None,
         greater_is_better: bool = False,
         read_only: bool = False,
-        ledger: pathlib.Path | None = None,
+        ledger: Any = None,
+        before_commit: Callable[[], None] | None = None,
     ) -> None:
         """Open or create `directory`; remains of interrupted saves are removed.
 
@@ -96,6 +94,8 @@ class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
             read_only: change nothing in `directory`, where another process may be
                 saving at this moment.
             ledger: a file that tells of the newest saved step (`run.ledger`).
+            before_commit: in a bucket, called in the background when a step is written
+                and before it counts: for what must not be missing beside it.
 
         Raises:
             ValueError: `save_total_limit` is below 1.
@@ -105,30 +105,36 @@ class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
                 f"save_total_limit={save_total_limit} would keep no checkpoint: "
                 "set 1 or more, or leave it unset to keep all"
             )
-        self.directory = pathlib.Path(directory).absolute()
+        self.directory = as_path(directory)
+        self._place = place_of(self.directory, before_commit)
         self._policy = NewestAndBest(
             save_total_limit, best_metric, greater_is_better, self._metrics_of
         )
         self._known_metrics: dict[int, dict[str, float]] = {}
-        self._deleter = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-delete")
-        self._read_only, self._ledger = read_only, ledger
+        self._read_only, self._ledger, self._has_saved = read_only, ledger, False
         self._empty_trash()
         self._manager = ocp.CheckpointManager(
             self.directory,
             item_handlers={
-                "state": storage.make_array_handler(),
+                "state": (
+                    s3_arrays.PiecesHandler()
+                    if is_on_s3(self.directory)
+                    else storage.make_array_handler()
+                ),
                 "record": ocp.JsonCheckpointHandler(),
                 "checksums": storage.ChecksumHandler(),
             },
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=self._policy,
-                cleanup_tmp_directories=not read_only,
+                preservation_policy=self._policy
+                if self._place.trash
+                else PreserveAll(),
+                cleanup_tmp_directories=not read_only and bool(self._place.trash),
                 read_only=read_only,
                 create=not read_only,
                 # By default Orbax deletes file by file, in place: killed in the
                 # middle, that leaves a broken checkpoint under a valid name.
-                todelete_subdir=_TRASH,
-                temporary_path_class=storage.SyncedRename,
+                todelete_subdir=self._place.trash,
+                temporary_path_class=self._place.temporary_path_class,
             ),
         )
 
@@ -189,14 +195,17 @@ class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
         values = {"record": saved_record.digest(record)}
         self._known_metrics[step] = numbers
         self._flush_records()
-        to_hash = storage.SaveChecksums(checksums.on_host(raw), values)
+        self._has_saved = True
+        pieces = checksums.on_host(raw)
+        is_own = is_on_s3(self.directory)
+        to_write = s3_arrays.to_write(raw, pieces) if is_own else storage.to_write(raw)
         with naming(self.directory):
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=storage.to_write(raw),
+                    state=to_write,
                     record=ocp.args.JsonSave(record),
-                    checksums=to_hash,
+                    checksums=storage.SaveChecksums(pieces, values),
                 ),
                 force=True,
             )
@@ -233,7 +242,10 @@ class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
         leaves.check_layout(at, layout, wanted, partial=partial)
         targets = {name: leaves.raw_struct(leaf) for name, leaf in wanted.items()}
         with all_agree(at):
-            read = storage.read_arrays(at / "state", targets, partial=partial)
+            if is_on_s3(at):
+                read = s3_arrays.read(at / "state", targets)
+            else:
+                read = storage.read_arrays(at / "state", targets, partial=partial)
         with all_agree(at):
             _verify(at, {name: read[name] for name in wanted}, saved)
         found = [leaves.from_raw(read[name], layout[name]) for name in wanted]
@@ -266,9 +278,7 @@ class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
     def delete_after(self, step: int) -> None:
         """Delete the checkpoints later than `step`, to train on from an older one."""
         self.wait()
-        for later in [saved for saved in self.all_steps() if saved > step]:
-            self._manager.delete(later)
-            self._known_metrics.pop(later, None)
+        self._delete([saved for saved in self.all_steps() if saved > step])
         self._empty_trash()
 
     def set_aside(self, step: int) -> pathlib.Path:
@@ -278,26 +288,29 @@ class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
             Its folder's new path.
         """
         self.wait()
-        kept = self.directory / f"damaged-{step}"
+        kept = f"damaged-{step}"
         for number in itertools.count(2):
-            if not os.path.lexists(kept):
+            if not self._place.has(kept):
                 break
-            kept = kept.with_name(f"damaged-{step}-{number}")
+            kept = f"damaged-{step}-{number}"
         gather(None)  # every process has looked
         if jax.process_index() == 0:
-            (self.directory / str(step)).rename(kept)
-            flush(self.directory)
+            self._place.rename(str(step), kept)
         gather(None)
         self._manager.reload()
         self._known_metrics.pop(step, None)
-        return kept
+        return self.directory / kept
 
     def strays(self) -> list[int]:
         """Steps whose name in the directory is no folder: the checkpoint is gone."""
         known = set(self.all_steps())
-        names = (path.name for path in self.directory.glob("*"))
+        names = self._place.stray_names()
         steps = {int(name) for name in names if name.isdecimal()}
         return sorted(steps - known)
+
+    def beside(self, name: str) -> pathlib.Path:
+        """A folder beside this one, on this machine even if this one is in a bucket."""
+        return beside(self.directory, name)
 
     def wait(self) -> None:
         """Block until every save is on disk; raises the error of one that failed."""
@@ -305,6 +318,8 @@ class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
         self._empty_trash()
+        if self._has_saved and not self._place.trash:
+            self._delete(self._policy.surplus(self.all_steps()))
         steps = self.all_steps()
         is_writer = not self._read_only and jax.process_index() == 0
         if self._ledger is not None and steps and is_writer:
@@ -314,7 +329,7 @@ class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
         """Wait for every save and release Orbax's threads."""
         self.wait()
         self._manager.close()
-        self._deleter.shutdown()
+        self._place.close()
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -324,6 +339,17 @@ class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
         if self._ledger is not None and jax.process_index() == 0:
             for path in self._ledger.parent.glob("*.jsonl"):
                 flush(path)
+
+    def _delete(self, steps: list[int]) -> None:
+        for step in steps:
+            if self._place.trash:
+                self._manager.delete(step)
+            elif jax.process_index() == 0:
+                self._place.remove(step)
+            self._known_metrics.pop(step, None)
+        if steps and not self._place.trash:
+            gather(None)  # for all processes they count no more
+            self._manager.reload()
 
     def _existing(self, step: int | None) -> int:
         steps = self.all_steps()
@@ -346,18 +372,10 @@ class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
         return self._known_metrics[step]
 
     def _empty_trash(self) -> None:
-        """Delete in the background what Orbax moved aside; call with no save running.
-
-        What an interrupted process left goes too.
-        """
+        """Delete what Orbax moved aside, in the background; with no save running."""
         if self._read_only or jax.process_index() != 0:
             return
-        trash = self.directory / _TRASH
-        if trash.exists():
-            # Orbax may fill a new trash while this one is being deleted.
-            trash.rename(trash.with_name(f"{_TRASH}-{time.time_ns()}"))
-        for remains in self.directory.glob(f"{_TRASH}-*"):
-            self._deleter.submit(shutil.rmtree, remains, ignore_errors=True)
+        self._place.empty_trash()
 
 
 def _verify(

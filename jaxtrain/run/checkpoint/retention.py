@@ -24,10 +24,13 @@ class NewestAndBest(managers.PreservationPolicy):
         self, checkpoints: Sequence[managers.PolicyCheckpointInfo], **_: Any
     ) -> Sequence[bool]:
         """Whether to keep each of `checkpoints`, which ascend by step."""
-        newest = checkpoints[-(self.save_total_limit or 0) :]  # no limit: all of them
-        kept = {info.step for info in newest}
-        kept.add(self.best([info.step for info in checkpoints]))
-        return [info.step in kept for info in checkpoints]
+        surplus = self.surplus([info.step for info in checkpoints])
+        return [info.step not in surplus for info in checkpoints]
+
+    def surplus(self, steps: Sequence[int]) -> list[int]:
+        """Those of `steps`, which ascend, that are not to be kept."""
+        kept = {*steps[-(self.save_total_limit or 0) :]}  # no limit: all of them
+        return [step for step in steps if step not in kept | {self.best(steps)}]
 
     def best(self, steps: Sequence[int]) -> int | None:
         """The step with the best metric, the earliest on ties; None if none has it."""
@@ -38,3 +41,13 @@ class NewestAndBest(managers.PreservationPolicy):
         # A diverged evaluation (NaN, infinite) is never the best.
         ranked = [(sign * x, -step) for step, x in scores.items() if math.isfinite(x)]
         return -max(ranked)[1] if ranked else None
+
+
+class PreserveAll(managers.PreservationPolicy):
+    """Orbax is to delete nothing."""
+
+    def should_preserve(
+        self, checkpoints: Sequence[managers.PolicyCheckpointInfo], **_: Any
+    ) -> Sequence[bool]:
+        """True for each."""
+        return [True] * len(checkpoints)

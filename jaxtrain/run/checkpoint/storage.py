@@ -5,7 +5,7 @@ import dataclasses
 import math
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -13,9 +13,13 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.path import atomicity
 
+from jaxtrain.run.buffer import beside
 from jaxtrain.run.checkpoint import checksums
 from jaxtrain.run.durable import flush, flush_tree
+from jaxtrain.run.ledger import LEDGER, note_saved
 from jaxtrain.run.saved_record import checksum_file, seal
+from jaxtrain.storage.address import as_path, is_remote
+from jaxtrain.storage.errors import retrying
 
 # Chunks of a large leaf are read and written by several cores at once.
 _CHUNK_BYTES = 2**24
@@ -134,9 +138,13 @@ async def _write_checksums(directory: Any, args: SaveChecksums) -> None:
     body = {**args.values, "blocks": checksums.hash_pieces(args.pieces)}
     # The state is donated once it is saved: no view of it may outlive that.
     args.pieces.clear()
-    path = pathlib.Path(os.fspath(directory)) / checksum_file(jax.process_index())
-    path.write_text(seal(body), encoding="utf-8")
-    flush(path)
+    path = as_path(os.fspath(directory)) / checksum_file(jax.process_index())
+    text = seal(body)
+    if is_remote(path):
+        retrying(lambda: path.write_text(text), f"writing {path}")
+    else:
+        path.write_text(text, encoding="utf-8")
+        flush(path)
 
 
 class SyncedRename(atomicity.AtomicRenameTemporaryPath):
@@ -152,3 +160,28 @@ class SyncedRename(atomicity.AtomicRenameTemporaryPath):
         await asyncio.to_thread(flush_tree, temporary)
         await super().finalize()
         flush(final.parent)
+
+
+def commit_marker(
+    before: Callable[[], None] | None,
+) -> type[atomicity.CommitFileTemporaryPath]:
+    """Orbax's way without renames: an object that is written last makes a step.
+
+    Args:
+        before: called when all else of a step is written.
+    """
+
+    class Commit(atomicity.CommitFileTemporaryPath):
+        async def finalize(self) -> None:
+            """Do what comes before, and write the marker."""
+            folder = self.get_final()
+            is_step = folder.name.isdecimal()
+            if before is not None and is_step:
+                await asyncio.to_thread(before)
+            await super().finalize()
+            if is_step:  # so that it is known here even if the bucket is lost
+                ledger = beside(folder.parent, LEDGER)
+                ledger.parent.mkdir(parents=True, exist_ok=True)
+                note_saved(ledger, int(folder.name))
+
+    return Commit
