@@ -29,6 +29,8 @@ from jaxtrain.models.state import init_state, needs_reference
 from jaxtrain.objectives.added import AddedLoss, with_added_loss, with_router_loss
 from jaxtrain.objectives.options import ObjectiveRow
 from jaxtrain.optimizers.configured import make_optimizer
+from jaxtrain.optimizers.ema import averaged
+from jaxtrain.optimizers.multipliers import without_frozen
 from jaxtrain.optimizers.offload import offload
 from jaxtrain.passes import difficulty
 from jaxtrain.passes.reference import ReferenceScorer, describe
@@ -101,7 +103,7 @@ def build(
     check_profile(run.profile, batches.num_steps)
 
     # The state. From here on the weights are its own, and the model holds none.
-    schedule, optimizer = make_optimizer(run.optimizer, run.schedule, batches.num_steps)
+    schedule, optimizer = make_optimizer(run, batches.num_steps)
     state = init_state(model, run, optimizer)
     layouts = sharding.layouts_of(state)
 
@@ -199,11 +201,12 @@ def bind_loss(run: RunConfig, model: LoadedModel, loss: Loss) -> Scored:
     if router:
         objective = with_router_loss(objective, router)
         added["router_aux_loss" if added else "aux_loss"] = router
-    score = functools.partial(
+    score: step.ScoreFn = functools.partial(
         model.decoder.token_log_probs,
         with_collision=run.dpo is not None and run.dpo.use_weighting,
         with_router_loss=router > 0,
     )
+    score = without_frozen(score, run.optimizer.lr_multipliers)
     return Scored(objective, score, added)
 
 
@@ -243,6 +246,8 @@ def make_steps(
     train_step = step.make_train_step(
         scored.objective, scored.score, optimizer, schedule, options
     )
+    if run.optimizer.ema_decay is not None:
+        options = dataclasses.replace(options, fetch=averaged)  # nothing is offloaded
     eval_step = step.make_eval_step(scored.objective, scored.score, options)
     return (
         plan.jit(
@@ -297,7 +302,8 @@ def _make_sampler(
     sampler = make_sampler(run, model, sets)
 
     def sample(state: TrainState) -> tuple[dict[str, float], dict[str, str]]:
-        return sampler(model.on_device(overlay(state.frozen, state.trainable)))
+        policy = overlay(state.frozen, averaged(state).trainable)
+        return sampler(model.on_device(policy))
 
     return sample
 

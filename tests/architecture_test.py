@@ -17,6 +17,7 @@ ALLOWED: dict[str, set[str]] = {
     "schema": {"tree"},
     "objectives.options": {"schema"},
     "config.eval_sets": set(),
+    "config.own_parts": {"schema"},
     "record.safe_text": set(),
     "config": {
         "config.eval_sets",
@@ -71,7 +72,7 @@ ALLOWED: dict[str, set[str]] = {
     "__main__": {"cli"},
     "batch": set(),
     "data.batches": {"batch", "config"},
-    "data.rows": {"schema"},
+    "data.rows": {"config.own_parts", "schema"},
     "run.durable": set(),
     "data.prepare": {"config", "data.batches", "data.rows", "run.durable"},
     "data.stream": {"batch", "data.batches", "data.prepare", "data.rows"},
@@ -81,7 +82,7 @@ ALLOWED: dict[str, set[str]] = {
     "kernels": set(),
     "models": {"kernels", "models.families", "sharding", "tree", "types"},
     "lora": {"models", "sharding", "tree", "types"},
-    "objectives": {"objectives.options", "schema", "types"},
+    "objectives": {"config.own_parts", "objectives.options", "types"},
     "evaluation": {
         "config.eval_sets",
         "data.batches",
@@ -130,6 +131,7 @@ ALLOWED: dict[str, set[str]] = {
     "run": {
         "run.durable",
         "config.eval_sets",
+        "config.own_parts",
         "batch",
         "config",
         "data.batches",
@@ -139,6 +141,7 @@ ALLOWED: dict[str, set[str]] = {
         "models",
         "models.load",
         "models.special_tokens",
+        "optimizers",
         "record",
         "record.safe_text",
         "run.ledger",
@@ -159,6 +162,7 @@ ALLOWED: dict[str, set[str]] = {
         "models.load",
         "models.source",
         "models.state",
+        "optimizers",
         "run",
         "run.preflight",
         "sharding",
@@ -191,7 +195,7 @@ ALLOWED: dict[str, set[str]] = {
         "tree",
         "record.logs",
     },
-    "optimizers": {"config", "sharding", "step", "types"},
+    "optimizers": {"config", "config.own_parts", "sharding", "step", "types"},
     "models.state": {
         "config",
         "lora",

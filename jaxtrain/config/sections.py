@@ -25,6 +25,7 @@ from jaxtrain.schema import (
     NonNegativeInt,
     OneOf,
     OnlyIf,
+    Own,
     Positive,
     PositiveInt,
     ReadBy,
@@ -218,6 +219,9 @@ class DataSection:
     label, for KTO."""
     text_column: Annotated[str, OnlyIf("data.format", ("auto", "text"))] = "text"
     """The column of format text."""
+    format_row: Own | None = None
+    """A function of your own that makes of each row, a mapping of its columns, one that
+    `format` reads: see docs/extending.md. It comes before column_map."""
     column_map: dict[str, Any] | None = None
     """Columns of other names: {prompt: "Question Text", completion: Answer}, our name
     first. Holds for every data set of the run, and for evaluation rows."""
@@ -299,8 +303,9 @@ WITH_BETAS = OnlyIf("training.optimizer", ("adamw", "lion", "muon"))
 class OptimizerSection:
     """The optimizer and its gradient clipping."""
 
-    optimizer: Literal["adamw", "adafactor", "lion", "muon", "sgd"] = "adamw"
-    """The optimizer."""
+    optimizer: Literal["adamw", "adafactor", "lion", "muon", "sgd"] | Own = "adamw"
+    """The optimizer. Your own is a function of (schedule, weight_decay) that returns an
+    optax transformation: see docs/extending.md."""
     learning_rate: Annotated[NonNegative, ByType(3e-4, 2e-5, 2e-4, 1e-6)] = DERIVED
     """The peak. Unset: by type."""
     weight_decay: Annotated[NonNegative, ByType(0.1, 0.0, 0.0, 0.0)] = DERIVED
@@ -321,6 +326,17 @@ class OptimizerSection:
     """sgd (unset: 0) and muon (unset: 0.95)."""
     max_grad_norm: NonNegative = 1.0
     """The global norm that gradients are clipped to. 0: never."""
+    lr_multipliers: tuple[tuple[str | float, ...], ...] = ()
+    """The learning rate by parameter, times a number: [["embed.*", 0.1],
+    ["layers/[0-3]/.*", 0], [".*", 1]]. The first regular expression counts that matches
+    the whole name; every parameter must be matched, every pattern match one. 0 freezes:
+    no update, no decay, no part in grad_norm. docs/extending.md has the names."""
+    ema_decay: Annotated[float | None, Bound(0, 1, open_low=True, open_high=True)] = (
+        None
+    )
+    """Keep an exponential moving average of the weights (arXiv:2411.18704), of which
+    this share stays at each step; evaluations and exports take it. 4 bytes for each
+    parameter. Unset: none."""
 
 
 RampShape = Literal["linear", "cosine", "1-sqrt"]
@@ -366,9 +382,10 @@ class ScheduleSection:
         "linear", "cosine", "cosine_with_restarts", "cosine_with_min_lr", "polynomial",
         "constant", "constant_with_warmup", "inverse_sqrt", "wsd",
         "warmup_stable_decay",
-    ], ByType("cosine", "linear", "linear", "linear")] = DERIVED  # fmt: skip
-    """Each is as in transformers; warmup_stable_decay is wsd's other name. Unset: by
-    type."""
+    ] | Own, ByType("cosine", "linear", "linear", "linear")] = DERIVED  # fmt: skip
+    """Each is as in transformers; warmup_stable_decay is wsd's other name. Your own is
+    a function of (learning_rate, total_steps, warmup_steps) that returns a function of
+    the step: see docs/extending.md. Unset: by type."""
     warmup_steps: Annotated[NonNegativeInt, STEPS] = DERIVED
     """Above 0, it overrules warmup_ratio."""
     warmup_ratio: Annotated[Fraction, ByType(0.01, 0.0, 0.0, 0.0)] = DERIVED
@@ -474,6 +491,13 @@ class LoopSection:
     objective_kwargs: dict[str, Any] | None = None
     """Its keyword arguments. Of training.dpo, beta and label_smoothing go to an
     objective that takes them; each may be set in one place only."""
+    callbacks: tuple[Own, ...] = ()
+    """Classes of your own, as module:Class, that are asked after steps, evaluations and
+    saves, and may log numbers and stop the run: see docs/extending.md."""
+    function_kwargs: dict[str, Any] | None = None
+    """Keyword arguments of your own parts, by their names: {"my_parts:Stop": {loss:
+    2.0}}. For callbacks, lr_scheduler_type, optimizer and data.format_row; those of an
+    objective are objective_kwargs."""
     step_timeout_secs: NonNegative = 1800.0
     """Seconds without a finished step, evaluation batch or save after which the process
     ends with all its stacks: a hang becomes an error. 0: never."""

@@ -1,6 +1,7 @@
 """Rules of the loop: its length, evaluation, checkpoints and generated texts."""
 
 import unicodedata
+from collections.abc import Mapping
 from dataclasses import replace
 
 from jaxtrain.config import eval_sets
@@ -58,6 +59,33 @@ def resolve_loop(run: Resolution) -> None:
             run.problem(key, _NEVER_EVALUATES)
     if loop.load_best_model_at_end:
         _check_checkpoints_are_evaluated(run)
+
+
+def check_own_parts(run: Resolution) -> None:
+    """Refuse arguments for a part of the user's own that no key names."""
+    named = {
+        *run.loop.callbacks,
+        run.optimizer.optimizer,
+        run.schedule.lr_scheduler_type,
+        run.data.format_row,
+    }
+    for name, arguments in (run.loop.function_kwargs or {}).items():
+        if name not in named:
+            run.problem(
+                "function_kwargs",
+                f"no key names {name!r}; name it in training.callbacks, optimizer,"
+                " lr_scheduler_type or data.format_row, or remove it",
+            )
+        elif not isinstance(arguments, Mapping):
+            text = f"{name!r} has no mapping of keyword arguments to values; write one"
+            run.problem("function_kwargs", text)
+    if run.data.format_row and run.data.streaming:
+        run.problem(
+            "data.format_row",
+            "rows of a stream are read by name and place in their files; write the"
+            " formatted rows to a file first, or set data.streaming = false",
+            causes=["data.streaming"],
+        )
 
 
 def _check_run_name(run: Resolution) -> None:
