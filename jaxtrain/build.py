@@ -297,7 +297,7 @@ def _make_sampler(
     run: RunConfig, model: LoadedModel, sets: dict[str, PreparedDataset]
 ) -> Callable[[TrainState], tuple[dict[str, float], dict[str, str]]] | None:
     """What generates held-out texts under the policy; None if nothing asks for it."""
-    if not run.generation.enabled or not sets:
+    if not sets or not (run.generation.enabled or run.loop.row_metrics):
         return None
     sampler = make_sampler(run, model, sets)
 

@@ -494,10 +494,14 @@ class LoopSection:
     callbacks: tuple[Own, ...] = ()
     """Classes of your own, as module:Class, that are asked after steps, evaluations and
     saves, and may log numbers and stop the run: see docs/extending.md."""
+    row_metrics: tuple[Own, ...] = ()
+    """Functions of your own, as module:function, that get the held-out rows at each
+    evaluation, their texts and their log-probs, and return numbers: see
+    docs/extending.md. Not under dpo."""
     function_kwargs: dict[str, Any] | None = None
     """Keyword arguments of your own parts, by their names: {"my_parts:Stop": {loss:
-    2.0}}. For callbacks, lr_scheduler_type, optimizer and data.format_row; those of an
-    objective are objective_kwargs."""
+    2.0}}. For callbacks, row_metrics, lr_scheduler_type, optimizer and data.format_row;
+    those of an objective are objective_kwargs."""
     step_timeout_secs: NonNegative = 1800.0
     """Seconds without a finished step, evaluation batch or save after which the process
     ends with all its stacks: a hang becomes an error. 0: never."""

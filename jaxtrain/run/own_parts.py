@@ -6,6 +6,7 @@ from jaxtrain.config import RunConfig
 from jaxtrain.config.own_parts import bind_own
 from jaxtrain.optimizers.configured import make_optimizer
 from jaxtrain.run.callbacks import make_callbacks
+from jaxtrain.run.row_metrics import load_row_metrics
 from jaxtrain.run.sampler import check_metrics
 
 
@@ -16,6 +17,7 @@ def check_own_parts(run: RunConfig) -> None:
         ValueError: names the key.
     """
     check_metrics(run)
+    load_row_metrics(run)
     make_callbacks(run.loop, pathlib.Path())
     make_optimizer(run, total_steps=1000)
     if run.data.format_row:

@@ -65,6 +65,7 @@ def check_own_parts(run: Resolution) -> None:
     """Refuse arguments for a part of the user's own that no key names."""
     named = {
         *run.loop.callbacks,
+        *run.loop.row_metrics,
         run.optimizer.optimizer,
         run.schedule.lr_scheduler_type,
         run.data.format_row,
@@ -73,12 +74,22 @@ def check_own_parts(run: Resolution) -> None:
         if name not in named:
             run.problem(
                 "function_kwargs",
-                f"no key names {name!r}; name it in training.callbacks, optimizer,"
-                " lr_scheduler_type or data.format_row, or remove it",
+                f"no key names {name!r}; name it in training.callbacks, row_metrics,"
+                " optimizer, lr_scheduler_type or data.format_row, or remove it",
             )
         elif not isinstance(arguments, Mapping):
             text = f"{name!r} has no mapping of keyword arguments to values; write one"
             run.problem("function_kwargs", text)
+    if run.loop.row_metrics and run.is_dpo:
+        run.problem(
+            "row_metrics",
+            "the rows of dpo are pairs, whose log-probs its own metrics compare"
+            " (logps/chosen, rewards/margins); unset it, or give training.objective a"
+            " function that returns other metrics",
+            causes=["training.training_type"],
+        )
+    if run.loop.row_metrics and run.loop.eval_steps == 0 and not run.loop.eval_on_start:
+        run.problem("row_metrics", _NEVER_EVALUATES, causes=["eval_steps"])
     if run.data.format_row and run.data.streaming:
         run.problem(
             "data.format_row",
