@@ -233,7 +233,8 @@ def make_steps(
     options = step.StepOptions(
         max_grad_norm=run.optimizer.max_grad_norm,
         with_reference=needs_reference(run),
-        with_dropout=run.lora is not None and run.lora.lora_dropout > 0,
+        with_dropout=run.loop.neftune_noise_alpha is not None
+        or (run.lora is not None and run.lora.lora_dropout > 0),
         skip_nonfinite=run.loop.on_nonfinite == "skip",
         spike_threshold=run.loop.spike_threshold,
         skip_spikes=run.loop.on_spike == "skip",

@@ -126,6 +126,7 @@ ALLOWED: dict[str, set[str]] = {
         "config.eval_sets",
         "record.logs",
         "record.safe_text",
+        "tree",
         "types",
     },
     "run": {

@@ -491,6 +491,10 @@ class LoopSection:
     objective_kwargs: dict[str, Any] | None = None
     """Its keyword arguments. Of training.dpo, beta and label_smoothing go to an
     objective that takes them; each may be set in one place only."""
+    neftune_noise_alpha: Positive | None = None
+    """Add noise to the embeddings of training rows (NEFTune, arXiv:2310.05914): uniform
+    in [-1, 1) times this over sqrt(L D), for L tokens of width D. Rows are then not
+    packed. Not under dpo. Unset: none."""
     callbacks: tuple[Own, ...] = ()
     """Classes of your own, as module:Class, that are asked after steps, evaluations and
     saves, and may log numbers and stop the run: see docs/extending.md."""

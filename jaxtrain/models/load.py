@@ -240,6 +240,7 @@ def make_decoder(
         attention=run.model.attention,
         loss_chunk=run.model.loss_chunk_tokens,
         scan_layers=run.model.scan_layers,
+        neftune_alpha=run.loop.neftune_noise_alpha,
         constrain=plan.constrain,
         map_shards=plan.map_shards,
         quantization=quantized,

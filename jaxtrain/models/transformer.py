@@ -24,6 +24,7 @@ from jaxtrain.models.cache import Cache, decode, init_cache
 from jaxtrain.models.decoder_layer import DecoderLayer
 from jaxtrain.models.layers import Attend, EmbeddingAndHead, LoraShape, Options
 from jaxtrain.models.moe import RouterLoad, load_balancing_loss
+from jaxtrain.models.noise import add_embedding_noise
 from jaxtrain.models.rope import KINDS_BY_LENGTH
 from jaxtrain.types import Batch, Params, TokenLogProbs
 
@@ -69,6 +70,7 @@ class Decoder(Options):
     `scan_layers`: compile one layer for all of them, not each on its own.
     `packed=False` promises that each row is one document with its padding behind it:
     causality alone then keeps padding out, and attention needs no segments.
+    `neftune_alpha`: strength of the noise on embeddings, where there is a `dropout_key`.
     `constrain` pins an activation's layout by its logical axes, `map_shards` runs a
     function of rows on each device's own, `layout` is how kernels' arrays are split.
 
@@ -81,6 +83,7 @@ class Decoder(Options):
     loss_chunk: int | None = None
     scan_layers: bool = True
     packed: bool = True
+    neftune_alpha: float | None = None
     layout: Layout | None = None
 
     def __post_init__(self) -> None:
@@ -208,6 +211,8 @@ class Decoder(Options):
             body = jax.checkpoint(body, policy=policy, prevent_cse=not self.scan_layers)
         with jax.named_scope("embed"):
             x = ends.embed_tokens(tokens)
+            if self.neftune_alpha is not None and dropout_key is not None:
+                x = add_embedding_noise(x, segment_ids, dropout_key, self.neftune_alpha)
             x = self.constrain(x, ("batch", "sequence", "embed"))
         with jax.named_scope("layers"):
             layers = parts.scanned_layers(self._options, params)

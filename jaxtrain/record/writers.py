@@ -20,7 +20,9 @@ from typing import Any, Protocol, TextIO
 
 from jaxtrain.record.console import ConsoleWriter
 from jaxtrain.record.safe_text import mask_secrets
+from jaxtrain.tree import dotted
 
+_HPARAM_METRICS = ("loss", "eval_loss")  # that TensorBoard compares runs by
 _NO_WANDB = (
     "report_to has 'wandb', which is not installed: pip install 'jaxtrain[wandb]', or "
     "take it out of report_to"
@@ -246,11 +248,29 @@ class TensorBoardWriter:
         self._writer.flush()
 
     def write_config(self, config: Mapping[str, Any]) -> None:
-        """Record the config as a text."""
+        """Record the config as a text, and its keys as hyperparameters.
+
+        TensorBoard's page HPARAMS then compares runs by them and by their losses.
+        """
         self.write_text(0, {"config": json.dumps(config, indent=2, default=str)})
+        metrics = dict.fromkeys(_HPARAM_METRICS)
+        summary = importlib.import_module("tensorboardX.summary")
+        for part in summary.hparams(_as_hparams(config), metrics)[:2]:  # not the end
+            self._writer.file_writer.add_summary(part)
+        self._writer.flush()
 
     def close(self) -> None:
         self._writer.close()
+
+
+def _as_hparams(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Every key of the run's sections that is a number, a text, or true or false."""
+    plain = {k: v for k, v in config.items() if k in ("training", "model", "data")}
+    return {
+        key: value
+        for key, value in dotted(plain).items()
+        if isinstance(value, bool | int | float | str)
+    }
 
 
 def _import_tensorboardx() -> Any:
