@@ -124,6 +124,7 @@ ALLOWED: dict[str, set[str]] = {
     "record": {
         "batch",
         "config.eval_sets",
+        "config.own_parts",
         "record.logs",
         "record.safe_text",
         "tree",

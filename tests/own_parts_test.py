@@ -81,6 +81,25 @@ class Recorder:
         self.seen = state["seen"]
 
 
+class Tracker:
+    calls = []
+
+    def __init__(self, folder, run_name, resume_step):
+        self.calls.append(("made", folder.name, run_name, resume_step))
+
+    def write(self, step, metrics):
+        self.calls.append(("write", step, "loss" in metrics))
+
+    def write_text(self, step, texts):
+        pass
+
+    def write_config(self, config):
+        self.calls.append(("config", config["training"]["max_steps"]))
+
+    def close(self):
+        self.calls.append(("close",))
+
+
 class Hugging:
     def on_step_end(self, moment):
         pass
@@ -165,6 +184,9 @@ def test_an_own_schedule_and_optimizer_train_as_optax_does() -> None:
         ({"callbacks": ("my_parts:Hugging",)}, "no run calls on_step_end; did you"),
         ({"callbacks": ("my_parts:Nothing",)}, "it has none of after_step"),
         ({"callbacks": ("my_parts:HalfState",)}, "add the other"),
+        ({"report_to": ("jsonl", "my_parts:Nothing")}, "is called with"),
+        ({"report_to": ("my_parts:Recorder",)}, "is called with|it has no write"),
+        ({"report_to": ("tensorbord",)}, "report_to = "),
         ({"callbacks": ("Recorder",)}, "each item module:function"),
         (
             {"function_kwargs": {"my_parts:Recorder": {"stop_at": 1}}},
@@ -258,6 +280,19 @@ def test_an_own_metric_gets_texts_and_log_probs(tmp_path: pathlib.Path) -> None:
         resolve(config_of("dpo", **keys))
     with pytest.raises(ConfigError, match=r"row_metrics = .*never evaluates"):
         resolve(config_of(**keys | {"eval_steps": 0}))
+
+
+def test_an_own_tracker_gets_what_is_recorded(tmp_path: pathlib.Path) -> None:
+    config = config_of(max_steps=2, report_to=("my_parts:Tracker",), save_steps=1)
+    config.training.run_name = "mine"
+    train(config, tmp_path / "run")
+    calls = sys.modules["my_parts"].Tracker.calls
+    assert calls[:2] == [("made", "run", "mine", None), ("config", 2)]
+    assert calls[2:] == [("write", 1, True), ("write", 2, True), ("close",)]
+    config.training.max_steps = 3
+    train(config, tmp_path / "run")
+    again = calls[calls.index(("close",)) + 1 :]
+    assert again[0] == ("made", "run", "mine", 2)
 
 
 # --- learning rates by pattern --------------------------------------------------------

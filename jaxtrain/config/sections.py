@@ -458,8 +458,9 @@ class LoopSection:
     """Export in Hugging Face's format at the end of the run."""
     logging_steps: PositiveInt = 10
     """Steps between records of the log."""
-    report_to: tuple[Tracker, ...] = ("tensorboard", "jsonl")
-    """Where metrics go; none stands alone."""
+    report_to: tuple[Tracker | Own, ...] = ("tensorboard", "jsonl")
+    """Where metrics go; none stands alone. A tracker of your own is a class, as
+    module:Class: see docs/extending.md."""
     run_name: str | None = None
     """Unset: the work directory's name."""
     metric_for_best_model: str = "eval_loss"

@@ -70,7 +70,7 @@ class Decoder(Options):
     `scan_layers`: compile one layer for all of them, not each on its own.
     `packed=False` promises that each row is one document with its padding behind it:
     causality alone then keeps padding out, and attention needs no segments.
-    `neftune_alpha`: strength of the noise on embeddings, where there is a `dropout_key`.
+    `neftune_alpha`: strength of the noise on embeddings, if there is a `dropout_key`.
     `constrain` pins an activation's layout by its logical axes, `map_shards` runs a
     function of rows on each device's own, `layout` is how kernels' arrays are split.
 

@@ -41,6 +41,8 @@ class Moment:
     def log(self, name: str, value: float) -> None:
         """Put a number into the next record of the log; at an evaluation, into its own.
 
+        What is logged at the last save of a run has no record to go into.
+
         Raises:
             ValueError: the run has a metric of that name.
         """

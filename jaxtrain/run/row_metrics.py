@@ -43,8 +43,15 @@ def load_row_metrics(run: RunConfig) -> dict[str, Callable[..., Any]]:
     """The functions by their names.
 
     Raises:
-        ValueError: a function cannot be had, or takes other arguments.
+        ValueError: a function cannot be had, or takes other arguments; or several
+            processes each hold a part of the rows.
     """
+    if run.loop.row_metrics and jax.process_count() > 1:
+        raise ValueError(
+            f"{_KEY} = {[*run.loop.row_metrics]}: each of {jax.process_count()}"
+            " processes has a part of the rows; unset it, and measure checkpoints with"
+            " `jaxtrain eval` in one process"
+        )
     keywords = run.loop.function_kwargs
     return {
         path.partition(":")[2]: bind_own(_KEY, path, keywords, "rows")
