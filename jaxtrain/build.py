@@ -26,10 +26,11 @@ from jaxtrain.data.batches.dataset import PreparedDataset
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.load import LoadedModel, router_loss_coefficient
 from jaxtrain.models.state import init_state, needs_reference
+from jaxtrain.models.z_loss import with_z_loss
 from jaxtrain.objectives.added import AddedLoss, with_added_loss, with_router_loss
 from jaxtrain.objectives.options import ObjectiveRow
 from jaxtrain.optimizers.configured import make_optimizer
-from jaxtrain.optimizers.ema import averaged
+from jaxtrain.optimizers.ema import averaged, averaged_policy
 from jaxtrain.optimizers.multipliers import without_frozen
 from jaxtrain.optimizers.offload import offload
 from jaxtrain.passes import difficulty
@@ -45,7 +46,6 @@ from jaxtrain.run.ledger import LEDGER
 from jaxtrain.run.preemption import Preempted
 from jaxtrain.run.profile import check_profile
 from jaxtrain.run.sampler import make_sampler
-from jaxtrain.tree import overlay
 from jaxtrain.types import Objective, TrainState
 
 
@@ -207,7 +207,9 @@ def bind_loss(run: RunConfig, model: LoadedModel, loss: Loss) -> Scored:
         with_router_loss=router > 0,
     )
     score = without_frozen(score, run.optimizer.lr_multipliers)
-    return Scored(objective, score, added)
+    if weight := run.loop.z_loss_weight:
+        added["z_loss"] = weight
+    return Scored(*with_z_loss(objective, score, weight), added)
 
 
 def make_objective(run: RunConfig) -> Objective:
@@ -301,12 +303,7 @@ def _make_sampler(
     if not sets or not (run.generation.enabled or run.loop.row_metrics):
         return None
     sampler = make_sampler(run, model, sets)
-
-    def sample(state: TrainState) -> tuple[dict[str, float], dict[str, str]]:
-        policy = overlay(state.frozen, averaged(state).trainable)
-        return sampler(model.on_device(policy))
-
-    return sample
+    return lambda state: sampler(model.on_device(averaged_policy(state)))
 
 
 def _make_meter(run: RunConfig, model: LoadedModel, row_length: int) -> ThroughputMeter:

@@ -197,7 +197,7 @@ ALLOWED: dict[str, set[str]] = {
         "tree",
         "record.logs",
     },
-    "optimizers": {"config", "config.own_parts", "sharding", "step", "types"},
+    "optimizers": {"config", "config.own_parts", "sharding", "step", "tree", "types"},
     "models.state": {
         "config",
         "lora",
@@ -236,7 +236,6 @@ ALLOWED: dict[str, set[str]] = {
         "run.preemption",
         "sharding",
         "step",
-        "tree",
         "types",
     },
     "aot": {

@@ -492,6 +492,10 @@ class LoopSection:
     objective_kwargs: dict[str, Any] | None = None
     """Its keyword arguments. Of training.dpo, beta and label_smoothing go to an
     objective that takes them; each may be set in one place only."""
+    z_loss_weight: Positive | None = None
+    """Add this times log^2 Z to each trained token's loss, Z the softmax's denominator
+    (PaLM, arXiv:2204.02311, with 1e-4); the metric z_loss is log^2 Z. Not under dpo.
+    Unset: none."""
     neftune_noise_alpha: Positive | None = None
     """Add noise to the embeddings of training rows (NEFTune, arXiv:2310.05914): uniform
     in [-1, 1) times this over sqrt(L D), for L tokens of width D. Rows are then not

@@ -8,7 +8,7 @@ fast as a shallow one; unrolled, it runs faster. Flax modules exist only within 
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -270,10 +270,11 @@ class Decoder(Options):
         dropout_key: Key[Array, ""] | None = None,
         with_collision: bool = False,
         with_router_loss: bool = False,
+        with_log_total: bool = False,
     ) -> TokenLogProbs:
         """Log-probabilities of the batch's targets; never holds B x T x V logits.
 
-        Only `logps` and `router_loss` carry a gradient.
+        Only `logps`, `router_loss` and `log_total` carry a gradient.
 
         Raises:
             ValueError: `with_router_loss`, and the model has no router.
@@ -294,7 +295,12 @@ class Decoder(Options):
                 )
             router_loss = load_balancing_loss(load)
         outputs = _score_targets(
-            self, params, hidden, batch.targets, dropout_key, with_collision
+            self,
+            params,
+            hidden,
+            batch.targets,
+            dropout_key,
+            _Extras(with_collision, with_log_total),
         )
         return dataclasses.replace(outputs, router_loss=router_loss)
 
@@ -366,13 +372,20 @@ def _attention_over_rows(
     return lambda index: functools.partial(attend, index)
 
 
+class _Extras(NamedTuple):
+    """What the loss head computes beyond what every objective is told."""
+
+    collision: bool
+    log_total: bool
+
+
 def _score_targets(
     decoder: Decoder,
     params: Params,
     hidden: Float[Array, "B T D"],
     targets: Int32[Array, "B T"],
     dropout_key: Array | None,
-    with_collision: bool,
+    extras: _Extras,
 ) -> TokenLogProbs:
     """What the loss head makes of hidden states; it never holds all logits."""
     config, layout = decoder.config, decoder.layout or Layout()
@@ -390,11 +403,14 @@ def _score_targets(
             vocab_axis=vocab_axis,
             softcap=config.final_logit_softcapping,
             chunk=decoder.loss_chunk,
-            with_collision=with_collision,
+            with_collision=extras.collision,
+            with_log_total=extras.log_total,
             adapter=adapter,
             shards=layout.count(layout.fitting(layout.vocab, config.vocab_size)),
         )
-    return TokenLogProbs(*(layout.split_tokens(x, targets.shape) for x in outputs))
+    scores = [layout.split_tokens(x, targets.shape) for x in outputs]
+    log_total = scores.pop() if extras.log_total else None
+    return dataclasses.replace(TokenLogProbs(*scores), log_total=log_total)
 
 
 def _check_adapters(lora: LoraShape, modules: frozenset[str]) -> None:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxtrain.tree import overlay
 from jaxtrain.types import Params, TrainState
 
 
@@ -60,6 +61,11 @@ def averaged(state: TrainState) -> TrainState:
         lambda a, w: a.astype(w.dtype), state.opt_state.average, state.trainable
     )
     return dataclasses.replace(state, trainable=weights)
+
+
+def averaged_policy(state: TrainState) -> Params:
+    """All weights of the policy, the frozen ones too, as `averaged` has them."""
+    return overlay(state.frozen, averaged(state).trainable)
 
 
 def only_average(state: TrainState) -> EmaState | None:

@@ -22,6 +22,7 @@ RULES = (
     loop.note_without_evaluation,
     loop.check_profile,
     loop.check_own_parts,
+    loop.check_z_loss,
     mesh.resolve_devices,
     mesh.resolve_mesh,
     optimization.check_weights,

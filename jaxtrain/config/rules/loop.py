@@ -99,6 +99,26 @@ def check_own_parts(run: Resolution) -> None:
         )
 
 
+def check_z_loss(run: Resolution) -> None:
+    """Refuse the z-loss where the loss is no sum over tokens."""
+    if run.loop.z_loss_weight is None:
+        return
+    if run.is_dpo:
+        run.problem(
+            "z_loss_weight",
+            "it is a sum over tokens, and the losses of dpo are sums over pairs; unset"
+            " it, or train with training_type sft, lora or from_scratch",
+            causes=["training.training_type"],
+        )
+    elif ":" in run.loop.objective:
+        run.problem(
+            "z_loss_weight",
+            f"objective {run.loop.objective!r} may weigh tokens as it likes, so what to"
+            " divide by is not known; unset it, or set objective = 'auto'",
+            causes=["objective"],
+        )
+
+
 def _check_run_name(run: Resolution) -> None:
     """Refuse a name that would lead out of `out/`, or that steers a terminal."""
     name = run.loop.run_name or ""
