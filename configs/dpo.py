@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
     config.training.max_steps = 80
     config.training.per_device_train_batch_size = 16
     config.training.per_device_eval_batch_size = 32
-    config.training.learning_rate = 1e-3  # for a million parameters; billions: 1e-6
+    config.training.learning_rate = 1e-3  # for a million parameters
     config.training.warmup_steps = 8
     config.training.bf16 = False  # CPUs compute float32 faster
     config.training.logging_steps = 5

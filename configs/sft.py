@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
     config.training.max_steps = 120
     config.training.per_device_train_batch_size = 16
     config.training.per_device_eval_batch_size = 16
-    config.training.learning_rate = 1e-3  # for a million parameters; billions: 2e-5
+    config.training.learning_rate = 1e-3  # for a million parameters
     config.training.lr_scheduler_type = "cosine"
     config.training.warmup_ratio = 0.1
     config.training.bf16 = False  # CPUs compute float32 faster

@@ -26,9 +26,12 @@ from jaxtrain.data.batches.dataset import PreparedDataset
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.load import LoadedModel, router_loss_coefficient
 from jaxtrain.models.state import init_state, needs_reference
+from jaxtrain.models.z_loss import with_z_loss
 from jaxtrain.objectives.added import AddedLoss, with_added_loss, with_router_loss
 from jaxtrain.objectives.options import ObjectiveRow
 from jaxtrain.optimizers.configured import make_optimizer
+from jaxtrain.optimizers.ema import averaged, averaged_policy
+from jaxtrain.optimizers.multipliers import without_frozen
 from jaxtrain.optimizers.offload import offload
 from jaxtrain.passes import difficulty
 from jaxtrain.passes.reference import ReferenceScorer, describe
@@ -44,7 +47,6 @@ from jaxtrain.run.preemption import Preempted
 from jaxtrain.run.profile import check_profile
 from jaxtrain.run.sampler import make_sampler
 from jaxtrain.run.workdir import WorkDirectory
-from jaxtrain.tree import overlay
 from jaxtrain.types import Objective, TrainState
 
 
@@ -102,7 +104,7 @@ def build(
     check_profile(run.profile, batches.num_steps)
 
     # The state. From here on the weights are its own, and the model holds none.
-    schedule, optimizer = make_optimizer(run.optimizer, run.schedule, batches.num_steps)
+    schedule, optimizer = make_optimizer(run, batches.num_steps)
     state = init_state(model, run, optimizer)
     layouts = sharding.layouts_of(state)
 
@@ -201,12 +203,15 @@ def bind_loss(run: RunConfig, model: LoadedModel, loss: Loss) -> Scored:
     if router:
         objective = with_router_loss(objective, router)
         added["router_aux_loss" if added else "aux_loss"] = router
-    score = functools.partial(
+    score: step.ScoreFn = functools.partial(
         model.decoder.token_log_probs,
         with_collision=run.dpo is not None and run.dpo.use_weighting,
         with_router_loss=router > 0,
     )
-    return Scored(objective, score, added)
+    score = without_frozen(score, run.optimizer.lr_multipliers)
+    if weight := run.loop.z_loss_weight:
+        added["z_loss"] = weight
+    return Scored(*with_z_loss(objective, score, weight), added)
 
 
 def make_objective(run: RunConfig) -> Objective:
@@ -232,7 +237,8 @@ def make_steps(
     options = step.StepOptions(
         max_grad_norm=run.optimizer.max_grad_norm,
         with_reference=needs_reference(run),
-        with_dropout=run.lora is not None and run.lora.lora_dropout > 0,
+        with_dropout=run.loop.neftune_noise_alpha is not None
+        or (run.lora is not None and run.lora.lora_dropout > 0),
         skip_nonfinite=run.loop.on_nonfinite == "skip",
         spike_threshold=run.loop.spike_threshold,
         skip_spikes=run.loop.on_spike == "skip",
@@ -245,6 +251,8 @@ def make_steps(
     train_step = step.make_train_step(
         scored.objective, scored.score, optimizer, schedule, options
     )
+    if run.optimizer.ema_decay is not None:
+        options = dataclasses.replace(options, fetch=averaged)  # nothing is offloaded
     eval_step = step.make_eval_step(scored.objective, scored.score, options)
     return (
         plan.jit(
@@ -294,14 +302,10 @@ def _make_sampler(
     run: RunConfig, model: LoadedModel, sets: dict[str, PreparedDataset]
 ) -> Callable[[TrainState], tuple[dict[str, float], dict[str, str]]] | None:
     """What generates held-out texts under the policy; None if nothing asks for it."""
-    if not run.generation.enabled or not sets:
+    if not sets or not (run.generation.enabled or run.loop.row_metrics):
         return None
     sampler = make_sampler(run, model, sets)
-
-    def sample(state: TrainState) -> tuple[dict[str, float], dict[str, str]]:
-        return sampler(model.on_device(overlay(state.frozen, state.trainable)))
-
-    return sample
+    return lambda state: sampler(model.on_device(averaged_policy(state)))
 
 
 def _make_meter(run: RunConfig, model: LoadedModel, row_length: int) -> ThroughputMeter:

@@ -22,6 +22,7 @@ from jaxtrain.models.load import LoadedModel
 from jaxtrain.record.throughput import ThroughputMeter, usage
 from jaxtrain.run.bad_steps import BadSteps, PendingSteps
 from jaxtrain.run.base_weights import check_base, identify_base
+from jaxtrain.run.callbacks import make_callbacks
 from jaxtrain.run.checkpoint import CheckpointManager, restore_newest
 from jaxtrain.run.feed import Feed, Prepared
 from jaxtrain.run.preemption import Preempted, PreemptionWatch, Watchdog
@@ -95,6 +96,7 @@ def restore(parts: Parts, checkpoints: CheckpointManager) -> tuple[Parts, Progre
     threshold = settings.early_stopping_threshold
     patience = settings.early_stopping_patience
     progress = Progress(BestMetric(settings.greater_is_better, threshold, patience))
+    progress.callbacks = make_callbacks(settings, checkpoints.directory)
     latest = checkpoints.latest_step()
     if latest is None:
         return parts, progress
@@ -158,6 +160,7 @@ class Loop:
             return
         with self._meter.paused():
             self._fetch_pending()  # raises before a broken state is saved
+            self.progress.callbacks.on_save(self.step)
             self.checkpoints.save(
                 self.step,
                 self.parts.saved(self.state),
@@ -204,17 +207,14 @@ class Loop:
             self._do_what_is_due()
             if preemption.requested(self.step):
                 self._leave()
-            if self._best.should_stop:
+            if self.progress.should_stop:
                 ending = self._stop_early()
                 break
         return self._finish(ending)
 
     def _stop_early(self) -> str:
-        value = math.nan if self._best.value is None else self._best.value
-        logger.info(
-            "early stop at step %d: %s has not improved on %.4g of step %d",
-            *(self.step, self.settings.best_metric, value, self._best.step),
-        )
+        why = self.progress.why_it_stops(self.settings.best_metric)
+        logger.info("early stop at step %d: %s", self.step, why)
         return "stopped early"
 
     def _compile_ahead(self) -> None:
@@ -246,7 +246,7 @@ class Loop:
                 self.state = sync_reference(self.state)
         if self._is_due(self.settings.eval_steps):
             self.evaluate()
-        if self._best.should_stop:
+        if self.progress.should_stop:
             self._log_the_rest()
         if self._is_due(self.settings.save_steps):
             self.save()
@@ -330,7 +330,7 @@ class Loop:
         """Every so many steps, after each epoch if None, and at the end; never if 0."""
         if every == 0:
             return False
-        is_end = self.step == self.parts.total_steps or self._best.should_stop
+        is_end = self.step == self.parts.total_steps or self.progress.should_stop
         return is_end or self.step % (every or self.parts.steps_per_epoch) == 0
 
     # --- metrics -------------------------------------------------------------------
@@ -346,6 +346,7 @@ class Loop:
         record = window.means(**self._measured) if window.steps else {}
         record["epoch"] = self.parts.epochs_done(self.step)
         record["num_tokens"] = self.progress.num_tokens
+        record |= self.progress.callbacks.take_logged()
         if window.skipped:
             record["skipped_steps"] = window.skipped
         if window.steps:
@@ -377,6 +378,7 @@ class Loop:
             self.progress.skipped_steps += skipped
             if measured:
                 self.progress.window.add(sums)
+                self.progress.callbacks.after_step(step, sums)
 
     def evaluate(self) -> None:
         """Evaluate, log the result and see whether it is the best so far."""
@@ -396,6 +398,7 @@ class Loop:
                 scores, texts = self.parts.sampler(self.state)
                 self.evaluated |= {f"eval_{name}": v for name, v in scores.items()}
                 self.writer.write_text(self.step, texts)
+            self.progress.callbacks.after_evaluation(self.step, self.evaluated)
             self.writer.write(self.step, self.evaluated)
         self.evaluated_step = self.step
         key = self.settings.best_metric

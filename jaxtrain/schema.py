@@ -62,6 +62,21 @@ class OneOf:
         return f"one of {', '.join(self.table)}"
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class OwnName(OneOf):
+    """A part of the user's own, as `module:function` or `module:Class`."""
+
+    table: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __contains__(self, value: str) -> bool:
+        module, _, name = value.partition(":")
+        return all(part.isidentifier() for part in (*module.split("."), name))
+
+    def __str__(self) -> str:
+        return "module:function"
+
+
+Own = Annotated[str, OwnName()]
 PositiveInt = Annotated[int, Bound(1)]
 NonNegativeInt = Annotated[int, Bound(0)]
 Positive = Annotated[float, Bound(0, open_low=True)]

@@ -24,7 +24,14 @@ from jaxtrain.data.stream.batches import StreamDataset
 from jaxtrain.models import load
 from jaxtrain.record import writers
 from jaxtrain.run import accelerator as accelerate
-from jaxtrain.run import compilation_cache, distributed, lock, preflight, sampler, trial
+from jaxtrain.run import (
+    compilation_cache,
+    distributed,
+    lock,
+    own_parts,
+    preflight,
+    trial,
+)
 from jaxtrain.run.feed import Prepared
 from jaxtrain.run.workdir import as_home, open_workdir
 from jaxtrain.types import Batch, Objective, TokenLogProbs, WeightedSum
@@ -121,7 +128,7 @@ class TrainingOrchestrator:
             lock.refuse_if_held(self.workdir)
         preflight.check(run, self.workdir)
         sources.check_sources(run)
-        sampler.check_metrics(run)
+        own_parts.check_own_parts(run)
         trial.check_objective(run, _loss_of(self).objective)
         for line in run.explain():
             logger.debug(line)  # the block at the start has the essence

@@ -56,6 +56,7 @@ class TokenLogProbs:
     (nats), computed only for objectives that ask for it (WPO). All float32.
     `router_loss`: how unevenly a mixture of experts used them, over all tokens of the
     batch (models/moe.py); objectives never see it, `with_router_loss` adds it to them.
+    `log_total`: log of the softmax's denominator, for the z-loss alone.
     """
 
     logps: Float[Array, "B T"]
@@ -64,6 +65,7 @@ class TokenLogProbs:
     mean_logit: Float[Array, "B T"]
     collision: Float[Array, "B T"] | None = None
     router_loss: Float[Array, ""] | None = None
+    log_total: Float[Array, "B T"] | None = None
 
 
 LogProbsFn = Callable[[Batch], TokenLogProbs]

@@ -115,7 +115,7 @@ def model_batch(rows, length):
 )
 def test_the_abstract_state_is_the_real_one_without_arrays(training_type, settings):
     run = resolve(tiny_config(training_type, **settings), device_count=8)
-    _, optimizer = make_optimizer(run.optimizer, run.schedule, 10)
+    _, optimizer = make_optimizer(run, 10)
     state = init_state(load_model(run), run, optimizer)
     devices = jax.devices()[: run.devices.num_gpus]
     abstract = abstract_state(load_abstract_model(run, devices), run, optimizer)

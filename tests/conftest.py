@@ -109,7 +109,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not os.environ.get("JAXTRAIN_TEST_ALL"):
         skip = pytest.mark.skip(reason="takes long: JAXTRAIN_TEST_ALL=1 runs it")
         for item in items:
-            if item.nodeid.removeprefix("tests/").startswith(THOROUGH):
+            name = item.nodeid.removeprefix("tests/")
+            if name.startswith(THOROUGH) or item.get_closest_marker("aot"):
                 item.add_marker(skip)
     # Files of long tests first, so that no worker is left alone with one at the end.
     long_files = {item.path for item in items if "slow" in item.keywords}

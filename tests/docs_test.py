@@ -32,6 +32,7 @@ NOT_RUN = {
     "python3 -m venv": "installs; the run in it is that of main_test",
     "pip install": "installs",
     "bash tests/run.sh": "is what runs this",
+    "jaxtrain train qwen3": "needs the hub; tests/recipes_test.py resolves recipes",
     "jaxtrain aot": "minutes of compilation; tests/aot_test.py runs it",
     "PYTHONPATH=. python benchmarks/scaling.py": "an hour of compilation, for TPUs",
     "python -m jaxtrain.lm_eval --model=Qwen": "needs the hub",

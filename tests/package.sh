@@ -27,6 +27,7 @@ import importlib.util, jaxtrain
 assert importlib.util.find_spec('torch') is None
 assert 'site-packages' in jaxtrain.__file__"
 .venv/bin/jaxtrain configs
+.venv/bin/jaxtrain recipes qwen3-4b-dpo-lora | grep -q Qwen/Qwen3-4B
 echo "$command"
 JAXTRAIN_CACHE=$folder/cache bash -c "$command"
 test -f out/dpo/model/model.safetensors

@@ -93,7 +93,7 @@ def parts_of(case: Case, devices: Sequence[jax.Device]) -> Parts:
     # As `build` does where rows of the prepared data hold several documents.
     # The batches made here are padded, but for the cases that say otherwise.
     model = model.for_training(packed=run.data.packing is True)
-    schedule, optimizer = make_optimizer(run.optimizer, run.schedule, total_steps=100)
+    schedule, optimizer = make_optimizer(run, total_steps=100)
     state = abstract_state(model, run, optimizer)
     layouts = jax.tree.map(lambda leaf: leaf.sharding, state)
     scored = build.bind_loss(run, model, build.Loss(build.make_objective(run)))

@@ -7,7 +7,7 @@ import struct
 import sys
 
 import pytest
-from tensorboardX.proto import event_pb2, types_pb2
+from tensorboardX.proto import event_pb2, plugin_hparams_pb2, types_pb2
 from tensorboardX.record_writer import masked_crc32c
 
 from jaxtrain.record import writers as tracking
@@ -126,6 +126,34 @@ def test_tensorboard_holds_every_scalar_and_hides_what_a_resume_repeats(tmp_path
     ]
     assert any("    *text*" in text for text in texts)
     assert any('"model": "tiny"' in text for text in texts)
+
+
+def test_tensorboard_has_the_keys_as_hyperparameters(tmp_path):
+    training = {"learning_rate": 0.5, "bf16": True, "lora": {"r": 8}, "run_name": None}
+    config = {
+        "training": training,
+        "data": {"train": "a.jsonl"},
+        "provenance": {"n": 1},
+    }
+    with make_writers("tensorboard", tmp_path, None, config):
+        pass
+    (content,) = (
+        value.metadata.plugin_data.content
+        for event in read_events(tmp_path / "tensorboard")
+        for value in event.summary.value
+        if value.tag == "_hparams_/session_start_info"
+    )
+    found = plugin_hparams_pb2.HParamsPluginData.FromString(content)
+    hparams = {
+        name: getattr(value, value.WhichOneof("kind"))
+        for name, value in found.session_start_info.hparams.items()
+    }
+    assert hparams == {
+        "training.learning_rate": 0.5,
+        "training.bf16": True,
+        "training.lora.r": 8,
+        "data.train": "a.jsonl",
+    }
 
 
 def test_tensorboard_takes_any_number_and_any_text(tmp_path):

@@ -80,7 +80,7 @@ def compile_for(
 
 def describe_step(run: RunConfig, model: LoadedModel) -> tuple[Any, TrainState]:
     """The jitted train step of an abstract model, and its first state in shapes."""
-    schedule, optimizer = make_optimizer(run.optimizer, run.schedule, _TOTAL_STEPS)
+    schedule, optimizer = make_optimizer(run, _TOTAL_STEPS)
     state = abstract_state(model, run, optimizer)
     layouts = layouts_of(state)
     scored = build.bind_loss(run, model, build.Loss(build.make_objective(run)))
@@ -121,7 +121,7 @@ def search_settings(
         smallest = search.Candidate(mesh, "full", 1)
         run = resolve(_with_settings(config, smallest), device_count=len(devices))
         model = load_abstract_model(run, devices)
-        _, optimizer = make_optimizer(run.optimizer, run.schedule, _TOTAL_STEPS)
+        _, optimizer = make_optimizer(run, _TOTAL_STEPS)
         return _bytes_on_device(abstract_state(model, run, optimizer))
 
     def bound(candidate: search.Candidate) -> search.Bound:

@@ -2,9 +2,10 @@
 
 XLA compiles for a GPU from a description of it alone, a protocol buffer in text form
 (`stream_executor.GpuTargetConfigProto`), which this writes. The figures are those that
-CUDA reports of the SXM modules (NVIDIA's Hopper tuning guide and data sheets).
+CUDA reports (NVIDIA's tuning guides, the CUDA programming guide and data sheets).
 """
 
+import dataclasses
 import re
 from typing import Any
 
@@ -14,7 +15,41 @@ from jax.experimental import topologies
 from jaxtrain.aot.report import CHIPS, Chip
 from jaxtrain.kernels.attention import hopper
 
-_KINDS = {"h100": "NVIDIA H100 80GB HBM3", "h200": "NVIDIA H200"}  # as jax names them
+
+@dataclasses.dataclass(frozen=True)
+class _Kind:
+    """A kind of GPU: what jax calls it, and what the compiler asks of it.
+
+    `cores`: streaming multiprocessors. `shared_memory`: bytes of one of them, of which
+    a block of threads may ask for all but 1 KiB. `links`: NVLinks in use.
+    """
+
+    name: str
+    capability: str
+    cores: int
+    shared_memory: int
+    l2_cache: int
+    clock_ghz: float
+    fpus: int = 128
+    threads: int = 2048
+    links: int = 0
+
+
+_HOPPER = _Kind(
+    "NVIDIA H100 80GB HBM3", "9.0a", hopper.MULTIPROCESSORS, 233_472, 52_428_800, 1.98,
+    links=18,
+)  # fmt: skip
+_KINDS = {
+    "h100": _HOPPER,
+    "h200": dataclasses.replace(_HOPPER, name="NVIDIA H200"),
+    "a100": _Kind(
+        "NVIDIA A100-SXM4-40GB", "8.0", 108, 167_936, 41_943_040, 1.41,
+        fpus=64, links=12,
+    ),
+    "rtx4090": _Kind(
+        "NVIDIA GeForce RTX 4090", "8.9", 128, 102_400, 75_497_472, 2.52, threads=1536
+    ),
+}  # fmt: skip
 
 
 def is_gpu(topology: str) -> bool:
@@ -31,14 +66,14 @@ def describe_gpus(topology: str) -> list[Any]:
     """
     name, _, number = topology.partition(":")
     kind = _KINDS[name]
-    chip = CHIPS[kind]
+    chip = CHIPS[kind.name]
     count = int(number) if re.fullmatch(r"[1-9]\d*", number) else 0
     per_host = chip.per_host or 1
     hosts = max(1, count // per_host)
     if count != hosts * min(count, per_host) or count == 0:
         raise ValueError(
-            f"topology = {topology!r}: name a number of GPUs, h100:N or h200:N, with N"
-            f" up to {per_host} or a multiple of it"
+            f"topology = {topology!r}: name a number of GPUs, {':N, '.join(_KINDS)}:N,"
+            f" with N up to {per_host} or a multiple of it"
         )
     try:
         description = topologies.get_topology_desc(
@@ -59,32 +94,35 @@ def describe_gpus(topology: str) -> list[Any]:
     return list(description.devices)
 
 
-def _target(name: str, chip: Chip) -> str:
-    """One GPU of compute capability 9.0, as a text protocol buffer."""
+def _target(kind: _Kind, chip: Chip) -> str:
+    """One GPU as a text protocol buffer."""
+    major, minor = kind.capability.rstrip("a").split(".")
+    feature = "feature_extension: ACCELERATED_FEATURES" * kind.capability.endswith("a")
     return f"""
         platform_name: "CUDA"
-        device_description_str: "{name}"
+        device_description_str: "{kind.name}"
         dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
         gpu_device_info {{
-          name: "{name}" device_vendor: "NVIDIA Corporation"
-          platform_version: "Compute Capability 9.0a" model_str: "sm_9.0a"
+          name: "{kind.name}" device_vendor: "NVIDIA Corporation"
+          platform_version: "Compute Capability {kind.capability}"
+          model_str: "sm_{kind.capability}"
           driver_version: "13.0.0" runtime_version: "13.0.0"
           compile_time_toolkit_version: "13.0.0" dnn_version: "9.10.0"
-          cuda_compute_capability {{
-            major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES
-          }}
-          core_count: {hopper.MULTIPROCESSORS} fpus_per_core: 128 clock_rate_ghz: 1.98
+          cuda_compute_capability {{ major: {major} minor: {minor} {feature} }}
+          core_count: {kind.cores} fpus_per_core: {kind.fpus}
+          clock_rate_ghz: {kind.clock_ghz}
           threads_per_warp: 32
-          threads_per_block_limit: 1024 threads_per_core_limit: 2048
+          threads_per_block_limit: 1024 threads_per_core_limit: {kind.threads}
           thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
           block_dim_limit_x: 2147483647
           block_dim_limit_y: 65535 block_dim_limit_z: 65535
           registers_per_core_limit: 65536 registers_per_block_limit: 65536
-          shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448
-          shared_memory_per_core: 233472 l2_cache_size: 52428800
+          shared_memory_per_block: 49152
+          shared_memory_per_block_optin: {kind.shared_memory - 1024}
+          shared_memory_per_core: {kind.shared_memory} l2_cache_size: {kind.l2_cache}
           memory_bandwidth: {chip.memory_rate:.0f}
           device_memory_size: {chip.memory_bytes:.0f}
           device_address_bits: 64 pcie_bandwidth: 63000000000
-          device_interconnect_info {{ active_links: 18 }}
+          device_interconnect_info {{ active_links: {kind.links} }}
         }}
     """

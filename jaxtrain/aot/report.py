@@ -41,6 +41,11 @@ CHIPS = {
     # (DGX). Memory is what CUDA gives to programs.
     "NVIDIA H100 80GB HBM3": Chip("H100", 989e12, 79 * _GIB, 3.35e12, 450e9, 50e9, 8),
     "NVIDIA H200": Chip("H200", 989e12, 139 * _GIB, 4.8e12, 450e9, 50e9, 8),
+    "NVIDIA A100-SXM4-40GB": Chip("A100", 312e12, 39 * _GIB, 1.555e12, 300e9, 25e9, 8),
+    # No NVLink: PCIe 4.0 of 16 lanes, and a network of 25 Gb/s for a host of eight.
+    "NVIDIA GeForce RTX 4090": Chip(
+        "RTX 4090", 165e12, 23.5 * _GIB, 1.008e12, 31.5e9, 0.4e9, 8
+    ),
 }
 
 

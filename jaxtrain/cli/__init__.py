@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import jaxtrain
 from jaxtrain.cli.ending import run_command
 
-# Name -> its module, whose `main(arguments)` runs it, and what it does.
+# Name -> its module, whose `main(arguments)` runs it, and what it does. A module may
+# have a function of the name `<command>_main` instead.
 COMMANDS = {
     "train": ("jaxtrain.main", "train a model as a configuration says"),
     "eval": ("jaxtrain.cli.evaluate", "evaluate a model or a run on data"),
@@ -20,6 +21,7 @@ COMMANDS = {
     "inspect": ("jaxtrain.data.inspect", "look at data before training on it"),
     "report": ("jaxtrain.report.__main__", "write one HTML page of one or more runs"),
     "aot": ("jaxtrain.aot.__main__", "compile for chips that are not there"),
+    "recipes": ("jaxtrain.cli.configs", "list the recipes for published models"),
     "configs": ("jaxtrain.cli.configs", "list the configurations that come along"),
 }
 
@@ -47,7 +49,8 @@ def _dispatch(arguments: list[str]) -> int | None:
     # As `python -m` has it: functions of one's own are found in the folder one is in.
     if not {"", os.getcwd()} & {*sys.path}:
         sys.path.append(os.getcwd())
-    command = importlib.import_module(COMMANDS[name][0]).main
+    module = importlib.import_module(COMMANDS[name][0])
+    command = getattr(module, f"{name}_main", None) or module.main
     return command(rest)
 
 

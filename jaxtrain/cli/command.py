@@ -2,20 +2,24 @@
 
 import argparse
 import difflib
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from ml_collections import ConfigDict
 
-from jaxtrain.config import RunConfig, load_config
-from jaxtrain.config.flags import Flag, resolve_flags, split_flags
+from jaxtrain.config import RunConfig, load_config, resolve
+from jaxtrain.config.flags import Flag, override, split_flags
+from jaxtrain.config.shipped import config_stem, fit_preset_to_model, is_preset
 from jaxtrain.storage.address import as_path, is_remote
+
+logger = logging.getLogger(__name__)
 
 _KEYS = """\
 Any key of the configuration is a flag too, which wins over the file:
---training.learning_rate=5e-4, --data.train=train.jsonl. `jaxtrain configs` lists the
-configurations that come along."""
+--training.learning_rate=5e-4, --data.train=train.jsonl. `jaxtrain recipes` lists the
+configurations for published models, `jaxtrain configs` all that come along."""
 
 
 def path_argument(text: str) -> Any:
@@ -95,7 +99,8 @@ class ConfigParser(Parser):
         self.add_argument(
             "config",
             nargs="?",
-            help="a name such as dpo, a .yaml file, or a .py file with get_config()",
+            help="a name such as dpo or qwen3-4b-dpo-lora, a .yaml file, or a .py file"
+            " with get_config()",
         )
         self.add_argument(
             "--config",
@@ -131,10 +136,13 @@ class ConfigParser(Parser):
         options.config = named[0]
         if options.model is not None:
             flags.append(Flag("model.name_or_path", options.model))
-        config, run = resolve_flags(load_config(options.config), flags)
-        return options, config, run
+        config = load_config(options.config)
+        keys = override(config, flags)
+        if is_preset(options.config) and (line := fit_preset_to_model(config, keys)):
+            logger.warning("%s", line)
+        return options, config, resolve(config, flags=keys)
 
 
 def default_workdir(config: str) -> Path:
     """The work directory of a run that names none: `out/dpo` for dpo and dpo.yaml."""
-    return Path("out") / Path(config.partition(":")[0]).stem
+    return Path("out") / config_stem(config.partition(":")[0])

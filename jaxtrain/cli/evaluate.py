@@ -240,7 +240,7 @@ def evaluate(task: Task) -> dict[str, Any]:
     results["data"] = _name_data(run)
     if task.step is not None:
         results["step"] = task.step
-    if run.generation.enabled:
+    if run.generation.enabled or run.loop.row_metrics:
         scores, results["samples"] = _generate(run, model, state, data)
         metrics |= {f"eval_{name}": value for name, value in scores.items()}
     return results | {"metrics": metrics}

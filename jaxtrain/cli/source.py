@@ -24,7 +24,6 @@ from jaxtrain.config import (
     load_config,
     to_config_dict,
 )
-from jaxtrain.config.files import shipped_configs
 from jaxtrain.config.flags import Flag, split_flags
 from jaxtrain.config.sections import (
     DEFAULT_MAX_LENGTH,
@@ -32,6 +31,7 @@ from jaxtrain.config.sections import (
     SCHEMA,
     TrainingType,
 )
+from jaxtrain.config.shipped import shipped_configs
 from jaxtrain.record.safe_text import MASK
 from jaxtrain.storage.address import as_path, is_remote
 from jaxtrain.storage.checks import check_readable

@@ -22,6 +22,7 @@ from jaxtrain.config.run import (
     without_provenance,
 )
 from jaxtrain.config.sections import SCHEMA
+from jaxtrain.config.shipped import is_file_name, shipped_config, shipped_configs
 from jaxtrain.config.yaml_loader import RefusedYamlError, YamlLoader
 
 
@@ -80,7 +81,7 @@ def load_config(path: str | os.PathLike[str]) -> ConfigDict:
         FileNotFoundError: there is no such file.
     """
     text, _, argument = os.fspath(path).partition(":")
-    if Path(text).name == text and not Path(text).suffix:
+    if not is_file_name(text):
         text = str(shipped_config(text))
     suffix = Path(text).suffix
     if suffix not in (".yaml", ".yml", ".json", ".py"):
@@ -93,34 +94,8 @@ def load_config(path: str | os.PathLike[str]) -> ConfigDict:
         hint = _nearest_file(Path(text))
         raise FileNotFoundError(f"config = {text!r}: no such file{hint}")
     if suffix != ".py":  # JSON is YAML
-        return load_yaml(path)
+        return load_yaml(text)
     return _load_python(text, [argument] if argument else [])
-
-
-def shipped_configs() -> dict[str, Path]:
-    """The configurations that come with jaxtrain, by name: of the wheel or checkout."""
-    package = Path(__file__).parent.parent
-    installed = package / "configs"
-    folder = installed if installed.is_dir() else package.parent / "configs"
-    paths = sorted(folder.glob("*.py"))
-    return {path.stem: path for path in paths if path.stem != "from_yaml"}
-
-
-def shipped_config(name: str) -> Path:
-    """The file of a configuration that comes with jaxtrain.
-
-    Raises:
-        ValueError: there is none of that name.
-    """
-    found = shipped_configs()
-    if name not in found:
-        close = difflib.get_close_matches(name, found, n=1)
-        hint = f"did you mean {close[0]}? There are" if close else "there are"
-        raise ValueError(
-            f"config = {name!r}: no configuration of that name comes with jaxtrain;"
-            f" {hint} {', '.join(found)}, and a file's name ends in .yaml or .py"
-        )
-    return found[name]
 
 
 def _nearest_file(path: Path) -> str:

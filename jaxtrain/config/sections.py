@@ -25,6 +25,7 @@ from jaxtrain.schema import (
     NonNegativeInt,
     OneOf,
     OnlyIf,
+    Own,
     Positive,
     PositiveInt,
     ReadBy,
@@ -221,6 +222,9 @@ class DataSection:
     label, for KTO."""
     text_column: Annotated[str, OnlyIf("data.format", ("auto", "text"))] = "text"
     """The column of format text."""
+    format_row: Own | None = None
+    """A function of your own that makes of each row, a mapping of its columns, one that
+    `format` reads: see docs/extending.md. It comes before column_map."""
     column_map: dict[str, Any] | None = None
     """Columns of other names: {prompt: "Question Text", completion: Answer}, our name
     first. Holds for every data set of the run, and for evaluation rows."""
@@ -305,8 +309,9 @@ WITH_BETAS = OnlyIf("training.optimizer", ("adamw", "lion", "muon"))
 class OptimizerSection:
     """The optimizer and its gradient clipping."""
 
-    optimizer: Literal["adamw", "adafactor", "lion", "muon", "sgd"] = "adamw"
-    """The optimizer."""
+    optimizer: Literal["adamw", "adafactor", "lion", "muon", "sgd"] | Own = "adamw"
+    """The optimizer. Your own is a function of (schedule, weight_decay) that returns an
+    optax transformation: see docs/extending.md."""
     learning_rate: Annotated[NonNegative, ByType(3e-4, 2e-5, 2e-4, 1e-6)] = DERIVED
     """The peak. Unset: by type."""
     weight_decay: Annotated[NonNegative, ByType(0.1, 0.0, 0.0, 0.0)] = DERIVED
@@ -327,6 +332,17 @@ class OptimizerSection:
     """sgd (unset: 0) and muon (unset: 0.95)."""
     max_grad_norm: NonNegative = 1.0
     """The global norm that gradients are clipped to. 0: never."""
+    lr_multipliers: tuple[tuple[str | float, ...], ...] = ()
+    """The learning rate by parameter, times a number: [["embed.*", 0.1],
+    ["layers/[0-3]/.*", 0], [".*", 1]]. The first regular expression counts that matches
+    the whole name; every parameter must be matched, every pattern match one. 0 freezes:
+    no update, no decay, no part in grad_norm. docs/extending.md has the names."""
+    ema_decay: Annotated[float | None, Bound(0, 1, open_low=True, open_high=True)] = (
+        None
+    )
+    """Keep an exponential moving average of the weights (arXiv:2411.18704), of which
+    this share stays at each step; evaluations and exports take it. 4 bytes for each
+    parameter. Unset: none."""
 
 
 RampShape = Literal["linear", "cosine", "1-sqrt"]
@@ -372,9 +388,10 @@ class ScheduleSection:
         "linear", "cosine", "cosine_with_restarts", "cosine_with_min_lr", "polynomial",
         "constant", "constant_with_warmup", "inverse_sqrt", "wsd",
         "warmup_stable_decay",
-    ], ByType("cosine", "linear", "linear", "linear")] = DERIVED  # fmt: skip
-    """Each is as in transformers; warmup_stable_decay is wsd's other name. Unset: by
-    type."""
+    ] | Own, ByType("cosine", "linear", "linear", "linear")] = DERIVED  # fmt: skip
+    """Each is as in transformers; warmup_stable_decay is wsd's other name. Your own is
+    a function of (learning_rate, total_steps, warmup_steps) that returns a function of
+    the step: see docs/extending.md. Unset: by type."""
     warmup_steps: Annotated[NonNegativeInt, STEPS] = DERIVED
     """Above 0, it overrules warmup_ratio."""
     warmup_ratio: Annotated[Fraction, ByType(0.01, 0.0, 0.0, 0.0)] = DERIVED
@@ -447,8 +464,9 @@ class LoopSection:
     """Export in Hugging Face's format at the end of the run."""
     logging_steps: PositiveInt = 10
     """Steps between records of the log."""
-    report_to: tuple[Tracker, ...] = ("tensorboard", "jsonl")
-    """Where metrics go; none stands alone."""
+    report_to: tuple[Tracker | Own, ...] = ("tensorboard", "jsonl")
+    """Where metrics go; none stands alone. A tracker of your own is a class, as
+    module:Class: see docs/extending.md."""
     run_name: str | None = None
     """Unset: the work directory's name."""
     metric_for_best_model: str = "eval_loss"
@@ -480,6 +498,25 @@ class LoopSection:
     objective_kwargs: dict[str, Any] | None = None
     """Its keyword arguments. Of training.dpo, beta and label_smoothing go to an
     objective that takes them; each may be set in one place only."""
+    z_loss_weight: Positive | None = None
+    """Add this times log^2 Z to each trained token's loss, Z the softmax's denominator
+    (PaLM, arXiv:2204.02311, with 1e-4); the metric z_loss is log^2 Z. Not under dpo.
+    Unset: none."""
+    neftune_noise_alpha: Positive | None = None
+    """Add noise to the embeddings of training rows (NEFTune, arXiv:2310.05914): uniform
+    in [-1, 1) times this over sqrt(L D), for L tokens of width D. Rows are then not
+    packed. Not under dpo. Unset: none."""
+    callbacks: tuple[Own, ...] = ()
+    """Classes of your own, as module:Class, that are asked after steps, evaluations and
+    saves, and may log numbers and stop the run: see docs/extending.md."""
+    row_metrics: tuple[Own, ...] = ()
+    """Functions of your own, as module:function, that get the held-out rows at each
+    evaluation, their texts and their log-probs, and return numbers: see
+    docs/extending.md. Not under dpo."""
+    function_kwargs: dict[str, Any] | None = None
+    """Keyword arguments of your own parts, by their names: {"my_parts:Stop": {loss:
+    2.0}}. For callbacks, row_metrics, lr_scheduler_type, optimizer and data.format_row;
+    those of an objective are objective_kwargs."""
     step_timeout_secs: NonNegative = 1800.0
     """Seconds without a finished step, evaluation batch or save after which the process
     ends with all its stacks: a hang becomes an error. 0: never."""

@@ -24,8 +24,8 @@ import numpy as np
 from jaxtrain.cli.command import ConfigParser
 from jaxtrain.cli.ending import run_command
 from jaxtrain.config import RunConfig, default_config
-from jaxtrain.config.files import shipped_configs
 from jaxtrain.config.flags import Flag, resolve_flags, split_flags
+from jaxtrain.config.shipped import shipped_configs
 from jaxtrain.data.batches.dataset import TokenStore
 from jaxtrain.data.batches.mixture import Mixture
 from jaxtrain.data.loading import (
@@ -36,6 +36,7 @@ from jaxtrain.data.loading import (
 )
 from jaxtrain.data.prepare.prepare import Rows, detect_row_format, prepare
 from jaxtrain.data.rows.formats import RowProblems, UnreadableRow
+from jaxtrain.data.rows.own_format import format_rows
 from jaxtrain.data.rows.places import name_rows
 from jaxtrain.data.rows.tokenize import PreTrainedTokenizerBase
 from jaxtrain.data.stream.batches import StreamRows
@@ -64,6 +65,8 @@ def report(
         ValueError: the rows are of no known format, or none of them can be used.
     """
     options = dataclasses.replace(prepare_options(run), on_bad_row="skip")
+    if run.data.format_row:
+        rows = format_rows(rows, run.data.format_row, run.loop.function_kwargs)
     row_format = detect_row_format(rows, options)
     problems = _Problems(rows, max(shown, 10))
     lines = [f"format: {row_format.describe()}"]

@@ -30,6 +30,7 @@ from jaxtrain.data.rows.columns import make_column_map
 from jaxtrain.data.rows.folders import looks_local
 from jaxtrain.data.rows.formats import detect_format
 from jaxtrain.data.rows.marks import AssistantMarks
+from jaxtrain.data.rows.own_format import format_rows
 from jaxtrain.data.rows.source import load_rows
 from jaxtrain.data.rows.tokenize import (
     PreTrainedTokenizerBase,
@@ -222,6 +223,8 @@ def _prepare_held(
     tokenizer: PreTrainedTokenizerBase,
     options: PrepareOptions,
 ) -> PreparedDataset:
+    if run.data.format_row:
+        rows = format_rows(rows, run.data.format_row, run.loop.function_kwargs)
     resources = Resources(run.data.dataset_num_proc or usable_cores())
     if run.data.cache:
         folder = run.data.cache_dir

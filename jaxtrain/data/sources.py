@@ -9,6 +9,7 @@ from jaxtrain.data.rows.columns import make_column_map
 from jaxtrain.data.rows.folders import first_rows, looks_local
 from jaxtrain.data.rows.formats import detect_for
 from jaxtrain.data.rows.jinja import is_template_file, read_template
+from jaxtrain.data.rows.own_format import format_rows
 from jaxtrain.data.rows.remote import first_remote_rows
 from jaxtrain.storage.address import is_remote
 from jaxtrain.storage.checks import check_readable
@@ -50,6 +51,8 @@ def check_sources(run: RunConfig) -> None:
                 rows = first_remote_rows(name, split)
             else:
                 rows = first_rows(path, split)
+            if rows and data.format_row:
+                rows = format_rows(rows, data.format_row, run.loop.function_kwargs)
             if rows:
                 detect_for(
                     run.objective_row.row_kind,

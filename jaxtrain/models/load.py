@@ -266,6 +266,7 @@ def make_decoder(
         attention=run.model.attention,
         loss_chunk=run.model.loss_chunk_tokens,
         scan_layers=not plan.unrolled,
+        neftune_alpha=run.loop.neftune_noise_alpha,
         constrain=plan.constrain,
         map_shards=plan.map_shards,
         quantization=quantized,

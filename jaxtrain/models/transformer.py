@@ -8,7 +8,7 @@ fast as a shallow one; unrolled, it runs faster. Flax modules exist only within 
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from jaxtrain.models.cache import Cache, decode, init_cache
 from jaxtrain.models.decoder_layer import DecoderLayer
 from jaxtrain.models.layers import Attend, EmbeddingAndHead, LoraShape, Options
 from jaxtrain.models.moe import RouterLoad, load_balancing_loss
+from jaxtrain.models.noise import add_embedding_noise
 from jaxtrain.models.rope import KINDS_BY_LENGTH
 from jaxtrain.types import Batch, Params, TokenLogProbs
 
@@ -69,6 +70,7 @@ class Decoder(Options):
     `scan_layers`: compile one layer for all of them, not each on its own.
     `packed=False` promises that each row is one document with its padding behind it:
     causality alone then keeps padding out, and attention needs no segments.
+    `neftune_alpha`: strength of the noise on embeddings, if there is a `dropout_key`.
     `constrain` pins an activation's layout by its logical axes, `map_shards` runs a
     function of rows on each device's own, `layout` is how kernels' arrays are split.
 
@@ -81,6 +83,7 @@ class Decoder(Options):
     loss_chunk: int | None = None
     scan_layers: bool = True
     packed: bool = True
+    neftune_alpha: float | None = None
     layout: Layout | None = None
 
     def __post_init__(self) -> None:
@@ -208,6 +211,8 @@ class Decoder(Options):
             body = jax.checkpoint(body, policy=policy, prevent_cse=not self.scan_layers)
         with jax.named_scope("embed"):
             x = ends.embed_tokens(tokens)
+            if self.neftune_alpha is not None and dropout_key is not None:
+                x = add_embedding_noise(x, segment_ids, dropout_key, self.neftune_alpha)
             x = self.constrain(x, ("batch", "sequence", "embed"))
         with jax.named_scope("layers"):
             layers = parts.scanned_layers(self._options, params)
@@ -265,10 +270,11 @@ class Decoder(Options):
         dropout_key: Key[Array, ""] | None = None,
         with_collision: bool = False,
         with_router_loss: bool = False,
+        with_log_total: bool = False,
     ) -> TokenLogProbs:
         """Log-probabilities of the batch's targets; never holds B x T x V logits.
 
-        Only `logps` and `router_loss` carry a gradient.
+        Only `logps`, `router_loss` and `log_total` carry a gradient.
 
         Raises:
             ValueError: `with_router_loss`, and the model has no router.
@@ -289,7 +295,12 @@ class Decoder(Options):
                 )
             router_loss = load_balancing_loss(load)
         outputs = _score_targets(
-            self, params, hidden, batch.targets, dropout_key, with_collision
+            self,
+            params,
+            hidden,
+            batch.targets,
+            dropout_key,
+            _Extras(with_collision, with_log_total),
         )
         return dataclasses.replace(outputs, router_loss=router_loss)
 
@@ -361,13 +372,20 @@ def _attention_over_rows(
     return lambda index: functools.partial(attend, index)
 
 
+class _Extras(NamedTuple):
+    """What the loss head computes beyond what every objective is told."""
+
+    collision: bool
+    log_total: bool
+
+
 def _score_targets(
     decoder: Decoder,
     params: Params,
     hidden: Float[Array, "B T D"],
     targets: Int32[Array, "B T"],
     dropout_key: Array | None,
-    with_collision: bool,
+    extras: _Extras,
 ) -> TokenLogProbs:
     """What the loss head makes of hidden states; it never holds all logits."""
     config, layout = decoder.config, decoder.layout or Layout()
@@ -385,11 +403,14 @@ def _score_targets(
             vocab_axis=vocab_axis,
             softcap=config.final_logit_softcapping,
             chunk=decoder.loss_chunk,
-            with_collision=with_collision,
+            with_collision=extras.collision,
+            with_log_total=extras.log_total,
             adapter=adapter,
             shards=layout.count(layout.fitting(layout.vocab, config.vocab_size)),
         )
-    return TokenLogProbs(*(layout.split_tokens(x, targets.shape) for x in outputs))
+    scores = [layout.split_tokens(x, targets.shape) for x in outputs]
+    log_total = scores.pop() if extras.log_total else None
+    return dataclasses.replace(TokenLogProbs(*scores), log_total=log_total)
 
 
 def _check_adapters(lora: LoraShape, modules: frozenset[str]) -> None:

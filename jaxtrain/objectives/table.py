@@ -9,10 +9,10 @@ To add one: write the function, list it in `_ALL`, declare its options and its r
 """
 
 import functools
-import importlib
 from collections.abc import Callable
 from typing import Any
 
+from jaxtrain.config.own_parts import load_own
 from jaxtrain.objectives import preference as pairs
 from jaxtrain.objectives.kto import kto
 from jaxtrain.objectives.options import (
@@ -22,7 +22,6 @@ from jaxtrain.objectives.options import (
     unknown_objective,
 )
 from jaxtrain.objectives.preference import count_tokens, masked_sum, real_rows
-from jaxtrain.schema import did_you_mean
 from jaxtrain.types import Batch, LogProbsFn, Metrics, Objective, WeightedSum
 
 
@@ -98,21 +97,4 @@ def load_objective(path: str) -> Callable[..., tuple[WeightedSum, Metrics]]:
     Raises:
         ValueError: no such module or function, or it is not callable.
     """
-    module_name, _, function_name = path.partition(":")
-    if not module_name or not function_name:
-        raise ValueError(f"objective={path!r}: write it as module:function")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"objective={path!r}: {error}; install it, or put its folder on PYTHONPATH"
-        ) from error
-    function: Any = getattr(module, function_name, None)
-    if callable(function):
-        return function
-    problem = f"{function_name} is not a function"
-    if function is None:
-        public = [attribute for attribute in vars(module) if attribute[0] != "_"]
-        hint = did_you_mean(function_name, public)
-        problem = f"{hint}{module_name} has no {function_name}"
-    raise ValueError(f"objective={path!r}: {problem}")
+    return load_own("training.objective", path)

@@ -6,31 +6,98 @@ from typing import Any
 import jax
 import optax
 
-from jaxtrain.config import OptimizerSection, ScheduleSection
+from jaxtrain.config import RunConfig
+from jaxtrain.config.own_parts import bind_own
 from jaxtrain.optimizers import optim, schedules
+from jaxtrain.optimizers.ema import with_ema
+from jaxtrain.optimizers.multipliers import with_multipliers
+
+Schedule = Callable[[Any], jax.Array]
 
 
 def make_optimizer(
-    optimizer: OptimizerSection, schedule: ScheduleSection, total_steps: int
-) -> tuple[Callable[[Any], jax.Array], optax.GradientTransformation]:
-    """Make the schedule of a run of `total_steps` steps, and the optimizer on it."""
-    learning_rate = schedules.make_schedule(
-        schedule.lr_scheduler_type,
-        learning_rate=optimizer.learning_rate,
-        total_steps=total_steps,
-        warmup_steps=schedules.count_warmup_steps(
-            total_steps,
-            warmup_steps=schedule.warmup_steps,
-            warmup_ratio=schedule.warmup_ratio,
-        ),
-        **schedule.options,
+    run: RunConfig, total_steps: int
+) -> tuple[Schedule, optax.GradientTransformation]:
+    """Make the schedule of a run of `total_steps` steps, and the optimizer on it.
+
+    Raises:
+        ValueError: a schedule or an optimizer of the user's own cannot be had, or is
+            not what it should be.
+    """
+    settings = run.optimizer
+    schedule = _make_schedule(run, total_steps)
+    if ":" in settings.optimizer:
+        optimizer = _make_own_optimizer(run, schedule)
+    else:
+        optimizer = optim.make_optimizer(
+            settings.optimizer,
+            schedule,
+            weight_decay=settings.weight_decay,
+            beta1=settings.adam_beta1,
+            beta2=settings.adam_beta2,
+            epsilon=settings.adam_epsilon,
+            momentum=settings.momentum,
+        )
+    if settings.lr_multipliers:
+        optimizer = with_multipliers(optimizer, settings.lr_multipliers)
+    if settings.ema_decay is not None:
+        optimizer = with_ema(optimizer, settings.ema_decay)
+    return schedule, optimizer
+
+
+def _make_schedule(run: RunConfig, total_steps: int) -> Schedule:
+    settings, rate = run.schedule, run.optimizer.learning_rate
+    name = settings.lr_scheduler_type
+    warmup_steps = schedules.count_warmup_steps(
+        total_steps,
+        warmup_steps=settings.warmup_steps,
+        warmup_ratio=settings.warmup_ratio,
     )
-    return learning_rate, optim.make_optimizer(
-        optimizer.optimizer,
-        learning_rate,
-        weight_decay=optimizer.weight_decay,
-        beta1=optimizer.adam_beta1,
-        beta2=optimizer.adam_beta2,
-        epsilon=optimizer.adam_epsilon,
-        momentum=optimizer.momentum,
+    if ":" not in name:
+        return schedules.make_schedule(
+            name,
+            learning_rate=rate,
+            total_steps=total_steps,
+            warmup_steps=warmup_steps,
+            **settings.options,
+        )
+    key, names = "training.lr_scheduler_type", "learning_rate total_steps warmup_steps"
+    make = bind_own(key, name, run.loop.function_kwargs, *names.split())
+    own = make(rate, total_steps, warmup_steps)
+    if not callable(own):
+        raise ValueError(
+            f"{key} = {name!r}: it returned {type(own).__name__}; return a function of"
+            " the step that gives the learning rate"
+        )
+
+    def schedule(step: Any) -> jax.Array:
+        return jax.numpy.asarray(own(jax.numpy.asarray(step)), jax.numpy.float32)
+
+    try:
+        shape = jax.eval_shape(schedule, 0).shape
+    except (TypeError, jax.errors.JAXTypeError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"{key} = {name!r}: the function that it returned must give a number for a"
+            f" step that jax traces, so choose with jax.numpy.where and not with if:"
+            f" {first}"
+        ) from error
+    if shape != ():
+        raise ValueError(f"{key} = {name!r}: it gave an array of {shape}, no number")
+    return schedule
+
+
+def _make_own_optimizer(
+    run: RunConfig, schedule: Schedule
+) -> optax.GradientTransformation:
+    key, name = "training.optimizer", run.optimizer.optimizer
+    names = ("schedule", "weight_decay")
+    own = bind_own(key, name, run.loop.function_kwargs, *names)(
+        schedule, run.optimizer.weight_decay
     )
+    if not isinstance(own, optax.GradientTransformation):
+        raise ValueError(
+            f"{key} = {name!r}: it returned {type(own).__name__}; return an optax"
+            " transformation, whose updates are added to the weights"
+        )
+    return optim.in_float32(own)

@@ -99,10 +99,10 @@ def make_optimizer(
     decay = optax.add_decayed_weights(weight_decay, decay_mask)
     # torch.optim.SGD's decay is an L2 penalty: part of the gradient, hence of momentum.
     steps = (decay, direction) if name == "sgd" else (direction, decay)
-    return _in_float32(optax.chain(*steps, optax.scale_by_learning_rate(schedule)))
+    return in_float32(optax.chain(*steps, optax.scale_by_learning_rate(schedule)))
 
 
-def _in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:
     """Keep `tx`'s state and arithmetic float32 even where parameters are narrower."""
 
     def widen(tree: Any) -> Any:

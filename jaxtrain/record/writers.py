@@ -18,10 +18,14 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TextIO
 
+from jaxtrain.config.own_parts import bind_own, load_own
 from jaxtrain.record.console import ConsoleWriter
 from jaxtrain.record.safe_text import mask_secrets
 from jaxtrain.run.durable import flush, naming, write_whole
+from jaxtrain.tree import dotted
 
+_HPARAM_METRICS = ("loss", "eval_loss")  # that TensorBoard compares runs by
+_KEY = "training.report_to"
 _NO_WANDB = (
     "report_to has 'wandb', which is not installed: pip install 'jaxtrain[wandb]', or "
     "take it out of report_to"
@@ -29,7 +33,12 @@ _NO_WANDB = (
 
 
 class Writer(Protocol):
-    """One destination. `step` never decreases."""
+    """One destination. `step` never decreases.
+
+    A class of the user's own is made with (folder, run_name, resume_step): the work
+    directory, `training.run_name`, and the checkpoint's step from which the run goes
+    on, None for a run that begins. What was recorded after that step is not valid.
+    """
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record numbers at `step`."""
@@ -42,6 +51,10 @@ class Writer(Protocol):
 
     def close(self) -> None:
         """Flush and release."""
+
+
+def _is_own(name: str) -> bool:
+    return ":" in name
 
 
 class Writers(contextlib.AbstractContextManager["Writers"]):
@@ -87,7 +100,8 @@ def make_writers(
     """JSON lines and the console, with what `report_to` names; the config is written.
 
     Args:
-        report_to: of `tensorboard`, `wandb`, `jsonl` (which is always on), `none`.
+        report_to: of `tensorboard`, `wandb`, `jsonl` (which is always on), `none`, or
+            a class of the user's own as `module:Class`.
         workdir: holds metrics.jsonl, samples.jsonl, config.json, tensorboard/, wandb/.
         run_name: the run's name in wandb; wandb makes one up for None.
         config_dict: the run's config, JSON values.
@@ -103,7 +117,7 @@ def make_writers(
     names = [report_to] if isinstance(report_to, str) else list(report_to)
     known = ("tensorboard", "wandb", "jsonl", "none")
     for name in names:
-        if name not in known:
+        if name not in known and ":" not in name:
             raise ValueError(f"report_to has {name!r}: choose from {', '.join(known)}")
     if process_index != 0:
         return Writers([])
@@ -114,6 +128,8 @@ def make_writers(
         writers.append(TensorBoardWriter(folder / "tensorboard", resume_step))
     if "wandb" in names:
         writers.append(WandbWriter(folder, run_name, resume_step))
+    for name in filter(_is_own, names):
+        writers.append(load_own(_KEY, name)(folder, run_name, resume_step))
     writers.append(ConsoleWriter(total_steps, resume_step))
     combined = Writers(writers)
     combined.write_config(config_dict)
@@ -121,11 +137,16 @@ def make_writers(
 
 
 def check_installed(report_to: Sequence[str]) -> None:
-    """Refuse a tracker that is not installed, before any long work.
+    """Refuse a tracker that is not installed or importable, before any long work.
 
     Raises:
-        ValueError: names the pip extra.
+        ValueError: names the pip extra, or says what is wrong with a class.
     """
+    for name in filter(_is_own, report_to):
+        bind_own(_KEY, name, None, "folder", "run_name", "resume_step")
+        methods = ("write", "write_text", "write_config", "close")
+        if missing := [m for m in methods if not hasattr(load_own(_KEY, name), m)]:
+            raise ValueError(f"{_KEY} = {name!r}: it has no {', '.join(missing)}")
     if "wandb" in report_to and importlib.util.find_spec("wandb") is None:
         raise ValueError(f"training.{_NO_WANDB}")
 
@@ -248,11 +269,29 @@ class TensorBoardWriter:
         self._writer.flush()
 
     def write_config(self, config: Mapping[str, Any]) -> None:
-        """Record the config as a text."""
+        """Record the config as a text, and its keys as hyperparameters.
+
+        TensorBoard's page HPARAMS then compares runs by them and by their losses.
+        """
         self.write_text(0, {"config": json.dumps(config, indent=2, default=str)})
+        metrics = dict.fromkeys(_HPARAM_METRICS)
+        summary = importlib.import_module("tensorboardX.summary")
+        for part in summary.hparams(_as_hparams(config), metrics)[:2]:  # not the end
+            self._writer.file_writer.add_summary(part)
+        self._writer.flush()
 
     def close(self) -> None:
         self._writer.close()
+
+
+def _as_hparams(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Every key of the run's sections that is a number, a text, or true or false."""
+    plain = {k: v for k, v in config.items() if k in ("training", "model", "data")}
+    return {
+        key: value
+        for key, value in dotted(plain).items()
+        if isinstance(value, bool | int | float | str)
+    }
 
 
 def _import_tensorboardx() -> Any:

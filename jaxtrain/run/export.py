@@ -13,6 +13,7 @@ from jaxtrain.models import bucket, hf_composite
 from jaxtrain.models.hf_save import save_in_wrapper, save_pretrained
 from jaxtrain.models.load import LoadedModel, lora_config
 from jaxtrain.models.special_tokens import save_tokenizer
+from jaxtrain.optimizers.ema import averaged, only_average
 from jaxtrain.run import exported as exports
 from jaxtrain.run.checkpoint import CheckpointManager
 from jaxtrain.types import TrainState
@@ -65,7 +66,7 @@ def export_models(
         for name, step in steps.items():
             if step != int(state.step):
                 state = _restore_weights(state, checkpoints, step)
-            _export_whole(exported, name, model, run, state)
+            _export_whole(exported, name, model, run, averaged(state))
         exported.note(steps, run)
     paths: dict[str, Any] = {}
     for name in ("model", "best_model"):
@@ -174,6 +175,10 @@ def _restore_weights(
     state: TrainState, checkpoints: CheckpointManager, step: int
 ) -> TrainState:
     """The same state with `trainable` of an earlier step."""
-    wanted = dataclasses.replace(state, opt_state=None, frozen={}, loss_scale=None)
-    restored = checkpoints.restore(wanted, step, partial=True)
-    return dataclasses.replace(state, trainable=restored.state.trainable)
+    wanted = dataclasses.replace(
+        state, opt_state=only_average(state), frozen={}, loss_scale=None
+    )
+    restored = checkpoints.restore(wanted, step, partial=True).state
+    return dataclasses.replace(
+        state, trainable=restored.trainable, opt_state=restored.opt_state
+    )

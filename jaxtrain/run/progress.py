@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxtrain.config.sections import LoopSection
 from jaxtrain.record.goodput import Goodput
+from jaxtrain.run.callbacks import Callbacks
 from jaxtrain.run.window import MetricWindow, as_json
 
 logger = logging.getLogger(__name__)
@@ -62,6 +63,19 @@ class Progress:
     num_tokens: float = 0.0
     skipped_steps: int = 0
     goodput: Goodput = dataclasses.field(default_factory=Goodput)
+    callbacks: Callbacks = dataclasses.field(default_factory=Callbacks)
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether the run ends early: it does not improve, or a callback wants it."""
+        return self.best.should_stop or bool(self.callbacks.reasons)
+
+    def why_it_stops(self, metric: str) -> str:
+        """What the log says of an early stop; `metric` is what evaluations rank by."""
+        if self.callbacks.reasons:
+            return "; ".join(self.callbacks.reasons)
+        value = math.nan if self.best.value is None else self.best.value
+        return f"{metric} has not improved on {value:.4g} of step {self.best.step}"
 
     def get_state(self) -> dict[str, Any]:
         """The numbers that a checkpoint's record keeps, for JSON."""
@@ -72,6 +86,7 @@ class Progress:
             "best": best,
             "window": self.window.get_state(),
             "logged": {name: as_json(value) for name, value in self.logged.items()},
+            "callbacks": self.callbacks.get_state(),
         }
 
     def set_state(self, saved: Mapping[str, Any]) -> None:
@@ -83,10 +98,11 @@ class Progress:
             self.best.value = None  # an older version took infinity for the best
         self.window.set_state(saved.get("window", {}))
         self.logged = {name: float(x) for name, x in saved.get("logged", {}).items()}
+        self.callbacks.set_state(saved.get("callbacks", {}))
 
     def is_over(self, total_steps: int) -> bool:
         """Whether a run that is started at this point has nothing left to train."""
-        return self.step >= total_steps or (self.step > 0 and self.best.should_stop)
+        return self.step >= total_steps or (self.step > 0 and self.should_stop)
 
     def heed_changes(self, saved: Mapping[str, Any], settings: LoopSection) -> None:
         """Forget what other settings than those of the checkpoint make void.
@@ -98,6 +114,8 @@ class Progress:
             saved: the section `training` of the checkpoint's configuration.
         """
         saved = dataclasses.asdict(settings) | dict(saved)  # older ones lack keys
+        if _calls_others(saved, settings) or _what_is_longer(saved, settings):
+            self.callbacks.reasons = []
         name = f"eval_{saved['metric_for_best_model'].removeprefix('eval_')}"
         before = (name, saved["greater_is_better"])
         if before != (settings.best_metric, settings.greater_is_better):
@@ -117,6 +135,12 @@ class Progress:
         logger.info(
             "goes on after its early stop at step %d: %s is another", self.step, changed
         )
+
+
+def _calls_others(saved: Mapping[str, Any], settings: LoopSection) -> bool:
+    """Whether other callbacks, or others of their arguments, are named."""
+    same = saved["function_kwargs"] == settings.function_kwargs
+    return not same or list(saved["callbacks"]) != list(settings.callbacks)
 
 
 def _what_is_longer(saved: Mapping[str, Any], settings: LoopSection) -> str:

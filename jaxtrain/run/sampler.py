@@ -7,6 +7,7 @@ from jaxtrain.data.batches.dataset import PreparedDataset
 from jaxtrain.evaluation.samples import Sampler, read_prompts
 from jaxtrain.evaluation.text_metrics import check_text_metric, make_text_metric
 from jaxtrain.models.load import LoadedModel
+from jaxtrain.run.row_metrics import make_row_metrics
 from jaxtrain.types import Params
 
 
@@ -27,7 +28,7 @@ def check_metrics(run: RunConfig) -> None:
 def make_sampler(
     run: RunConfig, model: LoadedModel, sets: Mapping[str, PreparedDataset]
 ) -> Callable[[Params], tuple[dict[str, float], dict[str, str]]]:
-    """Make what generates texts for `run.generation` from the rows of each set.
+    """Make what measures the rows of each set beyond the loss: texts, own metrics.
 
     The scores and texts of a named set bear its name: those of the set `helpful` are
     `helpful_bleu` and `helpful/sample_1/output`. One generator, compiled once, serves
@@ -36,6 +37,27 @@ def make_sampler(
     Raises:
         ValueError: a set's rows hold no prompt, or a metric can't be had.
     """
+    samplers = _make_samplers(run, model, sets) if run.generation.enabled else {}
+    measure = make_row_metrics(run, model) if run.loop.row_metrics else None
+
+    def sample(params: Params) -> tuple[dict[str, float], dict[str, str]]:
+        scores: dict[str, float] = {}
+        texts: dict[str, str] = {}
+        for name, data in sets.items():
+            found, written = samplers[name](params) if samplers else ({}, {})
+            if measure is not None:
+                found = found | measure(params, data)
+            scores |= {f"{name}_{n}" if name else n: x for n, x in found.items()}
+            texts |= {f"{name}/{n}" if name else n: x for n, x in written.items()}
+        return scores, texts
+
+    return sample
+
+
+def _make_samplers(
+    run: RunConfig, model: LoadedModel, sets: Mapping[str, PreparedDataset]
+) -> dict[str, Sampler]:
+    """What generates texts from the prompts of each set."""
     settings = run.generation
     generator = model.make_generator(
         settings.max_new_tokens,
@@ -69,14 +91,4 @@ def make_sampler(
             num_logged=settings.num_samples_logged,
             seed=run.loop.seed,
         )
-
-    def sample(params: Params) -> tuple[dict[str, float], dict[str, str]]:
-        scores: dict[str, float] = {}
-        texts: dict[str, str] = {}
-        for name, sampler in samplers.items():
-            found, written = sampler(params)
-            scores |= {f"{name}_{n}" if name else n: x for n, x in found.items()}
-            texts |= {f"{name}/{n}" if name else n: x for n, x in written.items()}
-        return scores, texts
-
-    return sample
+    return samplers

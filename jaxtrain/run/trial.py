@@ -148,7 +148,7 @@ def _check_best_metric(
 ) -> None:
     if run.loop.eval_steps == 0 and not run.loop.eval_on_start:
         return
-    if any(":" in metric for metric in run.generation.metrics):
+    if run.loop.row_metrics or any(":" in name for name in run.generation.metrics):
         return  # a function of the user's own may give a score of any name
     names = names - {"num_tokens"}
     if run.objective == "next_token":

@@ -20,6 +20,7 @@ from jaxtrain.models.load import (
 )
 from jaxtrain.models.source import read_source
 from jaxtrain.models.state import abstract_state, init_state, needs_reference
+from jaxtrain.optimizers.ema import averaged, describe_average
 from jaxtrain.run.base_weights import warn_of_other_base
 from jaxtrain.run.checkpoint import CheckpointManager
 from jaxtrain.run.preflight import saved_steps
@@ -112,11 +113,13 @@ def _restore(
     wanted = dataclasses.replace(
         state, frozen=select(frozen, state.trainable) if moved else {}
     )
+    if run.optimizer.ema_decay is not None:
+        wanted = dataclasses.replace(wanted, opt_state=describe_average(state))
     with open_checkpoints(run, checkpoint.folder) as checkpoints:
         found = checkpoints.restore(wanted, checkpoint.step, partial=True)
     saved_base = (found.data_states[0] or {}).get("base_weights")
     warn_of_other_base(run, model, state, saved_base)
-    restored = found.state
+    restored = dataclasses.replace(averaged(found.state), opt_state=state.opt_state)
     return dataclasses.replace(restored, frozen=overlay(frozen, restored.frozen))
 
 

@@ -96,6 +96,7 @@ def resolve_data(run: Resolution) -> None:
     elif data.share_prompts is None:
         shares = data.packing == "batch" and _why_no_pairs(run) is None
         run.data = data = replace(data, share_prompts=shares)
+    _check_noise(run)
     if data.streaming:
         _check_streaming(run)
         _note_streaming(run)
@@ -141,7 +142,29 @@ def _check_format(run: Resolution) -> None:
         )
 
 
+def _check_noise(run: Resolution) -> None:
+    """NEFTune's noise goes by the length of an example, so each needs a row."""
+    if run.loop.neftune_noise_alpha is None:
+        return
+    if run.data.packing:
+        run.problem(
+            "neftune_noise_alpha",
+            f"data.packing = {run.data.packing!r} puts several examples into a row, and"
+            " the noise goes by the length of one; set data.packing = false",
+            causes=["data.packing"],
+        )
+    if run.is_dpo:
+        run.problem(
+            "neftune_noise_alpha",
+            "noise on the policy alone would enter its rewards, which compare it with"
+            " the reference; unset it, or train with training_type sft or lora",
+            causes=["training.training_type"],
+        )
+
+
 def _default_packing(run: Resolution) -> bool | Literal["batch"]:
+    if run.loop.neftune_noise_alpha is not None:
+        return False
     if run.training_type == "from_scratch":
         return True
     if ":" in run.loop.objective or run.loop.use_auxiliary_loss:

@@ -1,6 +1,7 @@
 """Rules of the loop: its length, evaluation, checkpoints and generated texts."""
 
 import unicodedata
+from collections.abc import Mapping
 from dataclasses import replace
 
 from jaxtrain.config import eval_sets
@@ -58,6 +59,64 @@ def resolve_loop(run: Resolution) -> None:
             run.problem(key, _NEVER_EVALUATES)
     if loop.load_best_model_at_end:
         _check_checkpoints_are_evaluated(run)
+
+
+def check_own_parts(run: Resolution) -> None:
+    """Refuse arguments for a part of the user's own that no key names."""
+    named = {
+        *run.loop.callbacks,
+        *run.loop.row_metrics,
+        run.optimizer.optimizer,
+        run.schedule.lr_scheduler_type,
+        run.data.format_row,
+    }
+    for name, arguments in (run.loop.function_kwargs or {}).items():
+        if name not in named:
+            run.problem(
+                "function_kwargs",
+                f"no key names {name!r}; name it in training.callbacks, row_metrics,"
+                " optimizer, lr_scheduler_type or data.format_row, or remove it",
+            )
+        elif not isinstance(arguments, Mapping):
+            text = f"{name!r} has no mapping of keyword arguments to values; write one"
+            run.problem("function_kwargs", text)
+    if run.loop.row_metrics and run.is_dpo:
+        run.problem(
+            "row_metrics",
+            "the rows of dpo are pairs, whose log-probs its own metrics compare"
+            " (logps/chosen, rewards/margins); unset it, or give training.objective a"
+            " function that returns other metrics",
+            causes=["training.training_type"],
+        )
+    if run.loop.row_metrics and run.loop.eval_steps == 0 and not run.loop.eval_on_start:
+        run.problem("row_metrics", _NEVER_EVALUATES, causes=["eval_steps"])
+    if run.data.format_row and run.data.streaming:
+        run.problem(
+            "data.format_row",
+            "rows of a stream are read by name and place in their files; write the"
+            " formatted rows to a file first, or set data.streaming = false",
+            causes=["data.streaming"],
+        )
+
+
+def check_z_loss(run: Resolution) -> None:
+    """Refuse the z-loss where the loss is no sum over tokens."""
+    if run.loop.z_loss_weight is None:
+        return
+    if run.is_dpo:
+        run.problem(
+            "z_loss_weight",
+            "it is a sum over tokens, and the losses of dpo are sums over pairs; unset"
+            " it, or train with training_type sft, lora or from_scratch",
+            causes=["training.training_type"],
+        )
+    elif ":" in run.loop.objective:
+        run.problem(
+            "z_loss_weight",
+            f"objective {run.loop.objective!r} may weigh tokens as it likes, so what to"
+            " divide by is not known; unset it, or set objective = 'auto'",
+            causes=["objective"],
+        )
 
 
 def _check_run_name(run: Resolution) -> None:

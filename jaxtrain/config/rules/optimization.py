@@ -1,6 +1,8 @@
 """Rules of the optimizer, its schedule, and the precision it computes in."""
 
+import re
 from dataclasses import replace
+from typing import Any
 
 from jaxtrain.config.rules.resolution import Resolution
 from jaxtrain.config.sections import SCHEMA
@@ -79,6 +81,37 @@ def check_optimizer(run: Resolution) -> None:
         )
 
 
+def check_weights(run: Resolution) -> None:
+    """Refuse what cannot be frozen, multiplied or averaged as it is asked for."""
+    settings, zero = run.optimizer, run.devices.deepspeed
+    offloads = zero.offload_optimizer or zero.offload_param
+    if settings.lr_multipliers and offloads:
+        run.problem(
+            "lr_multipliers",
+            "offloaded state is updated a layer at a time, by one program for all"
+            " layers; unset it, or deepspeed.offload_* and cpu_offload",
+            causes=("deepspeed.offload_optimizer", "deepspeed.offload_param"),
+        )
+    if problem := _find_problem(settings.lr_multipliers):
+        run.problem("lr_multipliers", problem)
+    if settings.ema_decay is None:
+        return
+    if run.lora.enabled:
+        run.problem(
+            "ema_decay",
+            "the averages of A and of B are not the average of their product, which is"
+            " what an adapter adds; unset it, or train all parameters",
+            causes=("training.lora.enabled", "training.training_type"),
+        )
+    if offloads:
+        run.problem(
+            "ema_decay",
+            "evaluations would bring the average from host memory each time; unset it,"
+            " or deepspeed.offload_* and cpu_offload",
+            causes=("deepspeed.offload_optimizer", "deepspeed.offload_param"),
+        )
+
+
 def resolve_precision(run: Resolution) -> None:
     """Choose one precision to compute in."""
     fp16, bf16 = run.precision.fp16, run.precision.bf16
@@ -90,3 +123,20 @@ def resolve_precision(run: Resolution) -> None:
         )
     if bf16 is None:
         run.precision = replace(run.precision, bf16=not fp16)
+
+
+def _find_problem(patterns: Any) -> str:
+    """What is wrong with the patterns as they are written; "" if nothing is."""
+    for entry in patterns:
+        is_pair = len(entry) == 2 and isinstance(entry[0], str)
+        if not is_pair or isinstance(entry[1], str):
+            return f"{list(entry)} is no pair; write each as ['embed.*', 0.1]"
+        try:
+            re.compile(entry[0])
+        except re.error as error:
+            return f"{entry[0]!r} is no regular expression: {error}"
+        if entry[1] < 0:
+            return f"{entry[1]} is negative; set 0 to freeze, or more"
+    if patterns and not any(rate > 0 for _, rate in patterns):
+        return "every multiplier is 0, so nothing would train; set one above 0"
+    return ""

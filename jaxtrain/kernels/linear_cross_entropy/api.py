@@ -42,6 +42,7 @@ class _Options(NamedTuple):
     width: int
     with_stats: bool
     with_collision: bool
+    with_log_total: bool = False
 
 
 def linear_log_probs(
@@ -54,6 +55,7 @@ def linear_log_probs(
     chunk: int | None = None,
     with_stats: bool = True,
     with_collision: bool = False,
+    with_log_total: bool = False,
     adapter: HeadAdapter | None = None,
     shards: int = 1,
 ) -> tuple[Float[Array, "M"], ...]:
@@ -63,8 +65,9 @@ def linear_log_probs(
     `softcap * tanh(logits / softcap)`. `logps`: log softmax at the
     target (nats); `entropy`: of the softmax (nats); `correct`: 1 where the first argmax
     is the target; `mean_logit`: over the vocabulary. `with_collision` appends
-    log sum_v p_v^2. Without `with_stats` all but `logps` are zeros. Only `logps`
-    carries a gradient, to an adapter's parts too.
+    log sum_v p_v^2, and `with_log_total` the log of the softmax's denominator. Without
+    `with_stats` all but `logps` are zeros. Only `logps` and that last one carry a
+    gradient, to an adapter's parts too.
 
     `vocab_axis` is 0 for an embedding table [V D] (tied), 1 for a kernel [D V].
     `chunk` bounds memory: no more than about `chunk * V` logits are held at once. None:
@@ -89,9 +92,10 @@ def linear_log_probs(
         width=width,
         with_stats=with_stats,
         with_collision=with_collision,
+        with_log_total=with_log_total,
     )
     outputs = _linear_log_probs(options, hidden, unembedding, targets, adapter)
-    return outputs if with_collision else outputs[:4]
+    return (outputs[:5] if with_collision else outputs[:4]) + outputs[5:]
 
 
 def _choose_chunk(width: int) -> int:
@@ -191,7 +195,8 @@ def _forward(
         mean_logit = end["plain"] / vocab
     if options.with_collision:
         collision = jnp.log(end["squares"]) - 2 * jnp.log(end["sum"])
-    return (logps, entropy, correct, mean_logit, collision), log_total
+    last = (log_total,) if options.with_log_total else ()
+    return (logps, entropy, correct, mean_logit, collision, *last), log_total
 
 
 def _forward_rule(
@@ -210,10 +215,12 @@ def _forward_rule(
 def _backward_rule(
     options: _Options, residuals: tuple, cotangents: tuple[Any, ...]
 ) -> tuple[Array | None, Array | None, None, HeadAdapter | None]:
-    """d logps / d logits is onehot(target) - softmax(logits)."""
+    """d logps / d logits is onehot(target) - softmax(logits); of log_total, softmax."""
     hidden, unembedding, targets, adapter, log_total, flags = residuals
     wants_hidden, wants_table = (flag is not None for flag in flags)
-    gradient = cotangents[0]
+    gradient, of_total = cotangents[0], None
+    if options.with_log_total:
+        gradient, of_total = _as_array(gradient), _as_array(cotangents[5])
     wants_any = wants_hidden or wants_table or adapter is not None
     if isinstance(gradient, SymbolicZero) or not wants_any:
         return None, None, None, None
@@ -229,6 +236,9 @@ def _backward_rule(
         hit = entries == targets[:, None]
         slope = hit.astype(jnp.float32) - jnp.exp(logits - log_total[:, None])
         slope = jnp.where(real, slope * chain, 0.0) * gradient[:, None]
+        if of_total is not None:
+            share = jnp.exp(logits - log_total[:, None])
+            slope += jnp.where(real, share * chain, 0.0) * of_total[:, None]
         new = dict(carry)
         if adapter is not None and adapter.gain is not None:
             own = (slope * plain).sum(axis=0)
@@ -283,6 +293,13 @@ def _backward_rule(
 
 
 _linear_log_probs.defvjp(_forward_rule, _backward_rule, symbolic_zeros=True)
+
+
+def _as_array(cotangent: Any) -> Array:
+    """A cotangent that is zero everywhere as an array."""
+    if isinstance(cotangent, SymbolicZero):
+        return jnp.zeros(cotangent.shape, jnp.float32)
+    return cotangent
 
 
 def _walk(slices: int, body: Any, carry: dict[str, Array]) -> dict[str, Array]:

@@ -1,0 +1,153 @@
+"""The configurations that come with jaxtrain: presets to learn on, and recipes.
+
+A preset (`dpo`) trains the embedded model in minutes. A recipe (`qwen3-4b-dpo-lora`)
+trains a published model on one machine; the comments at its top say which.
+"""
+
+import difflib
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from jaxtrain.config.sections import SCHEMA
+from jaxtrain.tree import get
+
+_TITLE = re.compile(r"# (?P<model>.+): (?P<method>.+), on an? (?P<machine>.+)\.")
+_MEMORY = re.compile(r"# Memory: (?P<memory>.+?), by `jaxtrain aot`")
+# What a preset chose for a model of a million parameters, and what for few short rows.
+_FOR_TINY_MODELS = (
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "warmup_ratio", "bf16",
+)  # fmt: skip
+_FOR_SHORT_ROWS = (
+    "training.max_steps", "data.max_length", "training.dpo.max_length",
+)  # fmt: skip
+_TINY_BYTES = 100e6  # of the weights in a directory; SmolLM2 135M has 270 MB
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the comments at the top of a recipe say: four texts for people."""
+
+    model: str
+    method: str
+    machine: str
+    memory: str
+
+
+def is_file_name(config: str) -> bool:
+    """Whether it names a file and not a configuration that comes along.
+
+    Names of recipes hold dots, as in qwen3-0.6b-sft.
+    """
+    path = Path(config)
+    return path.name != config or re.fullmatch(r"\.[A-Za-z]*", path.suffix) is not None
+
+
+def config_stem(config: str) -> str:
+    """The name of a configuration: `dpo` for dpo and for dpo.yaml."""
+    return Path(config).stem if is_file_name(config) else config
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Presets, then recipes, by name: those of the wheel or of the checkout."""
+    folder = _folder()
+    presets = [path for path in folder.glob("*.py") if path.stem != "from_yaml"]
+    recipes = folder.glob("recipes/*.yaml")
+    return {
+        path.name.removesuffix(path.suffix): path
+        for path in (*sorted(presets), *sorted(recipes))
+    }
+
+
+def shipped_config(name: str) -> Path:
+    """The file of a configuration that comes with jaxtrain.
+
+    Raises:
+        ValueError: there is none of that name; says which name is near.
+    """
+    found = shipped_configs()
+    if name not in found:
+        close = difflib.get_close_matches(name, found, n=3)
+        hint = f"did you mean {' or '.join(close)}? There are" if close else "there are"
+        presets = [each for each, path in found.items() if path.suffix == ".py"]
+        raise ValueError(
+            f"config = {name!r}: no configuration of that name comes with jaxtrain;"
+            f" {hint} {', '.join(presets)} and what `jaxtrain recipes` lists, and a"
+            " file's name ends in .yaml or .py"
+        )
+    return found[name]
+
+
+def read_recipe(path: Path) -> Recipe:
+    """What the first lines of a recipe say.
+
+    Raises:
+        ValueError: they are not written as those of a recipe.
+    """
+    lines = path.read_text("utf-8").splitlines()
+    title = _TITLE.fullmatch(lines[0])
+    memory = [found for line in lines if (found := _MEMORY.match(line))]
+    if title is None or len(memory) != 1:
+        raise ValueError(
+            f"{path}: the first line of a recipe reads '# MODEL: METHOD, on a"
+            " MACHINE.', and one more '# Memory: ..., by `jaxtrain aot`'"
+        )
+    return Recipe(**title.groupdict(), **memory[0].groupdict())
+
+
+def is_preset(config: str) -> bool:
+    """Whether it is, by name or by path, a preset of the embedded model."""
+    presets = [each for each in shipped_configs().values() if each.suffix == ".py"]
+    if not is_file_name(config):
+        return config in [each.stem for each in presets]
+    path = Path(config)
+    return path.is_file() and path.resolve() in [each.resolve() for each in presets]
+
+
+def fit_preset_to_model(config: ConfigDict, flags: Collection[str]) -> str:
+    """Unset in a preset what it chose for a million parameters, if `model` has more.
+
+    Args:
+        config: a preset with the flags set.
+        flags: full keys that the command line set; what they say stays.
+
+    Returns:
+        What was done, for the log; "" where nothing was.
+    """
+    model = config.model.name_or_path
+    if not model or _is_tiny(Path(model)):
+        return ""
+    training, done = config.training, []
+    for key in _FOR_TINY_MODELS:
+        usual = SCHEMA["training"][key].default
+        if f"training.{key}" not in flags and training[key] != usual:
+            done.append(f"{key} = {training[key]}")
+            training[key] = usual
+    kept = [
+        f"{key} = {get(config, key)}"
+        for key in _FOR_SHORT_ROWS
+        if key not in flags and get(config, key) != get(SCHEMA, key).default
+    ]
+    if not done:
+        return ""
+    stays = f"; {', '.join(kept)} stand, so set your own" if kept else ""
+    return (
+        f"a preset is made for the model that comes with jaxtrain, so of"
+        f" {training.training_type} {', '.join(done)} give way to the defaults for"
+        f" {model}{stays}; `jaxtrain recipes` lists configurations for real models"
+    )
+
+
+def _is_tiny(folder: Path) -> bool:
+    """Whether it is a directory of a model like the embedded one."""
+    sizes = [each.stat().st_size for each in folder.glob("*.safetensors")]
+    return bool(sizes) and sum(sizes) < _TINY_BYTES
+
+
+def _folder() -> Path:
+    package = Path(__file__).parent.parent
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
