@@ -68,8 +68,16 @@ def _shorten_signature(*arguments: Any) -> tuple[str | None, str | None]:
     return shorter[0], shorter[1]
 
 
+def _write_llms_txt(app: Any, error: Exception | None) -> None:
+    """The repository's llms.txt, its links as they are on the site."""
+    text = (ROOT / "llms.txt").read_text("utf-8")
+    linked = text.replace(".md)", ".html)")
+    pathlib.Path(app.outdir, "llms.txt").write_text(linked, encoding="utf-8")
+
+
 def setup(app: Any) -> None:
     """Register what this page adds to Sphinx."""
     # Before napoleon, which makes markup of its own.
     app.connect("autodoc-process-docstring", _escape_markup, priority=400)
     app.connect("autodoc-process-signature", _shorten_signature)
+    app.connect("build-finished", _write_llms_txt)

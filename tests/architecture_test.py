@@ -58,6 +58,7 @@ ALLOWED: dict[str, set[str]] = {
         "types",
     },
     "cli.export": {"cli.source", "config", "run", "run.weights"},
+    "cli.push": {"cli.command", "run.hub"},
     "cli.generate": {
         "cli.source",
         "config",
@@ -141,6 +142,7 @@ ALLOWED: dict[str, set[str]] = {
         "models.special_tokens",
         "record",
         "record.safe_text",
+        "run.hub",
         "run.ledger",
         "run.saved_record",
         "sharding",
@@ -150,8 +152,9 @@ ALLOWED: dict[str, set[str]] = {
     "run.preemption": {"run.interrupts"},
     "run.ledger": {"run.durable"},
     "run.lock": set(),
+    "run.hub": set(),
     "run.saved_record": set(),
-    "run.preflight": {"config", "run.ledger", "run.saved_record"},
+    "run.preflight": {"config", "run.hub", "run.ledger", "run.saved_record"},
     "run.trial": {"config.eval_sets", "config", "schema", "types"},
     "run.weights": {
         "config",

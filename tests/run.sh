@@ -11,7 +11,7 @@ cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-python3}
 VENV=${VENV:-.venv}
-EXTRAS=metrics,test
+EXTRAS=docs,metrics,test
 if [ "${PEERS:=1}" = 1 ]; then EXTRAS+=,peers; fi
 if [ -n "${TPU:-}${JAXTRAIN_TEST_ALL:-}" ]; then EXTRAS+=,tpu; fi
 

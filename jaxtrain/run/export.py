@@ -13,8 +13,10 @@ from jaxtrain.models import hf_composite
 from jaxtrain.models.hf_save import save_in_wrapper, save_pretrained
 from jaxtrain.models.load import LoadedModel, lora_config
 from jaxtrain.models.special_tokens import save_tokenizer
+from jaxtrain.run import hub
 from jaxtrain.run.checkpoint import CheckpointManager
 from jaxtrain.run.exported import Exported
+from jaxtrain.run.model_card import write_card
 from jaxtrain.types import TrainState
 
 logger = logging.getLogger(__name__)
@@ -43,7 +45,8 @@ def export_models(
 
     With `load_best_model_at_end`, `model/` is the best. A directory appears under its
     name when it is whole. What an earlier start exported of the same weights by the
-    same settings is left as it is. Every process calls this.
+    same settings is left as it is. With `push_to_hub`, the adapter or else `model/` is
+    uploaded. Every process calls this.
 
     Returns:
         `model_path` and `best_model_path`, equal where the last weights are the best;
@@ -73,6 +76,8 @@ def export_models(
         if run.lora is not None:
             adapter = str(_adapter_directory(pathlib.Path(paths[f"{name}_path"])))
             paths[f"{name}_path".replace("model", "adapter")] = adapter
+    if run.loop.push_to_hub and jax.process_index() == 0:
+        hub.push(hub.find_export(workdir), run.loop.push_to_hub)
     return paths | {"model_step": steps["model"], "best_model_step": best}
 
 
@@ -130,6 +135,7 @@ def _write_merged(
         model.generation.save(directory)
         # As it was used: with the chat template of this run, if that was another.
         save_tokenizer(model.tokenizer, directory)
+        write_card(directory, run, int(state.step), is_adapter=False)
 
 
 def export_adapter(
@@ -158,6 +164,8 @@ def _write_adapter(
         initial=state.frozen if settings.changes_base else None,
         in_wrapper=hf_composite.is_wrapped(model.directory),
     )
+    if jax.process_index() == 0:
+        write_card(directory, run, int(state.step), is_adapter=True)
 
 
 def _adapter_directory(model_directory: pathlib.Path) -> pathlib.Path:
