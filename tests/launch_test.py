@@ -14,7 +14,7 @@ import types
 import pytest
 import yaml
 
-from jaxtrain import aot, assets
+from jaxtrain import assets
 from jaxtrain.run.preemption import EXIT_CODE
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
@@ -49,7 +49,7 @@ def test_tpu_pod_creates_installs_and_runs_on_every_host(tmp_path):
     fake_gcloud(
         tmp_path,
         'case "$*" in *describe*) echo ACTIVE ;;'
-        f' *scp*) tar -tzf "$5" > {tmp_path}/sent ;; esac',
+        f' *scp*tar.gz*) tar -tzf "$5" > {tmp_path}/sent ;; esac',
     )
     environment = {
         "PATH": f"{tmp_path}:/usr/bin:/bin",
@@ -58,6 +58,7 @@ def test_tpu_pod_creates_installs_and_runs_on_every_host(tmp_path):
         "ZONE": "z",
         "BUCKET": "b",
         "SPOT": "1",
+        "HF_TOKEN": "hf_" + "a" * 20,
     }
 
     def call(*arguments):
@@ -74,14 +75,18 @@ def test_tpu_pod_creates_installs_and_runs_on_every_host(tmp_path):
     created = call("create")
     assert "queued-resources create jaxtrain --project=p --zone=z" in created
     assert "--accelerator-type=v5litepod-16" in created and "--spot" in created
-    assert created.count("--worker=all") == 3  # copy, gcsfuse, pip
+    assert "python3.12 -m venv venv" in created  # the host's own is 3.10
+    assert "hf_token" in created and environment["HF_TOKEN"] not in created
+    assert created.count("--worker=all") == 6  # two copies; gcsfuse, token, Python, pip
     sent = (tmp_path / "sent").read_text().splitlines()
     assert {"./pyproject.toml", "./jaxtrain/main.py", "./configs/dpo.py"} <= {*sent}
     assert not [path for path in sent if "/." in path]  # no environment, no cache
     ran = call("run", "--config=configs/dpo.py", "--config.model.revision=a b")
-    assert "JAXTRAIN_DISTRIBUTED=1 python3 -m jaxtrain.main" in ran
+    assert "JAXTRAIN_DISTRIBUTED=1 ../venv/bin/python -m jaxtrain.main" in ran
+    assert "set -o pipefail" in ran and "tee -a ~/jaxtrain.log" in ran
     assert r"--config=configs/dpo.py --config.model.revision=a\ b" in ran
     assert "--workdir=$HOME/bucket/jaxtrain" in ran
+    assert "--worker=0" in (log := call("log")) and "jaxtrain.log" in log
     assert "delete jaxtrain" in call("delete")
 
 
@@ -263,11 +268,13 @@ def test_the_notebook_runs_in_a_shortened_form(tmp_path, monkeypatch):
 @pytest.mark.parametrize("training_type", ["sft", "dpo"])
 def test_the_kaggle_notebooks_step_fits_a_v5e_8(training_type, tmp_path):
     """Gemma 3 1B as published, on the eight chips that are not here."""
+    from jaxtrain import aot
+
     model = tmp_path / "gemma"
     shutil.copytree(assets.asset_path(assets.MODEL), model)
     for weights in model.glob("*.safetensors"):
         weights.unlink()
-    config = published_configs.CONFIGS["google/gemma-3-1b-it"]
+    config = published_configs.PUBLISHED["google/gemma-3-1b-it"]
     (model / "config.json").write_text(json.dumps(config))
     *_, (_, _, _, names) = notebooks.run(notebooks.read(LAUNCH / "kaggle_tpu.ipynb"))
     config = names["configure"](training_type, model, "")
