@@ -5,7 +5,7 @@ from huggingface_hub import ModelCard
 
 from jaxtrain import __version__
 from jaxtrain.config import default_config, resolve
-from jaxtrain.run.model_card import make_card, write_card
+from jaxtrain.run.model_card import make_card, read_license, write_card
 
 
 def run_of(training_type, **keys):
@@ -16,9 +16,9 @@ def run_of(training_type, **keys):
     return resolve(config, device_count=4)
 
 
-def card_of(directory, run, **options):
+def card_of(directory, run, base=None, **options):
     """What huggingface_hub reads of the card, as it reads those of the hub."""
-    write_card(directory, run, 20, **options)
+    write_card(directory, run, 20, base, **options)
     return ModelCard.load(directory / "README.md")
 
 
@@ -79,15 +79,32 @@ def test_nothing_in_a_name_leaves_its_place(tmp_path):
         "sft",
         data__train="/d/a|b<script>\n---\n\x1b[1m.jsonl",
     )
-    card = make_card(run, 1, is_adapter=False)
+    card = make_card(run, 1, {}, is_adapter=False)
     assert r"| training data | a\|b&lt;script> --- \x1b[1m.jsonl |" in card
     assert "\x1b" not in card and "<script" not in card
 
 
-def test_the_card_takes_the_place_of_the_bases(tmp_path):
-    (tmp_path / "README.md").write_text("---\nlicense: other\n---\nthe base's")
-    card = card_of(tmp_path, run_of("from_scratch"), is_adapter=False)
-    assert "the base's" not in str(card) and card.data.license is None
+def test_the_bases_licence_stays_as_its_card_goes(tmp_path):
+    """A directory of towers and text is exported over a copy of the base's card."""
+    theirs = (
+        "---\nlicense: gemma\nlicense_link: https://x/y\ntags: [a]\n---\ntheir text"
+    )
+    (tmp_path / "README.md").write_text(theirs)
+    run = run_of("sft", model__name_or_path="google/gemma-3-1b-it")
+    card = card_of(tmp_path, run, tmp_path, is_adapter=False)
+    assert "their text" not in str(card) and "a" not in card.data.tags
+    assert (card.data.license, card.data.license_link) == ("gemma", "https://x/y")
+    new = card_of(tmp_path, run_of("from_scratch"), tmp_path, is_adapter=False)
+    assert new.data.license is None  # only a tokenizer and sizes came from there
+
+
+@pytest.mark.parametrize(
+    "card", [None, "", "---", "---\n{[\n---", "---\n- a\n---", "---\nlicense: [1]\n---"]
+)
+def test_a_base_without_a_licence_is_no_error(card, tmp_path):
+    if card is not None:
+        (tmp_path / "README.md").write_text(card)
+    assert read_license(tmp_path) == {}
 
 
 @pytest.mark.torch

@@ -135,7 +135,7 @@ def _write_merged(
         model.generation.save(directory)
         # As it was used: with the chat template of this run, if that was another.
         save_tokenizer(model.tokenizer, directory)
-        write_card(directory, run, int(state.step), is_adapter=False)
+        write_card(directory, run, int(state.step), model.directory, is_adapter=False)
 
 
 def export_adapter(
@@ -165,7 +165,7 @@ def _write_adapter(
         in_wrapper=hf_composite.is_wrapped(model.directory),
     )
     if jax.process_index() == 0:
-        write_card(directory, run, int(state.step), is_adapter=True)
+        write_card(directory, run, int(state.step), model.directory, is_adapter=True)
 
 
 def _adapter_directory(model_directory: pathlib.Path) -> pathlib.Path:

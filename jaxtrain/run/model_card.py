@@ -4,6 +4,7 @@ It tells how the weights were made without saying where files lie on this machin
 sets and base models that are local are named by their last part alone.
 """
 
+import os
 import pathlib
 import re
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from jaxtrain.record.safe_text import escape_controls, mask_secrets
 from jaxtrain.run import hub
 
 CARD_FILE = "README.md"
+_MOST_CHARACTERS = 100_000  # of a base's card, whose header stands at its beginning
 _METHODS = {
     "from_scratch": "training from random weights",
     "sft": "supervised fine-tuning",
@@ -43,24 +45,50 @@ model = PeftModel.from_pretrained(base, ".")  # this directory, or its name on t
 
 
 def write_card(
-    directory: pathlib.Path, run: RunConfig, step: int, *, is_adapter: bool
+    directory: pathlib.Path,
+    run: RunConfig,
+    step: int,
+    base: str | os.PathLike[str] | None,
+    *,
+    is_adapter: bool,
 ) -> None:
     """Write README.md for exported weights, over one that the base's directory had.
 
     Args:
         step: the optimizer step whose weights these are.
+        base: the directory that the run's weights were loaded from, whose licence holds
+            for what is made of them; None for new weights.
         is_adapter: whether the directory holds a PEFT adapter and not a whole model.
     """
-    text = make_card(run, step, is_adapter=is_adapter)
+    is_new = base is None or run.training_type == "from_scratch"
+    license_of_base = {} if is_new else read_license(pathlib.Path(base or ""))
+    text = make_card(run, step, license_of_base, is_adapter=is_adapter)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / CARD_FILE).write_text(text, encoding="utf-8")
 
 
-def make_card(run: RunConfig, step: int, *, is_adapter: bool) -> str:
+def read_license(directory: pathlib.Path) -> dict[str, str]:
+    """What the card of a base model says of its licence; {} where there is none."""
+    try:
+        with (directory / CARD_FILE).open(encoding="utf-8", errors="replace") as file:
+            text = file.read(_MOST_CHARACTERS)
+        header = yaml.safe_load(text.split("---")[1]) if text[:3] == "---" else {}
+    except (OSError, IndexError, yaml.YAMLError, RecursionError):
+        return {}
+    values = header if isinstance(header, dict) else {}
+    return {
+        key: value
+        for key in ("license", "license_name", "license_link")
+        if isinstance(value := values.get(key), str) and len(value) < 200
+    }
+
+
+def make_card(
+    run: RunConfig, step: int, license_of_base: Mapping[str, str], *, is_adapter: bool
+) -> str:
     """The card's text: YAML for the hub between two lines of ---, then Markdown."""
-    header = yaml.safe_dump(
-        _metadata(run, is_adapter=is_adapter), sort_keys=False, allow_unicode=True
-    )
+    metadata = {**license_of_base, **_metadata(run, is_adapter=is_adapter)}
+    header = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
     base = _base(run)
     kind = "A LoRA adapter of" if is_adapter else "A language model from"
     method = _METHODS[run.training_type]
