@@ -9,6 +9,7 @@ import pytest
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import fast
 import find_tests
+import mutants
 
 
 def has_fast_tests(path):
@@ -58,3 +59,13 @@ def test_there_are_many_and_none_is_long(request):
 def test_what_is_left_out_exists():
     for beginning in fast.LEFT_OUT:
         assert (find_tests.TESTS / beginning.partition("::")[0]).exists(), beginning
+
+
+def test_a_mutant_changes_one_place_and_the_seed_chooses_it(tmp_path):
+    module = tmp_path / "module.py"
+    module.write_text("def f(x):\n    return x + 1 if x < 2 and True else 0\n")
+    made = [mutants.make(module, *each).source for each in mutants.places(module)]
+    assert len(made) == len({*made}) == 7
+    assert "def f(x):\n    return x - 1 if x < 2 and True else 0" in made
+    assert "def f(x):\n    return x + 1 if x <= 2 and True else 0" in made
+    assert mutants.choose(2, 5) == mutants.choose(2, 5) != mutants.choose(2, 6)
