@@ -4,8 +4,8 @@
 
 Each mutant changes one operator, comparison, truth value or number of one module, in a
 copy of the checkout. The fast tests closest to the module are run on it, as
-`find_tests.py` names them. A mutant that no test notices is printed with its line: either
-a test is missing, or the change makes no difference. One takes about half a minute.
+`find_tests.py` names them. A mutant that no test notices is printed with its line:
+either a test is missing, or the change makes no difference. One takes half a minute.
 """
 
 import argparse
