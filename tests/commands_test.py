@@ -459,6 +459,8 @@ def test_an_exported_checkpoint_is_what_the_run_exported_itself(
     earlier = tensors(tmp_path / "second")
     card = (tmp_path / "second" / "README.md").read_text()
     assert "library_name: transformers" in card and "optimizer step 2." in card
+    cards = (d / "README.md" for d in (tmp_path / "last", workdir / "model"))
+    assert next(cards).read_text() == next(cards).read_text()
     assert any((earlier[n] != x).any() for n, x in tensors(workdir / "model").items())
     if "lora" in kind:
         command("export", workdir, "--adapter", f"--output={tmp_path / 'adapter'}")

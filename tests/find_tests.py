@@ -2,9 +2,10 @@
 
     python tests/find_tests.py jaxtrain/data/rows/columns.py
 
-Closest is a file of the module's name (`columns_test.py`); then come the files that
-import the module, those that import few others first; and where there is none, the
-tests of the modules which import it, or for a command those that name it.
+Closest is a file of the module's name (`columns_test.py`), or of the name of a folder
+that it lies in (`checkpoint_test.py`); then come the files that import the module,
+those that import few others first; and where there is none, the tests of the modules
+which import it, or for a command those that name it.
 """
 
 import ast
@@ -18,8 +19,12 @@ PACKAGE = TESTS.parent / "jaxtrain"
 
 def find(module: str) -> list[pathlib.Path]:
     """The test files of a module, such as "data.rows.columns", below the package."""
-    named = [path for path in files() if path.stem == f"{_leaf(module)}_test"]
-    named.sort(key=lambda path: module.split(".")[0] not in path.parts)
+    named = [
+        path
+        for part in reversed(module.split("."))  # its own name, then its folders'
+        for path in sorted(files(), key=lambda path: len(path.parts))
+        if path.stem == f"{part}_test"
+    ]
     direct = [
         path for path in files() if module in imported(path) and path not in named
     ]
@@ -46,8 +51,8 @@ def _mentioning(module: str) -> list[pathlib.Path]:
     words = {f'"{parts[-1]}"', f"jaxtrain.{'.'.join(parts)}"}
     words |= {f'"{module.removeprefix("cli.").replace("evaluate", "eval")}"'}
     texts = {path: path.read_text("utf-8") for path in files()}
-    found = [path for path, text in texts.items() if any(w in text for w in words)]
-    return sorted(found, key=lambda path: len(imported(path)))
+    counts = {path: sum(map(text.count, words)) for path, text in texts.items()}
+    return sorted(filter(counts.__getitem__, counts), key=lambda path: -counts[path])
 
 
 @functools.cache
@@ -86,10 +91,6 @@ def _imported_by_module(name: str) -> frozenset[str]:
 
 def _sources() -> list[pathlib.Path]:
     return sorted(path for path in PACKAGE.rglob("*.py") if path.read_text().strip())
-
-
-def _leaf(module: str) -> str:
-    return module.rpartition(".")[2]
 
 
 def main(arguments: list[str]) -> int:
