@@ -205,13 +205,14 @@ def _base(run: RunConfig) -> str:
     if run.training_type == "from_scratch":
         return "random weights"
     name = run.model.name_or_path
-    return (hub.base_name(name) or _short(name)) if name else "jaxtrain's small model"
+    return _cell(_short(name)) if name else "jaxtrain's small model"
 
 
 def _short(name: str) -> str:
-    """A hub name as it is; of a path, an address or anything else the last part."""
-    if hub.base_name(name) and not _looks_like_file(name):
-        return name
+    """The name on the hub; of a path, an address or anything else the last part."""
+    published = hub.base_name(name)
+    if published and not _looks_like_file(name):
+        return published
     last = re.split(r"[?#]", name)[0].rstrip("/\\")
     return re.split(r"[/\\]", last)[-1] or "data"
 
