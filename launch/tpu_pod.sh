@@ -4,8 +4,11 @@
 #   export PROJECT=my-project ZONE=us-west4-a TYPE=v5litepod-16 BUCKET=my-bucket
 #   launch/tpu_pod.sh create
 #   launch/tpu_pod.sh run dpo --training.max_steps=100
+#   launch/tpu_pod.sh log                          # what host 0 says, until Ctrl-C
 #   launch/tpu_pod.sh delete
 #
+# HF_TOKEN, if it is set as the slice is created, goes to every host for gated models; it
+# stands on no command line. The hosts' own Python is too old: PYTHON is installed there.
 # `run` goes on from the newest checkpoint, so run it again after a preemption (exit
 # code 75). The work directory is gs://BUCKET/NAME, which every host sees; the account of
 # the hosts has to be allowed to read, write and delete there. A model and data may be in
@@ -14,9 +17,16 @@ set -euo pipefail
 
 : "${PROJECT:?the Google Cloud project}" "${ZONE:?such as us-west4-a}"
 : "${TYPE:=v5litepod-16}" "${NAME:=jaxtrain}" "${VERSION:=v2-alpha-tpuv5-lite}"
-: "${SPOT:=}" "${BUCKET:=}"
+: "${SPOT:=}" "${BUCKET:=}" "${PYTHON:=python3.12}" "${HF_TOKEN:=}"
 SOURCE=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 WHERE=(--project="$PROJECT" --zone="$ZONE")
+
+# A Python that jaxtrain takes, in an environment of its own.
+INSTALL_PYTHON="
+  command -v $PYTHON ||
+    { sudo add-apt-repository -y ppa:deadsnakes/ppa &&
+      sudo apt-get install -q -y $PYTHON $PYTHON-venv; }
+  $PYTHON -m venv venv"
 
 on_all_hosts() {
   gcloud compute tpus tpu-vm ssh "$NAME" "${WHERE[@]}" --worker=all --command="$1"
@@ -41,8 +51,21 @@ create() {
   gcloud compute tpus tpu-vm scp "$archive" "$NAME:jaxtrain.tar.gz" \
     "${WHERE[@]}" --worker=all
   rm "$archive"
+  if [[ -n "$HF_TOKEN" ]]; then send_token; fi
+  on_all_hosts "$INSTALL_PYTHON"
   on_all_hosts "mkdir -p jaxtrain && tar -xzf jaxtrain.tar.gz -C jaxtrain &&
-    pip install -q -U pip && pip install -q -e 'jaxtrain[tpu,gcs]'"
+    venv/bin/pip install -q -U pip && venv/bin/pip install -q -e 'jaxtrain[tpu,gcs]'"
+}
+
+# As a file that only its owner reads, where `hf auth login` would put it.
+send_token() {
+  local file
+  file=$(mktemp)
+  printf %s "$HF_TOKEN" > "$file"
+  gcloud compute tpus tpu-vm scp "$file" "$NAME:hf_token" "${WHERE[@]}" --worker=all
+  rm "$file"
+  on_all_hosts "mkdir -p .cache/huggingface && chmod 600 hf_token &&
+    mv hf_token .cache/huggingface/token"
 }
 
 run() {
@@ -50,8 +73,15 @@ run() {
   # Quoted once more: the arguments pass through the shells of the hosts.
   local arguments
   arguments=$(printf ' %q' "$@")
-  on_all_hosts "cd jaxtrain && JAXTRAIN_DISTRIBUTED=1 python3 -m jaxtrain.main \
-    --workdir=gs://${BUCKET#gs://}/$NAME$arguments"
+  on_all_hosts "set -o pipefail && cd jaxtrain &&
+    JAXTRAIN_DISTRIBUTED=1 ../venv/bin/python -m jaxtrain.main \
+    --workdir=gs://${BUCKET#gs://}/$NAME$arguments 2>&1 | tee -a ~/jaxtrain.log"
+}
+
+# Process 0 writes all lines of a run but other hosts' errors.
+log() {
+  gcloud compute tpus tpu-vm ssh "$NAME" "${WHERE[@]}" --worker=0 \
+    --command="tail -n 100 -F jaxtrain.log"
 }
 
 delete() {
@@ -59,9 +89,9 @@ delete() {
 }
 
 case "${1:-}" in
-  create | run | delete) "$@" ;;
+  create | run | log | delete) "$@" ;;
   *)
-    echo "usage: $0 create | run FLAGS... | delete" >&2
+    echo "usage: $0 create | run FLAGS... | log | delete" >&2
     exit 2
     ;;
 esac

@@ -63,6 +63,7 @@ ALLOWED: dict[str, set[str]] = {
         "cli.command",
     },
     "cli.export": {"cli.source", "config", "run", "run.weights", "cli.command"},
+    "cli.push": {"cli.command", "run.hub"},
     "cli.generate": {
         "cli.source",
         "config",
@@ -161,6 +162,7 @@ ALLOWED: dict[str, set[str]] = {
         "record",
         "record.safe_text",
         "run.buffer",
+        "run.hub",
         "run.ledger",
         "run.lock",
         "run.saved_record",
@@ -175,8 +177,15 @@ ALLOWED: dict[str, set[str]] = {
     "run.buffer": {"config.folders", "storage"},
     "run.lock": {"run.buffer", "run.ledger", "run.lock_file", "storage"},
     "run.lock_file": {"run.durable", "storage"},
+    "run.hub": set(),
     "run.saved_record": {"storage"},
-    "run.preflight": {"config", "run.ledger", "run.saved_record", "storage"},
+    "run.preflight": {
+        "config",
+        "run.hub",
+        "run.ledger",
+        "run.saved_record",
+        "storage",
+    },
     "run.trial": {"config.eval_sets", "config", "schema", "types"},
     "run.weights": {
         "config",

@@ -457,6 +457,10 @@ def test_an_exported_checkpoint_is_what_the_run_exported_itself(
     assert_same(tensors(tmp_path / "last"), tensors(workdir / "model"))
     command("export", workdir, "--step=2", f"--output={tmp_path / 'second'}")
     earlier = tensors(tmp_path / "second")
+    card = (tmp_path / "second" / "README.md").read_text()
+    assert "library_name: transformers" in card and "optimizer step 2." in card
+    cards = (d / "README.md" for d in (tmp_path / "last", workdir / "model"))
+    assert next(cards).read_text() == next(cards).read_text()
     assert any((earlier[n] != x).any() for n, x in tensors(workdir / "model").items())
     if "lora" in kind:
         command("export", workdir, "--adapter", f"--output={tmp_path / 'adapter'}")
@@ -467,6 +471,9 @@ def test_an_exported_checkpoint_is_what_the_run_exported_itself(
         )
         left, right = (json.loads(file.read_text()) for file in configs)
         assert left == right
+        card = (tmp_path / "adapter" / "README.md").read_text()
+        assert card == (workdir / "adapter" / "README.md").read_text()
+        assert "library_name: peft" in card
     else:
         held = _read_checkpoint(workdir / "checkpoints" / "2")
         embedding = held["trainable.embed_tokens.embedding"]

@@ -22,9 +22,14 @@ os.environ.setdefault(
 )
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import sys  # noqa: E402
+
 import jax  # noqa: E402
 import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+from fast import is_fast  # noqa: E402
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 SHARED = REPOSITORY.parent / "shared"
@@ -39,7 +44,8 @@ settings.load_profile("jaxtrain")
 
 
 # The longest tests, most of them variants of what another shows, together a third of
-# all the time: CI has 25 minutes. JAXTRAIN_TEST_ALL=1 runs them too.
+# all the time: CI has 25 minutes. They get the marker `on_request`, which may stand at
+# a test itself too. JAXTRAIN_TEST_ALL=1 runs them.
 THOROUGH = (
     "assets_test.py::test_a_rebuild_gives_the_same_bytes",
     "bucket_kills_test.py::test_a_run_killed_at_requests_ends_as_without_kills[gs-2",
@@ -101,17 +107,21 @@ THOROUGH = (
 )
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     skip_gpu = pytest.mark.skip(reason="needs JAXTRAIN_TEST_PLATFORM=cuda and a GPU")
+    skip_long = pytest.mark.skip(reason="takes long: JAXTRAIN_TEST_ALL=1 runs it")
     for item in items:
-        if "gpu" in item.keywords and _PLATFORM == "cpu":
+        name = item.nodeid.removeprefix("tests/")
+        if name.startswith(THOROUGH) or item.get_closest_marker("aot"):
+            item.add_marker("on_request")
+        markers = {mark.name for mark in item.iter_markers()}
+        if "gpu" in markers and _PLATFORM == "cpu":
             item.add_marker(skip_gpu)
-    if not os.environ.get("JAXTRAIN_TEST_ALL"):
-        skip = pytest.mark.skip(reason="takes long: JAXTRAIN_TEST_ALL=1 runs it")
-        for item in items:
-            name = item.nodeid.removeprefix("tests/")
-            if name.startswith(THOROUGH) or item.get_closest_marker("aot"):
-                item.add_marker(skip)
+        if "on_request" in markers and not os.environ.get("JAXTRAIN_TEST_ALL"):
+            item.add_marker(skip_long)
+        if is_fast(item.nodeid, markers):
+            item.add_marker("fast")
     # Files of long tests first, so that no worker is left alone with one at the end.
     long_files = {item.path for item in items if "slow" in item.keywords}
     items.sort(key=lambda item: item.path not in long_files)

@@ -36,6 +36,7 @@ NOT_RUN = {
     "jaxtrain aot": "minutes of compilation; tests/aot_test.py runs it",
     "PYTHONPATH=. python benchmarks/scaling.py": "an hour of compilation, for TPUs",
     "python -m jaxtrain.lm_eval --model=Qwen": "needs the hub",
+    "jaxtrain push": "needs the hub; tests/hub_test.py runs it",
     "until jaxtrain": "bash restarts it; tests/preemption_test.py sends the signal",
 }
 # Packages that a command needs beyond `[test]`: where one is missing, as in the CI's

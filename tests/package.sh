@@ -3,6 +3,8 @@
 # outside the checkout, and run the README's first command from an empty folder.
 #   bash tests/package.sh
 # PYTHON: interpreter (python3). BUILDER: one that has the package `build` (.venv's).
+# TAG: a release's tag, which must be v and the package's version.
+# DIST: a folder to copy the sdist and the wheel to when all went well.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -13,10 +15,18 @@ trap 'rm -rf "$folder"' EXIT
 
 "$BUILDER" -m build --outdir "$folder/dist" . > "$folder/build.log" ||
     { cat "$folder/build.log" >&2; exit 1; }
+version=$(basename "$folder"/dist/*.whl | cut -d- -f2)
+if [[ -n "${TAG:-}" && "$TAG" != "v$version" ]]; then
+    echo "the tag is $TAG, but the package's version is $version" >&2
+    exit 1
+fi
+# Users' type checkers read this file.
+"$BUILDER" -m zipfile --list "$folder"/dist/*.whl | grep jaxtrain/py.typed > /dev/null
 # What follows the installation in the README: .venv/bin/jaxtrain ...
 command=$(grep -m 1 '^python3 -m venv' README.md | sed 's/.*&& //')
 [[ $command == .venv/bin/jaxtrain* ]] || { echo "README: $command" >&2; exit 1; }
 
+checkout=$PWD
 mkdir "$folder/empty"
 cd "$folder/empty"
 "$PYTHON" -m venv .venv
@@ -31,3 +41,8 @@ assert 'site-packages' in jaxtrain.__file__"
 echo "$command"
 JAXTRAIN_CACHE=$folder/cache bash -c "$command"
 test -f out/dpo/model/model.safetensors
+if [ -n "${DIST:-}" ]; then
+    cd "$checkout"
+    mkdir -p "$DIST"
+    cp "$folder"/dist/* "$DIST"
+fi

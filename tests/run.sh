@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Set up a virtual environment and pass the tests: format, lint, types, pytest.
 #   bash tests/run.sh [pytest arguments]
+#   bash tests/run.sh fast [pytest arguments]     the tests for every day, minutes
 # PYTHON: interpreter (python3). VENV: environment to make or reuse (.venv).
 # PEERS=0: without torch, transformers' models, peft and trl; their parity tests skip.
 # TPU=1: with libtpu (200 MB), which compiles for TPUs that are not here.
@@ -11,7 +12,7 @@ cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-python3}
 VENV=${VENV:-.venv}
-EXTRAS=metrics,test
+EXTRAS=docs,metrics,test
 if [ "${PEERS:=1}" = 1 ]; then EXTRAS+=,peers; fi
 if [ -n "${TPU:-}${JAXTRAIN_TEST_ALL:-}" ]; then EXTRAS+=,tpu; fi
 
@@ -25,6 +26,10 @@ if [ "${STEP:=all}" != check ]; then
 fi
 if [ "$STEP" = install ]; then exit; fi
 
+if [ "${1:-}" = fast ]; then
+    shift
+    set -- -m fast "$@"
+fi
 "$VENV/bin/ruff" format --check .
 "$VENV/bin/ruff" check .
 "$VENV/bin/mypy"

@@ -28,6 +28,7 @@ from jaxtrain.models import hf_composite, hf_files
 from jaxtrain.record import logs, provenance, safe_text
 from jaxtrain.record.console import ConsoleWriter
 from jaxtrain.report.page import write_report
+from jaxtrain.run import hub
 from jaxtrain.storage import mirror, reading
 from tests.runs import tiny_config, train
 
@@ -452,6 +453,25 @@ def test_the_recorded_command_holds_no_secret():
     for secret in ("s3cr3t", TOKEN, SIGNATURE):
         assert secret not in command
     assert "--max_steps=5" in command and '"gamma": 2' in command
+
+
+def test_an_upload_shows_no_token_and_no_path(tmp_path, monkeypatch, capsys):
+    """The hub's client may quote the token in an error; a base may lie anywhere."""
+    local = {"base_model_name_or_path": "/home/me/model", "peft_type": "LORA"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(local))
+    (tmp_path / "adapter_model.safetensors").touch()
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+
+    def whoami(self):
+        raise RuntimeError(f"401: Bearer {TOKEN}")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.whoami", whoami)
+    hub._check_token.cache_clear()
+    assert cli.main(["push", str(tmp_path), "me/model"]) == ending.MISTAKE
+    assert TOKEN not in (error := capsys.readouterr().err) and "401" in error
+    sent = hub._published(tmp_path / "adapter_config.json").decode()
+    assert "/home" not in sent and "LORA" in sent
 
 
 def test_lines_about_another_config_hold_no_secret():

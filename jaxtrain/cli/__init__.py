@@ -17,6 +17,7 @@ COMMANDS = {
     "generate": ("jaxtrain.cli.generate", "continue prompts"),
     "chat": ("jaxtrain.cli.chat", "talk with a model or a run"),
     "export": ("jaxtrain.cli.export", "write a checkpoint as a Hugging Face model"),
+    "push": ("jaxtrain.cli.push", "upload an export to the Hugging Face hub"),
     "lm-eval": ("jaxtrain.lm_eval.__main__", "run tasks of lm-evaluation-harness"),
     "inspect": ("jaxtrain.data.inspect", "look at data before training on it"),
     "report": ("jaxtrain.report.__main__", "write one HTML page of one or more runs"),

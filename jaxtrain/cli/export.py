@@ -77,8 +77,7 @@ def main(arguments: Sequence[str]) -> None:
     from jaxtrain.run.export import export_adapter, export_merged
     from jaxtrain.run.weights import load_state, without_reference
 
-    run = without_reference(run)
-    model, state = load_state(run, point)
+    model, state = load_state(without_reference(run), point)
     write = export_adapter if options.adapter else export_merged
     path = write(target, model, run, state)
     if jax.process_index() == 0:

@@ -462,6 +462,10 @@ class LoopSection:
     """Checkpoints kept. Unset: all."""
     save_final_model: bool = True
     """Export in Hugging Face's format at the end of the run."""
+    push_to_hub: Annotated[str | None, EXPORTED] = None
+    """A repository on the hub, as owner/name, that the export is uploaded to: the
+    adapter where there is one, else the model. A new repository is private. Needs `hf
+    auth login` or HF_TOKEN, which is checked before anything is loaded. Unset: none."""
     logging_steps: PositiveInt = 10
     """Steps between records of the log."""
     report_to: tuple[Tracker | Own, ...] = ("tensorboard", "jsonl")

@@ -15,7 +15,9 @@ from jaxtrain.models.load import LoadedModel, lora_config
 from jaxtrain.models.special_tokens import save_tokenizer
 from jaxtrain.optimizers.ema import averaged, only_average
 from jaxtrain.run import exported as exports
+from jaxtrain.run import hub
 from jaxtrain.run.checkpoint import CheckpointManager
+from jaxtrain.run.model_card import write_card
 from jaxtrain.types import TrainState
 
 logger = logging.getLogger(__name__)
@@ -44,7 +46,8 @@ def export_models(
 
     With `load_best_model_at_end`, `model/` is the best. A directory appears under its
     name when it is whole. What an earlier start exported of the same weights by the
-    same settings is left as it is. Every process calls this.
+    same settings is left as it is. With `push_to_hub`, the adapter or else `model/` is
+    uploaded. Every process calls this.
 
     Returns:
         `model_path` and `best_model_path`, equal where the last weights are the best;
@@ -75,6 +78,8 @@ def export_models(
         if run.lora is not None:
             adapter = str(workdir / _adapter_of(there))
             paths[f"{name}_path".replace("model", "adapter")] = adapter
+    if run.loop.push_to_hub and jax.process_index() == 0:
+        hub.push(hub.find_export(workdir), run.loop.push_to_hub)
     return paths | {"model_step": steps["model"], "best_model_step": best}
 
 
@@ -136,6 +141,7 @@ def _write_merged(
         model.generation.save(directory)
         # As it was used: with the chat template of this run, if that was another.
         save_tokenizer(model.tokenizer, directory)
+        write_card(directory, run, int(state.step), model.directory, is_adapter=False)
 
 
 def export_adapter(
@@ -164,6 +170,8 @@ def _write_adapter(
         initial=state.frozen if settings.changes_base else None,
         in_wrapper=hf_composite.is_wrapped(model.directory),
     )
+    if jax.process_index() == 0:
+        write_card(directory, run, int(state.step), model.directory, is_adapter=True)
 
 
 def _adapter_of(name: str) -> str:

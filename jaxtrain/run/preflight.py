@@ -15,6 +15,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jaxtrain.config import RunConfig, diff
+from jaxtrain.run import hub
 from jaxtrain.run.ledger import find_loss
 from jaxtrain.run.saved_record import is_committed, read_record
 from jaxtrain.storage.address import is_remote
@@ -52,6 +53,8 @@ def check(
     _check_earlier_steps(run, workdir / "checkpoints")
     if "wandb" in run.loop.report_to:
         _check_wandb(environ)
+    if run.loop.push_to_hub:
+        hub.check(run.loop.push_to_hub, environ)
 
 
 def check_workdir(workdir: str | os.PathLike[str]) -> None:

@@ -1,0 +1,87 @@
+"""What `bash tests/run.sh fast` leaves out beside the tests marked as long.
+
+A contributor runs the fast tests while working. They touch every module of the package,
+as `fast_test.py` shows; what is left out here repeats that with more compilation, more
+processes or more variants.
+"""
+
+# Markers of pytest whose tests are not fast.
+MARKERS = ("slow", "torch", "gpu", "on_request")
+# Files, or tests by the beginning of their name, below tests/.
+LEFT_OUT = (
+    # Each starts processes, trains on several devices, or compiles much.
+    "base_weights_test.py::test_a_run_on_replaced",
+    "base_weights_test.py::test_the_adapter_of_a_reference",
+    "base_weights_test.py::test_whole_training",
+    "batch_packing_test.py::test_a_shared_prompt_counts_twice",
+    "batch_packing_test.py::test_difficulty_is_that",
+    "batch_packing_test.py::test_packed_examples_have_the_numbers",
+    "checkpoint_test.py::test_a_kill_in_mid_save",
+    "checkpoint_test.py::test_the_state_may_be_donated",
+    "checkpoint_test.py::test_two_processes_save",
+    "commands_test.py::test_a_run_is_used_on_other_devices",
+    "commands_test.py::test_an_exported_checkpoint",
+    "commands_test.py::test_eval_of",
+    "commands_test.py::test_eval_repeats",
+    "commands_test.py::test_generate_draws",
+    "commands_test.py::test_the_commands_run",
+    "compilation_cache_test.py::test_a_run_imports_no_other",
+    "compilation_cache_test.py::test_processes_of_a_run",
+    "context_test.py",
+    "curriculum_test.py::test_without_a_curriculum",
+    "data/layout_test.py::test_every_example_is_in_one_row",
+    "data/mixture_test.py::test_each_epoch_has_its_shares",
+    "data/workers_test.py::test_processes_change_nothing",
+    "diagnostics_test.py::test_a_loss_is_logged",
+    "diagnostics_test.py::test_a_nan_is_skipped",
+    "diagnostics_test.py::test_a_nan_stops_the_run",
+    "diagnostics_test.py::test_fp16_ends",
+    "diagnostics_test.py::test_fp16_names",
+    "docs_test.py::test_every_command_of_the_page_runs",
+    "documented_interface_test.py",
+    "eval_sets_test.py::test_a_set_stops_early",
+    "eval_sets_test.py::test_sets_have_the_numbers",
+    "exact_records_test.py::test_a_window_survives",
+    "exact_records_test.py::test_an_early_stop_is_final",
+    "exact_records_test.py::test_evaluations_that_are_no_numbers",
+    "flags_test.py::test_a_flag_acts",
+    "generate_test.py::test_texts_come_in_the_order",
+    "generate_test.py::test_top_k_of_one",
+    "kernels/attention/attention_test.py::test_a_packed_row_equals",
+    "kernels/attention/attention_test.py::test_a_schedule_made_once",
+    "kernels/attention/attention_test.py::test_a_shared_prompt_equals",
+    "kernels/attention/attention_test.py::test_nan_in_padding",
+    "kernels/attention/attention_test.py::test_output_and_gradients",
+    "kernels/attention/attention_test.py::test_xla_agrees",
+    "kernels/attention/partition_test.py::test_values_and_gradients",
+    "main_test.py",
+    "mistakes_test.py::test_a_loss_that_is_no_number",
+    "mistakes_test.py::test_a_platform_that_is_not_there",
+    "mistakes_test.py::test_a_run_that_ends_early",
+    "moe_test.py::test_a_coefficient",
+    "moe_test.py::test_a_run_logs",
+    "moe_test.py::test_loss_and_next_weights",
+    "moe_test.py::test_optimizers_treat",
+    "multihost_test.py",
+    "objective_key_test.py::test_keywords_of_a_preference_loss",
+    "packed_pairs_test.py",
+    "preemption_test.py",
+    "quantization_test.py::test_a_quantized_model",
+    "quantization_test.py::test_a_resumed_run",
+    "quantization_test.py::test_four_bits",
+    "quantization_test.py::test_the_gradient_of",
+    "quantization_test.py::test_the_merged_model",
+    "shared_prompt_test.py::test_losses_and_metrics_are_those",
+    "shared_prompt_test.py::test_the_model_gives_each_side",
+    "site_test.py",
+)
+
+
+def is_fast(nodeid: str, markers: set[str]) -> bool:
+    """Whether a test belongs to the fast ones.
+
+    Args:
+        nodeid: its name as pytest has it, from the repository's root.
+    """
+    name = nodeid.removeprefix("tests/")
+    return not markers & {*MARKERS} and not name.startswith(LEFT_OUT)
