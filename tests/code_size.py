@@ -15,7 +15,7 @@ PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "jaxtrain"
 # Lines of all modules, kernels included.
 # 25,200 after the redesign; the commands, their checks and their report came on top,
 # what published models and data files bring along, and what survives damage.
-PACKAGE_BUDGET = 40_000
+PACKAGE_BUDGET = 44_500
 # The concerns that one reads to follow a DPO-LoRA run: losses and their options, step,
 # state, adapters, the loop, and what builds them. 4,300 lines are the aim.
 CORE = (

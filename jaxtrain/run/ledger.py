@@ -9,7 +9,7 @@ import json
 import pathlib
 from typing import Any
 
-from jaxtrain.run.durable import write_whole
+from jaxtrain.run.durable import flush, write_whole
 from jaxtrain.storage.address import is_remote
 from jaxtrain.storage.errors import retrying
 
@@ -25,6 +25,16 @@ def note_saved(ledger: Any, step: int) -> None:
         retrying(lambda: ledger.write_text(text), f"writing {ledger}")
     else:
         write_whole(ledger, text)
+
+
+def flush_records(ledger: Any) -> None:
+    """Have the lines of a run's records on the disk before a checkpoint counts.
+
+    Records of a bucket are uploaded instead (run/workdir.py).
+    """
+    if not is_remote(ledger):
+        for path in ledger.parent.glob("*.jsonl"):
+            flush(path)
 
 
 def read_saved(ledger: Any) -> int | None:

@@ -21,7 +21,7 @@ from jaxtrain.run.checkpoint.agreement import all_agree
 from jaxtrain.run.checkpoint.place import is_on_s3, place_of
 from jaxtrain.run.checkpoint.retention import NewestAndBest, PreserveAll
 from jaxtrain.run.checkpoint.values import as_exact_json, as_json, gather
-from jaxtrain.run.durable import flush, naming
+from jaxtrain.run.durable import naming
 from jaxtrain.run.saved_record import DamagedCheckpointError
 from jaxtrain.storage.address import AnyPath, as_path
 
@@ -194,7 +194,8 @@ class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
         raw = {name: leaves.to_raw(leaf) for name, leaf in arrays.items()}
         values = {"record": saved_record.digest(record)}
         self._known_metrics[step] = numbers
-        self._flush_records()
+        if self._ledger is not None and jax.process_index() == 0:
+            ledgers.flush_records(self._ledger)
         self._has_saved = True
         pieces = checksums.on_host(raw)
         is_own = is_on_s3(self.directory)
@@ -333,12 +334,6 @@ class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _flush_records(self) -> None:
-        """Have the lines up to this step on the disk before the checkpoint is."""
-        if self._ledger is not None and jax.process_index() == 0:
-            for path in self._ledger.parent.glob("*.jsonl"):
-                flush(path)
 
     def _delete(self, steps: list[int]) -> None:
         for step in steps:
