@@ -177,7 +177,7 @@ class ShardingPlan:
         return NamedSharding(self.mesh, PartitionSpec())
 
     @property
-    def compiler_options(self) -> dict[str, str] | None:
+    def compiler_options(self) -> dict[str, str | bool] | None:
         """What XLA has to be told about programs on this mesh, for `jax.jit`.
 
         For TPUs it would cut a product with weights split over `fsdp` into one for each
@@ -197,7 +197,7 @@ class ShardingPlan:
             return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
         unsaid = _TRITON_PRODUCTS not in os.environ.get("XLA_FLAGS", "")
         if self.platform == "gpu" and self.unrolled and unsaid:
-            return {_TRITON_PRODUCTS: "false"}
+            return {_TRITON_PRODUCTS: False}
         return None
 
     @property

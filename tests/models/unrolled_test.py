@@ -47,7 +47,9 @@ def test_elsewhere_one_layer_is_compiled_for_all():
 def test_on_gpus_each_layer_is_compiled_on_its_own_by_cublas():
     run, plan = plan_of(devices=2)
     assert plan.unrolled
-    assert plan.compiler_options == {"xla_gpu_enable_triton_gemm": "false"}
+    assert plan.compiler_options == {"xla_gpu_enable_triton_gemm": False}
+    # XLA reads the options of every platform, so it would refuse a wrong one here too.
+    assert plan.jit(lambda x: x + 1)(1) == 2
     assert not make_decoder(run, config_of(), plan).scan_layers
 
 
