@@ -19,6 +19,7 @@ from jaxtrain.data.rows.tokenize import load_tokenizer
 from jaxtrain.data.sources import check_sources
 from jaxtrain.data.stream.source import Share, open_stream
 from jaxtrain.models import hf
+from jaxtrain.storage import errors, reading
 from jaxtrain.storage.address import filesystem
 from jaxtrain.storage.reading import RemoteFile
 from tests.buckets import Proxy, bucket, endpoint_of, gs_bucket, serve
@@ -163,6 +164,27 @@ def test_faults_in_a_stream_are_tried_again(files):
         rows = [row.row for row in open_stream(address).open(Share(), 0, None)]
     assert rows == ROWS
     assert next(count) > 5
+
+
+def test_short_answers_and_lost_connections_are_tried_within_a_limit(monkeypatch):
+    answers = []
+
+    class Bucket:
+        def cat_file(self, path, start, end):
+            answer = answers.pop(0)
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+    monkeypatch.setattr(reading, "filesystem", lambda address: Bucket())
+    monkeypatch.setattr(errors, "_FIRST_WAIT_SECS", 0.01)
+    file = RemoteFile("gs://b/x", 4, "tag")
+    answers[:] = [ConnectionResetError("gone"), b"ab", b"abcd"]
+    assert file.read() == b"abcd"
+    monkeypatch.setattr(errors, "LIMIT_SECS", 0.0)
+    answers[:] = [b"ab", b"abcd"]
+    with pytest.raises(OSError, match="gs://b/x: ConnectionError: 2 bytes came of 4"):
+        file.read()
 
 
 def test_a_tokenizer_and_a_template_of_a_bucket(gs_bucket):
