@@ -145,7 +145,9 @@ def list_objects(scheme: str, prefix: str) -> list[str]:
 
 def read_object(scheme: str, name: str) -> bytes:
     """An object's content, asked of the emulator itself."""
-    with urllib.request.urlopen(f"{_server(scheme)}/{BUCKET}/{name}") as reply:
+    request = urllib.request.Request(f"{_server(scheme)}/{BUCKET}/{name}")
+    request.add_header("Authorization", "AWS test:test")
+    with urllib.request.urlopen(request) as reply:
         return reply.read()
 
 
