@@ -224,9 +224,17 @@ def _add_preconditions() -> None:
 def _start_s3() -> str:
     from moto.server import ThreadedMotoServer
 
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    logging.getLogger("werkzeug").setLevel(logging.CRITICAL)
     moto = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     moto.start()
+    served, turn = moto._server, threading.Lock()
+    app = served.app
+
+    def one_by_one(environ, start_response):
+        with turn:  # its listing stumbles over what is deleted meanwhile
+            return app(environ, start_response)
+
+    served.app = one_by_one
     host, port = moto.get_host_and_port()
     url = f"http://{host}:{port}"
     urllib.request.urlopen(
