@@ -19,6 +19,7 @@ from jaxtrain.data.rows.tokenize import load_tokenizer
 from jaxtrain.data.sources import check_sources
 from jaxtrain.data.stream.source import Share, open_stream
 from jaxtrain.models import hf
+from jaxtrain.storage import errors, reading
 from jaxtrain.storage.address import filesystem
 from jaxtrain.storage.reading import RemoteFile
 from tests.buckets import Proxy, bucket, endpoint_of, gs_bucket, serve
@@ -82,7 +83,7 @@ def test_rows_that_are_held_are_those_of_a_disk(bucket, files, cache):
             assert list(ours) == list(local) and len(ours) > 9, name
     copied = {p.name for p in cache.rglob("*") if p.is_file()}
     assert {"a.jsonl", "a.parquet", "0.jsonl"} <= copied
-    with pytest.raises(ValueError, match="no split"):
+    with pytest.raises(ValueError, match=f"{bucket} mixes formats"):
         load_rows(bucket)
     with pytest.raises(FileNotFoundError, match="nothing of this name"):
         load_rows(f"{bucket}/a*.jsonl")
@@ -165,6 +166,27 @@ def test_faults_in_a_stream_are_tried_again(files):
     assert next(count) > 5
 
 
+def test_short_answers_and_lost_connections_are_tried_within_a_limit(monkeypatch):
+    answers = []
+
+    class Bucket:
+        def cat_file(self, path, start, end):
+            answer = answers.pop(0)
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+    monkeypatch.setattr(reading, "filesystem", lambda address: Bucket())
+    monkeypatch.setattr(errors, "_FIRST_WAIT_SECS", 0.01)
+    file = RemoteFile("gs://b/x", 4, "tag")
+    answers[:] = [ConnectionResetError("gone"), b"ab", b"abcd"]
+    assert file.read() == b"abcd"
+    monkeypatch.setattr(errors, "LIMIT_SECS", 0.0)
+    answers[:] = [b"ab", b"abcd"]
+    with pytest.raises(OSError, match="gs://b/x: ConnectionError: 2 bytes came of 4"):
+        file.read()
+
+
 def test_a_tokenizer_and_a_template_of_a_bucket(gs_bucket):
     model = pathlib.Path(hf.__file__).parents[1] / "assets/model"
     address = put(model, f"{gs_bucket}/m")
@@ -187,7 +209,7 @@ def test_a_tokenizer_and_a_template_of_a_bucket(gs_bucket):
         ("data.eval", "gs://nobucket/x.jsonl", "there is no bucket 'nobucket'"),
         ("data.eval.safe", "{0}/no.jsonl", "has nothing of this name"),
         ("data.chat_template", "{0}/no.jinja", "has nothing of this name"),
-        ("data.train", "{0}/bad.xyz", "its suffix is none of"),
+        ("data.train", "{0}/bad.xyz", "has no known suffix"),
         ("data.train", "{0}/empty.jsonl", "holds no row"),
         ("data.train", "hdfs://host/x.jsonl", "give gs://"),
         ("data.train", "s3://id:hunter2@b/x.jsonl", "credentials"),

@@ -145,7 +145,9 @@ def list_objects(scheme: str, prefix: str) -> list[str]:
 
 def read_object(scheme: str, name: str) -> bytes:
     """An object's content, asked of the emulator itself."""
-    with urllib.request.urlopen(f"{_server(scheme)}/{BUCKET}/{name}") as reply:
+    request = urllib.request.Request(f"{_server(scheme)}/{BUCKET}/{name}")
+    request.add_header("Authorization", "AWS test:test")
+    with urllib.request.urlopen(request) as reply:
         return reply.read()
 
 
@@ -222,9 +224,17 @@ def _add_preconditions() -> None:
 def _start_s3() -> str:
     from moto.server import ThreadedMotoServer
 
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    logging.getLogger("werkzeug").setLevel(logging.CRITICAL)
     moto = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     moto.start()
+    served, turn = moto._server, threading.Lock()
+    app = served.app
+
+    def one_by_one(environ, start_response):
+        with turn:  # its listing stumbles over what is deleted meanwhile
+            return app(environ, start_response)
+
+    served.app = one_by_one
     host, port = moto.get_host_and_port()
     url = f"http://{host}:{port}"
     urllib.request.urlopen(

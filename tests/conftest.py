@@ -50,6 +50,7 @@ THOROUGH = (
     "assets_test.py::test_a_rebuild_gives_the_same_bytes",
     "bucket_kills_test.py::test_a_run_killed_at_requests_ends_as_without_kills[gs-2",
     "bucket_kills_test.py::test_a_run_killed_at_requests_ends_as_without_kills[s3",
+    "bucket_models_test.py::test_each_of_two_processes_reads_half",
     "context_test.py::test_losses_gradients_and_weights_are_those_of_one_device[dpo",
     "context_test.py::test_losses_gradients_and_weights_are_those_of_one_device[from",
     "context_test.py::test_losses_gradients_and_weights_are_those_of_one_device[lora",

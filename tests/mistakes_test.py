@@ -205,6 +205,7 @@ MISTAKES = [
     m("train sft --workdir=a_file/x", "workdir = 'a_file/x'", "is a file"),
     m("train sft --workdir=", "--workdir is empty"),
     m("train sft --workdir=hdfs://b/x", "workdir = 'hdfs://b/x'", "give gs://"),
+    m("train sft --workdir=gs://", "workdir = 'gs://'", "names no bucket"),
     m(f"{TRAIN} --training.num_gpus=99", "training.num_gpus = 99", "set 8 or fewer"),
     m(f"{TRAIN} --mesh.tensor=3", "tensor 3", "the nearest are"),
     # --- models

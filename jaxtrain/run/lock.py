@@ -104,8 +104,14 @@ def hold(workdir: Any, *, is_first_process: bool) -> Iterator[None]:
         yield
     finally:
         beat.stop()
-        if lock.is_of(own):
-            lock.file.remove()
+        try:
+            if lock.is_of(own):
+                lock.file.remove()
+        except Exception as error:
+            if not errors.is_network(error):
+                raise
+            # The bucket is lost; the next run finds that this process is gone.
+            logger.warning("%s remains: %s", lock.path, errors.one_line(error))
 
 
 def refuse_if_held(workdir: Any, *, may_wait: bool = True) -> None:

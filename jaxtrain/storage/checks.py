@@ -54,8 +54,8 @@ def _is_checked(address: AnyPath, key: str) -> bool:
     try:
         if not is_remote(address):
             return False
-        require_library(address)
         split(address)
+        require_library(address)
     except ValueError as error:
         raise ValueError(f"{key} = {error}") from None
     return True

@@ -234,6 +234,7 @@ def prepare(folder: pathlib.Path) -> None:
 
     kills.prepare(folder)
     os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"
+    buckets.set_up()
     import gcsfs  # noqa: F401
     import s3fs  # noqa: F401
 

@@ -9,7 +9,7 @@ import itertools
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jaxtrain.data.rows.files import READERS, make_units, reader_of
@@ -114,6 +114,26 @@ def choose_split(
         f"{folder} has no split {split!r}, only {found}: name a folder or file "
         f"{' or '.join(split_aliases(split))}, or point at one file"
     )
+
+
+def check_formats(files: Sequence[AnyFile], folder: str) -> None:
+    """Refuse files of several formats, and such as are no data.
+
+    Raises:
+        ValueError: says which.
+    """
+    readers = {reader_of(file) for file in files}
+    if len(readers) != 1:
+        names = sorted(file.name for file in files)[:5]
+        raise ValueError(
+            f"{folder} mixes formats {sorted(map(str, readers))} "
+            f"({', '.join(names)}...): keep one format in a folder"
+        )
+    if readers == {None}:
+        raise ValueError(
+            f"{files[0]} has no known suffix: use one of {', '.join(READERS)} "
+            "(each also .gz)"
+        )
 
 
 def _split_of(file: pathlib.PurePath) -> str | None:

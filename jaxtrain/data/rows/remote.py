@@ -9,8 +9,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxtrain.config.folders import bucket_cache
-from jaxtrain.data.rows.files import READERS, reader_of
-from jaxtrain.data.rows.folders import SAVED, choose_split, rows_at_start
+from jaxtrain.data.rows.folders import (
+    SAVED,
+    check_formats,
+    choose_split,
+    rows_at_start,
+)
 from jaxtrain.storage.mirror import mirror_files
 from jaxtrain.storage.reading import RemoteFile, list_files
 
@@ -19,7 +23,7 @@ def copy_data(address: str, split: str) -> pathlib.Path:
     """A local copy of a file, or of the files of a folder's split.
 
     Raises:
-        ValueError: no data file of the split is there.
+        ValueError: no data file of the split is there, or several formats.
         OSError: nothing is there, or it cannot be read.
     """
     files = list_files(address)
@@ -50,19 +54,18 @@ def first_remote_rows(address: str, split: str) -> list[Mapping[str, Any]]:
     files = stream_files(address, split)
     if files is None:
         return []  # by `datasets`, which alone reads it
-    if reader_of(files[0]) is None:
-        known = ", ".join(READERS)
-        raise ValueError(f"its suffix is none of {known} (each also .gz)")
     return rows_at_start(files[0])
 
 
 def _of_split(
     address: str, files: Mapping[str, RemoteFile], split: str
 ) -> Mapping[str, RemoteFile]:
-    if "" in files:
-        return files
-    names = map(pathlib.PurePosixPath, files)
-    return {str(name): files[str(name)] for name in choose_split(names, split, address)}
+    if "" not in files:
+        names = map(pathlib.PurePosixPath, files)
+        chosen = map(str, choose_split(names, split, address))
+        files = {name: files[name] for name in chosen}
+    check_formats([*files.values()], address)
+    return files
 
 
 def _is_saved(files: Mapping[str, RemoteFile]) -> bool:

@@ -9,14 +9,13 @@ hub.
 import json
 import logging
 import pathlib
-from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import datasets
 
-from jaxtrain.data.rows.files import READERS, reader_of
 from jaxtrain.data.rows.folders import (
     SAVED,
+    check_formats,
     is_saved,
     looks_local,
     split_aliases,
@@ -25,7 +24,6 @@ from jaxtrain.data.rows.folders import (
 from jaxtrain.data.rows.indexed import FileRows, index_files
 from jaxtrain.data.rows.remote import copy_data
 from jaxtrain.storage.address import is_remote
-from jaxtrain.storage.reading import AnyFile
 
 logger = logging.getLogger(__name__)
 
@@ -82,26 +80,6 @@ def data_files(path: pathlib.Path, split: str) -> list[pathlib.Path]:
     files = split_files(path, split) if path.is_dir() else [path]
     check_formats(files, str(path))
     return files
-
-
-def check_formats(files: Sequence[AnyFile], folder: str) -> None:
-    """Refuse files of several formats, and such as are no data.
-
-    Raises:
-        ValueError: says which.
-    """
-    readers = {reader_of(file) for file in files}
-    if len(readers) != 1:
-        names = sorted(file.name for file in files)[:5]
-        raise ValueError(
-            f"{folder} mixes formats {sorted(map(str, readers))} "
-            f"({', '.join(names)}...): keep one format in a folder"
-        )
-    if readers == {None}:
-        raise ValueError(
-            f"{files[0]} has no known suffix: use one of {', '.join(READERS)} "
-            "(each also .gz)"
-        )
 
 
 def load_saved(folder: pathlib.Path, split: str) -> datasets.Dataset | None:

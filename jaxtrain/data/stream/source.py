@@ -22,12 +22,7 @@ from jaxtrain.data.rows.files import START, Item, Unit, drop_filled, make_units
 from jaxtrain.data.rows.folders import looks_local
 from jaxtrain.data.rows.places import HeldRows
 from jaxtrain.data.rows.remote import copy_data, stream_files
-from jaxtrain.data.rows.source import (
-    check_formats,
-    data_files,
-    load_hub,
-    load_saved,
-)
+from jaxtrain.data.rows.source import data_files, load_hub, load_saved
 from jaxtrain.storage.address import is_remote
 from jaxtrain.storage.reading import AnyFile
 
@@ -110,8 +105,6 @@ def open_stream(
         files = stream_files(path_or_name, split)
         if files is None:
             path = copy_data(path_or_name, split)
-        else:
-            check_formats(files, path_or_name)
     if files is not None:
         pass
     elif path.is_dir():

@@ -154,7 +154,7 @@ def read(
 
 def _spec(folder: str, name: str, layout: Layout | None = None) -> dict[str, Any]:
     bucket, key = split(folder)
-    store = {
+    store: dict[str, Any] = {
         "driver": "s3",
         "bucket": bucket,
         "path": f"{key}/{urllib.parse.quote(name, safe='')}/",
@@ -164,6 +164,8 @@ def _spec(folder: str, name: str, layout: Layout | None = None) -> dict[str, Any
     region = os.environ.get("AWS_REGION", os.environ.get("AWS_DEFAULT_REGION"))
     store |= {"endpoint": endpoint} if endpoint else {}
     store |= {"aws_region": region} if region else {}
+    if os.environ.get("AWS_ACCESS_KEY_ID"):  # else TensorStore misses ~/.aws aloud
+        store["aws_credentials"] = {"type": "environment"}
     spec: dict[str, Any] = {"driver": "zarr3", "kvstore": store}
     if layout is not None:
         chunk = {"chunk_shape": _chunk(layout)}
