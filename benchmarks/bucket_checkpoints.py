@@ -73,6 +73,7 @@ def main() -> None:
             with buckets.serve(scheme) as address:
                 home = f"{address}/{uuid.uuid4().hex}"
                 found[scheme].append(save(state, home))
+        print({place: times[-1] for place, times in found.items()}, flush=True)
     for place, times in found.items():
         stalls, behind = zip(*times, strict=True)
         told = f"{statistics.median(stalls):6.2f} s   least {min(stalls):6.2f} s"

@@ -108,6 +108,8 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_step_is_named_and_set_aside(bucket, damage, caplog):
+    if bucket.startswith("s3") and damage != "arrays":
+        pytest.skip("read as on gs://")
     with open_manager(bucket) as manager:
         for step in (1, 2):
             manager.save(step, make_state(step))

@@ -65,7 +65,8 @@ def _names(folder):
     return list(folders.sizes(folder)) if "://" in str(folder) else []
 
 
-@pytest.mark.parametrize("kind", checkpoint_runs.TYPES)
+# Of sft in a faulty one below.
+@pytest.mark.parametrize("kind", sorted({*checkpoint_runs.TYPES} - {"sft"}))
 def test_a_run_in_a_bucket_is_one_on_a_disk(kind, gs_bucket, tmp_path, monkeypatch):
     _compare(kind, gs_bucket, tmp_path, monkeypatch)
 
@@ -161,7 +162,7 @@ def test_a_bucket_that_is_lost_ends_the_run_and_names_the_last_step():
 
 
 def test_a_slow_and_faulty_bucket_changes_nothing(tmp_path):
-    """429, 503 and cut connections, one request in eight; some replies come late."""
+    """Some requests get 429 or 503, a cut connection or a late reply."""
     skip_unless_installed("gs")
     draws = random.Random(3)
     faults = [429, 503, "cut", 0.05]
