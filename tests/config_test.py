@@ -407,9 +407,10 @@ def sample_of(hint: Any) -> tuple[str, Any]:
     """A text of the command line, and the value that it should set."""
     names = schema._allowed_texts(hint)
     texts = ["3", "2", "1", "0.25", "true", "x", "['x']", "(1, 0.5)", "1,2"]
-    texts += ["{'x': 1}", *names, *names, "module:name"]
-    values = [3, 2, 1, 0.25, True, "x", ("x",), (1.0, 0.5), (1, 2), {"x": 1}, *names]
-    values += [*((name,) for name in names), "module:name"]
+    texts += ["{'x': 1}", "x:y", "['x:y']", "[['x', 1]]", *names, *names]
+    values = [3, 2, 1, 0.25, True, "x", ("x",), (1.0, 0.5), (1, 2), {"x": 1}]
+    values += ["x:y", ("x:y",), (("x", 1.0),), *names]
+    values += [(name,) for name in names]
     for text, value in zip(texts, values, strict=True):
         with contextlib.suppress(ValueError):
             if type(converted := schema.convert(value, hint)) is type(value):

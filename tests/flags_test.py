@@ -13,7 +13,7 @@ from jaxtrain import schema
 from jaxtrain.config import ConfigError, RunConfig, default_config, resolve
 from jaxtrain.config.flags import Flag, override, resolve_flags
 from jaxtrain.config.sections import SCHEMA, TRAINING_SECTIONS, TYPE_DEFAULTS
-from jaxtrain.schema import Bound, OneOf
+from jaxtrain.schema import Bound, OneOf, OwnName
 from jaxtrain.tree import dotted, nest
 
 KEYS = sorted(dotted(SCHEMA))
@@ -35,6 +35,8 @@ def values(key: str, hint: Any) -> st.SearchStrategy[Any]:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         checks = [check for check in arguments[1:] if isinstance(check, Bound | OneOf)]
+        if any(isinstance(check, OwnName) for check in checks):
+            return st.just("my_parts:part")
         tables = [[*check.table] for check in checks if isinstance(check, OneOf)]
         base = st.sampled_from(tables[0]) if tables else values(key, arguments[0])
         return base.filter(lambda value: all(value in check for check in checks))

@@ -307,7 +307,8 @@ PARAMS = {
 
 
 def test_the_first_pattern_counts_and_layers_have_their_own_numbers() -> None:
-    patterns = [("embed.*", 0.1), ("layers/[0-1]/.*", 0), (".*norm.*", 3), (".*", 1)]
+    whole = "layers/[0-1]/.*|layers/2"  # of a whole name, so of none in layer 2
+    patterns = [("embed.*", 0.1), (whole, 0), (".*norm.*", 3), (".*", 1)]
     found = make_multipliers(patterns, PARAMS)
     assert found["embed_tokens"]["embedding"] == np.float32(0.1)
     np.testing.assert_array_equal(found["layers"]["mlp"]["kernel"].ravel(), [0, 0, 1])

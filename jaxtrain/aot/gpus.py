@@ -40,15 +40,15 @@ _HOPPER = _Kind(
     links=18,
 )  # fmt: skip
 _KINDS = {
-    "h100": _HOPPER,
-    "h200": dataclasses.replace(_HOPPER, name="NVIDIA H200"),
+    "rtx4090": _Kind(
+        "NVIDIA GeForce RTX 4090", "8.9", 128, 102_400, 75_497_472, 2.52, threads=1536
+    ),
     "a100": _Kind(
         "NVIDIA A100-SXM4-40GB", "8.0", 108, 167_936, 41_943_040, 1.41,
         fpus=64, links=12,
     ),
-    "rtx4090": _Kind(
-        "NVIDIA GeForce RTX 4090", "8.9", 128, 102_400, 75_497_472, 2.52, threads=1536
-    ),
+    "h100": _HOPPER,
+    "h200": dataclasses.replace(_HOPPER, name="NVIDIA H200"),
 }  # fmt: skip
 
 
