@@ -10,6 +10,9 @@ MARKERS = ("slow", "torch", "gpu", "on_request")
 # Files, or tests by the beginning of their name, below tests/.
 LEFT_OUT = (
     # Each starts processes, trains on several devices, or compiles much.
+    "aot_test.py::test_every_kind_of_batch",
+    "aot_test.py::test_the_help_says",
+    "aot_test.py::test_the_search_compiles",
     "base_weights_test.py::test_a_run_on_replaced",
     "base_weights_test.py::test_the_adapter_of_a_reference",
     "base_weights_test.py::test_whole_training",
@@ -44,6 +47,11 @@ LEFT_OUT = (
     "exact_records_test.py::test_a_window_survives",
     "exact_records_test.py::test_an_early_stop_is_final",
     "exact_records_test.py::test_evaluations_that_are_no_numbers",
+    "faults/faults_test.py::test_a_flipped_bit",
+    "faults/faults_test.py::test_a_run_goes_on",
+    "faults/faults_test.py::test_a_run_that_is_killed",
+    "faults/faults_test.py::test_two_processes",
+    "faults/fuzz_test.py::test_no_bad_input",
     "flags_test.py::test_a_flag_acts",
     "generate_test.py::test_texts_come_in_the_order",
     "generate_test.py::test_top_k_of_one",
@@ -54,10 +62,16 @@ LEFT_OUT = (
     "kernels/attention/attention_test.py::test_output_and_gradients",
     "kernels/attention/attention_test.py::test_xla_agrees",
     "kernels/attention/partition_test.py::test_values_and_gradients",
+    "kernels/attention/schedule_test.py::test_random_ids",
+    "kernels/linear_cross_entropy/api_test.py::test_any_size",
     "main_test.py",
     "mistakes_test.py::test_a_loss_that_is_no_number",
     "mistakes_test.py::test_a_platform_that_is_not_there",
     "mistakes_test.py::test_a_run_that_ends_early",
+    "models/packed_test.py::test_one_document",
+    "models/published_configs_test.py::test_logits_are",
+    "models/transformer_test.py::test_how_layers_are_run",
+    "models/transformer_test.py::test_layers_compiled_one_by_one",
     "moe_test.py::test_a_coefficient",
     "moe_test.py::test_a_run_logs",
     "moe_test.py::test_loss_and_next_weights",
@@ -74,6 +88,8 @@ LEFT_OUT = (
     "shared_prompt_test.py::test_losses_and_metrics_are_those",
     "shared_prompt_test.py::test_the_model_gives_each_side",
     "site_test.py",
+    "trainer_test.py::test_a_run_on_eight",
+    "trainer_test.py::test_resume_after",
 )
 
 
