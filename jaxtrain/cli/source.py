@@ -146,7 +146,7 @@ def _look_into(name: str, path: Path) -> Source:
 def _read(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: not JSON; {error}") from error
     return content if isinstance(content, dict) else {}
 

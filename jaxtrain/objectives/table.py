@@ -22,6 +22,7 @@ from jaxtrain.objectives.options import (
     unknown_objective,
 )
 from jaxtrain.objectives.preference import count_tokens, masked_sum, real_rows
+from jaxtrain.record.safe_text import shown
 from jaxtrain.schema import did_you_mean
 from jaxtrain.types import Batch, LogProbsFn, Metrics, Objective, WeightedSum
 
@@ -73,7 +74,7 @@ def make_objective(name: str, **hyperparameters: Any) -> Objective:
     if ":" in name:
         return functools.partial(load_objective(name), **hyperparameters)
     if name not in OBJECTIVES:
-        raise ValueError(f"objective = {name!r}: {unknown_objective(name)}")
+        raise ValueError(f"objective = {shown(name)}: {unknown_objective(name)}")
     options, problems = make_options(OBJECTIVES[name].options, hyperparameters)
     if problems:
         raise ValueError("\n".join(line for _, line in problems))
@@ -100,12 +101,13 @@ def load_objective(path: str) -> Callable[..., tuple[WeightedSum, Metrics]]:
     """
     module_name, _, function_name = path.partition(":")
     if not module_name or not function_name:
-        raise ValueError(f"objective={path!r}: write it as module:function")
+        raise ValueError(f"objective={shown(path)}: write it as module:function")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"objective={path!r}: {error}; install it, or put its folder on PYTHONPATH"
+            f"objective={shown(path)}: {error}; install it, or put its folder on"
+            " PYTHONPATH"
         ) from error
     function: Any = getattr(module, function_name, None)
     if callable(function):
@@ -115,4 +117,4 @@ def load_objective(path: str) -> Callable[..., tuple[WeightedSum, Metrics]]:
         public = [attribute for attribute in vars(module) if attribute[0] != "_"]
         hint = did_you_mean(function_name, public)
         problem = f"{hint}{module_name} has no {function_name}"
-    raise ValueError(f"objective={path!r}: {problem}")
+    raise ValueError(f"objective={shown(path)}: {problem}")

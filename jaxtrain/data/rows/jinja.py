@@ -5,6 +5,7 @@ import pathlib
 import jinja2
 
 from jaxtrain.data.rows.sandbox import compile_template
+from jaxtrain.record.safe_text import shown
 
 
 def read_template(template: str) -> str:
@@ -21,10 +22,13 @@ def read_template(template: str) -> str:
         path = pathlib.Path(template).expanduser()
         if not path.is_file():
             raise ValueError(
-                f"chat_template {template!r} does not exist: give a file, or the"
+                f"chat_template {shown(template)} does not exist: give a file, or the"
                 " template itself"
             )
-        place, text = f"chat_template {template!r}", path.read_text(encoding="utf-8")
+        place, text = (
+            f"chat_template {shown(template)}",
+            path.read_text(encoding="utf-8"),
+        )
     try:
         compile_template(text)
     except Exception as error:  # of Jinja's parser, or of Python's on what it wrote
