@@ -15,7 +15,7 @@ ALLOWED: dict[str, set[str]] = {
     "models.families": set(),
     "tree": set(),
     "schema": {"record.safe_text", "tree"},
-    "objectives.options": {"record.safe_text", "schema"},
+    "objectives.options": {"schema"},
     "config.eval_sets": {"record.safe_text"},
     "record.safe_text": set(),
     "config": {

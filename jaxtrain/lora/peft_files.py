@@ -19,6 +19,7 @@ import safetensors
 import safetensors.numpy
 
 from jaxtrain.lora import peft_tensors, targets
+from jaxtrain.lora.patterns import ends_one, why_none
 from jaxtrain.lora.peft_tensors import PREFIX, WEIGHTS_FILE
 from jaxtrain.lora.targets import ADAPTER_LEAVES, EMBEDDING, LoraConfig
 from jaxtrain.models.hf_files import read_header, read_json
@@ -223,11 +224,7 @@ def read_settings(path: str | pathlib.Path) -> LoraConfig:
     has_embedding = any(name.endswith("embed_tokens") for name in names)
     patterns: dict[str, Any] = {
         # PEFT itself writes patterns of a mixture's stacked experts, adapted or not.
-        key: {
-            p: v
-            for p, v in (config.get(key) or {}).items()
-            if targets.ends_one(p, names)
-        }
+        key: {p: v for p, v in (config.get(key) or {}).items() if ends_one(p, names)}
         for key in ("rank_pattern", "alpha_pattern")
     }
     saved = config.get("modules_to_save") or ()
@@ -301,7 +298,7 @@ def _is_pattern(value: Any) -> bool:
     return value is None or (
         isinstance(value, dict)
         and all(_is_number(number) and number > 0 for number in value.values())
-        and not any(map(targets.why_no_pattern, value))
+        and not any(map(why_none, value))
     )
 
 

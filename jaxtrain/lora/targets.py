@@ -8,11 +8,12 @@ import dataclasses
 import math
 import operator
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 
+from jaxtrain.lora.patterns import ends_one, why_none
 from jaxtrain.models.layers import LoraShape
 from jaxtrain.models.quantization import CODES, kernel_shape
 from jaxtrain.record.safe_text import shown
@@ -89,7 +90,7 @@ class LoraConfig:
             patterns = getattr(self, key)
             for pattern in [patterns] if isinstance(patterns, str) else patterns:
                 whole = key == "target_modules"  # PEFT takes it as it is
-                if reason := why_no_pattern(pattern, whole=whole):
+                if reason := why_none(pattern, whole=whole):
                     raise ValueError(
                         f"lora.{key} = {shown(pattern)} is no regular expression"
                         f" ({reason}): escape what is meant literally"
@@ -125,26 +126,6 @@ class LoraConfig:
                 )
             chosen.append(values[0])
         return chosen[0], self.scaling(*chosen)
-
-
-def why_no_pattern(pattern: str, *, whole: bool = False) -> str | None:
-    """Why a text is no regular expression of names; None where it is one.
-
-    Unless it is for `whole` names it is compiled inside of another, as it will be used:
-    it may then not begin with flags, which stand at the very beginning only.
-    """
-    try:
-        re.compile(pattern if whole else f"({pattern})$")
-    except RecursionError:
-        return "nested too deeply"
-    except (re.error, OverflowError) as error:
-        return str(error)
-    return None
-
-
-def ends_one(pattern: str, names: Iterable[str]) -> bool:
-    """PEFT's rule for patterns of ranks: a regular expression of a name's end."""
-    return any(re.match(rf"(.*\.)?({pattern})$", name) for name in names)
 
 
 # --- modules and their names -------------------------------------------------------

@@ -112,8 +112,7 @@ class ModelConfig:
         unknown = sorted(set(self.layer_types) - {FULL, SLIDING})
         if unknown:
             yield (
-                f"model.layer_types has {shown(unknown)}; only {FULL!r} and {SLIDING!r}"
-                " exist"
+                f"model.layer_types has {shown(unknown)}: use {FULL!r} or {SLIDING!r}"
             )
         if SLIDING in self.layer_types and not self.sliding_window:
             yield (

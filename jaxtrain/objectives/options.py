@@ -11,7 +11,6 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from jaxtrain import schema
-from jaxtrain.record.safe_text import shown
 from jaxtrain.schema import Fraction, FractionBelowOne, NonNegative, OneOf, Positive
 
 FractionBelowHalf = Annotated[float, schema.Bound(0, 0.5, open_high=True)]
@@ -122,7 +121,7 @@ class PreferenceOptions(Options):
         for name in dict.fromkeys(names):
             if names.count(name) > 1:
                 fix = "list it once, with the sum of its weights"
-                yield "loss_type", "loss_type", f"{shown(name)} is listed twice", fix
+                yield "loss_type", "loss_type", f"{name!r} is listed twice", fix
         if weights is not None and len(weights) != len(names):
             problem = f"{len(weights)} weights for {len(names)} loss_type"
             yield "loss_weights", "loss_type", problem, "give one weight for each"
@@ -198,7 +197,7 @@ class CpoOptions(SimpoOptions):
     def contradictions(self) -> Iterator[Contradiction]:
         """Only the two losses of a sigmoid can be smoothed."""
         if self.label_smoothing and self.loss_type in ("hinge", "ipo"):
-            problem = f"loss_type {shown(self.loss_type)} does not read it"
+            problem = f"loss_type {self.loss_type!r} does not read it"
             fix = "remove it, or set loss_type to sigmoid or simpo"
             yield "label_smoothing", "loss_type", problem, fix
 
@@ -235,7 +234,7 @@ def make_options(
     for key, other, problem, fix in options.contradictions():
         # In place of a refused value the options have a default, which nobody set.
         if not {key, other} & {*refused, *wrong}:
-            problems.append((key, f"{key} = {shown(values[key])}: {problem}; {fix}"))
+            problems.append((key, f"{key} = {values[key]!r}: {problem}; {fix}"))
     return options, problems
 
 

@@ -26,6 +26,7 @@ from jaxtrain.data.rows.source import load_rows
 from jaxtrain.data.rows.tokenize import load_tokenizer
 from jaxtrain.lora import LoraConfig
 from jaxtrain.lora.peft_files import load_adapter, read_settings
+from jaxtrain.models import hf_config
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.generation_config import read_generation_config
 from jaxtrain.models.hf import load_config as load_sizes
@@ -221,18 +222,22 @@ def test_a_deep_place_in_a_header_is_told_in_short(tmp_path):
     _refused_in_short(lambda: read_header(file), r"model\.safetensors: .*'w'")
 
 
-@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
-def test_json_without_end_is_refused(name, tmp_path):
-    """Where Python reads so deep a file at all, and where it does not."""
-    deep = '{"a": ' * 3000 + "1" + "}" * 3000
-    sizes = json.dumps(SIZES)[:-1]
-    (tmp_path / "config.json").write_text(f'{sizes}, "rope_parameters": {deep}}}')
+@pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling", "vocab_size"])
+def test_a_model_s_values_without_end_are_refused(key, tmp_path, monkeypatch):
+    """However deep Python reads JSON: libraries raise its limit."""
+    deep: object = 1
+    for _ in range(5000):
+        deep = {"a": deep}
+    (tmp_path / "config.json").touch()
+    options = SIZES | {key: {"factor": deep}}
+    monkeypatch.setattr(hf_config, "read_json", lambda _: options)
+    _refused_in_short(lambda: load_sizes(tmp_path), r"config\.json: ")
+
+
+def test_settings_of_generation_without_end_are_refused(tmp_path):
+    deep = '{"a": ' * 5000 + "1" + "}" * 5000
     (tmp_path / "generation_config.json").write_text(f'{{"top_k": {deep}}}')
-    readers = {
-        "config.json": load_sizes,
-        "generation_config.json": read_generation_config,
-    }
-    _refused_in_short(lambda: readers[name](tmp_path), name)
+    _refused_in_short(lambda: read_generation_config(tmp_path), "nested too deeply")
 
 
 @pytest.mark.parametrize("changed", [{"head_dim": 10**9}, {"hidden_size": 2**30}])
