@@ -9,7 +9,6 @@ set, and docs/configuration.md.
 import dataclasses
 import difflib
 import math
-import reprlib
 import sys
 import types
 import typing
@@ -18,12 +17,12 @@ from typing import Annotated, Any, Literal, TypeAlias, TypeVar, Union
 
 from ml_collections import ConfigDict, FieldReference
 
+from jaxtrain.record.safe_text import cut, shown
 from jaxtrain.tree import dotted, flatten, get, nest
 
 T = TypeVar("T")
 
-# What a message shows of a value, of the names in a section, and of many mistakes.
-_MOST_CHARACTERS = 240
+# What a message shows of the names in a section, and of many mistakes.
 _MOST_NAMES = 12
 _MOST_SUGGESTIONS = 50
 
@@ -277,7 +276,7 @@ def _check(
             fix = "remove it"
             if len(problems) < _MOST_SUGGESTIONS:  # each takes milliseconds
                 fix = suggest_key(str(name), prefix, schema, root)
-            problems[path] = f"{_cut(path)} = {shown(value)}: unknown key; {fix}"
+            problems[path] = f"{cut(path)} = {shown(value)}: unknown key; {fix}"
         elif isinstance(entry, Leaf):
             is_unset = value is None and entry.default is None
             try:
@@ -315,44 +314,6 @@ def _names(schema: Schema) -> str:
         return ", ".join(names)
     more = len(names) - _MOST_NAMES
     return f"{', '.join(names[:_MOST_NAMES])} and {more} more (docs/configuration.md)"
-
-
-def shown(value: Any) -> str:
-    """A value in a message: its repr, with "..." for what is too long or too deep."""
-    return _cut(_SHORT.repr(value))
-
-
-def _cut(text: str) -> str:
-    is_long = len(text) > _MOST_CHARACTERS
-    return f"{text[:_MOST_CHARACTERS]}..." if is_long else text
-
-
-class _ShortRepr(reprlib.Repr):
-    """`repr` of bounded length; a mapping's keys in their own order."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.maxlevel, self.maxdict, self.maxother = 5, 20, _MOST_CHARACTERS
-        self.maxlist = self.maxtuple = self.maxset = 20
-        self.maxstring = _MOST_CHARACTERS
-
-    def repr_dict(self, mapping: dict[Any, Any], level: int) -> str:
-        if level <= 0:
-            return "{...}"
-        items = list(mapping.items())[: self.maxdict]
-        parts = [
-            f"{self.repr1(name, level - 1)}: {self.repr1(value, level - 1)}"
-            for name, value in items
-        ]
-        parts += ["..."] if len(mapping) > len(items) else []
-        return f"{{{', '.join(parts)}}}"
-
-    def repr_int(self, number: int, level: int) -> str:
-        is_long = number.bit_length() > 256  # Python refuses to print the longest
-        return "a very long integer" if is_long else repr(number)
-
-
-_SHORT = _ShortRepr()
 
 
 def convert(value: Any, hint: Any) -> Any:

@@ -255,7 +255,7 @@ def _read_file(name: str) -> Iterator[Prompt]:
             continue
         try:
             yield _prompt_of(json.loads(line))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{name}, line {number}: {error}") from error
 
 

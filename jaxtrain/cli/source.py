@@ -155,7 +155,7 @@ def _look_into(name: str, path: Any) -> Source:
 def _read(file: Any) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: not JSON; {error}") from error
     return content if isinstance(content, dict) else {}
 

@@ -10,6 +10,8 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import TypeVar
 
+from jaxtrain.record.safe_text import shown
+
 _T = TypeVar("_T")
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 _LOSS = "_loss"
@@ -40,14 +42,14 @@ def find_problem(names: Collection[object]) -> str | None:
     for name in names:
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             return (
-                f"{name!r} is no name of an evaluation set; write letters, digits, _"
-                " and -, a letter first"
+                f"{shown(name)} is no name of an evaluation set; write letters, digits,"
+                " _ and -, a letter first"
             )
     for one, other in itertools.permutations(map(str, names), 2):
         if other.startswith(f"{one}_") or one.lower() == other.lower():
             return (
-                f"the metrics of {one!r} and {other!r} could not be told apart; rename"
-                " one of them"
+                f"the metrics of {shown(one)} and {shown(other)} could not be told"
+                " apart; rename one of them"
             )
     return None
 
@@ -100,5 +102,5 @@ def choose_metric(metric: str, names: Collection[str], *, decides: bool) -> str:
         return first
     raise ValueError(
         f"it is no metric of the evaluation sets {', '.join(names)}; set one of a set,"
-        f" such as {first!r}"
+        f" such as {shown(first)}"
     )

@@ -24,6 +24,7 @@ from jaxtrain.config.run import (
 from jaxtrain.config.sections import SCHEMA
 from jaxtrain.config.shipped import is_file_name, shipped_config, shipped_configs
 from jaxtrain.config.yaml_loader import RefusedYamlError, YamlLoader
+from jaxtrain.record.safe_text import shown
 
 
 class ConfigManager:
@@ -85,14 +86,16 @@ def load_config(path: str | os.PathLike[str]) -> ConfigDict:
         text = str(shipped_config(text))
     suffix = Path(text).suffix
     if suffix not in (".yaml", ".yml", ".json", ".py"):
-        raise ValueError(f"config = {text!r}: unknown kind; give a .yaml or .py file")
+        raise ValueError(
+            f"config = {shown(text)}: unknown kind; give a .yaml or .py file"
+        )
     if Path(text).is_dir():
-        raise ValueError(f"config = {text!r}: a folder; name a file")
+        raise ValueError(f"config = {shown(text)}: a folder; name a file")
     if Path(text).exists() and not Path(text).is_file():
-        raise ValueError(f"config = {text!r}: a pipe or a device; name a file")
+        raise ValueError(f"config = {shown(text)}: a pipe or a device; name a file")
     if not Path(text).is_file():
         hint = _nearest_file(Path(text))
-        raise FileNotFoundError(f"config = {text!r}: no such file{hint}")
+        raise FileNotFoundError(f"config = {shown(text)}: no such file{hint}")
     if suffix != ".py":  # JSON is YAML
         return load_yaml(text)
     return _load_python(text, [argument] if argument else [])
@@ -102,9 +105,9 @@ def _nearest_file(path: Path) -> str:
     """A hint at a file beside it with a like name, or at the current folder."""
     names = os.listdir(path.parent) if path.parent.is_dir() else []
     if close := difflib.get_close_matches(path.name, names, n=1, cutoff=0.7):
-        return f"; did you mean {str(path.with_name(close[0]))!r}?"
+        return f"; did you mean {shown(str(path.with_name(close[0])))}?"
     if path.stem in shipped_configs():
-        return f"; the one that comes with jaxtrain is called {path.stem!r}"
+        return f"; the one that comes with jaxtrain is called {shown(path.stem)}"
     return "" if path.is_absolute() else f" in {os.getcwd()}"
 
 
@@ -163,8 +166,8 @@ def load_yaml(path: str | os.PathLike[str]) -> ConfigDict:
             raise ConfigError(_not_yaml(os.fspath(path), error)) from error
     if not isinstance(given, Mapping | None):
         raise ConfigError(
-            f"config = {os.fspath(path)!r}: not sections of keys; write 'training:'"
-            " and keys under it"
+            f"config = {shown(os.fspath(path))}: not sections of keys; write"
+            " 'training:' and keys under it"
         )
     config = default_config()
     given = with_current_names(without_provenance(given or {}))

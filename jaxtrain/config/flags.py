@@ -18,6 +18,7 @@ from jaxtrain.config.renamed import current_key
 from jaxtrain.config.rules import ConfigError
 from jaxtrain.config.run import RunConfig, resolve
 from jaxtrain.config.sections import GENERAL_KEYS, SCHEMA
+from jaxtrain.record.safe_text import shown
 from jaxtrain.tree import get, nest
 
 # A general key -> the keys that would overrule or contradict it, so that a file's give
@@ -97,8 +98,8 @@ def override(config: ConfigDict, flags: Iterable[Flag]) -> frozenset[str]:
         for key, value in parsed.items():
             if key in values and values[key] != value:
                 problems.append(
-                    f"--{key} is given twice, as {values[key]!r} and {value!r}: give"
-                    " it once"
+                    f"--{key} is given twice, as {shown(values[key])} and"
+                    f" {shown(value)}: give it once"
                 )
             values[key] = value
     given = nest({tuple(key.split(".")): value for key, value in values.items()})
@@ -223,7 +224,8 @@ def _give_way(config: ConfigDict, flags: Mapping[str, Any]) -> None:
         if len(named) == 2 and flags[named[0]] != flags[named[1]]:
             raise ConfigError(
                 f"--{named[0]} and --{named[1]} set the same key, to"
-                f" {flags[named[0]]!r} and {flags[named[1]]!r}: give one of the two"
+                f" {shown(flags[named[0]])} and {shown(flags[named[1]])}: give one of"
+                " the two"
             )
         rivals = _OVERRULED_BY.get(name, ())
         if flags[named[0]]:

@@ -4,6 +4,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from jaxtrain.record.safe_text import shown
+
 Kind = Literal["overruled", "inactive", "foreign", "remark"]
 
 
@@ -33,7 +35,7 @@ class Note:
             "foreign": " has no effect in JAX: ",
             "remark": " ",
         }[self.kind]
-        return f"{self.key} = {self.value!r}{link}{self.reason}"
+        return f"{self.key} = {shown(self.value)}{link}{self.reason}"
 
 
 def lines(notes: Iterable[Note]) -> list[str]:
@@ -53,8 +55,8 @@ def _by_reason(notes: Iterable[Note], kind: Kind) -> list[str]:
     groups: dict[str, list[str]] = {}
     for note in notes:
         if note.kind == kind:
-            shown = f"{note.key} = {note.value!r}"
-            groups.setdefault(note.reason, []).append(shown)
+            setting = f"{note.key} = {shown(note.value)}"
+            groups.setdefault(note.reason, []).append(setting)
     return [f"{', '.join(keys)} ({reason})" for reason, keys in groups.items()]
 
 

@@ -18,7 +18,7 @@ from jaxtrain.config.renamed import with_current_names
 from jaxtrain.config.rules import ConfigError, resolve_sections
 from jaxtrain.config.sections import SCHEMA
 from jaxtrain.objectives.options import ObjectiveRow, Options, objective_row
-from jaxtrain.record.safe_text import mask_secrets
+from jaxtrain.record.safe_text import mask_secrets, shown
 from jaxtrain.tree import dotted
 
 
@@ -159,7 +159,7 @@ def diff(
     """
     flat_old, flat_new = (dotted(mask_secrets(_as_dict(each))) for each in (old, new))
     return [
-        f"{key}: {flat_old.get(key)!r} -> {flat_new.get(key)!r}"
+        f"{key}: {shown(flat_old.get(key))} -> {shown(flat_new.get(key))}"
         for key in sorted(flat_old.keys() | flat_new.keys())
         if flat_old.get(key) != flat_new.get(key)
     ]
@@ -216,7 +216,7 @@ def _explain(run: RunConfig) -> list[str]:
         f"training.fp16 = {precision.fp16}, bf16 = {precision.bf16}:"
         f" {precision.compute_dtype} compute, {run.model.param_dtype} parameters",
         f"training.gradient_checkpointing = {precision.gradient_checkpointing}:"
-        f" rematerialization policy {precision.remat!r}",
+        f" rematerialization policy {shown(precision.remat)}",
         f"training.dataloader_pin_memory = {devices.dataloader_pin_memory}: batches are"
         f"{'' if devices.dataloader_pin_memory else ' not'} copied to the device ahead",
     ]

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from jaxtrain.schema import shown
+from jaxtrain.record.safe_text import shown
 
 _DEEPEST = 60  # values within one another
 _MOST_VALUES = 200_000  # in all, with aliases written out

@@ -20,9 +20,11 @@ import safetensors.numpy
 
 from jaxtrain.config.folders import bucket_cache
 from jaxtrain.lora import peft_tensors, targets
+from jaxtrain.lora.patterns import ends_one, why_none
 from jaxtrain.lora.peft_tensors import PREFIX, WEIGHTS_FILE
 from jaxtrain.lora.targets import ADAPTER_LEAVES, EMBEDDING, LoraConfig
 from jaxtrain.models.hf_files import read_header, read_json
+from jaxtrain.record.safe_text import shown
 from jaxtrain.sharding import to_host
 from jaxtrain.storage.address import is_remote
 from jaxtrain.storage.mirror import mirror
@@ -70,8 +72,8 @@ def save_adapter(
     if lora.changes_base:
         if initial is None:
             raise ValueError(
-                f"lora.init_lora_weights = {lora.init_lora_weights!r} changed the base:"
-                " pass the first adapters as `initial`"
+                f"lora.init_lora_weights = {shown(lora.init_lora_weights)} changed the"
+                " base: pass the first adapters as `initial`"
             )
         trainable, lora = _as_plain(trainable, initial, lora)
     flat = {
@@ -235,11 +237,7 @@ def read_settings(path: str | pathlib.Path) -> LoraConfig:
     has_embedding = any(name.endswith("embed_tokens") for name in names)
     patterns: dict[str, Any] = {
         # PEFT itself writes patterns of a mixture's stacked experts, adapted or not.
-        key: {
-            p: v
-            for p, v in (config.get(key) or {}).items()
-            if targets.ends_one(p, names)
-        }
+        key: {p: v for p, v in (config.get(key) or {}).items() if ends_one(p, names)}
         for key in ("rank_pattern", "alpha_pattern")
     }
     saved = config.get("modules_to_save") or ()
@@ -287,7 +285,7 @@ def _read_config(path: pathlib.Path) -> dict[str, Any]:
             )
     config = read_json(path / CONFIG_FILE)
     wrong = [
-        f"{path / CONFIG_FILE}: {name} = {config[name]!r:.200}: must be {wanted}"
+        f"{path / CONFIG_FILE}: {name} = {shown(config[name], 200)}: must be {wanted}"
         for name, (wanted, is_right) in _VALUES.items()
         if name in config and not is_right(config[name])
     ]
@@ -313,12 +311,16 @@ def _is_pattern(value: Any) -> bool:
     return value is None or (
         isinstance(value, dict)
         and all(_is_number(number) and number > 0 for number in value.values())
+        and not any(map(why_none, value))
     )
 
 
 _FLAG = ("true or false", _is_flag)
 _NAMES = ("a text or a list of texts", _is_names)
-_PATTERN = ("an object of numbers above 0", _is_pattern)
+_PATTERN = (
+    "an object of numbers above 0 by regular expressions of module names",
+    _is_pattern,
+)
 # What the keys that we read must hold, in words and as a test.
 _VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "r": ("an integer, at least 1", lambda r: type(r) is int and r > 0),
@@ -342,8 +344,8 @@ _VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {
 def _refuse_variants(path: pathlib.Path, config: Mapping[str, Any]) -> None:
     if config.get("peft_type") != "LORA":
         raise ValueError(
-            f"adapter {path}: peft_type = {config.get('peft_type')!r} is not supported,"
-            " only LORA: merge it with PEFT and load the merged model"
+            f"adapter {path}: peft_type = {shown(config.get('peft_type'))} is not"
+            " supported, only LORA: merge it with PEFT and load the merged model"
         )
     variants = {
         key: value
@@ -352,16 +354,16 @@ def _refuse_variants(path: pathlib.Path, config: Mapping[str, Any]) -> None:
     }
     if config.get("init_lora_weights", True) not in _PLAIN_INITS:
         raise ValueError(
-            f"adapter {path}: init_lora_weights = {config['init_lora_weights']!r} is"
-            " not supported, because it changed its base at first: save it by PEFT's"
+            f"adapter {path}: init_lora_weights = {shown(config['init_lora_weights'])}"
+            " is not supported, because it changed its base at first: save it by PEFT's"
             " save_pretrained(..., path_initial_model_for_weight_conversion=...), which"
             " fits it to the original base"
         )
     if variants:
         raise ValueError(
-            f"adapter {path}: {variants!s:.400} is not supported, because the adapter"
-            " would act differently here: merge it with PEFT (merge_and_unload) and"
-            " load the merged model"
+            f"adapter {path}: {shown(variants, 400)} is not supported, because the"
+            " adapter would act differently here: merge it with PEFT (merge_and_unload)"
+            " and load the merged model"
         )
 
 

@@ -8,13 +8,15 @@ import dataclasses
 import math
 import operator
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 
+from jaxtrain.lora.patterns import ends_one, why_none
 from jaxtrain.models.layers import LoraShape
 from jaxtrain.models.quantization import CODES, kernel_shape
+from jaxtrain.record.safe_text import shown
 from jaxtrain.tree import get as tree_get
 
 ADAPTER_LEAVES = ("lora_a", "lora_b", "lora_magnitude")
@@ -62,36 +64,37 @@ class LoraConfig:
         for key, known in (("bias", BIASES), ("init_lora_weights", INITS)):
             if getattr(self, key) not in known:
                 raise ValueError(
-                    f"lora.{key} = {getattr(self, key)!r} is unknown: choose from"
+                    f"lora.{key} = {shown(getattr(self, key))} is unknown: choose from"
                     f" {', '.join(known)}"
                 )
         if not self.target_modules:
             raise ValueError(
                 "lora.target_modules is empty: name modules, or say all-linear"
             )
-        alphas = {f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()}
+        alphas = {
+            f"alpha_pattern[{shown(k)}]": v for k, v in self.alpha_pattern.items()
+        }
         for key, alpha in {"lora_alpha": self.alpha, **alphas}.items():
             is_number = type(alpha) in (int, float) and math.isfinite(alpha)
             if not is_number or alpha <= 0:
                 raise ValueError(
-                    f"lora.{key} = {alpha!r} must be a finite number above 0"
+                    f"lora.{key} = {shown(alpha)} must be a finite number above 0"
                 )
         for key, rank in self.rank_pattern.items():
             if not isinstance(rank, int) or rank < 1:
                 raise ValueError(
-                    f"lora.rank_pattern = {{{key!r}: {rank!r}}}: a rank is a whole"
-                    " number, at least 1"
+                    f"lora.rank_pattern = {{{shown(key)}: {shown(rank)}}}: a rank is a"
+                    " whole number, at least 1"
                 )
         for key in _PATTERNS:
             patterns = getattr(self, key)
             for pattern in [patterns] if isinstance(patterns, str) else patterns:
-                try:
-                    re.compile(pattern)
-                except re.error as error:
+                whole = key == "target_modules"  # PEFT takes it as it is
+                if reason := why_none(pattern, whole=whole):
                     raise ValueError(
-                        f"lora.{key} = {pattern!r} is no regular expression ({error}):"
-                        " escape what is meant literally"
-                    ) from None
+                        f"lora.{key} = {shown(pattern)} is no regular expression"
+                        f" ({reason}): escape what is meant literally"
+                    )
 
     @property
     def changes_base(self) -> bool:
@@ -117,17 +120,12 @@ class LoraConfig:
             ]
             if len(set(values)) > 1:
                 raise ValueError(
-                    f"lora.{key} = {dict(patterns)} gives {names[0]} and its like in"
-                    f" other layers {values}, but layers are stacked: write patterns"
-                    " without layer numbers"
+                    f"lora.{key} = {shown(dict(patterns))} gives {names[0]} and its"
+                    f" like in other layers {values}, but layers are stacked: write"
+                    " patterns without layer numbers"
                 )
             chosen.append(values[0])
         return chosen[0], self.scaling(*chosen)
-
-
-def ends_one(pattern: str, names: Iterable[str]) -> bool:
-    """PEFT's rule for patterns of ranks: a regular expression of a name's end."""
-    return any(re.match(rf"(.*\.)?({pattern})$", name) for name in names)
 
 
 # --- modules and their names -------------------------------------------------------
@@ -242,7 +240,7 @@ def _is_target(lora: LoraConfig, entry: str, module: Module) -> bool:
         is_saved = any(re.match(inside, name) for inside in saved)
         return not is_saved and re.fullmatch(pattern, name) is not None
 
-    return _in_every_layer(f"lora.target_modules = {entry!r}", module, matches)
+    return _in_every_layer(f"lora.target_modules = {shown(entry)}", module, matches)
 
 
 def resolve_targets(lora: LoraConfig, base_tree: Mapping[str, Any]) -> set[str]:
@@ -271,13 +269,13 @@ def resolve_targets(lora: LoraConfig, base_tree: Mapping[str, Any]) -> set[str]:
         chosen = [module for module in modules if _is_target(lora, entry, module)]
         if refused := [m.label for m in chosen if not m.takes_adapter]:
             raise ValueError(
-                f"lora.target_modules = {entry!r} selects {refused[0]}, which is"
+                f"lora.target_modules = {shown(entry)} selects {refused[0]}, which is"
                 " neither a linear layer nor the embedding and takes no adapter:"
                 f" choose from {available}{why_not_experts}"
             )
         if not chosen:
             raise ValueError(
-                f"lora.target_modules: {entry!r} matches no module of this model"
+                f"lora.target_modules: {shown(entry)} matches no module of this model"
                 f"{' outside modules_to_save' if lora.modules_to_save else ''}:"
                 f" choose from {available}, or all-linear{why_not_experts}"
             )
@@ -303,7 +301,7 @@ def resolve_ranks(
         for pattern in getattr(lora, key):
             if not ends_one(pattern, names):
                 raise ValueError(
-                    f"lora.{key}: {pattern!r} matches no module with an adapter:"
+                    f"lora.{key}: {shown(pattern)} matches no module with an adapter:"
                     f" choose from {sorted(targets)}"
                 )
     ranks = {label: lora.rank_and_scaling(modules[label]) for label in targets}
@@ -347,7 +345,7 @@ def resolve_modules_to_save(
     modules = [m for m in iterate_modules(base_tree) if "tied" not in m.leaves]
     paths: set[TreePath] = set()
     for entry in lora.modules_to_save:
-        key = f"lora.modules_to_save = {entry!r}"
+        key = f"lora.modules_to_save = {shown(entry)}"
         found = {
             module.path
             for module in modules
@@ -360,7 +358,7 @@ def resolve_modules_to_save(
             )
         if not found:
             raise ValueError(
-                f"lora.modules_to_save: {entry!r} matches no module of this model:"
+                f"lora.modules_to_save: {shown(entry)} matches no module of this model:"
                 f" choose from {sorted({module.label for module in modules})}"
             )
         if any("experts" in (*path, *tree_get(base_tree, path)) for path in found):

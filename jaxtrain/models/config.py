@@ -9,6 +9,7 @@ from typing import Any
 from jaxtrain.models.families import FAMILIES, REFUSED_UNLESS, WRAPPERS, Family
 from jaxtrain.models.problems import Problems
 from jaxtrain.models.rope import RopeConfig
+from jaxtrain.record.safe_text import shown
 from jaxtrain.tree import flatten
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -80,7 +81,7 @@ class ModelConfig:
         for name in names:
             size, most = getattr(self, name), _MOST.get(name, 2**31 - 1)
             if type(size) is not int or size < 1:
-                yield f"model.{name} = {size!r:.100}: must be a positive integer"
+                yield f"model.{name} = {shown(size, 100)}: must be a positive integer"
             elif size > most:
                 yield f"model.{name} = {_count(size)}: must be at most {most:,}"
         for name, (least, may_be_unset) in _NUMBERS.items():
@@ -90,7 +91,7 @@ class ModelConfig:
             is_number = type(number) in (int, float) and abs(number) < math.inf
             if not is_number or number < 0 or (number == 0 and least):
                 wanted = f"a finite number {'above' if least else 'of at least'} 0"
-                yield f"model.{name} = {number!r:.100}: must be {wanted}"
+                yield f"model.{name} = {shown(number, 100)}: must be {wanted}"
 
     def _wrong_layers(self) -> Iterator[str]:
         if self.num_attention_heads % self.num_key_value_heads:
@@ -100,7 +101,7 @@ class ModelConfig:
             )
         if self.hidden_act not in _ACTIVATIONS:
             yield (
-                f"model.hidden_act = {self.hidden_act!r} is unknown; use one of"
+                f"model.hidden_act = {shown(self.hidden_act)} is unknown; use one of"
                 f" {', '.join(_ACTIVATIONS)}"
             )
         if len(self.layer_types) != self.num_hidden_layers:
@@ -111,12 +112,12 @@ class ModelConfig:
         unknown = sorted(set(self.layer_types) - {FULL, SLIDING})
         if unknown:
             yield (
-                f"model.layer_types has {unknown}; only {FULL!r} and {SLIDING!r} exist"
+                f"model.layer_types has {shown(unknown)}: use {FULL!r} or {SLIDING!r}"
             )
         if SLIDING in self.layer_types and not self.sliding_window:
             yield (
                 f"model.layer_types has {SLIDING!r}, so sliding_window must be a"
-                f" number of tokens, not {self.sliding_window!r}"
+                f" number of tokens, not {shown(self.sliding_window)}"
             )
         for rope in (self.rope, self.local_rope):
             if rope is not None:
@@ -323,8 +324,9 @@ _SIZES = (
     "num_attention_heads", "num_key_value_heads", "head_dim",
 )  # fmt: skip
 _SIZES_AND_LENGTH = (*_SIZES, "max_position_embeddings")
-# Layers and experts are counted one by one, here and in files.
-_MOST = {"num_hidden_layers": 10_000, "num_experts": 10_000}
+# Layers and experts are counted one by one, here and in files; rotary embeddings have
+# an angle for each pair of a head's features.
+_MOST = {"num_hidden_layers": 10_000, "num_experts": 10_000, "head_dim": 2**20}
 _MOST_WEIGHTS = 10**14  # 182 TiB in bfloat16
 # Other numbers: whether 0 is too small, and whether they may be unset.
 _NUMBERS = {
@@ -347,9 +349,9 @@ def family_of(model_type: Any) -> Family:
     """
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(
-            f"model_type = {model_type!r} is not a family this decoder knows; use one"
-            f" of {', '.join(FAMILIES)}, or a directory whose config.json has one of"
-            f" these in its text_config: {', '.join(WRAPPERS)}"
+            f"model_type = {shown(model_type)} is not a family this decoder knows; use"
+            f" one of {', '.join(FAMILIES)}, or a directory whose config.json has one"
+            f" of these in its text_config: {', '.join(WRAPPERS)}"
         )
     return FAMILIES[model_type]
 
@@ -369,14 +371,16 @@ def refused_options(options: Mapping[str, Any], family: Family) -> list[str]:
     for name, value in options.items():
         if name in REFUSED_UNLESS:
             if value not in REFUSED_UNLESS[name]:
-                refused.append(f"{name} = {value!r} (only {REFUSED_UNLESS[name][0]!r})")
+                refused.append(
+                    f"{name} = {shown(value, 60)} (only {REFUSED_UNLESS[name][0]!r})"
+                )
             continue
         # An option of another family that is off changes nothing.
         if not family.understands(name) and value is not None and value is not False:
-            refused.append(f"{name} = {value!r}")
+            refused.append(f"{name} = {shown(value, 60)}")
     for name in family.must_be_none:
         if options.get(name) is not None:
-            refused.append(f"{name} = {options[name]!r} (only None)")
+            refused.append(f"{name} = {shown(options[name], 60)} (only None)")
     if not refused:
         return []
     return [
@@ -410,8 +414,8 @@ def _check_layers(given: Mapping[str, Any]) -> None:
     layers, most = given["num_hidden_layers"], _MOST["num_hidden_layers"]
     if type(layers) is not int or not 0 < layers <= most:
         raise ValueError(
-            f"model.num_hidden_layers = {layers!r:.100}: must be a positive integer, at"
-            f" most {most:,}"
+            f"model.num_hidden_layers = {shown(layers, 100)}: must be a positive"
+            f" integer, at most {most:,}"
         )
 
 

@@ -11,6 +11,8 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from jaxtrain.record.safe_text import shown
+
 logger = logging.getLogger(__name__)
 
 FILE = "generation_config.json"
@@ -104,7 +106,7 @@ class GenerationConfig:
 
     def _warn_of_what_is_not_applied(self) -> None:
         left_out = [
-            f"{name} = {self.values[name]!r}"
+            f"{name} = {shown(self.values[name])}"
             for name, neutral in _NOT_APPLIED.items()
             if self.values.get(name) not in neutral
         ]
@@ -128,9 +130,10 @@ def read_generation_config(directory: str | pathlib.Path | None) -> GenerationCo
         return GenerationConfig()
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
         raise ValueError(
-            f"{file} is no JSON ({error}): download it again, or delete it, and"
+            f"{file} is no JSON ({reason}): download it again, or delete it, and"
             " generation takes its own defaults"
         ) from error
     if not isinstance(values, dict):
@@ -139,7 +142,7 @@ def read_generation_config(directory: str | pathlib.Path | None) -> GenerationCo
             " download it again, or delete it"
         )
     problems = [
-        f"{name} = {values[name]!r}: must be {wanted}"
+        f"{name} = {shown(values[name], 60)}: must be {wanted}"
         for name, (fits, wanted) in _CHECKS.items()
         if values.get(name) is not None and not fits(values[name])
     ]

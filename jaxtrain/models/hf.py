@@ -44,6 +44,7 @@ from jaxtrain.models.hf_tensors import Tensors, open_tensors
 from jaxtrain.models.problems import Problems
 from jaxtrain.models.quantization import CODES, SCALES, quantize_on_device
 from jaxtrain.models.transformer import Decoder
+from jaxtrain.record.safe_text import shown
 from jaxtrain.storage.address import is_remote
 from jaxtrain.tree import flatten, nest
 from jaxtrain.types import Params
@@ -80,7 +81,9 @@ def resolve_model_path(name: str, revision: str | None = None) -> pathlib.Path:
     if directory.is_dir():
         return directory
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ValueError(f"model path {name!r} is no directory; check the spelling")
+        raise ValueError(
+            f"model path {shown(name)} is no directory; check the spelling"
+        )
     import huggingface_hub  # needed only for names of the hub
 
     try:
@@ -94,7 +97,7 @@ def resolve_model_path(name: str, revision: str | None = None) -> pathlib.Path:
     except Exception as error:  # the hub's client has no common base of its errors
         reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"model {name!r} is no local directory, and the hub did not give it"
+            f"model {shown(name)} is no local directory, and the hub did not give it"
             f" ({type(error).__name__}: {reason}). Offline, run `hf download {name}` on"
             " a machine with network and give the directory it prints; for a gated"
             " model log in with `hf auth login` first"

@@ -23,6 +23,7 @@ from jaxtrain.models.hf_composite import is_composite, text_options
 from jaxtrain.models.hf_files import read_json
 from jaxtrain.models.problems import Problems
 from jaxtrain.models.rope import unread_parameters
+from jaxtrain.record.safe_text import shown
 
 logger = logging.getLogger(__name__)
 
@@ -212,17 +213,18 @@ def _read_by_rope(
     parameters: Mapping[str, Any], family: Family
 ) -> tuple[dict[str, Any], list[str]]:
     """Rope parameters without those that their kind does not read; and these."""
-    if any(isinstance(value, Mapping) for value in parameters.values()):
-        read, unread = {}, []
-        for name, below in parameters.items():
-            if isinstance(below, Mapping):
-                read[name], names = _read_by_rope(below, family)
-                unread += [f"{name}.{each}" for each in names]
-            else:
-                read[name] = below
-        return read, unread
-    unread = unread_parameters(parameters, family)
-    return {k: v for k, v in parameters.items() if k not in unread}, unread
+    if not any(isinstance(value, Mapping) for value in parameters.values()):
+        unread = unread_parameters(parameters, family)
+        return {k: v for k, v in parameters.items() if k not in unread}, unread
+    # One set for each type of layer. What is nested deeper is no set of parameters:
+    # it is judged as a value, so that this can't recurse without end.
+    read, unread = dict(parameters), []
+    for name, below in parameters.items():
+        if isinstance(below, Mapping):
+            names = unread_parameters(below, family)
+            read[name] = {k: v for k, v in below.items() if k not in names}
+            unread += [f"{name}.{each}" for each in names]
+    return read, unread
 
 
 @functools.cache
@@ -259,7 +261,9 @@ def _wrong_types(options: Mapping[str, Any]) -> list[str]:
             wanted = _READ_BESIDES[name]
         if not _is_of(value, wanted):
             given = _words(type(value))
-            wrong.append(f"{name} = {value!r}: must be {_words(wanted)}, not {given}")
+            wrong.append(
+                f"{name} = {shown(value)}: must be {_words(wanted)}, not {given}"
+            )
     return wrong
 
 
@@ -305,9 +309,9 @@ def _quantized_otherwise(settings: Any, *, in_wrapper: bool) -> list[str]:
         method = "bitsandbytes"
     way = " with training.lora.quantization = 'nf4' or 'int8'"
     return [
-        f"quantization_config.quant_method = {method!r}: these weights are quantized"
-        " already, and only fp8 with weight_scale_inv is undone on loading, in models"
-        " of text alone. Train the"
+        f"quantization_config.quant_method = {shown(method)}: these weights are"
+        " quantized already, and only fp8 with weight_scale_inv is undone on loading,"
+        " in models of text alone. Train the"
         " model that they were made from"
         + (way if method == "bitsandbytes" else "")
         + ", or write them as whole weights: transformers'"

@@ -21,6 +21,7 @@ import safetensors
 from jaxtrain.models.bucket import weight_file, weight_names
 from jaxtrain.models.hf_names import TOKENIZER_FILES, WEIGHTS, WEIGHTS_INDEX
 from jaxtrain.models.problems import Problems
+from jaxtrain.record.safe_text import shown
 from jaxtrain.storage.reading import AnyFile, RemoteFile
 
 _LFS_POINTER = b"version https://git-lfs"
@@ -179,26 +180,26 @@ def _check_places(header: Mapping[str, Any]) -> int:
             begin, end = tensor["data_offsets"]
         except (TypeError, KeyError, ValueError):
             raise ValueError(
-                f"its header gives {name!r:.200} no type, shape and place"
+                f"its header gives {shown(name, 200)} no type, shape and place"
             ) from None
         numbers = [*shape, begin, end] if isinstance(shape, list) else [None]
         if any(type(each) is not int or not 0 <= each < 2**63 for each in numbers):
             raise ValueError(
-                f"its header gives {name!r:.200} the shape {shape!r:.80} at {begin!r}"
-                f" to {end!r}"
+                f"its header gives {shown(name, 200)} the shape {shown(shape, 80)} at"
+                f" {shown(begin)} to {shown(end)}"
             )
         if (end - begin) * 8 != math.prod(shape) * bits:
             raise ValueError(
-                f"its header gives {name!r:.200} {end - begin} bytes, which the shape"
-                f" {shape!r:.80} of {tensor['dtype']} does not take"
+                f"its header gives {shown(name, 200)} {end - begin} bytes, which the"
+                f" shape {shown(shape, 80)} of {tensor['dtype']} does not take"
             )
         places.append((begin, end, name))
     at = 0
     for begin, end, name in sorted(places):
         if begin != at:
             raise ValueError(
-                f"its header puts {name!r:.200} at byte {begin} and not at {at}, where"
-                " the tensor before it ends"
+                f"its header puts {shown(name, 200)} at byte {begin} and not at {at},"
+                " where the tensor before it ends"
             )
         at = end
     return at
@@ -249,7 +250,8 @@ def _read_index(index: pathlib.Path) -> dict[str, str]:
         # The index is input: it may not name files elsewhere.
         if pathlib.PurePath(name).name != name or "\\" in name or name == "..":
             raise ValueError(
-                f"{index} names the file {name!r}; shards must lie beside the index"
+                f"{index} names the file {shown(name)}; shards must lie beside the"
+                " index"
             )
     folder = index.parent
     missing = [name for name in names if not weight_file(folder, name).is_file()]

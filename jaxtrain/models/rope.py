@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from jaxtrain.models.families import Family
+from jaxtrain.record.safe_text import shown
 
 _LENGTH = "original_max_position_embeddings"
 # Kinds, the parameters that each one needs, and the others it has; besides theta.
@@ -88,7 +89,7 @@ class RopeConfig:
         parameters = {k: v for k, v in parameters.items() if k not in _KIND_KEYS}
         if not isinstance(kind, str) or kind not in _PARAMETERS:
             raise ValueError(
-                f"rope_type = {kind!r} is not implemented; this decoder has"
+                f"rope_type = {shown(kind)} is not implemented; this decoder has"
                 f" {', '.join(_PARAMETERS)}"
             )
         required, optional = (words.split() for words in _PARAMETERS[kind])
@@ -110,7 +111,7 @@ class RopeConfig:
         missing = [name for name in required if name not in parameters]
         if unknown or missing:
             raise ValueError(
-                f"rope_parameters of kind {kind!r}: unknown {unknown},"
+                f"rope_parameters of kind {shown(kind)}: unknown {shown(unknown)},"
                 f" missing {missing}"
             )
         if partial != 1.0 and not family.partial_rotary:
@@ -158,8 +159,8 @@ class RopeConfig:
             )
         elif not self._has_frequencies(head_dim):
             yield (
-                f"rope_parameters of kind {self.kind!r} give no finite frequencies for"
-                f" model.head_dim = {head_dim}: {self.to_hf()!s:.300}"
+                f"rope_parameters of kind {shown(self.kind)} give no finite frequencies"
+                f" for model.head_dim = {head_dim}: {self.to_hf()!s:.300}"
             )
         for name in ("short_factor", "long_factor"):
             factors = getattr(self, name)
@@ -208,7 +209,7 @@ def unread_parameters(parameters: Mapping[str, Any], family: Family) -> list[str
 def _check_values(parameters: Mapping[str, Any], known: set[str]) -> None:
     """Raise ValueError where a known parameter is no number, or not of its range."""
     wrong = [
-        f"{name} = {value!r}"
+        f"{name} = {shown(value, 60)}"
         for name, value in parameters.items()
         if name in known and value is not None and not _is_valid(name, value)
     ]
@@ -265,7 +266,7 @@ def _given_theta(options: Mapping[str, Any], key: str, default: float) -> float:
     """A base that stands outside of the rope parameters."""
     theta = options.get(key)
     if theta is not None and not _is_valid("rope_theta", theta):
-        raise ValueError(f"{key} = {theta!r}: must be a finite number, at least 1")
+        raise ValueError(f"{key} = {shown(theta)}: must be a finite number, at least 1")
     return default if theta is None else theta
 
 

@@ -22,6 +22,7 @@ from jaxtrain.objectives.options import (
     unknown_objective,
 )
 from jaxtrain.objectives.preference import count_tokens, masked_sum, real_rows
+from jaxtrain.record.safe_text import shown
 from jaxtrain.types import Batch, LogProbsFn, Metrics, Objective, WeightedSum
 
 
@@ -72,7 +73,7 @@ def make_objective(name: str, **hyperparameters: Any) -> Objective:
     if ":" in name:
         return functools.partial(load_objective(name), **hyperparameters)
     if name not in OBJECTIVES:
-        raise ValueError(f"objective = {name!r}: {unknown_objective(name)}")
+        raise ValueError(f"objective = {shown(name)}: {unknown_objective(name)}")
     options, problems = make_options(OBJECTIVES[name].options, hyperparameters)
     if problems:
         raise ValueError("\n".join(line for _, line in problems))

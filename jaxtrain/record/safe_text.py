@@ -1,14 +1,17 @@
 """Texts that may be kept and shown: without secrets, and without terminal commands.
 
 Whatever writes a configuration to a file, or prints a line that may hold values of the
-user's or texts from data, goes through here. Nothing large is imported.
+user's or texts from data, goes through here; `shown` puts a value into a message.
+Nothing large is imported.
 """
 
 import re
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
 MASK = "***"
+MOST_CHARACTERS = 240  # of one value in a message
 
 # Words of a key under which every value is a secret.
 _SECRET_WORDS = frozenset(
@@ -102,6 +105,48 @@ def escape_controls(text: str) -> str:
     return _CONTROLS.sub(
         lambda found: found[0].encode("unicode_escape").decode("ascii"), text
     )
+
+
+def shown(value: Any, most: int = MOST_CHARACTERS) -> str:
+    """A value in a message: its repr, with "..." for what is too long or too deep.
+
+    A message that holds a value of a file or of a flag takes it from here: a plain
+    repr of it may be millions of characters long, or raise RecursionError.
+    """
+    return cut(_SHORT.repr(value), most)
+
+
+def cut(text: str, most: int = MOST_CHARACTERS) -> str:
+    """The first `most` characters of a text, and "..." where there are more."""
+    return f"{text[:most]}..." if len(text) > most else text
+
+
+class _ShortRepr(reprlib.Repr):
+    """`repr` of bounded length; a mapping's keys in their own order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxdict, self.maxother = 5, 20, MOST_CHARACTERS
+        self.maxlist = self.maxtuple = self.maxset = 20
+        self.maxstring = MOST_CHARACTERS
+
+    def repr_dict(self, mapping: dict[Any, Any], level: int) -> str:
+        if level <= 0:
+            return "{...}"
+        items = list(mapping.items())[: self.maxdict]
+        parts = [
+            f"{self.repr1(name, level - 1)}: {self.repr1(value, level - 1)}"
+            for name, value in items
+        ]
+        parts += ["..."] if len(mapping) > len(items) else []
+        return f"{{{', '.join(parts)}}}"
+
+    def repr_int(self, number: int, level: int) -> str:
+        is_long = number.bit_length() > 256  # Python refuses to print the longest
+        return "a very long integer" if is_long else repr(number)
+
+
+_SHORT = _ShortRepr()
 
 
 def is_secret(name: str, value: Any) -> bool:

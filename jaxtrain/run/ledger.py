@@ -9,6 +9,8 @@ import json
 import pathlib
 from typing import Any
 
+import jax
+
 from jaxtrain.run.durable import flush, write_whole
 from jaxtrain.storage.address import is_remote
 from jaxtrain.storage.errors import retrying
@@ -30,9 +32,10 @@ def note_saved(ledger: Any, step: int) -> None:
 def flush_records(ledger: Any) -> None:
     """Have the lines of a run's records on the disk before a checkpoint counts.
 
-    Records of a bucket are uploaded instead (run/workdir.py).
+    The first process does it, where there is a ledger beside them. Records of a bucket
+    are uploaded instead (run/workdir.py).
     """
-    if not is_remote(ledger):
+    if ledger is not None and not is_remote(ledger) and jax.process_index() == 0:
         for path in ledger.parent.glob("*.jsonl"):
             flush(path)
 

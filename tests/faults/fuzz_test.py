@@ -8,6 +8,8 @@ import os
 import pathlib
 import sys
 import time
+import tracemalloc
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -17,13 +19,18 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import fuzz
 
 from jaxtrain.config import ConfigError, load_config, resolve
+from jaxtrain.data.prepare.options import PrepareOptions
+from jaxtrain.data.prepare.prepare import prepare
 from jaxtrain.data.rows.folders import first_rows
 from jaxtrain.data.rows.source import load_rows
 from jaxtrain.data.rows.tokenize import load_tokenizer
 from jaxtrain.lora import LoraConfig
-from jaxtrain.lora.peft_files import load_adapter
+from jaxtrain.lora.peft_files import load_adapter, read_settings
+from jaxtrain.models import hf_config
 from jaxtrain.models.config import ModelConfig
+from jaxtrain.models.generation_config import read_generation_config
 from jaxtrain.models.hf import load_config as load_sizes
+from jaxtrain.models.hf_files import read_header
 from jaxtrain.models.load import load_model
 
 # A landing must not depend on the day: fresh seeds are for `run.py`, which resumes.
@@ -156,6 +163,150 @@ def test_an_adapter_of_integers_is_refused(tmp_path):
     _write(tmp_path, {"adapter_model.safetensors": safetensors.numpy.save(whole)})
     with pytest.raises(ValueError, match="holds I32"):
         load_adapter(tmp_path, kind.base)
+
+
+# Deeper than messages show, and not too deep for any of the readers of JSON.
+DEEP = json.loads('{"a": ' * 400 + "1" + "}" * 400)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"num_hidden_layers": DEEP},
+        {"model_type": DEEP},
+        {"hidden_act": DEEP},
+        {"rope_theta": DEEP},
+        {"rope_scaling": {"rope_type": "linear", "factor": DEEP["a"]}},
+        {"rope_parameters": DEEP},
+        {"model_type": "qwen3", "layer_types": ["a" * 3000] * 2},
+    ],
+    ids=lambda changed: "-".join(changed),
+)
+def test_a_deep_value_of_a_model_is_told_in_short(changed, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(SIZES | changed))
+    key = list(changed)[-1].replace("rope_scaling", "factor")
+    _refused_in_short(lambda: load_sizes(tmp_path), rf"config\.json: .*{key}")
+
+
+def test_a_deep_value_of_another_file_or_a_flag_is_told_in_short(tmp_path):
+    (tmp_path / "generation_config.json").write_text(
+        json.dumps(dict.fromkeys(("temperature", "top_p", "top_k"), DEEP))
+    )
+    _refused_in_short(
+        lambda: read_generation_config(tmp_path), r"config\.json has temperature = "
+    )
+    row = {"messages": [{"role": DEEP, "content": "a"}]}
+    tokenizer = fuzz.Rows(tmp_path).tokenizer
+    options = PrepareOptions("next_token", 64)
+    _refused_in_short(lambda: prepare([row], tokenizer, options), r"row 0: .*role \{")
+    given = {
+        "training_type": "from_scratch",
+        "from_scratch": {"objective": "(" * 5000},
+    }
+    _refused_in_short(lambda: resolve({"training": given}), r"objective = '\(\(")
+
+
+@pytest.mark.parametrize("key", ["peft_type", "init_lora_weights", "r", "use_x"])
+def test_a_deep_value_of_an_adapter_is_told_in_short(key, tmp_path):
+    kind = fuzz.Adapter(tmp_path)
+    settings = json.loads(kind.valid["adapter_config.json"]) | {key: DEEP}
+    _write(tmp_path, kind.valid | {"adapter_config.json": json.dumps(settings)})
+    _refused_in_short(lambda: load_adapter(tmp_path, kind.base), key)
+
+
+def test_a_deep_place_in_a_header_is_told_in_short(tmp_path):
+    header = {"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, DEEP]}}
+    text = json.dumps(header).encode()
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(len(text).to_bytes(8, "little") + text + b"\0" * 4)
+    _refused_in_short(lambda: read_header(file), r"model\.safetensors: .*'w'")
+
+
+@pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling", "vocab_size"])
+def test_a_model_s_values_without_end_are_refused(key, tmp_path, monkeypatch):
+    """However deep Python reads JSON: libraries raise its limit."""
+    deep: object = 1
+    for _ in range(5000):
+        deep = {"a": deep}
+    (tmp_path / "config.json").touch()
+    options = SIZES | {key: {"factor": deep}}
+    monkeypatch.setattr(hf_config, "read_json", lambda _: options)
+    _refused_in_short(lambda: load_sizes(tmp_path), r"config\.json: ")
+
+
+def test_settings_of_generation_without_end_are_refused(tmp_path):
+    deep = '{"a": ' * 5000 + "1" + "}" * 5000
+    (tmp_path / "generation_config.json").write_text(f'{{"top_k": {deep}}}')
+    _refused_in_short(lambda: read_generation_config(tmp_path), "nested too deeply")
+
+
+@pytest.mark.parametrize("changed", [{"head_dim": 10**9}, {"hidden_size": 2**30}])
+def test_heads_too_wide_are_refused_before_their_angles_are_made(changed, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(SIZES | changed))
+    tracemalloc.start()
+    _refused_in_short(lambda: load_sizes(tmp_path), "head_dim = .*at most 1,048,576")
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 64 * 2**20
+
+
+@pytest.mark.parametrize(
+    "pattern", ["[]", "(", "(?i)q_proj", "(" * 5000, "q{" + "9" * 20 + "}"]
+)
+@pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_is_none_is_refused_in_an_adapter_too(key, pattern, tmp_path):
+    with pytest.raises(ValueError, match=rf"lora\.{key} = .* no regular expression"):
+        LoraConfig(**{key: {pattern: 4}})
+    kind = fuzz.Adapter(tmp_path)
+    settings = json.loads(kind.valid["adapter_config.json"]) | {key: {pattern: 4}}
+    _write(tmp_path, kind.valid | {"adapter_config.json": json.dumps(settings)})
+    _refused_in_short(
+        lambda: read_settings(tmp_path), rf"{key} = .*regular expressions"
+    )
+
+
+def test_flags_may_begin_the_one_pattern_of_whole_names():
+    LoraConfig(target_modules=r"(?i).*Q_PROJ")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"text": "a\ud800"},
+        {"prompt": "a", "completion": "\ud800"},
+        {"messages": [{"role": "user", "content": "\udcff"}, fuzz._MESSAGES[2]]},
+    ],
+    ids=lambda row: next(iter(row)),
+)
+def test_half_a_surrogate_pair_in_a_program_s_row_is_refused(row, tmp_path):
+    tokenizer = fuzz.Rows(tmp_path).tokenizer
+    options = PrepareOptions("next_token", 64)
+    _refused_in_short(lambda: prepare([row], tokenizer, options), "row 0: .*half of a")
+    skipping = PrepareOptions("next_token", 64, on_bad_row="skip")
+    good = fuzz.ROWS[_FORMS[next(iter(row))]][1]
+    assert len(prepare([row, good], tokenizer, skipping)) == 1
+
+
+def test_half_a_surrogate_pair_of_a_template_is_refused(tmp_path):
+    tokenizer = fuzz.Rows(tmp_path).tokenizer
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '\\ud800' + m['content'] }}{% endfor %}"
+    )
+    options = PrepareOptions("next_token", 64)
+    row = {"messages": fuzz._MESSAGES}
+    _refused_in_short(lambda: prepare([row], tokenizer, options), "chat template makes")
+
+
+# What rows with these columns are called among the fuzzers' forms.
+_FORMS = {"text": "text", "prompt": "completion", "messages": "messages"}
+
+
+def _refused_in_short(read: Callable[[], object], said: str) -> None:
+    """Reading raises ValueError with lines that the fuzzers take as short."""
+    with pytest.raises(ValueError, match=said) as caught:
+        read()
+    outcome = fuzz.judge(caught.value)
+    assert outcome.handled, outcome
 
 
 def _write(folder: pathlib.Path, files: dict[str, bytes | str]) -> None:

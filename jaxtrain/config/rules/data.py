@@ -8,6 +8,7 @@ from jaxtrain.config import eval_sets
 from jaxtrain.config.notes import Note
 from jaxtrain.config.rules.resolution import Resolution
 from jaxtrain.config.sections import DEFAULT_MAX_LENGTH, CurriculumSection
+from jaxtrain.record.safe_text import shown
 
 _END = "curriculum.end_length"
 
@@ -136,7 +137,7 @@ def _check_format(run: Resolution) -> None:
     if run.data.format not in allowed:
         run.problem(
             "data.format",
-            f"training_type {run.training_type!r} trains on {rows}; set 'auto', or"
+            f"training_type {shown(run.training_type)} trains on {rows}; set 'auto', or"
             " change training_type",
             causes=("training.training_type", "objective"),
         )
@@ -199,9 +200,9 @@ def _packing_instead(run: Resolution) -> tuple[bool | Literal["batch"], str] | N
 def _why_no_pairs(run: Resolution) -> str | None:
     """Why this run's rows have no prompt that two completions share."""
     if not run.is_dpo:
-        return f"training_type {run.training_type!r} has single texts"
+        return f"training_type {shown(run.training_type)} has single texts"
     if run.row and run.row.row_kind == "labeled":
-        return f"objective {run.loop.objective!r} takes single completions"
+        return f"objective {shown(run.loop.objective)} takes single completions"
     return None
 
 
@@ -266,7 +267,7 @@ def note_splits(run: Resolution) -> None:
         elif (key == "data.train_split" or held_out) and all(
             _is_file(each) for each in eval_sets.by_name(source).values()
         ):
-            why = f"{other} = {source!r} is a file, which is taken whole"
+            why = f"{other} = {shown(source)} is a file, which is taken whole"
             run.note(key, why, f"remove the flag, or change {other}")
 
 
@@ -279,7 +280,7 @@ def note_hub_keys(run: Resolution) -> None:
         if run.is_set(key) and not (
             True in from_hub if key == "model.revision" else tokenizer
         ):
-            where = f"model.name_or_path = {model.name_or_path!r}"
+            where = f"model.name_or_path = {shown(model.name_or_path)}"
             why = f"{where} is no repository of the hub"
             run.note(key, why, "remove the flag, or change model.name_or_path")
 

@@ -14,6 +14,7 @@ from jaxtrain.objectives.options import (
     make_options,
     unknown_objective,
 )
+from jaxtrain.record.safe_text import shown
 
 _DPO, _KWARGS = "training.dpo.", "training.objective_kwargs."
 
@@ -37,7 +38,8 @@ def resolve_options(run: Resolution) -> None:
     for key in sorted(twice):
         run.problem(
             _KWARGS + key,
-            f"{_DPO}{key} = {given[key]!r} names the same option; set one of the two",
+            f"{_DPO}{key} = {shown(given[key])} names the same option; set one of the"
+            " two",
             value=kwargs[key],
         )
     refused = {key for key in row.keys_of_dpo if run.is_refused(_DPO + key)}
@@ -79,8 +81,8 @@ def check_objective(run: Resolution) -> None:
         wanted = "sft" if run.is_dpo else "dpo"
         run.problem(
             "objective",
-            f"training_type is {run.training_type!r}; set training_type = {wanted!r},"
-            " or objective = 'auto'",
+            f"training_type is {shown(run.training_type)}; set training_type ="
+            f" {shown(wanted)}, or objective = 'auto'",
             causes=["training.training_type"],
         )
         return
@@ -100,7 +102,7 @@ def check_objective(run: Resolution) -> None:
     for key, value in (_set_in_dpo(run.dpo, ignored) | flagged).items():
         run.problem(
             _DPO + key,
-            f"objective {name!r} does not read it; set it null, or give what the"
+            f"objective {shown(name)} does not read it; set it null, or give what the"
             " objective reads in training.objective_kwargs",
             value=value,
             causes=["objective"],

@@ -7,6 +7,7 @@ from dataclasses import replace
 from jaxtrain.config import eval_sets
 from jaxtrain.config.rules.resolution import Resolution
 from jaxtrain.config.sections import TEXT_METRIC_SCORES, GenerationSection
+from jaxtrain.record.safe_text import shown
 
 _NEVER_EVALUATES = (
     "eval_steps = 0 never evaluates; set eval_steps, or unset it to evaluate after each"
@@ -143,7 +144,7 @@ def _resolve_evaluation_sets(run: Resolution) -> None:
         return
     for name, path in sets.items():
         if not isinstance(path, str) or not path.strip():
-            where = f"{name!r} names no rows; give a file, a folder or a hub name"
+            where = f"{shown(name)} names no rows; give a file, a folder or a hub name"
             run.problem("data.eval", where)
             return
     loop = run.loop
@@ -218,7 +219,8 @@ def resolve_generation(run: Resolution) -> None:
         if name not in TEXT_METRIC_SCORES and ":" not in name:
             run.problem(
                 "generation.metrics",
-                f"{name!r} is no metric; choose from {', '.join(TEXT_METRIC_SCORES)},"
+                f"{shown(name)} is no metric; choose from"
+                f" {', '.join(TEXT_METRIC_SCORES)},"
                 " or write a function of your own as module:function",
             )
     if "bertscore" in run.generation.metrics and not run.generation.bertscore_model:
@@ -248,8 +250,8 @@ def _check_best_metric_is_generated(run: Resolution) -> None:
         if best in scores and name not in metrics:
             run.problem(
                 "metric_for_best_model",
-                f"generation.metrics = {metrics} does not compute it; add {name!r} to"
-                " generation.metrics",
+                f"generation.metrics = {metrics} does not compute it; add {shown(name)}"
+                " to generation.metrics",
                 causes=("generation.metrics", "generation.enabled"),
             )
 

@@ -4,6 +4,7 @@ from dataclasses import asdict, replace
 
 from jaxtrain.config.rules.resolution import Resolution
 from jaxtrain.config.sections import ArchitectureSection
+from jaxtrain.record.safe_text import shown
 
 _PREFIX = "model.architecture."
 
@@ -14,7 +15,7 @@ def resolve_model(run: Resolution) -> None:
     usual = ArchitectureSection()
     from_scratch = run.training_type == "from_scratch"
     if from_scratch and name:
-        problem = f"model.name_or_path = {name!r} gives the sizes of this model"
+        problem = f"model.name_or_path = {shown(name)} gives the sizes of this model"
         for key, default in asdict(usual).items():
             is_flag = _PREFIX + key in run.flags
             if getattr(sizes, key) != default or is_flag:

@@ -9,6 +9,7 @@ from jaxtrain.config import sections
 from jaxtrain.config.notes import Kind, Note
 from jaxtrain.config.sections import GENERAL_KEYS, SCHEMA, TrainingType
 from jaxtrain.objectives.options import ObjectiveRow, objective_row
+from jaxtrain.record.safe_text import shown
 from jaxtrain.schema import build
 from jaxtrain.tree import dotted, get, nest
 
@@ -125,7 +126,7 @@ class Resolution:
     def note_gives_way(self, key: str, winner: str, winning: Any) -> None:
         """Note that a full key does not count, and which one does."""
         fix = f"set {winner}, or remove that"
-        self.note(key, f"{winner} = {winning!r}", fix, kind="overruled")
+        self.note(key, f"{winner} = {shown(winning)}", fix, kind="overruled")
 
     def note(
         self,

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from jaxtrain.data.batches.dataset import DataStats, PreparedDataset, TokenStore
+from jaxtrain.record.safe_text import shown
 
 _WEIGHTED = re.compile(r"(.+):([0-9.]+(?:[eE][-+]?[0-9]+)?)")
 
@@ -54,8 +55,8 @@ def parse_mixture(
             return None
         if not all(found):
             raise ValueError(
-                f"data.train = {train!r}: {pieces[found.index(None)]!r} has no weight; "
-                "write path:weight for each data set, separated by commas"
+                f"data.train = {shown(train)}: {shown(pieces[found.index(None)])} has"
+                " no weight; write path:weight for each data set, separated by commas"
             )
         named = [(match[1], match[2]) for match in found if match]
     else:
@@ -63,8 +64,8 @@ def parse_mixture(
         for entry in train:
             if set(entry) - {"path", "weight"} or "path" not in entry:
                 raise ValueError(
-                    f"data.train: {dict(entry)!r} is no data set of a mixture; write "
-                    "{'path': 'a.jsonl', 'weight': 0.7}"
+                    f"data.train: {shown(dict(entry))} is no data set of a mixture;"
+                    " write {'path': 'a.jsonl', 'weight': 0.7}"
                 )
             named.append((str(entry["path"]), entry.get("weight", 1.0)))
     parts = []
@@ -75,7 +76,7 @@ def parse_mixture(
             weight = float("nan")
         if not 0 < weight < float("inf"):
             raise ValueError(
-                f"data.train: the weight of {path!r} is {text!r}; give a "
+                f"data.train: the weight of {shown(path)} is {shown(text)}; give a "
                 "positive number"
             )
         parts.append((path, weight))

@@ -17,6 +17,7 @@ from jaxtrain.data.prepare.sequences import Sequences
 from jaxtrain.data.rows.files import drop_filled
 from jaxtrain.data.rows.formats import BadRow, is_equal, read_row
 from jaxtrain.data.rows.tokenize import Example
+from jaxtrain.record.safe_text import shown
 
 DIFFICULTY = "difficulty"  # the name of a canonical row's number for a curriculum
 
@@ -124,7 +125,7 @@ def _read_number(row: Mapping[str, Any], column: str) -> float:
         with contextlib.suppress(ValueError):
             value = float(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise BadRow(f"{column} is {value!r}, expected a number")
+        raise BadRow(f"{column} is {shown(value)}, expected a number")
     if not math.isfinite(value):
-        raise BadRow(f"{column} is {value!r}, expected a finite number")
+        raise BadRow(f"{column} is {shown(value)}, expected a finite number")
     return float(value)

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from jaxtrain.record.safe_text import shown
 from jaxtrain.schema import did_you_mean
 
 # Every name of a column that a format reads.
@@ -29,8 +30,8 @@ def make_column_map(given: Mapping[str, Any] | None) -> ColumnMap:
     for name, column in (given or {}).items():
         if not isinstance(column, str) or not column:
             raise ValueError(
-                f"data.column_map = {dict(given or {})!r}: {name} is {column!r}; give "
-                "the name of a column of the file"
+                f"data.column_map = {shown(dict(given or {}))}: {name} is"
+                f" {shown(column)}; give the name of a column of the file"
             )
     return tuple(sorted((given or {}).items()))
 
@@ -44,21 +45,21 @@ def check_columns(names: ColumnMap, found: Iterable[str], text_column: str) -> N
     Raises:
         ValueError: a name that no format reads, or a column that is not there.
     """
-    shown = f"data.column_map = {dict(names)!r}"
+    setting = f"data.column_map = {shown(dict(names))}"
     found = sorted(set(found))
     for name, column in names:
         known = [*NAMES, text_column]
         if name not in known:
             hint = did_you_mean(name, known)
             raise ValueError(
-                f"{shown}: no format reads {name!r}; {hint}The map goes from our name "
-                f"to the file's, and our names are {', '.join(NAMES)}"
+                f"{setting}: no format reads {shown(name)}; {hint}The map goes from our"
+                f" name to the file's, and our names are {', '.join(NAMES)}"
             )
         if column not in found:
             close = did_you_mean(column, found).rstrip()
             hint = f"; {close}" if close else ""
             raise ValueError(
-                f"{shown}: there is no column {column!r}, only {found}{hint}"
+                f"{setting}: there is no column {shown(column)}, only {found}{hint}"
             )
 
 
@@ -82,5 +83,5 @@ def propose_map(found: Iterable[str]) -> str:
             proposed[name] = match
     for name in _LIKELY:
         proposed.setdefault(name, columns.pop(0) if columns else "...")
-    listed = ", ".join(f"{name}: {proposed[name]!r}" for name in _LIKELY)
+    listed = ", ".join(f"{name}: {shown(proposed[name])}" for name in _LIKELY)
     return f"data.column_map = {{{listed}}}"

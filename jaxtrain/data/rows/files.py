@@ -35,7 +35,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jaxtrain.data.rows.formats import BadRow, UnreadableRow
+from jaxtrain.data.rows.formats import BadRow, UnreadableRow, refuse_surrogates
+from jaxtrain.record.safe_text import shown
 from jaxtrain.storage.reading import BLOCK as REMOTE_CHUNK
 from jaxtrain.storage.reading import AnyFile, RemoteFile
 
@@ -251,20 +252,11 @@ def _parse_json(line: bytes) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise BadRow("is not a JSON object")
     if "\\u" in text and _SURROGATE.search(text):
-        _refuse_surrogates(row)
+        try:
+            refuse_surrogates(json.dumps(row, ensure_ascii=False))
+        except RecursionError:
+            raise BadRow("is not JSON that can be read (nested too deeply)") from None
     return row
-
-
-def _refuse_surrogates(row: dict[str, Any]) -> None:
-    try:
-        json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        escape = json.dumps(error.object[error.start])
-        raise BadRow(
-            f"holds {escape}, half of a surrogate pair, which is no character"
-        ) from None
-    except RecursionError:
-        raise BadRow("is not JSON that can be read (nested too deeply)") from None
 
 
 def _parse_text(line: bytes) -> dict[str, Any]:
@@ -476,7 +468,7 @@ def _read_header(unit: Unit, records: Iterator[list[str]]) -> list[str] | None:
             raise ValueError(f"{unit.path} line 1: the header {_not_utf8(byte)}")
         if name and header and header.count(name) > 1:
             raise ValueError(
-                f"{unit.path} line 1: two columns are called {name!r}; rename one"
+                f"{unit.path} line 1: two columns are called {shown(name)}; rename one"
             )
     return header
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from jaxtrain.data.rows.files import READERS, make_units, reader_of
 from jaxtrain.data.rows.formats import UnreadableRow
+from jaxtrain.record.safe_text import shown
 from jaxtrain.storage.reading import AnyFile
 
 SAVED = ("state.json", "dataset_dict.json")  # by `Dataset.save_to_disk`
@@ -70,7 +71,9 @@ def _nearest(path: pathlib.Path) -> str:
         return ""
     beside = {pathlib.PurePath(name).stem: name for name in os.listdir(path.parent)}
     close = difflib.get_close_matches(path.stem, beside, n=1, cutoff=0.75)
-    return f"did you mean {str(path.with_name(beside[close[0]]))!r}?" if close else ""
+    return (
+        f"did you mean {shown(str(path.with_name(beside[close[0]])))}?" if close else ""
+    )
 
 
 def is_saved(folder: pathlib.Path) -> bool:
@@ -111,7 +114,7 @@ def choose_split(
         return by_split[None]  # "data.jsonl" beside "eval.jsonl"
     found = sorted(name for name in by_split if name)
     raise ValueError(
-        f"{folder} has no split {split!r}, only {found}: name a folder or file "
+        f"{folder} has no split {shown(split)}, only {found}: name a folder or file "
         f"{' or '.join(split_aliases(split))}, or point at one file"
     )
 

@@ -22,6 +22,7 @@ from jaxtrain.data.rows.columns import (
     propose_map,
     rename,
 )
+from jaxtrain.record import safe_text
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +103,7 @@ class RowFormat:
         dialect = "" if self.dialect == "native" else f" ({self.dialect} columns)"
         theirs = dict(self.column_map)
         columns = ", ".join(
-            f"{theirs[name]!r} as {name}" if name in theirs else name
+            f"{shown(theirs[name])} as {name}" if name in theirs else name
             for name in self.columns
         )
         return f"{shape} {self.kind} rows{dialect} from columns {columns}{prompt}"
@@ -248,17 +249,18 @@ def _unknown_format(
     """The error of columns that are no format."""
     row = rename(first, column_map)
     filled = sorted(name for name in names if row.get(name) is not None)
-    wanted = "a known format" if kind == "auto" else f"format={kind!r}"
+    wanted = "a known format" if kind == "auto" else f"format={shown(kind)}"
     advice = f"rename its columns, or map them, such as {propose_map(_listed(names))}"
     if there := next(filter(set(names).issuperset, _REQUIRED), None):
         listed = " and ".join(map(repr, there))
         advice = f"no row among the first {_DETECTED_ROWS} has a value in {listed}"
     elif column_map:
-        advice = f"data.column_map = {dict(column_map)!r} does not make one of them"
+        advice = (
+            f"data.column_map = {shown(dict(column_map))} does not make one of them"
+        )
     return ValueError(
         f"columns {_listed(names)} (filled in the first row: {_listed(filled)}) are not"
-        f" {wanted}:"
-        f" give {_ACCEPTED}; {advice}"
+        f" {wanted}: give {_ACCEPTED}; {advice}"
     )
 
 
@@ -507,7 +509,7 @@ def _message(item: Any, where: str) -> dict[str, Any]:
         message["role"] = ROLE_ALIASES.get(role, "") if isinstance(role, str) else ""
         if not message["role"]:
             known = ", ".join(sorted(ROLES))
-            raise BadRow(f"{where} has role {role!r}, expected one of {known}")
+            raise BadRow(f"{where} has role {shown(role)}, expected one of {known}")
     content = message.get("content")
     if content is None and not message.get("tool_calls"):
         raise BadRow(f"{where} has neither content nor tool_calls")
@@ -568,10 +570,17 @@ def _first_turn(value: Any) -> Mapping[str, Any]:
     return first if isinstance(first, Mapping) else {}
 
 
-def shown(value: Any) -> str:
-    """A value as messages show it, cut to 60 characters."""
+def refuse_surrogates(text: str, whose: str = "") -> None:
+    """Raise BadRow for a text that UTF-8 lacks: no tokenizer takes one."""
     try:
-        text = repr(value)
-    except RecursionError:
-        text = "nested too deeply to show"
-    return text if len(text) <= 60 else f"{text[:57]}..."
+        text.encode()
+    except UnicodeEncodeError as error:
+        escape = json.dumps(text[error.start])
+        raise BadRow(
+            f"{whose}holds {escape}, half of a surrogate pair, which is no character"
+        ) from None
+
+
+def shown(value: Any) -> str:
+    """A value as messages about a row show it, cut to 60 characters."""
+    return safe_text.shown(value, 60)

@@ -6,6 +6,7 @@ import jinja2
 
 from jaxtrain.config.folders import bucket_cache
 from jaxtrain.data.rows.sandbox import compile_template
+from jaxtrain.record.safe_text import shown
 from jaxtrain.storage.address import is_remote
 from jaxtrain.storage.mirror import mirror
 
@@ -32,10 +33,13 @@ def read_template(template: str) -> str:
             path = mirror(template, bucket_cache())
         if not path.is_file():
             raise ValueError(
-                f"chat_template {template!r} does not exist: give a file, or the"
+                f"chat_template {shown(template)} does not exist: give a file, or the"
                 " template itself"
             )
-        place, text = f"chat_template {template!r}", path.read_text(encoding="utf-8")
+        place, text = (
+            f"chat_template {shown(template)}",
+            path.read_text(encoding="utf-8"),
+        )
     try:
         compile_template(text)
     except Exception as error:  # of Jinja's parser, or of Python's on what it wrote

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from jaxtrain.data.rows.formats import BadRow
+from jaxtrain.record.safe_text import shown
 
 Span = tuple[int, int]  # of characters: the first, and the one after the last
 
@@ -58,13 +59,13 @@ def take_training_fields(
             value = message.pop(_TRAIN)
             if not isinstance(value, bool):
                 raise BadRow(
-                    f"messages[{index}] has train {value!r}: use true or false"
+                    f"messages[{index}] has train {shown(value)}: use true or false"
                 )
             said.add(value)
         if _WEIGHT in message:
             value = message.pop(_WEIGHT)
             if isinstance(value, bool) or value not in (0, 1):
-                raise BadRow(f"messages[{index}] has weight {value!r}: use 0 or 1")
+                raise BadRow(f"messages[{index}] has weight {shown(value)}: use 0 or 1")
             said.add(bool(value))
         if len(said) == 2:
             raise BadRow(f"messages[{index}] has a train and a weight that differ")

@@ -26,6 +26,7 @@ from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 from jaxtrain.data.rows.marks import Span
+from jaxtrain.record.safe_text import shown
 
 MAX_STEPS = 2_000_000  # iterations, macro calls, and items of lists that are built
 MAX_CHARACTERS = 100_000_000  # of all texts that are made on the way
@@ -263,7 +264,7 @@ def _check_method(method: Any, args: Sequence[Any]) -> None:
     """Refuse a method whose text would be far longer than what it is given."""
     name, text = method.__name__, method.__self__
     if name in ("translate", "expandtabs", "to_bytes"):
-        raise LimitError(f"it calls {name!r}, which a chat template may not")
+        raise LimitError(f"it calls {shown(name)}, which a chat template may not")
     if name in ("center", "ljust", "rjust", "zfill"):
         _BUDGET.make(max([0, *(x for x in args if isinstance(x, int))]))
     elif name == "join" and args:
@@ -313,7 +314,7 @@ def _guarded(name: str, function: Callable[..., Any], most: int | None) -> Any:
         values = args[1:] if hasattr(function, "jinja_pass_arg") else args
         numbers = [*values[1:], *kwargs.values()]
         if most and any(isinstance(x, int) and x > most for x in numbers):
-            raise LimitError(f"it gives the filter {name!r} more than {most:,}")
+            raise LimitError(f"it gives the filter {shown(name)} more than {most:,}")
         if name == "join":
             values = (list(values[0]), *values[1:])
             args = (*args[: len(args) - len(values)], *values)
@@ -402,7 +403,7 @@ class _PublicNamespace(Namespace):
 
 def _check_public(name: Any) -> None:
     if isinstance(name, str) and name.startswith("_"):
-        raise jinja2.exceptions.SecurityError(f"a namespace has no {name!r}")
+        raise jinja2.exceptions.SecurityError(f"a namespace has no {shown(name)}")
 
 
 def _namespace(*args: Any, **kwargs: Any) -> Namespace:

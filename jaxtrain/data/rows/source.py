@@ -23,6 +23,7 @@ from jaxtrain.data.rows.folders import (
 )
 from jaxtrain.data.rows.indexed import FileRows, index_files
 from jaxtrain.data.rows.remote import copy_data
+from jaxtrain.record.safe_text import shown
 from jaxtrain.storage.address import is_remote
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ def load_rows(
     if path.exists():
         rows = _load_local(path, split)
     elif looks_local(path_or_name):
-        raise ValueError(f"data path {path_or_name!r} does not exist")
+        raise ValueError(f"data path {shown(path_or_name)} does not exist")
     else:
         rows = load_hub(path_or_name, split)
     if isinstance(rows, FileRows):
@@ -105,8 +106,8 @@ def _check_saved(folder: pathlib.Path) -> None:
         for name in map(str, _names_in(file)):
             if pathlib.PurePath(name).name != name or name == "..":
                 raise ValueError(
-                    f"{file} names {name!r}; the files of a saved data set must lie"
-                    " beside the list of them"
+                    f"{file} names {shown(name)}; the files of a saved data set must"
+                    " lie beside the list of them"
                 )
 
 
@@ -118,6 +119,8 @@ def _names_in(file: pathlib.Path) -> list[Any]:
         return [*files, *(content.get("splits") or ())]
     except (OSError, ValueError, AttributeError, TypeError, LookupError):
         return []
+    except RecursionError:  # nested too deeply
+        return []
 
 
 def _choose_split(
@@ -128,7 +131,7 @@ def _choose_split(
     for alias in split_aliases(split):
         if alias in loaded:
             return loaded[alias]
-    raise ValueError(f"{origin} has no split {split!r}, only {sorted(loaded)}")
+    raise ValueError(f"{origin} has no split {shown(split)}, only {sorted(loaded)}")
 
 
 def load_hub(hub_name: str, split: str, **options: Any) -> Any:
@@ -141,8 +144,8 @@ def load_hub(hub_name: str, split: str, **options: Any) -> Any:
         loaded = datasets.load_dataset(hub_name, **options)
     except (OSError, datasets.exceptions.DatasetNotFoundError, ValueError) as error:
         raise ValueError(
-            f"{hub_name!r} is no local file or folder, and the Hugging Face hub did "
-            f"not give it ({error}). Without network, give a local path: a jsonl, "
+            f"{shown(hub_name)} is no local file or folder, and the Hugging Face hub"
+            f" did not give it ({error}). Without network, give a local path: a jsonl, "
             "json, parquet, csv, arrow or txt file, or a folder of them"
         ) from error
     return _choose_split(loaded, split, hub_name)

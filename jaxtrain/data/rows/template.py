@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from jaxtrain.data.rows.formats import BadRow
+from jaxtrain.data.rows.formats import BadRow, refuse_surrogates
 from jaxtrain.data.rows.marks import (
     ALL_TURNS,
     AssistantMarks,
@@ -40,6 +40,7 @@ from jaxtrain.data.rows.turns import (
     find_spans_by_beginnings,
     find_turn_shape,
 )
+from jaxtrain.record.safe_text import shown
 
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # What apply_chat_template takes beside the template's variables: not a row's to give.
@@ -74,21 +75,24 @@ class _Template:
         """Plain messages as text. Raises BadRow, whatever the template raised."""
         known = {**self.variables, "add_generation_prompt": add_generation_prompt}
         try:
-            return render_template(self.text, messages, known, spans)
+            text = render_template(self.text, messages, known, spans)
         except Exception as error:  # a template is a program
             kind, reason = type(error).__name__, str(error)
             told = reason if reason and len(reason) < 300 else f"{kind} {reason[:300]}"
             raise BadRow(
                 f"the chat template refuses the conversation: {told.strip()}"
             ) from error
+        refuse_surrogates(text, "the text that the chat template makes of it ")
+        return text
 
 
 def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise ValueError if conversations cannot be rendered."""
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
-            f"the rows are conversations, but tokenizer {tokenizer.name_or_path!r} has "
-            "no chat template: give one with load_tokenizer(..., chat_template=path), "
+            f"the rows are conversations, but tokenizer {shown(tokenizer.name_or_path)}"
+            " has no chat template: give one with load_tokenizer(...,"
+            " chat_template=path), "
             "take an instruction-tuned tokenizer, or give plain text rows"
         )
 
@@ -238,7 +242,9 @@ def _template(
     variables = {key: value for key, value in template_kwargs.items()}
     for key in (*_RESERVED, _FOR_GENERATION):
         if key in variables:
-            raise BadRow(f"chat_template_kwargs holds {key!r}, which no row may set")
+            raise BadRow(
+                f"chat_template_kwargs holds {shown(key)}, which no row may set"
+            )
     variables.setdefault("tools", None)
     variables.setdefault("documents", None)
     named = variables.pop("chat_template", None)

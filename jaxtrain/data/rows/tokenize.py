@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from jaxtrain.config.folders import bucket_cache
 from jaxtrain.data.rows.encode import TextEncoder
-from jaxtrain.data.rows.formats import BadRow, RowFormat
+from jaxtrain.data.rows.formats import BadRow, RowFormat, refuse_surrogates
 from jaxtrain.data.rows.jinja import read_template
 from jaxtrain.data.rows.marks import ALL_TURNS, AssistantMarks
 from jaxtrain.data.rows.template import (
@@ -33,6 +33,7 @@ from jaxtrain.data.rows.template import (
     require_chat_template,
 )
 from jaxtrain.data.rows.tokenized import read_tokens
+from jaxtrain.record.safe_text import shown
 from jaxtrain.storage.address import is_remote
 from jaxtrain.storage.mirror import mirror_model
 
@@ -87,13 +88,13 @@ def load_tokenizer(
         folder = mirror_model(path_or_name, bucket_cache())
     local = folder.is_dir()
     if not local and (path_or_name.startswith((".", "/", "~")) or folder.exists()):
-        raise ValueError(f"tokenizer {path_or_name!r} is not a folder")
+        raise ValueError(f"tokenizer {shown(path_or_name)} is not a folder")
     if local and not (trust_remote_code or _holds_tokenizer(folder)):
         # Of a config.json alone, transformers makes a tokenizer without any token.
         raise ValueError(
-            f"cannot load tokenizer {path_or_name!r}: the folder holds no tokenizer"
-            " (such as tokenizer.json); set model.tokenizer_name_or_path to one that"
-            " does"
+            f"cannot load tokenizer {shown(path_or_name)}: the folder holds no"
+            " tokenizer (such as tokenizer.json); set model.tokenizer_name_or_path to"
+            " one that does"
         )
     if local:
         _check_files(folder)
@@ -107,8 +108,8 @@ def load_tokenizer(
     except Exception as error:  # transformers and tokenizers have no base of theirs
         if "trust_remote_code" in str(error) and not trust_remote_code:
             raise ValueError(
-                f"cannot load tokenizer {path_or_name!r}: it brings code of its own,"
-                " which does not run unless you say so: read that code, then set"
+                f"cannot load tokenizer {shown(path_or_name)}: it brings code of its"
+                " own, which does not run unless you say so: read that code, then set"
                 " model.trust_remote_code = true; or set model.tokenizer_name_or_path"
                 " to a tokenizer without any"
             ) from error
@@ -123,7 +124,7 @@ def load_tokenizer(
         if not isinstance(error, OSError | ValueError):
             reason = f"{type(error).__name__}: {reason}"
         raise ValueError(
-            f"cannot load tokenizer {path_or_name!r}: {place}. {reason:.400}"
+            f"cannot load tokenizer {shown(path_or_name)}: {place}. {reason:.400}"
         ) from error
     if chat_template is not None:
         tokenizer.chat_template = read_template(chat_template)
@@ -156,7 +157,7 @@ def _named_class(folder: pathlib.Path) -> Any | None:
         model, model_type = folder / "config.json", None
         if model.is_file():
             model_type = json.loads(model.read_text("utf-8"))["model_type"]
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
     name = _GENERIC if name in (_GENERIC, "TokenizersBackend") else name
     if name != _GENERIC:
@@ -171,8 +172,8 @@ def _check_files(folder: pathlib.Path) -> None:
     for file in folder.iterdir():
         if file.exists() and not (file.is_file() or file.is_dir()):
             raise ValueError(
-                f"cannot load tokenizer {str(folder)!r}: {file.name} is a pipe or a"
-                " device, not a file"
+                f"cannot load tokenizer {shown(str(folder))}: {file.name} is a pipe or"
+                " a device, not a file"
             )
 
 
@@ -184,13 +185,13 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise ValueError without an EOS token; set a missing pad token to EOS."""
     if tokenizer.eos_token is None or tokenizer.eos_token_id is None:
         raise ValueError(
-            f"tokenizer {tokenizer.name_or_path!r} has no EOS token, so a model could "
-            "not learn to stop: set 'eos_token' in its tokenizer_config.json"
+            f"tokenizer {shown(tokenizer.name_or_path)} has no EOS token, so a model"
+            " could not learn to stop: set 'eos_token' in its tokenizer_config.json"
         )
     if (highest := highest_id(tokenizer)) >= 2**31:
         raise ValueError(
-            f"tokenizer {tokenizer.name_or_path!r} has a token id {highest}, beyond 32"
-            " bits: no model has so many; mend its tokenizer.json"
+            f"tokenizer {shown(tokenizer.name_or_path)} has a token id {highest},"
+            " beyond 32 bits: no model has so many; mend its tokenizer.json"
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -433,7 +434,9 @@ class _Encoder:
                 add_generation_prompt=is_prompt,
             )
         eos = str(self.tokenizer.eos_token)
-        return "".join(before) + (last if is_prompt else _with_eos(last, eos))
+        text = "".join(before) + (last if is_prompt else _with_eos(last, eos))
+        refuse_surrogates(text)
+        return text
 
     def _each(
         self,

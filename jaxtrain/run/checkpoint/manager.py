@@ -194,22 +194,17 @@ class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
         raw = {name: leaves.to_raw(leaf) for name, leaf in arrays.items()}
         values = {"record": saved_record.digest(record)}
         self._known_metrics[step] = numbers
-        if self._ledger is not None and jax.process_index() == 0:
-            ledgers.flush_records(self._ledger)
+        ledgers.flush_records(self._ledger)
         self._has_saved = True
         pieces = checksums.on_host(raw)
         is_own = is_on_s3(self.directory)
-        to_write = s3_arrays.to_write(raw, pieces) if is_own else storage.to_write(raw)
+        items = ocp.args.Composite(
+            state=s3_arrays.to_write(raw, pieces) if is_own else storage.to_write(raw),
+            record=ocp.args.JsonSave(record),
+            checksums=storage.SaveChecksums(pieces, values),
+        )
         with naming(self.directory):
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    state=to_write,
-                    record=ocp.args.JsonSave(record),
-                    checksums=storage.SaveChecksums(pieces, values),
-                ),
-                force=True,
-            )
+            self._manager.save(step, args=items, force=True)
         return True
 
     def restore(
