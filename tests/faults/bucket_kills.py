@@ -1,7 +1,7 @@
 """SIGKILL runs in a bucket at single requests, and look whether they end as without.
 
     python tests/faults/bucket_kills.py --scheme gs --seed 1 --count 100
-                                        [--processes 2] [--folder DIR]
+                                        [--processes 2] [--at TEXT] [--folder DIR]
 
 A round is one work directory: a few starts, each killed as one of its requests reaches
 the bucket, before or after it is done; and one that runs to its end. The number of the
@@ -10,7 +10,9 @@ markers, deletions, records, exports. The weights that are exported must be bit 
 those of a run that was never killed, each step must stand in metrics.jsonl once, with
 the same loss, and nothing half may be left.
 
-With `--processes` the run is one of several processes, which are killed together.
+With `--processes` the run is one of several processes, which are killed together. With
+`--at` only requests whose address or head holds the text count: "checkpoints",
+"metrics", or "model/" for exports.
 """
 
 import argparse
@@ -25,6 +27,7 @@ import sys
 import threading
 import time
 import traceback
+import urllib.parse
 from typing import NamedTuple
 
 TESTS = pathlib.Path(__file__).resolve().parent.parent
@@ -63,8 +66,11 @@ class Kill(NamedTuple):
 class Harness:
     """Starts of runs in one bucket, whose requests pass through here."""
 
-    def __init__(self, scheme: str, folder: pathlib.Path, processes: int = 1) -> None:
+    def __init__(
+        self, scheme: str, folder: pathlib.Path, processes: int = 1, at: str = ""
+    ) -> None:
         self.scheme, self.folder, self.processes = scheme, folder, processes
+        self.at = at
         self.target = buckets.endpoint_of(scheme)
         self._expected: dict[str, tuple[str, int]] = {}
         self._turn = threading.Lock()
@@ -125,10 +131,13 @@ class Harness:
 
     def _forward(self, target, handler, body):
         """Pass a request on, or end the run at it."""
+        # Some uploads name their object in the body.
+        head = urllib.parse.unquote(handler.path) + (body or b"")[:500].decode("latin1")
+        counts = self.at in head
         with self._turn:
-            self._seen += 1
+            self._seen += counts
             kill = self._kill
-            is_last = kill is not None and self._seen == kill.request
+            is_last = counts and kill is not None and self._seen == kill.request
             if is_last:
                 self._killed_at = f"{handler.command} {_short(handler.path)}"
                 if not kill.is_done:
@@ -246,12 +255,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--count", type=int, default=100, help="of kills")
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--at", default="", help="text of the requests to kill at")
     parser.add_argument("--folder", type=pathlib.Path, default="/tmp/bucket_kills")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     sys.path.insert(0, str(pathlib.Path(__file__).parent))
     prepare(options.folder)
-    harness = Harness(options.scheme, options.folder, options.processes)
+    settings = (options.scheme, options.folder, options.processes, options.at)
+    harness = Harness(*settings)
     kills = lost = number = 0
     while kills < options.count:
         played = harness.play(number, options.seed)
