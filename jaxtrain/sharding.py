@@ -61,9 +61,9 @@ def make_mesh(
 ) -> Mesh:
     """The mesh of `devices` (all of them by default) with axes `MESH_AXES`.
 
-    Devices that are not present serve to compile for them (jaxtrain/aot). `slices`:
-    over how many slices an axis goes, by its name; where several slices are present
-    and nothing is said, all of them by `data` and `fsdp`.
+    For devices that are not present, programs can only be compiled (jaxtrain/aot).
+    `slices`: by the name of an axis, over how many slices it extends. If it is not
+    given and there are several slices, `data` and `fsdp` extend over all of them.
 
     Raises:
         ValueError: the sizes do not fit the devices, or `slices` not their slices.
@@ -93,14 +93,14 @@ def make_mesh(
 
 
 def _have_slices(devices: Sequence[jax.Device]) -> bool:
-    """Whether devices say which slice they are in; else a process stands for one."""
+    """Whether devices name their slice; if not, each process counts as a slice."""
     return len({getattr(device, "slice_index", 0) for device in devices}) > 1
 
 
 def _axes_over_slices(
     shape: Mapping[str, int], devices: Sequence[jax.Device], wanted: Mapping[str, int]
 ) -> dict[str, int]:
-    """Over how many slices each axis goes; together over all of them."""
+    """Over how many slices each axis extends; their product is the number of slices."""
     attribute = "slice_index" if _have_slices(devices) else "process_index"
     count = len({getattr(device, attribute) for device in devices})
     if not wanted and attribute == "process_index":
@@ -146,7 +146,7 @@ class ShardingPlan:
         return math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
 
     def fill_up(self, rows: int) -> int:
-        """The least multiple of `batch_shards` that is not below `rows`."""
+        """Round `rows` up to a multiple of `batch_shards`."""
         return -(-rows // self.batch_shards) * self.batch_shards
 
     @property
@@ -156,7 +156,7 @@ class ShardingPlan:
         Processes whose devices split the same rows (`context`, `tensor`) read the same.
 
         Raises:
-            ValueError: two processes share some of their rows only.
+            ValueError: the processes' rows overlap only in part, or differ in number.
         """
         rows_of = collections.defaultdict(set)
         for place, device in np.ndenumerate(self.mesh.devices):
@@ -165,9 +165,9 @@ class ShardingPlan:
         shares = list(dict.fromkeys(frozenset(rows_of[p]) for p in sorted(rows_of)))
         if sum(map(len, shares)) != self.batch_shards or len({*map(len, shares)}) > 1:
             raise ValueError(
-                f"mesh = {dict(self.mesh.shape)}: {len(rows_of)} processes would share"
-                " parts of their rows; let mesh.data x mesh.fsdp be a multiple or a"
-                " divisor of their number"
+                f"mesh = {dict(self.mesh.shape)}: a batch's rows cannot be divided"
+                f" evenly among {len(rows_of)} processes; choose mesh.data x mesh.fsdp"
+                " as a multiple or a divisor of their number"
             )
         own = frozenset(rows_of[jax.process_index()])
         return shares.index(own), len(shares)
@@ -202,7 +202,7 @@ class ShardingPlan:
 
     @property
     def platform(self) -> str:
-        """Of the mesh's devices, which need not be present: "cpu", "gpu" or "tpu"."""
+        """The mesh's platform, even of absent devices: "cpu", "gpu" or "tpu"."""
         return str(self.mesh.devices.flat[0].platform)
 
     def jit(self, program: Callable, **options: Any) -> Any:
@@ -335,14 +335,14 @@ def on_device(shardings: Any) -> Any:
 
 
 def place_batch(batch: Any, sharding: NamedSharding) -> Any:
-    """This process's rows of a batch, as arrays over all devices of all processes."""
+    """Make arrays over all devices of all processes from this process's own rows."""
     return jax.tree.map(
         lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch
     )
 
 
 def to_host(array: Any) -> np.ndarray:
-    """All of an array in host memory; a collective call where processes share it."""
+    """Copy an array to host memory; a collective call if processes share the array."""
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         if array.is_fully_replicated:
             return np.asarray(array.addressable_data(0))

@@ -30,8 +30,8 @@ class WeightedSum:
     """A sum and its weight; added over micro-batches and devices, divided once.
 
     Averages of averages depend on how rows fall into batches. Sums do not, so mesh
-    shape and padding never change a number, nor does accumulation, but where the step
-    is told to weigh micro-batches alike, as TRL does for pairs.
+    shape and padding never change a number. Accumulation does so only if the step is
+    told to give all micro-batches the same weight, as TRL does for pairs.
     """
 
     total: Float[Array, ""]
@@ -48,15 +48,15 @@ class WeightedSum:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TokenLogProbs:
-    """What an objective may know of each prediction: never the vocabulary axis.
+    """What an objective sees of each prediction; the vocabulary axis is not kept.
 
     `logps`: log-probability of the target (nats). `entropy`: of the predicted
     distribution (nats). `correct`: 1 where the target is the first argmax.
     `mean_logit`: logits averaged over the vocabulary. `collision`: log sum_v p_v^2
     (nats), computed only for objectives that ask for it (WPO). All float32.
-    `router_loss`: how unevenly a mixture of experts used them, over all tokens of the
-    batch (models/moe.py); objectives never see it, `with_router_loss` adds it to them.
-    `log_total`: log of the softmax's denominator, for the z-loss alone.
+    `router_loss`: how unevenly the router used the experts, over all tokens of the
+    batch (models/moe.py). Objectives never see it: `with_router_loss` adds it to their
+    loss. `log_total`: log of the softmax's denominator, for the z-loss alone.
     """
 
     logps: Float[Array, "B T"]

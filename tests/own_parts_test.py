@@ -182,7 +182,10 @@ def test_an_own_schedule_and_optimizer_train_as_optax_does() -> None:
         ({"optimizer": "no_such_module:f"}, "training.optimizer = .*PYTHONPATH"),
         ({"optimizer": "adamv"}, "did you mean 'adamw'"),
         ({"callbacks": ("my_parts:Hugging",)}, "no run calls on_step_end; did you"),
-        ({"callbacks": ("my_parts:Nothing",)}, "it has none of after_step"),
+        (
+            {"callbacks": ("my_parts:Nothing",)},
+            "none of the methods that a run calls; add one of after_step",
+        ),
         ({"callbacks": ("my_parts:HalfState",)}, "add the other"),
         ({"report_to": ("jsonl", "my_parts:Nothing")}, "is called with"),
         ({"report_to": ("my_parts:Recorder",)}, "is called with|it has no write"),

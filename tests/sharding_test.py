@@ -169,5 +169,5 @@ def test_processes_that_share_some_rows_only_are_refused():
     # Each row's two devices are neighbours but for the second and the third.
     devices = devices.reshape(-1)[[0, 1, 2, 4, 3, 5, 6, 7]].reshape(devices.shape)
     plan = sharding.ShardingPlan(jax.sharding.Mesh(devices, sharding.MESH_AXES))
-    with pytest.raises(ValueError, match="2 processes would share parts"):
+    with pytest.raises(ValueError, match="divided evenly among 2 processes"):
         print(plan.readers)

@@ -233,8 +233,8 @@ def describe_devices(topology: str, num_slices: int = 1) -> list[Any]:
     if gpus.is_gpu(topology):
         if num_slices > 1:
             raise ValueError(
-                f"num_slices = {num_slices}: slices are of TPUs; name all GPUs, as"
-                " h200:16"
+                f"num_slices = {num_slices}: only TPUs have slices; leave it out and"
+                " name all GPUs, as h200:16"
             )
         return gpus.describe_gpus(topology)
     try:

@@ -83,7 +83,7 @@ def main(arguments: Sequence[str]) -> None:
     """Print the metrics, and write them where `--output` says.
 
     Raises:
-        ValueError: a flag, the source, the data or the model.
+        ValueError: a flag, the source, the data or the model is not valid.
     """
     parser = SourceParser("eval", _EXAMPLES)
     add = parser.add_argument
@@ -121,7 +121,8 @@ def make_task(
     """Settle the configuration, and which weights are evaluated by it.
 
     Raises:
-        ValueError: a flag, the configuration, or a checkpoint that is not there.
+        ValueError: a flag or the configuration is not valid, or there is no such
+            checkpoint.
     """
     config = configure(source, config=options.config, base=options.model, flags=flags)
     if source.kind == "run":
@@ -191,10 +192,10 @@ def _task_of_run(
 
 
 def evaluate(task: Task) -> dict[str, Any]:
-    """Load the weights and the rows; the metrics, named `eval_*` as in training.
+    """Load weights and rows, and return metrics, named `eval_*` as in training.
 
     Raises:
-        ValueError: the model or the rows.
+        ValueError: the model cannot be loaded, or there are no valid rows.
     """
     import optax
 
@@ -288,12 +289,12 @@ def _generate(
 def _score_reference(
     task: Task, rows: Any, loss: "Loss"
 ) -> dict[str, "PreparedDataset"]:
-    """The rows with the reference's sums, where the run's metrics were of sums.
+    """Add the reference's log-prob sums to the rows, if the run precomputed them.
 
-    The reference is what the run began with, which leaves the device again.
+    The reference is the model that the run began with; it then leaves the device.
 
     Raises:
-        ValueError: several processes, which share no folder to keep the sums in.
+        ValueError: there are several processes, which may share no folder for the sums.
     """
     import jax
 
@@ -344,10 +345,10 @@ def _take_kind_of_rows(config: ConfigDict) -> None:
 def _prefer_no_reference(
     config: ConfigDict, keys: Collection[str], source: Source, reference: str | None
 ) -> None:
-    """A whole model has no reference but a given one: it would be its own.
+    """Drop the reference of a whole model unless one is given: it would be itself.
 
     Raises:
-        ValueError: the objective means nothing without; or none is read.
+        ValueError: the objective needs a reference, or one is given but not used.
     """
     run = resolve(config)
     dpo = run.dpo
@@ -375,7 +376,7 @@ def _prefer_no_reference(
 
 
 def _leave_training_out(config: ConfigDict) -> None:
-    """Unset what only a training reads, where it would bind an evaluation."""
+    """Unset keys that only training reads but that would restrict an evaluation."""
     training = config.training
     training.curriculum.enabled = False
     training.use_auxiliary_loss = False

@@ -44,7 +44,7 @@ def main(arguments: Sequence[str]) -> None:
     """Print the texts, and write them where `--output` says.
 
     Raises:
-        ValueError: a flag, the source, a prompt or the model.
+        ValueError: a flag, the source, a prompt or the model is not valid.
     """
     parser = SourceParser("generate", _EXAMPLES)
     add = parser.add_argument
@@ -130,7 +130,8 @@ def settle(
     """The configuration to load by, and the policy for `run.weights.load_state`.
 
     Raises:
-        ValueError: a flag, the configuration, or a run that has saved nothing.
+        ValueError: a flag or the configuration is not valid, or the run has saved
+            nothing.
     """
     import jax
 
@@ -152,11 +153,11 @@ def settle(
 
 
 def load(run: RunConfig, policy: Any, options: argparse.Namespace) -> "LoadedModel":
-    """The model, its adapters beside it.
+    """Load the model, with its adapters kept separate from the base weights.
 
     Raises:
-        ValueError: it cannot be loaded, or it takes the most likely tokens, of which
-            the options ask for draws.
+        ValueError: the model cannot be loaded, or a sampling option was given although
+            generation always takes the most likely token.
     """
     from jaxtrain.models.source import read_generation
     from jaxtrain.run.weights import as_model, load_state
@@ -171,7 +172,7 @@ def load(run: RunConfig, policy: Any, options: argparse.Namespace) -> "LoadedMod
 
 
 def make_stream(model: "LoadedModel", options: argparse.Namespace) -> "Stream":
-    """What answers one prompt after the other, a token at a time."""
+    """Make the stream that answers prompts one after the other, token by token."""
     from jaxtrain.evaluation import stream
 
     return stream.make_stream(
@@ -185,10 +186,13 @@ def make_stream(model: "LoadedModel", options: argparse.Namespace) -> "Stream":
 
 
 def encode(model: "LoadedModel", prompt: Prompt, number: int, room: int) -> list[int]:
-    """The tokens of a prompt, which leave `room` for as many new ones.
+    """Tokenize a prompt, and check that `room` new tokens still fit the model.
+
+    `number` is the prompt's number, which error texts name.
 
     Raises:
-        ValueError: they do not, or the prompt cannot be encoded.
+        ValueError: prompt and new tokens exceed the model's positions, or the prompt
+            cannot be encoded.
     """
     from jaxtrain.evaluation.generate import encode_prompt
 
@@ -205,7 +209,7 @@ def encode(model: "LoadedModel", prompt: Prompt, number: int, room: int) -> list
 
 
 def require_template(model: "LoadedModel") -> None:
-    """Refuse conversations where nothing says how to write them.
+    """Refuse conversations if the tokenizer has no template to write them by.
 
     Raises:
         ValueError: the tokenizer has no chat template.
@@ -274,7 +278,7 @@ def _prompt_of(row: Any) -> Prompt:
 
 
 def _sampling(options: argparse.Namespace) -> dict[str, Any]:
-    """The flags; None, where one is not given, is the model's own setting."""
+    """The sampling flags; None if not given, for the model's own setting."""
     return {name: getattr(options, name) for name in ("temperature", "top_k", "top_p")}
 
 
@@ -342,5 +346,5 @@ def _print(text: str, end: str = "\n") -> None:
 
 
 def for_output(text: str) -> str:
-    """A model's text: on a terminal its control characters are spelled."""
+    """A model's text, with control characters escaped if stdout is a terminal."""
     return escape_controls(text) if sys.stdout.isatty() else text

@@ -147,8 +147,9 @@ def _look_into(name: str, path: Any) -> Source:
             f"{name!r} holds checkpoints: name the run's work directory, {above}{step}"
         )
     raise ValueError(
-        f"{name!r} is no run, no model and no adapter: it has neither a config.json of"
-        " one of these nor an adapter_config.json"
+        f"{name!r} is not a run, a model or an adapter: it has neither an"
+        " adapter_config.json nor the config.json of a run or a model; name a directory"
+        " that has one"
     )
 
 
@@ -161,7 +162,7 @@ def _read(file: Any) -> dict[str, Any]:
 
 
 def _beside(path: Path) -> str:
-    """What could have been meant: directories beside one that is not there."""
+    """List the directories beside a missing one, of which one may have been meant."""
     if not path.parent.is_dir():
         return ""
     names = sorted(each.name for each in path.parent.iterdir() if each.is_dir())
@@ -197,7 +198,7 @@ class SourceParser(Parser):
         """The command's own options, what it is about, and the flags that set keys.
 
         Raises:
-            ValueError: an unknown argument, a source that is none, or an option that
+            ValueError: an argument is unknown, the source does not exist, or an option
                 does not go with this kind of source.
         """
         flags, rest = split_flags(arguments)
@@ -259,15 +260,16 @@ def configure(
 ) -> ConfigDict:
     """The configuration that a source is used with, before any flag is set on it.
 
-    A run brings its own. A model or an adapter has that of `config`, a name or a file,
-    or else the defaults, and is computed in the type that its weights are kept in.
+    A run has its own. A model or an adapter uses `config`, a name or a file, or else
+    the defaults with the type in which its weights are stored.
 
     Args:
-        base: the run's or the adapter's base, in place of the one they name.
-        flags: only looked at: where one is of the mesh, a run's own does not count.
+        base: the base of a run or an adapter, in place of the one that it names.
+        flags: they are not set here; if one is of the mesh, a run's own is dropped.
 
     Raises:
-        ValueError: the adapter names no base; the configuration; the model's directory.
+        ValueError: the adapter names no base, or the configuration or the model's
+            directory is not valid.
     """
     if source.kind == "run":
         made = to_config_dict(source.run())
@@ -298,7 +300,7 @@ def configure(
 
 
 def _warn_of_masked(source: Source, flags: Sequence[Flag]) -> None:
-    """Say that a run's own arguments of its loss are not all known any more."""
+    """Warn that some arguments of a run's own loss were secrets and are not saved."""
     key = "training.objective_kwargs"
     training = source.saved.get("training", {})
     is_given = any(flag.key.startswith(key) for flag in flags)
@@ -311,10 +313,10 @@ def _warn_of_masked(source: Source, flags: Sequence[Flag]) -> None:
 
 
 def _check_base(base: str, adapter: str) -> None:
-    """Refuse an adapter whose base is not where it says.
+    """Refuse an adapter whose base is not at the place that it names.
 
     Raises:
-        ValueError: says how to name the place where it is now.
+        ValueError: it is not there; the text says how to name the new place.
     """
     from jaxtrain.models import hf
 
@@ -366,9 +368,10 @@ def _compute_as_stored(config: ConfigDict) -> None:
 
 
 def _fit_mesh(config: ConfigDict, is_given: bool) -> None:
-    """Keep the mesh that a run was trained on only where these devices make it up.
+    """Keep the mesh that a run was trained on only if it fits the present devices.
 
-    Otherwise the weights are split over all devices if they were, or else copied.
+    Otherwise split the weights over all devices if they were split, or else copy them.
+    If a flag sets the mesh (`is_given`), start from the default mesh.
     """
     import jax
 

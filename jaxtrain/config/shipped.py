@@ -38,7 +38,7 @@ class Recipe:
 
 
 def is_file_name(config: str) -> bool:
-    """Whether it names a file and not a configuration that comes along.
+    """Whether `config` names a file and not a configuration that comes with jaxtrain.
 
     Names of recipes hold dots, as in qwen3-0.6b-sft.
     """
@@ -99,7 +99,7 @@ def read_recipe(path: Path) -> Recipe:
 
 
 def is_preset(config: str) -> bool:
-    """Whether it is, by name or by path, a preset of the embedded model."""
+    """Whether `config`, a name or a path, is a preset for the embedded model."""
     presets = [each for each in shipped_configs().values() if each.suffix == ".py"]
     if not is_file_name(config):
         return config in [each.stem for each in presets]
@@ -108,14 +108,14 @@ def is_preset(config: str) -> bool:
 
 
 def fit_preset_to_model(config: ConfigDict, flags: Collection[str]) -> str:
-    """Unset in a preset what it chose for a million parameters, if `model` has more.
+    """Reset what a preset sets for the tiny embedded model, if `model` is larger.
 
     Args:
-        config: a preset with the flags set.
-        flags: full keys that the command line set; what they say stays.
+        config: a preset with the flags set; it is changed in place.
+        flags: full keys that the command line set; their values stay.
 
     Returns:
-        What was done, for the log; "" where nothing was.
+        A sentence for the log that says what was reset; "" if nothing was.
     """
     model = config.model.name_or_path
     if not model or _is_tiny(Path(model)):
@@ -142,7 +142,7 @@ def fit_preset_to_model(config: ConfigDict, flags: Collection[str]) -> str:
 
 
 def _is_tiny(folder: Path) -> bool:
-    """Whether it is a directory of a model like the embedded one."""
+    """Whether the folder holds a model as small as the embedded one."""
     sizes = [each.stat().st_size for each in folder.glob("*.safetensors")]
     return bool(sizes) and sum(sizes) < _TINY_BYTES
 

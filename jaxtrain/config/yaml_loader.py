@@ -69,7 +69,8 @@ class YamlLoader(yaml.SafeLoader):
                 raise
             kind = node.tag.rpartition(":")[2]
             raise RefusedYamlError(
-                f"{shown(node.value)} is no {kind}; a text is written in quotes",
+                f"{shown(node.value)} is not a valid {kind}; put it in quotes if you"
+                " mean a text",
                 node.start_mark,
             ) from error
 

@@ -42,12 +42,15 @@ _TENSOR = re.compile(rf"(.+?)\.({'|'.join(map(re.escape, (*_LEAVES, 'weight')))}
 
 
 def name_in_wrapper(name: str) -> str:
-    """A tensor's name in an adapter for a model that a wrapper holds."""
+    """Name a tensor as an adapter does whose base is inside a multimodal wrapper."""
     return name.replace(f"{PREFIX}model.", f"{PREFIX}model.language_model.", 1)
 
 
 def modules_in_wrapper(modules: Collection[str]) -> str:
-    """The pattern of `target_modules` that leaves out towers with modules so named."""
+    """A `target_modules` regex that matches these modules in the language model only.
+
+    Other towers of the wrapper, such as vision's, may have modules of the same names.
+    """
     inner = "|".join(name for name in modules if name != "lm_head")
     head = "|lm_head" if "lm_head" in modules else ""
     return rf"model\.language_model\.(.*\.)?({inner}){head}"
@@ -59,11 +62,11 @@ def read_stacks(
     """Leaf path -> layer -> array; layer 0 alone outside the layers.
 
     Args:
-        drop_head: pass over what a file says of a head that is the embedding.
+        drop_head: ignore the head's tensors, because the head is the embedding.
 
     Raises:
-        ValueError: the file is damaged, or a tensor has no place in the base, is not
-            of this base, or holds no floating point numbers.
+        ValueError: the file is damaged, or a tensor has no place in the base, belongs
+            to another base, or holds no floating point numbers.
     """
     places = {
         name: (module, layer)
@@ -74,8 +77,8 @@ def read_stacks(
     for key, tensor in read_header(path / WEIGHTS_FILE)[0].items():
         if tensor["dtype"] not in NUMPY_TYPES:
             raise ValueError(
-                f"adapter {path}: {key} holds {tensor['dtype']}, not one of"
-                f" {', '.join(NUMPY_TYPES)}: save it anew with PEFT"
+                f"adapter {path}: {key} has type {tensor['dtype']}, not one of"
+                f" {', '.join(NUMPY_TYPES)}: save the adapter in one of these with PEFT"
             )
     with reading(path / WEIGHTS_FILE):
         tensors = safetensors.numpy.load_file(path / WEIGHTS_FILE)
@@ -126,7 +129,7 @@ def _check_base_copy(
 
 
 def _own_leaf(torch_leaf: str, leaves: Mapping[str, Any]) -> str | None:
-    """Our name of a module's tensor, or None where the module has no such."""
+    """Our name for a module's tensor, or None if the module has no such tensor."""
     if torch_leaf == "weight":
         kinds = ("kernel", "embedding", "scale", "weight")
         return next((name for name in kinds if name in leaves), None)
@@ -140,10 +143,10 @@ def fit_to_base(
     base_tree: Mapping[str, Any],
     lora: LoraConfig,
 ) -> dict[TreePath, np.ndarray]:
-    """Stack each leaf's layers; its shape must be the one that the base calls for.
+    """Stack each leaf's layers, and check the shape that the base requires.
 
     Raises:
-        ValueError: another shape, or some layers only.
+        ValueError: a leaf has another shape, or is missing in some layers.
     """
     fitted = {}
     for key, by_layer in stacks.items():

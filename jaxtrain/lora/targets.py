@@ -301,8 +301,8 @@ def resolve_ranks(
         for pattern in getattr(lora, key):
             if not ends_one(pattern, names):
                 raise ValueError(
-                    f"lora.{key}: {shown(pattern)} matches no module with an adapter:"
-                    f" choose from {sorted(targets)}"
+                    f"lora.{key}: {shown(pattern)} matches no module that gets an"
+                    f" adapter: choose from {sorted(targets)}"
                 )
     ranks = {label: lora.rank_and_scaling(modules[label]) for label in targets}
     if ties_adapters(lora, base_tree):

@@ -15,7 +15,7 @@ from jaxtrain.storage.reading import AnyFile
 
 
 def fetch_model(address: str) -> pathlib.Path:
-    """A local copy of a model's folder in a bucket, its weights left where they are.
+    """Copy a model's folder from a bucket to disk; the weights stay in the bucket.
 
     Raises:
         ValueError, OSError: there is no such folder, or it cannot be read.

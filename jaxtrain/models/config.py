@@ -349,7 +349,7 @@ def family_of(model_type: Any) -> Family:
     """
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(
-            f"model_type = {shown(model_type)} is not a family this decoder knows; use"
+            f"model_type = {shown(model_type)} is not a family that jaxtrain knows; use"
             f" one of {', '.join(FAMILIES)}, or a directory whose config.json has one"
             f" of these in its text_config: {', '.join(WRAPPERS)}"
         )

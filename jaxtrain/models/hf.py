@@ -262,7 +262,7 @@ def _check_tensors(
     problems = [missing, unexpected, misshapen, mistyped]
     if any(problems):
         raise ValueError(
-            f"the weights in {path} are not those of its config"
+            f"the weights in {path} do not match its config.json"
             f" ({config.model_type}): {'; '.join(map(shorten, filter(None, problems)))}"
         )
 

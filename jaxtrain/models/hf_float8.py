@@ -112,7 +112,8 @@ def _scaled(name: str, codes: Any, stored: Any, block: tuple[int, int]) -> _Scal
     )
     if scales.shape != wanted:
         raise ValueError(
-            f"{name} has scales of shape {scales.shape}, but blocks of {block} in"
-            f" {codes.shape} need {wanted} (quantization_config.weight_block_size)"
+            f"{name} has scales of shape {scales.shape}, but a matrix of {codes.shape}"
+            f" in blocks of {block} (quantization_config.weight_block_size) needs"
+            f" scales of shape {wanted}"
         )
     return _Scaled(codes, scales, block)

@@ -60,7 +60,7 @@ class LoraShape:
     ties_head: bool = False
 
     def rank_and_scaling(self, path: str) -> tuple[int, float]:
-        """Of the adapter of this module."""
+        """Rank and scaling of the adapter of the module at `path`."""
         for own_path, rank, scaling in self.own:
             if own_path == path:
                 return rank, scaling
@@ -74,12 +74,12 @@ class LoraShape:
 
 
 def on_one_device(function: Callable[..., Array], *_: Any) -> Callable[..., Array]:
-    """The MapShards of a single device: the function itself."""
+    """The MapShards of a single device, which returns the function itself."""
     return function
 
 
 def unconstrained(x: Array, logical_axes: LogicalAxes) -> Array:
-    """The `constrain` of a single device: as it is."""
+    """The `constrain` of a single device, which returns x unchanged."""
     return x
 
 
@@ -102,9 +102,9 @@ class LoraParam(nnx.Param):
 
 
 class Adapted(nnx.Module):
-    """A module with a matrix that an adapter may act beside.
+    """A module with a matrix, to whose output an adapter may add its own.
 
-    The adapter's weights are the module's own: that is where files have them.
+    The adapter's weights belong to the module, because files store them there.
     """
 
     def _init_adapter(
@@ -213,9 +213,9 @@ def dora_gain(
     magnitude: Float[Array, "O"],
     scaling: float,
 ) -> Float[Array, "O"]:
-    """Trained lengths over those of the columns of W + A B * scaling, in float32.
+    """The trained lengths divided by the column lengths of W + A B * scaling, float32.
 
-    The latter are taken as constants in the gradient (arXiv:2402.09353, section 4.3).
+    The gradient treats the column lengths as constants (arXiv:2402.09353, section 4.3).
     """
     w, a, b = (
         jax.lax.stop_gradient(leaf).astype(jnp.float32)
@@ -389,7 +389,10 @@ class Embedding(Adapted):
 
 
 class TiedHead(Adapted):
-    """The adapter of a head that is the embedding, E^T [D V]; head.py applies it."""
+    """The LoRA weights of a tied head, whose matrix is the embedding's, E^T [D V].
+
+    head.py applies them.
+    """
 
     def __init__(
         self, table: Float[Array, "V D"], options: Options, rngs: nnx.Rngs

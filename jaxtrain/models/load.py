@@ -34,8 +34,8 @@ class LoadedModel(Inference):
 
     `evaluation.inference` adds scoring and generating. `directory` is the local Hugging
     Face directory, or None for random weights. `weights` are None once a training has
-    taken them over (`take_weights`). `generation` has the defaults of generating, and
-    `fingerprint` tells the weights from others; None for random ones.
+    taken them over (`take_weights`). `generation` holds the default settings for
+    generating. `fingerprint` identifies the weights; it is None for random ones.
     """
 
     decoder: Decoder
@@ -51,7 +51,7 @@ class LoadedModel(Inference):
         """The weights.
 
         Raises:
-            ValueError: a training has taken them over.
+            ValueError: `take_weights` has already handed them to a training.
         """
         if self.weights is None:
             raise ValueError(
@@ -70,7 +70,7 @@ class LoadedModel(Inference):
         return taken
 
     def for_training(self, *, packed: bool) -> "LoadedModel":
-        """This model for rows of several documents or of one; takes the weights over.
+        """This model for rows of several documents, or of one; takes its weights over.
 
         Raises:
             ValueError: an earlier training has taken them.
@@ -219,10 +219,11 @@ def make_plan(
 def _unrolls_layers(
     run: RunConfig, config: ModelConfig, plan: sharding.ShardingPlan
 ) -> bool:
-    """Whether each layer is compiled on its own: where that was measured to pay.
+    """Whether to compile each layer on its own: only where that was measured faster.
 
-    On one GPU it saves the copies in and out of stacked buffers. What is split by
-    layers, or gathered and offloaded layer by layer, was measured in a scan only.
+    On one GPU this avoids copying in and out of stacked buffers. Weights that are
+    split by layers, or gathered and offloaded layer by layer, were only measured in
+    a scan.
     """
     if run.model.scan_layers is not None:
         return not run.model.scan_layers
@@ -242,7 +243,7 @@ def make_decoder(
     """The decoder as this run computes it: dtype, remat, kernels, LoRA's shape.
 
     Raises:
-        ValueError: the run asks for what the model has not.
+        ValueError: the run asks for something that the model does not have.
     """
     limit, wanted = config.longest_text, run.data.max_length
     if wanted > limit:
@@ -320,14 +321,14 @@ def router_loss_coefficient(run: RunConfig, config: ModelConfig) -> float:
 
 
 def _base_dtype(run: RunConfig) -> str:
-    """Adapters train; their base is only read, so it needs no master copy."""
+    """The base's type: under LoRA it is only read, so it needs no master copy."""
     return run.precision.compute_dtype if run.lora else run.model.param_dtype
 
 
 def _describe_weights(
     run: RunConfig, decoder: Decoder, plan: sharding.ShardingPlan
 ) -> tuple[Decoder, Params]:
-    """The decoder without adapters; shapes, types and layouts of its weights."""
+    """The decoder without adapters, and its weights' shapes, types and layouts."""
     base = dataclasses.replace(decoder, lora=None)
     abstract, dtype = base.abstract_params(), _base_dtype(run)
     return base, jax.tree_util.tree_map_with_path(

@@ -89,7 +89,7 @@ class RopeConfig:
         parameters = {k: v for k, v in parameters.items() if k not in _KIND_KEYS}
         if not isinstance(kind, str) or kind not in _PARAMETERS:
             raise ValueError(
-                f"rope_type = {shown(kind)} is not implemented; this decoder has"
+                f"rope_type = {shown(kind)} is not implemented; use a model with one of"
                 f" {', '.join(_PARAMETERS)}"
             )
         required, optional = (words.split() for words in _PARAMETERS[kind])
@@ -207,7 +207,7 @@ def unread_parameters(parameters: Mapping[str, Any], family: Family) -> list[str
 
 
 def _check_values(parameters: Mapping[str, Any], known: set[str]) -> None:
-    """Raise ValueError where a known parameter is no number, or not of its range."""
+    """Raise ValueError if a known parameter is not a number or is out of range."""
     wrong = [
         f"{name} = {shown(value, 60)}"
         for name, value in parameters.items()
@@ -215,10 +215,11 @@ def _check_values(parameters: Mapping[str, Any], known: set[str]) -> None:
     ]
     if wrong:
         raise ValueError(
-            f"rope_parameters: {', '.join(wrong)}: must be finite numbers (short_factor"
-            " and long_factor: lists of them; truncate: true or false), none below 0,"
-            f" rope_theta at least 1, {_LENGTH} at least 2, partial_rotary_factor at"
-            f" most 1, and {', '.join(_ABOVE_ZERO)} above 0"
+            f"rope_parameters has invalid values: {', '.join(wrong)}. Each must be a"
+            " finite number of at least 0 (short_factor, long_factor: a list of them;"
+            f" truncate: true or false). rope_theta must be at least 1, {_LENGTH} at"
+            " least 2, partial_rotary_factor at most 1, and"
+            f" {', '.join(_ABOVE_ZERO)} above 0"
         )
 
 

@@ -44,10 +44,11 @@ def open_weights(file: AnyFile) -> Iterator[Any]:
 
 @dataclasses.dataclass(frozen=True)
 class RemoteSlice:
-    """A tensor in a bucket that is read when it is indexed, as `safe_open` has them.
+    """A tensor in a bucket that is read when indexed, like a slice of `safe_open`.
 
-    `start` is its first byte in the file. Indexed, it reads the rows that are asked
-    for, each of them whole: parts of rows would be a request for each.
+    `start` is the position of its first byte in the file. An index is one request:
+    it reads the range that it asks for on the first axis with more than one place,
+    and all of the axes after it, as parts of these would need a request each.
     """
 
     file: RemoteFile
@@ -60,7 +61,7 @@ class RemoteSlice:
         return len(self.shape)
 
     def get_dtype(self) -> str:
-        """Its type, by safetensors' name."""
+        """Its type, as safetensors names it."""
         return self.kind
 
     def get_shape(self) -> list[int]:
@@ -92,7 +93,7 @@ class RemoteSlice:
 
 
 class RemoteTensors:
-    """The tensors of a safetensors file in a bucket, as `safe_open` gives a disk's."""
+    """The tensors of a safetensors file in a bucket, with `safe_open`'s methods."""
 
     def __init__(self, file: RemoteFile) -> None:
         self._file = file

@@ -398,11 +398,12 @@ def cpo(
 ) -> tuple[WeightedSum, Metrics]:
     """L(r_c - r_r) + cpo_alpha NLL(y_c|x). CPO, arXiv:2401.08417 eq. 3, as TRL has it.
 
-    r(y) is log pi(y|x): the sum over tokens for `sigmoid` and `hinge`, their mean for
-    `ipo` and `simpo`; `alpha` a other than 0 makes it AlphaPO's (1 - p^-a) / a of that
-    log p, arXiv:2501.03884. L(d) is -log sigma(beta d), max(0, 1 - beta d),
-    (d - 1/(2 beta))^2, or SimPO's -log sigma(beta d - gamma); `label_smoothing` acts on
-    the two sigmoids. The NLL is a token mean over the micro-batch.
+    r(y) is log pi(y|x): the sum over tokens for `sigmoid` and `hinge`, the mean for
+    `ipo` and `simpo`. If `alpha` = a is not 0, r(y) is AlphaPO's (1 - p^-a) / a
+    instead, where log p is that sum or mean (arXiv:2501.03884). L(d) by loss type:
+    sigmoid -log sigma(beta d), hinge max(0, 1 - beta d), ipo (d - 1/(2 beta))^2,
+    simpo -log sigma(beta d - gamma); `label_smoothing` acts on the first and the last.
+    The NLL is a token mean over the micro-batch.
     """
     del reference
     alpha, beta, loss_type = options.alpha, options.beta, options.loss_type

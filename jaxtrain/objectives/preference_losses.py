@@ -188,7 +188,10 @@ def robust(pair: PairScores, options: PreferenceOptions) -> PerPair:
 
 
 def discopop(pair: PairScores, options: PreferenceOptions) -> PerPair:
-    """(1-g)(-log sigma(z)) + g exp(-z), g = sigma(z/tau). arXiv:2406.08414 eq. 5."""
+    """(1-g)(-log sigma(z)) + g exp(-z), g = sigma(z/tau). arXiv:2406.08414 eq. 5.
+
+    z = beta Delta; tau is `discopop_tau`.
+    """
     logits = options.beta * pair.margin
     gate = jax.nn.sigmoid(logits / options.discopop_tau)
     return -jax.nn.log_sigmoid(logits) * (1 - gate) + jnp.exp(-logits) * gate

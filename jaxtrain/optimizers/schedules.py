@@ -124,7 +124,10 @@ def _cosine(run: _Run, num_cycles: float = 0.5) -> Factor:
 
 def _cosine_with_restarts(run: _Run, num_cycles: int = 1) -> Factor:
     if num_cycles != int(num_cycles) or num_cycles < 1:
-        raise ValueError(f"num_cycles = {num_cycles} must be a positive integer here")
+        raise ValueError(
+            f"num_cycles = {num_cycles} must be a positive integer for"
+            " cosine_with_restarts"
+        )
 
     def decay(step: Array) -> Array:
         done = step - run.warmup_steps
@@ -200,7 +203,7 @@ def _warmup_stable_decay(
         if num_stable_steps < 0:
             raise ValueError(
                 f"warmup_steps = {run.warmup_steps} and num_decay_steps ="
-                f" {num_decay_steps} exceed the run's {run.total_steps} steps:"
+                f" {num_decay_steps} together exceed the run's {run.total_steps} steps:"
                 " lower one of them"
             )
     # Each falls from 1 to 0 on [0, 1]; a rise is the same curve run backwards.

@@ -26,7 +26,7 @@ _ROW_BYTES = 8  # float32 sums of chosen and rejected
 
 
 class SumsCache:
-    """float32[rows, 2] in a folder. One process writes; all of them read the end."""
+    """float32[rows, 2] in a folder. One process writes it; all read the result."""
 
     def __init__(self, directory: pathlib.Path) -> None:
         self.directory = directory
@@ -35,10 +35,10 @@ class SumsCache:
         self._checksums = directory / "checksums.jsonl"
 
     def open(self, identity: Mapping[str, str]) -> int:
-        """Make the folder, or check what is in it; the number of rows that are sound.
+        """Make the folder or check its content; return how many rows can be kept.
 
         A folder of another identity is renamed to `<name>.stale`, and a damaged one to
-        `<name>.damaged`; an earlier one of that name goes.
+        `<name>.damaged`; an earlier folder of that name is deleted.
         """
         if self._identity.exists() or self._file.exists():
             try:
@@ -51,7 +51,7 @@ class SumsCache:
         return 0
 
     def truncate(self, rows: int) -> None:
-        """Keep the first so many; a batch that was cut off is written again."""
+        """Keep only the first `rows` rows; the caller scores and appends the others."""
         kept = b""
         if rows:
             kept = self._file.read_bytes()[: rows * _ROW_BYTES]
@@ -75,7 +75,7 @@ class SumsCache:
             flush(path)
 
     def read(self, rows: int) -> tuple[np.ndarray, np.ndarray]:
-        """Both sides, mapped into memory."""
+        """The sums of the chosen and of the rejected, mapped into memory."""
         pairs = np.memmap(self._file, np.float32, "r", shape=(rows, 2))
         return pairs[:, 0], pairs[:, 1]
 
@@ -110,7 +110,7 @@ class SumsCache:
         return rows
 
     def _batches(self) -> Iterator[tuple[int, str]]:
-        """The rows up to the end of each batch, and its hash; not a line cut off."""
+        """The row count after each batch, and its hash; stops at an incomplete line."""
         last = 0
         for line in self._checksums.read_bytes().splitlines(keepends=True):
             if not line.endswith(b"\n"):

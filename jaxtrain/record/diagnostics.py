@@ -22,9 +22,9 @@ GroupOf = Callable[[tuple[str, ...]], str]
 
 
 def parameter_group(path: tuple[str, ...]) -> str:
-    """embed, attention, mlp, norm, head, lora or other, by a parameter's path.
+    """The group of a parameter: embed, attention, mlp, norm, head, lora or other.
 
-    Adapters and norms are groups of their own, wherever they stand.
+    Adapters always count as lora, and norms as norm, whatever module they belong to.
     """
     if any(name.startswith("lora_") for name in path):
         return "lora"

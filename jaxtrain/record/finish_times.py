@@ -30,10 +30,10 @@ class FinishTimes:
         self._thread: threading.Thread | None = None
 
     def watch(self, result: Any) -> Future[float]:
-        """The time at which `result`, arrays on the device, is ready.
+        """Return a future of the time at which `result`, device arrays, is ready.
 
-        Watch results in the order in which the device computes them. The future raises
-        what waiting for the result raises.
+        Watch results in the order in which the device computes them. If waiting for
+        the result raises an error, the future raises it.
         """
         if self._thread is None:
             # A daemon: a device that hangs must not keep the process from leaving.

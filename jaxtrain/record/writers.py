@@ -158,8 +158,8 @@ class JsonlWriter:
     """metrics.jsonl and samples.jsonl: one JSON object a line, with step and time.
 
     `time` is seconds since 1970. A number that JSON cannot hold (NaN, infinity) is
-    null. Lines are flushed as they are written. The files stay open: a bucket that is
-    mounted uploads a file whole whenever it is closed.
+    written as null. Lines are flushed at once. The files stay open, because a mounted
+    bucket uploads the whole file each time that it is closed.
     """
 
     def __init__(

@@ -12,11 +12,12 @@ _MOST_CHARACTERS = 2000  # of a text
 def choose_samples(
     lines: Sequence[Mapping[str, Any]], best_step: int | None, most_bytes: int
 ) -> list[dict[str, Any]]:
-    """Evenly many evaluations, the first, the best and the last among them.
+    """Choose evenly spaced evaluations, including the first, the best and the last.
 
     Args:
         lines: the records of samples.jsonl.
-        most_bytes: about what they may take in the page.
+        best_step: the step of the best evaluation, or None.
+        most_bytes: about how many bytes the samples may take in the page.
     """
     count = min(len(lines), _MOST_EVALUATIONS)
     while True:
@@ -34,7 +35,7 @@ def size_in_page(value: Any) -> int:
 def _spread(
     lines: Sequence[Mapping[str, Any]], count: int, best_step: int | None
 ) -> list[int]:
-    """The places of about so many lines; the last alone where there is room for one."""
+    """Indices of about `count` evenly spaced lines; only the last one if count <= 1."""
     if count <= 1:
         return [len(lines) - 1] if lines else []
     kept = {round(i * (len(lines) - 1) / (count - 1)) for i in range(count)}

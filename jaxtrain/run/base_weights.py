@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 def identify_base(run: RunConfig, model: LoadedModel, state: TrainState) -> str | None:
-    """The fingerprint of what is frozen in a state; None if nothing of it was read.
+    """The fingerprint of a state's frozen weights; None if none were read from files.
 
     The adapter that a DPO run starts from is a part of its reference.
     """
@@ -30,10 +30,15 @@ def identify_base(run: RunConfig, model: LoadedModel, state: TrainState) -> str 
 
 
 def check_base(saved: str | None, present: str | None, directory: str | None) -> None:
-    """Compare the base of a checkpoint with the one that was loaded.
+    """Compare the base weights of a checkpoint with the ones that were loaded.
+
+    Args:
+        saved: the checkpoint's fingerprint; None from older versions, only logged.
+        present: the fingerprint of what was loaded; None if there is nothing to check.
+        directory: where the weights were loaded from, for messages.
 
     Raises:
-        ValueError: they are not the same weights.
+        ValueError: the fingerprints differ.
     """
     if present is None or saved == present:
         return
@@ -55,9 +60,9 @@ def check_base(saved: str | None, present: str | None, directory: str | None) ->
 def warn_of_other_base(
     run: RunConfig, model: LoadedModel, state: TrainState, saved: str | None
 ) -> None:
-    """Warn where a checkpoint that is only used was trained beside another base.
+    """Warn if a checkpoint that is not trained further was trained on another base.
 
-    It is no error as in training: the same base may be stored in another type.
+    Unlike in training this is not an error: the base may be stored in another type.
 
     Args:
         saved: the fingerprint in the checkpoint; None in those of older versions.

@@ -29,7 +29,7 @@ class Moment:
         step: optimizer steps done.
         metrics: at a step, the step's own; at an evaluation, all `eval_` metrics; at a
             save, none.
-        directory: of the checkpoints.
+        directory: the folder of the checkpoints.
     """
 
     step: int
@@ -150,11 +150,11 @@ def make_callbacks(settings: LoopSection, directory: Path) -> Callbacks:
     """Import the classes that the configuration names, and make an object of each.
 
     Args:
-        directory: of the checkpoints.
+        directory: the folder of the checkpoints.
 
     Raises:
-        ValueError: a class cannot be had, takes other arguments, or has no method that
-            a run calls.
+        ValueError: a class cannot be imported, takes other arguments, or has no method
+            that a run calls.
     """
     made = {}
     for path in settings.callbacks:
@@ -183,5 +183,6 @@ def _check_methods(path: str, callback: Any) -> None:
             )
     if not set(has) & {*_POINTS}:
         raise ValueError(
-            f"{_KEY} = {path!r}: it has none of {', '.join(_POINTS)}; add one"
+            f"{_KEY} = {path!r}: the class has none of the methods that a run calls;"
+            f" add one of {', '.join(_POINTS)}"
         )

@@ -25,7 +25,7 @@ Prepared = PreparedDataset | StreamDataset
 
 @dataclasses.dataclass(frozen=True)
 class Feed:
-    """How many rows this process reads, which, and where they go."""
+    """How many rows this process reads, which rows, and the devices they go to."""
 
     run: RunConfig
     plan: ShardingPlan
@@ -33,7 +33,7 @@ class Feed:
 
     @functools.cached_property  # asked at every step, of all devices of a pod
     def readers(self) -> int:
-        """Shares of the rows: processes, or groups of them that read the same rows."""
+        """Number of shares: one for each group of processes that read the same rows."""
         return self.plan.readers[1]
 
     @property
@@ -57,7 +57,7 @@ class Feed:
         )
 
     def _batch_shape(self, per_device: int, accumulation_steps: int = 1) -> BatchShape:
-        """This process's rows; where each batch is packed, all examples."""
+        """Count this process's rows, or all examples where each batch is packed."""
         if self._packed_rows is not None:
             return BatchShape(per_device * self.plan.batch_shards, accumulation_steps)
         rows = self._process_rows(per_device)
@@ -101,7 +101,7 @@ class Feed:
     def epochs(
         self, data: Prepared, batches: BatchIterator | StreamIterator
     ) -> tuple[int, Callable[[int], float]]:
-        """Steps of an epoch, all of them for a stream; and epochs done at a step."""
+        """Steps in an epoch (for a stream: all steps), and epochs done by a step."""
         if isinstance(batches, StreamIterator):
             return batches.num_steps, batches.epochs_done
         assert isinstance(data, PreparedDataset)  # as its batches are no stream's
@@ -110,5 +110,8 @@ class Feed:
         return steps_per_epoch(*sizes), lambda step: epochs_done(step, *sizes)
 
     def place(self, batch: Any, leading_axes: int = 0) -> Any:
-        """The global batch over the devices, of which this process brings its rows."""
+        """Make global arrays over all devices from this process's rows of a batch.
+
+        `leading_axes`: how many axes come before the axis of the rows.
+        """
         return place_batch(batch, self.plan.batch(leading_axes))

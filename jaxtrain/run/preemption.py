@@ -35,10 +35,10 @@ class Preempted(SystemExit):
 
 
 class PreemptionWatch(contextlib.AbstractContextManager["PreemptionWatch"]):
-    """Take note of SIGTERM while it is entered; `requested` asks after each step.
+    """Take note of SIGTERM in a `with` block; call `requested` after each step.
 
-    With several processes one signal to any of them is enough: all learn of it, and
-    agree on the step after which they leave. There jax itself listens.
+    With several processes, a signal to one of them is enough: all learn of it, and
+    agree on the step after which they leave. In that case jax itself listens.
     """
 
     def __init__(self) -> None:
@@ -75,16 +75,16 @@ class PreemptionWatch(contextlib.AbstractContextManager["PreemptionWatch"]):
 
 
 class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
-    """End the process, every thread's stack on stderr, if `feed` stays out too long.
+    """End the process and print all threads' stacks if `feed` is not called in time.
 
-    A collective that waits for a process that is stuck would wait for ever, and so
-    would a save on a disk that does not answer; the exit code, 1, lets the launcher
-    start all of them again. A thread of C does it, so it works when Python itself is
-    stuck. What to do is told by a thread of Python just before.
+    A collective that waits for a stuck process would wait for ever, and so would a
+    save on a disk that does not answer. The exit code 1 lets the launcher restart all
+    processes. A C thread ends the process, so this works when Python itself is stuck.
+    Just before, a Python thread prints what to do. Both write to stderr.
     """
 
     def __init__(self, timeout_secs: float) -> None:
-        """`timeout_secs` 0 watches nothing."""
+        """With `timeout_secs` 0 the watchdog does nothing."""
         self._timeout_secs = timeout_secs
         self._stopped = threading.Event()
         self._fed = time.monotonic()
@@ -101,7 +101,7 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
             faulthandler.cancel_dump_traceback_later()
 
     def feed(self) -> None:
-        """Something was finished: count from now again."""
+        """Report that something was finished; the timeout starts again from now."""
         self._fed = time.monotonic()
         if self._timeout_secs:
             # A notebook's sys.stderr is no file; the one Python started with is.

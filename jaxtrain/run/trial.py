@@ -28,16 +28,16 @@ _ADDED = ("aux_loss", "router_aux_loss")
 def check_objective(
     run: RunConfig, objective: Objective, sets: Collection[str] | None = None
 ) -> None:
-    """Trace an objective, and see that it gives the metric that the run ranks by.
+    """Trace an objective with shapes, and check that it returns the ranking metric.
 
     Args:
-        sets: names of the evaluation sets, [""] of one alone; None before they are
-            known for certain, as a program may still bring its own.
+        sets: names of the evaluation sets, or [""] for a single set without a name.
+            None while they are not final, because a program may still pass its own.
 
     Raises:
-        ValueError: a function of the user's own takes other arguments, raises, or does
-            not return a loss and its metrics; or `metric_for_best_model` is none of an
-            evaluation's.
+        ValueError: the user's own objective takes other arguments, raises, or does not
+            return a loss and a dict of metrics; or no evaluation reports the metric
+            that `metric_for_best_model` names.
     """
     own = ":" in run.objective
     try:
@@ -115,14 +115,14 @@ def _describe(run: RunConfig, error: Exception) -> str:
 def choose_best_metric(
     run: RunConfig, objective: Objective, sets: Collection[str]
 ) -> RunConfig:
-    """The run with a metric to rank by that is one of these evaluation sets.
+    """Return the run with a ranking metric that one of these evaluation sets reports.
 
     Args:
-        sets: their names, which a program may bring that the configuration did not
-            name; [""] for one alone.
+        sets: names of the evaluation sets, which a program may have passed without
+            the configuration naming them; [""] for a single set without a name.
 
     Raises:
-        ValueError: `metric_for_best_model` is the metric of none of them.
+        ValueError: no set reports the metric that `metric_for_best_model` names.
     """
     loop, names = run.loop, list(sets)
     if not names:
@@ -175,9 +175,9 @@ def _check_best_metric(
 
 
 def _may_be_of_a_named_set(run: RunConfig, best: str, names: set[str]) -> bool:
-    """Whether a program may still bring a set that this is a metric of.
+    """Whether a program may still pass an evaluation set that reports this metric.
 
-    `choose_best_metric` judges it then, by the names of the sets.
+    If so, `choose_best_metric` checks the metric later, when the names are known.
     """
     if run.data.eval or run.data.eval_split:
         return False

@@ -65,7 +65,7 @@ FILES = {
         "and 19950 problems more",
     ),
     "a long word": ("training:\n  seed: " + "b" * 10**6, "training.seed"),
-    "no integer": ("training:\n  seed: !!int x\n", "'x' is no int"),
+    "no integer": ("training:\n  seed: !!int x\n", "'x' is not a valid int"),
     "no date": ("training:\n  seed: 2020-99-99\n", "line 2"),
     "an epsilon": ("training:\n  adam_epsilon: 1e300\n", "adam_epsilon = 1e+300"),
     "alpha": ("training:\n  lora: {lora_alpha: .nan}\n", "lora_alpha = nan"),

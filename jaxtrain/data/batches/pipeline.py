@@ -130,9 +130,9 @@ class RowOrder:
 
     Epoch e visits every row once, in an order drawn from (seed, e). Its micro-batches
     are consecutive runs of B * process_count rows; process p takes columns
-    [p * B, (p + 1) * B). Where the epoch ends within a step, -1 fills up. An epoch of a
-    mixture has `mixture.rows_per_epoch` of each part, and goes on where the last
-    stopped in it.
+    [p * B, (p + 1) * B). Where the epoch ends within a step, -1 fills the rest. In a
+    mixture, an epoch has `mixture.rows_per_epoch` rows of each part, and continues
+    each part where the last epoch stopped.
     """
 
     num_rows: int
@@ -193,20 +193,20 @@ class RowOrder:
         return random.permutation(np.concatenate(drawn))
 
     def row_length(self, step: int) -> int | None:
-        """Tokens of a row at a step, where a curriculum says; None: the data set's."""
+        """Tokens of a row, if a curriculum sets them at this step; else None."""
         if self.first_pass is None or step >= len(self.first_pass):
             return None
         return int(self.first_pass.row_lengths[step])
 
     def _own_columns(self, rows: np.ndarray) -> np.ndarray:
-        """int64[A, B] of a step's rows in one line."""
+        """int64[A, B]: this process's part of a step's rows, which come as one line."""
         shape = self.shape
         rows = rows.reshape(shape.accumulation_steps, shape.global_micro_batch_rows)
         column = shape.process_index * shape.micro_batch_rows
         return rows[:, column : column + shape.micro_batch_rows]
 
     def _draw(self, num_rows: int, seed: int, places: np.ndarray) -> np.ndarray:
-        """The row numbers at some places of all epochs behind one another."""
+        """The row numbers at some places in the sequence of all epochs."""
         order = grain.MapDataset.range(num_rows)
         if self.shuffle:
             order = order.shuffle(seed=seed)  # `repeat` reseeds every epoch
@@ -214,7 +214,7 @@ class RowOrder:
         return np.asarray([order[int(place)] for place in places], np.int64)
 
     def _of_parts(self, slots: np.ndarray, epoch: int) -> np.ndarray:
-        """The rows that an epoch's slots stand for: so many slots for each part."""
+        """The rows that an epoch's slots stand for; each part has a quota of slots."""
         quotas = rows_per_epoch(self.parts)
         sizes = [rows for rows, _ in self.parts]
         first_slots, first_rows = (np.cumsum([0, *n]) for n in (quotas, sizes))
@@ -249,9 +249,10 @@ class BatchReader:
         return data.pack(slots[0] if self.flat else slots, row_length)
 
     def examples(self, step: int) -> np.ndarray:
-        """int64[B] or packed [B, P]: the examples of all processes; -1: none.
+        """Numbers of the examples in a step's batch, over all processes; -1 for none.
 
-        For batches without accumulation.
+        int64[B], or [B, P] where up to P examples are packed into a row. Only for
+        batches without gradient accumulation.
         """
         if self.packing is not None:
             return self._place(step)[0][0]
@@ -259,9 +260,9 @@ class BatchReader:
         return dataclasses.replace(self.order, shape=every).rows(step)[0]
 
     def empty_batches(self, first: int, last: int) -> list[AnyBatch]:
-        """A batch without examples of each shape that steps first, ..., last - 1 have.
+        """An empty batch for each shape that steps first, ..., last - 1 use.
 
-        Where these are many, of each that packing has.
+        If there are many such steps, one for each shape that packing can give.
         """
         if self.packing is None:
             return []
@@ -292,8 +293,8 @@ class PackedRows:
 
     Attributes:
         shards: devices, or groups of them, that split the rows of a batch.
-        are_long: few rows as long as their examples need, or else rows as long as the
-            longest example, as many as are needed.
+        are_long: True for few rows, as long as their examples need; False for rows as
+            long as the longest example, as many as are needed.
         share: which part of the rows this process reads, and of how many.
     """
 
@@ -361,16 +362,16 @@ class BatchIterator(Iterator[AnyBatch]):
         return max(self.num_steps - self.step, 0)
 
     def empty_batches(self) -> list[AnyBatch]:
-        """A batch without examples of each shape to come, to compile for."""
+        """An empty batch for each shape still to come, to compile the step for it."""
         return self.reader.empty_batches(self.step, self.num_steps)
 
     @property
     def most_examples(self) -> int | None:
-        """How many examples a packed row can hold; None where a row is an example."""
+        """The most examples that a packed row can hold; None without packing."""
         return None if self.reader.packing is None else self.reader.packing.most
 
     def in_order(self, values: np.ndarray) -> np.ndarray:
-        """Values of the examples of all processes' last batch, by example number.
+        """Values of the examples in all processes' last batch, sorted by their number.
 
         Args:
             values: [B, *dims], one for each row, or packed [B, P, *dims].
@@ -380,7 +381,7 @@ class BatchIterator(Iterator[AnyBatch]):
         return values[present][np.argsort(numbers[present])]
 
     def get_state(self, step: int | None = None) -> dict[str, Any]:
-        """The state behind a step, the last one given if None."""
+        """The state after `step`, or after the last batch that was given if None."""
         step = self.step if step is None else step
         return {"next_step": step, **self._identity}
 
@@ -448,8 +449,8 @@ def make_train_iterator(
             to whole steps; steps go on into further epochs.
         curriculum: short or easy rows first; batches then differ in T. It changes
             neither the number of steps nor of rows in them.
-        rows: pack the examples of each micro-batch so. `shape` is then of all
-            processes' examples.
+        rows: how to pack the examples of each micro-batch; `shape` then counts the
+            examples of all processes.
 
     Raises:
         ValueError: not exactly one of `num_epochs` and `num_steps`, or the curriculum
@@ -495,7 +496,7 @@ def make_train_iterator(
 
 
 def _as_padded(dataset: PreparedDataset) -> PreparedDataset:
-    """The rows as they would be padded, by whose lengths a curriculum goes."""
+    """The rows as if padded, because a curriculum follows the padded lengths."""
     return dataset.without_shared_prompts() if dataset.shares_prompts else dataset
 
 
@@ -513,7 +514,7 @@ def _choose_packing(
 
 
 def describe_order(shape: BatchShape, reading: Reading) -> dict[str, Any]:
-    """What a saved position holds of them: on these the rows of a step depend."""
+    """The part of a saved position that describes what the rows of a step depend on."""
     return {
         "seed": reading.seed,
         "shuffle": reading.shuffle,
@@ -527,8 +528,8 @@ def make_eval_iterator(
 ) -> BatchIterator:
     """Iterate once over all rows in order: batches of [B, T], without accumulation.
 
-    Every process gets the same number of batches; empty rows fill the last one. With
-    `rows`, the examples of a batch are packed so, and `shape` is of all processes'.
+    Every process gets the same number of batches; empty rows fill the last one. `rows`
+    says how to pack a batch's examples; `shape` then counts those of all processes.
     """
     order = RowOrder(len(dataset), shape, shuffle=False)
     packing = None

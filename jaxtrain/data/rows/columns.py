@@ -25,7 +25,7 @@ def make_column_map(given: Mapping[str, Any] | None) -> ColumnMap:
     """The pairs of `data.column_map`, in an order that does not depend on its own.
 
     Raises:
-        ValueError: a value is no name of a column.
+        ValueError: a value is not the name of a column.
     """
     for name, column in (given or {}).items():
         if not isinstance(column, str) or not column:
@@ -37,13 +37,15 @@ def make_column_map(given: Mapping[str, Any] | None) -> ColumnMap:
 
 
 def check_columns(names: ColumnMap, found: Iterable[str], text_column: str) -> None:
-    """Refuse a map that does not fit the rows.
+    """Refuse a column map that does not fit the rows.
 
     Args:
         found: the columns that the rows have.
+        text_column: a further name that a format reads.
 
     Raises:
-        ValueError: a name that no format reads, or a column that is not there.
+        ValueError: the map has a name that no format reads, or a column that the rows
+            do not have.
     """
     setting = f"data.column_map = {shown(dict(names))}"
     found = sorted(set(found))
@@ -64,7 +66,7 @@ def check_columns(names: ColumnMap, found: Iterable[str], text_column: str) -> N
 
 
 def rename(row: Mapping[str, Any], names: ColumnMap) -> Mapping[str, Any]:
-    """A row with mapped columns under the names that are read, and no longer theirs."""
+    """A row whose mapped columns have the names that formats read, not their own."""
     if not names:
         return row
     taken = {column for _, column in names}
@@ -73,7 +75,7 @@ def rename(row: Mapping[str, Any], names: ColumnMap) -> Mapping[str, Any]:
 
 
 def propose_map(found: Iterable[str]) -> str:
-    """The text of a `data.column_map` for columns of other names."""
+    """Propose a `data.column_map`, as text, for columns with other names."""
     columns, proposed = list(found), {}
     for name, likely in _LIKELY.items():
         words = ((column, column.lower()) for column in columns)

@@ -91,11 +91,11 @@ class Unit:
             raise ValueError(f"cannot read {self.path}: {error}") from error
 
     def parse(self, item: Item) -> dict[str, Any]:
-        """The row of an item. Raises BadRow where it is none."""
+        """The row of an item. Raises BadRow if the item is not a row."""
         return _FORMATS[self.reader][1](item.payload)
 
     def row(self, item: Item) -> Mapping[str, Any]:
-        """The row of an item; an `UnreadableRow` where it is none."""
+        """The row of an item, or an `UnreadableRow` if the item is not a row."""
         try:
             return self.parse(item)
         except BadRow as bad:
@@ -310,7 +310,7 @@ class _ArrayScanner:
         self._text, self._at, self._ended = "", 0, False
 
     def skip(self, mark: bytes) -> None:
-        """Leave out a mark, if it comes next."""
+        """Skip the bytes `mark` if they come next."""
         self._read(_CHUNK)
         if self._text.startswith(mark.decode("latin-1"), self._at):
             self._move(self._at + len(mark))
@@ -327,7 +327,7 @@ class _ArrayScanner:
             self._read(_CHUNK)
 
     def expect(self, mark: bytes) -> None:
-        """Go on behind a mark.
+        """Skip white space and the byte `mark`, which must come next.
 
         Raises:
             ValueError: something else comes next.
@@ -341,7 +341,7 @@ class _ArrayScanner:
         """Whether the array ends here.
 
         Raises:
-            ValueError: it does, and something comes behind it.
+            ValueError: it ends, but something follows it.
         """
         if self.peek() != b"]":
             return False
@@ -354,7 +354,7 @@ class _ArrayScanner:
         """The bytes of the next element.
 
         Raises:
-            ValueError: there is none that is JSON.
+            ValueError: what comes next is not valid JSON.
         """
         self.peek()
         while True:
@@ -523,9 +523,9 @@ def _parse_csv(record: _Record) -> dict[str, Any]:
 
 
 def _columns(path: AnyFile) -> pa.NativeFile:
-    """A file of columns, mapped into memory, or decompressed into it.
+    """Open a columnar file: mapped into memory, or decompressed into memory.
 
-    Of one in a bucket, what is asked for is read.
+    From a file in a bucket only the requested parts are read.
     """
     if is_compressed(path):
         with _open(path) as file:

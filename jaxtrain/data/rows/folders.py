@@ -82,7 +82,7 @@ def is_saved(folder: pathlib.Path) -> bool:
 
 
 def split_files(folder: pathlib.Path, split: str) -> list[pathlib.Path]:
-    """The data files of a split; the whole folder where nothing is named by split."""
+    """The data files of a split; all files if none of them is named after a split."""
     names = [file.relative_to(folder) for file in folder.rglob("*")]
     return [folder / name for name in choose_split(names, split, str(folder))]
 

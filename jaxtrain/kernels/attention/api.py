@@ -97,7 +97,7 @@ def _attend(
     mask: Mask,
     schedule: Schedule | None,
 ) -> Array:
-    """By the implementation named, on one device."""
+    """Run the named implementation on one device."""
     if implementation == "reference":
         return attention_reference(q, k, v, mask, softcap=softcap, scale=scale)
     if implementation == "xla":
@@ -129,9 +129,9 @@ def plan_attention(
 ) -> Schedule | None:
     """The blocks that the layers of one batch visit, found once for all of them.
 
-    The arguments are `attention`'s; of `q` the shape and the type count. None where no
-    blocks are visited, or rows are cut. Layers with another window need another
-    schedule.
+    The arguments are `attention`'s, but only the shape and type of `q` matter. None
+    where the implementation visits no blocks, or where the mesh splits rows. Layers
+    with another window need another schedule.
     """
     mask = Mask(segment_ids, prompt_ids, causal, window)
     if implementation == "auto":
@@ -148,9 +148,9 @@ def skips_blocks(
     implementation: str = "auto",
     layout: Layout | None = None,
 ) -> bool:
-    """Whether documents that share a row cost no attention to one another.
+    """Whether attention skips the blocks between different documents of a row.
 
-    Then a long row of many costs what rows of their own would.
+    Then a long row of many documents costs as much as one row for each of them.
     """
     if implementation == "auto":
         ids = jax.ShapeDtypeStruct(q.shape[:2], jnp.int32)
@@ -164,14 +164,14 @@ def _cuts_rows(layout: Layout | None, length: int) -> bool:
 
 
 def _device_of(layout: Layout | None) -> jax.Device | None:
-    """One of the mesh; it need not be present."""
+    """A device of the mesh; it need not be present on this machine."""
     if layout is None or layout.mesh is None:
         return None
     return layout.mesh.devices.flat[0]
 
 
 def _load_kernels(name: str) -> blocked.Kernels:
-    """Only on demand: JAX has announced that the Triton lowering will go."""
+    """Import only on demand: JAX has announced the end of its Triton lowering."""
     try:
         module = importlib.import_module(f"jaxtrain.kernels.attention.{name}")
     except ImportError as error:

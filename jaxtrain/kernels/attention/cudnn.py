@@ -37,7 +37,10 @@ def refusal(
 
 
 def compute_capability(device: jax.Device | None = None) -> float | None:
-    """Of `device`, by default the first local one, where it is an NVIDIA GPU."""
+    """The compute capability of an NVIDIA GPU, such as 9.0; None for other devices.
+
+    `device` is the first local device by default.
+    """
     if device is None and jax.default_backend() != "gpu":
         return None
     value = getattr(device or jax.local_devices()[0], "compute_capability", None)

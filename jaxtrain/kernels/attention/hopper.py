@@ -272,6 +272,7 @@ def check_schedule(schedule: Schedule) -> None:
     """Refuses a schedule made for another implementation."""
     if (schedule.block_q, schedule.block_k) != (BLOCK, BLOCK):
         raise ValueError(
-            f"the schedule has blocks of {schedule.block_q} and {schedule.block_k}, "
-            f"pallas_gpu takes {BLOCK}: make it with implementation='pallas_gpu'"
+            f"the schedule has blocks of {schedule.block_q} and {schedule.block_k}, but"
+            f" pallas_gpu needs {BLOCK} for both: call plan_attention with"
+            " implementation='pallas_gpu'"
         )

@@ -12,7 +12,7 @@ KERNELS = Kernels(forward, backward, hopper.choose_blocks, hopper.choose_width)
 
 
 def with_tiles(tiles: hopper.Tiles) -> Kernels:
-    """The same with tiles of the caller's choice, to test and to measure them."""
+    """Return `KERNELS` with the caller's tile sizes, for tests and measurements."""
     return dataclasses.replace(
         KERNELS,
         forward=functools.partial(forward, tiles=tiles),

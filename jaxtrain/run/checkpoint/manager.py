@@ -30,9 +30,10 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """What one checkpoint held. `data_states` has an entry for each process of then.
+    """The content of one checkpoint.
 
-    `clock` is what `save` was given by process 0.
+    `data_states` has an entry for each process of the run that saved it. `clock` holds
+    the times that process 0 passed to `save`.
     """
 
     step: int
@@ -46,12 +47,12 @@ class Restored:
     def data_state(self) -> dict[str, Any] | None:
         """This process's data-iterator state.
 
-        Another number of processes may have saved it, where the position is one and
-        the same for all of them.
+        A different number of processes may have saved it, if the position was the
+        same for all of them.
 
         Raises:
-            ValueError: it is not, so that no entry says which rows this process has
-                seen.
+            ValueError: the positions differ, so that no entry says which rows this
+                process has seen.
         """
         saved, present = len(self.data_states), jax.process_count()
         if saved == present:
