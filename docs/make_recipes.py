@@ -64,7 +64,7 @@ quarters of a GPU's memory when it starts, so a recipe that needs more sets
 |---|---|---|---|---|---|
 """
 FOOTER = """
-This page is made of the recipes in [configs/recipes](../configs/recipes) and of
+This page is made of the recipes in `configs/recipes` and of
 [recipes.json](recipes.json) by `python docs/make_recipes.py`.
 """
 

@@ -51,6 +51,19 @@ THOROUGH = (
     "bucket_kills_test.py::test_a_run_killed_at_requests_ends_as_without_kills[gs-2",
     "bucket_kills_test.py::test_a_run_killed_at_requests_ends_as_without_kills[s3",
     "bucket_models_test.py::test_each_of_two_processes_reads_half",
+    "bucket_kills_test.py::test_a_run_killed_at_requests_ends_as_without_kills[gs-1",
+    "launch_test.py::test_the_notebook_runs_in_a_shortened_form",
+    "trl_training_test.py::test_twenty_steps_log_and_learn_what_trl_does[llama-dpo",
+    "trl_training_test.py::test_a_synced_reference_moves_as_in_trl[qwen2",
+    "trl_training_test.py::test_an_adapter_trains_on_as_in_trl[lora-sft-llama",
+    "commands_test.py::test_eval_repeats_the_numbers_of_the_log_and_leaves_the_run_alone"
+    "[dpo_lora",
+    "commands_test.py::test_eval_repeats_the_numbers_of_the_log_and_leaves_the_run_alone"
+    "[dpo_sums",
+    "base_weights_test.py::test_a_run_on_replaced_weights_is_refused[lora",
+    "batch_packing_test.py::test_packed_examples_have_the_numbers_of_padded_ones"
+    "[preference-preference-options1-0",
+    "curriculum_test.py::test_the_step_compiles_at_most_once_a_bucket[dpo",
     "context_test.py::test_losses_gradients_and_weights_are_those_of_one_device[dpo",
     "context_test.py::test_losses_gradients_and_weights_are_those_of_one_device[from",
     "context_test.py::test_losses_gradients_and_weights_are_those_of_one_device[lora",

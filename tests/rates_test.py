@@ -115,6 +115,9 @@ class World:
         self._next = 0
 
     # Data.
+    def beside(self, name):
+        return self.directory.with_name(name)
+
     def __iter__(self):
         return self
 

@@ -35,7 +35,6 @@ from jaxtrain.run.checkpoint import (
     restore_newest,
     storage,
 )
-from jaxtrain.run.checkpoint import manager as manager_module
 from jaxtrain.types import WeightedSum
 
 FLIPS = 60
@@ -174,7 +173,7 @@ def test_all_is_on_the_disk_before_the_step_gets_its_name(tmp_path):
     folder = tmp_path / "checkpoints"
     with (
         mock.patch.object(storage, "flush_tree", watch),
-        mock.patch.object(manager_module, "flush", flushed),
+        mock.patch.object(ledger, "flush", flushed),
         CheckpointManager(folder, ledger=tmp_path / ledger.LEDGER) as manager,
     ):
         manager.save(1, restores.make_state(1))
