@@ -29,7 +29,7 @@ from jaxtrain.record import logs, provenance, safe_text
 from jaxtrain.record.console import ConsoleWriter
 from jaxtrain.report.page import write_report
 from jaxtrain.run import hub
-from jaxtrain.storage import mirror, reading
+from jaxtrain.storage import folders, mirror, reading
 from tests.runs import tiny_config, train
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -273,12 +273,14 @@ def test_a_saved_data_set_names_files_beside_its_list_alone(tmp_path):
 def test_a_copy_of_a_bucket_stays_in_the_cache(address, key, tmp_path, monkeypatch):
     class Bucket:
         def find(self, at, detail):
-            return {f"b/{key}": {"type": "file", "size": 2, "etag": "1"}}
+            name = f"b/{key}"
+            return {name: {"name": name, "type": "file", "size": 2, "etag": "1"}}
 
         def cat_file(self, path, start, end):
             return b"{}"
 
-    monkeypatch.setattr(reading, "filesystem", lambda address: Bucket())
+    for module in (folders, reading):
+        monkeypatch.setattr(module, "filesystem", lambda address: Bucket())
     root = tmp_path / "outer" / "cache"
     try:
         copy = mirror.mirror(address, root)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from jaxtrain.storage import address, checks, errors, fetch
+from jaxtrain.storage import address, checks, errors, mirror
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from buckets import BUCKET, Proxy, bucket, endpoint_of, serve, skip_unless_installed
@@ -107,21 +107,19 @@ def test_no_answer_is_not_waited_for(scheme, monkeypatch):
 def test_a_local_copy_is_fresh_and_whole(bucket, tmp_path, monkeypatch):
     file = address.as_path(f"{bucket}/model/config.json")
     file.write_text("{}")
-    copy = fetch.local_copy(f"{bucket}/model", tmp_path)
+    copy = mirror.mirror(f"{bucket}/model", tmp_path)
     assert copy.name == "model" and (copy / "config.json").read_text() == "{}"
-    assert fetch.local_copy(str(file), tmp_path).read_text() == "{}"
-    downloads = []
-    monkeypatch.setattr(fetch, "_download", lambda info, target: downloads.append(info))
-    fetch.local_copy(f"{bucket}/model", tmp_path)
-    assert not downloads
+    assert mirror.mirror(str(file), tmp_path).read_text() == "{}"
+    copies = []
+    monkeypatch.setattr(mirror, "_copy", lambda file, target: copies.append(file))
+    mirror.mirror(f"{bucket}/model", tmp_path)
+    assert not copies
     monkeypatch.undo()
     file.write_text("[]")
-    assert (
-        fetch.local_copy(f"{bucket}/model", tmp_path) / "config.json"
-    ).read_text() == "[]"
-    with pytest.raises(FileNotFoundError, match="nothing is at"):
-        fetch.local_copy(f"{bucket}/none", tmp_path)
-    assert fetch.local_copy(tmp_path, tmp_path) == tmp_path
+    changed = mirror.mirror(f"{bucket}/model", tmp_path)
+    assert (changed / "config.json").read_text() == "[]"
+    with pytest.raises(FileNotFoundError, match="there is nothing of this name"):
+        mirror.mirror(f"{bucket}/none", tmp_path)
 
 
 def test_faults_of_the_network_are_tried_again_within_a_limit(monkeypatch):

@@ -70,7 +70,8 @@ _IMPLIED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 def resolve_model_path(name: str, revision: str | None = None) -> pathlib.Path:
     """The directory of a model: `name` itself, or what the hub has under that name.
 
-    Of a model in a bucket, the local copy of its small files (`bucket.fetch_model`).
+    For a model in a bucket this is the local copy of its small files
+    (`bucket.fetch_model`).
 
     Raises:
         ValueError: it is neither a directory nor to be had from the hub or a bucket.

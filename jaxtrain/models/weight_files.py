@@ -1,7 +1,7 @@
 """Reading tensors of safetensors files, on the disk or in a bucket, slice by slice.
 
-Of a file in a bucket only the rows that are asked for are read; a row is what an index
-of a tensor's first axis gives.
+Only the rows that are asked for are read from a file in a bucket; a row is what an
+index of a tensor's first axis gives.
 """
 
 import contextlib

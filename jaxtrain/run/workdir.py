@@ -107,6 +107,7 @@ def _fetch_records(home: Any, folder: pathlib.Path) -> None:
         found |= {f"{name}/{path}": info for path, info in below.items()}
     for name, info in found.items():
         if not name.startswith(_APART):
+            folders.refuse_escape(home, name)
             fetch.download(info, folder / name)
 
 

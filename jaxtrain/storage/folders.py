@@ -30,6 +30,19 @@ def files_at(address: AnyPath) -> dict[str, dict[str, Any]]:
     return _by_path(address, "ls")
 
 
+def refuse_escape(address: AnyPath, path: str) -> None:
+    """Refuse an object whose copy would not lie in the copy of its folder.
+
+    Raises:
+        ValueError: names the object, and what to do.
+    """
+    if {"..", "."} & {*path.split("/")} or "\\" in path or "//" in path:
+        raise ValueError(
+            f"{os.fspath(address)} holds {path!r}, a name that leads out of the"
+            " folder: remove that file"
+        )
+
+
 def sizes(address: AnyPath) -> dict[str, int]:
     """The size in bytes of each object below an address, by its path from there."""
     return {path: info["size"] for path, info in files_below(address).items()}
@@ -49,7 +62,9 @@ def _by_path(address: AnyPath, how: str) -> dict[str, dict[str, Any]]:
     return {
         path[len(at) :].strip("/"): {**info, "full_name": f"{scheme}://{path}"}
         for path, info in sorted(retrying(look, f"listing {address}").items())
+        # Folders that other programs put there are objects of no bytes.
         if info["type"] == "file" and not path.endswith("/")
+        if path == at or path.startswith(f"{at}/")
     }
 
 

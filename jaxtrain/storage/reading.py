@@ -16,7 +16,8 @@ import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxtrain.storage.address import AnyPath, filesystem, is_remote, name, split
+from jaxtrain.storage import folders
+from jaxtrain.storage.address import AnyPath, filesystem, is_remote, name
 from jaxtrain.storage.errors import one_line, retrying
 from jaxtrain.storage.fetch import tag_of
 
@@ -157,11 +158,7 @@ def list_files(address: AnyPath) -> Mapping[str, RemoteFile]:
     """
     found = {}
     for path, info in _listed(address).items():
-        if {"..", "."} & {*path.split("/")} or "\\" in path or "//" in path:
-            raise ValueError(
-                f"{os.fspath(address)} holds {path!r}, a name that leads out of the"
-                " folder: remove that file"
-            )
+        folders.refuse_escape(address, path)
         at = os.fspath(address).rstrip("/")
         whole = f"{at}/{path}" if path else at
         found[path] = RemoteFile(whole, int(info["size"]), tag_of(info))
@@ -172,21 +169,9 @@ def list_files(address: AnyPath) -> Mapping[str, RemoteFile]:
 
 def _listed(address: AnyPath) -> Mapping[str, Mapping[str, Any]]:
     assert is_remote(address)
-    bucket, key = split(address)
-    at = f"{bucket}/{key}" if key else bucket
     try:
-        found = retrying(
-            lambda: filesystem(address).find(at, detail=True),
-            f"listing {os.fspath(address)}",
-        )
-    except (FileNotFoundError, ValueError):
+        return folders.files_below(address)
+    except ValueError:
         raise
     except Exception as error:  # the libraries have no common base of theirs
         raise OSError(f"{os.fspath(address)}: {one_line(error)}") from error
-    return {
-        path.removeprefix(at).removeprefix("/"): info
-        for path, info in sorted(found.items())
-        # Folders that other programs put there as objects of no bytes.
-        if info["type"] == "file" and not path.endswith("/")
-        if path == at or path.startswith(f"{at}/")
-    }

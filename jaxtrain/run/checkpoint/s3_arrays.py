@@ -69,7 +69,7 @@ class RestorePieces(ocp.args.CheckpointArgs):
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Of a leaf: its shape, that of one shard, and the bytes of one number."""
+    """The shape of a leaf, the shape of one shard, and the bytes of one number."""
 
     shape: tuple[int, ...]
     shard: tuple[int, ...]
