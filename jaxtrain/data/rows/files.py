@@ -541,6 +541,7 @@ def _parquet(unit: Unit, start: Position) -> Iterator[Item]:
     with _columns(unit.path) as source, pq.ParquetFile(source) as file:
         before = _rows_before(unit, file)
         for batch in file.iter_batches(_BATCH_ROWS, row_groups=[unit.group]):
+            _check_columns(batch)
             for index in range(max(done - at, 0), len(batch)):
                 end = at + index + 1
                 yield Item((batch, index), before + end, (end, 0))
@@ -565,6 +566,7 @@ def _arrow(unit: Unit, start: Position) -> Iterator[Item]:
         before = 0
         for number, batch in enumerate(_record_batches(source)):
             if number >= start[0]:
+                _check_columns(batch)
                 done = start[1] if number == start[0] else 0
                 for index in range(done, len(batch)):
                     end = (number, index + 1)
@@ -580,6 +582,22 @@ def _record_batches(source: pa.NativeFile) -> Iterator[pa.RecordBatch]:
         file = pa.ipc.open_file(source)
         return (file.get_batch(i) for i in range(file.num_record_batches))
     return iter(reader)
+
+
+def _check_columns(batch: pa.RecordBatch) -> None:
+    """Raise ArrowInvalid where a damaged file's offsets lead out of its own bytes.
+
+    Arrow follows offsets unchecked, and ends the process at those of other places. Text
+    that is not UTF-8 makes one row bad, not the file.
+    """
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            column.validate(full=True)
+        except pa.ArrowInvalid as error:
+            if "UTF8" not in str(error):
+                raise pa.ArrowInvalid(
+                    f"column {shown(name)} is damaged ({error}); write the file again"
+                ) from error
 
 
 def _parse_cells(payload: tuple[pa.RecordBatch, int]) -> dict[str, Any]:
