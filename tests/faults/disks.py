@@ -50,7 +50,7 @@ def play(number: int, seed: int, folder: pathlib.Path) -> Round:
     """One round: fault and kind of run by its number, the sizes by `seed` too."""
     fault = FAULTS[number % len(FAULTS)]
     run = RUNS[number // len(FAULTS) % len(RUNS)]
-    reference = kills.reference(run, folder)
+    reference = kills.reference(run, folder.parent)
     draws = random.Random(f"{seed} {number}")
     told: list[str] = []
     with _disk(folder / "disk", **_ENOUGH) as disk:

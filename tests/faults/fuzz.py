@@ -605,6 +605,19 @@ KINDS: dict[str, type[Kind]] = {
 }
 
 
+def prepare() -> None:
+    """Import what all kinds need, and start nothing that a fork would lose."""
+    import pyarrow.parquet  # noqa: F401
+    import safetensors.numpy  # noqa: F401
+    import transformers  # noqa: F401
+
+    import jaxtrain.data.prepare.prepare
+    import jaxtrain.data.rows.source
+    import jaxtrain.lora.peft_files
+    import jaxtrain.models.hf
+    import jaxtrain.models.transformer  # noqa: F401
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Without the log's lines, which thousands of inputs would fill a screen with."""

@@ -8,6 +8,7 @@ everything and started nothing, so a kill costs two seconds and not ten.
 """
 
 import dataclasses
+import fcntl
 import itertools
 import json
 import os
@@ -19,6 +20,8 @@ import socket
 import sys
 import time
 from typing import Any, NamedTuple
+
+import pool
 
 TESTS = pathlib.Path(__file__).resolve().parent.parent
 STEPS = 12
@@ -88,9 +91,12 @@ class Hang(NamedTuple):
 
 
 def play(name: str, number: int, seed: int, folder: pathlib.Path) -> Round:
-    """One round of a kind of run; all its moments are drawn by `seed` and `number`."""
+    """One round of a kind of run; all its moments are drawn by `seed` and `number`.
+
+    What is compared with is made beside `folder`, for all who have a folder there.
+    """
     run, events = RUNS[name], dict.fromkeys(_LATEST_SECS, 0)
-    whole = reference(name, folder)
+    whole = reference(name, folder.parent)
     work = folder / "killed"
     shutil.rmtree(work, ignore_errors=True)
     code = -signal.SIGKILL
@@ -123,15 +129,21 @@ def _moments(run: Run, draws: random.Random) -> list[Moment]:
 
 
 def reference(name: str, folder: pathlib.Path) -> pathlib.Path:
-    """The work directory of a run that nothing interrupts."""
+    """The work directory of a run that nothing interrupts.
+
+    Of several processes that ask for one, the first makes it and the others wait.
+    """
     work = folder / f"reference-{name}"
     finished = work / "finished"
-    if not finished.exists():
-        shutil.rmtree(work, ignore_errors=True)
-        code = start(name, work)
-        if code:
-            raise RuntimeError(describe(code, work))
-        finished.touch()
+    with work.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not finished.exists():
+            shutil.rmtree(work, ignore_errors=True)
+            code = start(name, work)
+            if code:
+                raise RuntimeError(describe(code, work))
+            finished.touch()
+        fcntl.flock(lock, fcntl.LOCK_UN)
     return work
 
 
@@ -183,6 +195,7 @@ def _fork(name: str, work: pathlib.Path, hang: Hang | None) -> list[int]:
     for rank in range(count):
         child = os.fork()
         if not child:
+            pool.die_with_parent()
             if count > 1:
                 os.environ.update(environment, JAX_PROCESS_ID=str(rank))
             _train_and_leave(name, work, log_of(work, rank), hang)

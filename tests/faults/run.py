@@ -2,6 +2,7 @@
 
     python tests/faults/run.py --kinds damage,flips,kills --seed 7 --count 200
                                [--runs NAMES] [--folder DIR]
+                               [--processes N] [--minutes M]
     python tests/faults/run.py --kinds config,yaml,rows,model,tokenizer,adapter
                                --seed 7 --count 9000
     python tests/faults/run.py --summary DIR [DIR ...]
@@ -10,29 +11,34 @@
 bit flips. `kills`: at least `--count` SIGKILLs, of all kinds of runs in turn, or of
 those that `--runs` names (kills.py). `disks`: at least `--count` starts on a disk that
 is full or fails otherwise, which takes root (disks.py). `config`, `yaml`, `rows`,
-`model`, `tokenizer`, `adapter`: `--count` bad inputs of each (fuzz.py). What is done is
-noted in `--folder`, so the same command goes on where it was stopped; another seed
-draws other cases. Several may run at once, by seeds or folders of their own;
-JAX_COMPILATION_CACHE_DIR gives them one cache of compiled programs. `--summary` runs
-nothing: it adds up what was noted in some folders, and ends with 1 if anything was not
-handled.
+`model`, `tokenizer`, `adapter`: `--count` bad inputs of each (fuzz.py).
+
+`--processes` worker processes do the cases of a kind side by side (pool.py). A case
+depends on its number and the seed alone, and not on who does it. What is done is noted
+in `--folder`, so the same command goes on where it was stopped; with `--minutes` it
+begins no case after that time, and stops by itself. Another seed draws other cases.
+`--summary` runs nothing: it adds up what was noted in some folders, and ends with 1 if
+anything was not handled.
 """
 
 import argparse
 import collections
 import dataclasses
+import itertools
 import json
 import logging
+import math
 import os
 import pathlib
 import resource
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable
 
-HERE = pathlib.Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
-sys.path.insert(0, str(HERE.parent.parent))
+import pool  # the folder of this script is on the path
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 
 class Notes:
@@ -53,112 +59,207 @@ class Notes:
             file.write(json.dumps(case) + "\n")
 
 
-def run_damage(folder: pathlib.Path, notes: Notes, _: argparse.Namespace) -> None:
-    """Every kind of damage once."""
-    import damage
+class Part:
+    """Cases of one kind: which there are, and how one is done."""
 
-    done = {case["name"] for case in notes.done}
-    cases = (
-        (name, change) for name, change in damage.KINDS.items() if name not in done
-    )
-    _run_restores(folder, notes, cases)
+    limit_secs = 3600.0  # of one case
+
+    def __init__(self, kind: str, options: argparse.Namespace) -> None:
+        self.kind, self.options = kind, options
+
+    def prepare(self) -> None:
+        """Import, before the workers are forked, what all of them need."""
+
+    def names(self) -> Iterable[str]:
+        """What the cases are called, in order."""
+        first = self.options.seed * 1_000_000
+        return map(str, range(first, first + self.options.count))
+
+    def is_enough(self, done: list[dict], running: int) -> bool:
+        """Whether no other case need begin, for a part that counts more than cases."""
+        return False
+
+    def make_work(self, folder: pathlib.Path) -> Callable[[str], dict]:
+        """In a worker, whose folder is its own: what does the case of a name."""
+        raise NotImplementedError
 
 
-def run_flips(folder: pathlib.Path, notes: Notes, options: argparse.Namespace) -> None:
+class Flips(Part):
     """Single bit flips, each by a seed of its own."""
-    import damage
 
-    def flip(number: int) -> Callable[..., object]:
-        return lambda newest, _: damage.flip_random_bit(newest, number)
+    def prepare(self) -> None:
+        import damage  # noqa: F401
+        import damaged_restores  # noqa: F401
 
-    first = options.seed * 1_000_000
-    numbers = range(first + len(notes.done), first + options.count)
-    _run_restores(folder, notes, ((str(number), flip(number)) for number in numbers))
+    def make_work(self, folder: pathlib.Path) -> Callable[[str], dict]:
+        import damaged_restores as restores
+
+        # What they say is looked at, and not shown.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        logging.getLogger().handlers = [logging.NullHandler()]
+        saved = folder / "saved"
+        shutil.rmtree(saved, ignore_errors=True)
+        restores.save_all(saved)
+
+        def work(name: str) -> dict:
+            change = self.change_of(name)
+            outcome = restores.try_damage(saved, folder / "work", change)
+            return {"name": name, **dataclasses.asdict(outcome)}
+
+        return work
+
+    def change_of(self, name: str) -> Callable[..., object]:
+        import damage
+
+        return lambda newest, _: damage.flip_random_bit(newest, int(name))
 
 
-def _run_restores(
-    folder: pathlib.Path,
-    notes: Notes,
-    cases: Iterator[tuple[str, Callable[..., object]]],
-) -> None:
-    import damaged_restores as restores
+class Damage(Flips):
+    """Every kind of damage once."""
 
-    # What they say is looked at, and not shown.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
-    logging.getLogger().addHandler(logging.NullHandler())
-    saved = folder / "saved"
-    shutil.rmtree(saved, ignore_errors=True)
-    restores.save_all(saved)
-    for name, change in cases:
-        outcome = restores.try_damage(saved, folder / "work", change)
-        notes.add({"name": name, **dataclasses.asdict(outcome)})
+    def names(self) -> Iterable[str]:
+        import damage
+
+        return damage.KINDS
+
+    def change_of(self, name: str) -> Callable[..., object]:
+        import damage
+
+        return damage.KINDS[name]
 
 
-def run_kills(folder: pathlib.Path, notes: Notes, options: argparse.Namespace) -> None:
+class Kills(Part):
     """Rounds of kills until there are enough."""
-    import kills
 
-    names = options.runs.split(",") if options.runs else list(kills.RUNS)
-    kills.prepare(options.folder.absolute())
-    while sum(case["kills"] for case in notes.done) < options.count:
-        number = len(notes.done)
-        name = names[number % len(names)]
-        played = kills.play(name, number, options.seed, folder)
-        handled = played.lost is None
-        kind = "as without kills" if handled else "LOST"
-        case = {"kind": kind, "handled": handled, **dataclasses.asdict(played)}
-        notes.add(case)
-        print(json.dumps(case), flush=True)
+    def prepare(self) -> None:
+        import kills
+
+        kills.prepare(self.options.folder.absolute())
+
+    def names(self) -> Iterable[str]:
+        return map(str, itertools.count())
+
+    def is_enough(self, done: list[dict], running: int) -> bool:
+        import kills
+
+        counted = sum(case.get("kills", 0) for case in done)
+        return counted + running * kills.KILLS_IN_A_ROUND >= self.options.count
+
+    def make_work(self, folder: pathlib.Path) -> Callable[[str], dict]:
+        import kills
+
+        runs = self.options.runs.split(",") if self.options.runs else list(kills.RUNS)
+
+        def work(name: str) -> dict:
+            run = runs[int(name) % len(runs)]
+            played = kills.play(run, int(name), self.options.seed, folder)
+            handled = played.lost is None
+            kind = "as without kills" if handled else "LOST"
+            return {"kind": kind, "handled": handled, **dataclasses.asdict(played)}
+
+        return work
 
 
-def run_disks(folder: pathlib.Path, notes: Notes, options: argparse.Namespace) -> None:
+class Disks(Kills):
     """Rounds on bad disks until enough starts have failed."""
-    import disks
 
-    folder.mkdir(parents=True, exist_ok=True)
-    disks.prepare(options.folder.absolute())
-    while sum(case["failed"] for case in notes.done) < options.count:
-        played = disks.play(len(notes.done), options.seed, folder)
-        handled = played.lost is None
-        case = {"kind": played.fault, "handled": handled, **dataclasses.asdict(played)}
-        notes.add(case)
-        print(json.dumps(case), flush=True)
+    def prepare(self) -> None:
+        import disks
+
+        disks.prepare(self.options.folder.absolute())
+
+    def is_enough(self, done: list[dict], running: int) -> bool:
+        counted = sum(case.get("failed", 0) for case in done)
+        return counted + running >= self.options.count
+
+    def make_work(self, folder: pathlib.Path) -> Callable[[str], dict]:
+        import disks
+
+        def work(name: str) -> dict:
+            played = disks.play(int(name), self.options.seed, folder)
+            handled = played.lost is None
+            case = {"kind": played.fault, "handled": handled}
+            return {**case, **dataclasses.asdict(played)}
+
+        return work
 
 
-def run_inputs(folder: pathlib.Path, notes: Notes, options: argparse.Namespace) -> None:
-    """Bad inputs of the kind that the folder is named after.
+class Inputs(Part):
+    """Bad inputs of the kind that the part is named after."""
 
-    An input at which the process ended before is noted as such, and passed over.
-    """
-    import fuzz
+    limit_secs = 240.0  # an input that no signal stops
 
-    # What would fill this machine's memory is a failure of one input, not of all.
-    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
-    name, begun = folder.parent.name, folder / "begun"
-    first = options.seed * 1_000_000
-    if begun.exists() and int(begun.read_text()) == first + len(notes.done):
-        case = {"name": begun.read_text(), "kind": "the process ended"}
-        notes.add({**case, "handled": False})
-    kind = fuzz.KINDS[name](folder)
-    with fuzz.quiet():
-        for number in range(first + len(notes.done), first + options.count):
-            begun.write_text(str(number))
-            outcome = fuzz.run_one(kind, name, number)
-            notes.add({"name": str(number), **dataclasses.asdict(outcome)})
-    begun.unlink(missing_ok=True)
+    def prepare(self) -> None:
+        import fuzz
+
+        fuzz.prepare()
+
+    def make_work(self, folder: pathlib.Path) -> Callable[[str], dict]:
+        import fuzz
+
+        # What would fill this machine's memory is a failure of one input, not of all.
+        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+        kind = fuzz.KINDS[self.kind](folder)
+
+        def work(name: str) -> dict:
+            with fuzz.quiet():
+                outcome = fuzz.run_one(kind, self.kind, int(name))
+            return {"name": name, **dataclasses.asdict(outcome)}
+
+        return work
 
 
 _EXAMPLES = 3  # of each kind that are printed
 _MEMORY = 16 * 2**30  # bytes of address space
-FORKING = ("kills", "disks")
 INPUTS = ("config", "yaml", "rows", "model", "tokenizer", "adapter")
-RUNNERS = {
-    "damage": run_damage,
-    "flips": run_flips,
-    "kills": run_kills,
-    "disks": run_disks,
-    **dict.fromkeys(INPUTS, run_inputs),
+PARTS: dict[str, type[Part]] = {
+    "damage": Damage,
+    "flips": Flips,
+    "kills": Kills,
+    "disks": Disks,
+    **dict.fromkeys(INPUTS, Inputs),
 }
+
+
+def run_part(part: Part, until: float) -> list[dict]:
+    """Do what is not done yet of a part; all its cases.
+
+    Args:
+        until: the moment of `time.monotonic` after which no case begins.
+    """
+    options = part.options
+    # A seed has a folder of its own, so that two may run side by side.
+    folder = options.folder.absolute() / part.kind / f"seed-{options.seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    notes = Notes(folder.with_name(f"{folder.name}.jsonl"))
+    done = {_name_of(case) for case in notes.done}
+    to_do = (name for name in part.names() if name not in done)
+    running: set[str] = set()
+
+    def next_name() -> str | None:
+        if time.monotonic() > until or part.is_enough(notes.done, len(running)):
+            return None
+        if (name := next(to_do, None)) is not None:
+            running.add(name)
+        return name
+
+    def make_work(number: int) -> Callable[[str], dict]:
+        own = folder / f"worker-{number}"
+        own.mkdir(exist_ok=True)
+        return part.make_work(own)
+
+    part.prepare()
+    cases = pool.run_all(next_name, make_work, options.processes, part.limit_secs)
+    for case in cases:
+        notes.add(case)
+        running.discard(_name_of(case))
+        if "run" in case:
+            print(json.dumps(case), flush=True)
+    return notes.done
+
+
+def _name_of(case: dict) -> str:
+    return str(case.get("name", case.get("number")))
 
 
 def report(name: str, cases: list[dict]) -> bool:
@@ -200,7 +301,7 @@ def summarize(folders: list[pathlib.Path]) -> bool:
         found.setdefault(path.parent.name, []).extend(whole)
     if not found:
         print(f"nothing is noted in {', '.join(map(str, folders))}", file=sys.stderr)
-    fine = [report(name, found[name]) for name in RUNNERS if name in found]
+    fine = [report(name, found[name]) for name in PARTS if name in found]
     inputs = [case for name in INPUTS for case in found.get(name, [])]
     if inputs:
         raw = sum(not case["handled"] for case in inputs)
@@ -217,23 +318,22 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--folder", type=pathlib.Path, default="/tmp/jaxtrain-faults")
     parser.add_argument("--summary", type=pathlib.Path, nargs="+", metavar="DIR")
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--minutes", type=float, default=math.inf)
     options = parser.parse_args()
     if options.summary:
         return 0 if summarize(options.summary) else 1
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    # Forks come first: the other parts start jax in this process.
-    names = sorted(options.kinds.split(","), key=lambda name: name not in FORKING)
+    until = time.monotonic() + 60 * options.minutes
     is_fine = True
-    for name in names:
-        if name not in RUNNERS:
-            parser.error(f"--kinds has {name!r}: choose from {', '.join(RUNNERS)}")
-        # A seed has a folder of its own, so that two may run side by side.
-        folder = options.folder.absolute() / name / f"seed-{options.seed}"
-        folder.mkdir(parents=True, exist_ok=True)
-        notes = Notes(folder.with_name(f"{folder.name}.jsonl"))
-        RUNNERS[name](folder, notes, options)
-        is_fine = report(name, notes.done) and is_fine
+    for kind in options.kinds.split(","):
+        if kind not in PARTS:
+            parser.error(f"--kinds has {kind!r}: choose from {', '.join(PARTS)}")
+        cases = run_part(PARTS[kind](kind, options), until)
+        is_fine = report(kind, cases) and is_fine
+    if time.monotonic() > until:
+        print("the time is over: the same command goes on")
     return 0 if is_fine else 1
 
 
