@@ -26,6 +26,7 @@ from jaxtrain.models.layers import Attend, EmbeddingAndHead, LoraShape, Options
 from jaxtrain.models.moe import RouterLoad, load_balancing_loss
 from jaxtrain.models.noise import add_embedding_noise
 from jaxtrain.models.rope import KINDS_BY_LENGTH
+from jaxtrain.models.selection import make_selection, pick, put_back
 from jaxtrain.types import Batch, Params, TokenLogProbs
 
 _policies = jax.checkpoint_policies
@@ -274,7 +275,8 @@ class Decoder(Options):
     ) -> TokenLogProbs:
         """Log-probabilities of the batch's targets; never holds B x T x V logits.
 
-        Only `logps`, `router_loss` and `log_total` carry a gradient.
+        Where the batch names what is `scored`, all else is 0. Only `logps`,
+        `router_loss` and `log_total` carry a gradient.
 
         Raises:
             ValueError: `with_router_loss`, and the model has no router.
@@ -294,14 +296,20 @@ class Decoder(Options):
                     f"with_router_loss: a {self.config.model_type} has no router"
                 )
             router_loss = load_balancing_loss(load)
+        targets, chosen = batch.targets, None
+        if batch.scored is not None:
+            chosen = make_selection(batch.scored, targets.shape[-1])
+            hidden, targets = pick(hidden, chosen), pick(targets, chosen)
         outputs = _score_targets(
             self,
             params,
             hidden,
-            batch.targets,
+            targets,
             dropout_key,
             _Extras(with_collision, with_log_total),
         )
+        if chosen is not None:
+            outputs = jax.tree.map(lambda x: put_back(x, chosen), outputs)
         return dataclasses.replace(outputs, router_loss=router_loss)
 
     # --- one step at a time ------------------------------------------------------

@@ -255,6 +255,7 @@ class ObjectiveRow:
         micro_batch_means: whether the loss and all metrics are means of the means of
             micro-batches, as in TRL, or else means over all tokens or rows of a step.
         packs: whether a packed row can hold several of its examples.
+        scores_prompts: whether it reads log-probs that the loss mask leaves out.
     """
 
     options: type[Options]
@@ -262,6 +263,7 @@ class ObjectiveRow:
     has_reference: bool = False
     micro_batch_means: bool = True
     packs: bool = False
+    scores_prompts: bool = False
 
     @property
     def keys_of_dpo(self) -> tuple[str, ...]:
@@ -279,7 +281,7 @@ OBJECTIVES: dict[str, ObjectiveRow] = {
     "preference": ObjectiveRow(
         PreferenceOptions, "preference", has_reference=True, packs=True
     ),
-    "orpo": ObjectiveRow(OrpoOptions, "preference", packs=True),
+    "orpo": ObjectiveRow(OrpoOptions, "preference", packs=True, scores_prompts=True),
     "cpo": ObjectiveRow(CpoOptions, "preference", packs=True),
     "simpo": ObjectiveRow(SimpoOptions, "preference", packs=True),
     "kto": ObjectiveRow(KtoOptions, "labeled", has_reference=True, packs=True),

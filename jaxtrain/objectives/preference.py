@@ -120,13 +120,13 @@ def score_pairs(score: LogProbsFn, batch: PairBatch) -> Sides[TokenLogProbs]:
     if batch.shared is not None:
         scored = score(batch.shared)
         return Sides(scored, scored)
-    rows, width = batch.chosen.tokens.shape
+    rows = batch.chosen.tokens.shape[0]
 
     def interleave(chosen: Array, rejected: Array) -> Array:
-        return jnp.stack([chosen, rejected], axis=1).reshape(2 * rows, width)
+        return jnp.stack([chosen, rejected], axis=1).reshape(2 * rows, -1)
 
     scored = score(jax.tree.map(interleave, batch.chosen, batch.rejected))
-    pairs = jax.tree.map(lambda x: x.reshape(rows, 2, width), scored)
+    pairs = jax.tree.map(lambda x: x.reshape(rows, 2, -1), scored)
     return Sides(*(jax.tree.map(lambda x, i=i: x[:, i], pairs) for i in (0, 1)))
 
 

@@ -194,7 +194,7 @@ def _batch(parts: loop.Parts) -> str:
     if isinstance(data, PreparedDataset):
         held = data.stats.tokens / max(data.stats.packed_rows, 1) * rows
         if shapes := _row_shapes(parts):
-            sizes = [f"{n} x {length:,}" for n, length in (shapes[0], shapes[-1])]
+            sizes = [f"{n} x {length:,}" for n, length, _ in (shapes[0], shapes[-1])]
             kinds = f"{len(shapes)} shapes, {' to '.join(sizes)}"
             rows_of = kinds if shapes[1:] else sizes[0]
             return f"{text}; about {short(held)} tokens in rows of {rows_of}"

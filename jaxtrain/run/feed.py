@@ -30,6 +30,7 @@ class Feed:
     run: RunConfig
     plan: ShardingPlan
     long_rows: bool = False  # whether attention leaves out blocks between examples
+    scores_all: bool = False  # whether the loss reads prompts too
 
     @functools.cached_property  # asked at every step, of all devices of a pod
     def readers(self) -> int:
@@ -67,7 +68,9 @@ class Feed:
     def _packed_rows(self) -> PackedRows | None:
         if not self.packs_batches:
             return None
-        return PackedRows(self.plan.batch_shards, self.long_rows, self.plan.readers)
+        plan = self.plan
+        selects = not self.scores_all and plan.mesh.shape["context"] == 1
+        return PackedRows(plan.batch_shards, self.long_rows, plan.readers, selects)
 
     def train_batches(self, data: Prepared) -> BatchIterator | StreamIterator:
         """The batches of all steps of the run, [A B T] on each process."""

@@ -9,6 +9,7 @@ from jaxtrain.data.batches.dataset import PreparedDataset
 from jaxtrain.data.stream.batches import StreamDataset
 from jaxtrain.models.load import LoadedModel
 from jaxtrain.models.transformer import Decoder
+from jaxtrain.objectives.options import OBJECTIVES
 from jaxtrain.run.feed import Feed, Prepared
 
 logger = logging.getLogger(__name__)
@@ -16,7 +17,10 @@ logger = logging.getLogger(__name__)
 
 def make_feed(run: RunConfig, model: LoadedModel) -> Feed:
     """The feed of a run, with rows that suit the model's attention."""
-    return Feed(run, model.plan, model.decoder.skips_blocks(run.data.max_length))
+    long_rows = model.decoder.skips_blocks(run.data.max_length)
+    row = OBJECTIVES.get(run.loop.objective)
+    scores_all = row is not None and row.scores_prompts
+    return Feed(run, model.plan, long_rows, scores_all)
 
 
 def fit_to_model(

@@ -45,7 +45,7 @@ def test_every_example_is_in_one_row_of_its_micro_batch(
     assert len(packing.shapes) <= MOST_SHAPES
     for step in range(2 * order.steps_per_epoch):
         drawn = order.rows(step)
-        slots, length = packing.place(drawn, lengths_of(lengths, drawn))
+        slots, (_, length, _) = packing.place(drawn, lengths_of(lengths, drawn))
         assert slots.shape[1] % shards == 0
         for held, asked in zip(slots, drawn, strict=True):
             assert sorted(held[held >= 0]) == sorted(asked[asked >= 0])
@@ -71,7 +71,7 @@ def test_a_step_that_fits_in_no_shape_gets_one_of_its_own(varies_rows):
     packing = choose(np.full((64, 1), 10), order, 2, varies_rows=varies_rows)
     if varies_rows:
         packing = dataclasses.replace(packing, shapes=(RowShape(1, 700),))
-    slots, length = packing.place(np.arange(8)[None], np.full((1, 8, 1), 600))
+    slots, (_, length, _) = packing.place(np.arange(8)[None], np.full((1, 8, 1), 600))
     assert sorted(slots[slots >= 0]) == list(range(8))
     assert (slots >= 0).sum(-1).max() * 600 <= length
     assert slots.shape[1] % 2 == 0
@@ -89,9 +89,9 @@ def test_at_least_88_percent_of_the_computed_tokens_are_useful(shards, most):
     packing = choose(lengths, order, shards, varies_rows=False)
     useful = computed = 0
     for drawn in order.sample()[: order.steps_per_epoch]:
-        slots, length = packing.place(drawn, lengths_of(lengths, drawn))
+        slots, shape = packing.place(drawn, lengths_of(lengths, drawn))
         useful += lengths[drawn].sum()
-        computed += slots.shape[1] * length
+        computed += slots.shape[1] * shape.length
     assert useful / computed >= 0.88
 
 
@@ -125,19 +125,19 @@ def test_the_largest_of_the_covering_shapes_holds_any_micro_batch(
     random = np.random.default_rng(seed)
     lengths = random.choice([1, 2, 255, 256], (1, examples, sides))
     for each in (lengths, np.full_like(lengths, 256)):
-        slots, length = packing.place(drawn, each)
-        assert RowShape(slots.shape[1] // shards, length) in packing.shapes
+        slots, shape = packing.place(drawn, each)
+        assert shape in packing.shapes and slots.shape[1] == shards * shape.rows
         assert sorted(slots[slots >= 0]) == list(range(examples))
         held = np.where(slots[..., None] >= 0, each[0][slots], 0).sum(2)
-        assert held.max() <= length
+        assert held.max() <= shape.length
 
 
 def test_a_micro_batch_that_only_fits_with_as_many_examples_in_each_row_fits():
     """By tokens of both sides, the first device is full with the first pair alone."""
     packing = RowPacking(2, 4, (RowShape(1, 512),), varies_rows=False)
     lengths = np.asarray([[[256, 256], [200, 1], [200, 1], [200, 1]]])
-    slots, length = packing.place(np.arange(4)[None], lengths)
-    assert length == 512 and (slots >= 0).sum(-1).tolist() == [[2, 2]]
+    slots, shape = packing.place(np.arange(4)[None], lengths)
+    assert shape.length == 512 and (slots >= 0).sum(-1).tolist() == [[2, 2]]
 
 
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=12), st.integers(1, 4))
@@ -154,3 +154,26 @@ def test_the_chosen_sizes_leave_the_least_padding(needed, limit):
     )
     assert len(found) <= limit
     assert excess(found) == min(map(excess, every))
+
+
+@settings(deadline=None)
+@given(st.sampled_from([1, 2]), st.sampled_from([1, 2]), st.integers(0, 99))
+def test_rows_have_room_for_all_that_they_train(shards, sides, seed):
+    """The head scores less than whole rows, and whole rows where more is trained."""
+    lengths = log_normal_lengths(200, sides, seed)
+    random = np.random.default_rng(seed)
+    trained = (lengths * random.uniform(0.2, 0.6, lengths.shape)).astype(np.int64)
+    order = RowOrder(200, BatchShape(8 * shards), seed)
+    packing = choose_packing(
+        lengths, order.sample(), 4000, shards=shards, row_length=None, trained=trained
+    )
+    assert all(0 < shape.scored <= 0.9 * shape.length for shape in packing.shapes)
+    for step in range(2 * order.steps_per_epoch):
+        drawn = order.rows(step)
+        own, some = (lengths_of(counts, drawn) for counts in (lengths, trained))
+        slots, shape = packing.place(drawn, own, some)
+        held = np.where(slots[..., None] >= 0, trained[slots], 0).sum(2)
+        assert held.max() <= (shape.scored or shape.length)
+        slots, shape = packing.place(drawn, own)  # as if all were trained
+        held = np.where(slots[..., None] >= 0, lengths[slots], 0).sum(2)
+        assert held.max() <= (shape.scored or shape.length)

@@ -14,6 +14,7 @@ from jaxtrain.batch import AnyBatch, Batch, LabeledBatch, PairBatch
 from jaxtrain.data.batches import shared_prompt
 
 ROW_MULTIPLE = 64  # tokens: rows are as long as a multiple of this
+_BLOCK = 10_000  # documents
 _DESCRIBED = (
     "objective", "row_length", "pad_id", "parts", "shares_prompts", "most_pairs",
 )  # fmt: skip
@@ -94,6 +95,23 @@ class TokenStore:
         total = np.concatenate([[0], np.cumsum(lengths)])
         return total[self.row_offsets[1:]] - total[self.row_offsets[:-1]]
 
+    def row_trained(self) -> np.ndarray:
+        """int64[rows]: trained predictions in each row.
+
+        A document's first token is predicted by none.
+        """
+        counts = np.zeros(len(self.starts), np.int64)
+        for begin in range(0, len(counts), _BLOCK):  # a block's tokens at a time
+            block = slice(begin, begin + _BLOCK)
+            starts = self.starts[block].astype(np.int64)
+            stops = starts + self.lengths[block]
+            low, high = int(starts.min()), int(stops.max())
+            total = np.concatenate([[0], np.cumsum(self.trained[low:high])])
+            firsts = np.minimum(starts + 1, stops)
+            counts[block] = total[stops - low] - total[firsts - low]
+        total = np.concatenate([[0], np.cumsum(counts[self.row_documents])])
+        return total[self.row_offsets[1:]] - total[self.row_offsets[:-1]]
+
     def documents_of(self, rows: np.ndarray) -> np.ndarray:
         """int64: the documents of some rows, one after another."""
         spans = [
@@ -171,6 +189,12 @@ class PreparedDataset:
         return np.stack([s.row_lengths() for s in self.stores.values()], axis=-1)
 
     @functools.cached_property
+    def side_trained(self) -> np.ndarray:
+        """int64[rows, S]: trained predictions in each of the rows of `side_lengths`."""
+        each = np.stack([s.row_trained() for s in self.stores.values()], axis=-1)
+        return each.sum(axis=-1, keepdims=True) if self.shares_prompts else each
+
+    @functools.cached_property
     def packings(self) -> dict[Any, Any]:
         """How rows were packed, by what that was chosen for, to choose but once."""
         return {}
@@ -189,15 +213,16 @@ class PreparedDataset:
             ids = np.where(numbers <= held, numbers, 0).astype(np.int32)
         return self._batch(rows[..., None], length, self._values(rows), ids)
 
-    def pack(self, slots: np.ndarray, row_length: int) -> AnyBatch:
+    def pack(self, slots: np.ndarray, row_length: int, scored: int = 0) -> AnyBatch:
         """Several rows in each row of the batch, as `layout.RowPacking.place` says.
 
         Args:
             slots: int64[*dims, P], from left to right; -1 is none.
+            scored: places that `Batch.scored` has; 0 leaves it out.
         """
         numbers = np.arange(1, slots.shape[-1] + 1)
         ids = np.where(slots < 0, 0, numbers).astype(np.int32)
-        return self._batch(slots, row_length, self._values(slots), ids)
+        return self._batch(slots, row_length, self._values(slots), ids, scored)
 
     def _batch(
         self,
@@ -205,15 +230,19 @@ class PreparedDataset:
         length: int,
         values: dict[str, np.ndarray],
         ids: np.ndarray | None,
+        scored: int = 0,
     ) -> AnyBatch:
         if self.shares_prompts:
             write = functools.partial(
                 shared_prompt.write_documents, self.stores, self._prompt_lengths
             )
             shared = self._fill(self.stores["chosen"], write, slots, length)
+            shared = _with_scored(shared, scored)
             return shared_prompt.share_prompts(shared, pair_ids=ids, **values)
         fields: dict[str, Any] = {
-            name: self._fill(store, store.write_documents, slots, length)
+            name: _with_scored(
+                self._fill(store, store.write_documents, slots, length), scored
+            )
             for name, store in self.stores.items()
         }
         if self.objective == "next_token":
@@ -346,3 +375,15 @@ class PreparedDataset:
             documents = store.documents_of(rows[rows >= 0])
             write_documents(documents, Batch(**{n: x[at] for n, x in arrays.items()}))
         return Batch(**arrays)
+
+
+def _with_scored(rows: Batch, count: int) -> Batch:
+    """The rows with the places of their trained predictions, `count` to a row."""
+    if not count:
+        return rows
+    shape = rows.loss_mask.shape
+    scored = np.full((*shape[:-1], count), shape[-1], np.int32)
+    for at in np.ndindex(shape[:-1]):
+        places = np.flatnonzero(rows.loss_mask[at])
+        scored[at][: len(places)] = places
+    return dataclasses.replace(rows, scored=scored)

@@ -26,10 +26,15 @@ _RARE_MULTIPLE = 512  # the same for steps that no shape was made for
 
 
 class RowShape(NamedTuple):
-    """Rows of a micro-batch on each device, and tokens in a row."""
+    """Rows of a micro-batch on each device, and tokens in a row.
+
+    `scored`: the most trained predictions of a row, where the loss head scores no
+    others; 0: it scores them all.
+    """
 
     rows: int
     length: int
+    scored: int = 0
 
     @property
     def tokens(self) -> int:
@@ -55,19 +60,25 @@ class RowPacking:
     share: tuple[int, int] = (0, 1)
 
     def place(
-        self, examples: np.ndarray, lengths: np.ndarray
-    ) -> tuple[np.ndarray, int]:
+        self,
+        examples: np.ndarray,
+        lengths: np.ndarray,
+        trained: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, RowShape]:
         """Which example lies where in the rows of a step.
 
         Args:
             examples: int64[A, G], the numbers of the step's examples; -1 is none.
             lengths: int64[A, G, S], their tokens in each of the S rows that hold them
                 side by side (chosen and rejected); 0 for none.
+            trained: int64[A, G, S], how many of their predictions are trained; None:
+                any may be.
 
         Returns:
             int64[A, R, P], the examples of the R rows of all processes from left to
-            right, -1 behind them; and the length of these rows in tokens.
+            right, -1 behind them; and the shape of these rows.
         """
+        trained = lengths if trained is None else trained
         fitting: list[tuple[RowShape, np.ndarray]] = []
         for rows in sorted({shape.rows for shape in self.shapes}):
             bins, load = self._assign(lengths, rows)
@@ -78,8 +89,15 @@ class RowPacking:
             ]
         if not fitting:
             fitting.append(self._dealt_out(lengths) or self._rare(lengths))
-        shape, bins = min(fitting, key=lambda found: found[0].tokens)
-        return self._slots(examples, bins, shape), shape.length
+        with_room = [
+            (shape, bins)
+            for shape, bins in fitting
+            if not shape.scored or self._load(trained, bins, shape) <= shape.scored
+        ]
+        shape, bins = min(with_room or fitting, key=lambda found: found[0].tokens)
+        if not with_room:  # a shape for this step alone
+            shape = shape._replace(scored=0)
+        return self._slots(examples, bins, shape), shape
 
     def own(self, slots: np.ndarray) -> np.ndarray:
         """This process's rows of what `place` gave."""
@@ -102,7 +120,7 @@ class RowPacking:
 
     def _rare(self, lengths: np.ndarray) -> tuple[RowShape, np.ndarray]:
         """A shape for a step that fits in none."""
-        rows, length = max(self.shapes)
+        rows, length, _ = max(self.shapes)
         bins, load = self._assign(lengths, rows)
         while self.varies_rows and load > length:
             rows += 1
@@ -114,6 +132,9 @@ class RowPacking:
     def _assign(self, lengths: np.ndarray, rows: int) -> tuple[np.ndarray, int]:
         bins = assign(lengths.sum(-1), self.shards * rows, self.most)
         return bins, int(loads(lengths, bins, self.shards * rows).max())
+
+    def _load(self, counts: np.ndarray, bins: np.ndarray, shape: RowShape) -> int:
+        return int(loads(counts, bins, self.shards * shape.rows).max())
 
     def _slots(
         self, examples: np.ndarray, bins: np.ndarray, shape: RowShape
@@ -177,6 +198,7 @@ def choose_packing(
     row_length: int | None,
     share: tuple[int, int] = (0, 1),
     most_shapes: int = MOST_SHAPES,
+    trained: np.ndarray | None = None,
 ) -> RowPacking:
     """Choose the shapes of rows that leave the least padding.
 
@@ -188,6 +210,9 @@ def choose_packing(
         steps_per_epoch: steps after which a shape has to have paid.
         row_length: rows are so long, and their number varies. None: a device's rows
             are few and long, which suits attention that leaves out blocks.
+        trained: int64[examples, sides], the trained predictions of each, if the loss
+            head is to score no others; in long rows alone, where their share varies
+            little.
     """
     count, _, examples = sample.shape
     drawn = lengths_of(lengths, sample.reshape(-1, examples))
@@ -203,11 +228,21 @@ def choose_packing(
     else:
         needed = _rows_needed(drawn, row_length, shards=shards, most=most)
     needed = needed.reshape(count, -1).max(axis=1)
+    scored = None
+    if row_length is None and trained is not None:
+        drawn = lengths_of(trained, sample.reshape(-1, examples))
+        scored = loads(drawn, bins, shards * rows).reshape(count, -1).max(axis=1)
     sizes = _choose_sizes(needed, steps_per_epoch, most_shapes)
     shapes = tuple(
         RowShape(rows, size) if row_length is None else RowShape(size, row_length)
         for size in sizes
     )
+    if scored is not None:
+        places = np.searchsorted(sizes, needed)
+        shapes = tuple(
+            _with_scored(shape, int(scored[places == index].max(initial=0)))
+            for index, shape in enumerate(shapes)
+        )
     return RowPacking(shards, most, shapes, row_length is not None, share)
 
 
@@ -231,12 +266,21 @@ def cover(packing: RowPacking, longest: int, examples: int) -> RowPacking:
     between = (start * (end / start) ** (n / (count + 1)) for n in range(1, count + 1))
     sizes = {-(-math.ceil(size) // unit) * unit for size in between}
     shapes = {
-        fitted._replace(**{"rows" if packing.varies_rows else "length": size})
+        fitted._replace(scored=0, **{"rows" if packing.varies_rows else "length": size})
         for size in sizes
         if size > start
     }
     kept = (s for s in {*packing.shapes, *shapes} if s.tokens < whole.tokens)
     return dataclasses.replace(packing, shapes=(*sorted(kept), whole))
+
+
+def _with_scored(shape: RowShape, most: int) -> RowShape:
+    """A shape whose head scores what is trained, if that spares a tenth or more.
+
+    There is a little room for steps that train more than any of the sample.
+    """
+    most = -(-(most + most // 16) // _MULTIPLE) * _MULTIPLE
+    return shape._replace(scored=most) if most <= 0.9 * shape.length else shape
 
 
 def most_in_row(examples: int, shards: int) -> int:

@@ -244,9 +244,10 @@ class BatchReader:
         if self.packing is None:
             rows, length = self.order.rows(step), self.order.row_length(step)
             return data.batch(rows[0] if self.flat else rows, row_length=length)
-        slots, row_length = self._place(step)
+        slots, shape = self._place(step)
         slots = self.packing.own(slots)
-        return data.pack(slots[0] if self.flat else slots, row_length)
+        slots = slots[0] if self.flat else slots
+        return data.pack(slots, shape.length, shape.scored)
 
     def examples(self, step: int) -> np.ndarray:
         """Numbers of the examples in a step's batch, over all processes; -1 for none.
@@ -268,19 +269,24 @@ class BatchReader:
             return []
         shapes = set(self.packing.shapes)
         if last - first <= _FEW_STEPS:
-            placed = (self._place(step) for step in range(first, last))
-            rows_of = self.packing.shards
-            shapes = {RowShape(x.shape[1] // rows_of, length) for x, length in placed}
+            shapes = {self._place(step)[1] for step in range(first, last)}
         accumulation = self.order.shape.accumulation_steps
         return [
-            self._data.pack(self.packing.no_examples(accumulation, shape), shape.length)
+            self._data.pack(
+                self.packing.no_examples(accumulation, shape),
+                shape.length,
+                shape.scored,
+            )
             for shape in sorted(shapes)
         ]
 
-    def _place(self, step: int) -> tuple[np.ndarray, int]:
+    def _place(self, step: int) -> tuple[np.ndarray, RowShape]:
         assert self.packing is not None
-        rows = self.order.rows(step)
-        return self.packing.place(rows, lengths_of(self._data.side_lengths, rows))
+        rows, data = self.order.rows(step), self._data
+        trained = None
+        if any(shape.scored for shape in self.packing.shapes):
+            trained = lengths_of(data.side_trained, rows)
+        return self.packing.place(rows, lengths_of(data.side_lengths, rows), trained)
 
     @property
     def _data(self) -> PreparedDataset:
@@ -296,11 +302,14 @@ class PackedRows:
         are_long: True for few rows, as long as their examples need; False for rows as
             long as the longest example, as many as are needed.
         share: which part of the rows this process reads, and of how many.
+        selects: whether the loss head scores trained predictions alone, where that
+            spares it enough.
     """
 
     shards: int
     are_long: bool
     share: tuple[int, int] = (0, 1)
+    selects: bool = True
 
 
 _load = functools.lru_cache(maxsize=1)(PreparedDataset.load)  # a worker process's own
@@ -510,6 +519,7 @@ def _choose_packing(
         shards=rows.shards,
         row_length=None if rows.are_long else dataset.row_length,
         share=rows.share,
+        trained=dataset.side_trained if rows.are_long and rows.selects else None,
     )
 
 

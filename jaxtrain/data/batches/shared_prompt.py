@@ -30,6 +30,7 @@ def share_prompts(rows: Batch, **fields: Any) -> PairBatch:
             rows,
             segment_ids=rows.segment_ids * kept,
             loss_mask=rows.loss_mask * kept,
+            scored=None,
         )
 
     return PairBatch(chosen=less(0), rejected=less(2), shared=rows, **fields)

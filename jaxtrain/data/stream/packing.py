@@ -80,21 +80,21 @@ class StepPacking:
         packing = self._packing([data for data, _ in ahead])
         shapes = set(packing.shapes)
         if remaining <= len(ahead):
-            placed = (self._place(packing, data) for data, _ in ahead[:remaining])
-            per_row = packing.shards
-            shapes = {RowShape(x.shape[1] // per_row, length) for x, length in placed}
+            shapes = {self._place(packing, data)[1] for data, _ in ahead[:remaining]}
         yield Opening(
             packing.shapes,
             [
                 first.pack(
-                    packing.no_examples(self.accumulation_steps, shape), shape.length
+                    packing.no_examples(self.accumulation_steps, shape),
+                    shape.length,
+                    shape.scored,
                 )
                 for shape in sorted(shapes)
             ],
         )
         for data, behind in itertools.islice(itertools.chain(ahead, steps), remaining):
-            slots, length = self._place(packing, data)
-            yield data.pack(packing.own(slots), length), behind
+            slots, shape = self._place(packing, data)
+            yield data.pack(packing.own(slots), shape.length, shape.scored), behind
 
     def _packing(self, ahead: list[PreparedDataset]) -> RowPacking:
         examples = len(ahead[0]) // self.accumulation_steps
@@ -115,14 +115,23 @@ class StepPacking:
             row_length=None if self.rows.are_long else self.longest,
             share=share,
             most_shapes=_FITTED_SHAPES,
+            trained=self._trained(ahead),
         )
         packing = cover(fitted, self.longest, examples)
-        told = ", ".join(f"{rows} x {length:,}" for rows, length in packing.shapes)
+        told = ", ".join(f"{rows} x {length:,}" for rows, length, _ in packing.shapes)
         logger.info("a device's rows of the stream, by tokens: %s", told)
         return packing
 
+    def _trained(self, ahead: list[PreparedDataset]) -> np.ndarray | None:
+        """int64[rows, sides]: trained predictions, if the head scores these alone."""
+        if not self.rows.are_long or not self.rows.selects:
+            return None
+        return np.concatenate([data.side_trained for data in ahead])
+
     def _place(
         self, packing: RowPacking, data: PreparedDataset
-    ) -> tuple[np.ndarray, int]:
+    ) -> tuple[np.ndarray, RowShape]:
         examples = np.arange(len(data)).reshape(self.accumulation_steps, -1)
-        return packing.place(examples, lengths_of(data.side_lengths, examples))
+        lengths = lengths_of(data.side_lengths, examples)
+        trained = lengths_of(data.side_trained, examples)
+        return packing.place(examples, lengths, trained)
