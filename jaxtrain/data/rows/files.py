@@ -73,11 +73,15 @@ class Item(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
-    """A file, or (`group`) one row group of a parquet file."""
+    """A file, or (`group`) one row group of a parquet file.
+
+    `is_checked`: the file was read as a whole before, and has not changed since.
+    """
 
     path: AnyFile
     reader: str
     group: int = 0
+    is_checked: bool = False
 
     def items(self, start: Position = START) -> Iterator[Item]:
         """The rows behind a position.
@@ -565,6 +569,8 @@ def _arrow(unit: Unit, start: Position) -> Iterator[Item]:
         before = 0
         for number, batch in enumerate(_record_batches(source)):
             if number >= start[0]:
+                if not unit.is_checked:
+                    _refuse_stray_offsets(batch)
                 done = start[1] if number == start[0] else 0
                 for index in range(done, len(batch)):
                     end = (number, index + 1)
@@ -580,6 +586,25 @@ def _record_batches(source: pa.NativeFile) -> Iterator[pa.RecordBatch]:
         file = pa.ipc.open_file(source)
         return (file.get_batch(i) for i in range(file.num_record_batches))
     return iter(reader)
+
+
+def _refuse_stray_offsets(batch: pa.RecordBatch) -> None:
+    """Refuse a damaged batch: Arrow follows its offsets wherever they lead.
+
+    Text that is not UTF-8 makes a bad row of its row, unless it is nested.
+
+    Raises:
+        pa.ArrowInvalid: says which column is damaged.
+    """
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            column.validate(full=True)
+        except pa.ArrowInvalid as error:
+            # Offsets are looked at first, so here they are sound.
+            is_text = pa.types.is_string(column.type)
+            is_text = is_text or pa.types.is_large_string(column.type)
+            if not (is_text and "UTF8" in str(error)):
+                raise pa.ArrowInvalid(f"column {shown(name)}: {error}") from None
 
 
 def _parse_cells(payload: tuple[pa.RecordBatch, int]) -> dict[str, Any]:
