@@ -523,7 +523,8 @@ class LoopSection:
     those of an objective are objective_kwargs."""
     step_timeout_secs: NonNegative = 1800.0
     """Seconds without a finished step, evaluation batch or save after which the process
-    ends with all its stacks: a hang becomes an error. 0: never."""
+    ends with all its stacks: a hang becomes an error. As a run starts and exports, the
+    same of seconds in which a disk does not answer. 0: never."""
     on_nonfinite: Annotated[Literal["error", "skip"], Unless("training.fp16")] = "error"
     """A gradient that is not finite. error: stop and name the step. skip: leave the
     weights as they were. The batch is saved in bad_batches/. fp16 skips such steps

@@ -357,10 +357,12 @@ def test_a_run_that_is_killed_again_and_again_ends_as_without_kills(tmp_path):
 def test_a_disk_that_is_full_or_hangs_is_told_in_one_line_and_loses_nothing(tmp_path):
     if reason := disks.can_mount(tmp_path):
         pytest.skip(reason)
-    chosen = ("--kinds", "disks", "--seed", 3, "--count", 4)
+    chosen = ("--kinds", "disks", "--runs", "hangs,size", "--seed", 3, "--count", 5)
     done = _harness(*chosen, "--folder", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 not handled" in done.stdout
+    for told in ("as the run starts", "as the run ends", "nothing was finished"):
+        assert told in done.stdout  # of the round on a disk that hangs
 
 
 def test_of_a_failed_save_the_echoes_of_orbax_are_not_shown():
