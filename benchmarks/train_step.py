@@ -96,13 +96,10 @@ def read_peer(path: str | None) -> dict[str, Any]:
     return {line["case"]: line for line in found if "rate" in line}
 
 
-def run_case(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Time the steps after those to warm up."""
+def make_step(name: str, options: argparse.Namespace) -> tuple[Any, TrainState, Any]:
+    """The jitted step of a case, its first state and a batch on the device."""
     shared = name.endswith(SHARED)
-    base = name.removesuffix(SHARED)
-    case = get_case(base, options.smoke)
-    if case.pairs and options.response:
-        case = dataclasses.replace(case, length=case.prompt + options.response)
+    case = find_case(name, options)
     config = model_config(case.shape)
     settings = lora.LoraConfig(
         r=16, alpha=32, target_modules=("q_proj", "k_proj", "v_proj", "o_proj")
@@ -159,6 +156,22 @@ def run_case(name: str, options: argparse.Namespace) -> dict[str, Any]:
     else:
         batch = PairBatch(make_rows(case, 0), make_rows(case, 1))
     batch = jax.device_put(batch)
+    return step, state, batch
+
+
+def find_case(name: str, options: argparse.Namespace) -> Case:
+    """The case of that name, with or without shared prompts, as the options cut it."""
+    case = get_case(name.removesuffix(SHARED), options.smoke)
+    if case.pairs and options.response:
+        case = dataclasses.replace(case, length=case.prompt + options.response)
+    return case
+
+
+def run_case(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Time the steps after those to warm up."""
+    case = find_case(name, options)
+    config = model_config(case.shape)
+    step, state, batch = make_step(name, options)
     start = time.perf_counter()
     for _ in range(WARMUP):
         state, metrics = step(state, batch)
@@ -175,7 +188,7 @@ def run_case(name: str, options: argparse.Namespace) -> dict[str, Any]:
     rate = case.amount / secs
     forwards = (2 if case.lora else 3) + case.pairs
     sides = case.rows * case.length * (1 + case.pairs)
-    tokens = batch.shared.tokens.size if shared else sides
+    tokens = batch.shared.tokens.size if name.endswith(SHARED) else sides
     flops = config.flops_per_token(case.length) / 3 * forwards * tokens
     peak = peak_flops(device.device_kind)
     memory = (device.memory_stats() or {}).get("peak_bytes_in_use", 0) / 2**30
@@ -196,7 +209,7 @@ def run_case(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "device": device.device_kind,
         "versions": {"jax": jax.__version__},
     }
-    peer = read_peer(options.peer).get(base)
+    peer = read_peer(options.peer).get(name.removesuffix(SHARED))
     if peer:
         row["peer"] = peer["rate"]
         row["ratio"] = round(rate / peer["rate"], 3)

@@ -10,7 +10,8 @@ prompt), cut at 1024. Both sides take one epoch, --batch examples a step, in bfl
 with float32 master weights, and TRL with Liger's kernels. The rate is that of
 the steps behind the first tenth, by the clock, reading data and logging included.
 `--lora`: both train adapters of rank 16 on all linear layers of a frozen bfloat16 base,
-with gradient checkpointing.
+with gradient checkpointing. `--accumulation`: TRL takes a step's examples in so many
+parts, where they do not fit into its memory at once.
 """
 
 import argparse
@@ -104,7 +105,7 @@ def make(folder: pathlib.Path, shape: str, rows: int) -> None:
 def run_ours(
     folder: pathlib.Path, task: str, batch: int, flags: list[str]
 ) -> dict[str, Any]:
-    """Our command line on these files."""
+    """Our command line on these files; `batch` examples make one forward pass."""
     workdir = folder / f"out-{time.time():.0f}"
     given = {flag.partition("=")[0] for flag in flags}
     ours = [f for f in _FLAGS if f.partition("=")[0] not in given]
@@ -145,7 +146,12 @@ def run_ours(
 
 
 def run_trl(
-    folder: pathlib.Path, task: str, batch: int, max_steps: int, lora: bool
+    folder: pathlib.Path,
+    task: str,
+    batch: int,
+    max_steps: int,
+    lora: bool,
+    accumulation: int,
 ) -> dict[str, Any]:
     """TRL's trainer on these files, with its defaults."""
     started = time.time()
@@ -165,7 +171,8 @@ def run_trl(
         "output_dir": str(folder / "trl"),
         "num_train_epochs": 1,
         "max_steps": max_steps,
-        "per_device_train_batch_size": batch,
+        "per_device_train_batch_size": batch // accumulation,
+        "gradient_accumulation_steps": accumulation,
         "max_length": LONGEST,
         "bf16": True,
         "gradient_checkpointing": lora,
@@ -225,6 +232,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4000)
     parser.add_argument("--task", choices=["sft", "dpo"], default="dpo")
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument(
+        "--accumulation", type=int, default=1, help="micro-batches a step, TRL's alone"
+    )
     parser.add_argument("--max_steps", type=int, default=-1)
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--flag", action="append", default=[], help="a key of ours")
@@ -246,8 +256,9 @@ def main() -> None:
             options.batch,
             options.max_steps,
             options.lora,
+            options.accumulation,
         )
-    names = ("side", "task", "batch", "lora", "flag")
+    names = ("side", "task", "batch", "accumulation", "lora", "flag")
     asked = {name: getattr(options, name) for name in names}
     print(json.dumps(asked | found))
 

@@ -4,6 +4,7 @@ import gzip
 import json
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -153,3 +154,40 @@ def test_what_cannot_be_streamed_is_refused_with_the_way_out(tmp_path):
     (mixed / "a.csv").write_text("text\na")
     with pytest.raises(ValueError, match="mixes formats"):
         open_stream(str(mixed))
+
+
+@pytest.mark.parametrize("new", [pa.ipc.new_stream, pa.ipc.new_file])
+@pytest.mark.parametrize("wrap", [lambda texts: texts, lambda texts: [[texts]]])
+def test_offsets_that_lead_out_of_a_damaged_file_are_refused(new, wrap, tmp_path):
+    # Arrow follows them: to a text of negative length, or to the process's end.
+    table, path = pa.table({"text": wrap(["one", "two"])}), tmp_path / "a.arrow"
+    with new(path, table.schema) as writer:
+        writer.write_table(table)
+    offsets = [np.array(ends, "<i4").tobytes() for ends in ([0, 3, 6], [0, 6, 3])]
+    assert path.read_bytes().count(offsets[0]) == 1
+    path.write_bytes(path.read_bytes().replace(*offsets))
+    with pytest.raises(ValueError, match="column 'text' is damaged"):
+        list(load_rows(str(path)))
+
+
+def test_text_that_is_not_utf8_makes_one_row_of_columns_bad(tmp_path):
+    path = tmp_path / "a.arrow"
+    table = pa.table({"text": ["one", "two"]})
+    with pa.ipc.new_stream(path, table.schema) as writer:
+        writer.write_table(table)
+    path.write_bytes(path.read_bytes().replace(b"onetwo", b"\xffnetwo"))
+    first, second = list(load_rows(str(path)))
+    assert "cannot be read from its columns" in first.reason
+    assert second == {"text": "two"}
+
+
+def test_a_damaged_text_hides_no_offset_behind_it_in_a_nested_column(tmp_path):
+    path = tmp_path / "a.arrow"
+    table = pa.table({"row": [{"a": "xy", "b": "one"}, {"a": "z", "b": "two"}]})
+    with pa.ipc.new_stream(path, table.schema) as writer:
+        writer.write_table(table)
+    offsets = [np.array(ends, "<i4").tobytes() for ends in ([0, 3, 6], [0, 2**30, 6])]
+    data = path.read_bytes().replace(b"xyz", b"\xffyz")
+    path.write_bytes(data.replace(*offsets))
+    with pytest.raises(ValueError, match="column 'row' is damaged"):
+        list(load_rows(str(path)))

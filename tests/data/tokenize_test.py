@@ -2,10 +2,12 @@ import json
 
 import numpy as np
 import pytest
+import tokenizers
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxtrain.data.rows.encode import TextEncoder
 from jaxtrain.data.rows.formats import detect_format, read_row
 from jaxtrain.data.rows.tokenize import (
     Example,
@@ -187,3 +189,16 @@ def test_tokenizers_that_cannot_train_are_refused(tmp_path, bpe):
         load_tokenizer("./absent")
     with pytest.raises(ValueError, match="without network, give a local folder"):
         load_tokenizer("no/such-tokenizer")
+
+
+def test_an_unknown_token_that_the_vocabulary_lacks_is_one_line(tmp_path):
+    words = tokenizers.models.WordLevel({"a": 0, "</s>": 1}, unk_token="absent")
+    made = tokenizers.Tokenizer(words)
+    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, eos_token="</s>"
+    ).save_pretrained(tmp_path)
+    encoder = TextEncoder(load_tokenizer(str(tmp_path)), add_special_tokens=False)
+    for encode in (encoder.encode, encoder.encode_with_offsets):
+        with pytest.raises(ValueError, match="cannot encode a text"):
+            encode(["a b"])

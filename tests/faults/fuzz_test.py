@@ -99,45 +99,6 @@ def test_a_pipe_is_named_and_not_waited_for(tmp_path):
         load_sizes(tmp_path)
 
 
-def test_offsets_that_lead_out_of_an_arrow_file_are_refused_and_not_followed(tmp_path):
-    """Followed, they end the process."""
-    import pyarrow as pa
-
-    texts = pa.array(["a" * 50, "b" * 50, "c" * 50])
-    for name, column in {
-        "text": texts,
-        "nested": pa.array([[t] for t in "abc"]),
-    }.items():
-        table = pa.table({name: column})
-        path = tmp_path / f"{name}.arrow"
-        with pa.ipc.new_stream(path, table.schema) as writer:
-            writer.write_table(table)
-        ends = np.array([50, 100, 150] if name == "text" else [1, 2, 3], np.int32)
-        wrong = ends + np.array([0, 2**30, 2**30], np.int32)
-        data = path.read_bytes()
-        assert data.count(ends.tobytes()) >= 1
-        path.write_bytes(data.replace(ends.tobytes(), wrong.tobytes()))
-        for read in (
-            lambda path: first_rows(path, "train"),
-            lambda path: list(load_rows(str(path))),
-        ):
-            with pytest.raises(ValueError, match=f"cannot read .*column '{name}'"):
-                read(path)
-
-
-def test_text_of_an_arrow_file_that_is_not_utf8_is_a_bad_row(tmp_path):
-    import pyarrow as pa
-
-    table = pa.table({"text": ["good", "BAD!", "fine"]})
-    path = tmp_path / "rows.arrow"
-    with pa.ipc.new_stream(path, table.schema) as writer:
-        writer.write_table(table)
-    path.write_bytes(path.read_bytes().replace(b"BAD!", b"BAD\xff"))
-    rows = load_rows(str(path))
-    assert [rows[0]["text"], rows[2]["text"]] == ["good", "fine"]
-    assert "row 2" in rows.place(1) and type(rows[1]).__name__ == "UnreadableRow"
-
-
 def test_a_word_of_5_mb_and_deep_rows_are_read_or_refused(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"text": "a" * 5_000_000}) + "\n")

@@ -7,14 +7,17 @@ in the raw text and then tokenizes what stands between them, each piece by itsel
 made only where that is certain (`_cuts_of`); elsewhere every text is tokenized whole.
 """
 
+import contextlib
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import transformers
 from transformers import PreTrainedTokenizerBase
+
+from jaxtrain.record.safe_text import cut, shown
 
 _WITH_OFFSETS = 128  # texts
 
@@ -38,9 +41,10 @@ class TextEncoder:
             return _as_arrays(self._call(texts)["input_ids"])
         # What the tokenizer calls too; this leaves out what nobody reads: the places of
         # tokens in the text, and a dictionary a row.
-        found = backend.encode_batch_fast(
-            list(texts), add_special_tokens=self.add_special_tokens
-        )
+        with self._own_errors():
+            found = backend.encode_batch_fast(
+                list(texts), add_special_tokens=self.add_special_tokens
+            )
         return _as_arrays([encoding.ids for encoding in found])
 
     def encode_alike(self, rows: Sequence[Sequence[str]]) -> list[list[np.ndarray]]:
@@ -87,14 +91,32 @@ class TextEncoder:
     def _call(self, texts: Sequence[str], **options: Any) -> Any:
         if not texts:
             return {"input_ids": []}
-        return self.tokenizer(
-            list(texts),
-            add_special_tokens=self.add_special_tokens,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,  # lengths are cut later: no warning about the model's most
-            **options,
-        )
+        with self._own_errors():
+            return self.tokenizer(
+                list(texts),
+                add_special_tokens=self.add_special_tokens,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                verbose=False,  # lengths are cut later: no warning about the limit
+                **options,
+            )
+
+    @contextlib.contextmanager
+    def _own_errors(self) -> Iterator[None]:
+        """Turn what the tokenizers library raises, a bare Exception, into ValueError.
+
+        A file may name an unknown token that its vocabulary lacks, which the library
+        notices at the first text that needs it.
+        """
+        try:
+            yield
+        except Exception as error:
+            if type(error) is not Exception:
+                raise
+            raise ValueError(
+                f"the tokenizer {shown(self.tokenizer.name_or_path)} cannot encode a"
+                f" text ({cut(str(error))}); mend its tokenizer.json"
+            ) from error
 
 
 def _as_arrays(rows: Sequence[Sequence[int]]) -> list[np.ndarray]:

@@ -545,6 +545,8 @@ def _parquet(unit: Unit, start: Position) -> Iterator[Item]:
     with _columns(unit.path) as source, pq.ParquetFile(source) as file:
         before = _rows_before(unit, file)
         for batch in file.iter_batches(_BATCH_ROWS, row_groups=[unit.group]):
+            if not unit.is_checked:
+                _check_columns(batch)
             for index in range(max(done - at, 0), len(batch)):
                 end = at + index + 1
                 yield Item((batch, index), before + end, (end, 0))
@@ -570,7 +572,7 @@ def _arrow(unit: Unit, start: Position) -> Iterator[Item]:
         for number, batch in enumerate(_record_batches(source)):
             if number >= start[0]:
                 if not unit.is_checked:
-                    _refuse_stray_offsets(batch)
+                    _check_columns(batch)
                 done = start[1] if number == start[0] else 0
                 for index in range(done, len(batch)):
                     end = (number, index + 1)
@@ -588,23 +590,22 @@ def _record_batches(source: pa.NativeFile) -> Iterator[pa.RecordBatch]:
     return iter(reader)
 
 
-def _refuse_stray_offsets(batch: pa.RecordBatch) -> None:
-    """Refuse a damaged batch: Arrow follows its offsets wherever they lead.
+def _check_columns(batch: pa.RecordBatch) -> None:
+    """Raise ArrowInvalid where a damaged file's offsets lead out of its own bytes.
 
-    Text that is not UTF-8 makes a bad row of its row, unless it is nested.
-
-    Raises:
-        pa.ArrowInvalid: says which column is damaged.
+    Arrow follows offsets unchecked, and ends the process at those of other places. Text
+    that is not UTF-8 makes one row bad, not the file; but of a nested column Arrow then
+    looks at no offsets behind it, so that the file is refused.
     """
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
         try:
             column.validate(full=True)
         except pa.ArrowInvalid as error:
-            # Offsets are looked at first, so here they are sound.
-            is_text = pa.types.is_string(column.type)
-            is_text = is_text or pa.types.is_large_string(column.type)
+            is_text = column.type in (pa.string(), pa.large_string())
             if not (is_text and "UTF8" in str(error)):
-                raise pa.ArrowInvalid(f"column {shown(name)}: {error}") from None
+                raise pa.ArrowInvalid(
+                    f"column {shown(name)} is damaged ({error}); write the file again"
+                ) from error
 
 
 def _parse_cells(payload: tuple[pa.RecordBatch, int]) -> dict[str, Any]:
