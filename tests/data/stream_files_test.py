@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,6 +25,7 @@ LINES = [f"line {i} é" for i in range(23)]
 NAMES = (
     "a.jsonl", "a.jsonl.gz", "a.csv", "a.csv.gz", "a.tsv", "a.parquet", "a.arrow",
     "a.json", "a.txt", "a.txt.gz", "feather.arrow", "saved", "splits", "folder",
+    "a.array_record",
 )  # fmt: skip
 
 
@@ -50,6 +52,10 @@ def folder(tmp_path_factory):
     for name, new in (("a", pa.ipc.new_stream), ("feather", pa.ipc.new_file)):
         with new(folder / f"{name}.arrow", table.schema) as writer:
             writer.write_table(table, max_chunksize=7)
+    writer = ArrayRecordWriter(str(folder / "a.array_record"), "group_size:3")
+    for row in ROWS:
+        writer.write(json.dumps(row).encode())
+    writer.close()
     text = "\r\n".join([*LINES, "", " "])
     (folder / "a.txt").write_bytes(text.encode())
     (folder / "a.txt.gz").write_bytes(gzip.compress(text.encode()))
