@@ -9,6 +9,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
 
 from jaxtrain import cli
 from jaxtrain.config import resolve
@@ -52,6 +53,10 @@ def files(tmp_path_factory):
     pq.write_table(table, folder / "a.parquet", row_group_size=16)
     with pa.ipc.new_stream(str(folder / "a.arrow"), table.schema) as writer:
         writer.write_table(table, max_chunksize=9)
+    records = ArrayRecordWriter(str(folder / "a.array_record"), "group_size:1")
+    for row in ROWS:
+        records.write(json.dumps(row).encode())
+    records.close()
     for name, part in (("train", ROWS[:30]), ("val", ROWS[30:])):
         (folder / "splits" / name).mkdir(parents=True)
         for number in (0, 1):
@@ -65,7 +70,7 @@ def files(tmp_path_factory):
 
 FORMATS = [
     "a.jsonl", "a.jsonl.gz", "array.json", "a.txt", "a.csv", "a.parquet", "a.arrow",
-    "splits", "saved",
+    "a.array_record", "splits", "saved",
 ]  # fmt: skip
 
 
