@@ -201,9 +201,9 @@ class DataSection:
     """Where rows come from and how they become batches."""
 
     train: str | tuple[dict[str, Any], ...] = ""
-    """A file (jsonl, json, parquet, csv, arrow, txt), a folder of them, either of these
-    by its address in a bucket (gs://, s3://), or a hub name. "": the data that comes
-    with jaxtrain, of the kind training_type needs. A mixture:
+    """A file (jsonl, json, parquet, csv, arrow, txt, array_record), a folder of them,
+    either of these by its address in a bucket (gs://, s3://), or a hub name. "": the
+    data that comes with jaxtrain, of the kind training_type needs. A mixture:
     "a.jsonl:0.7,b.jsonl:0.3", or a list of {"path", "weight"}. The weights are the
     shares of rows (with packing: of packed rows) in each epoch, which is as long as all
     data sets together; rows repeat, or wait for a later epoch."""
