@@ -92,7 +92,10 @@ def test_what_answers_with_an_error_is_no_disk_that_hangs(tmp_path, ended, monke
     ]  # fmt: skip
 
 
-def test_all_places_of_a_run_are_watched_and_none_without_a_limit(tmp_path):
+def test_all_places_of_a_run_are_watched_and_none_without_a_limit(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("JAXTRAIN_CACHE", "caches")
     config = {
         "model": {"name_or_path": "models/a", "tokenizer_name_or_path": "tokens"},
         "data": {
@@ -105,7 +108,7 @@ def test_all_places_of_a_run_are_watched_and_none_without_a_limit(tmp_path):
     with mock.patch.object(disk_watch, "DiskWatch") as made:
         disk_watch.watch_disks(resolve(config), tmp_path)
     told = dict(made.call_args.kwargs)
-    assert list(told["written"]) == [str(tmp_path), "cache"]
+    assert list(told["written"]) == [str(tmp_path), "cache", "caches"]
     read = ["models/a", "tokens", "a.jsonl", "b", "c.jsonl", "d.jsonl"]
     assert list(told["read"]) == read and told["timeout_secs"] == 7
     before = threading.active_count()

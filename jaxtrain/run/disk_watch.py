@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from jaxtrain.config import RunConfig
+from jaxtrain.config.folders import cache_folder
 from jaxtrain.data.batches.mixture import parse_mixture
 from jaxtrain.run import preemption
 from jaxtrain.storage.address import is_remote
@@ -48,7 +49,7 @@ def watch_disks(run: RunConfig, workdir: Any) -> "DiskWatch":
         *(name for name, _ in parts),
         *data.eval_paths.values(),
     ]
-    written = [os.fspath(workdir), data.cache_dir]
+    written = [os.fspath(workdir), data.cache_dir, cache_folder()]
     return DiskWatch(
         written=map(str, filter(None, written)),
         read=map(str, filter(None, read)),
