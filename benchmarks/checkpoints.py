@@ -1,14 +1,19 @@
 """Saving and restoring a train state, beside torch.save and torch.load of the same.
 
-    python benchmarks/checkpoints.py [--gb 1] [--repeats 3] [--folder DIR] [--save-only]
+    python benchmarks/checkpoints.py [--gb 1] [--repeats 3] [--folder DIR]
+    python benchmarks/checkpoints.py --save-only [--gb 8] [--repeats 9] [--seconds 80]
 
 Weights and both of Adam's moments in float32, in the shapes of a decoder whose layers
 are stacked. Every repeat runs each part once, one after the other, so that a busy
 machine hurts all alike. For each part: the median of wall seconds, the least, and the
 least of the process's CPU seconds, which other programs disturb less. Checksums: the
 same save with hashing switched off gives their price. By PYTHONPATH the same script
-measures an earlier version, without that part. `--save-only` leaves out torch and all
-restoring, which need the state three times over in memory, and times the hashing.
+measures an earlier version, without that part.
+
+`--save-only` measures that price alone: pairs of saves, one with and one without
+hashing, whose order alternates, and the differences within the pairs. No pair begins
+after `--seconds`. It leaves out torch and all restoring, which need the state three
+times over in memory.
 """
 
 import argparse
@@ -45,9 +50,10 @@ def make_state(gib: float) -> dict[str, jax.Array]:
         "mlp": (LAYERS, 8, width, width),
         "norm": (LAYERS, width),
     }
-    rng = np.random.default_rng(0)
+    # Numbers that repeat after 64 MiB: nothing here compresses.
+    numbers = np.random.default_rng(0).standard_normal(2**24, np.float32)
     return {
-        f"{part}.{name}": jax.device_put(rng.standard_normal(shape, np.float32))
+        f"{part}.{name}": jax.device_put(np.resize(numbers, shape))
         for part in ("trainable", "mu", "nu")
         for name, shape in shapes.items()
     }
@@ -56,34 +62,52 @@ def make_state(gib: float) -> dict[str, jax.Array]:
 Seconds = dict[str, tuple[float, float]]  # wall and CPU
 
 
-def measure_saves(state: dict[str, jax.Array], folder: pathlib.Path) -> Seconds:
-    """A save with checksums and one without, in turn; the time of hashing alone too."""
-    seconds: Seconds = {}
-    hash_pieces = checksums.hash_pieces
+def measure_checksums(
+    state: dict[str, jax.Array], folder: pathlib.Path, repeats: int, seconds: float
+) -> None:
+    """Print what hashing adds to a save, by pairs of saves with and without it."""
+    ends, hash_pieces = time.perf_counter() + seconds, checksums.hash_pieces
+    hashing: list[float] = []
 
-    def clock(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*arguments: Any) -> Any:
-            started, cpu = time.perf_counter(), time.thread_time()
-            result = call(*arguments)
-            seconds[name] = (time.perf_counter() - started, time.thread_time() - cpu)
-            return result
+    def timed(pieces: Any) -> Any:
+        started = time.perf_counter()
+        found = hash_pieces(pieces)
+        hashing.append(time.perf_counter() - started)
+        return found
 
-        return timed
-
-    def save() -> None:
-        with CheckpointManager(folder / "save") as manager:
-            manager.save(1, state)
-            manager.wait()
-
-    hashing = clock("hashing, in its thread", hash_pieces)
-    for name, hash_ in (("save", hashing), ("save without checksums", lambda _: {})):
+    def save(hash_: Callable[[Any], Any]) -> float:
         with mock.patch.object(checksums, "hash_pieces", hash_):
-            cpu = time.process_time()
-            clock(name, save)()
-            seconds[name] = (seconds[name][0], time.process_time() - cpu)
+            started = time.perf_counter()
+            with CheckpointManager(folder / "save") as manager:
+                manager.save(1, state)
+                manager.wait()
+            taken = time.perf_counter() - started
         shutil.rmtree(folder / "save")
         os.sync()
-    return seconds
+        return taken
+
+    def none(pieces: Any) -> Any:
+        return {}
+
+    save(timed)  # threads and buffers are made
+    hashing.clear()
+    pairs: list[tuple[float, float]] = []
+    while len(pairs) < repeats and (len(pairs) < 2 or time.perf_counter() < ends):
+        order = (timed, none) if len(pairs) % 2 == 0 else (none, timed)
+        taken = {hash_: save(hash_) for hash_ in order}
+        pairs.append((taken[timed], taken[none]))
+    with_, without = map(statistics.median, zip(*pairs, strict=True))
+    more = sorted(one - other for one, other in pairs)
+    low, _, high = statistics.quantiles(more, n=4)
+    size = sum(leaf.nbytes for leaf in state.values())
+    share = 100 * statistics.median(more) / without
+    print(f"{len(pairs)} pairs; median save {with_:.3f} s, without {without:.3f} s")
+    print(
+        f"median difference within pairs {statistics.median(more):+.3f} s"
+        f" (half of them between {low:+.3f} and {high:+.3f}): {share:+.2f}% of a save"
+    )
+    alone = statistics.median(hashing)
+    print(f"hashing, beside the writing: {alone:.3f} s, {size / alone / 1e9:.1f} GB/s")
 
 
 def measure(state: dict[str, jax.Array], folder: pathlib.Path) -> Seconds:
@@ -141,13 +165,17 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--folder", type=pathlib.Path, help="a disk to write to")
     parser.add_argument("--save-only", action="store_true")
+    parser.add_argument("--seconds", type=float, default=float("inf"))
     options = parser.parse_args()
     state = make_state(options.gb)
     size = sum(leaf.nbytes for leaf in state.values())
     print(f"{size / 2**30:.2f} GiB, {len(state)} leaves, {os.cpu_count()} cores")
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        part = measure_saves if options.save_only else measure
-        runs = [part(state, pathlib.Path(folder)) for _ in range(options.repeats)]
+        path = pathlib.Path(folder)
+        if options.save_only:
+            measure_checksums(state, path, options.repeats, options.seconds)
+            return
+        runs = [measure(state, path) for _ in range(options.repeats)]
     for name in runs[0]:
         walls, cpus = zip(*(run[name] for run in runs), strict=True)
         shown = f"{statistics.median(walls):6.2f} s   least {min(walls):6.2f} s"

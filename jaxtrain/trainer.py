@@ -32,6 +32,7 @@ from jaxtrain.run import (
     preflight,
     trial,
 )
+from jaxtrain.run.disk_watch import watch_disks
 from jaxtrain.run.feed import Prepared
 from jaxtrain.run.workdir import as_home, open_workdir
 from jaxtrain.types import Batch, Objective, TokenLogProbs, WeightedSum
@@ -122,17 +123,18 @@ class TrainingOrchestrator:
         if preflight.keep_batching(config, self.workdir):
             self.run = run = resolve(config, device_count=distributed.count_devices())
         compilation_cache.set_up(run.compilation_cache)
-        # These raise on what cannot work, before anything is loaded.
-        writers.check_installed(run.loop.report_to)
-        if jax.process_index() == 0:
-            lock.refuse_if_held(self.workdir)
-        preflight.check(run, self.workdir)
-        sources.check_sources(run)
-        own_parts.check_own_parts(run)
-        trial.check_objective(run, _loss_of(self).objective)
-        for line in run.explain():
-            logger.debug(line)  # the block at the start has the essence
-        self.model = load.load_model(run) if model is None else load.adopt(model, run)
+        with watch_disks(run, self.workdir):
+            # These raise on what cannot work, before anything is loaded.
+            writers.check_installed(run.loop.report_to)
+            if jax.process_index() == 0:
+                lock.refuse_if_held(self.workdir)
+            preflight.check(run, self.workdir)
+            sources.check_sources(run)
+            own_parts.check_own_parts(run)
+            trial.check_objective(run, _loss_of(self).objective)
+            for line in run.explain():
+                logger.debug(line)  # the block at the start has the essence
+            self.model = load.adopt(model, run) if model else load.load_model(run)
 
     @property
     def workdir(self) -> Any:
@@ -157,8 +159,7 @@ class TrainingOrchestrator:
         """
         if isinstance(rows, PreparedDataset | StreamDataset):
             return rows
-        run = self._prepared_run()
-        model = self.model
+        run, model = self._prepared_run(), self.model
         assert model is not None  # loaded as `run` was prepared
         return loading.prepare_rows(run, rows, model.tokenizer, model.config.vocab_size)
 
@@ -211,13 +212,14 @@ class TrainingOrchestrator:
         run, model = self._prepared_run(), self.model
         if model is None or model.weights is None:
             raise ValueError("this model is trained already: call prepare() again")
-        rows = self.prepare_data(train_dataset, eval_dataset)
-        run = trial.choose_best_metric(run, _loss_of(self).objective, rows[1])
-        with open_workdir(self.workdir) as work:
-            # No name for the parts here: their first state may be freed on the way.
-            return build.run_to_end(
-                build.build(run, model, rows, _loss_of(self), work.folder), work
-            )
+        with watch_disks(run, self.workdir):
+            rows = self.prepare_data(train_dataset, eval_dataset)
+            run = trial.choose_best_metric(run, _loss_of(self).objective, rows[1])
+            with open_workdir(self.workdir) as work:
+                # No name for the parts here: their first state may be freed on the way.
+                return build.run_to_end(
+                    build.build(run, model, rows, _loss_of(self), work.folder), work
+                )
 
     def _prepared_run(self) -> RunConfig:
         if self.run is None:
@@ -242,17 +244,14 @@ def _loss_of(orchestrator: TrainingOrchestrator) -> build.Loss:
 
 
 def _override(
-    config: ConfigDict,
-    training_type: str | None,
-    model_name: str | None,
-    accelerator: Any,
+    config: ConfigDict, training_type: str | None, model: str | None, accelerator: Any
 ) -> None:
     """Set on `config` what was given besides it."""
     with config.unlocked():
         if training_type is not None:
             config.training.training_type = training_type
-        if model_name is not None:
-            config.model.name_or_path = model_name
+        if model is not None:
+            config.model.name_or_path = model
         if accelerator is not None:
             accelerate.take_over(accelerator, config)
 

@@ -191,6 +191,7 @@ ALLOWED: dict[str, set[str]] = {
         "run.hub",
         "run.ledger",
         "run.lock",
+        "run.preemption",
         "run.saved_record",
         "sharding",
         "storage",

@@ -9,6 +9,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
 
 from jaxtrain import cli
 from jaxtrain.config import resolve
@@ -52,6 +53,10 @@ def files(tmp_path_factory):
     pq.write_table(table, folder / "a.parquet", row_group_size=16)
     with pa.ipc.new_stream(str(folder / "a.arrow"), table.schema) as writer:
         writer.write_table(table, max_chunksize=9)
+    records = ArrayRecordWriter(str(folder / "a.array_record"), "group_size:1")
+    for row in ROWS:
+        records.write(json.dumps(row).encode())
+    records.close()
     for name, part in (("train", ROWS[:30]), ("val", ROWS[30:])):
         (folder / "splits" / name).mkdir(parents=True)
         for number in (0, 1):
@@ -65,7 +70,7 @@ def files(tmp_path_factory):
 
 FORMATS = [
     "a.jsonl", "a.jsonl.gz", "array.json", "a.txt", "a.csv", "a.parquet", "a.arrow",
-    "splits", "saved",
+    "a.array_record", "splits", "saved",
 ]  # fmt: skip
 
 
@@ -169,14 +174,13 @@ def test_faults_in_a_stream_are_tried_again(files):
 def test_short_answers_and_lost_connections_are_tried_within_a_limit(monkeypatch):
     answers = []
 
-    class Bucket:
-        def cat_file(self, path, start, end):
-            answer = answers.pop(0)
-            if isinstance(answer, Exception):
-                raise answer
-            return answer
+    def answer(address, start, stop, version):
+        found = answers.pop(0)
+        if isinstance(found, Exception):
+            raise found
+        return found
 
-    monkeypatch.setattr(reading, "filesystem", lambda address: Bucket())
+    monkeypatch.setattr(reading, "read_range", answer)
     monkeypatch.setattr(errors, "_FIRST_WAIT_SECS", 0.01)
     file = RemoteFile("gs://b/x", 4, "tag")
     answers[:] = [ConnectionResetError("gone"), b"ab", b"abcd"]
@@ -185,6 +189,22 @@ def test_short_answers_and_lost_connections_are_tried_within_a_limit(monkeypatch
     answers[:] = [b"ab", b"abcd"]
     with pytest.raises(OSError, match="gs://b/x: ConnectionError: 2 bytes came of 4"):
         file.read()
+
+
+def test_nobody_reads_half_of_a_file_and_half_of_another(bucket):
+    """Of the same length, so that only its version tells."""
+    address = f"{bucket}/x.bin"
+    filesystem(address).pipe_file(address, b"old " * 1000)
+    file = reading.list_files(address)[""]
+    with file.open() as opened:
+        assert opened.read(8) == b"old old "
+        filesystem(address).pipe_file(address, b"new " * 1000)
+        with pytest.raises(OSError, match=f"{address} has been replaced or deleted"):
+            file.read(100, 200)
+        assert reading.list_files(address)[""].read(0, 8) == b"new new "
+        filesystem(address).rm_file(address)
+        with pytest.raises(OSError, match=f"{address} has been replaced or deleted"):
+            file.read(100, 200)
 
 
 def test_a_tokenizer_and_a_template_of_a_bucket(gs_bucket):

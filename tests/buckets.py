@@ -209,7 +209,7 @@ def _add_preconditions() -> None:
 
         return handle
 
-    download = with_generation(objects.download)
+    download = with_generation(guarded(objects.download))
     changed = {
         objects.insert: guarded(objects.insert),
         objects.delete: guarded(objects.delete),

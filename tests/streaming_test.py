@@ -1,5 +1,6 @@
 """Whole runs on streamed rows: they learn, stop, resume bit-exactly, and refuse."""
 
+import json
 import pathlib
 import sys
 import threading
@@ -7,6 +8,7 @@ import threading
 import datasets
 import numpy as np
 import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
 
 from jaxtrain.config import ConfigError, default_config, resolve
 from jaxtrain.loop import Loop
@@ -25,9 +27,9 @@ def streaming_config(training_type, **training):
 
 
 def test_a_run_that_dies_and_resumes_is_the_run_that_did_not(tmp_path, monkeypatch):
-    """Packed text, shares of two devices, into the second epoch."""
+    """Packed text, shares of two devices, two formats, into the second epoch."""
     config = streaming_config("from_scratch", num_gpus=2)
-    config.data.max_train_rows = 8
+    config.data.train, config.data.eval = _write_mixture(tmp_path)
     whole = train(config, tmp_path / "whole")
     assert whole["global_step"] == 6 and np.isfinite(whole["final_loss"])
     assert whole["epoch"] >= 1
@@ -48,6 +50,20 @@ def test_a_run_that_dies_and_resumes_is_the_run_that_did_not(tmp_path, monkeypat
     assert records(tmp_path / "killed") == records(tmp_path / "whole")
     for name, value in weights(tmp_path / "whole").items():
         np.testing.assert_array_equal(weights(tmp_path / "killed")[name], value)
+
+
+def _write_mixture(folder):
+    """A mixture of an ArrayRecord file and a JSON one, and a file to evaluate on."""
+    rows = [{"text": f"row {n} has " + f"word {n} " * 40} for n in range(8)]
+    lines = [json.dumps(row).encode() for row in rows]
+    writer = ArrayRecordWriter(str(folder / "a.array_record"), "group_size:1")
+    for line in lines[:5]:
+        writer.write(line)
+    writer.close()
+    (folder / "b.jsonl").write_bytes(b"\n".join(lines[5:]))
+    parts = [{"path": str(folder / "a.array_record"), "weight": 2.0},
+             {"path": str(folder / "b.jsonl"), "weight": 1.0}]  # fmt: skip
+    return parts, str(folder / "b.jsonl")
 
 
 def test_an_iterable_dataset_is_a_stream(tmp_path):

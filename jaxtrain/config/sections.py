@@ -201,9 +201,9 @@ class DataSection:
     """Where rows come from and how they become batches."""
 
     train: str | tuple[dict[str, Any], ...] = ""
-    """A file (jsonl, json, parquet, csv, arrow, txt), a folder of them, either of these
-    by its address in a bucket (gs://, s3://), or a hub name. "": the data that comes
-    with jaxtrain, of the kind training_type needs. A mixture:
+    """A file (jsonl, json, parquet, csv, arrow, txt, array_record), a folder of them,
+    either of these by its address in a bucket (gs://, s3://), or a hub name. "": the
+    data that comes with jaxtrain, of the kind training_type needs. A mixture:
     "a.jsonl:0.7,b.jsonl:0.3", or a list of {"path", "weight"}. The weights are the
     shares of rows (with packing: of packed rows) in each epoch, which is as long as all
     data sets together; rows repeat, or wait for a later epoch."""
@@ -523,7 +523,8 @@ class LoopSection:
     those of an objective are objective_kwargs."""
     step_timeout_secs: NonNegative = 1800.0
     """Seconds without a finished step, evaluation batch or save after which the process
-    ends with all its stacks: a hang becomes an error. 0: never."""
+    ends with all its stacks: a hang becomes an error. As a run starts and exports, the
+    same of seconds in which a disk does not answer. 0: never."""
     on_nonfinite: Annotated[Literal["error", "skip"], Unless("training.fp16")] = "error"
     """A gradient that is not finite. error: stop and name the step. skip: leave the
     weights as they were. The batch is saved in bad_batches/. fp16 skips such steps

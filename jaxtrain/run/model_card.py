@@ -218,7 +218,8 @@ def _short(name: str) -> str:
 
 
 def _looks_like_file(name: str) -> bool:
-    return re.search(r"\.(jsonl?|parquet|csv|arrow|txt|gz|zst)$", name) is not None
+    endings = r"\.(jsonl?|parquet|csv|arrow|array_record(-\d+-of-\d+)?|txt|gz|zst)$"
+    return re.search(endings, name) is not None
 
 
 def _table(head: str, values: Mapping[str, Any]) -> list[str]:

@@ -90,6 +90,7 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
         self._fed = time.monotonic()
 
     def __enter__(self) -> "Watchdog":
+        _watched.set()
         self.feed()
         if self._timeout_secs:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
@@ -97,6 +98,7 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
 
     def __exit__(self, *_: object) -> None:
         self._stopped.set()
+        _watched.clear()
         if self._timeout_secs:
             faulthandler.cancel_dump_traceback_later()
 
@@ -120,6 +122,12 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
         os.write(2, _STUCK.format(self._timeout_secs).encode())
 
 
+def is_watched() -> bool:
+    """Whether a `Watchdog` is active in this process."""
+    return _watched.is_set()
+
+
+_watched = threading.Event()
 _STUCK = (
     "error: nothing was finished for {:g} s (training.step_timeout_secs): a disk, a"
     " device or another process of the run does not answer. The stacks below tell where"

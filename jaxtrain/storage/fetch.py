@@ -11,8 +11,8 @@ from jaxtrain.storage.errors import retrying
 
 
 def tag_of(info: Mapping[str, Any]) -> str:
-    """What changes whenever an object's content does."""
-    found = (info.get(key) for key in ("etag", "ETag", "md5Hash", "generation"))
+    """The version of an object (`objects`): its generation, or its tag on s3://."""
+    found = (info.get(key) for key in ("generation", "ETag", "etag", "md5Hash"))
     return str(next(filter(None, found), "")).strip('"')
 
 

@@ -1,4 +1,4 @@
-"""Single objects, written and deleted under conditions.
+"""Single objects, read, written and deleted under conditions.
 
 A version is what a bucket gives each write of an object: on gs:// its generation, on
 s3:// its tag, which depends on the content alone.
@@ -8,6 +8,8 @@ import contextlib
 import dataclasses
 from datetime import datetime
 from typing import Any
+
+from fsspec.asyn import sync
 
 from jaxtrain.storage.address import AnyPath, filesystem, scheme_of, split
 from jaxtrain.storage.errors import chain
@@ -39,6 +41,30 @@ def read(address: AnyPath) -> Found | None:
             if _look(address) == before:
                 return Found(content, *before)
     raise OSError(f"{address} changes faster than it can be read")
+
+
+def read_range(address: AnyPath, start: int, stop: int, version: str) -> bytes | None:
+    """Bytes of a version of an object, at least one; None if it has changed or is gone.
+
+    On s3:// `version` is the tag without its quotes.
+    """
+    files, (bucket, key) = filesystem(address), split(address)
+    wanted = f"bytes={start}-{stop - 1}"
+    content = b""
+    with _conditional() as done:
+        if scheme_of(address) == "s3":
+            given = {"Bucket": bucket, "Key": key, "Range": wanted}
+            body = files.call_s3("get_object", IfMatch=f'"{version}"', **given)["Body"]
+            with contextlib.closing(body):
+                content = sync(files.loop, body.read)
+        else:
+            _, content = files.call(
+                "GET",
+                files.url(f"{bucket}/{key}"),
+                ifGenerationMatch=version,
+                headers={"Range": wanted},
+            )
+    return content if done else None
 
 
 def create(address: AnyPath, content: bytes) -> bool:

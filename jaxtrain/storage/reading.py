@@ -2,8 +2,9 @@
 
 A `RemoteFile` has what readers of files need of a `pathlib.Path`: its name, its size,
 and `open`. Nothing but the bytes that are asked for is read, long ranges as several
-requests at once. A fault of the network is tried again within a limit
-(`errors.retrying`).
+requests at once. All requests ask for the version that was listed, so nobody gets one
+half of a file and one of what took its place. A fault of the network is tried again
+within a limit (`errors.retrying`).
 """
 
 import concurrent.futures
@@ -17,9 +18,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxtrain.storage import folders
-from jaxtrain.storage.address import AnyPath, filesystem, is_remote, name
+from jaxtrain.storage.address import AnyPath, is_remote, name
 from jaxtrain.storage.errors import one_line, retrying
 from jaxtrain.storage.fetch import tag_of
+from jaxtrain.storage.objects import read_range
 
 # Of a longer range, so many bytes are one request.
 _PIECE = 8 << 20
@@ -30,7 +32,7 @@ BLOCK = 4 << 20
 
 @dataclasses.dataclass(frozen=True)
 class RemoteFile:
-    """A file in a bucket: its address, its bytes, and a tag of its content."""
+    """A file in a bucket: its address, its bytes, and its version (`fetch.tag_of`)."""
 
     address: str
     size: int
@@ -96,18 +98,22 @@ class RemoteFile:
         if start == stop:
             return b""
 
-        def read() -> bytes:
-            found = filesystem(self.address).cat_file(
-                self.address, start=start, end=stop
-            )
-            if len(found) != stop - start:
+        def read() -> bytes | None:
+            found = read_range(self.address, start, stop, self.tag)
+            if found is not None and len(found) != stop - start:
                 raise ConnectionError(f"{len(found)} bytes came of {stop - start}")
-            return bytes(found)
+            return found
 
         try:
-            return retrying(read, f"reading {self.address}")
+            found = retrying(read, f"reading {self.address}")
         except Exception as error:  # the libraries have no common base of theirs
             raise OSError(f"{self.address}: {one_line(error)}") from error
+        if found is None:
+            raise OSError(
+                f"{self.address} has been replaced or deleted since it was listed: see"
+                " who writes there, and start again"
+            )
+        return bytes(found)
 
 
 class _Reader(io.RawIOBase):

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,6 +25,7 @@ LINES = [f"line {i} é" for i in range(23)]
 NAMES = (
     "a.jsonl", "a.jsonl.gz", "a.csv", "a.csv.gz", "a.tsv", "a.parquet", "a.arrow",
     "a.json", "a.txt", "a.txt.gz", "feather.arrow", "saved", "splits", "folder",
+    "a.array_record",
 )  # fmt: skip
 
 
@@ -50,6 +52,10 @@ def folder(tmp_path_factory):
     for name, new in (("a", pa.ipc.new_stream), ("feather", pa.ipc.new_file)):
         with new(folder / f"{name}.arrow", table.schema) as writer:
             writer.write_table(table, max_chunksize=7)
+    writer = ArrayRecordWriter(str(folder / "a.array_record"), "group_size:3")
+    for row in ROWS:
+        writer.write(json.dumps(row).encode())
+    writer.close()
     text = "\r\n".join([*LINES, "", " "])
     (folder / "a.txt").write_bytes(text.encode())
     (folder / "a.txt.gz").write_bytes(gzip.compress(text.encode()))
@@ -179,3 +185,15 @@ def test_text_that_is_not_utf8_makes_one_row_of_columns_bad(tmp_path):
     first, second = list(load_rows(str(path)))
     assert "cannot be read from its columns" in first.reason
     assert second == {"text": "two"}
+
+
+def test_a_damaged_text_hides_no_offset_behind_it_in_a_nested_column(tmp_path):
+    path = tmp_path / "a.arrow"
+    table = pa.table({"row": [{"a": "xy", "b": "one"}, {"a": "z", "b": "two"}]})
+    with pa.ipc.new_stream(path, table.schema) as writer:
+        writer.write_table(table)
+    offsets = [np.array(ends, "<i4").tobytes() for ends in ([0, 3, 6], [0, 2**30, 6])]
+    data = path.read_bytes().replace(b"xyz", b"\xffyz")
+    path.write_bytes(data.replace(*offsets))
+    with pytest.raises(ValueError, match="column 'row' is damaged"):
+        list(load_rows(str(path)))

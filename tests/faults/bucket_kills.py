@@ -33,6 +33,7 @@ from typing import NamedTuple
 TESTS = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 import buckets  # noqa: E402
+import pool  # noqa: E402
 
 TYPES = ("sft", "lora", "from_scratch", "dpo")
 STEPS = 6
@@ -156,6 +157,7 @@ class Harness:
 
     def _train(self, kind: str, work: str, rank: int, port: int) -> None:
         """In the child: train to the end, and leave by a code; never returns."""
+        pool.die_with_parent()
         code = 1
         try:
             with (self.folder / f"{work}.log").open("w" if not rank else "a") as file:

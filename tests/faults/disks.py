@@ -14,7 +14,7 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import kills
 
@@ -46,10 +46,12 @@ def can_mount(folder: pathlib.Path) -> str | None:
         return f"no tmpfs can be mounted here: {error}"
 
 
-def play(number: int, seed: int, folder: pathlib.Path) -> Round:
+def play(
+    number: int, seed: int, folder: pathlib.Path, faults: Sequence[str] = FAULTS
+) -> Round:
     """One round: fault and kind of run by its number, the sizes by `seed` too."""
-    fault = FAULTS[number % len(FAULTS)]
-    run = RUNS[number // len(FAULTS) % len(RUNS)]
+    fault = faults[number % len(faults)]
+    run = RUNS[number // len(faults) % len(RUNS)]
     reference = kills.reference(run, folder.parent)
     draws = random.Random(f"{seed} {number}")
     told: list[str] = []
@@ -81,14 +83,21 @@ def _limits(fault: str, reference: pathlib.Path, draws: random.Random) -> list[s
         return [f"nr_inodes={count}" for count in drawn]
     if fault == "read-only":
         return ["ro"]
-    return [str(draws.randrange(20, 200))]  # the flush that never ends
+    # The flushes that still end, from each of three moments on.
+    return [
+        f"start {draws.randrange(0, 4)}",
+        f"save {draws.randrange(20, 200)}",
+        f"export {draws.randrange(0, 4)}",
+    ]
 
 
 def _start_with(
     fault: str, limit: str, run: str, work: pathlib.Path
 ) -> tuple[int, list[str]]:
     if fault == "hangs":
-        code = kills.start(run, work, hang=kills.Hang(int(limit), _STEP_TIMEOUT_SECS))
+        event, after = limit.split()
+        hang = kills.Hang(event, int(after), _STEP_TIMEOUT_SECS)
+        code = kills.start(run, work, hang=hang)
     else:
         _mount_options(work, limit)
         try:

@@ -357,10 +357,12 @@ def test_a_run_that_is_killed_again_and_again_ends_as_without_kills(tmp_path):
 def test_a_disk_that_is_full_or_hangs_is_told_in_one_line_and_loses_nothing(tmp_path):
     if reason := disks.can_mount(tmp_path):
         pytest.skip(reason)
-    chosen = ("--kinds", "disks", "--seed", 3, "--count", 4)
+    chosen = ("--kinds", "disks", "--runs", "hangs,size", "--seed", 3, "--count", 5)
     done = _harness(*chosen, "--folder", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 not handled" in done.stdout
+    for told in ("as the run starts", "as the run ends", "nothing was finished"):
+        assert told in done.stdout  # of the round on a disk that hangs
 
 
 def test_of_a_failed_save_the_echoes_of_orbax_are_not_shown():
@@ -384,6 +386,47 @@ def test_of_a_failed_save_the_echoes_of_orbax_are_not_shown():
             text = logs.LineFormatter(with_all_tracebacks=with_all).format(record)
             assert "error: failed" in text
             assert ("Traceback" in text) == (with_all or shown)
+
+
+_POOL = """
+import os, sys, time
+sys.path.insert(0, sys.argv[1])
+import pool
+names, done = iter(map(str, range(9))), []
+def make_work(number):
+    def work(name):
+        if name == "2":
+            os._exit(7)
+        if name == "5":
+            time.sleep(60)
+        if name == sys.argv[2]:
+            raise ValueError("of the harness")
+        time.sleep(0.02)
+        return {"name": name, "worker": number}
+    return work
+for case in pool.run_all(lambda: next(names, None), make_work, 3, limit_secs=1):
+    done.append(case)
+    print(case["name"], case.get("kind", "done"), case.get("worker", "-"))
+"""
+
+
+def test_a_worker_that_ends_or_hangs_loses_its_case_alone():
+    def run(failing: str) -> subprocess.CompletedProcess[str]:
+        folder = str(pathlib.Path(__file__).parent)
+        command = [sys.executable, "-c", _POOL, folder, failing]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+    ended = run("none")
+    assert ended.returncode == 0, ended.stderr
+    told = sorted(line.rpartition(" ")[0] for line in ended.stdout.splitlines())
+    expected = {str(name): "done" for name in range(9)}
+    expected |= {"2": "the process ended with 7", "5": "the process hung"}
+    assert told == [f"{name} {kind}" for name, kind in expected.items()]
+    workers = {line.rpartition(" ")[2] for line in ended.stdout.splitlines()}
+    assert workers == {"0", "1", "2", "-"}
+    broken = run("4")
+    assert broken.returncode == 1 and "the harness failed in a worker" in broken.stderr
+    assert "ValueError: of the harness" in broken.stderr
 
 
 def test_the_total_of_several_folders_tells_of_every_failure(tmp_path):

@@ -22,6 +22,7 @@ import random
 import shutil
 import signal
 import sys
+import tempfile
 import traceback
 from collections.abc import Iterator
 from typing import Any
@@ -345,6 +346,7 @@ class Rows(Kind):
                 ".txt",
                 ".parquet",
                 ".arrow",
+                ".array_record",
             )
         )
         try:
@@ -384,6 +386,8 @@ def _file_of(rows: list[Any], suffix: str) -> bytes:
         writer.writeheader()
         writer.writerows(rows)
         return text.getvalue().encode("utf-8", "surrogatepass")
+    if suffix == ".array_record":
+        return _records_of(rows)
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -394,6 +398,32 @@ def _file_of(rows: list[Any], suffix: str) -> bytes:
         with pa.ipc.new_stream(sink, table.schema) as stream:
             stream.write_table(table)
     return sink.getvalue()
+
+
+def _records_of(rows: list[Any]) -> bytes:
+    """An ArrayRecord file of JSON; texts alone are written as tf.train.Example."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    def field(number: int, content: bytes) -> bytes:
+        size, shown = len(content), b""
+        while size > 127:
+            size, shown = size >> 7, shown + bytes([size & 127 | 128])
+        return bytes([number << 3 | 2]) + shown + bytes([size]) + content
+
+    def example(row: dict[str, str]) -> bytes:
+        features = b""
+        for name, text in row.items():
+            feature = field(1, field(1, text.encode()))
+            features += field(1, field(1, name.encode()) + field(2, feature))
+        return field(1, features)
+
+    with tempfile.NamedTemporaryFile(suffix=".array_record") as file:
+        writer = ArrayRecordWriter(file.name, "group_size:1")
+        for row in rows:
+            is_text = all(isinstance(value, str) for value in row.values())
+            writer.write(example(row) if is_text else json.dumps(row).encode())
+        writer.close()
+        return pathlib.Path(file.name).read_bytes()
 
 
 # --- models, tokenizers, adapters -----------------------------------------------------

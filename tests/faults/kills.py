@@ -60,6 +60,12 @@ _LATEST_SECS = {
 }
 
 
+_OF_EXPORTS = {
+    "exported.json",
+    *(f"{name}{end}" for name in ("model", "adapter") for end in (".partial", ".old")),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Round:
     """What became of one work directory.
@@ -84,8 +90,12 @@ class Moment(NamedTuple):
 
 
 class Hang(NamedTuple):
-    """When the disk stops to answer, and the run's limit on the time of a step."""
+    """When the disk stops to answer, and the run's limit on the time of a step.
 
+    So many flushes end after the event was seen to begin ("start": from the first on).
+    """
+
+    event: str
     after: int
     timeout_secs: float
 
@@ -259,8 +269,7 @@ def _marks(work: pathlib.Path, event: str) -> set[str]:
     if event == "save":
         return {name for name in _names(work / "checkpoints") if name.isdecimal()}
     if event == "export":
-        endings = (".partial", ".old", "exported.json")
-        return {name for name in _names(work) if name.endswith(endings)}
+        return {name for name in _names(work) if name in _OF_EXPORTS}
     return set()
 
 
@@ -333,18 +342,20 @@ def _train(name: str, work: pathlib.Path, hang: Hang | None) -> None:
         rows["train_dataset"] = checkpoint_runs.make_rows("dpo", 300)
     if hang is not None:
         config.training.step_timeout_secs = hang.timeout_secs
-        _let_the_disk_hang(work, hang.after)
+        _let_the_disk_hang(work, hang)
     orchestrator = TrainingOrchestrator(config, workdir=work)
     orchestrator.prepare()
     orchestrator.train(**rows)
 
 
-def _let_the_disk_hang(work: pathlib.Path, after: int) -> None:
-    """Once a step is saved, so many more flushes end, and then none."""
+def _let_the_disk_hang(work: pathlib.Path, when: Hang) -> None:
+    """From a moment on no flush of a file of the work directory ends."""
     flush, count = os.fsync, itertools.count()
 
     def hang(descriptor: int) -> None:
-        if _marks(work, "save") and next(count) >= after:
+        at = os.readlink(f"/proc/self/fd/{descriptor}")
+        has_begun = when.event == "start" or _marks(work, when.event)
+        if at.startswith(str(work)) and has_begun and next(count) >= when.after:
             time.sleep(10 * _LONGEST_START_SECS)
         flush(descriptor)
 

@@ -10,8 +10,9 @@
 `damage`: every kind of damage to the newest checkpoint, once. `flips`: `--count` single
 bit flips. `kills`: at least `--count` SIGKILLs, of all kinds of runs in turn, or of
 those that `--runs` names (kills.py). `disks`: at least `--count` starts on a disk that
-is full or fails otherwise, which takes root (disks.py). `config`, `yaml`, `rows`,
-`model`, `tokenizer`, `adapter`: `--count` bad inputs of each (fuzz.py).
+is full or fails otherwise, of all faults or of those that `--runs` names, which takes
+root (disks.py). `config`, `yaml`, `rows`, `model`, `tokenizer`, `adapter`: `--count`
+bad inputs of each (fuzz.py).
 
 `--processes` worker processes do the cases of a kind side by side (pool.py). A case
 depends on its number and the seed alone, and not on who does it. What is done is noted
@@ -175,8 +176,10 @@ class Disks(Kills):
     def make_work(self, folder: pathlib.Path) -> Callable[[str], dict]:
         import disks
 
+        faults = self.options.runs.split(",") if self.options.runs else disks.FAULTS
+
         def work(name: str) -> dict:
-            played = disks.play(int(name), self.options.seed, folder)
+            played = disks.play(int(name), self.options.seed, folder, faults)
             handled = played.lost is None
             case = {"kind": played.fault, "handled": handled}
             return {**case, **dataclasses.asdict(played)}

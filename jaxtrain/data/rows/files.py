@@ -11,8 +11,10 @@ keeps. Going back to one costs, by format:
     parquet             decoding one row group up to it
     arrow               nothing: a record batch, mapped into memory
     parquet, arrow .gz  decompressing all of the file into memory
+    array_record        nothing: a record's number
 
-In a bucket, the same but for arrow, whose batches before the position are read.
+In a bucket, the same but for arrow, whose batches before the position are read, and for
+array_record, which is copied to the local disk file by file as it is opened.
 
 Text is UTF-8, with or without a byte order mark. A line that is not is a bad row; a
 file in UTF-16 or UTF-32 is refused as a whole.
@@ -35,6 +37,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from jaxtrain.data.rows.array_records import (
+    count_records,
+    parse_example,
+    read_records,
+)
 from jaxtrain.data.rows.formats import BadRow, UnreadableRow, refuse_surrogates
 from jaxtrain.record.safe_text import shown
 from jaxtrain.storage.reading import BLOCK as REMOTE_CHUNK
@@ -51,7 +58,10 @@ READERS = {
     ".arrow": "arrow",
     ".txt": "text",
     ".text": "text",
+    ".array_record": "array_record",
 }
+SUFFIXES = f"{', '.join([*READERS][:-1])} (each also .gz), {[*READERS][-1]}"
+_SHARD = re.compile(r"(?<=\.array_record)-\d+-of-\d+$")  # TensorFlow Datasets' names
 Position = tuple[int, int]
 START: Position = (0, 0)
 
@@ -73,11 +83,15 @@ class Item(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
-    """A file, or (`group`) one row group of a parquet file."""
+    """A file, or (`group`) one row group of a parquet file.
+
+    `is_checked`: the file was read as a whole before, and has not changed since.
+    """
 
     path: AnyFile
     reader: str
     group: int = 0
+    is_checked: bool = False
 
     def items(self, start: Position = START) -> Iterator[Item]:
         """The rows behind a position.
@@ -103,7 +117,7 @@ class Unit:
 
     def place(self, number: int) -> str:
         """Where an item of that number stands, for messages."""
-        by_rows = self.reader in ("parquet", "arrow", "array")
+        by_rows = self.reader in ("parquet", "arrow", "array", "array_record")
         return f"{self.path.name} {'row' if by_rows else 'line'} {number}"
 
     def index(self) -> np.ndarray:
@@ -112,6 +126,8 @@ class Unit:
         Raises:
             ValueError: the file cannot be read; names it.
         """
+        if self.reader == "array_record":
+            return _numbered(count_records(self.path), 0)
         if self.reader == "parquet":
             try:
                 return _index_row_group(self)
@@ -141,16 +157,15 @@ def make_units(path: AnyFile) -> list[Unit]:
         raise ValueError(f"{path} is a pipe, a device or a folder: name a file")
     reader = reader_of(path)
     if reader is None:
-        raise ValueError(
-            f"{path} has no known suffix: use one of {', '.join(READERS)} (each also "
-            ".gz)"
-        )
+        raise ValueError(f"{path} has no known suffix: use one of {SUFFIXES}")
+    if reader == "array_record" and is_compressed(path):
+        raise ValueError(f"{path}: decompress it, so that its records can be found")
     try:
         if reader == "parquet":
             with _columns(path) as source:
                 groups = pq.read_metadata(source).num_row_groups
             return [Unit(path, reader, group) for group in range(groups)]
-        if reader == "arrow":
+        if reader in ("arrow", "array_record"):
             return [Unit(path, reader)]
         with _open(path) as file:
             head = file.read(4096)
@@ -167,7 +182,7 @@ def make_units(path: AnyFile) -> list[Unit]:
 
 
 def _bare_name(path: pathlib.PurePath | RemoteFile) -> str:
-    return path.name.lower().removesuffix(".gz")
+    return _SHARD.sub("", path.name.lower().removesuffix(".gz"))
 
 
 def is_compressed(path: AnyFile) -> bool:
@@ -541,7 +556,8 @@ def _parquet(unit: Unit, start: Position) -> Iterator[Item]:
     with _columns(unit.path) as source, pq.ParquetFile(source) as file:
         before = _rows_before(unit, file)
         for batch in file.iter_batches(_BATCH_ROWS, row_groups=[unit.group]):
-            _check_columns(batch)
+            if not unit.is_checked:
+                _check_columns(batch)
             for index in range(max(done - at, 0), len(batch)):
                 end = at + index + 1
                 yield Item((batch, index), before + end, (end, 0))
@@ -551,7 +567,12 @@ def _parquet(unit: Unit, start: Position) -> Iterator[Item]:
 def _index_row_group(unit: Unit) -> np.ndarray:
     with _columns(unit.path) as source, pq.ParquetFile(source) as file:
         before = _rows_before(unit, file)
-        rows = np.arange(file.metadata.row_group(unit.group).num_rows)
+        return _numbered(file.metadata.row_group(unit.group).num_rows, before)
+
+
+def _numbered(count: int, before: int) -> np.ndarray:
+    """The index of rows whose position is (rows before it, 0)."""
+    rows = np.arange(count)
     return np.stack([rows, np.zeros_like(rows), before + rows + 1], axis=1)
 
 
@@ -566,7 +587,8 @@ def _arrow(unit: Unit, start: Position) -> Iterator[Item]:
         before = 0
         for number, batch in enumerate(_record_batches(source)):
             if number >= start[0]:
-                _check_columns(batch)
+                if not unit.is_checked:
+                    _check_columns(batch)
                 done = start[1] if number == start[0] else 0
                 for index in range(done, len(batch)):
                     end = (number, index + 1)
@@ -588,13 +610,15 @@ def _check_columns(batch: pa.RecordBatch) -> None:
     """Raise ArrowInvalid where a damaged file's offsets lead out of its own bytes.
 
     Arrow follows offsets unchecked, and ends the process at those of other places. Text
-    that is not UTF-8 makes one row bad, not the file.
+    that is not UTF-8 makes one row bad, not the file; but of a nested column Arrow then
+    looks at no offsets behind it, so that the file is refused.
     """
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
         try:
             column.validate(full=True)
         except pa.ArrowInvalid as error:
-            if "UTF8" not in str(error):
+            is_text = column.type in (pa.string(), pa.large_string())
+            if not (is_text and "UTF8" in str(error)):
                 raise pa.ArrowInvalid(
                     f"column {shown(name)} is damaged ({error}); write the file again"
                 ) from error
@@ -632,6 +656,26 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
+# --- records ----------------------------------------------------------------------
+
+
+def _records(unit: Unit, start: Position) -> Iterator[Item]:
+    """Records of an ArrayRecord file. A position is (records read, 0)."""
+    for at, record in enumerate(read_records(unit.path, start[0]), start[0] + 1):
+        yield Item(record, at, (at, 0))
+
+
+def _parse_record(record: bytes) -> dict[str, Any]:
+    if (row := parse_example(record)) is not None:
+        return row
+    if record.lstrip(_SPACE)[:1] == b"{":
+        return _parse_json(record)
+    raise BadRow(
+        f"is neither a JSON object nor a tf.train.Example: it begins with"
+        f" {record[:8]!r}; write a JSON object a record"
+    )
+
+
 _Read: TypeAlias = Callable[[Unit, Position], Iterator[Item]]
 _FORMATS: Mapping[str, tuple[_Read, Callable[[Any], dict[str, Any]]]] = {
     "json": (_lines, _parse_json),
@@ -641,4 +685,5 @@ _FORMATS: Mapping[str, tuple[_Read, Callable[[Any], dict[str, Any]]]] = {
     "tsv": (_csv, _parse_csv),
     "parquet": (_parquet, _parse_cells),
     "arrow": (_arrow, _parse_cells),
+    "array_record": (_records, _parse_record),
 }

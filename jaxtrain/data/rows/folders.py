@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from jaxtrain.data.rows.files import READERS, make_units, reader_of
+from jaxtrain.data.rows.files import SUFFIXES, make_units, reader_of
 from jaxtrain.data.rows.formats import UnreadableRow
 from jaxtrain.record.safe_text import shown
 from jaxtrain.storage.reading import AnyFile
@@ -44,8 +44,7 @@ def first_rows(path: pathlib.Path, split: str) -> list[Mapping[str, Any]]:
     if not os.access(files[0], os.R_OK):
         raise PermissionError(errno.EACCES, "may not be read", str(files[0]))
     if reader_of(files[0]) is None:
-        known = ", ".join(READERS)
-        raise ValueError(f"its suffix is none of {known} (each also .gz)")
+        raise ValueError(f"its suffix is none of {SUFFIXES}")
     return rows_at_start(files[0])
 
 
@@ -98,10 +97,7 @@ def choose_split(
     named = sorted(name for name in names if reader_of(name))
     files = [n for n in named if not any(part.startswith(".") for part in n.parts)]
     if not files:
-        raise ValueError(
-            f"{folder} holds no data file: expected {', '.join(READERS)} (each also "
-            ".gz)"
-        )
+        raise ValueError(f"{folder} holds no data file: expected {SUFFIXES}")
     by_split: dict[str | None, list[pathlib.PurePath]] = {}
     for file in files:
         by_split.setdefault(_split_of(file), []).append(file)
@@ -133,10 +129,7 @@ def check_formats(files: Sequence[AnyFile], folder: str) -> None:
             f"({', '.join(names)}...): keep one format in a folder"
         )
     if readers == {None}:
-        raise ValueError(
-            f"{files[0]} has no known suffix: use one of {', '.join(READERS)} "
-            "(each also .gz)"
-        )
+        raise ValueError(f"{files[0]} has no known suffix: use one of {SUFFIXES}")
 
 
 def _split_of(file: pathlib.PurePath) -> str | None:

@@ -1,5 +1,6 @@
 """Rows of local files that stay in their files: an index of where each begins."""
 
+import dataclasses
 import itertools
 import os
 import pathlib
@@ -143,6 +144,7 @@ def index_files(files: Sequence[pathlib.Path]) -> FileRows:
     """
     units = [unit for file in files for unit in make_units(file)]
     indices = [unit.index() for unit in units]
+    units = [dataclasses.replace(unit, is_checked=True) for unit in units]
     return FileRows(units, indices, sum(map(len, indices)))
 
 

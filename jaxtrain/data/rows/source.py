@@ -1,9 +1,9 @@
 """Load rows from files, folders or the Hugging Face hub, without holding them.
 
 A path, or an address in a bucket, holds jsonl, json, parquet, csv, arrow or plain text
-(one document a line), each also as `.gz`, or is a folder of such files, or one that
-`Dataset.save_to_disk` wrote. It is never a pattern. Any other name is a data set of the
-hub.
+(one document a line), each also as `.gz`, or array_record. Or it is a folder of such
+files, or one that `Dataset.save_to_disk` wrote. It is never a pattern. Any other name
+is a data set of the hub.
 """
 
 import json
@@ -146,6 +146,6 @@ def load_hub(hub_name: str, split: str, **options: Any) -> Any:
         raise ValueError(
             f"{shown(hub_name)} is no local file or folder, and the Hugging Face hub"
             f" did not give it ({error}). Without network, give a local path: a jsonl, "
-            "json, parquet, csv, arrow or txt file, or a folder of them"
+            "json, parquet, csv, arrow, array_record or txt file, or a folder of them"
         ) from error
     return _choose_split(loaded, split, hub_name)

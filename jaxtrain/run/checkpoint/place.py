@@ -110,7 +110,14 @@ class OnDisk:
 
 
 class InBucket:
-    """Below an address: nothing is renamed, a marker tells what counts."""
+    """Below an address: nothing is renamed, a marker tells what counts.
+
+    Reads of a step name no generations, which the readers of arrays could not take.
+    Nobody can mix two writers' objects unnoticed all the same: who writes holds the
+    lock; a step is written once, and its marker is deleted before anything of it is;
+    and what is read is compared with the checksums of all arrays and of the record,
+    so a step that was replaced while it was read is damaged to its reader.
+    """
 
     trash: str | None = None
 
