@@ -153,7 +153,7 @@ MISTAKES = [
     m("train folder.yaml", "'folder.yaml'", "a folder; name a file"),
     m("train sft --data.train=", "--data.train=", "leave the flag out"),
     m("generate garbage --prompts=latin1.txt", "latin1.txt", "save it as UTF-8"),
-    m("generate adapter hello", "its base 'moved'", "--model"),
+    m("generate adapter hello", "its base model 'moved'", "--model"),
     m("train near.yaml", "training.lerning_rate = 0.0001", "did you mean"),
     m("train types.yaml", "training.learning_rate = 'fast'", "training.max_steps"),
     m("train list.yaml", "'list.yaml'", "write 'training:'"),
