@@ -293,6 +293,7 @@ CHANGED = [  # a later command's other flag, and what its refusal says
 ]
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_early_says_why_and_how_to_go_on(
     inside: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],

@@ -7,6 +7,7 @@
 # TPU=1: with libtpu (200 MB), which compiles for TPUs that are not here.
 # JAXTRAIN_TEST_ALL=1: the longest tests too (10 minutes more), and with libtpu.
 # TYPES=0: without mypy, as where another run checks the types.
+# JAXTRAIN_TEST_EXAMPLES=5: so many examples of each property (20).
 # STEP=install, STEP=check: one half only.
 set -euo pipefail
 cd "$(dirname "$0")/.."
