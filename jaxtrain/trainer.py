@@ -130,7 +130,7 @@ class TrainingOrchestrator:
                 lock.refuse_if_held(self.workdir)
             preflight.check(run, self.workdir)
             sources.check_sources(run)
-            own_parts.check_own_parts(run)
+            own_parts.check_own_parts(run, loads_model=model is None)
             trial.check_objective(run, _loss_of(self).objective)
             for line in run.explain():
                 logger.debug(line)  # the block at the start has the essence

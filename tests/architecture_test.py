@@ -184,6 +184,7 @@ ALLOWED: dict[str, set[str]] = {
         "models",
         "models.load",
         "models.special_tokens",
+        "models.state",
         "optimizers",
         "record",
         "record.safe_text",

@@ -328,6 +328,7 @@ def _start_endless_saves(directory: pathlib.Path) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 def test_a_kill_in_mid_save_loses_nothing_that_was_saved(tmp_path):
     make = jax.jit(lambda step: jax.random.normal(jax.random.key(step), (2048, 4096)))
     latest_before = 0

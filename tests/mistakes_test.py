@@ -23,7 +23,7 @@ from jaxtrain import assets, cli, main, trainer
 from jaxtrain.cli import ending
 from jaxtrain.config import resolve
 from jaxtrain.models import load
-from jaxtrain.run import distributed, interrupts, preflight, trial
+from jaxtrain.run import distributed, interrupts, preflight, trial, weights
 from jaxtrain.run.checkpoint import CheckpointManager
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -153,7 +153,7 @@ MISTAKES = [
     m("train folder.yaml", "'folder.yaml'", "a folder; name a file"),
     m("train sft --data.train=", "--data.train=", "leave the flag out"),
     m("generate garbage --prompts=latin1.txt", "latin1.txt", "save it as UTF-8"),
-    m("generate adapter hello", "its base 'moved'", "--model"),
+    m("generate adapter hello", "its base model 'moved'", "--model"),
     m("train near.yaml", "training.lerning_rate = 0.0001", "did you mean"),
     m("train types.yaml", "training.learning_rate = 'fast'", "training.max_steps"),
     m("train list.yaml", "'list.yaml'", "write 'training:'"),
@@ -237,6 +237,16 @@ def run(command: str, capfd: pytest.CaptureFixture[str]) -> tuple[int, str]:
     return code, capfd.readouterr().err
 
 
+def forbid_loading(patch: pytest.MonkeyPatch) -> None:
+    """No command may load a model.
+
+    `weights` is imported above, so that its name for the function is patched too. If a
+    command imported it under the patch, it would keep the patched one for later tests.
+    """
+    for module in (load, weights):
+        patch.setattr(module, "load_model", lambda _: pytest.fail("it was loaded"))
+
+
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda each: each.command)
 def test_a_mistake_is_told_in_one_short_message(
     mistake: Mistake,
@@ -244,7 +254,7 @@ def test_a_mistake_is_told_in_one_short_message(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     if not mistake.late:
-        inside.setattr(load, "load_model", lambda _: pytest.fail("it was loaded"))
+        forbid_loading(inside)
     code, said = run(mistake.command, capfd)
     assert code == ending.MISTAKE, said
     assert "Traceback" not in said
@@ -283,6 +293,7 @@ CHANGED = [  # a later command's other flag, and what its refusal says
 ]
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_early_says_why_and_how_to_go_on(
     inside: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
@@ -300,7 +311,7 @@ def test_a_run_that_ends_early_says_why_and_how_to_go_on(
         code, said = run(whole, capfd)
     assert code == ending.FAULT
     assert "the disk is full: make room" in said and "Traceback" not in said
-    inside.setattr(load, "load_model", lambda _: pytest.fail("it was loaded"))
+    forbid_loading(inside)
     for flag, expected in CHANGED:
         code, said = run(f"{whole} {flag}", capfd)
         assert code == ending.MISTAKE, said

@@ -81,7 +81,7 @@ def test_objectives_without_a_reference_train(objective, metric, tmp_path):
 
 
 @pytest.mark.slow
-def test_kto_trains_on_labeled_rows_and_on_preferences(tmp_path):
+def test_kto_trains_on_labeled_rows(tmp_path):
     rows = [
         {"prompt": f"What is {n} and {n}?", "completion": f" {2 * n}.", "label": True}
         for n in range(6)
@@ -91,11 +91,10 @@ def test_kto_trains_on_labeled_rows_and_on_preferences(tmp_path):
         for n in range(6)
     ]
     config = config_of("dpo", "kto")
-    results = train(config, tmp_path / "rows", train_dataset=rows)
+    results = train(config, tmp_path, train_dataset=rows)
     assert {"rewards/chosen", "rewards/rejected", "kl"} <= set(results)
-    embedded = train(config, tmp_path / "embedded")
     # At the reference itself: 1 - sigmoid(0), and one small step away.
-    assert embedded["final_loss"] == pytest.approx(0.5, abs=0.1)
+    assert results["final_loss"] == pytest.approx(0.5, abs=0.1)
 
 
 def options_of(config):

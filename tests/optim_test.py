@@ -467,7 +467,7 @@ def test_the_loss_scale_follows_torch_grad_scaler():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("adam", {}, "optim = 'adam' is unknown.*adamw"),
+        ("adam", {}, "optimizer = 'adam' is unknown.*adamw"),
         ("adamw", {"momentum": 0.9}, "momentum = 0.9.*adamw"),
     ],
 )

@@ -9,8 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import safetensors.numpy
 
+from jaxtrain import assets
 from jaxtrain.config import ConfigError, resolve
+from jaxtrain.loop import Loop
+from jaxtrain.models import load
 from jaxtrain.optimizers.configured import make_optimizer
 from jaxtrain.optimizers.multipliers import make_multipliers
 from jaxtrain.trainer import TrainingOrchestrator
@@ -287,17 +291,82 @@ def test_an_own_metric_gets_texts_and_log_probs(tmp_path: pathlib.Path) -> None:
         resolve(config_of(**keys | {"eval_steps": 0}))
 
 
-def test_an_own_tracker_gets_what_is_recorded(tmp_path: pathlib.Path) -> None:
-    config = config_of(max_steps=2, report_to=("my_parts:Tracker",), save_steps=1)
-    config.training.run_name = "mine"
-    train(config, tmp_path / "run")
+MLFLOW = """
+import json
+
+calls, metrics, artifacts = [], {}, {}
+
+
+class Run:
+    def __init__(self, run_id):
+        self.info = type("Info", (), {"run_id": run_id or "abc"})
+
+
+def start_run(run_id=None, run_name=None):
+    calls.append(("start_run", run_id, run_name))
+    return Run(run_id)
+
+
+def log_metrics(values, step):
+    assert all(type(value) in (int, float) for value in values.values()), values
+    assert not any("@" in name for name in values), values
+    for name, value in values.items():
+        metrics.setdefault(name, {})[step] = value
+
+
+def log_text(text, path):
+    assert type(text) is str
+    artifacts[path] = text
+
+
+def log_dict(values, path):
+    artifacts[path] = json.dumps(values)
+
+
+def end_run():
+    calls.append(("end_run",))
+"""
+
+
+def test_own_trackers_get_what_is_recorded_and_one_for_mlflow_goes_on_in_its_run(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one for MLflow is that of the docs, on a stand-in of what it calls."""
+    page = pathlib.Path(__file__).resolve().parent.parent / "docs" / "extending.md"
+    blocks = page.read_text().split("```python\n")[1:]
+    (example,) = (b.partition("```")[0] for b in blocks if "import mlflow" in b)
+    (tmp_path / "my_tracker.py").write_text(example)
+    (tmp_path / "mlflow.py").write_text(MLFLOW)
+    for name in ("my_tracker", "mlflow"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    keys = {
+        "max_steps": 2,
+        "save_steps": 1,
+        "eval_steps": 1,
+        "report_to": ("jsonl", "my_parts:Tracker", "my_tracker:MLflow"),
+        "run_name": "mine",
+        "generation__metrics": ("exact_match",),
+        "generation__num_prompts": 1,
+        "generation__max_new_tokens": 2,
+    }
+    train(config_of(**keys), tmp_path / "run")
+    train(config_of(**keys | {"max_steps": 3}), tmp_path / "run")
+
     calls = sys.modules["my_parts"].Tracker.calls
     assert calls[:2] == [("made", "run", "mine", None), ("config", 2)]
-    assert calls[2:] == [("write", 1, True), ("write", 2, True), ("close",)]
-    config.training.max_steps = 3
-    train(config, tmp_path / "run")
-    again = calls[calls.index(("close",)) + 1 :]
-    assert again[0] == ("made", "run", "mine", 2)
+    end = calls.index(("close",))
+    steps = [call for call in calls[:end] if call[-1] is True]
+    assert steps == [("write", 1, True), ("write", 2, True)]
+    assert calls[end + 1] == ("made", "run", "mine", 2) and calls[-1] == ("close",)
+
+    mlflow, ended = sys.modules["mlflow"], ("end_run",)
+    first, second = ("start_run", None, "mine"), ("start_run", "abc", "mine")
+    assert mlflow.calls == [first, ended, second, ended]
+    for name in ("loss", "eval_loss"):
+        logged = {r["step"]: r[name] for r in records(tmp_path / "run") if name in r}
+        assert mlflow.metrics[name] == logged and list(logged) == [1, 2, 3]
+    assert json.loads(mlflow.artifacts["config.json"])["training"]["max_steps"] == 3
+    assert any(path.startswith("samples/3/") for path in mlflow.artifacts)
 
 
 # --- learning rates by pattern --------------------------------------------------------
@@ -338,6 +407,25 @@ def test_patterns_must_cover_every_parameter_and_match_one(
 
 
 @pytest.mark.parametrize(
+    ("training_type", "patterns", "match"),
+    [
+        ("sft", [["embd.*", 0.1], [".*", 1]], "'embd.*' matches no parameter"),
+        ("from_scratch", [["layers/[01]/.*", 1]], "no pattern matches embed_tokens/"),
+        # Beside adapters nothing else trains, so that is all there is to match.
+        ("lora", [[".*lora_a", 1]], "no pattern matches layers/0/.*lora_b"),
+        ("lora", [["embed.*", 1], [".*", 1]], r"'embed\.\*' matches no parameter"),
+    ],
+)
+def test_patterns_are_checked_before_the_weights_are_loaded(
+    training_type: str, patterns: Any, match: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(load, "load_model", lambda _: pytest.fail("it was loaded"))
+    trainer = TrainingOrchestrator(config_of(training_type, lr_multipliers=patterns))
+    with pytest.raises(ValueError, match=rf"training\.lr_multipliers: .*{match}"):
+        trainer.prepare()
+
+
+@pytest.mark.parametrize(
     ("patterns", "match"),
     [
         ((("a(", 1.0),), "no regular expression"),
@@ -356,7 +444,8 @@ def test_frozen_weights_stay_to_the_bit_and_leave_the_gradient_norm(
     tmp_path: pathlib.Path,
 ) -> None:
     keys = {"max_steps": 2, "weight_decay": 0.1, "max_grad_norm": 0.0}
-    start = weights_of(config_of(**keys), tmp_path / "start")
+    model = assets.asset_path(assets.MODEL) / "model.safetensors"
+    start = safetensors.numpy.load_file(model)
     patterns = [["embed.*", 0], ["layers/[0-1]/.*", 0], ["norm.*", 0], [".*", 1]]
     results = train_and_save(config_of(**keys, lr_multipliers=patterns), tmp_path / "a")
     after = weights(tmp_path / "a")
@@ -387,12 +476,43 @@ def test_adapters_are_frozen_by_their_names(tmp_path: pathlib.Path) -> None:
     config.training.lora.lora_dropout = 0.0
     config.training.save_final_model = True
     train(config, tmp_path)
-    import safetensors.numpy
-
     found = safetensors.numpy.load_file(
         tmp_path / "adapter" / "adapter_model.safetensors"
     )
     assert all(np.any(x) for name, x in found.items() if "lora_B" in name)
+
+
+def test_a_stopped_run_with_own_parts_and_multipliers_resumes_to_the_bit(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rate differs in each step, and momentum remembers the steps before."""
+    keys = {
+        "lr_scheduler_type": "my_parts:triangle",
+        "optimizer": "my_parts:nesterov",
+        "lr_multipliers": [["embed.*", 0.1], ["layers/1/.*", 0], [".*", 1]],
+        "learning_rate": 0.1,
+        "weight_decay": 0.1,
+        "save_steps": 3,
+    }
+    train_and_save(config_of("from_scratch", **keys), tmp_path / "whole")
+    log = Loop.log
+
+    def log_and_stop(self: Loop) -> None:
+        log(self)
+        if self.step == 5:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "log", log_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            train_and_save(config_of("from_scratch", **keys), tmp_path / "parts")
+    assert [path.name for path in (tmp_path / "parts/checkpoints").iterdir()] == ["3"]
+    train_and_save(config_of("from_scratch", **keys), tmp_path / "parts")
+    assert records(tmp_path / "parts") == records(tmp_path / "whole")
+    found, expected = weights(tmp_path / "parts"), weights(tmp_path / "whole")
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        np.testing.assert_array_equal(found[name], tensor, err_msg=name)
 
 
 def train_and_save(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
@@ -431,6 +551,7 @@ def test_a_run_exports_and_evaluates_its_average_and_resumes_to_the_bit(
     tmp_path: pathlib.Path,
 ) -> None:
     keys = {"ema_decay": 0.5, "eval_steps": 2, "save_steps": 2, "max_steps": 4}
+    keys["lr_scheduler_type"] = "constant"  # whatever max_steps is
     whole = train_and_save(config_of(**keys), tmp_path / "whole")
     raw = train_and_save(config_of(**keys | {"ema_decay": None}), tmp_path / "raw")
     # Nothing of training changes, and what is measured and saved is another model.
@@ -442,27 +563,19 @@ def test_a_run_exports_and_evaluates_its_average_and_resumes_to_the_bit(
     assert not np.array_equal(*(
         weights(tmp_path / name)["model.norm.weight"] for name in ("whole", "raw")
     ))  # fmt: skip
-    # Two starts in place of one: steps, records and weights are the same.
-    first = config_of(**keys)
-    first.training.max_steps = 2
-    first.training.lr_scheduler_type = "constant"
-    second = config_of(**keys)
-    second.training.lr_scheduler_type = "constant"
-    train_and_save(first, tmp_path / "parts")
-    train_and_save(second, tmp_path / "parts")
-    train_and_save(second, tmp_path / "once")
-    parts, once = weights(tmp_path / "parts"), weights(tmp_path / "once")
+    # Two starts in place of one: the weights are the same.
+    train_and_save(config_of(**keys | {"max_steps": 2}), tmp_path / "parts")
+    train_and_save(config_of(**keys), tmp_path / "parts")
+    parts, once = weights(tmp_path / "parts"), weights(tmp_path / "whole")
     assert all(np.array_equal(parts[name], once[name]) for name in once)
     # A command that loads the checkpoint measures the average too.
     from jaxtrain.cli import main as jaxtrain
 
     assert (
-        jaxtrain(["export", str(tmp_path / "once"), f"--output={tmp_path / 'out'}"])
+        jaxtrain(["export", str(tmp_path / "whole"), f"--output={tmp_path / 'out'}"])
         == 0
     )
     exported = tmp_path / "out" / "model.safetensors"
-    import safetensors.numpy
-
     for name, tensor in safetensors.numpy.load_file(exported).items():
         np.testing.assert_array_equal(tensor, once[name])
 

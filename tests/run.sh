@@ -6,6 +6,8 @@
 # PEERS=0: without torch, transformers' models, peft and trl; their parity tests skip.
 # TPU=1: with libtpu (200 MB), which compiles for TPUs that are not here.
 # JAXTRAIN_TEST_ALL=1: the longest tests too (10 minutes more), and with libtpu.
+# TYPES=0: without mypy, as where another run checks the types.
+# JAXTRAIN_TEST_EXAMPLES=5: so many examples of each property (20).
 # STEP=install, STEP=check: one half only.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -32,7 +34,18 @@ if [ "${1:-}" = fast ]; then
 fi
 "$VENV/bin/ruff" format --check .
 "$VENV/bin/ruff" check .
-"$VENV/bin/mypy"
+# Beside the tests, for mypy takes a minute of one core.
+types=
+if [ "${TYPES:=1}" = 1 ]; then
+    "$VENV/bin/mypy" &
+    types=$!
+fi
+status=0
 # Two workers for two cores; a file stays on one, with what its tests share.
 "$VENV/bin/python" -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder \
-    --durations=40 "$@"
+    --durations=40 "$@" || status=$?
+if [ -n "$types" ] && ! wait "$types"; then
+    echo "mypy found errors: see above" >&2
+    status=1
+fi
+exit "$status"

@@ -99,12 +99,15 @@ class Report:
 
     @property
     def step_secs(self) -> float:
-        """No step is faster: all resources at their peak, fully overlapped."""
+        """A lower bound on the seconds of a step.
+
+        Every resource is taken at its peak, and all of them fully overlapped.
+        """
         return max(self.secs.values())
 
     @property
     def mfu(self) -> float:
-        """No step has a higher model FLOPs utilization (arXiv:2204.02311)."""
+        """An upper bound on the model FLOPs utilization (arXiv:2204.02311)."""
         return self.model_flops / self.chip.flops / self.step_secs
 
 

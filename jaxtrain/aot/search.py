@@ -149,7 +149,7 @@ def choose_best(outcomes: Sequence[Outcome]) -> Outcome | None:
 
 
 def as_flags(candidate: Candidate) -> dict[str, Any]:
-    """The keys of a configuration that set it."""
+    """The configuration's keys, with the values that make a run use the candidate."""
     sizes = dict(candidate.mesh)
     remat = candidate.remat
     return {

@@ -324,8 +324,8 @@ def _check_base(base: str, adapter: str) -> None:
         hf.resolve_model_path(base)
     except ValueError as error:
         raise ValueError(
-            f"{adapter}: its base {base!r} is not there; give the place where it is now"
-            f" by --model ({error})"
+            f"{adapter}: its base model {base!r} was not found; give its new"
+            f" place with --model ({error})"
         ) from error
 
 

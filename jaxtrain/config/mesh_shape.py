@@ -24,10 +24,9 @@ def resolve_mesh_shape(sizes: Mapping[str, int], device_count: int) -> dict[str,
         shape[wildcards[0]] = device_count // fixed
     elif wildcards or fixed != device_count:
         raise ValueError(
-            f"mesh = {dict(sizes)} needs a multiple of {fixed} devices"
-            f"{'' if wildcards else ' (exactly that many)'}, but {device_count} are"
-            " present; the nearest that divides is"
-            f" {nearest_mesh_shape(shape, device_count)}"
+            f"mesh = {dict(sizes)} needs {'a multiple of' if wildcards else 'exactly'}"
+            f" {fixed} devices, but {device_count} are present; the nearest sizes that"
+            f" divide them are {nearest_mesh_shape(shape, device_count)}"
         )
     return shape
 

@@ -224,9 +224,10 @@ def _in_every_layer(key: str, module: Module, matches: Callable[[str], bool]) ->
 
 
 def _is_target(lora: LoraConfig, entry: str, module: Module) -> bool:
-    """PEFT's rule for an entry of target_modules; a list's are the ends of names.
+    """Whether an entry of target_modules names this module, by PEFT's rule.
 
-    What modules_to_save trains gets no adapter, nor what is inside it.
+    An entry of a list is the end of a name; a text alone is a regular expression for
+    all of it. What modules_to_save trains, and what is inside, gets no adapter.
     """
     pattern = rf"(.*\.)?{re.escape(entry)}"
     if isinstance(lora.target_modules, str):

@@ -24,7 +24,10 @@ def fetch_model(address: str) -> pathlib.Path:
 
 
 def shown(directory: str) -> str:
-    """A model's directory as its user names it: a copy's address in the bucket."""
+    """How the user named a model's directory.
+
+    If it is a local copy from a bucket, that is the address in the bucket.
+    """
     return mirror.origin(directory, bucket_cache()) or directory
 
 

@@ -88,7 +88,10 @@ class GenerationConfig:
         }
 
     def unread(self, **given: Any) -> list[str]:
-        """Which of these act on draws only, while the most likely token is taken."""
+        """The given settings that have no effect because generation is greedy.
+
+        They act only where tokens are drawn, and the temperature is 0 here.
+        """
         temperature = given.get("temperature")
         if temperature or (temperature is None and self._temperature):
             return []

@@ -160,7 +160,10 @@ def load_config(path: str | os.PathLike[str]) -> ModelConfig:
 
 
 def fp8_block(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """Rows and columns of float8 weights that share a scale, in a directory."""
+    """The block of float8 weights, in rows and columns, that shares one scale.
+
+    As the config.json in the model's directory gives it; (128, 128) where it does not.
+    """
     file = pathlib.Path(path) / "config.json"
     options = text_options(read_json(file)) if file.is_file() else {}
     settings = options.get("quantization_config") or {}

@@ -148,7 +148,7 @@ class RopeConfig:
         return int(head_dim * self.partial_rotary_factor)
 
     def problems(self, head_dim: int) -> Iterator[str]:
-        """A line for each reason why heads of this width can't be turned so."""
+        """A line for each reason why heads of this width cannot be rotated so."""
         width = self.rotary_width(head_dim)
         least = 4 if self.kind == "dynamic" else 2  # dynamic divides by width - 2
         if width % 2 or width < least:

@@ -80,11 +80,13 @@ def make_optimizer(
         ValueError: unknown name, or momentum for an optimizer that has none.
     """
     if name not in OPTIMIZERS:
-        raise ValueError(f"optim = {name!r} is unknown: choose from {list(OPTIMIZERS)}")
+        raise ValueError(
+            f"optimizer = {name!r} is unknown: choose from {list(OPTIMIZERS)}"
+        )
     if momentum is not None and name not in ("sgd", "muon"):
         raise ValueError(
-            f"momentum = {momentum} has no meaning for optim = {name!r}: remove it"
-            " (only sgd and muon have it)"
+            f"momentum = {momentum} has no effect with optimizer = {name!r}: remove it"
+            " (only sgd and muon have one)"
         )
     make_direction = {
         # Adam's (arXiv:1412.6980), with the decay decoupled (arXiv:1711.05101).

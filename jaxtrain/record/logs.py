@@ -118,7 +118,12 @@ class LineFormatter(logging.Formatter):
     """
 
     def __init__(self, *, with_all_tracebacks: bool = True) -> None:
-        """Without all of them: not those of libraries, whose errors a command tells."""
+        """Make a formatter.
+
+        Args:
+            with_all_tracebacks: print libraries' tracebacks too, and not only our own.
+                A command leaves them out, because it reports the error in one line.
+        """
         super().__init__(datefmt="%H:%M:%S")
         self._with_all = with_all_tracebacks
 

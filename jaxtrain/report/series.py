@@ -27,7 +27,7 @@ def points_of(records: Iterable[Record]) -> dict[str, list[Point]]:
 
 
 def points_for_each(curves: int) -> int:
-    """How many points each of so many curves of a page may have."""
+    """How many points each curve may have on a page with this number of curves."""
     share = _POINTS_OF_A_PAGE // max(curves, 1)
     return min(max(share, _FEWEST_POINTS), _MOST_POINTS)
 

@@ -70,7 +70,10 @@ def _check_token(repository: str) -> None:
 
 
 def find_export(path: pathlib.Path) -> pathlib.Path:
-    """The directory to upload: `path`, or of a run the adapter or model it exported.
+    """The directory to upload.
+
+    This is `path` itself if it holds a model or an adapter. If `path` is the work
+    directory of a run, it is the adapter that the run exported, or else its model.
 
     Raises:
         ValueError: there is no exported model or adapter.

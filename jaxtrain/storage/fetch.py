@@ -1,4 +1,4 @@
-"""Single objects of a bucket, copied to the local disk; what tells their content."""
+"""Copy single objects of a bucket to the local disk, and tell their versions apart."""
 
 import os
 import pathlib
@@ -17,10 +17,10 @@ def tag_of(info: Mapping[str, Any]) -> str:
 
 
 def download(info: dict[str, Any], target: pathlib.Path) -> None:
-    """Read an object aside, and give it its name when it is whole.
+    """Copy an object to `target`, which exists only once the copy is complete.
 
     Args:
-        info: of `folders.files_below`.
+        info: the object's entry in `folders.files_below`.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     retrying(lambda: _download(info, target), f"reading {info['full_name']}")

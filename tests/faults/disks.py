@@ -21,7 +21,7 @@ import kills
 FAULTS = ("size", "inodes", "read-only", "hangs")
 RUNS = ("caches", "export")
 _ENOUGH = {"size": "64m", "nr_inodes": "100000"}
-_STARTS = 5  # on a disk with a fault, at most, in a round
+_STARTS = 3  # on a disk with a fault, at most, in a round
 _STEP_TIMEOUT_SECS = 4.0
 
 

@@ -106,12 +106,15 @@ class RowPacking:
         return slots[:, index * rows : (index + 1) * rows]
 
     def no_examples(self, accumulation_steps: int, shape: RowShape) -> np.ndarray:
-        """This process's part of what `place` gives, without any example."""
+        """This process's slots of a step in which every slot is empty (-1)."""
         rows = shape.rows * self.shards // self.share[1]
         return np.full((accumulation_steps, rows, self.most), -1)
 
     def _dealt_out(self, lengths: np.ndarray) -> tuple[RowShape, np.ndarray] | None:
-        """The largest shape with as many examples in each row, if they fit so."""
+        """The largest shape, with the examples dealt out evenly over its rows.
+
+        None if a row would overflow.
+        """
         shape = self.shapes[-1]
         rows = self.shards * shape.rows
         bins = np.broadcast_to(np.arange(lengths.shape[1]) % rows, lengths.shape[:2])
@@ -119,7 +122,7 @@ class RowPacking:
         return (shape, bins) if fits else None
 
     def _rare(self, lengths: np.ndarray) -> tuple[RowShape, np.ndarray]:
-        """A shape for a step that fits in none."""
+        """A new shape, for a step whose examples fit in none of `shapes`."""
         rows, length, _ = max(self.shapes)
         bins, load = self._assign(lengths, rows)
         while self.varies_rows and load > length:

@@ -390,7 +390,7 @@ class BatchIterator(Iterator[AnyBatch]):
         return values[present][np.argsort(numbers[present])]
 
     def get_state(self, step: int | None = None) -> dict[str, Any]:
-        """The state after `step`, or after the last batch that was given if None."""
+        """The state after `step`; if that is None, after the last batch returned."""
         step = self.step if step is None else step
         return {"next_step": step, **self._identity}
 

@@ -32,7 +32,7 @@ class Sequences:
 
     @classmethod
     def of(cls, examples: Sequence[Example]) -> "Sequences":
-        """The examples behind one another."""
+        """Concatenate examples, in their order."""
         return cls(
             np.concatenate([np.zeros(0, np.int32), *(e.ids for e in examples)]),
             np.concatenate([np.zeros(0, bool), *(e.trained for e in examples)]),

@@ -74,7 +74,7 @@ _CONVERT = "convert it: iconv -f {} -t UTF-8 OLD > NEW"
 
 
 class Item(NamedTuple):
-    """One row, not parsed yet: its line or row number from 1, and where it ends."""
+    """A row that is not parsed yet, its line or row number (from 1), and its end."""
 
     payload: Any
     number: int

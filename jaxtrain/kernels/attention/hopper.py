@@ -128,7 +128,7 @@ def matrix_memory(shape: tuple[int, ...], dtype: DTypeLike) -> Any:
 
 
 def vector_memory(shape: tuple[int, ...], dtype: DTypeLike) -> Any:
-    """Shared memory for one number a row or column of a tile."""
+    """Shared memory for a vector: one number for each row, or column, of a tile."""
     return plgpu.SMEM(shape, dtype)
 
 
