@@ -303,6 +303,7 @@ class DataSection:
 
 
 WITH_BETAS = OnlyIf("training.optimizer", ("adamw", "lion", "muon"))
+WITH_MOMENTS = OnlyIf("training.optimizer", ("adamw", "lion", "muon", "sgd"))
 
 
 @dataclass(frozen=True)
@@ -328,6 +329,12 @@ class OptimizerSection:
         OnlyIf("training.optimizer", ("adamw", "muon")),
     ] = 1e-8
     """Added to the denominator of Adam's update."""
+    moment_dtype: Annotated[Literal["float32", "bfloat16", "int8"], WITH_MOMENTS] = (
+        "float32"
+    )
+    """What the optimizer's moments of matrices are kept in between steps, rounded
+    stochastically. adamw then adds, for each trainable parameter: float32: 8 bytes;
+    bfloat16: 4; int8: 2, on a logarithmic scale for each row or column of a matrix."""
     momentum: FractionBelowOne | None = None
     """sgd (unset: 0) and muon (unset: 0.95)."""
     max_grad_norm: NonNegative = 1.0
