@@ -224,7 +224,7 @@ def describe_devices(topology: str, num_slices: int = 1) -> list[Any]:
 
     Args:
         topology: generation and shape of a slice, v4, v5e, v5p, v6e, tpu7x; or a
-            number of GPUs, h100 or h200.
+            number of GPUs, as h200:8 (gpus.py has their names).
         num_slices: how many of them, joined by the data centre's network.
 
     Raises:

@@ -41,8 +41,18 @@ CHIPS = {
     # (DGX). Memory is what CUDA gives to programs.
     "NVIDIA H100 80GB HBM3": Chip("H100", 989e12, 79 * _GIB, 3.35e12, 450e9, 50e9, 8),
     "NVIDIA H200": Chip("H200", 989e12, 139 * _GIB, 4.8e12, 450e9, 50e9, 8),
-    "NVIDIA A100-SXM4-40GB": Chip("A100", 312e12, 39 * _GIB, 1.555e12, 300e9, 25e9, 8),
-    # No NVLink: PCIe 4.0 of 16 lanes, and a network of 25 Gb/s for a host of eight.
+    # NVLink 3 (DGX A100: an adapter of 200 Gb/s for each).
+    "NVIDIA A100-SXM4-40GB": Chip(
+        "A100 40 GB", 312e12, 39 * _GIB, 1.555e12, 300e9, 25e9, 8
+    ),
+    "NVIDIA A100-SXM4-80GB": Chip(
+        "A100 80 GB", 312e12, 79 * _GIB, 2.039e12, 300e9, 25e9, 8
+    ),
+    # No NVLink: PCIe 4.0 of 16 lanes; a network of 100 Gb/s for eight (Google's
+    # g2-standard-96).
+    "NVIDIA L4": Chip("L4", 121e12, 22 * _GIB, 0.3e12, 31.5e9, 1.56e9, 8),
+    # Likewise, and a network of 25 Gb/s for a host of eight. FLOP/s: of the Ada
+    # architecture's white paper, with sums in float32.
     "NVIDIA GeForce RTX 4090": Chip(
         "RTX 4090", 165e12, 23.5 * _GIB, 1.008e12, 31.5e9, 0.4e9, 8
     ),
