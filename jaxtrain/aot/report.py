@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from jaxtrain.aot.hlo_cost import ProgramCost
 from jaxtrain.config import RunConfig
-from jaxtrain.models.state import needs_reference
+from jaxtrain.run.out_of_memory import advise
 
 _GIB = 2.0**30
 
@@ -134,7 +134,7 @@ def describe(report: Report) -> str:
         f" ({cost.kernels or 'no'} Pallas kernels in the program)",
     ]
     if report.refusal:
-        return "\n".join([*lines, "DOES NOT FIT:", report.refusal, *advise(run)])
+        return "\n".join([*lines, "DOES NOT FIT:", report.refusal, *_advice(run)])
     share = report.device_bytes / chip.memory_bytes
     lines += [
         f"compiled in {report.compile_secs:.0f} s",
@@ -162,32 +162,9 @@ def describe(report: Report) -> str:
         f" ({report.tokens / report.step_secs:,.0f} tokens/s), MFU at most"
         f" {report.mfu:.0%}",
     ]
-    verdict = ["FITS"] if report.fits else ["DOES NOT FIT:", *advise(run)]
+    verdict = ["FITS"] if report.fits else ["DOES NOT FIT:", *_advice(run)]
     return "\n".join([*lines, *verdict])
 
 
-def advise(run: RunConfig) -> list[str]:
-    """What would make a step smaller, the cheapest first; only what is left to do."""
-    advice = []
-    if not run.precision.gradient_checkpointing:
-        advice.append("training.gradient_checkpointing = True")
-    elif run.precision.remat_policy not in ("full", "offload"):
-        advice.append("training.remat_policy = 'full'")
-    if run.mesh.fsdp == 1 and run.mesh.data > 1:
-        advice.append("training.deepspeed.zero_stage = 3 (splits weights over devices)")
-    rows = run.loop.per_device_train_batch_size
-    if rows > 1:
-        advice.append(
-            f"training.per_device_train_batch_size = {rows // 2},"
-            " gradient_accumulation_steps doubled: the same update"
-        )
-    if needs_reference(run) and run.lora is None:
-        advice.append("training.dpo.precompute_ref_log_probs = True (no second model)")
-    if run.lora is None:
-        advice.append("training.lora.enabled = True (no optimizer state of the base)")
-    if run.precision.remat == "full":
-        advice.append("training.remat_policy = 'offload' (layers' inputs: pinned host)")
-    if not run.devices.deepspeed.offload_optimizer:
-        advice.append("training.deepspeed.offload_optimizer = True (pinned host)")
-    advice += ["mesh.tensor = 2 or more, within a host", "a larger topology"]
-    return [f"  try {line}" for line in advice]
+def _advice(run: RunConfig) -> list[str]:
+    return [f"  try {line}" for line in (*advise(run), "a larger topology")]

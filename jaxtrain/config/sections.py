@@ -7,7 +7,7 @@ docstring of the section stands above its keys in docs/configuration.md. Keys ma
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from jaxtrain import schema
@@ -412,6 +412,11 @@ class ScheduleSection:
         return {name: value for name, value in given.items() if value is not None}
 
 
+# From the policy that keeps most for the backward pass, and is the fastest, to the one
+# that keeps least: what `auto` and the search of `jaxtrain.aot` choose from.
+REMATS = ("none", "minimal", "save_attention", "full")
+
+
 @dataclass(frozen=True)
 class PrecisionSection:
     """Dtypes of the computation, and what the backward pass recomputes."""
@@ -423,12 +428,14 @@ class PrecisionSection:
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass."""
     remat_policy: Annotated[Literal[
-        "full", "offload", "dots", "dots_no_batch", "save_attention", "minimal"
+        "full", "offload", "dots", "dots_no_batch", "save_attention", "minimal", "auto"
     ], OnlyIf("training.gradient_checkpointing")] = "full"  # fmt: skip
     """What gradient_checkpointing computes again. full: all of a layer; offload: that,
     from an input in pinned host memory; dots: all but matrix products; dots_no_batch:
     all but products with weights; save_attention: all but attention; minimal: only what
-    is cheap."""
+    is cheap. auto: the fastest of nothing at all, minimal, save_attention and full that
+    fits the device by the compiler's account; it compiles one after the other before
+    the first step of each shape of batch, and the log says which it took."""
 
     @property
     def compute_dtype(self) -> str:
@@ -439,6 +446,13 @@ class PrecisionSection:
     def remat(self) -> str:
         """What the backward pass computes again: none, or the policy."""
         return self.remat_policy if self.gradient_checkpointing else "none"
+
+    def with_remat(self, remat: str) -> "PrecisionSection":
+        """These settings with another policy, or "none"."""
+        keeps_all = remat == "none"
+        policy = self.remat_policy if keeps_all else remat
+        changed: dict[str, Any] = {"remat_policy": policy}
+        return replace(self, gradient_checkpointing=not keeps_all, **changed)
 
 
 @dataclass(frozen=True)
