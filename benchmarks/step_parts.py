@@ -29,6 +29,7 @@ from train_step import find_case, make_step, model_config
 
 from jaxtrain.aot.hlo_text import Instruction, parse
 from jaxtrain.aot.report import CHIPS, Chip
+from jaxtrain.optimizers.moments import MOMENT_DTYPES
 
 PRODUCTS = "products"
 NOTHING = ("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while")
@@ -190,6 +191,7 @@ def main() -> None:
     parser.set_defaults(cases="sft_0.5b", steps=5)
     parser.add_argument("--chunk", type=int, help="loss_chunk_tokens")
     parser.add_argument("--unroll", action="store_true", help="scan_layers = False")
+    parser.add_argument("--moments", choices=MOMENT_DTYPES, default="float32")
     parser.add_argument("--largest", type=int, default=25, help="kernels to list")
     parser.set_defaults(document=None, response=None)
     options = parser.parse_args()
