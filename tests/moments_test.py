@@ -20,6 +20,11 @@ def draw_bits(shape, number=0):
     return jnp.asarray(draw)
 
 
+def to_eight_bits(x, draw, *, signed):
+    x = jnp.asarray(x)
+    return moments.to_eight_bits(x, moments.scales_of(x), draw, signed=signed)
+
+
 def spread_values(*shape, octaves, seed=0):
     """Positive numbers over that many octaves below 3, some of them zero."""
     rng = np.random.default_rng(seed)
@@ -41,7 +46,7 @@ def test_an_eight_bit_number_is_one_of_its_neighbours(signed, octaves):
     x = spread_values(3, 64, 40, octaves=octaves)
     if signed:
         x *= np.random.default_rng(1).choice([-1.0, 1.0], x.shape)
-    kept = moments.to_eight_bits(jnp.asarray(x), draw_bits((64, 40)), signed=signed)
+    kept = to_eight_bits(x, draw_bits((64, 40)), signed=signed)
     assert kept.codes.dtype == (jnp.int8 if signed else jnp.uint8)
     assert kept.scale.shape == (3, 64, 1)  # the shorter axis is the block
     found = np.asarray(moments.from_eight_bits(kept))
@@ -58,10 +63,10 @@ def test_below_the_least_level_first_moments_may_vanish_and_second_ones_may_not(
     tiny = np.full((40, 64), 2.0**-30, np.float32)
     tiny[0] = 1.0
     draw = draw_bits((40, 64))
-    first = moments.to_eight_bits(jnp.asarray(tiny), draw, signed=True)
+    first = to_eight_bits(tiny, draw, signed=True)
     assert first.scale.shape == (1, 64)
     assert (moments.from_eight_bits(first)[1:] == 0).mean() > 0.99
-    second = moments.to_eight_bits(jnp.asarray(tiny), draw, signed=False)
+    second = to_eight_bits(tiny, draw, signed=False)
     np.testing.assert_allclose(moments.from_eight_bits(second)[1:], 2.0**-24)
 
 
@@ -75,7 +80,7 @@ def test_rounding_keeps_the_mean(dtype):
         if dtype == "bfloat16":
             total += np.asarray(moments.to_bfloat16(x, bits), np.float64)
         else:
-            kept = moments.to_eight_bits(x, bits, signed=True)
+            kept = to_eight_bits(x, bits, signed=True)
             total += np.asarray(moments.from_eight_bits(kept), np.float64)
     # The standard deviation of one is at most half the spacing, 2^-7 or 0.092.
     of_mean = (2**-8 if dtype == "bfloat16" else 0.046) / np.sqrt(draws)

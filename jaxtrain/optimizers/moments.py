@@ -70,23 +70,32 @@ def with_compact_moments(
         return optimizer
 
     def init(params: Any) -> CompactState:
-        steps = jnp.zeros((), jnp.int32)
-        return CompactState(steps, _compress(optimizer.init(params), dtype, steps))
+        steps, inner = jnp.zeros((), jnp.int32), optimizer.init(params)
+        return CompactState(steps, _compress(inner, inner, dtype, steps))
 
     def update(
         grads: Any, state: CompactState, params: Any = None
     ) -> tuple[Any, CompactState]:
         updates, inner = optimizer.update(grads, _restore(state.inner), params)
+        # A scale is known only when all moments of its block are. Computed once for
+        # both uses, they would be written to memory in float32 and read again, more
+        # traffic than without rounding: so the compiler must not see that both are one.
+        again = jax.lax.optimization_barrier((grads, state.inner))
+        _, scaled = optimizer.update(again[0], _restore(again[1]), params)
         steps = state.steps + 1
-        return updates, CompactState(steps, _compress(inner, dtype, steps))
+        return updates, CompactState(steps, _compress(inner, scaled, dtype, steps))
 
     return optax.GradientTransformation(init, update)
 
 
-def _compress(state: Any, dtype: str, steps: Array) -> Any:
-    """The state with each matrix's moment rounded to `dtype`."""
+def _compress(state: Any, scaled: Any, dtype: str, steps: Array) -> Any:
+    """The state with each matrix's moment rounded to `dtype`.
 
-    def compress(path: Path, leaf: Array) -> Any:
+    Args:
+        scaled: the same state, of which scales of 8 bits are taken.
+    """
+
+    def compress(path: Path, leaf: Array, same: Array) -> Any:
         is_moment = jnp.issubdtype(leaf.dtype, jnp.floating)
         if not is_moment or matrix_rank(parameter_of(path), leaf) < 2:
             return leaf
@@ -94,9 +103,9 @@ def _compress(state: Any, dtype: str, steps: Array) -> Any:
         draw = _draw_bits(leaf.shape[-2:], 2 * steps + is_second)
         if dtype == "bfloat16":
             return to_bfloat16(leaf, draw)
-        return to_eight_bits(leaf, draw, signed=not is_second)
+        return to_eight_bits(leaf, scales_of(same), draw, signed=not is_second)
 
-    return jax.tree.map_with_path(compress, state)
+    return jax.tree.map_with_path(compress, state, scaled)
 
 
 def _restore(state: Any) -> Any:
@@ -121,20 +130,28 @@ def to_bfloat16(
     return jnp.where(jnp.isfinite(x), whole, x).astype(jnp.bfloat16)
 
 
+def scales_of(x: Float32[Array, "*L I O"]) -> Float32[Array, "*L P Q"]:
+    """The largest size in each block, which is along the shorter axis of a matrix."""
+    axis = -2 if x.shape[-2] < x.shape[-1] else -1
+    return jnp.abs(x).max(axis, keepdims=True)
+
+
 def to_eight_bits(
-    x: Float32[Array, "*L I O"], draw: UInt32[Array, "I O"], *, signed: bool
+    x: Float32[Array, "*L I O"],
+    scale: Float32[Array, "*L P Q"],
+    draw: UInt32[Array, "I O"],
+    *,
+    signed: bool,
 ) -> EightBits:
     """Round float32 to 8 bits by random bits.
 
     Args:
+        scale: as `scales_of` gives them.
         signed: whether values may be negative.
     """
-    axis = -2 if x.shape[-2] < x.shape[-1] else -1
     dtype = jnp.dtype(jnp.int8 if signed else jnp.uint8)
     levels, octaves = _SCALES[dtype]
-    size = jnp.abs(x)
-    scale = size.max(axis, keepdims=True)
-    share = size / jnp.where(scale > 0, scale, 1.0)
+    share = jnp.abs(x) / jnp.where(scale > 0, scale, 1.0)
     place = levels + jnp.log2(share) * ((levels - 1) / octaves)
     below = jnp.clip(jnp.floor(place), 0, levels - 1)
     low, high = _share_of(below, dtype), _share_of(below + 1, dtype)
