@@ -7,7 +7,8 @@ Profiles some steps of the cases of train_step.py and adds up the device's time 
 the compiled program says of each kernel: its scope in the model, and whether it is a
 matrix product, a kernel of ours, a copy or elementwise work. The floor of a part is
 that of its products at the GPU's peak and of its least traffic at its bandwidth, the
-longer of the two; recomputation is in no floor. `largest` lists single kernels.
+longer of the two; recomputation is in no floor. The kernels that took longest follow,
+those of all layers that are alike as one.
 CUDA graphs are off, since a graph hides its kernels' names.
 """
 
@@ -15,6 +16,7 @@ import argparse
 import collections
 import glob
 import os
+import re
 import tempfile
 import time
 from typing import Any
@@ -24,11 +26,13 @@ os.environ["XLA_FLAGS"] = (
 )
 
 import jax
+import jax.numpy as jnp
 from step_cases import SHAPES, Case, make_parser
 from train_step import find_case, make_step, model_config
 
 from jaxtrain.aot.hlo_text import Instruction, parse
 from jaxtrain.aot.report import CHIPS, Chip
+from jaxtrain.optimizers.moments import MOMENT_DTYPES
 
 PRODUCTS = "products"
 NOTHING = ("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while")
@@ -59,11 +63,19 @@ def part_of(instruction: Instruction) -> str:
     return "copies and casts" if sliced else "other"
 
 
-def floors(case: Case, chip: Chip) -> dict[str, float]:
+def scope_of(instruction: Instruction | None) -> str:
+    """Where in the model a kernel comes from, its end, without numbers."""
+    if instruction is None:
+        return ""
+    found = re.search(r'op_name="([^"]*)"', instruction.rest)
+    return re.sub(r"\d+", "", found[1])[-60:] if found else ""
+
+
+def floors(case: Case, chip: Chip, moments: str) -> dict[str, float]:
     """Seconds that each part takes at the least, by its FLOPs and its bytes.
 
     Products of 2 M N K FLOPs for each of forward and both gradients (one, where the
-    weights are frozen); activations are bfloat16, master weights and moments float32.
+    weights are frozen); activations are bfloat16, master weights and gradients float32.
     """
     shape: dict[str, Any] = SHAPES[case.shape]
     config = model_config(case.shape)
@@ -86,6 +98,7 @@ def floors(case: Case, chip: Chip) -> dict[str, float]:
     # Backward five products for the forward's two.
     attention = inside * (3.5 + (1 if case.pairs else 0)) * layers / chip.flops
     trained = 0.0 if case.lora else config.num_params()
+    of_moment = jnp.dtype(moments).itemsize
     per_layer = config.head_dim * (2 * heads + 2 * kv)
     return {
         f"head, {PRODUCTS}": product(shape["vocab_size"]),
@@ -98,8 +111,9 @@ def floors(case: Case, chip: Chip) -> dict[str, float]:
         # Each of two norms with its sum: forward reads two and writes two, backward
         # reads three and writes one; rope reads and writes queries and keys twice.
         "norms, rope, residuals": stream(16 * width + 4 * per_layer),
-        # Weight, both moments and the gradient read; the first three written.
-        "optimizer and clipping": trained * 4 * 7 / chip.memory_rate,
+        # The gradient read twice, for its norm and for the update; the weight and both
+        # moments read and written.
+        "optimizer and clipping": trained * (16 + 4 * of_moment) / chip.memory_rate,
         "copies and casts": trained * 6 / chip.memory_rate,
     }
 
@@ -133,7 +147,7 @@ def read_times(folder: str) -> dict[str, tuple[float, int]]:
             if planes and not line.name.startswith("Stream"):
                 continue
             for event in line.events:
-                name = dict(event.stats).get("hlo_op")
+                name = next((v for k, v in event.stats if k == "hlo_op"), None)
                 if name is not None:
                     entry = found[str(name)]
                     entry[0] += event.duration_ns / 1e9
@@ -158,15 +172,19 @@ def run_case(name: str, options: argparse.Namespace) -> None:
     folder, secs = trace_steps(compiled, state, batch, options.steps)
     times = read_times(folder)
     parts: dict[str, float] = collections.defaultdict(float)
-    rows = []
+    alike: dict[tuple[str, str, str], list[float]] = collections.defaultdict(
+        lambda: [0.0, 0.0]
+    )
     for op, (total, calls) in times.items():
         known = instructions.get(op)
         if known is None and op.split(".")[0] in NOTHING:
             continue  # a loop's own time, which is that of its kernels again
         part = part_of(known) if known is not None else "other"
         parts[part] += total / options.steps
-        rows.append((total / options.steps, calls / options.steps, part, op))
-    least = floors(case, chip)
+        entry = alike[part, re.sub(r"[.\d]+$", "", op), scope_of(known)]
+        entry[0] += total / options.steps
+        entry[1] += calls / options.steps
+    least = floors(case, chip, options.moments)
     print(
         f"\n{name} on {device.device_kind}, jax {jax.__version__}: {secs * 1e3:.1f} ms"
     )
@@ -178,11 +196,9 @@ def run_case(name: str, options: argparse.Namespace) -> None:
     busy, floor = sum(parts.values()) * 1e3, sum(least.values()) * 1e3
     print(f"{'sum':26s} {busy:8.2f} {floor:8.2f}")
     print("largest: ms, calls, part, kernel, scope")
-    for total, calls, part, op in sorted(rows, reverse=True)[: options.largest]:
-        known = instructions.get(op)
-        rest = known.rest if known is not None else ""
-        scope = rest.partition('op_name="')[2].partition('"')[0][-60:]
-        print(f"{total * 1e3:7.2f} {calls:5.0f} {part:22s} {op:.34s} {scope}")
+    rows = sorted(alike.items(), key=lambda row: -row[1][0])
+    for (part, kernel, scope), (total, calls) in rows[: options.largest]:
+        print(f"{total * 1e3:7.2f} {calls:5.0f} {part:22s} {kernel:.34s} {scope}")
 
 
 def main() -> None:
@@ -190,7 +206,10 @@ def main() -> None:
     parser.set_defaults(cases="sft_0.5b", steps=5)
     parser.add_argument("--chunk", type=int, help="loss_chunk_tokens")
     parser.add_argument("--unroll", action="store_true", help="scan_layers = False")
-    parser.add_argument("--largest", type=int, default=25, help="kernels to list")
+    parser.add_argument("--moments", choices=MOMENT_DTYPES, default="float32")
+    parser.add_argument(
+        "--largest", type=int, default=30, help="kinds of kernels to list"
+    )
     parser.set_defaults(document=None, response=None)
     options = parser.parse_args()
     for name in options.cases.split(","):

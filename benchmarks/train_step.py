@@ -29,6 +29,7 @@ from jaxtrain.models import Decoder, ModelConfig
 from jaxtrain.models.quantization import Quantization
 from jaxtrain.objectives import make_objective
 from jaxtrain.optimizers import optim
+from jaxtrain.optimizers.moments import MOMENT_DTYPES, with_compact_moments
 from jaxtrain.optimizers.schedules import make_schedule
 from jaxtrain.record.throughput import peak_flops
 from jaxtrain.step import StepOptions, make_train_step
@@ -130,6 +131,7 @@ def make_step(name: str, options: argparse.Namespace) -> tuple[Any, TrainState, 
             )(params)
     schedule = make_schedule("constant", learning_rate=1e-5, total_steps=1000)
     optimizer = optim.make_optimizer("adamw", schedule)
+    optimizer = with_compact_moments(optimizer, options.moments)
     step = jax.jit(
         make_train_step(
             make_objective("preference" if case.pairs else "next_token"),
@@ -206,6 +208,7 @@ def run_case(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "scan_layers": not options.unroll,
         "document": options.document,
         "response": options.response,
+        "moments": options.moments,
         "device": device.device_kind,
         "versions": {"jax": jax.__version__},
     }
@@ -225,6 +228,7 @@ def main() -> None:
         "--document", type=int, help="next-token rows of packed documents this long"
     )
     parser.add_argument("--response", type=int, help="tokens of each, in pairs")
+    parser.add_argument("--moments", choices=MOMENT_DTYPES, default="float32")
     parser.add_argument("--peer", help="lines that trl_step.py printed")
     run_cases(__file__, parser.parse_args(), run_case)
 

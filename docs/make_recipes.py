@@ -26,7 +26,7 @@ OUTPUT, FOUND = DOCS / "recipes.md", DOCS / "recipes.json"
 SHAPES = DOCS.parent / "configs" / "shapes"
 TOPOLOGIES = {
     "GPU of 24 GB": "rtx4090:1",
-    "GPU of 40 GB": "a100:1",
+    "GPU of 40 GB": "a100-40:1",
     "GPU of 80 GB": "h100:1",
     "TPU v5e-8": "v5e:2x4",
     "TPU v6e-8": "v6e:2x4",

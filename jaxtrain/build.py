@@ -41,6 +41,7 @@ from jaxtrain.record.throughput import ThroughputMeter, peak_flops
 from jaxtrain.run import export
 from jaxtrain.run.checkpoint import CheckpointManager
 from jaxtrain.run.feed import Prepared
+from jaxtrain.run.fitted_step import fit_step
 from jaxtrain.run.fitting import fit_to_model, make_feed
 from jaxtrain.run.ledger import LEDGER
 from jaxtrain.run.preemption import Preempted
@@ -95,7 +96,7 @@ def build(
 
     # Curricula by difficulty: the model as it is now orders the rows. New adapters add
     # nothing yet, so the base alone tells.
-    if _orders_by_difficulty(run, train_data):
+    if difficulty.is_wanted(run.curriculum, train_data):
         assert isinstance(train_data, PreparedDataset)
         train_data = difficulty.measure(
             train_data, scored.score, model.on_device(model.params), feed, workdir
@@ -124,9 +125,13 @@ def build(
         }
 
     # The steps, which compile on their first call, and what the loop does beside them.
-    train_step, eval_step = make_steps(
-        run, model.plan, scored, schedule, optimizer, layouts
-    )
+    def steps_of(model: LoadedModel) -> tuple[step.TrainStep, step.EvalStep]:
+        own = bind_loss(run, model, loss)
+        return make_steps(run, model.plan, own, schedule, optimizer, layouts)
+
+    train_step, eval_step = steps_of(model)
+    if run.precision.remat == "auto":
+        train_step = fit_step(model, lambda model: steps_of(model)[0])
     epoch_steps, epochs_done = feed.epochs(train_data, batches)
     return loop.Parts(
         run=run,
@@ -315,11 +320,3 @@ def _make_meter(run: RunConfig, model: LoadedModel, row_length: int) -> Throughp
         device_count=len(devices),
         peak_flops_per_device=peak_flops(devices[0].device_kind),
     )
-
-
-def _orders_by_difficulty(run: RunConfig, data: Prepared) -> bool:
-    """Whether the curriculum needs the model's own judgement of the rows."""
-    curriculum = run.curriculum
-    if not curriculum.enabled or curriculum.strategy != "difficulty_based":
-        return False
-    return isinstance(data, PreparedDataset) and data.difficulty is None

@@ -34,6 +34,7 @@ from jaxtrain.run import (
 )
 from jaxtrain.run.disk_watch import watch_disks
 from jaxtrain.run.feed import Prepared
+from jaxtrain.run.out_of_memory import explained
 from jaxtrain.run.workdir import as_home, open_workdir
 from jaxtrain.types import Batch, Objective, TokenLogProbs, WeightedSum
 
@@ -215,7 +216,7 @@ class TrainingOrchestrator:
         with watch_disks(run, self.workdir):
             rows = self.prepare_data(train_dataset, eval_dataset)
             run = trial.choose_best_metric(run, _loss_of(self).objective, rows[1])
-            with open_workdir(self.workdir) as work:
+            with open_workdir(self.workdir) as work, explained(run, work.folder):
                 # No name for the parts here: their first state may be freed on the way.
                 return build.run_to_end(
                     build.build(run, model, rows, _loss_of(self), work.folder), work

@@ -14,11 +14,13 @@ import pytest
 from jax.experimental import topologies
 
 from jaxtrain import aot
+from jaxtrain.aot import gpus
 from jaxtrain.aot.gpus import describe_gpus
 from jaxtrain.aot.jaxpr_cost import count_flops
 from jaxtrain.aot.report import CHIPS
 from jaxtrain.kernels.attention import api, hopper
 from jaxtrain.kernels.attention.masks import Mask
+from jaxtrain.record.throughput import peak_flops
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 HAS_PLUGIN = importlib.util.find_spec("jax_cuda13_plugin") is not None
@@ -56,6 +58,26 @@ def test_attention_for_a_hopper_gpu_that_is_not_here_is_our_kernel():
         assert api._choose(q, Mask(), None, gpu) == chosen
 
 
+@pytest.mark.parametrize("kind", [k for k in gpus._KINDS if not k.startswith("h")])
+def test_kernels_for_hopper_are_never_chosen_for_other_gpus(kind):
+    """Neither for rows that are packed nor for any other, and not by their name."""
+    capability = gpus._KINDS[kind].capability
+    assert float(capability) < 9.0
+    gpu = types.SimpleNamespace(platform="gpu", compute_capability=capability)
+    for length, width in ((512, 64), (2048, 128), (16384, 64)):
+        q = jax.ShapeDtypeStruct((1, length, 2, width), jnp.bfloat16)
+        ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
+        for mask in (Mask(), Mask(segment_ids=ids), Mask(window=128)):
+            assert api._choose(q, mask, None, gpu) != "pallas_gpu"
+            refusal = api._REFUSALS["pallas_gpu"](q, mask, None, gpu)
+            assert "needs a Hopper GPU" in refusal
+
+
+def test_figures_of_gpus_are_those_that_utilization_is_reckoned_by():
+    for kind in gpus._KINDS.values():
+        assert CHIPS[kind.name].flops == peak_flops(kind.name)
+
+
 @pytest.mark.skipif(not hopper.TELLS_COST, reason="this jax has no place for it")
 def test_the_kernels_flops_are_those_of_the_tiles_it_visits(monkeypatch):
     monkeypatch.setitem(api._REFUSALS, "pallas_gpu", lambda *_: None)
@@ -82,12 +104,16 @@ needs_plugin = pytest.mark.skipif(
 
 
 @needs_plugin
-@pytest.mark.parametrize("kind", ["h100", "h200"])
+@pytest.mark.parametrize("kind", gpus._KINDS)
 def test_gpus_are_eight_to_a_host_and_of_a_known_kind(kind):
     devices = describe_gpus(f"{kind}:16")
     assert [device.process_index for device in devices] == [0] * 8 + [1] * 8
-    assert CHIPS[devices[0].device_kind].name.lower() == kind
-    assert float(devices[0].compute_capability) == 9.0
+    chip = CHIPS[devices[0].device_kind]
+    assert chip.name.lower().replace(" ", "").removesuffix("gb") == kind.replace(
+        "-", ""
+    )
+    expected = gpus._KINDS[kind].capability.removesuffix("a")
+    assert devices[0].compute_capability == expected
 
 
 @needs_plugin

@@ -104,9 +104,19 @@ def model_batch(rows, length):
     ("training_type", "settings"),
     [
         ("from_scratch", {"deepspeed__zero_stage": 3, "num_gpus": 4}),
-        ("sft", {"deepspeed__zero_stage": 1, "num_gpus": 4}),
-        ("sft", {"deepspeed__offload_optimizer": True, "fp16": True}),
-        ("lora", {"deepspeed__zero_stage": 3, "num_gpus": 4}),
+        (
+            "sft",
+            {"deepspeed__zero_stage": 1, "num_gpus": 4, "moment_dtype": "int8"},
+        ),
+        (
+            "sft",
+            {
+                "deepspeed__offload_optimizer": True,
+                "fp16": True,
+                "moment_dtype": "bfloat16",
+            },
+        ),
+        ("lora", {"deepspeed__zero_stage": 3, "num_gpus": 4, "moment_dtype": "int8"}),
         ("dpo", {"deepspeed__zero_stage": 3, "num_gpus": 4}),
         ("dpo", {"lora__enabled": True, "dpo__sync_ref_model": True}),
         ("dpo", {"deepspeed__offload_param": True, "optimizer": "adafactor"}),

@@ -9,6 +9,7 @@ import pytest
 
 from jaxtrain import sharding
 from jaxtrain.optimizers import optim
+from jaxtrain.optimizers.moments import with_compact_moments
 from jaxtrain.optimizers.offload import make_streamed_update
 from jaxtrain.step import make_whole_update
 
@@ -47,10 +48,16 @@ def layouts_of(optimizer, params, *, offload_params):
 
 @pytest.mark.parametrize(
     ("name", "good"),
-    [*((name, None) for name in optim.OPTIMIZERS), ("adamw", True), ("muon", False)],
+    [
+        *((name, None) for name in (*optim.OPTIMIZERS, "adamw_int8")),
+        ("adamw", True),
+        ("muon", False),
+    ],
 )
 def test_an_update_by_layers_is_the_whole_update(name, good):
+    name, _, dtype = name.partition("_")
     optimizer = optim.make_optimizer(name, lambda step: 0.1 / (1 + step))
+    optimizer = with_compact_moments(optimizer, dtype or "float32")
     params = draw(SHAPES, 0)
     parameters, stored = layouts_of(optimizer, params, offload_params=name == "lion")
     streamed = jax.jit(

@@ -1,5 +1,6 @@
 """Compile the train step of a configuration for devices that are described."""
 
+import dataclasses
 import functools
 import math
 import operator
@@ -18,6 +19,7 @@ from jaxtrain.aot.jaxpr_cost import count_flops
 from jaxtrain.aot.report import CHIPS, Chip, Report
 from jaxtrain.batch import rows_of
 from jaxtrain.config import RunConfig, resolve
+from jaxtrain.config.sections import REMATS
 from jaxtrain.data.batches.dataset import ROW_MULTIPLE
 from jaxtrain.models.load import LoadedModel, load_abstract_model
 from jaxtrain.models.state import abstract_state, needs_reference
@@ -35,18 +37,33 @@ def compile_for(
     """Compile the train step of `config` for devices that `describe_devices` made.
 
     Args:
-        config: what `TrainingOrchestrator` takes. Its mesh spans the devices.
+        config: what `TrainingOrchestrator` takes. Its mesh spans the devices. With
+            `remat_policy` "auto" the report is of the policy that a run would take.
         topology: their name in the report.
 
     Raises:
         ValueError: the config.
     """
     run = resolve(config, device_count=len(devices))
+    chip = chip or CHIPS[devices[0].device_kind]
+    if run.precision.remat != "auto":
+        return _compile_run(run, devices, topology, chip)
+    for remat in REMATS:
+        precision = run.precision.with_remat(remat)
+        chosen = dataclasses.replace(run, precision=precision)
+        report = _compile_run(chosen, devices, topology, chip)
+        if report.fits:
+            break
+    return report
+
+
+def _compile_run(
+    run: RunConfig, devices: Sequence[Any], topology: str, chip: Chip
+) -> Report:
     model = load_abstract_model(run, devices)
     model = model.for_training(packed=bool(run.data.packing))
     step, state = describe_step(run, model)
     batch = _abstract_batch(model, run)
-    chip = chip or CHIPS[devices[0].device_kind]
     tokens = sum(rows.tokens.size for rows in rows_of(batch))
     report = functools.partial(Report, topology, len(devices), chip, tokens, run)
     start = time.perf_counter()
@@ -224,7 +241,7 @@ def describe_devices(topology: str, num_slices: int = 1) -> list[Any]:
 
     Args:
         topology: generation and shape of a slice, v4, v5e, v5p, v6e, tpu7x; or a
-            number of GPUs, h100 or h200.
+            number of GPUs, as h200:8 (gpus.py has their names).
         num_slices: how many of them, joined by the data centre's network.
 
     Raises:

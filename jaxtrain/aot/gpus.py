@@ -39,17 +39,19 @@ _HOPPER = _Kind(
     "NVIDIA H100 80GB HBM3", "9.0a", hopper.MULTIPROCESSORS, 233_472, 52_428_800, 1.98,
     links=18,
 )  # fmt: skip
+_A100 = _Kind(
+    "NVIDIA A100-SXM4-40GB", "8.0", 108, 167_936, 41_943_040, 1.41, fpus=64, links=12
+)
 _KINDS = {
+    "l4": _Kind("NVIDIA L4", "8.9", 58, 102_400, 50_331_648, 2.04, threads=1536),
     "rtx4090": _Kind(
         "NVIDIA GeForce RTX 4090", "8.9", 128, 102_400, 75_497_472, 2.52, threads=1536
     ),
-    "a100": _Kind(
-        "NVIDIA A100-SXM4-40GB", "8.0", 108, 167_936, 41_943_040, 1.41,
-        fpus=64, links=12,
-    ),
+    "a100-40": _A100,
+    "a100-80": dataclasses.replace(_A100, name="NVIDIA A100-SXM4-80GB"),
     "h100": _HOPPER,
     "h200": dataclasses.replace(_HOPPER, name="NVIDIA H200"),
-}  # fmt: skip
+}
 
 
 def is_gpu(topology: str) -> bool:

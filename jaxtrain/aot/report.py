@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from jaxtrain.aot.hlo_cost import ProgramCost
 from jaxtrain.config import RunConfig
-from jaxtrain.models.state import needs_reference
+from jaxtrain.run.out_of_memory import advise
 
 _GIB = 2.0**30
 
@@ -41,8 +41,18 @@ CHIPS = {
     # (DGX). Memory is what CUDA gives to programs.
     "NVIDIA H100 80GB HBM3": Chip("H100", 989e12, 79 * _GIB, 3.35e12, 450e9, 50e9, 8),
     "NVIDIA H200": Chip("H200", 989e12, 139 * _GIB, 4.8e12, 450e9, 50e9, 8),
-    "NVIDIA A100-SXM4-40GB": Chip("A100", 312e12, 39 * _GIB, 1.555e12, 300e9, 25e9, 8),
-    # No NVLink: PCIe 4.0 of 16 lanes, and a network of 25 Gb/s for a host of eight.
+    # NVLink 3 (DGX A100: an adapter of 200 Gb/s for each).
+    "NVIDIA A100-SXM4-40GB": Chip(
+        "A100 40 GB", 312e12, 39 * _GIB, 1.555e12, 300e9, 25e9, 8
+    ),
+    "NVIDIA A100-SXM4-80GB": Chip(
+        "A100 80 GB", 312e12, 79 * _GIB, 2.039e12, 300e9, 25e9, 8
+    ),
+    # No NVLink: PCIe 4.0 of 16 lanes; a network of 100 Gb/s for eight (Google's
+    # g2-standard-96).
+    "NVIDIA L4": Chip("L4", 121e12, 22 * _GIB, 0.3e12, 31.5e9, 1.56e9, 8),
+    # Likewise, and a network of 25 Gb/s for a host of eight. FLOP/s: of the Ada
+    # architecture's white paper, with sums in float32.
     "NVIDIA GeForce RTX 4090": Chip(
         "RTX 4090", 165e12, 23.5 * _GIB, 1.008e12, 31.5e9, 0.4e9, 8
     ),
@@ -127,7 +137,7 @@ def describe(report: Report) -> str:
         f" ({cost.kernels or 'no'} Pallas kernels in the program)",
     ]
     if report.refusal:
-        return "\n".join([*lines, "DOES NOT FIT:", report.refusal, *advise(run)])
+        return "\n".join([*lines, "DOES NOT FIT:", report.refusal, *_advice(run)])
     share = report.device_bytes / chip.memory_bytes
     lines += [
         f"compiled in {report.compile_secs:.0f} s",
@@ -155,32 +165,9 @@ def describe(report: Report) -> str:
         f" ({report.tokens / report.step_secs:,.0f} tokens/s), MFU at most"
         f" {report.mfu:.0%}",
     ]
-    verdict = ["FITS"] if report.fits else ["DOES NOT FIT:", *advise(run)]
+    verdict = ["FITS"] if report.fits else ["DOES NOT FIT:", *_advice(run)]
     return "\n".join([*lines, *verdict])
 
 
-def advise(run: RunConfig) -> list[str]:
-    """What would make a step smaller, the cheapest first; only what is left to do."""
-    advice = []
-    if not run.precision.gradient_checkpointing:
-        advice.append("training.gradient_checkpointing = True")
-    elif run.precision.remat_policy not in ("full", "offload"):
-        advice.append("training.remat_policy = 'full'")
-    if run.mesh.fsdp == 1 and run.mesh.data > 1:
-        advice.append("training.deepspeed.zero_stage = 3 (splits weights over devices)")
-    rows = run.loop.per_device_train_batch_size
-    if rows > 1:
-        advice.append(
-            f"training.per_device_train_batch_size = {rows // 2},"
-            " gradient_accumulation_steps doubled: the same update"
-        )
-    if needs_reference(run) and run.lora is None:
-        advice.append("training.dpo.precompute_ref_log_probs = True (no second model)")
-    if run.lora is None:
-        advice.append("training.lora.enabled = True (no optimizer state of the base)")
-    if run.precision.remat == "full":
-        advice.append("training.remat_policy = 'offload' (layers' inputs: pinned host)")
-    if not run.devices.deepspeed.offload_optimizer:
-        advice.append("training.deepspeed.offload_optimizer = True (pinned host)")
-    advice += ["mesh.tensor = 2 or more, within a host", "a larger topology"]
-    return [f"  try {line}" for line in advice]
+def _advice(run: RunConfig) -> list[str]:
+    return [f"  try {line}" for line in (*advise(run), "a larger topology")]

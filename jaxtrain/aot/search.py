@@ -12,9 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from jaxtrain.aot.report import Report
+from jaxtrain.config.sections import REMATS
 
-# From the one that keeps most for the backward pass to the one that keeps least.
-REMATS = ("none", "minimal", "save_attention", "full")
 ROWS = (1, 2, 4, 8, 16, 32)
 AXES = ("data", "fsdp", "context", "tensor")
 # Fewer tokens of a row than this are not worth splitting it.

@@ -149,6 +149,8 @@ def describe(error: BaseException) -> tuple[int, str] | None:
         return MISTAKE, text
     if isinstance(error, ValueError | FloatingPointError):
         return MISTAKE, text + _raised_elsewhere(error)
+    if type(error).__name__ == "DeviceMemoryError":  # ours, and says what to change
+        return FAULT, text
     if type(error).__name__ in ("XlaRuntimeError", "JaxRuntimeError"):
         if "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower():
             return FAULT, _OUT_OF_MEMORY

@@ -7,7 +7,7 @@ docstring of the section stands above its keys in docs/configuration.md. Keys ma
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from jaxtrain import schema
@@ -303,6 +303,7 @@ class DataSection:
 
 
 WITH_BETAS = OnlyIf("training.optimizer", ("adamw", "lion", "muon"))
+WITH_MOMENTS = OnlyIf("training.optimizer", ("adamw", "lion", "muon", "sgd"))
 
 
 @dataclass(frozen=True)
@@ -328,6 +329,12 @@ class OptimizerSection:
         OnlyIf("training.optimizer", ("adamw", "muon")),
     ] = 1e-8
     """Added to the denominator of Adam's update."""
+    moment_dtype: Annotated[Literal["float32", "bfloat16", "int8"], WITH_MOMENTS] = (
+        "float32"
+    )
+    """What the optimizer's moments of matrices are kept in between steps, rounded
+    stochastically. adamw then adds, for each trainable parameter: float32: 8 bytes;
+    bfloat16: 4; int8: 2, on a logarithmic scale for each row or column of a matrix."""
     momentum: FractionBelowOne | None = None
     """sgd (unset: 0) and muon (unset: 0.95)."""
     max_grad_norm: NonNegative = 1.0
@@ -405,6 +412,11 @@ class ScheduleSection:
         return {name: value for name, value in given.items() if value is not None}
 
 
+# From the policy that keeps most for the backward pass, and is the fastest, to the one
+# that keeps least: what `auto` and the search of `jaxtrain.aot` choose from.
+REMATS = ("none", "minimal", "save_attention", "full")
+
+
 @dataclass(frozen=True)
 class PrecisionSection:
     """Dtypes of the computation, and what the backward pass recomputes."""
@@ -416,12 +428,14 @@ class PrecisionSection:
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass."""
     remat_policy: Annotated[Literal[
-        "full", "offload", "dots", "dots_no_batch", "save_attention", "minimal"
+        "full", "offload", "dots", "dots_no_batch", "save_attention", "minimal", "auto"
     ], OnlyIf("training.gradient_checkpointing")] = "full"  # fmt: skip
     """What gradient_checkpointing computes again. full: all of a layer; offload: that,
     from an input in pinned host memory; dots: all but matrix products; dots_no_batch:
     all but products with weights; save_attention: all but attention; minimal: only what
-    is cheap."""
+    is cheap. auto: the fastest of nothing at all, minimal, save_attention and full that
+    fits the device by the compiler's account; it compiles one after the other before
+    the first step of each shape of batch, and the log says which it took."""
 
     @property
     def compute_dtype(self) -> str:
@@ -432,6 +446,13 @@ class PrecisionSection:
     def remat(self) -> str:
         """What the backward pass computes again: none, or the policy."""
         return self.remat_policy if self.gradient_checkpointing else "none"
+
+    def with_remat(self, remat: str) -> "PrecisionSection":
+        """These settings with another policy, or "none"."""
+        keeps_all = remat == "none"
+        policy = self.remat_policy if keeps_all else remat
+        changed: dict[str, Any] = {"remat_policy": policy}
+        return replace(self, gradient_checkpointing=not keeps_all, **changed)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ from jaxtrain.models.fingerprint import fingerprint_model
 from jaxtrain.models.generation_config import GenerationConfig
 from jaxtrain.models.source import ModelSource, read_sizes, read_source
 from jaxtrain.models.transformer import Decoder
-from jaxtrain.record.memory import in_words, sum_bytes
+from jaxtrain.record.memory import in_words, memory_limit, sum_bytes
 from jaxtrain.types import Params
 
 logger = logging.getLogger(__name__)
@@ -138,10 +137,7 @@ def check_fits(described: Params, plan: sharding.ShardingPlan) -> None:
     Raises:
         ValueError: a device needs more bytes for them than it has, with both numbers.
     """
-    device = plan.mesh.local_devices[0]
-    limit = (device.memory_stats() or {}).get("bytes_limit")
-    if limit is None and device.platform == "cpu":
-        limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = memory_limit(plan.mesh.local_devices[0])
     needed, _ = sum_bytes(described)
     if limit is not None and needed > limit:
         raise ValueError(

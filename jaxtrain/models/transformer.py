@@ -39,6 +39,7 @@ _policies = jax.checkpoint_policies
 REMAT_POLICIES: Mapping[str, Callable[..., bool] | None] = {
     "none": None,
     "full": _policies.nothing_saveable,
+    "auto": _policies.nothing_saveable,  # until run/fitted_step.py has chosen
     "offload": _policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[], names_which_can_be_offloaded=["layer_input"],
         offload_src="device", offload_dst="pinned_host",

@@ -8,8 +8,10 @@ import optax
 
 from jaxtrain.config import RunConfig
 from jaxtrain.config.own_parts import bind_own
+from jaxtrain.config.sections import WITH_MOMENTS
 from jaxtrain.optimizers import optim, schedules
 from jaxtrain.optimizers.ema import with_ema
+from jaxtrain.optimizers.moments import with_compact_moments
 from jaxtrain.optimizers.multipliers import with_multipliers
 
 Schedule = Callable[[Any], jax.Array]
@@ -38,6 +40,8 @@ def make_optimizer(
             epsilon=settings.adam_epsilon,
             momentum=settings.momentum,
         )
+        if WITH_MOMENTS.holds(settings.optimizer):
+            optimizer = with_compact_moments(optimizer, settings.moment_dtype)
     if settings.lr_multipliers:
         optimizer = with_multipliers(optimizer, settings.lr_multipliers)
     if settings.ema_decay is not None:

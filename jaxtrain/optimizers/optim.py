@@ -7,11 +7,10 @@ as L or L E separate matrices.
 
 State is float32, so with float32 master parameters the optimizer adds, per trainable
 parameter: adamw 8 bytes; lion, muon and sgd with momentum 4; adafactor and plain sgd
-nearly 0.
+nearly 0. moments.py keeps them in fewer bits.
 """
 
 import dataclasses
-import itertools
 import math
 import re
 from typing import Any, NamedTuple
@@ -22,23 +21,13 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxtrain.optimizers.paths import Path, matrix_rank, names_of, parameter_of
 from jaxtrain.optimizers.schedules import Schedule
 
 # --- weight decay and tree paths ---------------------------------------------------
 
 # What transformers' Trainer leaves undecayed, matched against dotted lower-case names.
 _UNDECAYED = re.compile(r"bias|layernorm|rmsnorm|(^|\.)norm($|\.)|_norm($|\.)")
-
-Path = tuple[Any, ...]
-
-
-def _names(path: Path) -> tuple[str, ...]:
-    return tuple(str(getattr(key, "key", key)) for key in path)
-
-
-def _matrix_rank(path: Path, leaf: Any) -> int:
-    """Axes of one layer's array, less the layers'; 3 of experts' stacked matrices."""
-    return leaf.ndim - (_names(path)[0] == "layers")
 
 
 def decay_mask(params: Any) -> Any:
@@ -47,7 +36,7 @@ def decay_mask(params: Any) -> Any:
     Trainer's rule, which decays embeddings and LoRA's matrices too.
     """
     return jax.tree.map_with_path(
-        lambda path, _: not _UNDECAYED.search(".".join(_names(path)).lower()), params
+        lambda path, _: not _UNDECAYED.search(".".join(names_of(path)).lower()), params
     )
 
 
@@ -143,7 +132,7 @@ def _adafactor() -> optax.GradientTransformation:
 
     def init(params: Any) -> AdafactorState:
         def moment(path: Path, p: Array) -> Any:
-            if _matrix_rank(path, p) < 2:
+            if matrix_rank(names_of(path), p) < 2:
                 return jnp.zeros_like(p)
             return FactoredMoment(
                 jnp.zeros(p.shape[:-1], p.dtype),
@@ -179,7 +168,7 @@ def _adafactor() -> optax.GradientTransformation:
                 u = u * jax.lax.rsqrt(moment.column)[..., None, :]
             else:
                 u = g * jax.lax.rsqrt(moment)
-            axes = tuple(range(-min(_matrix_rank(path, g), 2), 0))
+            axes = tuple(range(-min(matrix_rank(names_of(path), g), 2), 0))
             rms = jnp.sqrt(jnp.mean(u * u, axes, keepdims=True))
             return u / jnp.maximum(1.0, rms)
 
@@ -200,9 +189,9 @@ def _muon(
     """
 
     def label(path: Path, leaf: Array) -> str:
-        names = _names(path)
+        names = names_of(path)
         is_table = "embed_tokens" in names or "lm_head" in names
-        return "adamw" if is_table or _matrix_rank(path, leaf) < 2 else "muon"
+        return "adamw" if is_table or matrix_rank(names, leaf) < 2 else "muon"
 
     def orthogonalize(m: Array) -> Array:
         return orthogonal_factor(m) * (0.2 * math.sqrt(max(m.shape[-2:])))
@@ -250,28 +239,31 @@ def state_shardings(
 
     Returns:
         `jax.eval_shape(tx.init, abstract_params)` with a NamedSharding at each leaf. A
-        factored moment takes its parameter's, less the axis it averages over.
+        factored moment takes its parameter's, less the axis it averages over; so does
+        the scale of a moment in 8 bits.
     """
     leaves = jax.tree.leaves_with_path(abstract_params)
     layouts = jax.tree.leaves(moment_shardings)
     by_names = {
-        _names(path): (leaf.shape, layout)
+        names_of(path): (leaf.shape, layout)
         for (path, leaf), layout in zip(leaves, layouts, strict=True)
     }
 
     def shard(path: Path, leaf: Any) -> NamedSharding:
-        # A state holds copies of the parameters' tree, so a moment's path ends in its
-        # parameter's names (the last run of dict keys), then perhaps in a field.
-        runs = itertools.groupby(path, lambda k: isinstance(k, jax.tree_util.DictKey))
-        names = [_names(tuple(run)) for is_dict, run in runs if is_dict]
-        shape, sharding = by_names.get((names or [()])[-1], (None, replicated))
+        shape, sharding = by_names.get(parameter_of(path), (None, replicated))
         if shape == leaf.shape:
             return sharding
         field = getattr(path[-1], "name", None)
-        if shape is None or field not in FactoredMoment._fields:
+        if shape is None or field not in (*FactoredMoment._fields, "scale"):
             return replicated
         spec = [*sharding.spec, *[None] * (len(shape) - len(sharding.spec))]
-        del spec[-1 if field == "row" else -2]
+        if field == "scale":  # of EightBits: one number along one of the axes
+            spec = [
+                axes if size == leaf.shape[axis] else None
+                for axis, (axes, size) in enumerate(zip(spec, shape, strict=True))
+            ]
+        else:
+            del spec[-1 if field == "row" else -2]
         return NamedSharding(
             sharding.mesh, PartitionSpec(*spec), memory_kind=sharding.memory_kind
         )

@@ -14,6 +14,7 @@ import xxhash
 from jax.experimental import multihost_utils
 from jaxtyping import Array, Float
 
+from jaxtrain.config.sections import CurriculumSection
 from jaxtrain.data.batches.dataset import PreparedDataset
 from jaxtrain.objectives.preference import (
     count_trained,
@@ -21,7 +22,7 @@ from jaxtrain.objectives.preference import (
     score_pairs,
 )
 from jaxtrain.run.durable import write_whole
-from jaxtrain.run.feed import Feed
+from jaxtrain.run.feed import Feed, Prepared
 from jaxtrain.sharding import to_host
 from jaxtrain.step import ScoreFn
 from jaxtrain.types import Batch, LabeledBatch, PairBatch, Params, TokenLogProbs
@@ -64,6 +65,13 @@ def row_difficulty(
         shape = (len(batch.tokens), most)
         ids = jnp.broadcast_to(jnp.arange(1, most + 1), shape)
     return loss(score(params, batch), batch, ids)
+
+
+def is_wanted(curriculum: CurriculumSection, data: Prepared) -> bool:
+    """Whether the curriculum needs the model's own judgement of the rows."""
+    if not curriculum.enabled or curriculum.strategy != "difficulty_based":
+        return False
+    return isinstance(data, PreparedDataset) and data.difficulty is None
 
 
 def measure(

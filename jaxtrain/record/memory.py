@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from typing import Any
 
 import jax
@@ -68,6 +69,18 @@ def sum_bytes(tree: Any) -> tuple[int, int]:
         else:
             own += size
     return own, host
+
+
+def memory_limit(device: Any) -> int | None:
+    """Bytes that a device has; None where it does not tell.
+
+    Args:
+        device: a `jax.Device`. A CPU's are those of the machine.
+    """
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    if limit is None and device.platform == "cpu":
+        limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return limit
 
 
 def shard_size(shape: tuple[int, ...], sharding: Sharding) -> int:

@@ -34,6 +34,7 @@ _PEAK_FLOPS: tuple[tuple[str, float], ...] = (
     (r"\ba10g?\b", 125e12),
     (r"\bl40s\b", 362e12),
     (r"\bl4\b", 121e12),
+    (r"\brtx 4090\b", 165e12),
     (r"\bt4\b", 65e12),
     (r"\bv100\b", 125e12),
     (r"tpu v6( lite|e)", 918e12),
