@@ -25,6 +25,7 @@ from jaxtrain.run.base_weights import check_base, identify_base
 from jaxtrain.run.callbacks import make_callbacks
 from jaxtrain.run.checkpoint import CheckpointManager, restore_newest
 from jaxtrain.run.feed import Feed, Prepared
+from jaxtrain.run.kept_programs import keep_programs
 from jaxtrain.run.preemption import Preempted, PreemptionWatch, Watchdog
 from jaxtrain.run.preflight import refuse_never
 from jaxtrain.run.profile import StepProfiler
@@ -145,7 +146,8 @@ class Loop:
         self._pending = PendingSteps(_STEPS_AHEAD)
         self._bad_steps = BadSteps(self.settings, checkpoints.directory)
         self._has_stepped = self._has_synced = False
-        self._programs = StepPrograms(parts.train_step)
+        kept = keep_programs(parts.model.plan)
+        self._programs = StepPrograms(parts.train_step, kept)
 
     @property
     def step(self) -> int:

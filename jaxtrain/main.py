@@ -48,10 +48,10 @@ def main(arguments: Sequence[str]) -> None:
     logs.show_progress()
     interrupts.leave_on_sigterm()
     # Only now: what is wrong with a flag or a path need not wait for jax.
-    from jaxtrain import trainer
     from jaxtrain.run import distributed
 
-    distributed.initialize()
+    with distributed.initializing():
+        from jaxtrain import trainer
     try:
         orchestrator = trainer.TrainingOrchestrator(config, workdir=workdir)
         orchestrator.prepare()

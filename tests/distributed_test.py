@@ -2,6 +2,7 @@
 
 import math
 import os
+import threading
 
 import jax
 import pytest
@@ -105,3 +106,33 @@ def test_a_timeout_names_what_to_look_at(monkeypatch):
     monkeypatch.setattr(jax.config, "update", lambda *_: None)
     with pytest.raises(RuntimeError, match=r"host0:1234.*firewall.*DEADLINE"):
         distributed.initialize(EXPLICIT)
+
+
+@pytest.mark.parametrize("environ", [{}, EXPLICIT])
+def test_devices_are_opened_beside_imports_but_others_are_joined_before(
+    environ, monkeypatch
+):
+    imported, order = threading.Event(), []
+
+    def initialize(given):
+        assert given is environ
+        if not environ:  # beside the block, for it waits for its end
+            assert imported.wait(20)
+        order.append("initialized")
+
+    monkeypatch.setattr(distributed, "initialize", initialize)
+    with distributed.initializing(environ):
+        order.append("imported")
+        imported.set()
+    expected = ["imported", "initialized"]
+    assert order == (expected[::-1] if environ else expected)
+
+
+def test_a_device_that_is_not_there_is_told_behind_the_imports(monkeypatch):
+    def refuse(environ):
+        raise ValueError("no such device")
+
+    monkeypatch.setattr(distributed, "initialize", refuse)
+    with pytest.raises(ValueError, match="no such device"):  # noqa: SIM117
+        with distributed.initializing({}):
+            pass

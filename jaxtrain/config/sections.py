@@ -681,7 +681,8 @@ class CompilationCacheSection:
     ONLY_IF: ClassVar = OnlyIf("training.compilation_cache.enabled")
 
     enabled: bool = True
-    """Keep what took 0.1 s or more to compile."""
+    """Keep what took 0.1 s or more to compile, and on one device the train step's
+    program before it is compiled, so that it need not be traced anew."""
     dir: str | None = None
     """Where, in a folder for each kind of CPU. Unset: as JAX_COMPILATION_CACHE_DIR and
     jax's other settings say, if it is set; else compiled/ in $JAXTRAIN_CACHE or

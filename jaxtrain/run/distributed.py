@@ -9,10 +9,12 @@ A process that never comes, or dies, is an error for all the others and not a ha
 JAXTRAIN_INIT_TIMEOUT_SECS (300) and JAXTRAIN_HEARTBEAT_TIMEOUT_SECS (100) say how soon.
 """
 
+import concurrent.futures
+import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 
 import jax
 
@@ -132,6 +134,26 @@ def initialize(environ: MutableMapping[str, str] = os.environ) -> None:
         jax.local_device_count(),
         jax.device_count(),
     )
+
+
+@contextlib.contextmanager
+def initializing(environ: MutableMapping[str, str] = os.environ) -> Iterator[None]:
+    """`initialize` while the block runs, which is to import modules.
+
+    Opening a GPU takes seconds that are not Python's. A run of several processes is
+    joined before the block, since modules must not open devices before that.
+
+    Raises:
+        ValueError, RuntimeError: see `initialize`, behind the block.
+    """
+    if detect(environ) is not None:
+        initialize(environ)
+        yield
+        return
+    with concurrent.futures.ThreadPoolExecutor(1) as beside:
+        initialized = beside.submit(initialize, environ)
+        yield
+        initialized.result()
 
 
 def count_devices() -> int:

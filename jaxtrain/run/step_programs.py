@@ -10,16 +10,20 @@ from typing import Any
 import jax
 
 from jaxtrain.batch import AnyBatch
+from jaxtrain.run.kept_programs import KeptPrograms
 from jaxtrain.types import Metrics, TrainState
 
 logger = logging.getLogger(__name__)
 
 
 class StepPrograms:
-    """A jitted train step that compiles known shapes ahead, side by side."""
+    """A jitted train step that compiles known shapes ahead, side by side.
 
-    def __init__(self, train_step: Any) -> None:
-        self._train_step = train_step
+    `kept`: what knows steps that an earlier run traced, if anything does.
+    """
+
+    def __init__(self, train_step: Any, kept: KeptPrograms | None = None) -> None:
+        self._train_step, self._kept = train_step, kept
         self._compiled: dict[Hashable, Any] = {}
         self._seen: set[Hashable] = set()
 
@@ -36,14 +40,22 @@ class StepPrograms:
         workers = min(len(batches), os.cpu_count() or 1)
         with concurrent.futures.ThreadPoolExecutor(workers) as pool:
             programs = [
-                pool.submit(self._train_step.lower(state, batch).compile)
-                for batch in batches
+                pool.submit(self._lower(state, batch).compile) for batch in batches
             ]
+            traced = time.perf_counter() - started
         for batch, program in zip(batches, programs, strict=True):
             self._compiled[_shape(batch)] = program.result()
         self._seen |= self._compiled.keys()
-        told = "compiled the train step for %d shapes of rows in %.1f s"
-        logger.info(told, len(batches), time.perf_counter() - started)
+        told = (
+            "compiled the train step for %d shapes of rows in %.1f s, of which tracing"
+            " took %.1f s"
+        )
+        logger.info(told, len(batches), time.perf_counter() - started, traced)
+
+    def _lower(self, state: TrainState, batch: AnyBatch) -> Any:
+        if self._kept is None:
+            return self._train_step.lower(state, batch)
+        return self._kept.lower(self._train_step, state, batch)
 
     def compiles(self, batch: AnyBatch) -> bool:
         """Whether the step of a batch compiles first; asked once for each step."""

@@ -1,7 +1,7 @@
 """One `attention` for every platform; "auto" picks the implementation and logs it."""
 
 import functools
-import importlib
+import importlib.util
 import logging
 import math
 from collections.abc import Callable
@@ -23,6 +23,8 @@ _PALLAS = ("pallas_gpu", "pallas_triton", "pallas_tpu")
 IMPLEMENTATIONS = ("auto", "reference", "xla", "cudnn", *_PALLAS)
 # Up to here our Hopper kernels are ahead of cuDNN on plain causal rows, or level.
 _MEASURED_ROW, _NARROW_HEAD = 8192, 128
+# GPUs with 99 KiB of shared memory: A10, RTX 30; L4, L40, RTX 40; RTX 50 and PRO.
+_SMALL_SHARED_MEMORY = (8.6, 8.9, 12.0, 12.1)
 _logger = logging.getLogger(__name__)
 _logged: set[tuple[Any, ...]] = set()  # choices that a line told
 Queries = Array | jax.ShapeDtypeStruct  # their shape and type
@@ -191,21 +193,26 @@ def _choose(
 
     On Hopper our kernels win where documents leave blocks out, are ahead or level on
     plain rows as far as was measured, and serve the soft cap that cuDNN lacks; cuDNN
-    takes longer plain rows and wide heads (benchmarks/RESULTS.md). For TPUs there is
-    one kernel. The mesh, of which `device` is one, need not be present: then cuDNN,
-    which cannot be asked, gives way to ours.
+    takes longer plain rows and wide heads (benchmarks/RESULTS.md). On other NVIDIA GPUs
+    cuDNN takes plain rows, and our Triton kernels those with blocks to leave out and
+    what cuDNN refuses; that is an estimate from a Hopper GPU, where they were measured.
+    For TPUs there is one kernel. The mesh, of which `device` is one, need not be
+    present: then cuDNN and Triton, which ask the GPU that is here, give way to ours.
     """
     platform = jax.default_backend() if device is None else device.platform
     absent = platform == "gpu" and jax.default_backend() != "gpu"
     measured = q.shape[1] <= _MEASURED_ROW and q.shape[3] <= _NARROW_HEAD
     ours = mask.segment_ids is not None or softcap is not None or measured or absent
     for_hopper = ours and _refuse_pallas_gpu(q, mask, softcap, device) is None
+    no_cudnn = cudnn.refusal(q, mask, softcap, device)
     if platform == "tpu":
         name = "pallas_tpu"
     elif for_hopper:
         name = "pallas_gpu"
+    elif (mask.segment_ids is not None or no_cudnn) and _suits_triton(q, mask, device):
+        name = "pallas_triton"
     else:
-        name = "xla" if cudnn.refusal(q, mask, softcap, device) else "cudnn"
+        name = "xla" if no_cudnn else "cudnn"
     _log_choice(name, q.shape, q.dtype.name, mask.segment_ids is not None)
     return name
 
@@ -213,8 +220,7 @@ def _choose(
 def _refuse_pallas_gpu(
     q: Queries, mask: Mask, softcap: float | None, device: jax.Device | None
 ) -> str | None:
-    capability = cudnn.compute_capability(device)
-    if capability is None or not 9.0 <= capability < 10.0:
+    if not _is_hopper(cudnn.compute_capability(device)):
         return "it needs a Hopper GPU (compute capability 9.0)"
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it takes bfloat16 or float16, not {q.dtype.name}"
@@ -228,7 +234,31 @@ def _refuse_pallas_triton(
     capability = cudnn.compute_capability()
     if capability is None or capability < 8.0:
         return "it needs an NVIDIA GPU of compute capability 8.0 or later"
+    if q.shape[-1] > _NARROW_HEAD and capability in _SMALL_SHARED_MEMORY:
+        return (
+            f"head width {q.shape[-1]} is above {_NARROW_HEAD}, and its tiles exceed"
+            f" the 99 KiB of shared memory of compute capability {capability}"
+        )
     return _refuse_wide_heads(q)
+
+
+def _suits_triton(q: Queries, mask: Mask, device: jax.Device | None) -> bool:
+    """Whether `auto` may take the Triton kernels: in half precision, not on Hopper.
+
+    Products of float32 are slow and need twice the shared memory. Versions of jax to
+    come will lack that lowering.
+    """
+    absent = device is not None and device.platform != jax.default_backend()
+    half = q.dtype in (jnp.bfloat16, jnp.float16)
+    if absent or not half or _is_hopper(cudnn.compute_capability()):
+        return False
+    has_lowering = importlib.util.find_spec("jax.experimental.pallas.triton")
+    refusal = _refuse_pallas_triton(q, mask, None, device)
+    return has_lowering is not None and refusal is None
+
+
+def _is_hopper(capability: float | None) -> bool:
+    return capability is not None and 9.0 <= capability < 10.0
 
 
 def _refuse_pallas_tpu(

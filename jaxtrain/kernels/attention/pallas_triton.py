@@ -26,7 +26,7 @@ from jaxtrain.kernels.attention.blocked import (
 from jaxtrain.kernels.attention.schedule import Schedule
 
 Carry = TypeVar("Carry")
-_BLOCK = 64  # shared memory of the smallest cards holds the tiles of a 128-wide head
+_BLOCK = 64  # 99 KiB of shared memory, as an L4 has, hold tiles of a 128-wide head
 
 
 def choose_blocks(length: int) -> tuple[int, int]:
@@ -363,7 +363,10 @@ def _key_lists(schedule: Schedule) -> tuple[Array, Array, Array]:
 
 
 def _compiler_params(width: int) -> plgpu.CompilerParams:
-    return plgpu.CompilerParams(num_warps=4 if width <= 64 else 8, num_stages=2)
+    # With two stages, tiles of a 256-wide head exceed a B200's shared memory.
+    return plgpu.CompilerParams(
+        num_warps=4 if width <= 64 else 8, num_stages=2 if width <= 128 else 1
+    )
 
 
 KERNELS = Kernels(forward, backward, choose_blocks, choose_width)
