@@ -478,11 +478,10 @@ def rotate(
     """
     half = cos.shape[-1]
     cos, sin = cos[:, :, None], sin[:, :, None]
+    places = (slice(half), slice(half, 2 * half))
     if pairs == "interleaved":
-        first, second = x[..., : 2 * half : 2], x[..., 1 : 2 * half : 2]
-    else:
-        first, second = x[..., :half], x[..., half : 2 * half]
-    first, second = first.astype(jnp.float32), second.astype(jnp.float32)
+        places = (slice(0, 2 * half, 2), slice(1, 2 * half, 2))
+    first, second = (x[..., place].astype(jnp.float32) for place in places)
     turned = jnp.concatenate(
         [first * cos - second * sin, second * cos + first * sin], axis=-1
     ).astype(x.dtype)
