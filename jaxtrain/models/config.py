@@ -80,7 +80,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         problems = [*self._wrong_sizes()]
         if not problems:  # the other rules compare sizes
-            problems += [*self._wrong_layers(), *self._wrong_experts()]
+            problems += [*self._wrong_layers(), *_wrong_experts(self)]
             problems += _too_large(self)
         if problems:
             raise ValueError("\n".join(problems))
@@ -145,24 +145,6 @@ class ModelConfig:
         for rope in (self.rope, self.local_rope):
             if rope is not None:
                 yield from rope.problems(self.head_dim)
-
-    def _wrong_experts(self) -> Iterator[str]:
-        chosen = self.num_experts_per_tok
-        if self.family.expert_width_key is None and (self.num_experts or chosen):
-            yield (
-                f"model.num_experts = {self.num_experts}: a {self.model_type} has no"
-                " experts; use a model_type of mixtral or qwen3_moe"
-            )
-        if chosen > self.num_experts:
-            yield (
-                f"model.num_experts_per_tok = {chosen} exceeds num_experts ="
-                f" {self.num_experts}"
-            )
-        if self.model_type == "mixtral" and not self.norm_topk_prob:
-            yield (
-                "model.norm_topk_prob = False: a mixtral's weights always sum to 1; use"
-                " model_type = 'qwen3_moe'"
-            )
 
     @property
     def family(self) -> Family:
@@ -329,46 +311,7 @@ class ModelConfig:
 
     def to_hf(self) -> dict[str, Any]:
         """The config.json that transformers 5 reads as the same model."""
-        family, types = self.family, self.layer_types
-        ropes: Any = self.rope.to_hf()
-        if self.local_rope is not None:
-            ropes = {FULL: ropes, SLIDING: self.local_rope.to_hf()}
-        if family.default_rotary_factor != 1.0:
-            ropes["partial_rotary_factor"] = self.rope.partial_rotary_factor
-        trained_length = self.rope.original_max_position_embeddings
-        derived = {
-            "attention_bias": self.qkv_bias,
-            "attention_out_bias": self.o_bias,
-            "no_rope_layers": [int(turned) for turned in self.rotary_layers],
-            "position_embedding_type": "rope" if all(self.rotary_layers) else None,
-            "use_sliding_window": self.sliding_window is not None,
-            "max_window_layers": (*types, SLIDING).index(SLIDING),
-            "original_max_position_embeddings": (
-                trained_length or self.max_position_embeddings
-            ),
-        }
-        # A mixture's number of experts has one of two names, the activation too.
-        own_names = family.keys - {"num_experts", "hidden_act"}
-        values: dict[str, Any] = {
-            **{k: v for k, v in vars(self).items() if k in own_names},
-            **{k: v for k, v in derived.items() if k in family.keys},
-            **{k: v[0] for k, v in family.must_be.items() if v[0] is not None},
-            # Whoever trains the export applies what was applied here: none.
-            **dict.fromkeys(family.unused_dropout, 0.0),
-            "architectures": [family.architecture],
-            family.activation_key: self.hidden_act,
-            family.norm_eps_key: self.rms_norm_eps,
-            family.mlp_width_key: self.intermediate_size,
-            "rope_parameters": ropes,
-        }
-        scalar = self.query_pre_attn_scalar
-        if scalar is not None and float(scalar).is_integer():
-            values["query_pre_attn_scalar"] = int(scalar)  # transformers wants an int
-        if self.num_experts:
-            is_mixtral = self.model_type == "mixtral"
-            key = "num_local_experts" if is_mixtral else "num_experts"
-            values[key] = self.num_experts
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        return _written(self)
 
 
 _SIZES = (
@@ -413,6 +356,51 @@ def family_of(model_type: Any) -> Family:
     return FAMILIES[model_type]
 
 
+def _written(config: ModelConfig) -> dict[str, Any]:
+    """What `ModelConfig.to_hf` gives."""
+    family, types = config.family, config.layer_types
+    ropes: Any = config.rope.to_hf()
+    if config.local_rope is not None:
+        ropes = {FULL: ropes, SLIDING: config.local_rope.to_hf()}
+    if family.default_rotary_factor != 1.0:
+        ropes["partial_rotary_factor"] = config.rope.partial_rotary_factor
+    trained_length = config.rope.original_max_position_embeddings
+    derived = {
+        "attention_bias": config.qkv_bias,
+        "attention_out_bias": config.o_bias,
+        "no_rope_layers": [int(turned) for turned in config.rotary_layers],
+        "position_embedding_type": "rope" if all(config.rotary_layers) else None,
+        "use_sliding_window": config.sliding_window is not None,
+        "max_window_layers": (*types, SLIDING).index(SLIDING),
+        "original_max_position_embeddings": (
+            trained_length or config.max_position_embeddings
+        ),
+    }
+    # A mixture's number of experts has one of two names, the activation too.
+    own_names = family.keys - {"num_experts", "hidden_act"}
+    values: dict[str, Any] = {
+        **{k: v for k, v in vars(config).items() if k in own_names},
+        **{k: v for k, v in derived.items() if k in family.keys},
+        **family.exported,
+        **{k: v[0] for k, v in family.must_be.items() if v[0] is not None},
+        # Whoever trains the export applies what was applied here: none.
+        **dict.fromkeys(family.unused_dropout, 0.0),
+        "architectures": [family.architecture],
+        family.activation_key: config.hidden_act,
+        family.norm_eps_key: config.rms_norm_eps,
+        family.mlp_width_key: config.intermediate_size,
+        "rope_parameters": ropes,
+    }
+    scalar = config.query_pre_attn_scalar
+    if scalar is not None and float(scalar).is_integer():
+        values["query_pre_attn_scalar"] = int(scalar)  # transformers wants an int
+    if config.num_experts:
+        is_mixtral = config.model_type == "mixtral"
+        key = "num_local_experts" if is_mixtral else "num_experts"
+        values[key] = config.num_experts
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
 @functools.cache
 def _weight_shapes(config: ModelConfig) -> Mapping[tuple[str, ...], tuple[int, ...]]:
     """The shape of each weight by its path; those of layers are stacked on axis 0."""
@@ -448,6 +436,25 @@ def refused_options(options: Mapping[str, Any], family: Family) -> list[str]:
         f" implement: {'; '.join(refused)}. Remove each that the weights do not"
         " need, or train another model"
     ]
+
+
+def _wrong_experts(config: ModelConfig) -> Iterator[str]:
+    chosen = config.num_experts_per_tok
+    if config.family.expert_width_key is None and (config.num_experts or chosen):
+        yield (
+            f"model.num_experts = {config.num_experts}: a {config.model_type} has no"
+            " experts; use a model_type of mixtral or qwen3_moe"
+        )
+    if chosen > config.num_experts:
+        yield (
+            f"model.num_experts_per_tok = {chosen} exceeds num_experts ="
+            f" {config.num_experts}"
+        )
+    if config.model_type == "mixtral" and not config.norm_topk_prob:
+        yield (
+            "model.norm_topk_prob = False: a mixtral's weights always sum to 1; use"
+            " model_type = 'qwen3_moe'"
+        )
 
 
 def _too_large(config: ModelConfig) -> Iterator[str]:

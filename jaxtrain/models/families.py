@@ -96,6 +96,8 @@ class Family:
     `expert_width_key`: of a mixture of experts, the config key of an expert's width.
     `unused_dropout`: dropout that published configs ask for in training. It is not
     applied here; a warning says so.
+    `exported`: keys of what the family has not here, with values that transformers'
+    own checks take.
     `must_be`: keys of which only these values are implemented.
     """
 
@@ -128,6 +130,7 @@ class Family:
     expert_width_key: str | None = None
     ignored_keys: frozenset[str] = frozenset()
     unused_dropout: tuple[str, ...] = ()
+    exported: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     must_be: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
 
     @property
@@ -432,6 +435,7 @@ FAMILIES: Mapping[str, Family] = {
                 "time_step_limit",
             }
         ),
+        exported={"mamba_n_heads": 1, "mamba_d_head": "auto"},
         must_be={"num_local_experts": (0,)},
     ),
     "seed_oss": Family(

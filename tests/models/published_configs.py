@@ -316,6 +316,231 @@ def _phi3(**options: Any) -> dict[str, Any]:
     }
 
 
+def _gemma(**options: Any) -> dict[str, Any]:
+    return {
+        "architectures": ["GemmaForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 2,
+        "eos_token_id": 1,
+        "head_dim": 256,
+        "hidden_act": "gelu",
+        "hidden_activation": None,
+        "hidden_size": 3072,
+        "initializer_range": 0.02,
+        "intermediate_size": 24576,
+        "max_position_embeddings": 8192,
+        "model_type": "gemma",
+        "num_attention_heads": 16,
+        "num_hidden_layers": 28,
+        "num_key_value_heads": 16,
+        "pad_token_id": 0,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 10000.0,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.38.0.dev0",
+        "use_cache": True,
+        "vocab_size": 256000,
+        **options,
+    }
+
+
+def _glm4(**options: Any) -> dict[str, Any]:
+    return {
+        "architectures": ["Glm4ForCausalLM"],
+        "attention_bias": True,
+        "attention_dropout": 0.0,
+        "eos_token_id": [151329, 151336, 151338],
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "initializer_range": 0.02,
+        "intermediate_size": 13696,
+        "max_position_embeddings": 32768,
+        "model_type": "glm4",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 40,
+        "num_key_value_heads": 2,
+        "pad_token_id": 151329,
+        "partial_rotary_factor": 0.5,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.52.0.dev0",
+        "use_cache": True,
+        "vocab_size": 151552,
+        **options,
+    }
+
+
+def _ministral3(**options: Any) -> dict[str, Any]:
+    """The text_config of a wrapper, with the wrapper's own keys for both."""
+    return {
+        "architectures": ["Ministral3ForCausalLM"],
+        "attention_dropout": 0.0,
+        "dtype": "bfloat16",
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "initializer_range": 0.02,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 262144,
+        "model_type": "ministral3",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 34,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-05,
+        "rope_parameters": {
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "factor": 16.0,
+            "llama_4_scaling_beta": 0.1,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 16384,
+            "rope_theta": 1000000.0,
+            "rope_type": "yarn",
+            "type": "yarn",
+        },
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+        "vocab_size": 131072,
+        **options,
+    }
+
+
+def _olmo2(**options: Any) -> dict[str, Any]:
+    return {
+        "architectures": ["Olmo2ForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "eos_token_id": 100257,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "initializer_range": 0.02,
+        "intermediate_size": 11008,
+        "max_position_embeddings": 4096,
+        "model_type": "olmo2",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 32,
+        "pad_token_id": 100277,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 500000,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+        "transformers_version": "4.47.0.dev0",
+        "use_cache": True,
+        "vocab_size": 100352,
+        **options,
+    }
+
+
+def _olmo3(layers: int, **options: Any) -> dict[str, Any]:
+    kinds = ["sliding_attention"] * 3 + ["full_attention"]
+    return _olmo2(
+        **{
+            "architectures": ["Olmo3ForCausalLM"],
+            "layer_types": kinds * (layers // 4),
+            "max_position_embeddings": 65536,
+            "model_type": "olmo3",
+            "num_hidden_layers": layers,
+            "rope_scaling": {
+                "attention_factor": 1.2079441541679836,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "factor": 8.0,
+                "original_max_position_embeddings": 8192,
+                "rope_type": "yarn",
+            },
+            "sliding_window": 4096,
+            "torch_dtype": "bfloat16",
+            "transformers_version": "4.57.1",
+            "vocab_size": 100278,
+            **options,
+        }
+    )
+
+
+def _granite(**options: Any) -> dict[str, Any]:
+    return {
+        "architectures": ["GraniteForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "attention_multiplier": 0.015625,
+        "bos_token_id": 0,
+        "embedding_multiplier": 12.0,
+        "eos_token_id": 0,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "initializer_range": 0.02,
+        "intermediate_size": 8192,
+        "logits_scaling": 8.0,
+        "max_position_embeddings": 131072,
+        "mlp_bias": False,
+        "model_type": "granite",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 40,
+        "num_key_value_heads": 8,
+        "pad_token_id": 0,
+        "residual_multiplier": 0.22,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": None,
+        "rope_theta": 10000000.0,
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.49.0",
+        "use_cache": True,
+        "vocab_size": 49159,
+        **options,
+    }
+
+
+def _cohere2(**options: Any) -> dict[str, Any]:
+    return {
+        "architectures": ["Cohere2ForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 5,
+        "cache_implementation": "hybrid",
+        "eos_token_id": 255001,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "initializer_range": 0.02,
+        "intermediate_size": 14336,
+        "layer_norm_eps": 1e-05,
+        "layer_switch": 4,
+        "logit_scale": 0.25,
+        "max_position_embeddings": 8192,
+        "model_type": "cohere2",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+        "order_of_interleaved_layers": "local_attn_first",
+        "pad_token_id": 0,
+        "position_embedding_type": "rope_gptj",
+        "rope_scaling": None,
+        "rope_theta": 50000,
+        "rotary_pct": 1.0,
+        "sliding_window": 4096,
+        "sliding_window_pattern": 4,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.48.0.dev0",
+        "use_cache": True,
+        "use_embedding_sharing": True,
+        "use_gated_activation": True,
+        "use_parallel_block": True,
+        "use_parallel_embedding": True,
+        "vocab_size": 256000,
+        **options,
+    }
+
+
 PUBLISHED: dict[str, dict[str, Any]] = {
     "meta-llama/Llama-2-7b-hf": _llama(
         max_position_embeddings=4096,
@@ -598,6 +823,172 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         tie_word_embeddings=True,
         vocab_size=200064,
     ),
+    "google/gemma-2b": _gemma(
+        hidden_size=2048,
+        intermediate_size=16384,
+        num_attention_heads=8,
+        num_hidden_layers=18,
+        num_key_value_heads=1,
+    ),
+    "google/gemma-7b": _gemma(),
+    "google/gemma-1.1-7b-it": _gemma(hidden_activation="gelu_pytorch_tanh"),
+    "zai-org/GLM-4-9B-0414": _glm4(),
+    "zai-org/GLM-4-32B-0414": _glm4(
+        attention_bias=False,
+        hidden_size=6144,
+        intermediate_size=23040,
+        num_attention_heads=48,
+        num_hidden_layers=61,
+        num_key_value_heads=8,
+    ),
+    "mistralai/Ministral-3-3B-Base-2512": _ministral3(
+        hidden_size=3072,
+        intermediate_size=9216,
+        num_hidden_layers=26,
+        tie_word_embeddings=True,
+    ),
+    "mistralai/Ministral-3-8B-Base-2512": _ministral3(),
+    "mistralai/Ministral-3-14B-Base-2512": _ministral3(
+        hidden_size=5120, intermediate_size=16384, num_hidden_layers=40
+    ),
+    "allenai/OLMo-2-0425-1B": _olmo2(
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_attention_heads=16,
+        num_hidden_layers=16,
+        num_key_value_heads=16,
+    ),
+    "allenai/OLMo-2-1124-7B": _olmo2(),
+    "allenai/OLMo-2-1124-13B": _olmo2(
+        hidden_size=5120,
+        intermediate_size=13824,
+        num_attention_heads=40,
+        num_hidden_layers=40,
+        num_key_value_heads=40,
+    ),
+    "allenai/OLMo-2-0325-32B": _olmo2(
+        hidden_size=5120,
+        intermediate_size=27648,
+        num_attention_heads=40,
+        num_hidden_layers=64,
+        num_key_value_heads=8,
+    ),
+    "allenai/Olmo-3-7B-Instruct": _olmo3(32),
+    "allenai/Olmo-3-32B-Think": _olmo3(
+        64,
+        hidden_size=5120,
+        intermediate_size=27648,
+        num_attention_heads=40,
+        num_key_value_heads=8,
+    ),
+    "HuggingFaceTB/SmolLM3-3B": {
+        "architectures": ["SmolLM3ForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": None,
+        "eos_token_id": 128012,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "initializer_range": 0.02,
+        "intermediate_size": 11008,
+        "layer_types": ["full_attention"] * 36,
+        "max_position_embeddings": 65536,
+        "max_window_layers": 28,
+        "mlp_bias": False,
+        "model_type": "smollm3",
+        "no_rope_layer_interval": 4,
+        "no_rope_layers": [1, 1, 1, 0] * 9,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 36,
+        "num_key_value_heads": 4,
+        "pad_token_id": 128004,
+        "pretraining_tp": 2,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 5000000.0,
+        "sliding_window": None,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.54.0.dev0",
+        "use_cache": False,
+        "use_sliding_window": False,
+        "vocab_size": 128256,
+    },
+    "ibm-granite/granite-3.3-2b-instruct": _granite(),
+    "ibm-granite/granite-3.3-8b-instruct": _granite(
+        attention_multiplier=0.0078125,
+        hidden_size=4096,
+        intermediate_size=12800,
+        logits_scaling=16.0,
+    ),
+    "ibm-granite/granite-4.0-micro": {
+        **_granite(
+            architectures=["GraniteMoeHybridForCausalLM"],
+            bos_token_id=100257,
+            embedding_multiplier=12,
+            eos_token_id=100257,
+            hidden_size=2560,
+            layer_types=["attention"] * 40,
+            logits_scaling=10,
+            mamba_chunk_size=256,
+            mamba_conv_bias=True,
+            mamba_d_conv=4,
+            mamba_d_head=40,
+            mamba_d_state=256,
+            mamba_expand=2,
+            mamba_n_groups=1,
+            mamba_n_heads=128,
+            mamba_proj_bias=False,
+            model_type="granitemoehybrid",
+            normalization_function="rmsnorm",
+            num_attention_heads=40,
+            num_experts_per_tok=0,
+            num_local_experts=0,
+            output_router_logits=False,
+            pad_token_id=100256,
+            position_embedding_type="rope",
+            router_aux_loss_coef=0.01,
+            shared_intermediate_size=8192,
+            vocab_size=100352,
+        ),
+        "rope_theta": 10000000,
+    },
+    "ByteDance-Seed/Seed-OSS-36B-Instruct": {
+        "architectures": ["SeedOssForCausalLM"],
+        "attention_bias": True,
+        "attention_dropout": 0.1,
+        "attention_out_bias": False,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 5120,
+        "initializer_range": 0.02,
+        "intermediate_size": 27648,
+        "max_position_embeddings": 524288,
+        "mlp_bias": False,
+        "model_type": "seed_oss",
+        "num_attention_heads": 80,
+        "num_hidden_layers": 64,
+        "num_key_value_heads": 8,
+        "pad_token_id": 1,
+        "residual_dropout": 0.1,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": {"rope_type": "default"},
+        "rope_theta": 10000000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.55.0",
+        "use_cache": True,
+        "vocab_size": 155136,
+    },
+    "CohereLabs/c4ai-command-r7b-12-2024": _cohere2(),
+    "CohereLabs/c4ai-command-a-03-2025": _cohere2(
+        hidden_size=12288,
+        intermediate_size=36864,
+        max_position_embeddings=131072,
+        num_attention_heads=96,
+        num_hidden_layers=64,
+    ),
 }
 
 
@@ -615,9 +1006,11 @@ def shrunk(config: dict[str, Any]) -> dict[str, Any]:
     if kv_heads is not None:
         small["num_key_value_heads"] = 2 if kv_heads == heads else 1
     if config.get("head_dim"):
-        small["head_dim"] = 24 if config["head_dim"] > 100 else 16
+        # Cohere 2's heads share the width whatever this key says.
+        is_wide = config["head_dim"] > 100 and config["model_type"] != "cohere2"
+        small["head_dim"] = 24 if is_wide else 16
     for name, size in _EXPERTS.items():
-        if name in config:
+        if config.get(name):
             small[name] = size
     if config.get("sliding_window"):
         # A window of the whole context stays one.
@@ -626,8 +1019,9 @@ def shrunk(config: dict[str, Any]) -> dict[str, Any]:
     if "max_window_layers" in config:
         whole = config["max_window_layers"] >= config["num_hidden_layers"]
         small["max_window_layers"] = 2 if whole else 1
-    if "layer_types" in config:
-        small["layer_types"] = config["layer_types"][-2:]
+    for name in ("layer_types", "no_rope_layers"):
+        if name in config:
+            small[name] = config[name][-2:]
     if "sliding_window_pattern" in config:
         small["sliding_window_pattern"] = 2
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -640,6 +1034,9 @@ _EXPERTS = {
     "num_local_experts": 4,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 16,
+    "shared_intermediate_size": 48,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
 }
 
 
@@ -651,7 +1048,8 @@ def _small_id(token: int | list[int]) -> int | list[int]:
 
 def _small_lengths(config: dict[str, Any]) -> dict[str, Any]:
     """Lengths, and rope parameters of a narrower head, where context is stretched."""
-    scaling = config.get("rope_scaling")
+    key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    scaling = config.get(key)
     if not scaling:
         return {}
     kind = scaling.get("rope_type", scaling.get("type"))
@@ -664,7 +1062,7 @@ def _small_lengths(config: dict[str, Any]) -> dict[str, Any]:
     if kind == "longrope":
         pairs = int(16 * config.get("partial_rotary_factor", 1.0)) // 2
         cut = {name: factors[:pairs] for name, factors in _LONGROPE.items()}
-        return small | {"rope_scaling": {**scaling, **cut}}
+        return small | {key: {**scaling, **cut}}
     if outside in scaling:
-        small["rope_scaling"] = {**scaling, outside: 8}
+        small[key] = {**scaling, outside: 8}
     return small
