@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+import logging
+import pathlib
+import runpy
 from typing import Any
 
 import jax
@@ -19,6 +22,7 @@ from jaxtrain.models.quantization import Quantization, quantize_tree
 from jaxtrain.tree import flatten
 from jaxtrain.types import Batch, Params
 
+REPOSITORY = pathlib.Path(__file__).resolve().parent.parent.parent
 # Each has something that none of the others here has; the rest run on request.
 DIFFERENT = ("cohere2", "glm4", "granite", "ministral3", "olmo3")
 REST = (
@@ -282,3 +286,11 @@ def test_no_family_has_a_key_that_it_both_reads_and_passes_over() -> None:
     for name, family in FAMILIES.items():
         assert not family.keys & family.ignored_keys, name
         assert not family.keys & {*family.unused_dropout}, name
+
+
+def test_the_page_has_the_table_that_the_code_gives(caplog) -> None:
+    page = runpy.run_path(str(REPOSITORY / "docs" / "make_models.py"))
+    with caplog.at_level(logging.CRITICAL, logger="jaxtrain"):
+        assert page["make_page"]() == page["OUTPUT"].read_text(), (
+            "run python docs/make_models.py"
+        )
