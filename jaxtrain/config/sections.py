@@ -188,9 +188,9 @@ class ModelSection:
     is a bad row."""
     export_text_only: Annotated[bool, EXPORTED] = False
     """A text model that was loaded from inside a wrapper (Gemma 3 from 4B on, Mistral
-    Small 3.1) is exported alone. False: as the original directory with the text model's
-    weights replaced, each in the type that it has there unless export_dtype is set, and
-    all else copied, so that images go on working."""
+    Small 3.1, Ministral 3) is exported alone. False: as the original directory with the
+    text model's weights replaced, each in the type that it has there unless
+    export_dtype is set, and all else copied, so that images go on working."""
     loss_chunk_tokens: Annotated[PositiveInt | None, TOKENS] = None
     """Tokens whose logits exist at once in the loss: memory against speed. Unset: 512,
     less for models narrower than 1280."""
