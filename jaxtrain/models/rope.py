@@ -285,13 +285,14 @@ def _find_parameters(
         )
     if nested:
         parameters = parameters[layer_type]
+    # Sliding layers are scaled only where they have parameters of their own.
+    unscaled = family.local_rope != "none" and layer_type == "sliding_attention"
+    if unscaled and not nested:
+        parameters = {}
+    if unscaled and family.local_rope == "own_base":
+        return dict(parameters), _given_theta(options, "rope_local_base_freq", 10_000.0)
     theta = _given_theta(options, "rope_theta", family.default_rope_theta)
-    if family.local_rope != "none" and layer_type == "sliding_attention":
-        # These layers are scaled only where they have parameters of their own.
-        if family.local_rope == "own_base":
-            theta = _given_theta(options, "rope_local_base_freq", 10_000.0)
-        return (dict(parameters) if nested else {}), theta
-    scaling = options.get("rope_scaling") or {}
+    scaling = {} if unscaled else options.get("rope_scaling") or {}
     return {**parameters, **scaling} or {**family.default_rope}, theta
 
 
