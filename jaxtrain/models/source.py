@@ -119,7 +119,8 @@ def _own_sizes(run: RunConfig, tokenizer: Any) -> ModelConfig:
         for name, value in dataclasses.asdict(run.model.architecture).items()
         if value is not None
     }
-    options[FAMILIES[options["model_type"]].norm_eps_key] = options.pop("rms_norm_eps")
+    family = FAMILIES[run.model.architecture.model_type]
+    options[family.norm_eps_key] = options.pop("rms_norm_eps")
     options.setdefault("vocab_size", len(tokenizer))
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         options[name] = getattr(tokenizer, name)
