@@ -670,7 +670,6 @@ ADAPTERS = {
         },
     ),
     "fused modules": ("phi3", False, {"target_modules": ["qkv_proj", "gate_up_proj"]}),
-    "gate and up fused": ("glm4", False, {"target_modules": "all-linear"}),
     "scaled logits": (
         "cohere2",
         True,
@@ -680,7 +679,7 @@ ADAPTERS = {
 ALL_LINEAR = {
     family: (family, False, {"target_modules": "all-linear"})
     for family in (
-        "gemma", "granite", "granitemoehybrid", "ministral3", "olmo2", "olmo3",
+        "gemma", "glm4", "granite", "granitemoehybrid", "ministral3", "olmo2", "olmo3",
         "seed_oss", "smollm3",
     )
 }  # fmt: skip
