@@ -5,6 +5,7 @@ import functools
 import logging
 import pathlib
 import runpy
+import shutil
 from typing import Any
 
 import jax
@@ -17,12 +18,14 @@ from jaxtrain.kernels.attention.partition import Layout
 from jaxtrain.models import Decoder
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.families import FAMILIES
+from jaxtrain.models.hf_config import load_config
 from jaxtrain.models.hf_names import leaves_of
 from jaxtrain.models.quantization import Quantization, quantize_tree
 from jaxtrain.tree import flatten
 from jaxtrain.types import Batch, Params
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent.parent
+SHAPES = REPOSITORY / "configs" / "shapes"
 # Of all families, those that run by default: they have most of what sets one apart.
 DEFAULT = ("cohere2", "glm4")
 NAMES = (
@@ -283,6 +286,16 @@ def test_a_longer_context_keeps_the_scale_of_queries() -> None:
     assert ModelConfig.from_hf(longer.to_hf()) == longer
     with pytest.raises(ValueError, match="this kind has not; use yarn"):
         config.with_rope_scaling({"rope_type": "linear", "factor": 2.0})
+
+
+def test_dropout_that_is_not_applied_is_named(tmp_path, caplog) -> None:
+    shutil.copy(SHAPES / "seed-oss-36b" / "config.json", tmp_path)
+    with caplog.at_level(logging.WARNING):
+        config = load_config(tmp_path)
+    (record,) = caplog.records
+    assert "attention_dropout = 0.1, residual_dropout = 0.1, which" in record.message
+    # Who trains the export in transformers applies what was applied here.
+    assert config.to_hf()["residual_dropout"] == 0.0
 
 
 def test_no_family_has_a_key_that_it_both_reads_and_passes_over() -> None:
