@@ -395,7 +395,7 @@ FAMILIES: Mapping[str, Family] = {
         default_rope_theta=2_000_000.0,
         rotary_layers="listed",
         window_rule="unturned",
-        # Of Qwen's rule for windows, which transformers has not for this family.
+        # The published file carries these, but nothing reads them.
         ignored_keys=frozenset({"max_window_layers", "pretraining_tp"}),
     ),
     "granite": Family(
