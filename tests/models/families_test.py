@@ -217,7 +217,7 @@ def test_generated_tokens_are_those_of_transformers(torch_model) -> None:
 @pytest.mark.parametrize("name", ["glm4", "granite4"])
 def test_fused_projections_of_any_name_are_kept_in_few_bits(make_model, name) -> None:
     model, params = make_model(name)
-    how = Quantization("int8")
+    how = Quantization("int8", 16)
     small = dataclasses.replace(model, quantization=how)
     copy = jax.tree.map(lambda leaf: leaf, params)  # kernels leave it
     codes = quantize_tree(copy, model.linear_kernels(), how)
