@@ -146,6 +146,7 @@ ALLOWED: dict[str, set[str]] = {
         "config",
         "data.loading",
         "models",
+        "models.families",
         "models.special_tokens",
         "models.vocabulary",
     },

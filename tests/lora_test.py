@@ -69,11 +69,22 @@ def leaf_names(tree):
 # --- torch and PEFT, live ----------------------------------------------------------
 
 
+# What some families need beside sizes.
+FAMILY_OPTIONS = {
+    "granitemoehybrid": {
+        "layer_types": ["attention"] * LAYERS,
+        "num_local_experts": 0,
+        "shared_intermediate_size": 24,
+    },
+}
+
+
 def make_torch_model(family="qwen2", *, tied=False):
     """A tiny random torch model, in float32."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     sizes = dict(
+        **FAMILY_OPTIONS.get(family, {}),
         vocab_size=VOCAB,
         hidden_size=WIDTH,
         intermediate_size=INNER,
@@ -659,14 +670,32 @@ ADAPTERS = {
         },
     ),
     "fused modules": ("phi3", False, {"target_modules": ["qkv_proj", "gate_up_proj"]}),
+    "scaled logits": (
+        "cohere2",
+        True,
+        {"target_modules": ["q_proj", "down_proj", "lm_head"]},
+    ),
 }
+ALL_LINEAR = {
+    family: (family, False, {"target_modules": "all-linear"})
+    for family in (
+        "gemma", "glm4", "granite", "granitemoehybrid", "ministral3", "olmo2", "olmo3",
+        "seed_oss", "smollm3",
+    )
+}  # fmt: skip
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("case", ADAPTERS)
+@pytest.mark.parametrize(
+    "case",
+    [
+        *ADAPTERS,
+        *(pytest.param(name, marks=pytest.mark.on_request) for name in ALL_LINEAR),
+    ],
+)
 def test_an_adapter_crosses_between_peft_and_us_without_changing_logits(case, tmp_path):
     peft = pytest.importorskip("peft")
-    family, tied, options = ADAPTERS[case]
+    family, tied, options = (ADAPTERS | ALL_LINEAR)[case]
     base = make_torch_model(family, tied=tied)
     config, tree = base.config, tree_of(base)
     base_logits = torch_logits(base)

@@ -25,6 +25,16 @@ GIB = 2.0**30
 # Of Gemma 3 4B those of the text model, which is what trains: 4,300,079,472 less its
 # SigLIP encoder (416,866,032) and what projects that (2,950,272).
 PARAMETERS = {
+    "gemma-2b": 2_506_172_416,
+    "glm-4-9b": 9_400_279_040,
+    "granite-3.3-2b": 2_533_539_840,
+    "granite-3.3-8b": 8_170_864_640,
+    "granite-4.0-micro": 3_402_836_480,
+    "olmo-2-7b": 7_298_617_344,
+    "olmo-3-7b": 7_298_011_136,
+    "olmo-3-32b": 32_233_522_176,
+    "phi-4": 14_659_507_200,
+    "smollm3-3b": 3_075_098_624,
     "gemma-3-1b": 999_885_952,
     "gemma-3-4b": 3_880_263_168,
     "llama-3.1-8b": 8_030_261_248,

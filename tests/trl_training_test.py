@@ -75,6 +75,23 @@ MIXTURE = {
 }  # fmt: skip
 
 
+# What some families have beside sizes, so that it matters.
+WINDOWS = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "mixtral": MIXTURE,
+    "granite": {
+        "embedding_multiplier": 3.0, "residual_multiplier": 0.7,
+        "attention_multiplier": 0.3, "logits_scaling": 2.5,
+    },
+    "cohere2": {**WINDOWS, "logit_scale": 0.6},
+    "olmo3": WINDOWS,
+    "smollm3": {"no_rope_layer_interval": 2},
+    "glm4": {"head_dim": 16},
+    "ministral3": {"head_dim": 16},
+    "gemma": {"head_dim": 16},
+}  # fmt: skip
+
+
 @pytest.fixture(scope="session", params=FAMILIES)
 def base(request: Any, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """A directory with a tiny random model, its logits wide, and its tokenizer."""
@@ -96,7 +113,7 @@ def base(request: Any, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path
         bos_token_id=None,
         eos_token_id=1,
         pad_token_id=0,
-        **MIXTURE if request.param == "mixtral" else {},
+        **OPTIONS.get(request.param, {}),
     )
     path = tmp_path_factory.mktemp(request.param)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(path)
@@ -286,6 +303,35 @@ def test_a_mixture_of_experts_logs_and_learns_what_trl_does(
     assert_equal_trainings(ours, theirs, method.removeprefix("lora-"))
     for logs in zip(ours.logs, theirs.logs, strict=True):
         assert_equal("aux_loss", *(log["aux_loss"] for log in logs))
+
+
+def on_request(*values: str) -> Any:
+    return pytest.param(*values, marks=pytest.mark.on_request)
+
+
+@pytest.mark.parametrize(
+    ("base", "method"),
+    [
+        ("granite", "dpo"),
+        on_request("granite", "sft"),
+        *(
+            on_request(name, method)
+            for name in ("glm4", "cohere2", "olmo3", "smollm3", "ministral3", "gemma")
+            for method in ("sft", "dpo")
+        ),
+    ],
+    indirect=["base"],
+)
+def test_other_families_log_and_learn_what_trl_does(
+    method: str, base: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    options: dict[str, Any] = {"max_steps": 4}
+    theirs = train_with_trl(method, base, tmp_path / "trl", **options)
+    ours = train_with_jaxtrain(
+        method, base, tmp_path / "trl" / "start", tmp_path / "ours", **options
+    )
+    assert len(ours.logs) == len(theirs.logs) == 4
+    assert_equal_trainings(ours, theirs, method)
 
 
 @pytest.mark.parametrize("base", ["llama"], indirect=True)

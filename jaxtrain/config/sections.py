@@ -88,11 +88,11 @@ class ArchitectureSection:
     hidden_act: Activation | None = None
     """Unset: the model_type's, as below."""
     hidden_activation: Activation | None = None
-    """hidden_act's name in Gemma."""
+    """hidden_act's name in Gemma 2 and 3."""
     max_position_embeddings: Annotated[PositiveInt, TOKENS] = 4096
     """Longest row."""
     rms_norm_eps: Positive = 1e-6
-    """Added to the mean square in RMSNorm."""
+    """Added to the mean square in RMSNorm; Cohere 2's layer_norm_eps."""
     rope_theta: Positive = 10000.0
     """Base of the rotary frequencies."""
     rope_scaling: dict[str, Any] | None = None
@@ -101,7 +101,7 @@ class ArchitectureSection:
     rope_local_base_freq: Positive | None = None
     """Gemma 3: rope_theta of sliding layers."""
     partial_rotary_factor: Positive | None = None
-    """Phi-3: the share of head_dim that is rotated."""
+    """Phi-3, GLM-4: the share of head_dim that is rotated."""
     original_max_position_embeddings: Annotated[PositiveInt | None, TOKENS] = None
     """Phi-3: max_position_embeddings before scaling."""
     tie_word_embeddings: bool = True
@@ -115,7 +115,7 @@ class ArchitectureSection:
     layer_types: tuple[LayerType, ...] | None = None
     """The kind of each layer, in order."""
     sliding_window_pattern: PositiveInt | None = None
-    """Gemma: one layer in this many is full."""
+    """Gemma 2 and 3, Cohere 2: one layer in this many is full."""
     use_sliding_window: bool | None = None
     """Qwen: whether any layer slides."""
     max_window_layers: NonNegativeInt | None = None
@@ -126,6 +126,18 @@ class ArchitectureSection:
     """Gemma 2."""
     query_pre_attn_scalar: Positive | None = None
     """Gemma: attention scale ** -2."""
+    no_rope_layer_interval: PositiveInt | None = None
+    """SmolLM3: one layer in this many does not rotate queries and keys."""
+    embedding_multiplier: Positive | None = None
+    """Granite: what embeddings are multiplied by."""
+    residual_multiplier: Positive | None = None
+    """Granite: what attention and MLP are multiplied by where they are added."""
+    attention_multiplier: Positive | None = None
+    """Granite: the attention scale. Unset: 1."""
+    logits_scaling: Positive | None = None
+    """Granite: what logits are divided by."""
+    logit_scale: Positive | None = None
+    """Cohere 2: what logits are multiplied by."""
     num_experts: PositiveInt | None = None
     """mixtral, qwen3_moe: the MLPs in each layer."""
     num_experts_per_tok: PositiveInt | None = None
@@ -176,9 +188,9 @@ class ModelSection:
     is a bad row."""
     export_text_only: Annotated[bool, EXPORTED] = False
     """A text model that was loaded from inside a wrapper (Gemma 3 from 4B on, Mistral
-    Small 3.1) is exported alone. False: as the original directory with the text model's
-    weights replaced, each in the type that it has there unless export_dtype is set, and
-    all else copied, so that images go on working."""
+    Small 3.1, Ministral 3) is exported alone. False: as the original directory with the
+    text model's weights replaced, each in the type that it has there unless
+    export_dtype is set, and all else copied, so that images go on working."""
     loss_chunk_tokens: Annotated[PositiveInt | None, TOKENS] = None
     """Tokens whose logits exist at once in the loss: memory against speed. Unset: 512,
     less for models narrower than 1280."""

@@ -8,11 +8,13 @@ from typing import Any
 
 from jaxtrain.models.families import FAMILIES, REFUSED_UNLESS, WRAPPERS, Family
 from jaxtrain.models.problems import Problems
-from jaxtrain.models.rope import RopeConfig
+from jaxtrain.models.rope import UNTURNED, RopeConfig
 from jaxtrain.record.safe_text import shown
 from jaxtrain.tree import flatten
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+# What transformers 4 calls a kind of layer.
+_OLD_TYPES = {"attention": FULL}
 _ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu")
 
 
@@ -25,6 +27,10 @@ class ModelConfig:
     one of "full_attention" and "sliding_attention" for each layer; `sliding_window`
     counts the tokens that a sliding layer reads, the query's own included.
     `local_rope` is the rotary embedding of sliding layers where it differs (Gemma 3).
+    `rotary_layers` says for each layer whether it turns queries and keys; empty: all.
+    Embeddings, what a layer adds and logits are multiplied by `embedding_multiplier`,
+    `residual_multiplier` and `logit_scale` / `logits_scaling`, and query-key products
+    by `attention_multiplier` where that is set.
     A mixture of experts has `num_experts` MLPs in each layer (0: one plain MLP), of
     width `expert_width`; `intermediate_size` then acts only where it is that width.
 
@@ -55,6 +61,12 @@ class ModelConfig:
     query_pre_attn_scalar: float | None = None
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
+    rotary_layers: tuple[bool, ...] = ()
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    attention_multiplier: float | None = None
+    logits_scaling: float = 1.0
+    logit_scale: float = 1.0
     num_experts: int = 0
     num_experts_per_tok: int = 0
     moe_intermediate_size: int | None = None
@@ -68,7 +80,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         problems = [*self._wrong_sizes()]
         if not problems:  # the other rules compare sizes
-            problems += [*self._wrong_layers(), *self._wrong_experts()]
+            problems += [*self._wrong_layers(), *_wrong_experts(self)]
             problems += _too_large(self)
         if problems:
             raise ValueError("\n".join(problems))
@@ -99,6 +111,7 @@ class ModelConfig:
                 f"model.num_attention_heads = {self.num_attention_heads} is no multiple"
                 f" of num_key_value_heads = {self.num_key_value_heads}"
             )
+        width = self.num_attention_heads * self.head_dim
         if self.hidden_act not in _ACTIVATIONS:
             yield (
                 f"model.hidden_act = {shown(self.hidden_act)} is unknown; use one of"
@@ -119,27 +132,19 @@ class ModelConfig:
                 f"model.layer_types has {SLIDING!r}, so sliding_window must be a"
                 f" number of tokens, not {shown(self.sliding_window)}"
             )
+        if self.family.head_dim_is_share and width != self.hidden_size:
+            yield (
+                f"model.head_dim = {self.head_dim}: the heads of a {self.model_type}"
+                f" always share hidden_size = {self.hidden_size}; leave it unset"
+            )
+        if self.rotary_layers and len(self.rotary_layers) != self.num_hidden_layers:
+            yield (
+                f"model.no_rope_layers names {len(self.rotary_layers)} layers, but"
+                f" num_hidden_layers = {self.num_hidden_layers}"
+            )
         for rope in (self.rope, self.local_rope):
             if rope is not None:
                 yield from rope.problems(self.head_dim)
-
-    def _wrong_experts(self) -> Iterator[str]:
-        chosen = self.num_experts_per_tok
-        if self.family.expert_width_key is None and (self.num_experts or chosen):
-            yield (
-                f"model.num_experts = {self.num_experts}: a {self.model_type} has no"
-                " experts; use a model_type of mixtral or qwen3_moe"
-            )
-        if chosen > self.num_experts:
-            yield (
-                f"model.num_experts_per_tok = {chosen} exceeds num_experts ="
-                f" {self.num_experts}"
-            )
-        if self.model_type == "mixtral" and not self.norm_topk_prob:
-            yield (
-                "model.norm_topk_prob = False: a mixtral's weights always sum to 1; use"
-                " model_type = 'qwen3_moe'"
-            )
 
     @property
     def family(self) -> Family:
@@ -163,7 +168,22 @@ class ModelConfig:
     @property
     def attention_scale(self) -> float:
         """What query-key products are multiplied by."""
+        if self.attention_multiplier is not None:
+            return self.attention_multiplier
         return (self.query_pre_attn_scalar or self.head_dim) ** -0.5
+
+    @property
+    def logit_multiplier(self) -> float:
+        """What the head's products are multiplied by, before any soft cap."""
+        return self.logit_scale / self.logits_scaling
+
+    @property
+    def ropes(self) -> tuple[RopeConfig, ...]:
+        """The rotary embedding of each layer."""
+        ropes = map(self.rope_of, self.layer_types)
+        turns = self.rotary_layers or (True,) * self.num_hidden_layers
+        pairs = zip(ropes, turns, strict=True)
+        return tuple(rope if turned else UNTURNED for rope, turned in pairs)
 
     def window_of(self, layer_type: str) -> int | None:
         """Tokens that a layer of this type reads at most; None is all of them."""
@@ -230,19 +250,22 @@ class ModelConfig:
                 if head_dim is None
                 else head_dim
             ),
+            "intermediate_size": given[family.mlp_width_key],
+            "rms_norm_eps": given[family.norm_eps_key],
             "rope": RopeConfig(),
             "layer_types": layer_types,
+            "rotary_layers": _rotary_layers(given, family, layer_types),
             "sliding_window": window,
-            "hidden_act": given[family.activation_key],
+            "hidden_act": _activation(given, family),
             "qkv_bias": attention_bias or family.always_qkv_bias,
-            "o_bias": attention_bias,
+            "o_bias": bool(given.get(family.o_bias_key or "", False)),
             "mlp_bias": bool(given.get("mlp_bias", False)),
             "eos_token_id": tuple(eos) if isinstance(eos, list | tuple) else eos,
             **_mixture_options(options, given, family),
         }
         with problems.noted():
             values["rope"] = RopeConfig.from_hf(given, family, FULL)
-        if family.local_rope:
+        if family.local_rope != "none":
             with problems.noted():
                 values["local_rope"] = RopeConfig.from_hf(given, family, SLIDING)
         with problems.noted():
@@ -276,6 +299,7 @@ class ModelConfig:
             "rope_scaling": dict(scaling),
         }
         rope = RopeConfig.from_hf(options, self.family, FULL)
+        rope = rope.with_query_scale_of(self.rope)
         # A dynamic embedding stretches from max_position_embeddings itself.
         factor = 1.0 if rope.kind == "dynamic" else rope.factor or 1.0
         reached = round(factor * (rope.original_max_position_embeddings or trained))
@@ -287,36 +311,7 @@ class ModelConfig:
 
     def to_hf(self) -> dict[str, Any]:
         """The config.json that transformers 5 reads as the same model."""
-        family, types = self.family, self.layer_types
-        ropes: Any = self.rope.to_hf()
-        if self.local_rope is not None:
-            ropes = {FULL: ropes, SLIDING: self.local_rope.to_hf()}
-        trained_length = self.rope.original_max_position_embeddings
-        derived = {
-            "attention_bias": self.o_bias,
-            "use_sliding_window": self.sliding_window is not None,
-            "max_window_layers": (*types, SLIDING).index(SLIDING),
-            "original_max_position_embeddings": (
-                trained_length or self.max_position_embeddings
-            ),
-        }
-        # A mixture's number of experts has one of two names, the activation too.
-        own_names = family.keys - {"num_experts", "hidden_act"}
-        values: dict[str, Any] = {
-            **{k: v for k, v in vars(self).items() if k in own_names},
-            **{k: v for k, v in derived.items() if k in family.keys},
-            "architectures": [family.architecture],
-            family.activation_key: self.hidden_act,
-            "rope_parameters": ropes,
-        }
-        scalar = self.query_pre_attn_scalar
-        if scalar is not None and float(scalar).is_integer():
-            values["query_pre_attn_scalar"] = int(scalar)  # transformers wants an int
-        if self.num_experts:
-            is_mixtral = self.model_type == "mixtral"
-            key = "num_local_experts" if is_mixtral else "num_experts"
-            values[key] = self.num_experts
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        return _written(self)
 
 
 _SIZES = (
@@ -335,6 +330,11 @@ _NUMBERS = {
     "router_aux_loss_coef": (False, False),
     "sliding_window": (False, True),
     "query_pre_attn_scalar": (True, True),
+    "embedding_multiplier": (True, False),
+    "residual_multiplier": (True, False),
+    "attention_multiplier": (True, True),
+    "logits_scaling": (True, False),
+    "logit_scale": (True, False),
     "attn_logit_softcapping": (True, True),
     "final_logit_softcapping": (True, True),
 }
@@ -356,6 +356,51 @@ def family_of(model_type: Any) -> Family:
     return FAMILIES[model_type]
 
 
+def _written(config: ModelConfig) -> dict[str, Any]:
+    """What `ModelConfig.to_hf` gives."""
+    family, types = config.family, config.layer_types
+    ropes: Any = config.rope.to_hf()
+    if config.local_rope is not None:
+        ropes = {FULL: ropes, SLIDING: config.local_rope.to_hf()}
+    if family.default_rotary_factor != 1.0:
+        ropes["partial_rotary_factor"] = config.rope.partial_rotary_factor
+    trained_length = config.rope.original_max_position_embeddings
+    derived = {
+        "attention_bias": config.qkv_bias,
+        "attention_out_bias": config.o_bias,
+        "no_rope_layers": [int(turned) for turned in config.rotary_layers],
+        "position_embedding_type": "rope" if all(config.rotary_layers) else None,
+        "use_sliding_window": config.sliding_window is not None,
+        "max_window_layers": (*types, SLIDING).index(SLIDING),
+        "original_max_position_embeddings": (
+            trained_length or config.max_position_embeddings
+        ),
+    }
+    # A mixture's number of experts has one of two names, the activation too.
+    own_names = family.keys - {"num_experts", "hidden_act"}
+    values: dict[str, Any] = {
+        **{k: v for k, v in vars(config).items() if k in own_names},
+        **{k: v for k, v in derived.items() if k in family.keys},
+        **family.exported,
+        **{k: v[0] for k, v in family.must_be.items() if v[0] is not None},
+        # Whoever trains the export applies what was applied here: none.
+        **dict.fromkeys(family.unused_dropout, 0.0),
+        "architectures": [family.architecture],
+        family.activation_key: config.hidden_act,
+        family.norm_eps_key: config.rms_norm_eps,
+        family.mlp_width_key: config.intermediate_size,
+        "rope_parameters": ropes,
+    }
+    scalar = config.query_pre_attn_scalar
+    if scalar is not None and float(scalar).is_integer():
+        values["query_pre_attn_scalar"] = int(scalar)  # transformers wants an int
+    if config.num_experts:
+        is_mixtral = config.model_type == "mixtral"
+        key = "num_local_experts" if is_mixtral else "num_experts"
+        values[key] = config.num_experts
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
 @functools.cache
 def _weight_shapes(config: ModelConfig) -> Mapping[tuple[str, ...], tuple[int, ...]]:
     """The shape of each weight by its path; those of layers are stacked on axis 0."""
@@ -369,6 +414,8 @@ def refused_options(options: Mapping[str, Any], family: Family) -> list[str]:
     """A line that names every option whose effect this decoder would leave out."""
     refused = []
     for name, value in options.items():
+        if name in family.must_be or name in family.unused_dropout:
+            continue
         if name in REFUSED_UNLESS:
             if value not in REFUSED_UNLESS[name]:
                 refused.append(
@@ -378,9 +425,10 @@ def refused_options(options: Mapping[str, Any], family: Family) -> list[str]:
         # An option of another family that is off changes nothing.
         if not family.understands(name) and value is not None and value is not False:
             refused.append(f"{name} = {shown(value, 60)}")
-    for name in family.must_be_none:
-        if options.get(name) is not None:
-            refused.append(f"{name} = {shown(options[name], 60)} (only None)")
+    for name, allowed in family.must_be.items():
+        value = options.get(name, family.defaults.get(name))
+        if value not in allowed:
+            refused.append(f"{name} = {shown(value, 60)} (only {allowed[0]!r})")
     if not refused:
         return []
     return [
@@ -388,6 +436,25 @@ def refused_options(options: Mapping[str, Any], family: Family) -> list[str]:
         f" implement: {'; '.join(refused)}. Remove each that the weights do not"
         " need, or train another model"
     ]
+
+
+def _wrong_experts(config: ModelConfig) -> Iterator[str]:
+    chosen = config.num_experts_per_tok
+    if config.family.expert_width_key is None and (config.num_experts or chosen):
+        yield (
+            f"model.num_experts = {config.num_experts}: a {config.model_type} has no"
+            " experts; use a model_type of mixtral or qwen3_moe"
+        )
+    if chosen > config.num_experts:
+        yield (
+            f"model.num_experts_per_tok = {chosen} exceeds num_experts ="
+            f" {config.num_experts}"
+        )
+    if config.model_type == "mixtral" and not config.norm_topk_prob:
+        yield (
+            "model.norm_topk_prob = False: a mixtral's weights always sum to 1; use"
+            " model_type = 'qwen3_moe'"
+        )
 
 
 def _too_large(config: ModelConfig) -> Iterator[str]:
@@ -403,6 +470,13 @@ def _too_large(config: ModelConfig) -> Iterator[str]:
             f"model: {sizes} make {weights / 1e12:,.0f} trillion weights, which"
             f" need {weights * 2 / 2**40:,.0f} TiB in bfloat16: lower the sizes"
         )
+
+
+def _activation(given: Mapping[str, Any], family: Family) -> Any:
+    """The activation's name; some families mean another by it."""
+    name = given[family.activation_key]
+    renamed = family.activation_names
+    return renamed.get(name, name) if isinstance(name, str) else name
 
 
 def _count(size: int) -> str:
@@ -468,18 +542,46 @@ def _attention_kinds(
     if "use_sliding_window" in family.keys and not given["use_sliding_window"]:
         window = None
     if given.get("layer_types") is not None:
-        layer_types = tuple(given["layer_types"])
+        layer_types = tuple(_OLD_TYPES.get(kind, kind) for kind in given["layer_types"])
     elif family.window_rule == "pattern":
         # Every p-th layer is full: Gemma 2 has p = 2, Gemma 3 p = 6.
-        pattern = given["sliding_window_pattern"] or family.window_pattern
+        pattern = given.get("sliding_window_pattern") or family.window_pattern
         layer_types = tuple(
             SLIDING if (i + 1) % pattern else FULL for i in range(num_layers)
         )
     elif window is None:
         layer_types = (FULL,) * num_layers
+    elif family.window_rule == "unturned":
+        turns = _rotary_layers(given, family, ())
+        layer_types = tuple(FULL if turned else SLIDING for turned in turns)
     elif family.window_rule == "from_layer":
         first = given["max_window_layers"]
         layer_types = tuple(SLIDING if i >= first else FULL for i in range(num_layers))
     else:
         layer_types = (SLIDING,) * num_layers
     return layer_types, window
+
+
+def _rotary_layers(
+    given: Mapping[str, Any], family: Family, layer_types: tuple[str, ...]
+) -> tuple[bool, ...]:
+    """Whether each layer turns queries and keys; empty where all do in the family.
+
+    Raises:
+        ValueError: the interval between layers that do not is no number of layers.
+    """
+    layers = given["num_hidden_layers"]
+    if family.rotary_layers == "sliding":
+        return tuple(kind == SLIDING for kind in layer_types)
+    if family.rotary_layers == "typed":
+        return (given["position_embedding_type"] == "rope",) * layers
+    if family.rotary_layers == "all":
+        return ()
+    if given["no_rope_layers"] is not None:
+        return tuple(map(bool, given["no_rope_layers"][:layers]))
+    interval = given["no_rope_layer_interval"]
+    if interval < 1:
+        raise ValueError(
+            f"model.no_rope_layer_interval = {interval}: must be a positive integer"
+        )
+    return tuple((i + 1) % interval != 0 for i in range(layers))

@@ -9,8 +9,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Key, Shaped
 
 from jaxtrain.models import layers, moe
-from jaxtrain.models.layers import Attend, Attention, Mlp, Options, RMSNorm, Rotary
+from jaxtrain.models.layers import Attend, Attention, Mlp, Options, RMSNorm
 from jaxtrain.models.moe import RouterLoad
+from jaxtrain.models.rope import Rotary
 
 
 class Router(nnx.Module):
@@ -93,24 +94,23 @@ class SparseMlp(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
-    """Attention, then the MLP, each added to the stream that it reads normalized.
+    """Attention, then the MLP, each added to the stream.
 
-    Gemma also normalizes what is added; `post_attention_layernorm` is that norm there,
-    and the one before the MLP in every other family, as in the published weights. The
-    MLP is one of many in a mixture of experts.
+    The family says what is normalized: what they read, what they add, or both. Norms
+    are called as in the published weights, so that `post_attention_layernorm` is in
+    some families what the MLP reads, in others what attention adds. Where one norm
+    serves both, both read the stream as it is before the layer. The MLP is one of many
+    in a mixture of experts.
     """
 
     def __init__(self, options: Options, rngs: nnx.Rngs) -> None:
         self.options = options
-        width = options.config.hidden_size
-        self.input_layernorm = RMSNorm(width, "embed", options)
+        config, family = options.config, options.config.family
         self.self_attn = Attention(options, rngs)
-        self.post_attention_layernorm = RMSNorm(width, "embed", options)
-        if options.config.family.norms == "around":
-            self.pre_feedforward_layernorm = RMSNorm(width, "embed", options)
-            self.post_feedforward_layernorm = RMSNorm(width, "embed", options)
-        mlp = SparseMlp if options.config.num_experts else Mlp
-        self.mlp: Mlp | SparseMlp = mlp(options, rngs)
+        for name in filter(None, vars(family.norm_names).values()):
+            setattr(self, name, RMSNorm(config.hidden_size, "embed", options))
+        mlp = SparseMlp if config.num_experts else Mlp
+        setattr(self, family.mlp_names.module, mlp(options, rngs))
 
     def __call__(
         self,
@@ -125,20 +125,26 @@ class DecoderLayer(nnx.Module):
         `counted` says how often a token counts in the load; padding does not. The load
         is None where there is no router.
         """
-        load = None
-        around = self.options.config.family.norms == "around"
+        config, family = self.options.config, self.options.config.family
+        names = family.norm_names
+        load, residual = None, config.residual_multiplier
         with jax.named_scope("attention"):
-            added, kept = self.self_attn(
-                self.input_layernorm(x), rotary, attend, dropout_key
-            )
-            x += self.post_attention_layernorm(added) if around else added
+            read = self._normalized(names.before_attention, x)
+            added, kept = self.self_attn(read, rotary, attend, dropout_key)
+            added = self._normalized(names.after_attention, added)
+            x += layers.multiplied(added, residual)
         with jax.named_scope("mlp"):
-            if isinstance(self.mlp, SparseMlp):
-                added, load = self.mlp(self.post_attention_layernorm(x), counted)
-                x += added
-            elif around:
-                added = self.mlp(self.pre_feedforward_layernorm(x), dropout_key)
-                x += self.post_feedforward_layernorm(added)
+            if family.norms != "shared":
+                read = self._normalized(names.before_mlp, x)
+            mlp: Mlp | SparseMlp = getattr(self, family.mlp_names.module)
+            if isinstance(mlp, SparseMlp):
+                added, load = mlp(read, counted)
             else:
-                x += self.mlp(self.post_attention_layernorm(x), dropout_key)
+                added = mlp(read, dropout_key)
+            added = self._normalized(names.after_mlp, added)
+            x += layers.multiplied(added, residual)
         return self.options.constrain(x, ("batch", "sequence", "embed")), kept, load
+
+    def _normalized(self, name: str | None, x: Array) -> Array:
+        """x after the norm of this name; x itself where there is none."""
+        return x if name is None else getattr(self, name)(x)

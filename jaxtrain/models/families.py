@@ -9,40 +9,134 @@ from typing import Any, Literal
 
 
 @dataclasses.dataclass(frozen=True)
+class LayerNorms:
+    """What a layer's norms are called, as in its weights; None where there is none.
+
+    `before_*` is what attention or the MLP reads, `after_*` what it adds to the stream.
+    """
+
+    before_attention: str | None = None
+    after_attention: str | None = None
+    before_mlp: str | None = None
+    after_mlp: str | None = None
+
+
+# Which norms a layer has, and what they are usually called.
+_NORMS: Mapping[str, LayerNorms] = {
+    "before": LayerNorms(
+        before_attention="input_layernorm", before_mlp="post_attention_layernorm"
+    ),
+    "after": LayerNorms(
+        after_attention="post_attention_layernorm",
+        after_mlp="post_feedforward_layernorm",
+    ),
+    "around": LayerNorms(
+        before_attention="input_layernorm",
+        after_attention="post_attention_layernorm",
+        before_mlp="pre_feedforward_layernorm",
+        after_mlp="post_feedforward_layernorm",
+    ),
+    "around_glm": LayerNorms(
+        before_attention="input_layernorm",
+        after_attention="post_self_attn_layernorm",
+        before_mlp="post_attention_layernorm",
+        after_mlp="post_mlp_layernorm",
+    ),
+    "shared": LayerNorms(before_attention="input_layernorm"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MlpNames:
+    """What a plain MLP is called in a layer, and its projections where fused."""
+
+    module: str = "mlp"
+    gate_up: str = "gate_up_proj"
+    down: str = "down_proj"
+
+
+@dataclasses.dataclass(frozen=True)
 class Family:
     """One row of the table.
 
     `defaults`: the keys of a config.json that the family understands, each with the
     value that transformers gives it where it is absent. They are written down here
     because asking transformers imports PyTorch, where that is installed.
-    `norms`: whether a layer normalizes what attention and the MLP read ("before"), or
-    also what they add ("around").
-    `qk_norm`: whether queries and keys are normalized, each head by itself ("head").
+    `activation_key`, `norm_eps_key`, `mlp_width_key`: what the family calls the
+    activation, the epsilon of norms and the width of the MLP.
+    `activation_names`: activations that the family means another by.
+    `head_dim_is_share`: the heads always share hidden_size.
+    `norms`: whether a layer normalizes what attention and the MLP read ("before"), what
+    they add ("after") or both ("around"; "around_glm" under GLM-4's names), or has one
+    norm that attention and the MLP both read, side by side ("shared").
+    `norm_kind`: a norm divides by the root mean square ("rms"), or subtracts the mean
+    first and divides by the standard deviation ("layer", without a bias).
+    `qk_norm`: whether queries and keys are normalized, each head by itself ("head") or
+    all heads as one vector ("width").
     `unit_offset_norm`: a norm multiplies by 1 + scale (Gemma stores scale - 1).
+    `fused`: which projections are one matrix: none, gate and up of the MLP ("mlp"), or
+    queries, keys and values too ("all").
+    `o_bias_key`: the config key that gives the attention's output a bias, if any does.
+    `rotary_pairs`: features that turn together: i and i + half ("halves"), or 2 i and
+    2 i + 1 ("interleaved").
+    `rotary_layers`: which layers turn queries and keys: "all", those that
+    `no_rope_layers` has a 1 for ("listed"), those with a window ("sliding"), or all if
+    `position_embedding_type` is "rope" and else none ("typed").
+    `default_rotary_factor`: `partial_rotary_factor` where it is absent.
+    `default_rope`: the rope parameters of a config that has none.
+    `scales_queries`: queries grow with their position, by `llama_4_scaling_beta`.
+    `local_rope`: the rotary embedding of sliding layers is that of the others ("none"),
+    has a base of its own and is never scaled ("own_base", Gemma 3), or has the same
+    base and leaves out the others' scaling ("unscaled", OLMo 3).
     `window_rule`: which layers slide when `layer_types` is absent: "none", "all" of
-    them if a window is given, those "from_layer" max_window_layers on, or all but
-    each p-th ("pattern"); none in a family with `use_sliding_window` unless that is on.
+    them if a window is given, those "from_layer" max_window_layers on, all but each
+    p-th ("pattern"), or those that do not turn queries and keys ("unturned"); none in a
+    family with `use_sliding_window` unless that is on.
     `window_pattern`: p, where a config has no `sliding_window_pattern`.
     `expert_width_key`: of a mixture of experts, the config key of an expert's width.
+    `unused_dropout`: dropout that published configs ask for in training. It is not
+    applied here; a warning says so.
+    `exported`: keys of what the family has not here, with values that transformers'
+    own checks take.
+    `must_be`: keys of which only these values are implemented.
     """
 
     architecture: str
     defaults: Mapping[str, Any]
     activation_key: str = "hidden_act"
-    norms: Literal["before", "around"] = "before"
-    qk_norm: Literal["none", "head"] = "none"
+    activation_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    head_dim_is_share: bool = False
+    norm_eps_key: str = "rms_norm_eps"
+    mlp_width_key: str = "intermediate_size"
+    norms: Literal["before", "after", "around", "around_glm", "shared"] = "before"
+    norm_kind: Literal["rms", "layer"] = "rms"
+    qk_norm: Literal["none", "head", "width"] = "none"
     unit_offset_norm: bool = False
     scale_embeddings: bool = False
-    fused_projections: bool = False
+    fused: Literal["none", "mlp", "all"] = "none"
+    mlp_names: MlpNames = MlpNames()
     always_qkv_bias: bool = False
+    o_bias_key: str | None = "attention_bias"
     partial_rotary: bool = False
-    local_rope: bool = False
+    rotary_pairs: Literal["halves", "interleaved"] = "halves"
+    rotary_layers: Literal["all", "listed", "sliding", "typed"] = "all"
+    scales_queries: bool = False
+    local_rope: Literal["none", "own_base", "unscaled"] = "none"
     default_rope_theta: float = 10_000.0
-    window_rule: Literal["none", "all", "from_layer", "pattern"] = "none"
+    default_rotary_factor: float = 1.0
+    default_rope: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    window_rule: Literal["none", "all", "from_layer", "pattern", "unturned"] = "none"
     window_pattern: int = 0
     expert_width_key: str | None = None
     ignored_keys: frozenset[str] = frozenset()
-    must_be_none: tuple[str, ...] = ()
+    unused_dropout: tuple[str, ...] = ()
+    exported: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    must_be: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def norm_names(self) -> LayerNorms:
+        """The names of a layer's norms."""
+        return _NORMS[self.norms]
 
     @property
     def keys(self) -> frozenset[str]:
@@ -52,7 +146,8 @@ class Family:
     def understands(self, key: str) -> bool:
         """Whether this decoder knows what a key of a config.json says, or that it says
         nothing about the maths."""
-        known = self.keys | self.ignored_keys | BOOKKEEPING_KEYS
+        known = self.keys | self.ignored_keys | self.must_be.keys() | BOOKKEEPING_KEYS
+        known |= {*self.unused_dropout}
         return key in known or key.startswith("_")
 
 
@@ -85,6 +180,17 @@ _GEMMA: dict[str, Any] = _COMMON | {
     "pad_token_id": 0, "attention_bias": False, "query_pre_attn_scalar": 256,
     "sliding_window": 4096, "layer_types": None, "sliding_window_pattern": None,
     "final_logit_softcapping": None, "attn_logit_softcapping": None,
+}  # fmt: skip
+_OLMO: dict[str, Any] = _COMMON | {
+    "vocab_size": 50_304, "intermediate_size": 11_008, "num_key_value_heads": None,
+    "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "bos_token_id": None,
+    "eos_token_id": 50_279, "pad_token_id": 1, "attention_bias": False,
+}  # fmt: skip
+_GRANITE: dict[str, Any] = _COMMON | {
+    "intermediate_size": 11_008, "num_key_value_heads": None,
+    "max_position_embeddings": 2048, "attention_bias": False,
+    "embedding_multiplier": 1.0, "residual_multiplier": 1.0,
+    "attention_multiplier": 1.0, "logits_scaling": 1.0,
 }  # fmt: skip
 
 
@@ -141,12 +247,12 @@ FAMILIES: Mapping[str, Family] = {
         qk_norm="head",
         unit_offset_norm=True,
         scale_embeddings=True,
-        local_rope=True,
+        local_rope="own_base",
         default_rope_theta=1_000_000.0,
         window_rule="pattern",
         window_pattern=6,
         # transformers reads this key and then leaves it out of the attention.
-        must_be_none=("attn_logit_softcapping",),
+        must_be={"attn_logit_softcapping": (None,)},
     ),
     "phi3": Family(
         architecture="Phi3ForCausalLM",
@@ -164,9 +270,224 @@ FAMILIES: Mapping[str, Family] = {
             "partial_rotary_factor": None,
             "sliding_window": None,
         },
-        fused_projections=True,
+        fused="all",
         partial_rotary=True,
         window_rule="all",
+    ),
+    "gemma": Family(
+        architecture="GemmaForCausalLM",
+        defaults=_COMMON
+        | {
+            "vocab_size": 256_000,
+            "hidden_size": 3072,
+            "intermediate_size": 24_576,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 16,
+            "head_dim": 256,
+            "hidden_act": "gelu_pytorch_tanh",
+            "max_position_embeddings": 8192,
+            "tie_word_embeddings": True,
+            "bos_token_id": 2,
+            "eos_token_id": 1,
+            "pad_token_id": 0,
+            "attention_bias": False,
+        },
+        unit_offset_norm=True,
+        scale_embeddings=True,
+        # The first published files say "gelu" and mean the approximation. Others have
+        # hidden_activation too, but transformers reads hidden_act alone.
+        activation_names={"gelu": "gelu_pytorch_tanh"},
+        ignored_keys=frozenset({"hidden_activation"}),
+    ),
+    "glm4": Family(
+        architecture="Glm4ForCausalLM",
+        defaults=_COMMON
+        | {
+            "vocab_size": 151_552,
+            "intermediate_size": 13_696,
+            "num_hidden_layers": 40,
+            "num_key_value_heads": 2,
+            "head_dim": 128,
+            "rms_norm_eps": 1.5625e-7,
+            "bos_token_id": None,
+            "eos_token_id": (151_329, 151_336, 151_338),
+            "pad_token_id": 151_329,
+            "partial_rotary_factor": None,
+            "attention_bias": True,
+        },
+        norms="around_glm",
+        fused="mlp",
+        o_bias_key=None,
+        partial_rotary=True,
+        default_rotary_factor=0.5,
+        rotary_pairs="interleaved",
+    ),
+    "ministral3": Family(
+        architecture="Ministral3ForCausalLM",
+        defaults=_COMMON
+        | {
+            "vocab_size": 131_072,
+            "num_hidden_layers": 34,
+            "head_dim": 128,
+            "max_position_embeddings": 262_144,
+            "rms_norm_eps": 1e-5,
+            "pad_token_id": 11,
+            "sliding_window": None,
+        },
+        default_rope_theta=1_000_000.0,
+        default_rope={
+            "rope_type": "yarn",
+            "factor": 16.0,
+            "original_max_position_embeddings": 16_384,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.1,
+        },
+        scales_queries=True,
+        window_rule="all",
+    ),
+    "olmo2": Family(
+        architecture="Olmo2ForCausalLM",
+        defaults=_OLMO,
+        norms="after",
+        qk_norm="width",
+    ),
+    "olmo3": Family(
+        architecture="Olmo3ForCausalLM",
+        defaults=_OLMO
+        | {
+            "sliding_window": 4096,
+            "layer_types": None,
+        },
+        norms="after",
+        qk_norm="width",
+        default_rope_theta=500_000.0,
+        local_rope="unscaled",
+        window_rule="pattern",
+        window_pattern=4,
+    ),
+    "smollm3": Family(
+        architecture="SmolLM3ForCausalLM",
+        defaults=_COMMON
+        | {
+            "vocab_size": 128_256,
+            "hidden_size": 2048,
+            "intermediate_size": 11_008,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 32_768,
+            "tie_word_embeddings": True,
+            "bos_token_id": 128_000,
+            "eos_token_id": 128_001,
+            "pad_token_id": 128_004,
+            "attention_bias": False,
+            "mlp_bias": False,
+            "use_sliding_window": False,
+            "sliding_window": None,
+            "layer_types": None,
+            "no_rope_layers": None,
+            "no_rope_layer_interval": 4,
+        },
+        default_rope_theta=2_000_000.0,
+        rotary_layers="listed",
+        window_rule="unturned",
+        # The published file carries these, but nothing reads them.
+        ignored_keys=frozenset({"max_window_layers", "pretraining_tp"}),
+    ),
+    "granite": Family(
+        architecture="GraniteForCausalLM",
+        defaults=_GRANITE | {"mlp_bias": False},
+    ),
+    "granitemoehybrid": Family(
+        architecture="GraniteMoeHybridForCausalLM",
+        # Without layer_types, all layers are Mamba's.
+        defaults={k: v for k, v in _GRANITE.items() if k != "intermediate_size"}
+        | {
+            "shared_intermediate_size": 1024,
+            "layer_types": ("linear_attention",),
+            "num_local_experts": 8,
+            "position_embedding_type": None,
+        },
+        mlp_width_key="shared_intermediate_size",
+        fused="mlp",
+        mlp_names=MlpNames("shared_mlp", "input_linear", "output_linear"),
+        rotary_layers="typed",
+        # Of experts and of Mamba's layers, which the dense models have none of.
+        ignored_keys=frozenset(
+            {
+                "intermediate_size",
+                "mamba_chunk_size",
+                "mamba_conv_bias",
+                "mamba_d_conv",
+                "mamba_d_head",
+                "mamba_d_state",
+                "mamba_expand",
+                "mamba_n_groups",
+                "mamba_n_heads",
+                "mamba_proj_bias",
+                "num_experts_per_tok",
+                "output_router_logits",
+                "router_aux_loss_coef",
+                "time_step_limit",
+            }
+        ),
+        exported={"mamba_n_heads": 1, "mamba_d_head": "auto"},
+        must_be={"num_local_experts": (0,)},
+    ),
+    "seed_oss": Family(
+        architecture="SeedOssForCausalLM",
+        defaults=_COMMON
+        | {
+            "vocab_size": 155_136,
+            "intermediate_size": 27_648,
+            "num_hidden_layers": 64,
+            "num_attention_heads": 80,
+            "head_dim": 128,
+            "max_position_embeddings": 524_288,
+            "bos_token_id": 0,
+            "pad_token_id": 1,
+            "attention_bias": True,
+            "attention_out_bias": False,
+            "mlp_bias": False,
+        },
+        o_bias_key="attention_out_bias",
+        ignored_keys=frozenset({"pretraining_tp"}),
+        unused_dropout=("attention_dropout", "residual_dropout"),
+    ),
+    "cohere2": Family(
+        architecture="Cohere2ForCausalLM",
+        defaults={k: v for k, v in _COMMON.items() if k != "rms_norm_eps"}
+        | {
+            "vocab_size": 256_000,
+            "hidden_size": 8192,
+            "intermediate_size": 22_528,
+            "num_hidden_layers": 40,
+            "num_attention_heads": 64,
+            "num_key_value_heads": None,
+            "max_position_embeddings": 8192,
+            "layer_norm_eps": 1e-5,
+            "tie_word_embeddings": True,
+            "bos_token_id": 5,
+            "eos_token_id": 255_001,
+            "pad_token_id": 0,
+            "attention_bias": False,
+            "sliding_window": 4096,
+            "sliding_window_pattern": None,
+            "layer_types": None,
+            "logit_scale": 0.0625,
+        },
+        norm_eps_key="layer_norm_eps",
+        head_dim_is_share=True,
+        norms="shared",
+        norm_kind="layer",
+        rotary_pairs="interleaved",
+        rotary_layers="sliding",
+        window_rule="pattern",
+        window_pattern=4,
     ),
     "mixtral": Family(
         architecture="MixtralForCausalLM",

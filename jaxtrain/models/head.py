@@ -62,7 +62,7 @@ def make_head_adapter(
 def unembed(
     options: Options, params: Params, hidden: Float[Array, "B T D"]
 ) -> Float32[Array, "B T V"]:
-    """Logits of hidden states, after the final soft cap."""
+    """Logits of hidden states, scaled and after the final soft cap."""
     config = options.config
     table, vocab_axis = get_unembedding(config, params)
     rows = hidden.reshape(-1, hidden.shape[-1])
@@ -81,6 +81,8 @@ def unembed(
             logits += added.reshape(logits.shape)
             if adapter.gain is not None:
                 logits *= adapter.gain
+    if config.logit_multiplier != 1.0:
+        logits *= config.logit_multiplier
     logits = options.constrain(logits, ("batch", "sequence", "vocab"))
     cap = config.final_logit_softcapping
     return logits if cap is None else cap * jnp.tanh(logits / cap)

@@ -10,6 +10,7 @@ note of whoever published the model: named in a warning and passed over.
 import functools
 import inspect
 import logging
+import operator
 import os
 import pathlib
 import types
@@ -33,13 +34,16 @@ _Number = int | float
 _RIGHT_TYPES: Mapping[str, Any] = {
     "architectures": list[str] | None,
     "attention_bias": bool,
+    "attention_out_bias": bool,
     "attention_dropout": _Number,
+    "attention_multiplier": _Number,
     "attn_logit_softcapping": float | None,
     "bos_token_id": int | None,
     "chunk_size_feed_forward": int,
     "decoder_sparse_step": int,
     "dtype": str | None,
     "embd_pdrop": _Number,
+    "embedding_multiplier": _Number,
     "eos_token_id": int | list[int] | None,
     "final_logit_softcapping": float | None,
     "head_dim": int,
@@ -49,12 +53,17 @@ _RIGHT_TYPES: Mapping[str, Any] = {
     "initializer_range": float,
     "intermediate_size": int,
     "is_encoder_decoder": bool,
+    "layer_norm_eps": float,
     "layer_types": list[str] | None,
+    "logit_scale": float,
+    "logits_scaling": _Number,
     "max_position_embeddings": int,
     "max_window_layers": int,
     "mlp_bias": bool,
     "mlp_only_layers": list[int] | None,
     "moe_intermediate_size": int,
+    "no_rope_layer_interval": int,
+    "no_rope_layers": list[int] | None,
     "norm_topk_prob": bool,
     "num_attention_heads": int,
     "num_experts": int,
@@ -68,7 +77,10 @@ _RIGHT_TYPES: Mapping[str, Any] = {
     "partial_rotary_factor": _Number | None,
     "pretraining_tp": int | None,
     "query_pre_attn_scalar": int,
+    "position_embedding_type": str | None,
     "resid_pdrop": _Number,
+    "residual_dropout": _Number,
+    "residual_multiplier": _Number,
     "rms_norm_eps": float,
     "rope_local_base_freq": _Number | None,
     "rope_parameters": dict | None,
@@ -76,6 +88,7 @@ _RIGHT_TYPES: Mapping[str, Any] = {
     "rope_theta": _Number | None,
     "router_aux_loss_coef": float,
     "router_jitter_noise": float,
+    "shared_intermediate_size": int,
     "sliding_window": int | None,
     "sliding_window_pattern": int | None,
     "tie_word_embeddings": bool,
@@ -149,6 +162,13 @@ def load_config(path: str | os.PathLike[str]) -> ModelConfig:
     except ValueError as error:
         lines = str(error).splitlines()
         raise ValueError("\n".join(f"{file}: {line}" for line in lines)) from error
+    dropout = {name: options.get(name) for name in family.unused_dropout}
+    if any(dropout.values()):
+        logger.warning(
+            "%s asks for dropout in training, %s, which is not applied here",
+            file,
+            ", ".join(f"{name} = {value}" for name, value in dropout.items() if value),
+        )
     if unknown:
         logger.warning(
             "%s has keys that neither this decoder nor transformers knows; they are"
@@ -276,8 +296,10 @@ def _is_of(value: Any, wanted: Any) -> bool:
     if origin in (typing.Union, types.UnionType):
         return any(_is_of(value, each) for each in typing.get_args(wanted))
     if origin is list:
-        (of,) = typing.get_args(wanted)
+        of = functools.reduce(operator.or_, typing.get_args(wanted))
         return isinstance(value, list) and all(_is_of(each, of) for each in value)
+    if wanted is float and isinstance(value, dict):
+        return value.keys() == {"__float__"}  # how transformers writes infinity
     if wanted is type(None):
         return value is None
     if typing.is_typeddict(wanted) or wanted is dict or origin is dict:

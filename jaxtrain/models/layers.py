@@ -19,12 +19,11 @@ from jaxtyping import Array, Float, Int32, Key
 
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.quantization import Quantization, dequantize, multiply, quantize
-from jaxtrain.models.rope import rotate
+from jaxtrain.models.rope import Rotary, rotate
 from jaxtrain.types import LogicalAxes
 
 # (query, key, value) -> (what each query read, [B T N H]; whatever must be kept).
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
-Rotary = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]
 # (function, axes of each argument, axes of the result, axis summed over) -> the same
 # function, run on each device's own part; see sharding.ShardingPlan.map_shards.
 MapShards = Callable[
@@ -238,8 +237,18 @@ def drop_inputs(x: Array, rate: float, key: Key[Array, ""] | None) -> Array:
     return jnp.where(kept, x / (1 - rate), jnp.zeros((), x.dtype))
 
 
+def multiplied(x: Array, factor: float | Array) -> Array:
+    """x * factor, where the factor is not rounded to the type of x."""
+    if isinstance(factor, float | int) and factor == 1.0:
+        return x
+    return (x.astype(jnp.float32) * factor).astype(x.dtype)
+
+
 class RMSNorm(nnx.Module):
-    """x / rms(x) * scale over the last axis, in float32 (arXiv:1910.07467)."""
+    """x / rms(x) * scale over the last axis, in float32 (arXiv:1910.07467).
+
+    In a family of LayerNorms (arXiv:1607.06450) the mean is subtracted first.
+    """
 
     def __init__(self, width: int, axis: str | None, options: Options) -> None:
         self.options = options
@@ -250,9 +259,12 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Float[Array, "*dims W"]) -> Float[Array, "*dims W"]:
         scale = self.scale[...].astype(jnp.float32) + self.offset
         epsilon = self.options.config.rms_norm_eps
+        centred = self.options.config.family.norm_kind == "layer"
 
         def normalize(x: Array, scale: Array) -> Array:
             x32 = x.astype(jnp.float32)
+            if centred:
+                x32 -= jnp.mean(x32, axis=-1, keepdims=True)
             mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
             return (x32 * jax.lax.rsqrt(mean_square + epsilon) * scale).astype(x.dtype)
 
@@ -283,7 +295,7 @@ class Attention(nnx.Module):
             path = f"self_attn.{name}"
             return Linear(path, sizes, axes, options, rngs, bias=config.qkv_bias)
 
-        if config.family.fused_projections:
+        if config.family.fused == "all":
             self.qkv_proj = project("qkv_proj", q_width + 2 * kv_width, "heads")
         else:
             self.q_proj = project("q_proj", q_width, "heads")
@@ -294,6 +306,9 @@ class Attention(nnx.Module):
         if config.family.qk_norm == "head":
             self.q_norm = RMSNorm(head_dim, None, options)
             self.k_norm = RMSNorm(head_dim, None, options)
+        elif config.family.qk_norm == "width":
+            self.q_norm = RMSNorm(q_width, "heads", options)
+            self.k_norm = RMSNorm(kv_width, "kv_heads", options)
 
     def __call__(
         self,
@@ -303,7 +318,7 @@ class Attention(nnx.Module):
         dropout_key: Key[Array, ""] | None,
     ) -> tuple[Float[Array, "B T D"], Any]:
         config, constrain = self.options.config, self.options.constrain
-        if config.family.fused_projections:
+        if config.family.fused == "all":
             q_width = config.num_attention_heads * config.head_dim
             kv_width = config.num_key_value_heads * config.head_dim
             fused, ends = self.qkv_proj(x, dropout_key), [q_width, q_width + kv_width]
@@ -311,11 +326,17 @@ class Attention(nnx.Module):
         else:
             projections = (self.q_proj, self.k_proj, self.v_proj)
             projected = [project(x, dropout_key) for project in projections]
+        if config.family.qk_norm == "width":
+            q, k, v = projected
+            projected = [self.q_norm(q), self.k_norm(k), v]
         heads = (*x.shape[:2], -1, config.head_dim)
         q, k, v = (y.reshape(heads) for y in projected)
         if config.family.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, *rotary), rotate(k, *rotary)
+        pairs = config.family.rotary_pairs
+        q, k = (rotate(y, rotary.cos, rotary.sin, pairs) for y in (q, k))
+        if rotary.query_scale is not None:
+            q = multiplied(q, rotary.query_scale[:, :, None, None])
         q = constrain(q, ("batch", "sequence", "heads", None))
         k = constrain(k, ("batch", "sequence", "kv_heads", None))
         v = constrain(v, ("batch", "sequence", "kv_heads", None))
@@ -331,34 +352,38 @@ class Mlp(nnx.Module):
 
     def __init__(self, options: Options, rngs: nnx.Rngs) -> None:
         self.options = options
-        config = options.config
+        config, names = options.config, options.config.family.mlp_names
         width, inner = config.hidden_size, config.intermediate_size
 
         def project(name: str, sizes: tuple[int, int], axes: tuple[str, str]) -> Linear:
-            path = f"mlp.{name}"
+            path = f"{names.module}.{name}"
             return Linear(path, sizes, axes, options, rngs, bias=config.mlp_bias)
 
         inwards = ("embed", "mlp")
-        if config.family.fused_projections:
-            self.gate_up_proj = project("gate_up_proj", (width, 2 * inner), inwards)
-        else:
+        if config.family.fused == "none":
             self.gate_proj = project("gate_proj", (width, inner), inwards)
             self.up_proj = project("up_proj", (width, inner), inwards)
-        self.down_proj = project("down_proj", (inner, width), ("mlp", "embed"))
+        else:
+            gate_up = project(names.gate_up, (width, 2 * inner), inwards)
+            setattr(self, names.gate_up, gate_up)
+        down = project(names.down, (inner, width), ("mlp", "embed"))
+        setattr(self, names.down, down)
 
     def __call__(
         self, x: Float[Array, "B T D"], dropout_key: Key[Array, ""] | None
     ) -> Float[Array, "B T D"]:
         config, constrain = self.options.config, self.options.constrain
-        if config.family.fused_projections:
-            gate, up = jnp.split(self.gate_up_proj(x, dropout_key), 2, axis=-1)
-        else:
+        names = config.family.mlp_names
+        if config.family.fused == "none":
             gate, up = self.gate_proj(x, dropout_key), self.up_proj(x, dropout_key)
+        else:
+            fused = getattr(self, names.gate_up)(x, dropout_key)
+            gate, up = jnp.split(fused, 2, axis=-1)
         gate, up = checkpoint_name(gate, "mlp_gate"), checkpoint_name(up, "mlp_up")
         activation = ACTIVATIONS[config.hidden_act]
         inner = _recomputed(lambda gate, up: activation(gate) * up)(gate, up)
         inner = constrain(inner, ("batch", "sequence", "mlp"))
-        return self.down_proj(inner, dropout_key)
+        return getattr(self, names.down)(inner, dropout_key)
 
 
 class Embedding(Adapted):
@@ -385,7 +410,7 @@ class Embedding(Adapted):
         if config.family.scale_embeddings:
             # The factor itself is rounded to the compute type, as transformers does.
             x *= jnp.asarray(math.sqrt(config.hidden_size), dtype)
-        return x
+        return multiplied(x, config.embedding_multiplier)
 
 
 class TiedHead(Adapted):

@@ -16,9 +16,9 @@ from jaxtyping import Array, Int32
 from jaxtrain.models.binding import bind, paths_with
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.decoder_layer import DecoderLayer
-from jaxtrain.models.layers import EmbeddingAndHead, Options, Rotary
+from jaxtrain.models.layers import EmbeddingAndHead, Options
 from jaxtrain.models.quantization import CODES, SCALES, is_quantized
-from jaxtrain.models.rope import rotary_tables
+from jaxtrain.models.rope import Rotary, make_rotary
 from jaxtrain.types import Params
 
 
@@ -78,20 +78,19 @@ def layer_rotary(
     segment_ids: Int32[Array, "B T"],
 ) -> Callable[[Array], Rotary]:
     """A function from a layer's number to its rotary tables, computed once."""
-    ropes = [config.rope_of(kind) for kind in config.layer_types]
-    choices = tuple(dict.fromkeys(ropes))
+    choices = tuple(dict.fromkeys(config.ropes))
     with jax.named_scope("rotary"):
         tables = [
-            rotary_tables(rope, config.head_dim, positions, segment_ids)
+            make_rotary(rope, config.head_dim, positions, segment_ids)
             for rope in choices
         ]
     if len(tables) == 1:
         return lambda index: tables[0]
-    cos, sin = (jnp.stack(parts) for parts in zip(*tables, strict=True))
-    choice_of_layer = jnp.asarray([choices.index(rope) for rope in ropes])
+    stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *tables)
+    choice_of_layer = jnp.asarray([choices.index(rope) for rope in config.ropes])
 
     def rotary_of_layer(index: Array) -> Rotary:
         choice = choice_of_layer[index]
-        return cos[choice], sin[choice]
+        return jax.tree.map(lambda table: table[choice], stacked)
 
     return rotary_of_layer

@@ -21,4 +21,4 @@ class Problems:
     def check(self) -> None:
         """Raise ValueError with every line noted so far, if there is one."""
         if self.lines:
-            raise ValueError("\n".join(self.lines))
+            raise ValueError("\n".join(dict.fromkeys(self.lines)))

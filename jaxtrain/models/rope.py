@@ -12,7 +12,7 @@ import dataclasses
 import math
 import sys
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,9 @@ _PARAMETERS: Mapping[str, tuple[str, str]] = {
     "longrope": ("short_factor long_factor", f"factor {_LENGTH} attention_factor"),
 }
 _KIND_KEYS = ("rope_type", "type")
+# In a family that scales queries, a parameter of every kind that has a trained length,
+# and a note beside it that nothing reads.
+_QUERY_SCALE, _QUERY_NOTE = "llama_4_scaling_beta", "max_position_embeddings"
 _COMMON_KEYS = ("rope_theta", "partial_rotary_factor")
 _ABOVE_ZERO = (
     "factor", "attention_factor", "beta_fast", "beta_slow", "high_freq_factor",
@@ -56,7 +59,8 @@ class RopeConfig:
     """One rotary embedding. `kind` says which of the parameters count.
 
     `theta` is the base of the frequencies theta ** (-2 i / rotary width);
-    `partial_rotary_factor` the share of a head's width that turns.
+    `partial_rotary_factor` the share of a head's width that turns. Queries at position
+    p are multiplied by 1 + `llama_4_scaling_beta` log(1 + floor(p / trained length)).
     """
 
     kind: str = "default"
@@ -74,6 +78,7 @@ class RopeConfig:
     truncate: bool | None = None
     short_factor: tuple[float, ...] | None = None
     long_factor: tuple[float, ...] | None = None
+    llama_4_scaling_beta: float | None = None
 
     @classmethod
     def from_hf(
@@ -93,13 +98,16 @@ class RopeConfig:
                 f" {', '.join(_PARAMETERS)}"
             )
         required, optional = (words.split() for words in _PARAMETERS[kind])
+        if family.scales_queries:
+            parameters.pop(_QUERY_NOTE, None)
+            optional += [_QUERY_SCALE] if _LENGTH in optional else []
         _check_values(parameters, {*required, *optional, *_COMMON_KEYS})
         stored = parameters.pop("rope_theta", None)
         theta = theta if stored is None else stored
         partial = parameters.pop("partial_rotary_factor", None)
         if partial is None:
             partial = options.get("partial_rotary_factor")
-        partial = 1.0 if partial is None else float(partial)
+        partial = family.default_rotary_factor if partial is None else float(partial)
         if kind == "default":  # a length that nothing is scaled by
             parameters.pop(_LENGTH, None)
         parameters = {
@@ -135,13 +143,30 @@ class RopeConfig:
         values: dict[str, Any] = {"rope_type": self.kind, "rope_theta": self.theta}
         if self.partial_rotary_factor != 1.0:
             values["partial_rotary_factor"] = self.partial_rotary_factor
-        for name in " ".join(_PARAMETERS[self.kind]).split():
+        for name in [*" ".join(_PARAMETERS[self.kind]).split(), _QUERY_SCALE]:
             value = getattr(self, name)
             # Under dynamic the length is max_position_embeddings.
             implied = self.kind == "dynamic" and name == _LENGTH
             if value is not None and not implied:
                 values[name] = list(value) if isinstance(value, tuple) else value
         return values
+
+    def with_query_scale_of(self, trained: "RopeConfig") -> "RopeConfig":
+        """This one with the scale of queries that the model was trained with.
+
+        Raises:
+            ValueError: there is one, and this kind has no trained length to go by.
+        """
+        beta = trained.llama_4_scaling_beta
+        if beta is None or self.llama_4_scaling_beta is not None:
+            return self
+        if self.original_max_position_embeddings is None:
+            raise ValueError(
+                f"rope_type = {shown(self.kind)}: this model scales queries by"
+                f" {_QUERY_SCALE} = {beta} and their distance from a trained length,"
+                " which this kind has not; use yarn"
+            )
+        return dataclasses.replace(self, llama_4_scaling_beta=beta)
 
     def rotary_width(self, head_dim: int) -> int:
         """How many features of a head turn; the others pass unchanged."""
@@ -186,6 +211,10 @@ class RopeConfig:
         return bool(np.isfinite(frequencies).all()) and math.isfinite(scale)
 
 
+# What layers have that turn nothing: every angle is 0.
+UNTURNED = RopeConfig("none")
+
+
 def kind_of(parameters: Mapping[str, Any], family: Family) -> Any:
     """The kind that rope parameters name, as transformers 4 or 5 spells it."""
     kind = parameters.get("rope_type", parameters.get("type")) or "default"
@@ -203,6 +232,8 @@ def unread_parameters(parameters: Mapping[str, Any], family: Family) -> list[str
     if not isinstance(kind, str) or kind not in _PARAMETERS:
         return []
     read = {*_KIND_KEYS, *_COMMON_KEYS, _LENGTH, *" ".join(_PARAMETERS[kind]).split()}
+    if family.scales_queries:
+        read |= {_QUERY_SCALE, _QUERY_NOTE}
     return [name for name in parameters if name not in read]
 
 
@@ -247,20 +278,22 @@ def _find_parameters(
     """The rope parameters of these layers and the base that holds if they name none."""
     parameters = options.get("rope_parameters") or {}
     nested = isinstance(parameters.get(layer_type), Mapping)
-    if nested and not family.local_rope:
+    if nested and family.local_rope == "none":
         raise ValueError(
             f"rope_parameters for each layer type are not implemented for"
             f" {options['model_type']}; give one set"
         )
     if nested:
         parameters = parameters[layer_type]
-    if family.local_rope and layer_type == "sliding_attention":
-        # Gemma 3's local layers are never scaled.
-        theta = _given_theta(options, "rope_local_base_freq", 10_000.0)
-        return (dict(parameters) if nested else {}), theta
-    scaling = options.get("rope_scaling") or {}
+    # Sliding layers are scaled only where they have parameters of their own.
+    unscaled = family.local_rope != "none" and layer_type == "sliding_attention"
+    if unscaled and not nested:
+        parameters = {}
+    if unscaled and family.local_rope == "own_base":
+        return dict(parameters), _given_theta(options, "rope_local_base_freq", 10_000.0)
     theta = _given_theta(options, "rope_theta", family.default_rope_theta)
-    return {**parameters, **scaling}, theta
+    scaling = {} if unscaled else options.get("rope_scaling") or {}
+    return {**parameters, **scaling} or {**family.default_rope}, theta
 
 
 def _given_theta(options: Mapping[str, Any], key: str, default: float) -> float:
@@ -281,7 +314,9 @@ def inverse_frequencies(
     width = rope.rotary_width(head_dim)
     base = rope.theta ** (-np.arange(0, width, 2, dtype=np.float64) / width)
     scale = 1.0
-    if rope.kind == "linear":
+    if rope == UNTURNED:
+        base = 0 * base
+    elif rope.kind == "linear":
         base = base / _given(rope.factor)
     elif rope.kind == "llama3":
         base = _llama3(rope, base)
@@ -346,6 +381,32 @@ def _longrope_scale(rope: RopeConfig) -> float:
     return math.sqrt(1 + math.log(factor) / math.log(length))
 
 
+class Rotary(NamedTuple):
+    """How queries and keys turn, in float32: the cosine and sine of every angle.
+
+    `query_scale` multiplies the queries of each token, where their model scales them.
+    """
+
+    cos: Float[Array, "*layers B T half"]
+    sin: Float[Array, "*layers B T half"]
+    query_scale: Float[Array, "*layers B T"] | None = None
+
+
+def make_rotary(
+    rope: RopeConfig,
+    head_dim: int,
+    positions: Int32[Array, "B T"],
+    segment_ids: Int32[Array, "B T"],
+) -> Rotary:
+    """How tokens at these positions of their documents turn."""
+    tables = rotary_tables(rope, head_dim, positions, segment_ids)
+    beta = rope.llama_4_scaling_beta
+    if beta is None:
+        return Rotary(*tables)
+    times = positions // _given(rope.original_max_position_embeddings)
+    return Rotary(*tables, 1 + beta * jnp.log(1 + times.astype(jnp.float32)))
+
+
 def rotary_tables(
     rope: RopeConfig,
     head_dim: int,
@@ -407,15 +468,21 @@ def rotate(
     x: Float[Array, "B T N H"],
     cos: Float[Array, "B T half"],
     sin: Float[Array, "B T half"],
+    pairs: Literal["halves", "interleaved"] = "halves",
 ) -> Float[Array, "B T N H"]:
     """Turn the first 2 * half features of every head, in float32.
 
-    Feature i is paired with feature i + half, as in the published weights.
+    Feature i is paired with feature i + half, or 2 i with 2 i + 1 ("interleaved"), as
+    in the published weights. Either way the result has the first features of all pairs
+    and then the second ones: queries and keys are only ever multiplied with each other,
+    so what matters is that both have one order.
     """
     half = cos.shape[-1]
     cos, sin = cos[:, :, None], sin[:, :, None]
-    first = x[..., :half].astype(jnp.float32)
-    second = x[..., half : 2 * half].astype(jnp.float32)
+    places = (slice(half), slice(half, 2 * half))
+    if pairs == "interleaved":
+        places = (slice(0, 2 * half, 2), slice(1, 2 * half, 2))
+    first, second = (x[..., place].astype(jnp.float32) for place in places)
     turned = jnp.concatenate(
         [first * cos - second * sin, second * cos + first * sin], axis=-1
     ).astype(x.dtype)

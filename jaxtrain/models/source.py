@@ -14,6 +14,7 @@ from jaxtrain.config import RunConfig
 from jaxtrain.data.loading import load_run_tokenizer
 from jaxtrain.models import bucket, hf
 from jaxtrain.models.config import ModelConfig
+from jaxtrain.models.families import FAMILIES
 from jaxtrain.models.generation_config import (
     GenerationConfig,
     read_generation_config,
@@ -118,6 +119,8 @@ def _own_sizes(run: RunConfig, tokenizer: Any) -> ModelConfig:
         for name, value in dataclasses.asdict(run.model.architecture).items()
         if value is not None
     }
+    family = FAMILIES[run.model.architecture.model_type]
+    options[family.norm_eps_key] = options.pop("rms_norm_eps")
     options.setdefault("vocab_size", len(tokenizer))
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         options[name] = getattr(tokenizer, name)

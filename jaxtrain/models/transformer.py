@@ -214,7 +214,9 @@ class Decoder(Options):
         with jax.named_scope("embed"):
             x = ends.embed_tokens(tokens)
             if self.neftune_alpha is not None and dropout_key is not None:
-                x = add_embedding_noise(x, segment_ids, dropout_key, self.neftune_alpha)
+                # Noise is added before embeddings are multiplied.
+                alpha = self.neftune_alpha * self.config.embedding_multiplier
+                x = add_embedding_noise(x, segment_ids, dropout_key, alpha)
             x = self.constrain(x, ("batch", "sequence", "embed"))
         with jax.named_scope("layers"):
             layers = parts.scanned_layers(self._options, params)
@@ -238,7 +240,7 @@ class Decoder(Options):
                 f"the model's window of {min(shorter)} tokens is shorter than a pair"
                 f" of {longest}"
             )
-        kinds = {self.config.rope_of(kind).kind for kind in self.config.layer_types}
+        kinds = {rope.kind for rope in self.config.ropes}
         for kind in sorted(kinds & KINDS_BY_LENGTH):
             return f"under {kind} a token's rotation depends on its document's length"
         return None
@@ -410,6 +412,7 @@ def _score_targets(
             table,
             layout.join_tokens(targets),
             vocab_axis=vocab_axis,
+            scale=config.logit_multiplier,
             softcap=config.final_logit_softcapping,
             chunk=decoder.loss_chunk,
             with_collision=extras.collision,

@@ -37,7 +37,15 @@ TEXT = {
 TEXTS = {
     "gemma3": TEXT | {"model_type": "gemma3_text", "sliding_window_pattern": 2},
     "mistral3": TEXT | {"model_type": "mistral"},
+    "ministral3": TEXT | {"model_type": "ministral3"},
 }
+KINDS = [
+    "gemma3",
+    "mistral3",
+    pytest.param("ministral3", marks=pytest.mark.on_request),
+]
+# The wrapper of each text model, where that has not its name.
+WRAPPER_OF = {"ministral3": "mistral3"}
 VISION = {
     "hidden_size": 16,
     "intermediate_size": 16,
@@ -82,9 +90,10 @@ def make_wrapper(directory: pathlib.Path, kind: str, dtype: str, vocab: int) -> 
 
     torch.manual_seed(0)
     others = {"mm_tokens_per_image": 4} if kind == "gemma3" else {}
-    config = transformers.CONFIG_MAPPING[kind](
+    wrapper_type = WRAPPER_OF.get(kind, kind)
+    config = transformers.CONFIG_MAPPING[wrapper_type](
         text_config=TEXTS[kind] | {"vocab_size": vocab},
-        vision_config=TOWERS[kind],
+        vision_config=TOWERS[wrapper_type],
         tie_word_embeddings=kind == "gemma3",
         image_token_index=vocab - 1,
         **others,
@@ -98,7 +107,7 @@ def make_wrapper(directory: pathlib.Path, kind: str, dtype: str, vocab: int) -> 
     (directory / "preprocessor_config.json").write_text('{"size": 28}')
 
 
-@pytest.fixture(scope="module", params=list(TEXTS))
+@pytest.fixture(scope="module", params=KINDS)
 def wrapper(request: pytest.FixtureRequest, tmp_path_factory) -> pathlib.Path:
     directory = tmp_path_factory.mktemp(request.param)
     make_wrapper(directory, request.param, "bfloat16", 64)
@@ -371,7 +380,7 @@ def test_a_lora_run_exports_what_peft_and_transformers_find(
 
 
 @pytest.mark.parametrize("text_only", [False, True])
-@pytest.mark.parametrize("kind", TEXTS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_step_at_learning_rate_zero_exports_what_was_loaded(
     tmp_path: pathlib.Path, kind: str, text_only: bool
 ) -> None:

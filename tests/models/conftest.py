@@ -122,6 +122,84 @@ FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
             "long_factor": [2.0, 2.5, 3.0, 3.5, 4.0, 4.5],
         },
     ),
+    "gemma": _options("gemma", head_dim=24, attention_bias=True),
+    "glm4": _options("glm4", head_dim=24, rms_norm_eps=1e-3),
+    "ministral3": _options(
+        "ministral3",
+        head_dim=24,
+        sliding_window=9,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "original_max_position_embeddings": 4,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.7,
+        },
+    ),
+    "olmo2": _options("olmo2", attention_bias=True, rms_norm_eps=1e-3),
+    # Two periods of layers, and a window that documents reach beyond.
+    "olmo3": _options(
+        "olmo3",
+        num_hidden_layers=4,
+        sliding_window=4,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        rope_parameters={
+            "full_attention": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+            },
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    ),
+    "smollm3": _options(
+        "smollm3",
+        num_hidden_layers=4,
+        no_rope_layer_interval=2,
+        use_sliding_window=True,
+        sliding_window=5,
+        attention_bias=True,
+        mlp_bias=True,
+    ),
+    "granite": _options(
+        "granite",
+        attention_bias=True,
+        mlp_bias=True,
+        embedding_multiplier=3.0,
+        residual_multiplier=0.7,
+        attention_multiplier=0.3,
+        logits_scaling=1.5,
+    ),
+    "granite4": _options(
+        "granitemoehybrid",
+        layer_types=["attention"] * 2,
+        num_local_experts=0,
+        shared_intermediate_size=80,
+        tie_word_embeddings=True,
+        position_embedding_type="rope",
+        embedding_multiplier=3.0,
+        residual_multiplier=0.7,
+        attention_multiplier=0.3,
+        logits_scaling=1.5,
+    ),
+    "granite4_nope": _options(
+        "granitemoehybrid", layer_types=["full_attention"] * 2, num_local_experts=0
+    ),
+    "seed_oss": _options(
+        "seed_oss", head_dim=24, attention_out_bias=True, mlp_bias=True
+    ),
+    "cohere2": _options(
+        "cohere2",
+        num_hidden_layers=4,
+        sliding_window=5,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        attention_bias=True,
+        layer_norm_eps=1e-3,
+        logit_scale=0.6,
+    ),
 }
 
 
@@ -145,7 +223,17 @@ def torch_logits(torch_model: Any, tokens: np.ndarray) -> np.ndarray:
         return torch_model(torch.tensor(tokens[None].tolist())).logits[0].numpy()
 
 
-@pytest.fixture(scope="session", params=list(FAMILY_OPTIONS))
+# Variants of what other rows show.
+_ON_REQUEST = frozenset({"gemma", "granite4_nope", "olmo2", "seed_oss"})
+
+
+@pytest.fixture(
+    scope="session",
+    params=[
+        pytest.param(name, marks=[pytest.mark.on_request] * (name in _ON_REQUEST))
+        for name in FAMILY_OPTIONS
+    ],
+)
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
 

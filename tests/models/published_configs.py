@@ -6,8 +6,11 @@ that wrote it, with values as far as they are known. `shrunk` makes the sizes th
 model that a test can run, and keeps everything else, rope parameters included.
 """
 
+import json
+import pathlib
 from typing import Any
 
+_SHAPES = pathlib.Path(__file__).resolve().parents[2] / "configs" / "shapes"
 _LLAMA3 = {
     "factor": 8.0,
     "high_freq_factor": 4.0,
@@ -316,6 +319,11 @@ def _phi3(**options: Any) -> dict[str, Any]:
     }
 
 
+def _shape(name: str) -> dict[str, Any]:
+    """The config.json of a published model that jaxtrain ships for its sizes."""
+    return json.loads((_SHAPES / name / "config.json").read_text())
+
+
 PUBLISHED: dict[str, dict[str, Any]] = {
     "meta-llama/Llama-2-7b-hf": _llama(
         max_position_embeddings=4096,
@@ -598,6 +606,24 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         tie_word_embeddings=True,
         vocab_size=200064,
     ),
+    "google/gemma-2b": _shape("gemma-2b"),
+    "google/gemma-7b": _shape("gemma-7b"),
+    "zai-org/GLM-4-9B-0414": _shape("glm-4-9b"),
+    "zai-org/GLM-4-32B-0414": _shape("glm-4-32b"),
+    "mistralai/Ministral-3-3B-Base-2512": _shape("ministral-3-3b"),
+    "mistralai/Ministral-3-8B-Base-2512": _shape("ministral-3-8b"),
+    "mistralai/Ministral-3-14B-Base-2512": _shape("ministral-3-14b"),
+    "allenai/OLMo-2-0425-1B": _shape("olmo-2-1b"),
+    "allenai/OLMo-2-1124-7B": _shape("olmo-2-7b"),
+    "allenai/OLMo-2-0325-32B": _shape("olmo-2-32b"),
+    "allenai/Olmo-3-7B-Instruct": _shape("olmo-3-7b"),
+    "allenai/Olmo-3-32B-Think": _shape("olmo-3-32b"),
+    "HuggingFaceTB/SmolLM3-3B": _shape("smollm3-3b"),
+    "ibm-granite/granite-3.3-2b-instruct": _shape("granite-3.3-2b"),
+    "ibm-granite/granite-3.3-8b-instruct": _shape("granite-3.3-8b"),
+    "ibm-granite/granite-4.0-micro": _shape("granite-4.0-micro"),
+    "ByteDance-Seed/Seed-OSS-36B-Instruct": _shape("seed-oss-36b"),
+    "CohereLabs/c4ai-command-r7b-12-2024": _shape("command-r7b"),
 }
 
 
@@ -615,9 +641,11 @@ def shrunk(config: dict[str, Any]) -> dict[str, Any]:
     if kv_heads is not None:
         small["num_key_value_heads"] = 2 if kv_heads == heads else 1
     if config.get("head_dim"):
-        small["head_dim"] = 24 if config["head_dim"] > 100 else 16
+        # Cohere 2's heads share the width whatever this key says.
+        is_wide = config["head_dim"] > 100 and config["model_type"] != "cohere2"
+        small["head_dim"] = 24 if is_wide else 16
     for name, size in _EXPERTS.items():
-        if name in config:
+        if config.get(name):
             small[name] = size
     if config.get("sliding_window"):
         # A window of the whole context stays one.
@@ -626,8 +654,9 @@ def shrunk(config: dict[str, Any]) -> dict[str, Any]:
     if "max_window_layers" in config:
         whole = config["max_window_layers"] >= config["num_hidden_layers"]
         small["max_window_layers"] = 2 if whole else 1
-    if "layer_types" in config:
-        small["layer_types"] = config["layer_types"][-2:]
+    for name in ("layer_types", "no_rope_layers"):
+        if name in config:
+            small[name] = config[name][-2:]
     if "sliding_window_pattern" in config:
         small["sliding_window_pattern"] = 2
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -640,6 +669,9 @@ _EXPERTS = {
     "num_local_experts": 4,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 16,
+    "shared_intermediate_size": 48,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
 }
 
 
@@ -651,7 +683,8 @@ def _small_id(token: int | list[int]) -> int | list[int]:
 
 def _small_lengths(config: dict[str, Any]) -> dict[str, Any]:
     """Lengths, and rope parameters of a narrower head, where context is stretched."""
-    scaling = config.get("rope_scaling")
+    key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    scaling = config.get(key)
     if not scaling:
         return {}
     kind = scaling.get("rope_type", scaling.get("type"))
@@ -664,7 +697,7 @@ def _small_lengths(config: dict[str, Any]) -> dict[str, Any]:
     if kind == "longrope":
         pairs = int(16 * config.get("partial_rotary_factor", 1.0)) // 2
         cut = {name: factors[:pairs] for name, factors in _LONGROPE.items()}
-        return small | {"rope_scaling": {**scaling, **cut}}
+        return small | {key: {**scaling, **cut}}
     if outside in scaling:
-        small["rope_scaling"] = {**scaling, outside: 8}
+        small[key] = {**scaling, outside: 8}
     return small

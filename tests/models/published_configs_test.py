@@ -34,7 +34,30 @@ NOTES = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=list(PUBLISHED))
+# Of the families that these have, variants of one model run on request.
+FEW = frozenset(
+    {
+        "cohere2", "gemma", "glm4", "granite", "granitemoehybrid", "ministral3",
+        "olmo2", "olmo3", "seed_oss", "smollm3",
+    }
+)  # fmt: skip
+SEEN: dict[str, str] = {}
+for _name, _config in PUBLISHED.items():
+    SEEN.setdefault(_config["model_type"], _name)
+ON_REQUEST = [
+    name
+    for name, config in PUBLISHED.items()
+    if config["model_type"] in FEW and name not in SEEN.values()
+]
+
+
+def marked(value: str, on_request: bool) -> Any:
+    return pytest.param(value, marks=[pytest.mark.on_request] * on_request)
+
+
+@pytest.fixture(
+    scope="module", params=[marked(name, name in ON_REQUEST) for name in PUBLISHED]
+)
 def published(request: pytest.FixtureRequest, tmp_path_factory) -> Any:
     """A directory with this config.json as published and random weights beside it."""
     torch = pytest.importorskip("torch")
@@ -74,7 +97,9 @@ def meaning(directory: pathlib.Path) -> dict[str, Any]:
     config = transformers.AutoConfig.from_pretrained(directory)
     arguments = inspect.signature(type(config).__init__).parameters
     read = {k: v for k, v in config.to_dict().items() if k in arguments}
-    read = {k: v for k, v in read.items() if k not in NOTES}
+    family = FAMILIES[config.model_type]
+    unread = NOTES | family.ignored_keys | {*family.unused_dropout}
+    read = {k: v for k, v in read.items() if k not in unread}
     # Its modules take this where a config has no head_dim, or null.
     width = config.hidden_size // config.num_attention_heads
     read["head_dim"] = getattr(config, "head_dim", None) or width
@@ -82,18 +107,18 @@ def meaning(directory: pathlib.Path) -> dict[str, Any]:
         read.pop("max_window_layers", None)  # of none that slide
     rope = dict(config.rope_parameters)
     rope.pop("type", None)  # transformers 4's name of rope_type, which is there too
+    rope.pop("max_position_embeddings", None)  # a note of Ministral 3's
     if rope.get("rope_type") == "longrope":
         trained = rope["original_max_position_embeddings"]
         rope.setdefault("factor", config.max_position_embeddings / trained)
     return {**read, "rope_parameters": rope}
 
 
-def test_there_are_forty_and_four_of_each_family() -> None:
+def test_there_are_forty_and_four_of_each_family_or_one_of_those_with_few() -> None:
     types = [config["model_type"] for config in PUBLISHED.values()]
     assert len(types) >= 40
-    assert {name: types.count(name) >= 4 for name in FAMILIES} == dict.fromkeys(
-        FAMILIES, True
-    )
+    enough = {name: types.count(name) >= (4, 1)[name in FEW] for name in FAMILIES}
+    assert enough == dict.fromkeys(FAMILIES, True)
 
 
 def test_most_are_read_without_transformers_which_would_import_torch(
@@ -147,7 +172,9 @@ def test_an_export_has_the_same_tensors_and_a_config_of_the_same_meaning(
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize(
+    "model_type", [marked(name, name in FEW - {"glm4"}) for name in FAMILIES]
+)
 def test_a_step_at_learning_rate_zero_exports_what_was_loaded(
     model_type: str, tmp_path: pathlib.Path
 ) -> None:

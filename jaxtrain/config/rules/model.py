@@ -4,6 +4,7 @@ from dataclasses import asdict, replace
 
 from jaxtrain.config.rules.resolution import Resolution
 from jaxtrain.config.sections import ArchitectureSection
+from jaxtrain.models.families import FAMILIES
 from jaxtrain.record.safe_text import shown
 
 _PREFIX = "model.architecture."
@@ -50,8 +51,8 @@ def _check_sizes(run: Resolution) -> None:
             value=head_dim,
             causes=(count, _PREFIX + "hidden_size"),
         )
-    is_gemma = sizes.model_type.startswith("gemma")
-    read, other = ("hidden_activation", "hidden_act")[:: 1 if is_gemma else -1]
+    read = FAMILIES[sizes.model_type].activation_key
+    other = "hidden_act" if read == "hidden_activation" else "hidden_activation"
     if getattr(sizes, other) is not None:
         text = f"{sizes.model_type} does not read it; set {read} instead"
         run.problem(_PREFIX + other, text, causes=[_PREFIX + "model_type"])

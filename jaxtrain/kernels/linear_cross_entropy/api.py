@@ -36,6 +36,7 @@ class HeadAdapter(NamedTuple):
 
 class _Options(NamedTuple):
     vocab_axis: int
+    scale: float
     softcap: float | None
     shards: int
     slices: int
@@ -51,6 +52,7 @@ def linear_log_probs(
     targets: Int32[Array, "M"],
     *,
     vocab_axis: Literal[0, 1] = 0,
+    scale: float = 1.0,
     softcap: float | None = None,
     chunk: int | None = None,
     with_stats: bool = True,
@@ -61,8 +63,8 @@ def linear_log_probs(
 ) -> tuple[Float[Array, "M"], ...]:
     """(logps, entropy, correct, mean_logit) of each token, float32.
 
-    Logits are `hidden @ unembedding` in float32, with what `adapter` adds, then
-    `softcap * tanh(logits / softcap)`. `logps`: log softmax at the
+    Logits are `hidden @ unembedding` in float32, with what `adapter` adds, times
+    `scale`, then `softcap * tanh(logits / softcap)`. `logps`: log softmax at the
     target (nats); `entropy`: of the softmax (nats); `correct`: 1 where the first argmax
     is the target; `mean_logit`: over the vocabulary. `with_collision` appends
     log sum_v p_v^2, and `with_log_total` the log of the softmax's denominator. Without
@@ -86,6 +88,7 @@ def linear_log_probs(
     slices, width = _choose_slices(vocab // shards, -(-tokens // chunk))
     options = _Options(
         vocab_axis=vocab_axis,
+        scale=scale,
         softcap=softcap,
         shards=shards,
         slices=slices,
@@ -392,11 +395,15 @@ def _slice_logits(
     if adapter is not None and adapter.gain is not None:
         gain = _take(options._replace(vocab_axis=0), adapter.gain, turn)
         logits = logits * gain
-    chain: Array | float = 1.0
+    chain: Array | float = options.scale
+    if options.scale != 1.0:
+        logits = logits * options.scale
     if options.softcap is not None:
         bent = jnp.tanh(logits / options.softcap)
         logits = options.softcap * bent
         chain = 1 - bent * bent
+        if options.scale != 1.0:
+            chain = chain * options.scale
     return logits, chain, plain
 
 

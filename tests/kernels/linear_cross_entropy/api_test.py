@@ -20,8 +20,8 @@ def make_inputs(tokens, width, vocab, seed=0, dtype=jnp.float32):
     return hidden, table, targets
 
 
-def compute_in_float64(hidden, table, targets, softcap=None):
-    logits = np.asarray(hidden, np.float64) @ np.asarray(table, np.float64).T
+def compute_in_float64(hidden, table, targets, softcap=None, scale=1.0):
+    logits = np.asarray(hidden, np.float64) @ np.asarray(table, np.float64).T * scale
     if softcap is not None:
         logits = softcap * np.tanh(logits / softcap)
     top = logits.max(-1, keepdims=True)
@@ -37,11 +37,13 @@ def compute_in_float64(hidden, table, targets, softcap=None):
     )
 
 
-def differentiate_in_float64(hidden, table, targets, cotangent, softcap):
+def differentiate_in_float64(
+    hidden, table, targets, cotangent, softcap=None, scale=1.0
+):
     """d(sum cotangent * logps) by hand: onehot - softmax, through the cap."""
     hidden, table = np.asarray(hidden, np.float64), np.asarray(table, np.float64)
-    raw = hidden @ table.T
-    chain = np.ones_like(raw)
+    raw = hidden @ table.T * scale
+    chain = np.full_like(raw, scale)
     logits = raw
     if softcap is not None:
         logits = softcap * np.tanh(raw / softcap)
@@ -57,6 +59,8 @@ def differentiate_in_float64(hidden, table, targets, cotangent, softcap):
 OPTIONS = [
     pytest.param({}, id="plain"),
     pytest.param({"softcap": 5.0}, id="softcap"),
+    pytest.param({"scale": 0.3}, id="scale"),
+    pytest.param({"scale": 1.7, "softcap": 5.0}, id="scale and softcap"),
 ]
 
 
@@ -106,7 +110,7 @@ def test_outputs_and_gradients_equal_float64(options, vocab_axis, chunk, shards)
         table,
         targets,
         cotangent,
-        options.get("softcap"),
+        **options,
     )
     if vocab_axis == 1:
         want_table = want_table.T
@@ -135,6 +139,7 @@ def test_an_adapters_part_equals_that_of_whole_logits(vocab_axis, chunk, with_ga
             targets,
             vocab_axis=vocab_axis,
             chunk=chunk,
+            scale=0.8,
             softcap=9.0,
             adapter=parts,
         )
@@ -143,7 +148,7 @@ def test_an_adapters_part_equals_that_of_whole_logits(vocab_axis, chunk, with_ga
     def whole(hidden, parts):
         logits = hidden @ table.T + parts.low @ parts.up
         logits = logits if parts.gain is None else logits * parts.gain
-        logits = 9.0 * jnp.tanh(logits / 9.0)
+        logits = 9.0 * jnp.tanh(0.8 * logits / 9.0)
         logps = jax.nn.log_softmax(logits)
         own = logps[jnp.arange(37), targets]
         entropy = -(jnp.exp(logps) * logps).sum(-1)
