@@ -18,7 +18,7 @@ from jaxtrain.aot.gpus import describe_gpus
 from jaxtrain.aot.jaxpr_cost import count_flops
 from jaxtrain.aot.report import CHIPS
 from jaxtrain.kernels.attention import api, hopper
-from jaxtrain.kernels.attention.masks import Mask
+from jaxtrain.kernels.attention.masks import Extras, Mask
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 HAS_PLUGIN = importlib.util.find_spec("jax_cuda13_plugin") is not None
@@ -53,7 +53,7 @@ def test_attention_for_a_hopper_gpu_that_is_not_here_is_our_kernel():
     q = jax.ShapeDtypeStruct((1, 16384, 2, 64), jnp.bfloat16)  # cuDNN's, were it here
     for capability, chosen in (("9.0", "pallas_gpu"), ("8.0", "xla")):
         gpu = types.SimpleNamespace(platform="gpu", compute_capability=capability)
-        assert api._choose(q, Mask(), None, gpu) == chosen
+        assert api._choose(q, Mask(), Extras(), gpu) == chosen
 
 
 @pytest.mark.skipif(not hopper.TELLS_COST, reason="this jax has no place for it")
