@@ -27,6 +27,8 @@ class ModelConfig:
     `local_rope` is the rotary embedding of sliding layers where it differs (Gemma 3).
     A mixture of experts has `num_experts` MLPs in each layer (0: one plain MLP), of
     width `expert_width`; `intermediate_size` then acts only where it is that width.
+    Those of gpt-oss clamp what they multiply to `swiglu_limit` and have the gate
+    gate * sigmoid(`swiglu_alpha` * gate).
 
     Raises:
         ValueError: the fields contradict each other.
@@ -59,6 +61,8 @@ class ModelConfig:
     num_experts_per_tok: int = 0
     moe_intermediate_size: int | None = None
     norm_topk_prob: bool = True
+    swiglu_alpha: float | None = None
+    swiglu_limit: float | None = None
     router_aux_loss_coef: float = 0.0
     output_router_logits: bool = False
     bos_token_id: int | None = None
@@ -128,7 +132,7 @@ class ModelConfig:
         if self.family.expert_width_key is None and (self.num_experts or chosen):
             yield (
                 f"model.num_experts = {self.num_experts}: a {self.model_type} has no"
-                " experts; use a model_type of mixtral or qwen3_moe"
+                f" experts; use a model_type of {' or '.join(_MIXTURES)}"
             )
         if chosen > self.num_experts:
             yield (
@@ -193,6 +197,8 @@ class ModelConfig:
         matmul_params = self.vocab_size * self.hidden_size
         for path, shape in _weight_shapes(self).items():
             if path[0] == "layers" and len(shape) > 2:  # a matrix in each layer
+                if path[-1].endswith("_bias"):  # one for each expert
+                    continue
                 is_expert = "experts" in path
                 used = self.num_experts_per_tok / self.num_experts if is_expert else 1
                 matmul_params += round(math.prod(shape) * used)
@@ -313,12 +319,13 @@ class ModelConfig:
         if scalar is not None and float(scalar).is_integer():
             values["query_pre_attn_scalar"] = int(scalar)  # transformers wants an int
         if self.num_experts:
-            is_mixtral = self.model_type == "mixtral"
-            key = "num_local_experts" if is_mixtral else "num_experts"
+            is_local = family.defaults["num_local_experts"] is not None
+            key = "num_local_experts" if is_local else "num_experts"
             values[key] = self.num_experts
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
+_MIXTURES = [name for name, family in FAMILIES.items() if family.expert_width_key]
 _SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
     "num_attention_heads", "num_key_value_heads", "head_dim",
@@ -335,6 +342,8 @@ _NUMBERS = {
     "router_aux_loss_coef": (False, False),
     "sliding_window": (False, True),
     "query_pre_attn_scalar": (True, True),
+    "swiglu_alpha": (True, True),
+    "swiglu_limit": (True, True),
     "attn_logit_softcapping": (True, True),
     "final_logit_softcapping": (True, True),
 }
@@ -471,7 +480,7 @@ def _attention_kinds(
         layer_types = tuple(given["layer_types"])
     elif family.window_rule == "pattern":
         # Every p-th layer is full: Gemma 2 has p = 2, Gemma 3 p = 6.
-        pattern = given["sliding_window_pattern"] or family.window_pattern
+        pattern = given.get("sliding_window_pattern") or family.window_pattern
         layer_types = tuple(
             SLIDING if (i + 1) % pattern else FULL for i in range(num_layers)
         )

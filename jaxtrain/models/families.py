@@ -23,7 +23,11 @@ class Family:
     them if a window is given, those "from_layer" max_window_layers on, or all but
     each p-th ("pattern"); none in a family with `use_sliding_window` unless that is on.
     `window_pattern`: p, where a config has no `sliding_window_pattern`.
+    `default_rope`: the rope parameters of a config that names none.
+    `attention_sinks`: a learned logit a head takes part in each softmax.
     `expert_width_key`: of a mixture of experts, the config key of an expert's width.
+    `biased_experts`: router and experts have biases, and what an expert multiplies is
+    clamped (gpt-oss).
     """
 
     architecture: str
@@ -40,7 +44,10 @@ class Family:
     default_rope_theta: float = 10_000.0
     window_rule: Literal["none", "all", "from_layer", "pattern"] = "none"
     window_pattern: int = 0
+    default_rope: Mapping[str, Any] | None = None
+    attention_sinks: bool = False
     expert_width_key: str | None = None
+    biased_experts: bool = False
     ignored_keys: frozenset[str] = frozenset()
     must_be_none: tuple[str, ...] = ()
 
@@ -210,6 +217,45 @@ FAMILIES: Mapping[str, Family] = {
         expert_width_key="moe_intermediate_size",
         # Every layer has the same window here, whatever this key says.
         ignored_keys=frozenset({"max_window_layers"}),
+    ),
+    "gpt_oss": Family(
+        architecture="GptOssForCausalLM",
+        defaults=_COMMON
+        | _MIXTURE
+        | {
+            "vocab_size": 201_088,
+            "hidden_size": 2880,
+            "intermediate_size": 2880,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 64,
+            "head_dim": 64,
+            "rms_norm_eps": 1e-5,
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "num_local_experts": 128,
+            "num_experts_per_tok": 4,
+            "attention_bias": True,
+            "sliding_window": 128,
+            "layer_types": None,
+            "swiglu_alpha": 1.702,
+            "swiglu_limit": 7.0,
+        },
+        default_rope_theta=150_000.0,
+        window_rule="pattern",
+        window_pattern=2,
+        default_rope={
+            "rope_type": "yarn",
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 4096,
+        },
+        attention_sinks=True,
+        expert_width_key="intermediate_size",
+        biased_experts=True,
+        # What other keys say, for OpenAI's own code.
+        ignored_keys=frozenset({"experts_per_token", "initial_context_length"}),
     ),
 }
 

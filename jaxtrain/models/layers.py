@@ -22,8 +22,9 @@ from jaxtrain.models.quantization import Quantization, dequantize, multiply, qua
 from jaxtrain.models.rope import rotate
 from jaxtrain.types import LogicalAxes
 
-# (query, key, value) -> (what each query read, [B T N H]; whatever must be kept).
-Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
+# (query, key, value, sinks where the layer has some) -> (what each query read, [B T N
+# H]; whatever must be kept).
+Attend = Callable[..., tuple[Array, Any]]
 Rotary = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]
 # (function, axes of each argument, axes of the result, axis summed over) -> the same
 # function, run on each device's own part; see sharding.ShardingPlan.map_shards.
@@ -294,6 +295,12 @@ class Attention(nnx.Module):
         if config.family.qk_norm == "head":
             self.q_norm = RMSNorm(head_dim, None, options)
             self.k_norm = RMSNorm(head_dim, None, options)
+        if config.family.attention_sinks:
+            sinks = jax.random.normal(rngs.params(), (config.num_attention_heads,))
+            sinks *= config.initializer_range
+            self.sinks = nnx.Param(
+                sinks.astype(options.param_dtype), logical_axes=(None,)
+            )
 
     def __call__(
         self,
@@ -321,7 +328,8 @@ class Attention(nnx.Module):
         v = constrain(v, ("batch", "sequence", "kv_heads", None))
         q = checkpoint_name(q, "query")
         k, v = checkpoint_name(k, "key"), checkpoint_name(v, "value")
-        context, kept = attend(q, k, v)
+        sinks = (self.sinks[...],) if config.family.attention_sinks else ()
+        context, kept = attend(q, k, v, *sinks)
         context = constrain(context, ("batch", "sequence", "heads", None))
         return self.o_proj(context.reshape(*x.shape[:2], -1), dropout_key), kept
 

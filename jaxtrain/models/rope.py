@@ -260,7 +260,7 @@ def _find_parameters(
         return (dict(parameters) if nested else {}), theta
     scaling = options.get("rope_scaling") or {}
     theta = _given_theta(options, "rope_theta", family.default_rope_theta)
-    return {**parameters, **scaling}, theta
+    return ({**parameters, **scaling} or dict(family.default_rope or {})), theta
 
 
 def _given_theta(options: Mapping[str, Any], key: str, default: float) -> float:
