@@ -74,6 +74,8 @@ MIXTURE = {
     "num_experts_per_tok": 2, "num_local_experts": 4, "router_aux_loss_coef": 0.2,
 }  # fmt: skip
 
+GPT_OSS = {"head_dim": 16, "sliding_window": 8, "swiglu_limit": 0.7}
+
 
 @pytest.fixture(scope="session", params=FAMILIES)
 def base(request: Any, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
@@ -96,7 +98,8 @@ def base(request: Any, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path
         bos_token_id=None,
         eos_token_id=1,
         pad_token_id=0,
-        **MIXTURE if request.param == "mixtral" else {},
+        **MIXTURE if request.param in ("mixtral", "gpt_oss") else {},
+        **GPT_OSS if request.param == "gpt_oss" else {},
     )
     path = tmp_path_factory.mktemp(request.param)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(path)
@@ -268,7 +271,11 @@ def test_twenty_steps_log_and_learn_what_trl_does(
     assert_equal_trainings(ours, theirs, method.removeprefix("lora-"))
 
 
-@pytest.mark.parametrize("base", ["mixtral"], indirect=True)
+@pytest.mark.parametrize(
+    "base",
+    ["mixtral", pytest.param("gpt_oss", marks=pytest.mark.on_request)],
+    indirect=True,
+)
 @pytest.mark.parametrize("method", ["sft", "lora-dpo"])
 def test_a_mixture_of_experts_logs_and_learns_what_trl_does(
     method: str, base: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: Any

@@ -6,9 +6,11 @@ two for each 32 weights (E8M0, OCP Microscaling Formats 1.0).
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from jaxtrain.storage.reading import AnyFile
@@ -16,9 +18,7 @@ from jaxtrain.storage.reading import AnyFile
 _BLOCKS, _SCALES = "_blocks", "_scales"
 _BLOCK = 32  # weights that share a scale
 _BIAS = 127  # of the scales' exponents
-_CODES = np.asarray([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
-_CODES = np.concatenate([_CODES, -_CODES])
-_PAIRS = np.stack([np.tile(_CODES, 16), np.repeat(_CODES, 16)], axis=1)
+_MAGNITUDES = (0, 0.5, 1, 1.5, 2, 3, 4, 6)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,11 +56,23 @@ class _Packed:
         places = (slice(None), slice(self.first, None, self.step))
         codes = self.blocks[experts, rows, blocks, :][places]
         scales = self.scales[experts, rows, blocks][places]
-        powers = np.ldexp(np.float32(1), scales.astype(np.int32) - _BIAS)
-        values = _PAIRS[codes].reshape(*codes.shape[:3], _BLOCK) * powers[..., None]
-        values = values.reshape(*codes.shape[:2], -1)
+        places_in_table = scales[..., None].astype(np.uint16) << 8 | codes
+        values = _pairs()[places_in_table].reshape(*codes.shape[:2], -1)
+        values = values.view(ml_dtypes.bfloat16)
         offset = blocks.start * _BLOCK
         return values[..., start - offset : stop - offset].swapaxes(1, 2)
+
+
+@functools.cache
+def _pairs() -> np.ndarray:
+    """The two weights of each byte under each scale, [scales * bytes], as 32 bits."""
+    codes = np.asarray([*_MAGNITUDES, *(-x for x in _MAGNITUDES)], np.float32)
+    codes[8] = -0.0
+    pairs = np.stack([np.tile(codes, 16), np.repeat(codes, 16)], axis=1)
+    powers = np.arange(256, dtype=np.int32)[:, None, None] - _BIAS
+    with np.errstate(over="ignore"):
+        values = np.ldexp(pairs, powers).astype(ml_dtypes.bfloat16)
+    return values.view(np.uint32).reshape(-1)
 
 
 def whole_stacks(
