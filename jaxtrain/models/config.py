@@ -27,8 +27,6 @@ class ModelConfig:
     `local_rope` is the rotary embedding of sliding layers where it differs (Gemma 3).
     A mixture of experts has `num_experts` MLPs in each layer (0: one plain MLP), of
     width `expert_width`; `intermediate_size` then acts only where it is that width.
-    Those of gpt-oss clamp what they multiply to `swiglu_limit` and have the gate
-    gate * sigmoid(`swiglu_alpha` * gate).
 
     Raises:
         ValueError: the fields contradict each other.
@@ -61,7 +59,7 @@ class ModelConfig:
     num_experts_per_tok: int = 0
     moe_intermediate_size: int | None = None
     norm_topk_prob: bool = True
-    swiglu_alpha: float | None = None
+    swiglu_alpha: float | None = None  # see moe.clamped_swiglu
     swiglu_limit: float | None = None
     router_aux_loss_coef: float = 0.0
     output_router_logits: bool = False
@@ -196,9 +194,7 @@ class ModelConfig:
         """
         matmul_params = self.vocab_size * self.hidden_size
         for path, shape in _weight_shapes(self).items():
-            if path[0] == "layers" and len(shape) > 2:  # a matrix in each layer
-                if path[-1].endswith("_bias"):  # one for each expert
-                    continue
+            if path[0] == "layers" and _is_matrix(path, shape):  # one in each layer
                 is_expert = "experts" in path
                 used = self.num_experts_per_tok / self.num_experts if is_expert else 1
                 matmul_params += round(math.prod(shape) * used)
@@ -319,9 +315,7 @@ class ModelConfig:
         if scalar is not None and float(scalar).is_integer():
             values["query_pre_attn_scalar"] = int(scalar)  # transformers wants an int
         if self.num_experts:
-            is_local = family.defaults["num_local_experts"] is not None
-            key = "num_local_experts" if is_local else "num_experts"
-            values[key] = self.num_experts
+            values[_experts_key(family)] = self.num_experts
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
@@ -372,6 +366,17 @@ def _weight_shapes(config: ModelConfig) -> Mapping[tuple[str, ...], tuple[int, .
 
     params = flatten(Decoder(config).abstract_params())
     return {path: leaf.shape for path, leaf in params.items()}
+
+
+def _is_matrix(path: tuple[str, ...], shape: tuple[int, ...]) -> bool:
+    """Of a weight stacked over layers; experts' biases are stacked twice."""
+    return len(shape) > 2 and not path[-1].endswith("_bias")
+
+
+def _experts_key(family: Family) -> str:
+    """What the family's config.json calls the number of experts."""
+    is_local = family.defaults["num_local_experts"] is not None
+    return "num_local_experts" if is_local else "num_experts"
 
 
 def refused_options(options: Mapping[str, Any], family: Family) -> list[str]:
