@@ -13,6 +13,8 @@ from safetensors.numpy import load_file, save_file
 
 from jaxtrain import sharding
 from jaxtrain.kernels.attention.partition import Layout
+from jaxtrain.lora import LoraConfig, resolve_targets
+from jaxtrain.lora.targets import resolve_modules_to_save
 from jaxtrain.models import Decoder, ModelConfig
 from jaxtrain.models.hf import load_config, load_params, save_pretrained
 from jaxtrain.models.hf_experts import join_fused
@@ -94,6 +96,24 @@ def test_gradients_of_packed_rows_on_a_mesh_equal_transformers(torch_model) -> N
         np.testing.assert_allclose(
             gradient, expected[name], rtol=0, atol=bound, err_msg=name
         )
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"bias": "all"}, r"lora.bias = 'all'.*set it to 'lora_only'"),
+        ({"target_modules": ("gate_up_proj",)}, "experts take none"),
+        ({"modules_to_save": ("mlp.gate",)}, "selects this model's router"),
+        ({"modules_to_save": ("experts",)}, "selects the experts"),
+    ],
+)
+def test_adapters_are_for_attention_alone(make_model, options, words: str) -> None:
+    _, params = make_model("gpt_oss")
+    attention = {f"self_attn.{name}_proj" for name in "qkvo"}
+    assert resolve_targets(LoraConfig(), params) == attention
+    with pytest.raises(ValueError, match=words):
+        resolve_targets(LoraConfig(**options), params)
+        resolve_modules_to_save(LoraConfig(**options), params)
 
 
 # --- MXFP4 ------------------------------------------------------------------------
