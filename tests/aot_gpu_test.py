@@ -19,7 +19,7 @@ from jaxtrain.aot.gpus import describe_gpus
 from jaxtrain.aot.jaxpr_cost import count_flops
 from jaxtrain.aot.report import CHIPS
 from jaxtrain.kernels.attention import api, hopper
-from jaxtrain.kernels.attention.masks import Mask
+from jaxtrain.kernels.attention.masks import Extras, Mask
 from jaxtrain.record.throughput import peak_flops
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
@@ -55,7 +55,7 @@ def test_attention_for_a_hopper_gpu_that_is_not_here_is_our_kernel():
     q = jax.ShapeDtypeStruct((1, 16384, 2, 64), jnp.bfloat16)  # cuDNN's, were it here
     for capability, chosen in (("9.0", "pallas_gpu"), ("8.0", "xla")):
         gpu = types.SimpleNamespace(platform="gpu", compute_capability=capability)
-        assert api._choose(q, Mask(), None, gpu) == chosen
+        assert api._choose(q, Mask(), Extras(), gpu) == chosen
 
 
 @pytest.mark.parametrize("kind", [k for k in gpus._KINDS if not k.startswith("h")])
@@ -68,8 +68,8 @@ def test_kernels_for_hopper_are_never_chosen_for_other_gpus(kind):
         q = jax.ShapeDtypeStruct((1, length, 2, width), jnp.bfloat16)
         ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
         for mask in (Mask(), Mask(segment_ids=ids), Mask(window=128)):
-            assert api._choose(q, mask, None, gpu) != "pallas_gpu"
-            refusal = api._REFUSALS["pallas_gpu"](q, mask, None, gpu)
+            assert api._choose(q, mask, Extras(), gpu) != "pallas_gpu"
+            refusal = api._REFUSALS["pallas_gpu"](q, mask, Extras(), gpu)
             assert "needs a Hopper GPU" in refusal
 
 

@@ -43,6 +43,12 @@ SIZES: dict[str, Any] = {
 FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4},
     "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 24, "head_dim": 8},
+    "gpt_oss": {
+        "num_local_experts": 4,
+        "head_dim": 8,
+        "sliding_window": 5,
+        "swiglu_limit": 0.9,
+    },
 }
 LENGTHS = (13, 16, 7, 11)
 T = 16
@@ -99,7 +105,8 @@ class _Stack:
 
 @pytest.mark.torch
 @pytest.mark.parametrize(
-    ("family", "remat"), [("mixtral", "minimal"), ("qwen3_moe", "full")]
+    ("family", "remat"),
+    [("mixtral", "minimal"), ("qwen3_moe", "full"), ("gpt_oss", "none")],
 )
 def test_loss_router_loss_and_gradients_equal_transformers(family, remat, tmp_path):
     torch = pytest.importorskip("torch")

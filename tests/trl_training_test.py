@@ -74,11 +74,14 @@ MIXTURE = {
     "num_experts_per_tok": 2, "num_local_experts": 4, "router_aux_loss_coef": 0.2,
 }  # fmt: skip
 
+GPT_OSS = {"head_dim": 16, "sliding_window": 8, "swiglu_limit": 0.7}
+
 
 # What some families have beside sizes, so that it matters.
 WINDOWS = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
 OPTIONS: dict[str, dict[str, Any]] = {
     "mixtral": MIXTURE,
+    "gpt_oss": MIXTURE | GPT_OSS,
     "granite": {
         "embedding_multiplier": 3.0, "residual_multiplier": 0.7,
         "attention_multiplier": 0.3, "logits_scaling": 2.5,
@@ -285,7 +288,11 @@ def test_twenty_steps_log_and_learn_what_trl_does(
     assert_equal_trainings(ours, theirs, method.removeprefix("lora-"))
 
 
-@pytest.mark.parametrize("base", ["mixtral"], indirect=True)
+@pytest.mark.parametrize(
+    "base",
+    ["mixtral", pytest.param("gpt_oss", marks=pytest.mark.on_request)],
+    indirect=True,
+)
 @pytest.mark.parametrize("method", ["sft", "lora-dpo"])
 def test_a_mixture_of_experts_logs_and_learns_what_trl_does(
     method: str, base: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: Any

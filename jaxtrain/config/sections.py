@@ -139,9 +139,9 @@ class ArchitectureSection:
     logit_scale: Positive | None = None
     """Cohere 2: what logits are multiplied by."""
     num_experts: PositiveInt | None = None
-    """mixtral, qwen3_moe: the MLPs in each layer."""
+    """mixtral, qwen3_moe, gpt_oss: the MLPs in each layer."""
     num_experts_per_tok: PositiveInt | None = None
-    """mixtral, qwen3_moe: how many of them a token goes to."""
+    """mixtral, qwen3_moe, gpt_oss: how many of them a token goes to."""
     moe_intermediate_size: PositiveInt | None = None
     """qwen3_moe: width of one expert."""
     norm_topk_prob: bool | None = None

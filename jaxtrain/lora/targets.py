@@ -256,6 +256,11 @@ def resolve_targets(lora: LoraConfig, base_tree: Mapping[str, Any]) -> set[str]:
     """
     modules = list(iterate_modules(base_tree))
     available = sorted(module.label for module in modules if module.takes_adapter)
+    if lora.bias == "all" and _has_biased_experts(base_tree):
+        raise ValueError(
+            "lora.bias = 'all': PEFT would train the biases of this model's router and"
+            " experts too, which no adapter holds here; set it to 'lora_only' or 'none'"
+        )
     why_not_experts = ""
     if "experts" in base_tree.get("layers", {}).get("mlp", {}):
         why_not_experts = (
@@ -368,5 +373,16 @@ def resolve_modules_to_save(
                 " forms; to train them set lora.enabled = False. Their router can be"
                 " saved: name mlp.gate"
             )
+        if _has_biased_experts(base_tree) and any("gate" in path for path in found):
+            raise ValueError(
+                f"{key} selects this model's router, which PEFT knows by another name:"
+                " leave it out, or train all weights (lora.enabled = False)"
+            )
         paths |= found
     return paths
+
+
+def _has_biased_experts(base_tree: Mapping[str, Any]) -> bool:
+    """Whether it is gpt-oss's mixture, which PEFT sees in its own way."""
+    mlp = base_tree.get("layers", {}).get("mlp", {})
+    return "gate_proj_bias" in mlp.get("experts", {})

@@ -1,5 +1,7 @@
 """Running a decoder one step at a time, with a cache of keys and values."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int32
@@ -88,7 +90,9 @@ def _attend_to_cache(
 ) -> Attend:
     """Write this layer's keys and values at `start`; read all that is allowed."""
 
-    def attend(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, ...]]:
+    def attend(
+        q: Array, k: Array, v: Array, sinks: Array | None = None
+    ) -> tuple[Array, tuple[Array, ...]]:
         written = tuple(
             jax.lax.dynamic_update_slice(old, new[None], (layer, 0, start, 0, 0))
             for old, new in zip(keys_and_values, (k, v), strict=True)
@@ -96,9 +100,12 @@ def _attend_to_cache(
         keys, values = (
             jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in written
         )
-        scale, softcap = config.attention_scale, config.attn_logit_softcapping
-        context = attend_block(q, keys, values, allowed, softcap=softcap, scale=scale)
-        return context, written
+        options: dict[str, Any] = {
+            "softcap": config.attn_logit_softcapping,
+            "scale": config.attention_scale,
+            "sinks": sinks,
+        }
+        return attend_block(q, keys, values, allowed, **options), written
 
     return attend
 

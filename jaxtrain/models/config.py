@@ -71,6 +71,8 @@ class ModelConfig:
     num_experts_per_tok: int = 0
     moe_intermediate_size: int | None = None
     norm_topk_prob: bool = True
+    swiglu_alpha: float | None = None  # see moe.clamped_swiglu
+    swiglu_limit: float | None = None
     router_aux_loss_coef: float = 0.0
     output_router_logits: bool = False
     bos_token_id: int | None = None
@@ -212,7 +214,7 @@ class ModelConfig:
         """
         matmul_params = self.vocab_size * self.hidden_size
         for path, shape in _weight_shapes(self).items():
-            if path[0] == "layers" and len(shape) > 2:  # a matrix in each layer
+            if path[0] == "layers" and _is_matrix(path, shape):  # one in each layer
                 is_expert = "experts" in path
                 used = self.num_experts_per_tok / self.num_experts if is_expert else 1
                 matmul_params += round(math.prod(shape) * used)
@@ -314,6 +316,7 @@ class ModelConfig:
         return _written(self)
 
 
+_MIXTURES = [name for name, family in FAMILIES.items() if family.expert_width_key]
 _SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
     "num_attention_heads", "num_key_value_heads", "head_dim",
@@ -335,6 +338,8 @@ _NUMBERS = {
     "attention_multiplier": (True, True),
     "logits_scaling": (True, False),
     "logit_scale": (True, False),
+    "swiglu_alpha": (True, True),
+    "swiglu_limit": (True, True),
     "attn_logit_softcapping": (True, True),
     "final_logit_softcapping": (True, True),
 }
@@ -395,9 +400,7 @@ def _written(config: ModelConfig) -> dict[str, Any]:
     if scalar is not None and float(scalar).is_integer():
         values["query_pre_attn_scalar"] = int(scalar)  # transformers wants an int
     if config.num_experts:
-        is_mixtral = config.model_type == "mixtral"
-        key = "num_local_experts" if is_mixtral else "num_experts"
-        values[key] = config.num_experts
+        values[_experts_key(family)] = config.num_experts
     return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
@@ -408,6 +411,17 @@ def _weight_shapes(config: ModelConfig) -> Mapping[tuple[str, ...], tuple[int, .
 
     params = flatten(Decoder(config).abstract_params())
     return {path: leaf.shape for path, leaf in params.items()}
+
+
+def _is_matrix(path: tuple[str, ...], shape: tuple[int, ...]) -> bool:
+    """Of a weight stacked over layers; experts' biases are stacked twice."""
+    return len(shape) > 2 and not path[-1].endswith("_bias")
+
+
+def _experts_key(family: Family) -> str:
+    """What the family's config.json calls the number of experts."""
+    is_local = family.defaults["num_local_experts"] is not None
+    return "num_local_experts" if is_local else "num_experts"
 
 
 def refused_options(options: Mapping[str, Any], family: Family) -> list[str]:
@@ -443,7 +457,7 @@ def _wrong_experts(config: ModelConfig) -> Iterator[str]:
     if config.family.expert_width_key is None and (config.num_experts or chosen):
         yield (
             f"model.num_experts = {config.num_experts}: a {config.model_type} has no"
-            " experts; use a model_type of mixtral or qwen3_moe"
+            f" experts; use a model_type of {' or '.join(_MIXTURES)}"
         )
     if chosen > config.num_experts:
         yield (

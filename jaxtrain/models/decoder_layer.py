@@ -25,10 +25,18 @@ class Router(nnx.Module):
         self.weight = nnx.Param(
             weight.astype(options.param_dtype), logical_axes=("embed", None)
         )
+        if config.family.biased_experts:
+            bias = config.initializer_range * jax.random.normal(
+                rngs.params(), sizes[1:]
+            )
+            self.bias = nnx.Param(
+                bias.astype(options.param_dtype), logical_axes=(None,)
+            )
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T E"]:
         weight = self.weight[...].astype(x.dtype)
-        return jnp.matmul(x, weight, preferred_element_type=jnp.float32)
+        logits = jnp.matmul(x, weight, preferred_element_type=jnp.float32)
+        return logits + self.bias[...] if hasattr(self, "bias") else logits
 
 
 class Experts(nnx.Module):
@@ -48,6 +56,15 @@ class Experts(nnx.Module):
         self.gate_proj = stack((width, inner), ("embed", "mlp"))
         self.up_proj = stack((width, inner), ("embed", "mlp"))
         self.down_proj = stack((inner, width), ("mlp", "embed"))
+        if config.family.biased_experts:
+
+            def zeros(size: int, axis: str) -> nnx.Param:
+                bias = jnp.zeros((config.num_experts, size), options.param_dtype)
+                return nnx.Param(bias, logical_axes=("experts", axis))
+
+            self.gate_proj_bias = zeros(inner, "mlp")
+            self.up_proj_bias = zeros(inner, "mlp")
+            self.down_proj_bias = zeros(width, "embed")
 
 
 class SparseMlp(nnx.Module):
@@ -67,7 +84,7 @@ class SparseMlp(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], counted: Shaped[Array, "B T"]
     ) -> tuple[Float[Array, "B T D"], RouterLoad]:
-        config, dtype = self.options.config, self.options.compute_dtype
+        config, biased = self.options.config, self.options.config.family.biased_experts
         with jax.named_scope("router"):
             probabilities, weights, experts = moe.choose_experts(
                 self.gate(x),
@@ -77,20 +94,33 @@ class SparseMlp(nnx.Module):
             load = moe.measure_load(probabilities, experts, counted)
         choice, rows = ("batch", "sequence", None), ("batch", "sequence", "embed")
         inwards, outwards = ("experts", "embed", "mlp"), ("experts", "mlp", "embed")
+        of_biases = (("experts", "mlp"),) * 2 if biased else ()
         apply = self.options.map_shards(
-            functools.partial(
-                moe.apply_experts, activation=layers.ACTIVATIONS[config.hidden_act]
-            ),
-            (rows, choice, choice, inwards, inwards, outwards),
+            functools.partial(moe.apply_experts, combine=self._combine),
+            (rows, choice, choice, inwards, inwards, outwards, *of_biases),
             rows,
             "mlp",
         )
         with jax.named_scope("experts"):
-            projections = (
-                getattr(self.experts, name)[...].astype(dtype)
-                for name in ("gate_proj", "up_proj", "down_proj")
-            )
-            return apply(x, weights, experts, *projections), load
+            names = ["gate_proj", "up_proj", "down_proj"]
+            if biased:
+                names += ["gate_proj_bias", "up_proj_bias"]
+            y = apply(x, weights, experts, *map(self._cast, names))
+            if biased:  # not in `apply`, which sums parts over devices
+                y += moe.mix_biases(weights, experts, self._cast("down_proj_bias"))
+            return y, load
+
+    def _cast(self, name: str) -> Array:
+        return getattr(self.experts, name)[...].astype(self.options.compute_dtype)
+
+    def _combine(self, gate: Array, up: Array) -> Array:
+        """What the experts' last product reads."""
+        config = self.options.config
+        if not config.family.biased_experts:
+            return layers.ACTIVATIONS[config.hidden_act](gate) * up
+        alpha, limit = config.swiglu_alpha, config.swiglu_limit
+        assert alpha is not None and limit is not None  # its config has both
+        return moe.clamped_swiglu(gate, up, alpha=alpha, limit=limit)
 
 
 class DecoderLayer(nnx.Module):

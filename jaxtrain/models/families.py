@@ -93,12 +93,15 @@ class Family:
     p-th ("pattern"), or those that do not turn queries and keys ("unturned"); none in a
     family with `use_sliding_window` unless that is on.
     `window_pattern`: p, where a config has no `sliding_window_pattern`.
+    `attention_sinks`: a learned logit a head takes part in each softmax.
     `expert_width_key`: of a mixture of experts, the config key of an expert's width.
     `unused_dropout`: dropout that published configs ask for in training. It is not
     applied here; a warning says so.
     `exported`: keys of what the family has not here, with values that transformers'
     own checks take.
     `must_be`: keys of which only these values are implemented.
+    `biased_experts`: router and experts have biases, and what an expert multiplies is
+    clamped (gpt-oss).
     """
 
     architecture: str
@@ -127,7 +130,9 @@ class Family:
     default_rope: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     window_rule: Literal["none", "all", "from_layer", "pattern", "unturned"] = "none"
     window_pattern: int = 0
+    attention_sinks: bool = False
     expert_width_key: str | None = None
+    biased_experts: bool = False
     ignored_keys: frozenset[str] = frozenset()
     unused_dropout: tuple[str, ...] = ()
     exported: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -531,6 +536,45 @@ FAMILIES: Mapping[str, Family] = {
         expert_width_key="moe_intermediate_size",
         # Every layer has the same window here, whatever this key says.
         ignored_keys=frozenset({"max_window_layers"}),
+    ),
+    "gpt_oss": Family(
+        architecture="GptOssForCausalLM",
+        defaults=_COMMON
+        | _MIXTURE
+        | {
+            "vocab_size": 201_088,
+            "hidden_size": 2880,
+            "intermediate_size": 2880,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 64,
+            "head_dim": 64,
+            "rms_norm_eps": 1e-5,
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "num_local_experts": 128,
+            "num_experts_per_tok": 4,
+            "attention_bias": True,
+            "sliding_window": 128,
+            "layer_types": None,
+            "swiglu_alpha": 1.702,
+            "swiglu_limit": 7.0,
+        },
+        default_rope_theta=150_000.0,
+        window_rule="pattern",
+        window_pattern=2,
+        default_rope={
+            "rope_type": "yarn",
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 4096,
+        },
+        attention_sinks=True,
+        expert_width_key="intermediate_size",
+        biased_experts=True,
+        # What other keys say, for OpenAI's own code.
+        ignored_keys=frozenset({"experts_per_token", "initial_context_length"}),
     ),
 }
 

@@ -45,11 +45,13 @@ _RIGHT_TYPES: Mapping[str, Any] = {
     "embd_pdrop": _Number,
     "embedding_multiplier": _Number,
     "eos_token_id": int | list[int] | None,
+    "experts_per_token": int,
     "final_logit_softcapping": float | None,
     "head_dim": int,
     "hidden_act": str,
     "hidden_activation": str,
     "hidden_size": int,
+    "initial_context_length": int,
     "initializer_range": float,
     "intermediate_size": int,
     "is_encoder_decoder": bool,
@@ -91,6 +93,8 @@ _RIGHT_TYPES: Mapping[str, Any] = {
     "shared_intermediate_size": int,
     "sliding_window": int | None,
     "sliding_window_pattern": int | None,
+    "swiglu_alpha": float,
+    "swiglu_limit": float,
     "tie_word_embeddings": bool,
     "transformers_version": str | None,
     "use_bidirectional_attention": bool | None,
@@ -326,7 +330,7 @@ def _quantized_otherwise(settings: Any, *, in_wrapper: bool) -> list[str]:
     if not isinstance(settings, Mapping):
         return []
     method = settings.get("quant_method")
-    if method == "fp8" and not in_wrapper:
+    if method in ("fp8", "mxfp4") and not in_wrapper:
         return []
     if method is None and (
         settings.get("load_in_4bit") or settings.get("load_in_8bit")
@@ -335,7 +339,8 @@ def _quantized_otherwise(settings: Any, *, in_wrapper: bool) -> list[str]:
     way = " with training.lora.quantization = 'nf4' or 'int8'"
     return [
         f"quantization_config.quant_method = {shown(method)}: these weights are"
-        " quantized already, and only fp8 with weight_scale_inv is undone on loading,"
+        " quantized already, and only fp8 with weight_scale_inv and mxfp4 are undone on"
+        " loading,"
         " in models of text alone. Train the"
         " model that they were made from"
         + (way if method == "bitsandbytes" else "")

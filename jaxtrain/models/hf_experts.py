@@ -4,6 +4,10 @@ On the hub each expert has three tensors; `Leaf.tensor_name` names them, and tha
 what is written, as transformers 5 does by default too. In memory, and in a file if
 asked to, it stacks all experts of a layer, with gate and up in one tensor:
 `split_fused` shows such a file as if it were of the first form.
+
+gpt-oss has stacks only, of matrices [in, out] in which the columns of gate and up take
+turns. There a layer's stack is one tensor, `split_fused` shows gate and up apart, and
+`join_fused` puts them together again.
 """
 
 import dataclasses
@@ -13,15 +17,35 @@ from typing import Any
 
 import numpy as np
 
-# The module that holds router and experts, and the experts' projections in it.
-NAMES: Mapping[str, tuple[str, Mapping[str, str]]] = {
-    "mixtral": (
+
+@dataclasses.dataclass(frozen=True)
+class Names:
+    """How a family calls the parts of its mixture.
+
+    `module` holds router and experts; `projections` are those of an expert. `stacked`:
+    all experts of a layer are one tensor.
+    """
+
+    module: str = "mlp"
+    router: str = "gate"
+    projections: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    stacked: bool = False
+
+
+NAMES: Mapping[str, Names] = {
+    "mixtral": Names(
         "block_sparse_moe",
-        {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"},
+        projections={"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"},
     ),
-    "qwen3_moe": ("mlp", {n: n for n in ("gate_proj", "up_proj", "down_proj")}),
+    "qwen3_moe": Names(
+        projections={n: n for n in ("gate_proj", "up_proj", "down_proj")}
+    ),
+    "gpt_oss": Names(router="router", stacked=True),
 }
 _FUSED = re.compile(r"(model\.layers\.\d+\.)mlp\.(experts\.|)(\w+)(\.weight|)")
+# Tensors whose columns take turns, and the two that they are.
+_TURNS = re.compile(r"(model\.layers\.\d+\.mlp\.experts\.)gate_up_proj(_bias|)")
+_HALVES = re.compile(r"(model\.layers\.\d+\.mlp\.experts\.)(gate|up)_proj(_bias|)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +75,32 @@ class _Part:
         return self.stack[self.expert : self.expert + 1, own, columns][0]
 
 
+@dataclasses.dataclass(frozen=True)
+class _EveryOther:
+    """The even columns of a tensor (`first` 0), or the odd ones (1).
+
+    Behaves as a slice of a safetensors file, which knows no steps.
+    """
+
+    whole: Any
+    first: int
+
+    def get_dtype(self) -> str:
+        """As the file names it."""
+        return self.whole.get_dtype()
+
+    def get_shape(self) -> list[int]:
+        """Of this half."""
+        *outer, columns = self.whole.get_shape()
+        return [*outer, columns // 2]
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        *outer, columns = index
+        start, stop, _ = columns.indices(self.get_shape()[-1])
+        both = self.whole[(*outer, slice(2 * start, 2 * stop))]
+        return both[..., self.first :: 2]
+
+
 def split_fused(model_type: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
     """The tensors of a checkpoint by the hub's names, stacks shown expert by expert.
 
@@ -58,7 +108,9 @@ def split_fused(model_type: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
     """
     if model_type not in NAMES:
         return dict(tensors)
-    module, projections = NAMES[model_type]
+    names = NAMES[model_type]
+    if names.stacked:
+        return _split_turns(tensors)
     split = {}
     for name, tensor in tensors.items():
         match = _FUSED.fullmatch(name)
@@ -67,12 +119,50 @@ def split_fused(model_type: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
         if inner and leaf in ("gate_up_proj", "down_proj") and len(shape) == 3:
             parts = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else (leaf,)
             rows = shape[1] // len(parts)
+            of_experts = f"{layer}{names.module}.experts"
             for expert in range(shape[0]):
                 for number, part in enumerate(parts):
-                    own = f"{layer}{module}.experts.{expert}.{projections[part]}.weight"
+                    own = f"{of_experts}.{expert}.{names.projections[part]}.weight"
                     split[own] = _Part(tensor, expert, number * rows, rows)
         elif match and not inner and leaf == "gate":
-            split[f"{layer}{module}.gate.weight"] = tensor
+            split[f"{layer}{names.module}.gate.weight"] = tensor
         else:
             split[name] = tensor
     return split
+
+
+def _split_turns(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    split = {}
+    for name, tensor in tensors.items():
+        match = _TURNS.fullmatch(name)
+        if match is None:
+            split[name] = tensor
+            continue
+        for first, half in enumerate(("gate", "up")):
+            own = f"{match[1]}{half}_proj{match[2]}"
+            if hasattr(tensor, "every_other"):
+                split[own] = tensor.every_other(first)
+            else:
+                split[own] = _EveryOther(tensor, first)
+    return split
+
+
+def stored_name(name: str) -> str:
+    """The tensor of a file that a tensor, as `split_fused` names it, is a part of."""
+    match = _HALVES.fullmatch(name)
+    return name if match is None else f"{match[1]}gate_up_proj{match[3]}"
+
+
+def join_fused(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors of a file, of those that `split_fused` made of it or would make."""
+    joined = {}
+    for name, tensor in tensors.items():
+        match, whole = _HALVES.fullmatch(name), stored_name(name)
+        if match is None:
+            joined[name] = tensor
+            continue
+        if whole not in joined:
+            shape = (*tensor.shape[:-1], 2 * tensor.shape[-1])
+            joined[whole] = np.empty(shape, tensor.dtype)
+        joined[whole][..., int(match[2] == "up") :: 2] = tensor
+    return joined

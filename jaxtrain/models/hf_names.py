@@ -2,7 +2,8 @@
 
 A tensor's name is the path of its leaf with "model." before and ".weight" behind, once
 for each layer; matrices are [in, out] in the tree and [out, in] in the file. Of a
-mixture of experts each expert's matrices are tensors of their own (hf_experts.py).
+mixture of experts each expert's matrices are tensors of their own, but for gpt-oss
+(hf_experts.py).
 """
 
 import dataclasses
@@ -55,12 +56,20 @@ class Leaf:
         return "experts" in self.path
 
     @property
+    def _is_stack(self) -> bool:
+        """Whether all experts of a layer are one tensor, which is as in the tree."""
+        names = hf_experts.NAMES.get(self.model_type)
+        return self.is_expert and names is not None and names.stacked
+
+    @property
     def stacked_axes(self) -> int:
         """How many axes count tensors: layers, then experts."""
-        return self.stacked + self.is_expert
+        return self.stacked + (self.is_expert and not self._is_stack)
 
     @property
     def transposed(self) -> bool:
+        if self._is_stack:
+            return False
         return self.path[-1] in ("kernel", "weight") or self.is_expert
 
     @property
@@ -79,15 +88,16 @@ class Leaf:
         modules = self.path[:-1]
         if self.stacked:
             modules = ("layers", str(place[0]), *modules[1:])
-        mixture, projections = hf_experts.NAMES.get(self.model_type, ("mlp", {}))
+        names = hf_experts.NAMES.get(self.model_type, hf_experts.Names())
         if modules[-1] == "gate":
-            modules = (*modules[:-2], mixture, "gate")
-        if self.is_expert:
-            expert = ("experts", str(place[1]), projections[self.path[-1]])
-            modules = (*modules[:2], mixture, *expert)
+            modules = (*modules[:-2], names.module, names.router)
+        if self.is_expert and not self._is_stack:
+            expert = ("experts", str(place[1]), names.projections[self.path[-1]])
+            modules = (*modules[:2], names.module, *expert)
         if modules[0] != "lm_head":
             modules = ("model", *modules)
-        return ".".join((*modules, "bias" if self.path[-1] == "bias" else "weight"))
+        own_name = self._is_stack or self.path[-1] in ("bias", "sinks")
+        return ".".join((*modules, self.path[-1] if own_name else "weight"))
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:

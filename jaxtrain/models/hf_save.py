@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 from jaxtrain.models import hf_composite
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.hf_config import load_config
+from jaxtrain.models.hf_experts import join_fused, stored_name
 from jaxtrain.models.hf_names import (
     NUMPY_TYPES,
     WEIGHTS,
@@ -72,6 +73,7 @@ def save_pretrained(
             tensor = _fetch_tensor(leaf, flat[leaf.path], place, dtype, writes)
             if tensor is not None:
                 tensors[leaf.tensor_name(place)] = tensor
+        tensors = join_fused(tensors)
         if writes:
             save_file(tensors, str(directory / file_name), metadata={"format": "pt"})
             weight_map |= dict.fromkeys(tensors, file_name)
@@ -191,12 +193,18 @@ def _plan_shards(
     """Which tensors go into which file, layer after layer."""
     tensors = [(leaf, place) for leaf in leaves for place in leaf.places]
     tensors.sort(key=lambda t: (t[1][:1], t[0].path, t[1]))
+    whole_of = {t: stored_name(t[0].tensor_name(t[1])) for t in tensors}
+    # Parts of one tensor come together; places of the others stay.
+    first = {name: i for i, name in reversed([*enumerate(whole_of.values())])}
+    tensors.sort(key=lambda t: first[whole_of[t]])
     shards: list[list[tuple[Leaf, Place]]] = [[]]
     used = 0
     for leaf, place in tensors:
         item_bytes = jnp.dtype(dtype or flat[leaf.path].dtype).itemsize
         size = int(np.prod(leaf.tensor_shape)) * item_bytes
-        if shards[-1] and used + size > max_bytes:
+        name = whole_of[leaf, place]
+        begun = shards[-1] and whole_of[shards[-1][-1]] == name
+        if shards[-1] and used + size > max_bytes and not begun:
             shards.append([])
             used = 0
         shards[-1].append((leaf, place))

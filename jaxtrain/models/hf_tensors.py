@@ -2,8 +2,9 @@
 
 Checkpoints of one model differ in how they name and keep its tensors: without the
 "model." in front, the shared embedding under the head's name only, experts stacked
-(hf_experts.py), or in float8 with scales beside them (hf_float8.py). `open_tensors`
-shows them all in one form. Nothing is read before a slice of it is asked for.
+(hf_experts.py), or in float8 or MXFP4 with scales beside them (hf_float8.py,
+hf_mxfp4.py). `open_tensors` shows them all in one form. Nothing is read before a slice
+of it is asked for.
 """
 
 import concurrent.futures
@@ -20,6 +21,7 @@ from jaxtrain.models.hf_config import fp8_block
 from jaxtrain.models.hf_experts import split_fused
 from jaxtrain.models.hf_files import find_weights
 from jaxtrain.models.hf_float8 import whole_tensors
+from jaxtrain.models.hf_mxfp4 import whole_stacks
 from jaxtrain.models.hf_names import EMBEDDING, HEAD
 from jaxtrain.models.weight_files import open_weights
 from jaxtrain.storage.reading import READS_AT_ONCE, AnyFile, RemoteFile
@@ -82,6 +84,7 @@ def open_tensors(
             for name in opened.keys():  # noqa: SIM118 (no mapping)
                 stored[name], file_of[name] = opened.get_slice(name), file
         tensors = whole_tensors(stored, file_of, fp8_block(directory))
+        tensors = whole_stacks(tensors, file_of)
         rename = text_name if is_wrapped(directory) else _prefixed
         tensors = _renamed(tensors, rename)
         tensors = split_fused(config.model_type, tensors)

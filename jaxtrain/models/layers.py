@@ -22,8 +22,9 @@ from jaxtrain.models.quantization import Quantization, dequantize, multiply, qua
 from jaxtrain.models.rope import Rotary, rotate
 from jaxtrain.types import LogicalAxes
 
-# (query, key, value) -> (what each query read, [B T N H]; whatever must be kept).
-Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
+# (query, key, value, sinks where the layer has some) -> (what each query read, [B T N
+# H]; whatever must be kept).
+Attend = Callable[..., tuple[Array, Any]]
 # (function, axes of each argument, axes of the result, axis summed over) -> the same
 # function, run on each device's own part; see sharding.ShardingPlan.map_shards.
 MapShards = Callable[
@@ -309,6 +310,12 @@ class Attention(nnx.Module):
         elif config.family.qk_norm == "width":
             self.q_norm = RMSNorm(q_width, "heads", options)
             self.k_norm = RMSNorm(kv_width, "kv_heads", options)
+        if config.family.attention_sinks:
+            sinks = jax.random.normal(rngs.params(), (config.num_attention_heads,))
+            sinks *= config.initializer_range
+            self.sinks = nnx.Param(
+                sinks.astype(options.param_dtype), logical_axes=(None,)
+            )
 
     def __call__(
         self,
@@ -342,7 +349,8 @@ class Attention(nnx.Module):
         v = constrain(v, ("batch", "sequence", "kv_heads", None))
         q = checkpoint_name(q, "query")
         k, v = checkpoint_name(k, "key"), checkpoint_name(v, "value")
-        context, kept = attend(q, k, v)
+        sinks = (self.sinks[...],) if config.family.attention_sinks else ()
+        context, kept = attend(q, k, v, *sinks)
         context = constrain(context, ("batch", "sequence", "heads", None))
         return self.o_proj(context.reshape(*x.shape[:2], -1), dropout_key), kept
 

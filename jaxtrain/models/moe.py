@@ -85,10 +85,12 @@ def apply_experts(
     gate_proj: Float[Array, "E D F"],
     up_proj: Float[Array, "E D F"],
     down_proj: Float[Array, "E F D"],
-    *,
-    activation: Callable[[Array], Array],
+    *biases: Float[Array, "E F"],
+    combine: Callable[[Array, Array], Array],
 ) -> Float[Array, "B T D"]:
-    """sum_k weight_k down_k(activation(gate_k(x)) * up_k(x)) over a token's experts.
+    """sum_k weight_k down_k(combine(gate_k(x), up_k(x))) over a token's experts.
+
+    `biases` are those of gate and up, where they have some.
 
     Every token is independent of the others, and the result is a sum over F; so rows
     and F may each be split over devices, with every expert's slice at hand.
@@ -100,14 +102,39 @@ def apply_experts(
     sizes = jnp.bincount(chosen, length=gate_proj.shape[0]).astype(jnp.int32)
     copies = experts.shape[-1]
     rows = _send(tokens, order, places, copies)
-    gate = checkpoint_name(jax.lax.ragged_dot(rows, gate_proj, sizes), "mlp_gate")
-    up = checkpoint_name(jax.lax.ragged_dot(rows, up_proj, sizes), "mlp_up")
-
-    combine = jax.checkpoint(lambda gate, up: activation(gate) * up, prevent_cse=False)
-    inner = combine(gate, up)
+    gate = jax.lax.ragged_dot(rows, gate_proj, sizes)
+    up = jax.lax.ragged_dot(rows, up_proj, sizes)
+    if biases:
+        own = jax.nn.one_hot(chosen[order], gate_proj.shape[0], dtype=rows.dtype)
+        gate, up = (y + _pick(own, b) for y, b in zip((gate, up), biases, strict=True))
+    gate, up = checkpoint_name(gate, "mlp_gate"), checkpoint_name(up, "mlp_up")
+    inner = jax.checkpoint(combine, prevent_cse=False)(gate, up)
     outputs = jax.lax.ragged_dot(inner, down_proj, sizes)
     outputs *= weights.reshape(-1)[order, None].astype(outputs.dtype)
     return _collect(outputs, order, places, copies).reshape(x.shape)
+
+
+def mix_biases(
+    weights: Float[Array, "B T K"],
+    experts: Int[Array, "B T K"],
+    biases: Float[Array, "E D"],
+) -> Float[Array, "B T D"]:
+    """sum_k weight_k bias_k over a token's experts."""
+    chosen = jax.nn.one_hot(experts, biases.shape[0], dtype=weights.dtype)
+    return _pick((chosen * weights[..., None]).sum(axis=2).astype(biases.dtype), biases)
+
+
+def clamped_swiglu(
+    gate: Float[Array, "M F"], up: Float[Array, "M F"], *, alpha: float, limit: float
+) -> Float[Array, "M F"]:
+    """(up + 1) * gate * sigmoid(alpha * gate), both clamped: gate from above only."""
+    gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+    return (up + 1) * gate * jax.nn.sigmoid(alpha * gate)
+
+
+def _pick(shares: Float[Array, "*M E"], biases: Float[Array, "E F"]) -> Array:
+    """Each row's biases, as a product: a gather's gradient would be a scatter."""
+    return jnp.matmul(shares, biases, precision=jax.lax.Precision.HIGHEST)
 
 
 # Each of these two is the other's transpose. Left to itself, jax would transpose the

@@ -59,7 +59,8 @@ def scanned_layers(options: Options, params: Params) -> tuple[Params, Array]:
     """
 
     def cast(path: tuple[Any, ...], leaf: Array) -> Array:
-        is_whole = path[-1].key in ("scale", "lora_magnitude", CODES, SCALES)
+        whole = ("scale", "sinks", "lora_magnitude", CODES, SCALES)
+        is_whole = path[-1].key in whole
         return leaf if is_whole else leaf.astype(options.compute_dtype)
 
     layers = jax.tree_util.tree_map_with_path(cast, params["layers"])

@@ -134,12 +134,13 @@ def _keeps_first_adapters(run: RunConfig) -> bool:
 def _in_compute_dtype(compute_dtype: str, params: Params) -> Params:
     """Copies of the weights as the forward pass reads them: they give its own numbers.
 
-    Matrices are only ever read in the compute dtype, so they are kept in it; norms are
-    read in float32 and kept whole.
+    Matrices are only ever read in the compute dtype, so they are kept in it; norms and
+    sinks are read in float32 and kept whole.
     """
 
     def copy(path: Any, leaf: jax.Array) -> jax.Array:
-        is_matrix = path[-1].key not in ("scale", "bias")
+        name = path[-1].key
+        is_matrix = name not in ("scale", "sinks") and not name.endswith("bias")
         # jnp.array copies; a mere cast to the same dtype would share the buffer, which
         # the train step donates.
         return jnp.array(leaf, dtype=compute_dtype if is_matrix else leaf.dtype)

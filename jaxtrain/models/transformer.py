@@ -251,6 +251,7 @@ class Decoder(Options):
         return skips_blocks(
             jax.ShapeDtypeStruct((1, length, *heads), self.compute_dtype),
             softcap=self.config.attn_logit_softcapping,
+            has_sinks=self.config.family.attention_sinks,
             implementation=self.attention,
             layout=self.layout,
         )
@@ -368,17 +369,22 @@ def _attention_over_rows(
             "implementation": decoder.attention,
             "layout": decoder.layout,
         }
-        schedule = plan_attention(queries, **options)
-        scale = decoder.config.attention_scale
-        return functools.partial(attention, **options, scale=scale, schedule=schedule)
+        has_sinks = decoder.config.family.attention_sinks
+        options["schedule"] = plan_attention(queries, **options, has_sinks=has_sinks)
+        options["scale"] = decoder.config.attention_scale
+
+        def run(q: Array, k: Array, v: Array, sinks: Array | None = None) -> Array:
+            return attention(q, k, v, sinks=sinks, **options)
+
+        return run
 
     branches = [within(window) for window in choices]
     choice_of_layer = jnp.asarray([choices.index(w) for w in windows])
 
-    def attend(index: Array, q: Array, k: Array, v: Array) -> tuple[Array, None]:
+    def attend(index: Array, *arrays: Array) -> tuple[Array, None]:
         if len(branches) == 1:
-            return branches[0](q, k, v), None
-        return jax.lax.switch(choice_of_layer[index], branches, q, k, v), None
+            return branches[0](*arrays), None
+        return jax.lax.switch(choice_of_layer[index], branches, *arrays), None
 
     return lambda index: functools.partial(attend, index)
 

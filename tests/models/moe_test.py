@@ -48,7 +48,9 @@ def run_all(x, logits, gate, up, down):
 
 def run_grouped(x, logits, gate, up, down):
     _, weights, experts = choose_experts(logits, K, normalize=True)
-    return apply_experts(x, weights, experts, gate, up, down, activation=jax.nn.silu)
+    return apply_experts(
+        x, weights, experts, gate, up, down, combine=lambda g, u: jax.nn.silu(g) * u
+    )
 
 
 def test_sorted_and_grouped_experts_equal_every_expert_on_every_token(arrays):

@@ -150,6 +150,51 @@ def _qwen3_moe(**options: Any) -> dict[str, Any]:
     )
 
 
+def _gpt_oss(**options: Any) -> dict[str, Any]:
+    layers = options.get("num_hidden_layers", 24)
+    return {
+        "architectures": ["GptOssForCausalLM"],
+        "attention_bias": True,
+        "attention_dropout": 0.0,
+        "eos_token_id": 200002,
+        "experts_per_token": 4,
+        "head_dim": 64,
+        "hidden_act": "silu",
+        "hidden_size": 2880,
+        "initial_context_length": 4096,
+        "initializer_range": 0.02,
+        "intermediate_size": 2880,
+        "layer_types": ["sliding_attention", "full_attention"] * (layers // 2),
+        "max_position_embeddings": 131072,
+        "model_type": "gpt_oss",
+        "num_attention_heads": 64,
+        "num_experts_per_tok": 4,
+        "num_hidden_layers": 24,
+        "num_key_value_heads": 8,
+        "num_local_experts": 32,
+        "output_router_logits": False,
+        "pad_token_id": 199999,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": {
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "factor": 32.0,
+            "original_max_position_embeddings": 4096,
+            "rope_type": "yarn",
+            "truncate": False,
+        },
+        "rope_theta": 150000,
+        "router_aux_loss_coef": 0.9,
+        "sliding_window": 128,
+        "swiglu_limit": 7.0,
+        "tie_word_embeddings": False,
+        "transformers_version": "4.55.0.dev0",
+        "use_cache": True,
+        "vocab_size": 201088,
+        **options,
+    }
+
+
 def _mistral(**options: Any) -> dict[str, Any]:
     return {
         "architectures": ["MistralForCausalLM"],
@@ -523,6 +568,16 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         rope_theta=10000000,
         shared_expert_intermediate_size=0,
         use_qk_norm=True,
+    ),
+    # OpenAI's weights are in MXFP4, as `quantization_config` says: gpt_oss_test.py.
+    "openai/gpt-oss-20b": _gpt_oss(),
+    "openai/gpt-oss-120b": _gpt_oss(num_hidden_layers=36, num_local_experts=128),
+    "openai/gpt-oss-safeguard-20b": _gpt_oss(swiglu_alpha=1.702),
+    "unsloth/gpt-oss-20b-BF16": _gpt_oss(
+        bos_token_id=199998,
+        pad_token_id=200017,
+        torch_dtype="bfloat16",
+        unsloth_fixed=True,
     ),
     "mistralai/Mixtral-8x7B-v0.1": _mixtral(),
     "mistralai/Mixtral-8x7B-Instruct-v0.1": _mixtral(torch_dtype="bfloat16"),

@@ -1,7 +1,7 @@
 """One `attention` for every platform; "auto" picks the implementation and logs it."""
 
 import functools
-import importlib.util
+import importlib
 import logging
 import math
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int32
 
 from jaxtrain.kernels.attention import blocked, cudnn
-from jaxtrain.kernels.attention.masks import Mask
+from jaxtrain.kernels.attention.masks import Extras, Mask
 from jaxtrain.kernels.attention.partition import Layout, attend_on_shards
 from jaxtrain.kernels.attention.reference import attention_reference
 from jaxtrain.kernels.attention.schedule import Schedule
@@ -33,7 +33,7 @@ Queries = Array | jax.ShapeDtypeStruct  # their shape and type
 def attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    v: Float[Array, "B S K V"],
     *,
     segment_ids: Int32[Array, "B T"] | None = None,
     prompt_ids: Int32[Array, "B T"] | None = None,
@@ -41,17 +41,20 @@ def attention(
     window: int | None = None,
     softcap: float | None = None,
     scale: float | None = None,
+    sinks: Float[Array, "N"] | None = None,
     implementation: str = "auto",
     schedule: Schedule | None = None,
     layout: Layout | None = None,
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B T N V"]:
     """Scaled dot-product attention over packed rows (arXiv 1706.03762, GQA 2305.13245).
 
     Query t reads key s where their segment ids are equal and not 0, s <= t in index
     order (causal) and t - s < window. `prompt_ids[t]` names a second segment that t
     reads besides its own: a prompt that several responses of the row share; 0 names
     none. Query head n reads key-value head n // (N // K). Logits are
-    `softcap * tanh(scale * q k / softcap)`; `scale` is H ** -0.5 unless given.
+    `softcap * tanh(scale * q k / softcap)`; `scale` is H ** -0.5 unless given. `sinks`
+    are a logit more in each head's softmax, which no value answers (arXiv 2309.17453):
+    they take weight from what a query reads.
 
     Rows of padding (segment id 0) give zeros, whatever their inputs hold.
 
@@ -65,25 +68,26 @@ def attention(
         NotImplementedError: the named implementation cannot serve this call.
     """
     mask = Mask(segment_ids, prompt_ids, causal, window)
-    _check_shapes(q, k, v, mask)
+    _check_shapes(q, k, v, mask, sinks)
     _check_options(mask, softcap, implementation)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     device = _device_of(layout)
+    extras = Extras(softcap, sinks is not None, v.shape[-1])
     if implementation == "auto":
-        implementation = _choose(q, mask, softcap, device)
+        implementation = _choose(q, mask, extras, device)
     attend = functools.partial(_attend, implementation, softcap, scale)
     reason = None
     if implementation in _REFUSALS:
-        reason = _REFUSALS[implementation](q, mask, softcap, device)
+        reason = _REFUSALS[implementation](q, mask, extras, device)
     if reason is not None:
         raise NotImplementedError(
             f"attention implementation {implementation!r} refuses: {reason}; "
             "use 'auto' or 'xla'"
         )
     if layout is None:
-        out = attend(q, k, v, mask, schedule)
+        out = attend(q, k, v, mask, schedule, sinks)
     else:
-        out = attend_on_shards(attend, layout, q, k, v, mask, schedule)
+        out = attend_on_shards(attend, layout, q, k, v, mask, schedule, sinks)
     if implementation in _PALLAS and not _cuts_rows(layout, q.shape[1]):
         return out  # the kernel has named it, with what its backward pass reads
     return checkpoint_name(out, "attention")
@@ -98,23 +102,19 @@ def _attend(
     v: Array,
     mask: Mask,
     schedule: Schedule | None,
+    sinks: Array | None,
 ) -> Array:
     """Run the named implementation on one device."""
+    options: dict[str, Any] = {"softcap": softcap, "scale": scale, "sinks": sinks}
     if implementation == "reference":
-        return attention_reference(q, k, v, mask, softcap=softcap, scale=scale)
+        return attention_reference(q, k, v, mask, **options)
     if implementation == "xla":
-        return attention_xla(q, k, v, mask, softcap=softcap, scale=scale)
+        return attention_xla(q, k, v, mask, **options)
     if implementation == "cudnn":
         return cudnn.attention_cudnn(q, k, v, mask, scale=scale)
+    kernels = _load_kernels(implementation)
     return blocked.attention_blocked(
-        _load_kernels(implementation),
-        q,
-        k,
-        v,
-        mask,
-        softcap=softcap,
-        scale=scale,
-        schedule=schedule,
+        kernels, q, k, v, mask, **options, schedule=schedule
     )
 
 
@@ -126,18 +126,22 @@ def plan_attention(
     causal: bool = True,
     window: int | None = None,
     softcap: float | None = None,
+    has_sinks: bool = False,
+    value_width: int | None = None,
     implementation: str = "auto",
     layout: Layout | None = None,
 ) -> Schedule | None:
     """The blocks that the layers of one batch visit, found once for all of them.
 
-    The arguments are `attention`'s, but only the shape and type of `q` matter. None
-    where the implementation visits no blocks, or where the mesh splits rows. Layers
-    with another window need another schedule.
+    The arguments are `attention`'s, but only the shape and type of `q` matter, whether
+    there are sinks, and the width of values (None: that of q). None where the
+    implementation visits no blocks, or where the mesh splits rows. Layers with another
+    window need another schedule.
     """
     mask = Mask(segment_ids, prompt_ids, causal, window)
     if implementation == "auto":
-        implementation = _choose(q, mask, softcap, _device_of(layout))
+        extras = Extras(softcap, has_sinks, value_width)
+        implementation = _choose(q, mask, extras, _device_of(layout))
     if implementation not in _PALLAS or _cuts_rows(layout, q.shape[1]):
         return None
     return blocked.plan(_load_kernels(implementation), mask, *q.shape[:2])
@@ -147,6 +151,8 @@ def skips_blocks(
     q: jax.ShapeDtypeStruct,
     *,
     softcap: float | None = None,
+    has_sinks: bool = False,
+    value_width: int | None = None,
     implementation: str = "auto",
     layout: Layout | None = None,
 ) -> bool:
@@ -157,7 +163,8 @@ def skips_blocks(
     if implementation == "auto":
         ids = jax.ShapeDtypeStruct(q.shape[:2], jnp.int32)
         mask = Mask(ids, None, True, None)  # type: ignore[arg-type]
-        implementation = _choose(q, mask, softcap, _device_of(layout))
+        extras = Extras(softcap, has_sinks, value_width)
+        implementation = _choose(q, mask, extras, _device_of(layout))
     return implementation in _PALLAS and not _cuts_rows(layout, q.shape[1])
 
 
@@ -186,75 +193,89 @@ def _load_kernels(name: str) -> blocked.Kernels:
 def _choose(
     q: Queries,
     mask: Mask,
-    softcap: float | None,
+    extras: Extras,
     device: jax.Device | None,
 ) -> str:
     """The fastest implementation measured on this platform that serves the call.
 
     On Hopper our kernels win where documents leave blocks out, are ahead or level on
-    plain rows as far as was measured, and serve the soft cap that cuDNN lacks; cuDNN
-    takes longer plain rows and wide heads (benchmarks/RESULTS.md). On other NVIDIA GPUs
-    cuDNN takes plain rows, and our Triton kernels those with blocks to leave out and
-    what cuDNN refuses; that is an estimate from a Hopper GPU, where they were measured.
-    For TPUs there is one kernel. The mesh, of which `device` is one, need not be
-    present: then cuDNN and Triton, which ask the GPU that is here, give way to ours.
+    plain rows as far as was measured, and serve all that cuDNN refuses but heads wider
+    than 256; cuDNN takes longer plain rows (benchmarks/RESULTS.md). On other NVIDIA
+    GPUs cuDNN takes plain rows, and our Triton kernels those with blocks to leave out
+    and what cuDNN refuses, up to a width whose tiles fit every card; that is an
+    estimate from a Hopper GPU, where they were measured. For TPUs there is one kernel.
+    The XLA path is the last resort; the log says why. The mesh, of which `device` is
+    one, need not be present: then cuDNN and Triton, which ask the GPU that is here,
+    give way to ours.
     """
     platform = jax.default_backend() if device is None else device.platform
     absent = platform == "gpu" and jax.default_backend() != "gpu"
     measured = q.shape[1] <= _MEASURED_ROW and q.shape[3] <= _NARROW_HEAD
-    ours = mask.segment_ids is not None or softcap is not None or measured or absent
-    for_hopper = ours and _refuse_pallas_gpu(q, mask, softcap, device) is None
-    no_cudnn = cudnn.refusal(q, mask, softcap, device)
+    by_cudnn = cudnn.refusal(q, mask, extras, device)
+    packed = mask.segment_ids is not None
+    ours = packed or measured or absent or by_cudnn is not None
+    why = ""
     if platform == "tpu":
         name = "pallas_tpu"
-    elif for_hopper:
+    elif ours and _refuse_pallas_gpu(q, mask, extras, device) is None:
         name = "pallas_gpu"
-    elif (mask.segment_ids is not None or no_cudnn) and _suits_triton(q, mask, device):
+    elif by_cudnn is None and not packed:
+        name = "cudnn"
+    elif (reason := _why_not_triton(q, mask, extras, device)) is None:
         name = "pallas_triton"
+    elif by_cudnn is None:
+        name = "cudnn"
     else:
-        name = "xla" if no_cudnn else "cudnn"
-    _log_choice(name, q.shape, q.dtype.name, mask.segment_ids is not None)
+        name = "xla"
+        if "gpu" in (platform, jax.default_backend()):
+            by_hopper = _refuse_pallas_gpu(q, mask, extras, device)
+            why = f", which is slow: {by_hopper}; {by_cudnn}; {reason}"
+    _log_choice(name, q, mask, extras, why)
     return name
 
 
+def _why_not_triton(
+    q: Queries, mask: Mask, extras: Extras, device: jax.Device | None
+) -> str | None:
+    """Why Triton's kernels are not chosen unasked; None where they are."""
+    refusal = _refuse_pallas_triton(q, mask, extras, device)
+    if refusal is not None:
+        return refusal
+    width = max(q.shape[-1], extras.value_width or 0)
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"Triton's kernels are slow in {q.dtype.name}"
+    if width > _NARROW_HEAD:
+        return f"Triton's tiles of heads {width} wide do not fit every card"
+    try:
+        _load_kernels("pallas_triton")
+    except NotImplementedError as error:
+        return str(error)
+    return None
+
+
 def _refuse_pallas_gpu(
-    q: Queries, mask: Mask, softcap: float | None, device: jax.Device | None
+    q: Queries, mask: Mask, extras: Extras, device: jax.Device | None
 ) -> str | None:
     if not _is_hopper(cudnn.compute_capability(device)):
-        return "it needs a Hopper GPU (compute capability 9.0)"
+        return "our kernel needs a Hopper GPU (compute capability 9.0)"
     if q.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"it takes bfloat16 or float16, not {q.dtype.name}"
-    return _refuse_wide_heads(q)
+        return f"our kernel takes bfloat16 or float16, not {q.dtype.name}"
+    return _refuse_wide_heads(q, extras)
 
 
 def _refuse_pallas_triton(
-    q: Queries, mask: Mask, softcap: float | None, device: jax.Device | None
+    q: Queries, mask: Mask, extras: Extras, device: jax.Device | None
 ) -> str | None:
     # Its lowering asks the GPU that is here.
     capability = cudnn.compute_capability()
     if capability is None or capability < 8.0:
-        return "it needs an NVIDIA GPU of compute capability 8.0 or later"
+        return "Triton needs an NVIDIA GPU of compute capability 8.0 or later"
     if q.shape[-1] > _NARROW_HEAD and capability in _SMALL_SHARED_MEMORY:
         return (
             f"head width {q.shape[-1]} is above {_NARROW_HEAD}, and its tiles exceed"
             f" the 99 KiB of shared memory of compute capability {capability}"
         )
-    return _refuse_wide_heads(q)
-
-
-def _suits_triton(q: Queries, mask: Mask, device: jax.Device | None) -> bool:
-    """Whether `auto` may take the Triton kernels: in half precision, not on Hopper.
-
-    Products of float32 are slow and need twice the shared memory. Versions of jax to
-    come will lack that lowering.
-    """
-    absent = device is not None and device.platform != jax.default_backend()
-    half = q.dtype in (jnp.bfloat16, jnp.float16)
-    if absent or not half or _is_hopper(cudnn.compute_capability()):
-        return False
-    has_lowering = importlib.util.find_spec("jax.experimental.pallas.triton")
-    refusal = _refuse_pallas_triton(q, mask, None, device)
-    return has_lowering is not None and refusal is None
+    return _refuse_wide_heads(q, extras)
 
 
 def _is_hopper(capability: float | None) -> bool:
@@ -262,7 +283,7 @@ def _is_hopper(capability: float | None) -> bool:
 
 
 def _refuse_pallas_tpu(
-    q: Queries, mask: Mask, softcap: float | None, device: jax.Device | None
+    q: Queries, mask: Mask, extras: Extras, device: jax.Device | None
 ) -> str | None:
     # The CPU backend passes: it compiles ahead of time for a TPU that is not here.
     if jax.default_backend() == "gpu":
@@ -270,11 +291,12 @@ def _refuse_pallas_tpu(
     return None
 
 
-def _refuse_wide_heads(q: Queries) -> str | None:
-    return f"head width {q.shape[-1]} is above 256" if q.shape[-1] > 256 else None
+def _refuse_wide_heads(q: Queries, extras: Extras) -> str | None:
+    width = max(q.shape[-1], extras.value_width or 0)
+    return f"head width {width} is above our kernels' 256" if width > 256 else None
 
 
-_Refuse = Callable[[Queries, Mask, float | None, jax.Device | None], str | None]
+_Refuse = Callable[[Queries, Mask, Extras, jax.Device | None], str | None]
 _REFUSALS: dict[str, _Refuse] = {
     "cudnn": cudnn.refusal,
     "pallas_gpu": _refuse_pallas_gpu,
@@ -283,25 +305,40 @@ _REFUSALS: dict[str, _Refuse] = {
 }
 
 
-def _log_choice(name: str, shape: tuple[int, ...], dtype: str, packed: bool) -> None:
+def _log_choice(
+    name: str,
+    q: Queries,
+    mask: Mask,
+    extras: Extras,
+    why: str,
+) -> None:
     """One line for each new choice, not one for each layer, trace or shape of rows."""
-    choice = (name, shape[2:], dtype, packed)
+    packed = mask.segment_ids is not None
+    choice = (name, q.shape[2:], q.dtype.name, packed, extras)
     if choice in _logged:
         return
     _logged.add(choice)
-    what = "with segments" if packed else "without segments"
-    heads, width = shape[2:]
-    told = "attention: auto chose %s for %d heads of %d, %s, %s"
-    _logger.info(told, name, heads, width, dtype, what)
+    words = ["with segments" if packed else "without segments"]
+    if extras.has_sinks:
+        words.append("with sinks")
+    heads, width = q.shape[2:]
+    if extras.value_width not in (None, width):
+        words.append(f"values of {extras.value_width}")
+    told = "attention: auto chose %s for %d heads of %d, %s, %s%s"
+    _logger.info(told, name, heads, width, q.dtype.name, ", ".join(words), why)
 
 
-def _check_shapes(q: Array, k: Array, v: Array, mask: Mask) -> None:
+def _check_shapes(
+    q: Array, k: Array, v: Array, mask: Mask, sinks: Array | None
+) -> None:
     batch, length, heads, width = q.shape
-    if k.shape != v.shape or (k.shape[0], k.shape[3]) != (batch, width):
+    if k.shape[:3] != v.shape[:3] or (k.shape[0], k.shape[3]) != (batch, width):
         raise ValueError(
-            f"q {q.shape}, k {k.shape} and v {v.shape} do not fit: k and v need the "
-            "shape [B S K H] with q's B and H"
+            f"q {q.shape}, k {k.shape} and v {v.shape} do not fit: k needs the shape "
+            "[B S K H] with q's B and H, and v [B S K V]"
         )
+    if sinks is not None and sinks.shape != (heads,):
+        raise ValueError(f"sinks {sinks.shape} must have shape {(heads,)}: one a head")
     if heads % k.shape[2]:
         raise ValueError(
             f"{heads} query heads are no multiple of {k.shape[2]} key-value heads"

@@ -56,7 +56,7 @@ class Kernels:
     `forward(options, q, k, v, ids, schedule) -> (out, lse)`; `backward(options, q, k,
     v, lse, delta, d_out, ids, schedule) -> (dq, dk, dv)`. `lse` and `delta` are
     [B N T]: the base-2 log of the softmax's denominator (-NEVER for a query without
-    keys) and the sum of out * d_out over H.
+    keys) and the sum of out * d_out over V, the width of values.
     """
 
     forward: Callable[..., tuple[Array, Array]]
@@ -69,16 +69,17 @@ def attention_blocked(
     kernels: Kernels,
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    v: Float[Array, "B S K V"],
     mask: Mask,
     *,
     softcap: float | None,
     scale: float,
+    sinks: Float[Array, "N"] | None = None,
     schedule: Schedule | None = None,
     interpret: bool = False,
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B T N V"]:
     """Attention by `kernels`, rows and heads padded to whole tiles."""
-    length, keys, width = q.shape[1], k.shape[1], q.shape[3]
+    length, keys = q.shape[1], k.shape[1]
     has_padding = mask.keys is not None
     if keys != length and mask.key_ids is None:
         ones = jnp.ones((q.shape[0], keys), jnp.int32)
@@ -87,10 +88,10 @@ def attention_blocked(
     if schedule is None:
         schedule = plan(kernels, mask, q.shape[0], length)
     assert padded.segment_ids is not None and padded.key_ids is not None
-    width_tail = (0, kernels.choose_width(width) - width)
 
     def fill(x: Array, ids: Array) -> Array:
         tail = (0, ids.shape[1] - x.shape[1])
+        width_tail = (0, kernels.choose_width(x.shape[3]) - x.shape[3])
         return jnp.pad(x, [(0, 0), tail, (0, 0), width_tail])
 
     options = Options(
@@ -103,11 +104,12 @@ def attention_blocked(
         fill(q, ids.segments),
         fill(k, ids.keys),
         fill(v, ids.keys),
+        sinks,
         ids,
         schedule,
     )
     # Rows of padding are zeros here: no key answers their ids.
-    return out[:, :length, :, :width]
+    return out[:, :length, :, : v.shape[3]]
 
 
 def plan(kernels: Kernels, mask: Mask, batch: int, length: int) -> Schedule:
@@ -153,10 +155,11 @@ def _attend(
     q: Array,
     k: Array,
     v: Array,
+    sinks: Array | None,
     ids: Ids,
     schedule: Schedule,
 ) -> Array:
-    return _attend_forward(kernels, options, q, k, v, ids, schedule)[0]
+    return _attend_forward(kernels, options, q, k, v, sinks, ids, schedule)[0]
 
 
 def _attend_forward(
@@ -165,6 +168,7 @@ def _attend_forward(
     q: Array,
     k: Array,
     v: Array,
+    sinks: Array | None,
     ids: Ids,
     schedule: Schedule,
 ) -> tuple[Array, tuple]:
@@ -174,10 +178,35 @@ def _attend_forward(
         (q,) = zero_padding(ids.segments, q)
         k, v = zero_padding(ids.keys, k, v)
     out, lse = _run_forward(kernels, options, q, k, v, ids, schedule)
+    if sinks is not None:
+        out, lse = _add_sinks(out, lse, sinks)
     # With both kept, rematerialization need not run the kernel again.
     out = checkpoint_name(out, "attention_residuals")
     lse = checkpoint_name(lse, "attention_residuals")
-    return out, (q, k, v, out, lse, ids, schedule)
+    return out, (q, k, v, sinks, out, lse, ids, schedule)
+
+
+def _add_sinks(
+    out: Float[Array, "B T N V"], lse: Float[Array, "B N T"], sinks: Float[Array, "N"]
+) -> tuple[Float[Array, "B T N V"], Float[Array, "B N T"]]:
+    """What a kernel gives, with one logit a head more in each softmax's denominator.
+
+    It has no value, so that `out` only shrinks by the share of all other logits. The
+    backward kernels read weights off the new `lse` and so need not know of it. A query
+    without keys keeps its lse, which is beyond any sum.
+    """
+    logits = sinks.astype(jnp.float32)[:, None] * LOG2_E
+    share = jax.nn.sigmoid((lse - logits) / LOG2_E).swapaxes(1, 2)[..., None]
+    out = (out.astype(jnp.float32) * share).astype(out.dtype)
+    return out, jnp.logaddexp2(lse, logits)
+
+
+def _sink_gradient(
+    lse: Float[Array, "B N T"], delta: Float[Array, "B N T"], sinks: Float[Array, "N"]
+) -> Float[Array, "N"]:
+    """- sum p delta of each head: p is the sink's weight, whose value is 0."""
+    weights = jnp.exp2(sinks.astype(jnp.float32)[:, None] * LOG2_E - lse)
+    return -(weights * delta).sum(axis=(0, 2)).astype(sinks.dtype)
 
 
 # Functions of their own, so that a program in which each layer calls them holds, and
@@ -194,15 +223,16 @@ def _run_backward(kernels: Kernels, options: Options, *arrays: Any) -> Any:
 
 def _attend_backward(
     kernels: Kernels, options: Options, residuals: tuple, d_out: Array
-) -> tuple[Array, Array, Array, None, None]:
-    q, k, v, out, lse, ids, schedule = residuals
+) -> tuple[Array, Array, Array, Array | None, None, None]:
+    q, k, v, sinks, out, lse, ids, schedule = residuals
     if options.has_padding:  # which may send back NaN, and 0 * NaN would leak it
         (d_out,) = zero_padding(ids.segments, d_out)
     delta = jnp.einsum("BTNH,BTNH->BNT", out, d_out, preferred_element_type=jnp.float32)
     dq, dk, dv = _run_backward(
         kernels, options, q, k, v, lse, delta, d_out, ids, schedule
     )
-    return dq, dk, dv, None, None
+    d_sinks = None if sinks is None else _sink_gradient(lse, delta, sinks)
+    return dq, dk, dv, d_sinks, None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -223,20 +253,22 @@ def id_rows(ids: Ids) -> tuple[Array, Array, Array]:
 
 def estimate_cost(
     options: Options,
-    q: Array,
-    k: Array,
+    arrays: tuple[Array, Array, Array],
     lengths: tuple[int, int],
     blocks: tuple[int, int],
     *,
-    products: int,
+    products: tuple[int, int],
 ) -> dict[str, int]:
     """Of one pass, by the names of Pallas's CostEstimate, but for what ids leave out.
 
     Args:
-        q, k: of one device, in any order of axes but for the last, H.
+        arrays: q, k and v of one device, in any order of axes but for the last.
         lengths, blocks: of queries and of keys.
-        products: of each tile that is visited, by the kernel.
+        products: of each tile that is visited, by the kernel: as wide as a key, and as
+            a value.
     """
+    q, k, v = arrays
+
     rule = Mask(causal=options.causal, window=options.window, offset=options.offset)
     width = q.shape[-1]
     tile = blocks[0] * blocks[1]
@@ -244,9 +276,9 @@ def estimate_cost(
         q.size // (lengths[0] * width) * count_visits(rule, lengths, blocks) * tile
     )
     return {
-        "flops": 2 * products * entries * width,
+        "flops": 2 * entries * (products[0] * width + products[1] * v.shape[-1]),
         "transcendentals": entries,
-        "bytes_accessed": (q.size + k.size) * products * q.dtype.itemsize,
+        "bytes_accessed": (q.size + k.size) * sum(products) * q.dtype.itemsize,
     }
 
 

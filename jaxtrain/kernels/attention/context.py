@@ -46,16 +46,17 @@ def attend_to_gathered(
     ring: Ring,
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
+    v: Float[Array, "B T K V"],
     mask: Mask,
     schedule: None = None,
-) -> Float[Array, "B T N H"]:
+    sinks: Float[Array, "N"] | None = None,
+) -> Float[Array, "B T N V"]:
     """`attend` of this device's queries to the keys of its row's devices.
 
     Within `shard_map`; T counts the tokens of a device. The backward pass gathers
     again, so nothing of a whole row is kept.
     """
-    return _forward(attend, ring, q, k, v, mask, schedule)[0]
+    return _forward(attend, ring, q, k, v, mask, schedule, sinks)[0]
 
 
 def _forward(
@@ -66,39 +67,41 @@ def _forward(
     v: Array,
     mask: Mask,
     schedule: None,
+    sinks: Array | None,
 ) -> tuple[Array, tuple]:
     keys, values = _gather(ring, k), _gather(ring, v)
     queries, whole = _exchange(ring, q), _gather_ids(ring, mask)
 
     def on_device(index: int, q: Array, keys: Array, values: Array) -> Array:
-        return _attend_parts(attend, ring, index, q, keys, values, whole)
+        return _attend_parts(attend, ring, index, q, keys, values, whole, sinks)
 
     out = _switch(ring, on_device, queries, keys, values)
-    return _exchange(ring, out, back=True), (q, k, v, mask)
+    return _exchange(ring, out, back=True), (q, k, v, mask, sinks)
 
 
 def _backward(
     attend: Attend, ring: Ring, residuals: tuple, d_out: Array
-) -> tuple[Array, Array, Array, None, None]:
-    q, k, v, mask = residuals
+) -> tuple[Array, Array, Array, None, None, Array | None]:
+    q, k, v, mask, sinks = residuals
     keys, values = _gather(ring, k), _gather(ring, v)
     queries, whole = _exchange(ring, q), _gather_ids(ring, mask)
 
     def on_device(
         index: int, q: Array, keys: Array, values: Array, d_out: Array
     ) -> tuple[Array, ...]:
-        def forward(q: Array, keys: Array, values: Array) -> Array:
-            return _attend_parts(attend, ring, index, q, keys, values, whole)
+        def forward(q: Array, keys: Array, values: Array, sinks: Array | None) -> Array:
+            return _attend_parts(attend, ring, index, q, keys, values, whole, sinks)
 
-        return jax.vjp(forward, q, keys, values)[1](d_out)
+        return jax.vjp(forward, q, keys, values, sinks)[1](d_out)
 
     d_out = _exchange(ring, d_out)
-    dq, d_keys, d_values = _switch(ring, on_device, queries, keys, values, d_out)
+    gradients = _switch(ring, on_device, queries, keys, values, d_out)
+    dq, d_keys, d_values, d_sinks = gradients
     dk, dv = (
         jax.lax.psum_scatter(x, ring.axes, scatter_dimension=1, tiled=True)
         for x in (d_keys, d_values)
     )
-    return _exchange(ring, dq, back=True), dk, dv, None, None
+    return _exchange(ring, dq, back=True), dk, dv, None, None, d_sinks
 
 
 attend_to_gathered.defvjp(_forward, _backward)
@@ -122,6 +125,7 @@ def _attend_parts(
     keys: Array,
     values: Array,
     mask: Mask,
+    sinks: Array | None,
 ) -> Array:
     """The two parts of device `index`, each with the keys up to its own end.
 
@@ -141,7 +145,8 @@ def _attend_parts(
             key_ids=_cut(mask.segment_ids, 0, end),
             offset=start,
         )
-        outputs.append(attend(queries, keys[:, :end], values[:, :end], of_part, None))
+        of_keys = (keys[:, :end], values[:, :end])
+        outputs.append(attend(queries, *of_keys, of_part, None, sinks))
     return jnp.concatenate(outputs, axis=1)
 
 

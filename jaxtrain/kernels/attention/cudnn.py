@@ -4,14 +4,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxtrain.kernels.attention.masks import Mask, whole_mask
+from jaxtrain.kernels.attention.masks import Extras, Mask, whole_mask
 from jaxtrain.kernels.attention.reference import zero_padding
 
 
 def refusal(
     q: Array | jax.ShapeDtypeStruct,
     mask: Mask,
-    softcap: float | None,
+    extras: Extras,
     device: jax.Device | None,
 ) -> str | None:
     """Why cuDNN cannot serve this call, or None where it can.
@@ -23,12 +23,16 @@ def refusal(
         return f"the backend is {jax.default_backend()!r}, not a GPU"
     if (compute_capability() or 0) < 8.0:
         return "the GPU is older than Ampere, or not NVIDIA's"
-    if softcap is not None:
+    if extras.softcap is not None:
         return "cuDNN has no logit soft cap"
+    if extras.has_sinks:
+        return "jax gives no exact log-sum-exp of cuDNN's, which sinks need"
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"cuDNN takes bfloat16 or float16, not {q.dtype.name}"
     if width % 8 or width > 128:
         return f"head width {width} is not a multiple of 8 up to 128"
+    if extras.value_width not in (None, width):
+        return f"jax passes it no values of width {extras.value_width} for {width}"
     if mask.segment_ids is not None and length % 2:
         return f"segments in a row of {length}: the length must be even"
     if length < 2:

@@ -67,15 +67,22 @@ class Tiles:
     take_turns: bool = True  # one group's softmax runs under the other's products
 
 
-def choose_tiles(options: Options, q: Array) -> Tiles:
+def choose_tiles(options: Options, q: Array, v: Array) -> Tiles:
     """Tiles that fit 227 KiB of shared memory and 240 registers a thread."""
-    _, length, _, width = q.shape
+    length, width = q.shape[1], max(q.shape[3], v.shape[3])
     if width <= 64:
         return Tiles()
     if width <= 128:
         if options.has_padding or length <= _SHORT_ROW:
             return Tiles(dq_step=64, dq_stages=4)
         return Tiles(dq_programs=sys.maxsize)
+    if width <= 192 and v.shape[3] <= 128:
+        return Tiles(
+            forward_step=64,
+            forward_stages=3,
+            dq_step=64,
+            joint_dkv=False,
+        )
     # A step below 64 is no wgmma depth, so one buffer has to do in the backward pass.
     return Tiles(
         forward_step=64,
@@ -109,8 +116,8 @@ def choose_blocks(length: int) -> tuple[int, int]:
 
 
 def choose_width(width: int) -> int:
-    """Head widths the 128-byte swizzle takes: 64, 128 or 256."""
-    for allowed in (64, 128, 256):
+    """Head widths the 128-byte swizzle takes: 64, 128, 192 or 256."""
+    for allowed in (64, 128, 192, 256):
         if width <= allowed:
             return allowed
     raise NotImplementedError(
@@ -139,12 +146,13 @@ def call(
     out_type: object,
     scratch: list,
     grid: dict[str, int],
-    products: int,
+    products: tuple[int, int],
 ) -> Callable:
     """The compiled kernel over a grid of named axes.
 
-    Its first arguments are q and k; it computes `products` of each tile, for which
-    `jaxpr_cost` counts it, where this jax has a place for that.
+    Its first arguments are q, k and v; it computes `products` of each tile, as wide as
+    a key and as a value, for which `jaxpr_cost` counts it, where this jax has a place
+    for that.
     """
     interpret = None
     if options.interpret:
@@ -166,10 +174,12 @@ def call(
     if not TELLS_COST:
         return make()
 
-    def run(q: Array, k: Array, *others: Array) -> Any:
-        lengths = (q.shape[1], k.shape[1])
-        cost = estimate_cost(options, q, k, lengths, (BLOCK, BLOCK), products=products)
-        return make(cost_estimate=pl.CostEstimate(**cost))(q, k, *others)
+    def run(q: Array, k: Array, v: Array, *others: Array) -> Any:
+        arrays, lengths = (q, k, v), (q.shape[1], k.shape[1])
+        cost = estimate_cost(
+            options, arrays, lengths, (BLOCK, BLOCK), products=products
+        )
+        return make(cost_estimate=pl.CostEstimate(**cost))(*arrays, *others)
 
     return run
 

@@ -34,17 +34,17 @@ def backward(
     options: Options,
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    v: Float[Array, "B S K V"],
     lse: Float[Array, "B N T"],
     delta: Float[Array, "B N T"],
-    d_out: Float[Array, "B T N H"],
+    d_out: Float[Array, "B T N V"],
     ids: Ids,
     schedule: Schedule,
     tiles: hopper.Tiles | None = None,
 ) -> tuple[Array, Array, Array]:
     """Gradients of q, k and v."""
     hopper.check_schedule(schedule)
-    tiles = tiles or hopper.choose_tiles(options, q)
+    tiles = tiles or hopper.choose_tiles(options, q, v)
     inputs = (q, k, v, d_out.astype(q.dtype), lse, delta, *id_rows(ids))
     dq = _query_gradient(options, tiles, inputs, schedule)
     if tiles.joint_dkv:
@@ -62,13 +62,13 @@ def _query_gradient(
     schedule: Schedule,
 ) -> Array:
     q, k, v, d_out, lse, delta, *ids = inputs
-    width = q.shape[3]
+    width, value_width = q.shape[3], v.shape[3]
     programs = hopper.count_programs(options, q, tiles.dq_programs)
     step, stages = tiles.dq_step, tiles.dq_stages
     scratch = [
-        *hopper_keys.buffers(width, q.dtype, step, stages, row_copies=6),
+        *hopper_keys.buffers((width, value_width), q.dtype, step, stages, row_copies=6),
         hopper.matrix_memory((GROUPS, ROWS, width), q.dtype),
-        hopper.matrix_memory((GROUPS, ROWS, width), q.dtype),
+        hopper.matrix_memory((GROUPS, ROWS, value_width), q.dtype),
         hopper.vector_memory((GROUPS, ROWS), jnp.float32),
         hopper.vector_memory((GROUPS, ROWS), jnp.float32),
         hopper.matrix_memory((GROUPS, ROWS, min(width, tiles.dq_columns)), q.dtype),
@@ -79,7 +79,7 @@ def _query_gradient(
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
         scratch=scratch,
         grid={"programs": programs},
-        products=3,
+        products=(2, 1),
     )
     return kernel(q, k, v, *ids, *hopper_keys.lists(schedule), d_out, lse, delta)
 
@@ -172,17 +172,18 @@ def _key_gradients(
     inputs: tuple[Array, ...],
     schedule: Schedule,
 ) -> list[Array]:
-    q, k = inputs[:2]
+    q, k, v = inputs[:3]
     heads = q.shape[2]
     batch, keys, kv_heads, width = k.shape
+    value_width = v.shape[3]
     parts = _split_heads(batch * kv_heads * (keys // BLOCK), heads // kv_heads)
     step, stages = tiles.dkv_step, tiles.dkv_stages
     scratch = [
         hopper.matrix_memory((GROUPS, ROWS, width), q.dtype),
-        hopper.matrix_memory((GROUPS, ROWS, width), q.dtype),
+        hopper.matrix_memory((GROUPS, ROWS, value_width), q.dtype),
         hopper.vector_memory((GROUPS, ROWS), jnp.int32),
         hopper.matrix_memory((stages, step, width), q.dtype),
-        hopper.matrix_memory((stages, step, width), q.dtype),
+        hopper.matrix_memory((stages, step, value_width), q.dtype),
         hopper.vector_memory((stages, step), jnp.float32),
         hopper.vector_memory((stages, step), jnp.float32),
         hopper.vector_memory((stages, step), jnp.int32),
@@ -195,20 +196,21 @@ def _key_gradients(
     ]
     # Parts of a sum stay in float32: rounding each of them would add up.
     dtype = q.dtype if parts == 1 else jnp.float32
-    out = jax.ShapeDtypeStruct((batch, keys, kv_heads * parts, width), dtype)
+    widths = [{"k": width, "v": value_width}[name] for name in wanted]
+    rows = (batch, keys, kv_heads * parts)
     kernel = hopper.call(
         options,
         functools.partial(_key_kernel, options, tiles, wanted, parts),
-        out_type=(out,) * len(wanted),
+        out_type=tuple(jax.ShapeDtypeStruct((*rows, x), dtype) for x in widths),
         scratch=scratch,
         grid={"heads": kv_heads * parts, "blocks": keys // BLOCK, "batch": batch},
-        products=1 + len(wanted) + ("k" in wanted),
+        products=(1 + ("k" in wanted), len(wanted)),
     )
     walk = (schedule.query_counts, schedule.query_wholes, schedule.query_blocks)
     gradients = kernel(*inputs, *(x.reshape(-1) for x in walk))
     if parts == 1:
         return list(gradients)
-    apart = (batch, keys, kv_heads, parts, width)
+    apart = (batch, keys, kv_heads, parts, -1)
     return [x.reshape(apart).sum(axis=3).astype(q.dtype) for x in gradients]
 
 
@@ -385,8 +387,10 @@ def _key_kernel(
             totals = jax.lax.fori_loop(0, whole_turns, whole, totals)
             return jax.lax.fori_loop(whole_turns, turns, masked, totals)
 
+        widths = {"k": width, "v": v_ref.shape[3]}
         zero = [
-            hopper.constant(options, (ROWS, width), 0.0, hopper.TILE) for _ in wanted
+            hopper.constant(options, (ROWS, widths[name]), 0.0, hopper.TILE)
+            for name in wanted
         ]
         totals = jax.lax.fori_loop(0, heads_per_part, visit_head, tuple(zero))
         totals = [
@@ -398,7 +402,8 @@ def _key_kernel(
                 ref[batch, keys, part] = total
             return
         # The keys' own buffers take the results on their way out.
-        buffers = (k_memory, v_memory)[: len(wanted)]
+        memory_of = {"k": k_memory, "v": v_memory}
+        buffers = [memory_of[name] for name in wanted]
         for memory, total in zip(buffers, totals, strict=True):
             memory[group] = total.astype(q_ref.dtype)
         plgpu.commit_smem()

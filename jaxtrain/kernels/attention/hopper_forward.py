@@ -29,20 +29,22 @@ def forward(
     options: Options,
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    v: Float[Array, "B S K V"],
     ids: Ids,
     schedule: Schedule,
     tiles: hopper.Tiles | None = None,
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+) -> tuple[Float[Array, "B T N V"], Float[Array, "B N T"]]:
     """Attention and the base-2 log-sum-exp of each query's logits."""
     hopper.check_schedule(schedule)
     batch, length, heads, width = q.shape
-    tiles = tiles or hopper.choose_tiles(options, q)
+    value_width = v.shape[3]
+    tiles = tiles or hopper.choose_tiles(options, q, v)
     programs = hopper.count_programs(options, q, tiles.forward_programs)
     step, stages = tiles.forward_step, tiles.forward_stages
-    columns = min(width, tiles.forward_columns)
+    columns = min(value_width, tiles.forward_columns)
+    widths = (width, value_width)
     scratch = [
-        *hopper_keys.buffers(width, q.dtype, step, stages, row_copies=3),
+        *hopper_keys.buffers(widths, q.dtype, step, stages, row_copies=3),
         hopper.matrix_memory((GROUPS, ROWS, width), q.dtype),
         hopper.matrix_memory((GROUPS, ROWS, columns), q.dtype),
         hopper.vector_memory((GROUPS, ROWS), jnp.float32),
@@ -52,12 +54,12 @@ def forward(
         options,
         functools.partial(_kernel, options, tiles, programs),
         out_type=(
-            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct((*q.shape[:3], value_width), q.dtype),
             jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
         ),
         scratch=scratch,
         grid={"programs": programs},
-        products=2,
+        products=(1, 1),
     )
     return kernel(q, k, v, *id_rows(ids), *hopper_keys.lists(schedule))
 
@@ -67,7 +69,7 @@ def _kernel(
 ) -> None:
     inputs, (out_ref, lse_ref), buffers, scratch = hopper_keys.split(refs, own=2)
     q_memory, out_memory, lse_memory, turns_barrier = scratch
-    width = q_ref.shape[3]
+    value_width = inputs.v.shape[3]
     step, stages = tiles.forward_step, tiles.forward_stages
     walk = Walk(options, q_ref.shape, step, stages, programs, inputs, buffers)
     group = jax.lax.axis_index("group")
@@ -128,7 +130,7 @@ def _kernel(
 
         def take(tile: Tile) -> None:
             carry = (
-                hopper.constant(options, (ROWS, width), 0.0, hopper.TILE),
+                hopper.constant(options, (ROWS, value_width), 0.0, hopper.TILE),
                 hopper.constant(options, (ROWS,), lowest, hopper.PER_ROW),
                 hopper.constant(options, (ROWS,), 0.0, hopper.PER_ROW),
             )

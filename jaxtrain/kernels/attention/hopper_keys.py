@@ -72,12 +72,19 @@ def lists(schedule: Schedule) -> tuple[Array, ...]:
 
 
 def buffers(
-    width: int, dtype: DTypeLike, step: int, stages: int, *, row_copies: int
+    widths: tuple[int, int],
+    dtype: DTypeLike,
+    step: int,
+    stages: int,
+    *,
+    row_copies: int,
 ) -> list[Any]:
-    """Scratch memory for `Buffers`; `row_copies` of each group fill a tile's rows."""
+    """Scratch memory for `Buffers`; `row_copies` of each group fill a tile's rows.
+
+    `widths`: of a key and of a value.
+    """
     return [
-        hopper.matrix_memory((stages, step, width), dtype),
-        hopper.matrix_memory((stages, step, width), dtype),
+        *(hopper.matrix_memory((stages, step, width), dtype) for width in widths),
         hopper.vector_memory((stages, step), jnp.int32),
         hopper.vector_memory((GROUPS, ROWS), jnp.int32),
         hopper.vector_memory((GROUPS, ROWS), jnp.int32),

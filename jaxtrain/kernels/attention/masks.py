@@ -37,6 +37,18 @@ class Mask:
         return self.segment_ids if self.key_ids is None else self.key_ids
 
 
+@dataclasses.dataclass(frozen=True)
+class Extras:
+    """What else a call asks of an implementation, by which one is chosen.
+
+    `value_width`: of the values, None: as wide as the keys.
+    """
+
+    softcap: float | None = None
+    has_sinks: bool = False
+    value_width: int | None = None
+
+
 def attends(
     mask: Mask,
     query_index: Int32[Array, "T"],

@@ -39,13 +39,14 @@ def forward(
     options: Options,
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    v: Float[Array, "B S K V"],
     ids: Ids,
     schedule: Schedule,
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+) -> tuple[Float[Array, "B T N V"], Float[Array, "B N T"]]:
     """Attention and the base-2 log-sum-exp of each query's logits."""
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     batch, heads, length, width = q.shape
+    value_width = v.shape[3]
     group = heads // k.shape[1]
     block_q, block_k = schedule.block_q, schedule.block_k
     slots = schedule.key_blocks.shape[2]
@@ -73,13 +74,13 @@ def forward(
             in_specs=[
                 pl.BlockSpec((None, None, block_q, width), at_query),
                 pl.BlockSpec((None, None, block_k, width), at_key),
-                pl.BlockSpec((None, None, block_k, width), at_key),
+                pl.BlockSpec((None, None, block_k, value_width), at_key),
                 pl.BlockSpec((None, 1, block_q), at_query_row),
                 pl.BlockSpec((None, 1, block_q), at_query_row),
                 pl.BlockSpec((None, block_k, 1), at_key_column),
             ],
             out_specs=[
-                pl.BlockSpec((None, None, block_q, width), at_query),
+                pl.BlockSpec((None, None, block_q, value_width), at_query),
                 pl.BlockSpec(
                     (None, None, 1, block_q), lambda b, n, i, j, *lists: (b, n, 0, i)
                 ),
@@ -87,15 +88,15 @@ def forward(
             scratch_shapes=[
                 pltpu.VMEM((1, block_q), jnp.float32),
                 pltpu.VMEM((1, block_q), jnp.float32),
-                pltpu.VMEM((width, block_q), jnp.float32),
+                pltpu.VMEM((value_width, block_q), jnp.float32),
             ],
         ),
         out_shape=[
-            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct((batch, heads, length, value_width), q.dtype),
             jax.ShapeDtypeStruct((batch, heads, 1, length), jnp.float32),
         ],
         compiler_params=_compiler_params(parallel=3, sequential=1),
-        cost_estimate=_estimate(options, q, k, schedule, products=2),
+        cost_estimate=_estimate(options, (q, k, v), schedule, products=(1, 1)),
         interpret=options.interpret,
         name="attention_forward",
     )(
@@ -170,10 +171,10 @@ def backward(
     options: Options,
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    v: Float[Array, "B S K V"],
     lse: Float[Array, "B N T"],
     delta: Float[Array, "B N T"],
-    d_out: Float[Array, "B T N H"],
+    d_out: Float[Array, "B T N V"],
     ids: Ids,
     schedule: Schedule,
 ) -> tuple[Array, Array, Array]:
@@ -188,8 +189,9 @@ def backward(
 def _query_gradient(
     options: Options, inputs: tuple[Array, ...], ids: Ids, schedule: Schedule
 ) -> Array:
-    q, k = inputs[:2]
+    q, k, v = inputs[:3]
     batch, heads, length, width = q.shape
+    value_width = v.shape[3]
     group = heads // k.shape[1]
     block_q, block_k = schedule.block_q, schedule.block_k
     slots = schedule.key_blocks.shape[2]
@@ -220,8 +222,8 @@ def _query_gradient(
             in_specs=[
                 pl.BlockSpec((None, None, block_q, width), at_query),
                 pl.BlockSpec((None, None, block_k, width), at_key),
-                pl.BlockSpec((None, None, block_k, width), at_key),
-                pl.BlockSpec((None, None, block_q, width), at_query),
+                pl.BlockSpec((None, None, block_k, value_width), at_key),
+                pl.BlockSpec((None, None, block_q, value_width), at_query),
                 pl.BlockSpec((None, None, 1, block_q), at_stat),
                 pl.BlockSpec((None, None, 1, block_q), at_stat),
                 pl.BlockSpec((None, 1, block_q), at_query_row),
@@ -233,7 +235,7 @@ def _query_gradient(
         ),
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
         compiler_params=_compiler_params(parallel=3, sequential=1),
-        cost_estimate=_estimate(options, q, k, schedule, products=3),
+        cost_estimate=_estimate(options, (q, k, v), schedule, products=(2, 1)),
         interpret=options.interpret,
         name="attention_query_gradient",
     )(
@@ -292,9 +294,9 @@ def _query_gradient_kernel(
 def _key_gradients(
     options: Options, inputs: tuple[Array, ...], ids: Ids, schedule: Schedule
 ) -> tuple[Array, Array]:
-    q, k = inputs[:2]
+    q, k, v = inputs[:3]
     batch, heads, _, width = q.shape
-    kv_heads, length = k.shape[1:3]
+    kv_heads, length, value_width = v.shape[1:]
     group = heads // kv_heads
     block_q, block_k = schedule.block_q, schedule.block_k
     slots = schedule.query_blocks.shape[2]
@@ -336,8 +338,8 @@ def _key_gradients(
             in_specs=[
                 pl.BlockSpec((None, None, block_q, width), at_query),
                 pl.BlockSpec((None, None, block_k, width), at_key),
-                pl.BlockSpec((None, None, block_k, width), at_key),
-                pl.BlockSpec((None, None, block_q, width), at_query),
+                pl.BlockSpec((None, None, block_k, value_width), at_key),
+                pl.BlockSpec((None, None, block_q, value_width), at_query),
                 pl.BlockSpec((None, None, 1, block_q), at_stat),
                 pl.BlockSpec((None, None, 1, block_q), at_stat),
                 pl.BlockSpec((None, 1, block_q), at_query_row),
@@ -346,16 +348,16 @@ def _key_gradients(
             ],
             out_specs=[
                 pl.BlockSpec((None, None, block_k, width), at_key),
-                pl.BlockSpec((None, None, block_k, width), at_key),
+                pl.BlockSpec((None, None, block_k, value_width), at_key),
             ],
             scratch_shapes=[
                 pltpu.VMEM((block_k, width), jnp.float32),
-                pltpu.VMEM((block_k, width), jnp.float32),
+                pltpu.VMEM((block_k, value_width), jnp.float32),
             ],
         ),
-        out_shape=[jax.ShapeDtypeStruct(k.shape, k.dtype)] * 2,
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v)],
         compiler_params=_compiler_params(parallel=3, sequential=2),
-        cost_estimate=_estimate(options, q, k, schedule, products=4),
+        cost_estimate=_estimate(options, (q, k, v), schedule, products=(2, 2)),
         interpret=options.interpret,
         name="attention_key_gradients",
     )(
@@ -482,11 +484,16 @@ def _rows_and_column(ids: Ids) -> tuple[Array, Array, Array]:
 
 
 def _estimate(
-    options: Options, q: Array, k: Array, schedule: Schedule, *, products: int
+    options: Options,
+    arrays: tuple[Array, Array, Array],
+    schedule: Schedule,
+    *,
+    products: tuple[int, int],
 ) -> pl.CostEstimate:
-    """Of q [B N T H] and k [B K S H] of one device."""
-    lengths, blocks = (q.shape[2], k.shape[2]), (schedule.block_q, schedule.block_k)
-    cost = estimate_cost(options, q, k, lengths, blocks, products=products)
+    """Of q [B N T H], k [B K S H] and v [B K S V] of one device."""
+    lengths = (arrays[0].shape[2], arrays[1].shape[2])
+    blocks = (schedule.block_q, schedule.block_k)
+    cost = estimate_cost(options, arrays, lengths, blocks, products=products)
     return pl.CostEstimate(**cost)
 
 

@@ -47,20 +47,20 @@ def forward(
     options: Options,
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    v: Float[Array, "B S K V"],
     ids: Ids,
     schedule: Schedule,
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+) -> tuple[Float[Array, "B T N V"], Float[Array, "B N T"]]:
     """Attention and the base-2 log-sum-exp of each query's logits."""
     batch, length, heads, width = q.shape
-    specs = _QuerySpecs(k, heads // k.shape[2], schedule)
+    specs = _QuerySpecs(k, v, heads // k.shape[2], schedule)
     return pl.pallas_call(
         functools.partial(_forward_kernel, options),
         grid=(length // _BLOCK, heads, batch),
-        in_specs=[specs.query, specs.keys, specs.keys, *specs.ids, *specs.lists],
-        out_specs=[specs.query, specs.stat],
+        in_specs=[specs.query, specs.keys, specs.values, *specs.ids, *specs.lists],
+        out_specs=[specs.out, specs.stat],
         out_shape=[
-            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct((*q.shape[:3], v.shape[3]), q.dtype),
             jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
         ],
         compiler_params=_compiler_params(width),
@@ -72,19 +72,26 @@ def forward(
 class _QuerySpecs:
     """Block specs of a program (i, n, b): query block i of head n of row b."""
 
-    def __init__(self, k: Array, group: int, schedule: Schedule) -> None:
-        _, length, _, width = k.shape
+    def __init__(self, k: Array, v: Array, group: int, schedule: Schedule) -> None:
+        length = k.shape[1]
         _, rows, slots = schedule.key_blocks.shape
+
+        def of_query(width: int) -> pl.BlockSpec:
+            return pl.BlockSpec(
+                (None, _BLOCK, None, width), lambda i, n, b: (b, i, n, 0)
+            )
+
+        def of_keys(width: int) -> pl.BlockSpec:
+            return pl.BlockSpec(
+                (None, length, None, width),
+                lambda i, n, b: (b, 0, jax.lax.div(n, jnp.int32(group)), 0),
+            )
+
         row = pl.BlockSpec((None, _BLOCK), lambda i, n, b: (b, i))
         keys = pl.BlockSpec((None, length), lambda i, n, b: (b, 0))
         count = pl.BlockSpec((None, rows), lambda i, n, b: (b, 0))
-        self.query = pl.BlockSpec(
-            (None, _BLOCK, None, width), lambda i, n, b: (b, i, n, 0)
-        )
-        self.keys = pl.BlockSpec(
-            (None, length, None, width),
-            lambda i, n, b: (b, 0, jax.lax.div(n, jnp.int32(group)), 0),
-        )
+        self.query, self.out = of_query(k.shape[3]), of_query(v.shape[3])
+        self.keys, self.values = of_keys(k.shape[3]), of_keys(v.shape[3])
         self.stat = pl.BlockSpec((None, None, _BLOCK), lambda i, n, b: (b, n, i))
         self.ids = (row, row, keys)
         listed = pl.BlockSpec((None, None, slots), lambda i, n, b: (b, i, 0))
@@ -126,7 +133,7 @@ def _forward_kernel(
         return out * fade[:, None] + values, new_highest, total
 
     carry = (
-        jnp.zeros(q.shape, jnp.float32),
+        jnp.zeros(out_ref.shape, jnp.float32),
         # Above NEVER: a masked entry underflows even where all are masked.
         jnp.full((_BLOCK,), NEVER / 2, jnp.float32),
         jnp.zeros((_BLOCK,), jnp.float32),
@@ -142,10 +149,10 @@ def backward(
     options: Options,
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    v: Float[Array, "B S K V"],
     lse: Float[Array, "B N T"],
     delta: Float[Array, "B N T"],
-    d_out: Float[Array, "B T N H"],
+    d_out: Float[Array, "B T N V"],
     ids: Ids,
     schedule: Schedule,
 ) -> tuple[Array, Array, Array]:
@@ -158,17 +165,17 @@ def backward(
 def _query_gradient(
     options: Options, inputs: tuple[Array, ...], schedule: Schedule
 ) -> Array:
-    q, k = inputs[:2]
+    q, k, v = inputs[:3]
     batch, length, heads, width = q.shape
-    specs = _QuerySpecs(k, heads // k.shape[2], schedule)
+    specs = _QuerySpecs(k, v, heads // k.shape[2], schedule)
     return pl.pallas_call(
         functools.partial(_query_kernel, options),
         grid=(length // _BLOCK, heads, batch),
         in_specs=[
             specs.query,
             specs.keys,
-            specs.keys,
-            specs.query,
+            specs.values,
+            specs.out,
             specs.stat,
             specs.stat,
             *specs.ids,
@@ -224,14 +231,20 @@ def _query_kernel(
 def _key_gradients(
     options: Options, inputs: tuple[Array, ...], schedule: Schedule
 ) -> tuple[Array, Array]:
-    q, k = inputs[:2]
+    q, k, v = inputs[:3]
     batch, length, heads, width = q.shape
-    kv_heads = k.shape[2]
+    kv_heads, value_width = v.shape[2:]
     group = heads // kv_heads
     _, columns, slots = schedule.query_blocks.shape
     # A program (j, h, b) takes key block j of key-value head h of row b.
-    key = pl.BlockSpec((None, _BLOCK, None, width), lambda j, h, b: (b, j, h, 0))
-    queries = pl.BlockSpec((None, length, group, width), lambda j, h, b: (b, 0, h, 0))
+    key, value = (
+        pl.BlockSpec((None, _BLOCK, None, x), lambda j, h, b: (b, j, h, 0))
+        for x in (width, value_width)
+    )
+    queries, d_out = (
+        pl.BlockSpec((None, length, group, x), lambda j, h, b: (b, 0, h, 0))
+        for x in (width, value_width)
+    )
     stat = pl.BlockSpec((None, group, length), lambda j, h, b: (b, h, 0))
     row = pl.BlockSpec((None, length), lambda j, h, b: (b, 0))
     key_row = pl.BlockSpec((None, _BLOCK), lambda j, h, b: (b, j))
@@ -243,8 +256,8 @@ def _key_gradients(
         in_specs=[
             queries,
             key,
-            key,
-            queries,
+            value,
+            d_out,
             stat,
             stat,
             row,
@@ -254,8 +267,8 @@ def _key_gradients(
             count,
             listed,
         ],
-        out_specs=[key, key],
-        out_shape=[jax.ShapeDtypeStruct(k.shape, k.dtype)] * 2,
+        out_specs=[key, value],
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v)],
         compiler_params=_compiler_params(width),
         interpret=options.interpret,
         name="attention_key_gradients",
@@ -316,8 +329,8 @@ def _key_kernel(
 
         return _walk(counts[j], wholes[j], visit, totals)
 
-    zero = jnp.zeros(k.shape, jnp.float32)
-    dk, dv = jax.lax.fori_loop(0, group, visit_head, (zero, zero))
+    zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (k, v))
+    dk, dv = jax.lax.fori_loop(0, group, visit_head, zeros)
     dk_ref[...] = (dk * options.scale).astype(dk_ref.dtype)
     dv_ref[...] = dv.astype(dv_ref.dtype)
 

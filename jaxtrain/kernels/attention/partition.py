@@ -87,17 +87,18 @@ def _log_whole(size: int, axes: Axes) -> None:
 
 
 def attend_on_shards(
-    attend: Callable[..., Float[Array, "B T N H"]],
+    attend: Callable[..., Float[Array, "B T N V"]],
     layout: Layout,
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
+    v: Float[Array, "B T K V"],
     mask: Mask,
     schedule: Schedule | None = None,
-) -> Float[Array, "B T N H"]:
-    """`attend(q, k, v, mask, schedule)` on each device for what lies there."""
+    sinks: Float[Array, "N"] | None = None,
+) -> Float[Array, "B T N V"]:
+    """`attend(q, k, v, mask, schedule, sinks)` on each device for what lies there."""
     if layout.mesh is None or layout.mesh.size == 1:
-        return attend(q, k, v, mask, schedule)
+        return attend(q, k, v, mask, schedule, sinks)
     rows = layout.fitting(layout.rows, q.shape[0])
     heads = layout.fitting(layout.heads, q.shape[2])
     shards = layout.token_shards(q.shape[1])
@@ -117,10 +118,14 @@ def attend_on_shards(
     rows += tuple(axis for axis in idle if axis not in (*rows, *heads, *tokens))
     of_heads = PartitionSpec(rows or None, tokens or None, heads or None)
     of_rows = PartitionSpec(rows or None, tokens or None)
+    in_specs = (
+        *(of_heads, of_heads, of_heads, of_rows),
+        *(PartitionSpec(rows or None), PartitionSpec(heads or None)),
+    )
     return jax.shard_map(
         attend,
         mesh=layout.mesh,
-        in_specs=(of_heads, of_heads, of_heads, of_rows, PartitionSpec(rows or None)),
+        in_specs=in_specs,
         out_specs=of_heads,
         check_vma=False,  # a kernel does not say over which axes its outputs vary
-    )(q, k, v, mask, schedule)
+    )(q, k, v, mask, schedule, sinks)

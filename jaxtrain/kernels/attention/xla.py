@@ -17,13 +17,14 @@ _PARTS = 4
 def attention_xla(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    v: Float[Array, "B S K V"],
     mask: Mask,
     *,
     softcap: float | None,
     scale: float,
+    sinks: Float[Array, "N"] | None = None,
     chunk: int = 512,
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B T N V"]:
     """Attention with the scores of `chunk` queries a row at a time.
 
     A scan walks over the chunks of each of four parts of a row, and the backward pass
@@ -32,7 +33,7 @@ def attention_xla(
     """
     (q,) = zero_padding(mask.segment_ids, q)
     k, v = zero_padding(mask.keys, k, v)
-    attend = functools.partial(_attend_chunk, mask, softcap, scale)
+    attend = functools.partial(_attend_chunk, mask, softcap, scale, sinks)
     length, keys = q.shape[1], k.shape[1]
     if length <= chunk:
         queries = (mask.segment_ids, mask.prompt_ids)
@@ -67,6 +68,7 @@ def _attend_chunk(
     mask: Mask,
     softcap: float | None,
     scale: float,
+    sinks: Array | None,
     q: Array,
     k: Array,
     v: Array,
@@ -79,7 +81,7 @@ def _attend_chunk(
     query_index = query_start + jnp.arange(q.shape[1], dtype=jnp.int32)
     key_index = key_start + jnp.arange(k.shape[1], dtype=jnp.int32)
     allowed = attends(mask, query_index, key_index, query_ids, prompt_ids, key_ids)
-    return attend_block(q, k, v, allowed, softcap=softcap, scale=scale)
+    return attend_block(q, k, v, allowed, softcap=softcap, scale=scale, sinks=sinks)
 
 
 def _scan_chunks(
@@ -112,7 +114,7 @@ def _scan_chunks(
         return None, attend(queries, k, v, ids, prompts, key_ids, offset, starts[1])
 
     _, out = jax.lax.scan(body, None, (offsets, per_query))
-    out = jnp.moveaxis(out, 0, 1).reshape(batch, count * chunk, *q.shape[2:])
+    out = jnp.moveaxis(out, 0, 1).reshape(batch, count * chunk, *out.shape[3:])
     return out[:, :length]
 
 

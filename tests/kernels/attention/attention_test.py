@@ -38,6 +38,8 @@ class Implementation:
     dtype: jnp.dtype = jnp.float32
     softcap: bool = True
     not_causal: bool = True
+    sinks: bool = True
+    uneven: bool = True  # values of another width than keys
     slow: bool = False
     width: int = 256  # of a head, at most
 
@@ -47,7 +49,7 @@ def interpreted(kernels):
 
 
 def through_api(name):
-    def call(q, k, v, mask, *, softcap, scale):
+    def call(q, k, v, mask, *, softcap, scale, sinks=None):
         return attention(
             q,
             k,
@@ -58,14 +60,15 @@ def through_api(name):
             window=mask.window,
             softcap=softcap,
             scale=scale,
+            sinks=sinks,
             implementation=name,
         )
 
     return call
 
 
-def cudnn_directly(q, k, v, mask, *, softcap, scale):
-    assert softcap is None
+def cudnn_directly(q, k, v, mask, *, softcap, scale, sinks):
+    assert softcap is None and sinks is None
     return attention_cudnn(q, k, v, mask, scale=scale)
 
 
@@ -78,14 +81,23 @@ CPU = {
     "pallas_gpu": Implementation(interpreted(HOPPER), dtype=jnp.bfloat16, slow=True),
 }
 GPU = {
-    "cudnn": Implementation(through_api("cudnn"), jnp.bfloat16, softcap=False),
+    "cudnn": Implementation(
+        through_api("cudnn"), jnp.bfloat16, softcap=False, sinks=False, uneven=False
+    ),
     "pallas_triton": Implementation(through_api("pallas_triton"), jnp.bfloat16),
     "pallas_gpu": Implementation(through_api("pallas_gpu"), jnp.bfloat16),
     "auto": Implementation(through_api("auto"), jnp.bfloat16),
 }
 # Below the API, which takes whole rows and cuts them itself.
 GPU_PARTS = {
-    "cudnn": Implementation(cudnn_directly, jnp.bfloat16, softcap=False, width=128),
+    "cudnn": Implementation(
+        cudnn_directly,
+        jnp.bfloat16,
+        softcap=False,
+        sinks=False,
+        uneven=False,
+        width=128,
+    ),
     "pallas_triton": Implementation(
         functools.partial(attention_blocked, TRITON), jnp.bfloat16
     ),
@@ -109,6 +121,8 @@ class Case:
     causal: bool = True
     window: int | None = None
     softcap: float | None = None
+    sinks: bool = False
+    value_width: int | None = None  # that of keys by default
     part: tuple[int, int] | None = None  # first query of the row, and past the last
 
     def mask(self):
@@ -167,6 +181,14 @@ CASES = {
         lengths=(140, 90, 60), window=70, shared_prompt=True, heads=2, part=(200, 270)
     ),
     "part_all_to_all": Case(causal=False, softcap=4.0, heads=2, part=(30, 130)),
+    "sinks": Case(
+        lengths=(70, 40, 60), padding=30, shared_prompt=True, window=50, sinks=True
+    ),
+    "sinks_part": Case(
+        lengths=(140, 90, 60), softcap=4.0, heads=2, part=(200, 270), sinks=True
+    ),
+    "wide_keys": Case(lengths=(100, 60), padding=9, width=24, value_width=16, heads=6),
+    "wide_values": Case(length=130, width=8, value_width=40, heads=2, kv_heads=1),
 }
 
 
@@ -175,15 +197,23 @@ def make_inputs(case, dtype, seed=0):
     rng = np.random.default_rng(seed)
     queries, keys = case.counts()
 
-    def draw(length, heads):
-        return jnp.asarray(rng.normal(size=(2, length, heads, case.width)), dtype)
+    def draw(length, heads, width):
+        return jnp.asarray(rng.normal(size=(2, length, heads, width)), dtype)
 
+    value_width = case.value_width or case.width
     return (
-        draw(queries, case.heads),
-        draw(keys, case.kv_heads),
-        draw(keys, case.kv_heads),
-        draw(queries, case.heads),
+        draw(queries, case.heads, case.width),
+        draw(keys, case.kv_heads, case.width),
+        draw(keys, case.kv_heads, value_width),
+        draw(queries, case.heads, value_width),
     )
+
+
+def make_sinks(case):
+    """None, or a logit a head, some of which outweigh all others."""
+    if not case.sinks:
+        return None
+    return jnp.asarray(np.linspace(-2.0, 6.0, case.heads), jnp.float32)
 
 
 def allowed_pairs(mask, queries, keys):
@@ -204,8 +234,8 @@ def allowed_pairs(mask, queries, keys):
     return allowed
 
 
-def attend_in_float64(q, k, v, d_out, mask, softcap, scale):
-    """(out, dq, dk, dv) by the textbook, in float64."""
+def attend_in_float64(q, k, v, d_out, mask, softcap, scale, sinks=None):
+    """(out, dq, dk, dv) by the textbook, in float64, and d_sinks with sinks."""
     mask = jax.tree.map(np.asarray, mask)
     q, k, v, d_out = (np.asarray(x, np.float64) for x in (q, k, v, d_out))
     group = q.shape[2] // k.shape[2]
@@ -219,6 +249,10 @@ def attend_in_float64(q, k, v, d_out, mask, softcap, scale):
     allowed = allowed_pairs(mask, q.shape[1], k.shape[1])[:, None]
     p = np.where(allowed, np.exp(logits - logits.max(-1, keepdims=True)), 0.0)
     total = p.sum(-1, keepdims=True)
+    if sinks is not None:
+        sinks = np.asarray(sinks, np.float64)[:, None, None]
+        of_sink = np.exp(sinks - logits.max(-1, keepdims=True))
+        total += of_sink
     p /= np.where(total == 0, 1.0, total)
     out = np.einsum("bnts,bsnh->btnh", p, wide_v)
     dp = np.einsum("btnh,bsnh->bnts", d_out, wide_v)
@@ -226,31 +260,42 @@ def attend_in_float64(q, k, v, d_out, mask, softcap, scale):
     dq = np.einsum("bnts,bsnh->btnh", ds, wide_k)
     dk = np.einsum("bnts,btnh->bsnh", ds, q)
     dv = np.einsum("bnts,btnh->bsnh", p, d_out)
-    shape = (*k.shape[:3], group, k.shape[3])
-    return out, dq, *(x.reshape(shape).sum(3) for x in (dk, dv))
+    gradients = [x.reshape(*k.shape[:3], group, -1).sum(3) for x in (dk, dv)]
+    if sinks is not None:
+        # The derivative of a softmax by its last logit, whose value is nothing.
+        gradients.append(-(of_sink / total * (p * dp).sum(-1, keepdims=True)))
+        gradients[-1] = gradients[-1].sum((0, 2, 3))
+    return out, dq, *gradients
 
 
 def run_with_gradients(implementation, case, inputs):
-    """(out, dq, dk, dv) in float32 numpy."""
+    """(out, dq, dk, dv) in float32 numpy, and d_sinks where the case has sinks."""
     mask = case.mask()
     call = functools.partial(
         implementation.call, softcap=case.softcap, scale=case.width**-0.5
     )
 
     @jax.jit
-    def run(q, k, v, d_out, mask):
-        out, pull = jax.vjp(lambda q, k, v: call(q, k, v, mask), q, k, v)
-        return out, *pull(d_out)
+    def run(q, k, v, d_out, mask, sinks):
+        def attend(q, k, v, sinks):
+            return call(q, k, v, mask, sinks=sinks)
 
-    return [np.asarray(x, np.float32) for x in run(*inputs, mask)]
+        out, pull = jax.vjp(attend, q, k, v, sinks)
+        return out, *(x for x in pull(d_out) if x is not None)
+
+    outputs = run(*inputs, mask, make_sinks(case))
+    return [np.asarray(x, np.float32) for x in outputs]
 
 
 def compare_with_float64(implementation, case, inputs):
-    want = attend_in_float64(*inputs, case.mask(), case.softcap, scale=case.width**-0.5)
+    want = attend_in_float64(
+        *inputs, case.mask(), case.softcap, case.width**-0.5, make_sinks(case)
+    )
+    names = ("out", "dq", "dk", "dv", "d_sinks")[: len(want)]
     got = run_with_gradients(implementation, case, inputs)
     # Rounding to bfloat16 (8 bits) of values up to a few units.
     tolerance = 2e-5 if implementation.dtype == jnp.float32 else 2e-2
-    for name, have, expected in zip(("out", "dq", "dk", "dv"), got, want, strict=True):
+    for name, have, expected in zip(names, got, want, strict=True):
         bound = tolerance * max(1.0, np.abs(expected).max())
         np.testing.assert_allclose(have, expected, rtol=0, atol=bound, err_msg=name)
 
@@ -258,7 +303,11 @@ def compare_with_float64(implementation, case, inputs):
 def serves(implementation, case):
     if case.softcap is not None and not implementation.softcap:
         return False
-    if case.width > implementation.width:
+    if max(case.width, case.value_width or 0) > implementation.width:
+        return False
+    if case.sinks and not implementation.sinks:
+        return False
+    if case.value_width is not None and not implementation.uneven:
         return False
     return case.causal or implementation.not_causal
 
@@ -268,7 +317,7 @@ def cases_of(implementations):
         for case_name, case in CASES.items():
             if not serves(implementation, case):
                 continue
-            quick = not implementation.slow or case_name in ("shared_prompt", "part")
+            quick = not implementation.slow or case_name in ("sinks", "part")
             marks = [] if quick else [pytest.mark.slow]
             yield pytest.param(
                 implementation, case, id=f"{name}-{case_name}", marks=marks
@@ -314,7 +363,8 @@ def test_hopper_tiles_change_no_output(tiles):
 
 
 GPU_WIDTHS = [(name, 128) for name, case in CASES.items() if case.part is None]
-GPU_WIDTHS += [("shared_prompt", width) for width in (64, 80, 96, 256)]
+GPU_WIDTHS += [("shared_prompt", width) for width in (64, 80, 96, 192, 256)]
+GPU_WIDTHS += [("wide_keys", 192), ("sinks", 64)]
 
 
 @pytest.mark.gpu
@@ -323,6 +373,8 @@ GPU_WIDTHS += [("shared_prompt", width) for width in (64, 80, 96, 256)]
 def test_on_gpu_output_and_gradients_equal_float64(name, case_name, width):
     implementation = GPU[name]
     case = dataclasses.replace(CASES[case_name], width=width)
+    if case.value_width is not None:
+        case = dataclasses.replace(case, value_width=128 if width == 192 else 256)
     if not serves(implementation, case):
         pytest.skip(f"{name} does not serve this")
     inputs = make_inputs(case, implementation.dtype)
@@ -432,6 +484,14 @@ RANDOM_LENGTH = 150
 RANDOM_CASES = {
     "whole": Case(length=RANDOM_LENGTH, heads=2, kv_heads=1),
     "part": Case(length=RANDOM_LENGTH, heads=2, kv_heads=1, part=(31, 141)),
+    "sinks": Case(
+        length=RANDOM_LENGTH,
+        heads=2,
+        kv_heads=1,
+        window=40,
+        value_width=8,
+        sinks=True,
+    ),
 }
 
 
@@ -439,10 +499,13 @@ RANDOM_CASES = {
 def compiled_kernel(name):
     """Jitted once: only ids differ between examples."""
 
-    def run(q, k, v, d_out, mask):
-        call = functools.partial(CPU[name].call, softcap=None, scale=0.25)
-        out, pull = jax.vjp(lambda q, k, v: call(q, k, v, mask), q, k, v)
-        return out, *pull(d_out)
+    def run(q, k, v, d_out, mask, sinks):
+        def call(q, k, v, sinks):
+            options = {"softcap": None, "scale": 0.25, "sinks": sinks}
+            return CPU[name].call(q, k, v, mask, **options)
+
+        out, pull = jax.vjp(call, q, k, v, sinks)
+        return out, *(x for x in pull(d_out) if x is not None)
 
     return jax.jit(run)
 
@@ -457,11 +520,13 @@ def test_kernels_agree_with_float64_for_random_masks(name, case, seed):
     cuts = rng.integers(1, 40, size=(2, RANDOM_LENGTH))
     segments = _random_segments(rng, cuts)
     prompts = np.where(rng.random(segments.shape) < 0.5, segments - 1, 0).clip(0)
-    mask = Mask(jnp.asarray(segments), jnp.asarray(prompts))
+    mask = Mask(jnp.asarray(segments), jnp.asarray(prompts), window=case.window)
     if case.part is not None:
         mask = part_of(mask, *case.part)
-    want = attend_in_float64(*inputs, mask, None, 0.25)
-    for have, expected in zip(compiled_kernel(name)(*inputs, mask), want, strict=True):
+    sinks = make_sinks(case)
+    want = attend_in_float64(*inputs, mask, None, 0.25, sinks)
+    got = compiled_kernel(name)(*inputs, mask, sinks)
+    for have, expected in zip(got, want, strict=True):
         np.testing.assert_allclose(have, expected, rtol=0, atol=5e-5)
 
 
@@ -557,6 +622,7 @@ def test_a_gpu_implementation_refuses_the_cpu(name):
         ({"softcap": -1.0}, "softcap=-1.0"),
         ({"segment_ids": jnp.ones((2, 3), jnp.int32)}, "segment_ids"),
         ({"prompt_ids": jnp.ones((2, 200), jnp.int32)}, "need segment_ids"),
+        ({"sinks": jnp.zeros(2)}, r"sinks \(2,\) must have shape \(4,\)"),
     ],
 )
 def test_bad_options_are_refused_by_name(options, words):

@@ -42,8 +42,8 @@ def make_inputs(kv_heads, length=LENGTH):
     return inputs, segments, prompts
 
 
-def attend(implementation, softcap, q, k, v, mask, schedule=None):
-    options = {"softcap": softcap, "scale": 0.25}
+def attend(implementation, softcap, q, k, v, mask, schedule=None, sinks=None):
+    options = {"softcap": softcap, "scale": 0.25, "sinks": sinks}
     if implementation == "pallas_tpu":
         options |= {"interpret": True, "schedule": schedule}
         return attention_blocked(KERNELS, q, k, v, mask, **options)
@@ -55,18 +55,18 @@ def attend(implementation, softcap, q, k, v, mask, schedule=None):
 def make_step(layout, implementation, *, window=None, softcap=None):
     call = functools.partial(attend, implementation, softcap)
 
-    def loss(q, k, v, segments, prompts):
+    def loss(q, k, v, sinks, segments, prompts):
         mask = Mask(segments, prompts, True, window)
         if layout is None:
-            out = call(q, k, v, mask)
+            out = call(q, k, v, mask, sinks=sinks)
         else:
-            out = attend_on_shards(call, layout, q, k, v, mask)
+            out = attend_on_shards(call, layout, q, k, v, mask, sinks=sinks)
         return (out * jnp.cos(out)).sum()
 
-    return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
+    return jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3)))
 
 
-def place(layout, inputs, segments, prompts):
+def place(layout, inputs, sinks, segments, prompts):
     def put(x, *names):
         return jax.device_put(x, NamedSharding(layout.mesh, PartitionSpec(*names)))
 
@@ -77,7 +77,7 @@ def place(layout, inputs, segments, prompts):
     ids = [
         None if x is None else put(x, "data", "context") for x in (segments, prompts)
     ]
-    return (*heads, *ids)
+    return (*heads, sinks if sinks is None else put(sinks, "tensor"), *ids)
 
 
 CASES = {
@@ -94,11 +94,12 @@ def test_values_and_gradients_are_those_of_one_device(case):
     sizes, implementation, kv_heads, options = CASES[case]
     layout = make_layout(*sizes)
     inputs, segments, prompts = make_inputs(kv_heads)
+    sinks = jnp.linspace(-1.0, 2.0, 4)
     want_value, want = make_step(None, "reference", **options)(
-        *inputs, segments, prompts
+        *inputs, sinks, segments, prompts
     )
     value, gradients = make_step(layout, implementation, **options)(
-        *place(layout, inputs, segments, prompts)
+        *place(layout, inputs, sinks, segments, prompts)
     )
     # The order of float32 sums.
     np.testing.assert_allclose(value, want_value, rtol=1e-5)
@@ -110,9 +111,9 @@ def test_no_row_and_no_head_is_gathered():
     layout = make_layout(2, 1, 4)
     step = make_step(layout, "xla")
     inputs, segments, _ = make_inputs(4)
-    arguments = place(layout, inputs, segments, None)
+    arguments = place(layout, inputs, None, segments, None)
     _, gradients = step(*arguments)
-    for x, gradient in zip(arguments, gradients, strict=False):
+    for x, gradient in zip(arguments[:3], gradients[:3], strict=True):
         assert gradient.sharding.is_equivalent_to(x.sharding, 4)
     assert "all-gather" not in step.lower(*arguments).compile().as_text()
 
@@ -156,7 +157,7 @@ def test_auto_on_hopper_chooses_for_cut_rows_as_for_whole_ones(
     inputs = [x.astype(jnp.bfloat16) for x in inputs]
     chosen = []
 
-    def record(implementation, softcap, scale, q, k, v, mask, schedule):
+    def record(implementation, softcap, scale, q, k, v, mask, schedule, sinks):
         chosen.append((implementation, mask.offset, k.shape[1]))
         return q
 
@@ -178,7 +179,8 @@ def test_auto_on_hopper_chooses_for_cut_rows_as_for_whole_ones(
         (8192, 128, False, True),
         (16384, 128, False, False),
         (16384, 128, True, True),
-        (2048, 256, False, False),
+        (2048, 256, False, True),  # which cuDNN is not asked for
+        (2048, 512, True, False),
     ],
 )
 def test_auto_on_hopper_goes_by_the_row_and_the_head(
