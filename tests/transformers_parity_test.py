@@ -31,10 +31,21 @@ LENGTHS = (13, 24, 7, 18)  # of the rows; prompts are the first third
 T = 24
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2"])
+# Layers that are not alike: a pattern that repeats, and a rest.
+OWN_SIZES = {
+    "lfm2": {
+        "num_hidden_layers": 5,
+        "layer_types": ["conv", "full_attention"] * 2 + ["conv"],
+        "conv_bias": True,
+    },
+}
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2", *OWN_SIZES])
 def models(request, tmp_path_factory):
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(request.param, **SIZES)
+    sizes = SIZES | OWN_SIZES.get(request.param, {})
+    config = transformers.AutoConfig.for_model(request.param, **sizes)
     theirs = transformers.AutoModelForCausalLM.from_config(config).float()
     with torch.no_grad():
         for parameter in theirs.parameters():  # at 0.02 all logits are near 0
