@@ -354,7 +354,7 @@ def refused_options(options: Mapping[str, Any], family: Family) -> list[str]:
     """A line that names every option whose effect this decoder would leave out."""
     refused = []
     for name, value in options.items():
-        if name in REFUSED_UNLESS:
+        if name in REFUSED_UNLESS and name not in family.keys:
             if value not in REFUSED_UNLESS[name]:
                 refused.append(
                     f"{name} = {shown(value, 60)} (only {REFUSED_UNLESS[name][0]!r})"

@@ -94,6 +94,8 @@ class Leaf:
             modules = (*modules[:2], mixture, *expert)
         if modules[0] != "lm_head":
             modules = ("model", *modules)
+        if self.path[-1] == "buffer":
+            return ".".join(modules)
         return ".".join((*modules, "bias" if self.path[-1] == "bias" else "weight"))
 
     @property
