@@ -38,7 +38,8 @@ def layouts_of(optimizer, params, *, offload_params):
     plan = sharding.ShardingPlan(
         mesh, zero_stage=1, offload_optimizer=True, offload_params=offload_params
     )
-    axes = jax.tree.map(lambda p: ("layers", "embed", "mlp")[: p.ndim], params)
+    names = ("layers", "embed", "mlp", None)
+    axes = jax.tree.map(lambda p: names[: p.ndim], params)
     parameters = plan.parameters(params, axes)
     moments = plan.optimizer_moments(params, axes)
     state = optim.state_shardings(optimizer, params, moments, plan.replicated)

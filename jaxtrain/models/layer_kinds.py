@@ -186,10 +186,17 @@ class Gemma4Layers:
         # transformers makes it so, whatever is given.
         types = [*types[:-1], FULL]
         ropes = given.get("rope_parameters")
+        if ropes is None:
+            theta = given.get("rope_theta") or 1e6
+            full = {"rope_type": "proportional", "partial_rotary_factor": 0.25}
+            ropes = {
+                FULL: full | {"rope_theta": theta},
+                SLIDING: {"rope_type": "default", "rope_theta": 1e4},
+            }
         changed = {
             "layer_types": types,
             "query_pre_attn_scalar": 1.0,  # scores are not scaled
-            "rope_parameters": _GEMMA4_ROPES if ropes is None else ropes,
+            "rope_parameters": ropes,
         }
         width, kv_heads = _full_sizes(given, types)
         made = cls(
@@ -271,16 +278,6 @@ class Gemma4Layers:
         }
 
 
-_GEMMA4_ROPES = {
-    FULL: {
-        "rope_type": "proportional",
-        "partial_rotary_factor": 0.25,
-        "rope_theta": 1e6,
-    },
-    SLIDING: {"rope_type": "default", "rope_theta": 1e4},
-}
-
-
 def _full_sizes(
     given: Mapping[str, Any], types: Sequence[str]
 ) -> tuple[int, int | None]:
@@ -298,6 +295,7 @@ def _full_sizes(
     if (
         set(by_layer) != full
         or any(each != sizes[0] for each in sizes)
+        or not isinstance(sizes[0], Mapping)
         or set(sizes[0]) - known
     ):
         raise ValueError(

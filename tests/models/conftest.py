@@ -208,6 +208,9 @@ def torch_model(family: str, tmp_path_factory: pytest.TempPathFactory) -> TorchM
             # As large as a trained model's, and no norm or bias left at its start.
             deviation = 0.2 if weight.ndim == 1 or "embed" in name else 0.125
             weight.add_(deviation * torch.randn_like(weight))
+        for name, buffer in torch_model.named_buffers():
+            if name.endswith("layer_scalar"):  # Gemma 4's, which is stored
+                buffer.mul_(1 + 0.2 * torch.rand_like(buffer))
     directory = tmp_path_factory.mktemp(family)
     torch_model.save_pretrained(directory)
     model = Decoder(load_config(directory), compute_dtype="float32")

@@ -126,9 +126,19 @@ def test_steps_go_on_where_the_last_ended_whatever_the_padding() -> None:
 # --- the decoder ---------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["lfm2"])
+@pytest.fixture(scope="module", params=["lfm2", "gemma4"])
 def of_kinds(request, make_model) -> tuple[Decoder, Params]:
     return make_model(request.param)
+
+
+@pytest.fixture(scope="module")
+def lfm2(make_model) -> tuple[Decoder, Params]:
+    return make_model("lfm2")
+
+
+@pytest.fixture(scope="module")
+def gemma4(make_model) -> tuple[Decoder, Params]:
+    return make_model("gemma4")
 
 
 def make_batch(lengths: list[list[int]]) -> Batch:
@@ -232,8 +242,8 @@ def test_eight_devices_learn_as_one(of_kinds) -> None:
     assert_equal_trees(gradients, expected)
 
 
-def test_prompts_are_not_shared_by_what_reads_rows_in_order(of_kinds) -> None:
-    decoder, params = of_kinds
+def test_prompts_are_not_shared_by_what_reads_rows_in_order(lfm2) -> None:
+    decoder, params = lfm2
     reason = decoder.why_no_shared_prompts()
     assert reason == "its layers of convolution read a row from left to right"
     batch = make_batch([[5]])
@@ -280,11 +290,68 @@ def test_published_sizes_have_the_weights_that_they_are_known_for() -> None:
     assert mixers.count("attention") == 6 and mixers[2] == "attention"
 
 
+def test_layers_that_read_others_keys_have_none_of_their_own(gemma4) -> None:
+    decoder, params = gemma4
+    layers = params["layers"]
+    assert list(layers) == ["0to2by2", "1to3by2", "4to6by2", "5to7by2"]
+    readers = {"q_proj", "q_norm", "o_proj"}
+    assert set(layers["4to6by2"]["self_attn"]) == readers
+    assert set(layers["0to2by2"]["self_attn"]) == readers | {
+        "k_proj", "k_norm", "v_proj"
+    }  # fmt: skip
+    assert layers["5to7by2"]["mlp"]["up_proj"]["kernel"].shape == (2, 64, 192)
+    assert layers["5to7by2"]["self_attn"]["q_proj"]["kernel"].shape == (2, 64, 96)
+    cache = decoder.init_cache(1, 5)["layers"]
+    assert not cache["4to6by2"] and cache["1to3by2"]["key"].shape == (2, 1, 5, 2, 24)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"enable_moe_block": True}, "enable_moe_block = True"),
+        ({"num_kv_shared_layers": 5}, "num_kv_shared_layers = 5: no layer before"),
+        ({"num_kv_shared_layers": 6}, "num_kv_shared_layers = 6: must be an integer"),
+        ({"vocab_size_per_layer_input": 8}, "vocab_size = 16 exceeds"),
+        (
+            {"per_layer_config": {"0": {"head_dim": 8}}},
+            "per_layer_config = .*the same for every layer of type 'full_attention'",
+        ),
+        ({"use_bidirectional_attention": "all"}, "use_bidirectional_attention = 'all'"),
+    ],
+)
+def test_what_gemma4_cannot_be_is_refused(options: Any, message: str) -> None:
+    sizes = {
+        "model_type": "gemma4_text",
+        "vocab_size": 16,
+        "hidden_size": 16,
+        "num_hidden_layers": 6,
+        "layer_types": ["sliding_attention"] + ["full_attention"] * 5,
+    }
+    with pytest.raises(ValueError, match=message):
+        ModelConfig.from_hf(sizes | options)
+
+
+def test_both_ways_of_writing_the_sizes_of_full_layers_are_read() -> None:
+    sizes = {"model_type": "gemma4_text", "num_hidden_layers": 6, "head_dim": 32}
+    published = sizes | {
+        "global_head_dim": 64,
+        "attention_k_eq_v": True,
+        "num_global_key_value_heads": 1,
+    }
+    resaved = sizes | {
+        "attention_k_eq_v": True,
+        "per_layer_config": {"5": {"head_dim": 64, "num_key_value_heads": 1}},
+    }
+    config = ModelConfig.from_hf(published)
+    assert ModelConfig.from_hf(resaved) == config
+    assert ModelConfig.from_hf(config.to_hf()) == config
+
+
 # --- trees: rates, files, adapters ----------------------------------------------------
 
 
-def test_rates_go_by_the_layers_own_numbers(of_kinds) -> None:
-    _, params = of_kinds
+def test_rates_go_by_the_layers_own_numbers(lfm2) -> None:
+    _, params = lfm2
     patterns = [(r"layers/[12]/.*", 0.0), (r"layers/3/.*", 0.5), (".*", 1.0)]
     rates = make_multipliers(patterns, params)
     by_layer: dict[int, set[float]] = {}
@@ -302,8 +369,8 @@ def test_rates_go_by_the_layers_own_numbers(of_kinds) -> None:
     assert not np.any(updates["layers"]["1to3by2"]["self_attn"]["q_proj"]["kernel"][0])
 
 
-def test_tensors_are_written_layer_by_layer_whatever_their_stacks(of_kinds) -> None:
-    decoder, _ = of_kinds
+def test_tensors_are_written_layer_by_layer_whatever_their_stacks(lfm2) -> None:
+    decoder, _ = lfm2
     leaves = leaves_of(decoder.config)
     names = [leaf.tensor_name(place) for leaf in leaves for place in leaf.places]
     assert len(set(names)) == len(names)
@@ -315,25 +382,29 @@ def test_tensors_are_written_layer_by_layer_whatever_their_stacks(of_kinds) -> N
 
 
 CHOSEN = {
-    "by last names": ["in_proj", "out_proj", "w1", "q_proj"],
-    "attention's alone": ["self_attn.out_proj", "v_proj"],
+    "by last names": ("lfm2", ["in_proj", "out_proj", "w1", "q_proj"]),
+    "attention's alone": ("lfm2", ["self_attn.out_proj", "v_proj"]),
     "one stack's, with the rest's MLPs": (
-        r".*\.0\.conv\.in_proj|.*\.feed_forward\.w2|.*layers\.[13]\.self_attn\.out_proj"
+        "lfm2",
+        r".*\.0\.conv\.in_proj|.*\.feed_forward\.w2|.*\.[13]\.self_attn\.out_proj",
     ),
-    "all": "all-linear",
+    "all of LFM2": ("lfm2", "all-linear"),
+    "all of Gemma 4": ("gemma4", "all-linear"),
 }
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("chosen", CHOSEN.values(), ids=CHOSEN)
-def test_adapters_cross_between_peft_and_us(of_kinds, chosen, tmp_path) -> None:
+@pytest.mark.parametrize(("family", "chosen"), CHOSEN.values(), ids=CHOSEN)
+def test_adapters_cross_between_peft_and_us(
+    make_model, family, chosen, tmp_path
+) -> None:
     torch = pytest.importorskip("torch")
     peft = pytest.importorskip("peft")
     import transformers
 
     from jaxtrain.models.hf import save_pretrained
 
-    decoder, params = of_kinds
+    decoder, params = make_model(family)
     save_pretrained(tmp_path / "base", decoder.config, params)
 
     def load() -> Any:
@@ -341,7 +412,10 @@ def test_adapters_cross_between_peft_and_us(of_kinds, chosen, tmp_path) -> None:
         return model.eval()
 
     settings = peft.LoraConfig(
-        r=3, target_modules=chosen, rank_pattern={"w2": 2}, task_type="CAUSAL_LM"
+        r=3,
+        target_modules=chosen,
+        rank_pattern={"w2": 2, "down_proj": 2},
+        task_type="CAUSAL_LM",
     )
     theirs = peft.get_peft_model(load(), settings).eval()
     torch.manual_seed(0)
