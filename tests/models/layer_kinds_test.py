@@ -12,11 +12,13 @@ import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
 
 from jaxtrain import lora as adapters
 from jaxtrain import sharding
 from jaxtrain.models import Decoder, ModelConfig
 from jaxtrain.models.convolution import convolve, convolve_after
+from jaxtrain.models.hf import load_params, save_pretrained
 from jaxtrain.models.hf_names import leaves_of
 from jaxtrain.models.layer_kinds import kinds_of
 from jaxtrain.models.stacks import (
@@ -331,6 +333,26 @@ def test_what_gemma4_cannot_be_is_refused(options: Any, message: str) -> None:
         ModelConfig.from_hf(sizes | options)
 
 
+def test_keys_that_no_layer_reads_are_passed_over(gemma4, tmp_path) -> None:
+    """Published checkpoints have them in the layers that read others'."""
+    decoder, params = gemma4
+    save_pretrained(tmp_path, decoder.config, params)
+    file = tmp_path / "model.safetensors"
+    unread = {
+        f"model.layers.7.self_attn.{name}.weight": np.ones((2, 2), np.float32)
+        for name in ("k_proj", "v_proj", "k_norm")
+    }
+    tensors = load_file(file)
+    save_file(tensors | unread, file)
+    read = load_params(tmp_path, decoder)
+    jax.tree.map(np.testing.assert_array_equal, read, params)
+    save_file(tensors | {name.replace("7", "8"): x for name, x in unread.items()}, file)
+    with pytest.raises(
+        ValueError, match=r"unexpected model\.layers\.8\.self_attn\.k_proj"
+    ):
+        load_params(tmp_path, decoder)
+
+
 def test_both_ways_of_writing_the_sizes_of_full_layers_are_read() -> None:
     sizes = {"model_type": "gemma4_text", "num_hidden_layers": 6, "head_dim": 32}
     published = sizes | {
@@ -401,8 +423,6 @@ def test_adapters_cross_between_peft_and_us(
     torch = pytest.importorskip("torch")
     peft = pytest.importorskip("peft")
     import transformers
-
-    from jaxtrain.models.hf import save_pretrained
 
     decoder, params = make_model(family)
     save_pretrained(tmp_path / "base", decoder.config, params)
