@@ -303,7 +303,7 @@ class ModelConfig:
             "rope_parameters": ropes,
             **(self.variety.to_hf(self) if self.variety else {}),
         }
-        scalar = self.query_pre_attn_scalar
+        scalar = values.get("query_pre_attn_scalar")
         if scalar is not None and float(scalar).is_integer():
             values["query_pre_attn_scalar"] = int(scalar)  # transformers wants an int
         if self.num_experts:

@@ -213,10 +213,10 @@ class Gemma4Layers:
     def problems(self, config: "ModelConfig") -> Iterator[str]:
         sizes = {
             "global_head_dim": (self.global_head_dim, 2, 2**20),
-            "num_global_key_value_heads": (self.global_kv_heads or 1, 1, 2**31),
+            "num_global_key_value_heads": (self.global_kv_heads or 1, 1, 2**20),
             "num_kv_shared_layers": (self.readers, 0, config.num_hidden_layers - 1),
-            "hidden_size_per_layer_input": (self.per_layer_width, 0, 2**31),
-            "vocab_size_per_layer_input": (self.per_layer_vocab, 1, 2**31),
+            "hidden_size_per_layer_input": (self.per_layer_width, 0, 2**20),
+            "vocab_size_per_layer_input": (self.per_layer_vocab, 1, 2**24),
         }
         found = False
         for name, (size, least, most) in sizes.items():
@@ -283,17 +283,18 @@ def _full_sizes(
 ) -> tuple[int, int | None]:
     """The width of full layers' heads, and how many have keys, if that is special.
 
-    transformers writes them as `per_layer_config`, {"5": {"head_dim": 512}}, in the
+    transformers writes them as `per_layer_config`, {"05": {"head_dim": 512}}, in the
     place of the published keys.
     """
     by_layer = given.get("per_layer_config")
     if by_layer is None:
         return given["global_head_dim"], given["num_global_key_value_heads"]
-    full = {str(i) for i, layer_type in enumerate(types) if layer_type == FULL}
+    full = {i for i, layer_type in enumerate(types) if layer_type == FULL}
+    numbers = {int(n) if str(n).isdecimal() else -1 for n in by_layer}
     sizes = [by_layer[name] for name in sorted(by_layer)]
     known = {"head_dim", "num_key_value_heads"}
     if (
-        set(by_layer) != full
+        numbers != full
         or any(each != sizes[0] for each in sizes)
         or not isinstance(sizes[0], Mapping)
         or set(sizes[0]) - known

@@ -362,7 +362,7 @@ def test_both_ways_of_writing_the_sizes_of_full_layers_are_read() -> None:
     }
     resaved = sizes | {
         "attention_k_eq_v": True,
-        "per_layer_config": {"5": {"head_dim": 64, "num_key_value_heads": 1}},
+        "per_layer_config": {"05": {"head_dim": 64, "num_key_value_heads": 1}},
     }
     config = ModelConfig.from_hf(published)
     assert ModelConfig.from_hf(resaved) == config
