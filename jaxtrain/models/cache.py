@@ -86,8 +86,9 @@ def decode(
                     name: jax.lax.dynamic_update_index_in_dim(old, kept[name], place, 0)
                     for name, old in stack.of(states).items()
                 }
-            new = kept if stack.name is None else states | {stack.name: kept}
-            return ((x, dict(new)), shared), None
+            kept = dict(kept)
+            new = kept if stack.name is None else {**states, stack.name: kept}
+            return ((x, new), shared), None
 
         return run
 
