@@ -10,7 +10,7 @@ import math
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -22,8 +22,9 @@ from jaxtrain.config.folders import bucket_cache
 from jaxtrain.lora import peft_tensors, targets
 from jaxtrain.lora.patterns import ends_one, why_none
 from jaxtrain.lora.peft_tensors import PREFIX, WEIGHTS_FILE
-from jaxtrain.lora.targets import ADAPTER_LEAVES, EMBEDDING, LoraConfig
+from jaxtrain.lora.targets import ADAPTER_LEAVES, EMBEDDING, HEAD, LoraConfig
 from jaxtrain.models.hf_files import read_header, read_json
+from jaxtrain.models.stacks import LAYERS, split_path
 from jaxtrain.record.safe_text import shown
 from jaxtrain.sharding import to_host
 from jaxtrain.storage.address import is_remote
@@ -88,11 +89,11 @@ def save_adapter(
             leaf = _EMBEDDING_LEAVES.get(key[-1], leaf)
         if key[-1] == "bias" and key[:-1] in adapted:
             leaf = "base_layer.bias"
-        if key[-1] in peft_tensors.TRANSPOSED:
-            value = value.swapaxes(-1, -2)
         names = targets.full_names(key[:-1], value.shape[0])
-        layers = value if key[0] == "layers" else [value]
+        layers = value if key[0] == LAYERS else [value]
         for name, array in zip(names, layers, strict=True):
+            if key[-1] in peft_tensors.TRANSPOSED:
+                array = array.T
             tensors[f"{PREFIX}{name}.{leaf}"] = np.ascontiguousarray(array)
     tied_adapters = tied_embeddings and lora.ensure_weight_tying
     if tied_adapters and (*EMBEDDING, "lora_a") in flat:
@@ -115,8 +116,7 @@ def save_adapter(
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model_name,
         **settings,
-        # A module's last name is unique in these decoders.
-        "target_modules": sorted(path[-1] for path in adapted),
+        "target_modules": _target_modules(adapted, flat),
         "modules_to_save": list(lora.modules_to_save) or None,
         "inference_mode": True,
     } | ({"ensure_weight_tying": True} if ties or tied_adapters else {})
@@ -131,6 +131,25 @@ def save_adapter(
         safetensors.numpy.save_file(tensors, path / WEIGHTS_FILE, {"format": "pt"})
         text = json.dumps(config, indent=2)
         (path / CONFIG_FILE).write_text(text + "\n")
+
+
+def _target_modules(
+    adapted: Collection[targets.TreePath], flat: Mapping[targets.TreePath, Any]
+) -> list[str]:
+    """What PEFT shall adapt, as ends of names.
+
+    A module's last name is unique where layers are alike. Where they differ, others may
+    have it that have no adapter, so each is named in full.
+    """
+    names: set[str] = set()
+    for path in adapted:
+        if len(split_path(path)[0]) < 2:
+            names.add(path[-1])
+            continue
+        count = flat[*path, "lora_a"].shape[0]
+        full = targets.full_names(path, count)
+        names |= {name.removeprefix("model.") for name in full}
+    return sorted(names)
 
 
 def _as_plain(
@@ -246,7 +265,7 @@ def read_settings(path: str | pathlib.Path) -> LoraConfig:
         alpha=config.get("lora_alpha", 8),
         dropout=config.get("lora_dropout", 0.0),
         # From the weights: PEFT passes over a name in its config that matches nothing.
-        target_modules=tuple(sorted({name.rpartition(".")[2] for name in names})),
+        target_modules=_targets_of(names, config.get("target_modules")),
         bias=config.get("bias", "none"),
         use_rslora=bool(config.get("use_rslora", False)),
         use_dora=bool(config.get("use_dora", False)),
@@ -259,6 +278,29 @@ def read_settings(path: str | pathlib.Path) -> LoraConfig:
         ),
         ensure_weight_tying=ties and has_embedding,
     )
+
+
+def _targets_of(names: list[str], chosen: Any) -> tuple[str, ...] | str:
+    """What selects these modules and no others: the ends of their names.
+
+    Where they are in some layers only, layers are of several kinds, and another kind
+    may have modules of the same names: then a regular expression of whole names.
+    """
+    layers: dict[str, list[int]] = {}
+    for name in names:
+        if match := re.fullmatch(r"(?:.*\.)?layers\.(\d+)\.(.+)", name):
+            layers.setdefault(match[2], []).append(int(match[1]))
+    numbers = {number for own in layers.values() for number in own}
+    in_all = {*range(len(numbers))}
+    ends = {name.rpartition(".")[2] for name in names}
+    is_plain = isinstance(chosen, list) and not any("." in name for name in chosen)
+    if is_plain or all(set(own) == in_all for own in layers.values()):
+        return tuple(sorted(ends))
+    parts = sorted(ends & {EMBEDDING[0], HEAD[0]})
+    for inner, own in sorted(layers.items()):
+        of_layers = "|".join(map(str, sorted(own)))
+        parts.append(rf"layers\.({of_layers})\.{re.escape(inner)}")
+    return rf"(.*\.)?({'|'.join(parts)})"
 
 
 def settings_from(section: Any) -> LoraConfig:

@@ -1,18 +1,16 @@
 """The sizes and options of a decoder, read from and written as Hugging Face configs."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxtrain.models.families import FAMILIES, REFUSED_UNLESS, WRAPPERS, Family
+from jaxtrain.models.layer_kinds import FULL, SLIDING, VARIETIES, Variety
 from jaxtrain.models.problems import Problems
 from jaxtrain.models.rope import UNTURNED, RopeConfig
 from jaxtrain.record.safe_text import shown
-from jaxtrain.tree import flatten
 
-FULL, SLIDING = "full_attention", "sliding_attention"
 # What transformers 4 calls a kind of layer.
 _OLD_TYPES = {"attention": FULL}
 _ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu")
@@ -24,8 +22,10 @@ class ModelConfig:
 
     `model_type` names the family (families.py), which fixes where norms stand and
     which projections are fused; every size and option is a field. `layer_types` has
-    one of "full_attention" and "sliding_attention" for each layer; `sliding_window`
-    counts the tokens that a sliding layer reads, the query's own included.
+    one of "full_attention" and "sliding_attention" for each layer, or a type that
+    `variety` knows (layer_kinds.py), which is None where all layers have the same
+    weights; `sliding_window` counts the tokens that a sliding layer reads, the query's
+    own included.
     `local_rope` is the rotary embedding of sliding layers where it differs (Gemma 3).
     `rotary_layers` says for each layer whether it turns queries and keys; empty: all.
     Embeddings, what a layer adds and logits are multiplied by `embedding_multiplier`,
@@ -49,6 +49,7 @@ class ModelConfig:
     max_position_embeddings: int
     rope: RopeConfig
     layer_types: tuple[str, ...]
+    variety: Variety | None = None
     local_rope: RopeConfig | None = None
     sliding_window: int | None = None
     hidden_act: str = "silu"
@@ -84,6 +85,7 @@ class ModelConfig:
         if not problems:  # the other rules compare sizes
             problems += [*self._wrong_layers(), *_wrong_experts(self)]
             problems += _too_large(self)
+            problems += self.variety.problems(self) if self.variety else ()
         if problems:
             raise ValueError("\n".join(problems))
 
@@ -124,11 +126,11 @@ class ModelConfig:
                 f"model.layer_types names {len(self.layer_types)} layers, but"
                 f" num_hidden_layers = {self.num_hidden_layers}"
             )
-        unknown = sorted(set(self.layer_types) - {FULL, SLIDING})
-        if unknown:
-            yield (
-                f"model.layer_types has {shown(unknown)}: use {FULL!r} or {SLIDING!r}"
-            )
+        own = self.variety.layer_types if self.variety else frozenset()
+        known = (FULL, SLIDING, *sorted(own))
+        if unknown := sorted(set(self.layer_types) - {*known}):
+            words = " or ".join(map(repr, known))
+            yield f"model.layer_types has {shown(unknown)}: use {words}"
         if SLIDING in self.layer_types and not self.sliding_window:
             yield (
                 f"model.layer_types has {SLIDING!r}, so sliding_window must be a"
@@ -199,30 +201,15 @@ class ModelConfig:
 
     def num_params(self) -> int:
         """Number of weights; a tied embedding counts once."""
-        return sum(map(math.prod, _weight_shapes(self).values()))
+        from jaxtrain.models.flops import weight_shapes  # which imports this module
+
+        return sum(map(math.prod, weight_shapes(self).values()))
 
     def flops_per_token(self, seq_len: int) -> float:
-        """Training FLOPs (forward and backward) a token in rows of `seq_len` tokens.
+        """Training FLOPs, forward and backward, a token; see `flops.py`."""
+        from jaxtrain.models.flops import training_flops  # which imports this module
 
-        6 N + 12 sum_layers N_heads H min(S, window): each weight of a matrix product
-        costs a multiply and an add forward and twice that backward (arXiv:2001.08361);
-        N counts the projections and the unembedding once, not the embedding lookup, and
-        of the experts those that a token is sent to.
-        Scores and weighted values cost 4 N_heads H S forward (arXiv:2204.02311,
-        appendix B). As there, causality is not discounted and rematerialization not
-        counted, so that an MFU from this can be compared with published ones.
-        """
-        matmul_params = self.vocab_size * self.hidden_size
-        for path, shape in _weight_shapes(self).items():
-            if path[0] == "layers" and _is_matrix(path, shape):  # one in each layer
-                is_expert = "experts" in path
-                used = self.num_experts_per_tok / self.num_experts if is_expert else 1
-                matmul_params += round(math.prod(shape) * used)
-        keys_read = sum(
-            min(seq_len, self.window_of(kind) or seq_len) for kind in self.layer_types
-        )
-        attention = 12 * self.num_attention_heads * self.head_dim * keys_read
-        return float(6 * matmul_params + attention)
+        return training_flops(self, seq_len)
 
     @classmethod
     def from_hf(cls, options: Mapping[str, Any]) -> "ModelConfig":
@@ -239,13 +226,18 @@ class ModelConfig:
         given = {**family.defaults, **options}
         _check_layers(given)
         problems.lines += _layers_without_experts(given, family)
+        variety: Variety | None = None
+        changed: dict[str, Any] = {}
+        if family.variety is not None:
+            variety, changed = VARIETIES[family.variety].read(given)
+            given |= changed
         num_heads, head_dim = given["num_attention_heads"], given["head_dim"]
         kv_heads = given["num_key_value_heads"]
         layer_types, window = _attention_kinds(given, family)
         attention_bias = bool(given.get("attention_bias", False))
         eos = given["eos_token_id"]
         own_names = {field.name for field in dataclasses.fields(cls)}
-        values = {name: given[name] for name in own_names & family.keys} | {
+        values = {n: given[n] for n in own_names & {*family.keys, *changed}} | {
             "num_key_value_heads": num_heads if kv_heads is None else kv_heads,
             "head_dim": (
                 given["hidden_size"] // (num_heads or 1)
@@ -257,6 +249,7 @@ class ModelConfig:
             "rope": RopeConfig(),
             "layer_types": layer_types,
             "rotary_layers": _rotary_layers(given, family, layer_types),
+            "variety": variety,
             "sliding_window": window,
             "hidden_act": _activation(given, family),
             "qkv_bias": attention_bias or family.always_qkv_bias,
@@ -391,31 +384,18 @@ def _written(config: ModelConfig) -> dict[str, Any]:
         # Whoever trains the export applies what was applied here: none.
         **dict.fromkeys(family.unused_dropout, 0.0),
         "architectures": [family.architecture],
-        family.activation_key: config.hidden_act,
+        **{k: config.hidden_act for k in family.keys & {family.activation_key}},
         family.norm_eps_key: config.rms_norm_eps,
         family.mlp_width_key: config.intermediate_size,
         "rope_parameters": ropes,
+        **(config.variety.to_hf(config) if config.variety else {}),
     }
-    scalar = config.query_pre_attn_scalar
+    scalar = values.get("query_pre_attn_scalar")
     if scalar is not None and float(scalar).is_integer():
         values["query_pre_attn_scalar"] = int(scalar)  # transformers wants an int
     if config.num_experts:
         values[_experts_key(family)] = config.num_experts
     return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-
-
-@functools.cache
-def _weight_shapes(config: ModelConfig) -> Mapping[tuple[str, ...], tuple[int, ...]]:
-    """The shape of each weight by its path; those of layers are stacked on axis 0."""
-    from jaxtrain.models.transformer import Decoder  # which imports this module
-
-    params = flatten(Decoder(config).abstract_params())
-    return {path: leaf.shape for path, leaf in params.items()}
-
-
-def _is_matrix(path: tuple[str, ...], shape: tuple[int, ...]) -> bool:
-    """Of a weight stacked over layers; experts' biases are stacked twice."""
-    return len(shape) > 2 and not path[-1].endswith("_bias")
 
 
 def _experts_key(family: Family) -> str:
@@ -430,7 +410,7 @@ def refused_options(options: Mapping[str, Any], family: Family) -> list[str]:
     for name, value in options.items():
         if name in family.must_be or name in family.unused_dropout:
             continue
-        if name in REFUSED_UNLESS:
+        if name in REFUSED_UNLESS and name not in family.keys:
             if value not in REFUSED_UNLESS[name]:
                 refused.append(
                     f"{name} = {shown(value, 60)} (only {REFUSED_UNLESS[name][0]!r})"

@@ -1,6 +1,7 @@
 """One layer of a decoder: attention and an MLP, plain or a mixture of experts."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -9,9 +10,29 @@ from flax import nnx
 from jaxtyping import Array, Float, Key, Shaped
 
 from jaxtrain.models import layers, moe
-from jaxtrain.models.layers import Attend, Attention, Mlp, Options, RMSNorm
+from jaxtrain.models.convolution import ShortConvolution
+from jaxtrain.models.gemma4 import Gemma4Attention
+from jaxtrain.models.layer_kinds import Gemma4Layers
+from jaxtrain.models.layers import (
+    Attention,
+    LayerInputs,
+    LayerOptions,
+    Mlp,
+    Options,
+    RMSNorm,
+)
 from jaxtrain.models.moe import RouterLoad
-from jaxtrain.models.rope import Rotary
+from jaxtrain.models.per_layer import LayerEnd
+
+# How a layer's tokens see each other, by what `LayerKind.mixer` calls it. A mixer is a
+# module, `mixer(x, given, dropout_key) -> (what it adds, what it keeps)`, with `name`,
+# the path of its weights in a layer; `flops` and `init_state`. What it also hands on to
+# later layers it gives as a `HandedOn`.
+MIXERS: Mapping[str, Any] = {
+    "attention": Attention,
+    "convolution": ShortConvolution,
+    "gemma4_attention": Gemma4Attention,
+}
 
 
 class Router(nnx.Module):
@@ -124,7 +145,7 @@ class SparseMlp(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
-    """Attention, then the MLP, each added to the stream.
+    """A mixer, then the MLP, each added to the stream.
 
     The family says what is normalized: what they read, what they add, or both. Norms
     are called as in the published weights, so that `post_attention_layernorm` is in
@@ -133,24 +154,26 @@ class DecoderLayer(nnx.Module):
     in a mixture of experts.
     """
 
-    def __init__(self, options: Options, rngs: nnx.Rngs) -> None:
+    def __init__(self, options: LayerOptions, rngs: nnx.Rngs) -> None:
         self.options = options
         config, family = options.config, options.config.family
-        self.self_attn = Attention(options, rngs)
+        mixer = MIXERS[options.kind.mixer]
+        setattr(self, mixer.name, mixer(options, rngs))
         for name in filter(None, vars(family.norm_names).values()):
             setattr(self, name, RMSNorm(config.hidden_size, "embed", options))
         mlp = SparseMlp if config.num_experts else Mlp
         setattr(self, family.mlp_names.module, mlp(options, rngs))
+        if isinstance(config.variety, Gemma4Layers):
+            self.end = LayerEnd(options, rngs)
 
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        rotary: Rotary,
-        attend: Attend,
+        given: LayerInputs,
         counted: Shaped[Array, "B T"],
         dropout_key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], Any, RouterLoad | None]:
-        """The stream after this layer, whatever `attend` keeps, and the router's load.
+        """The stream after this layer, what its mixer keeps, and the router's load.
 
         `counted` says how often a token counts in the load; padding does not. The load
         is None where there is no router.
@@ -158,9 +181,10 @@ class DecoderLayer(nnx.Module):
         config, family = self.options.config, self.options.config.family
         names = family.norm_names
         load, residual = None, config.residual_multiplier
-        with jax.named_scope("attention"):
+        mixer = MIXERS[self.options.kind.mixer]
+        with jax.named_scope(self.options.kind.mixer):
             read = self._normalized(names.before_attention, x)
-            added, kept = self.self_attn(read, rotary, attend, dropout_key)
+            added, kept = getattr(self, mixer.name)(read, given, dropout_key)
             added = self._normalized(names.after_attention, added)
             x += layers.multiplied(added, residual)
         with jax.named_scope("mlp"):
@@ -173,6 +197,9 @@ class DecoderLayer(nnx.Module):
                 added = mlp(read, dropout_key)
             added = self._normalized(names.after_mlp, added)
             x += layers.multiplied(added, residual)
+        if hasattr(self, "end"):
+            with jax.named_scope("end"):
+                x = self.end(x, given.per_layer, dropout_key)
         return self.options.constrain(x, ("batch", "sequence", "embed")), kept, load
 
     def _normalized(self, name: str | None, x: Array) -> Array:

@@ -102,6 +102,10 @@ class Family:
     `must_be`: keys of which only these values are implemented.
     `biased_experts`: router and experts have biases, and what an expert multiplies is
     clamped (gpt-oss).
+    `variety`: of a family whose layers are not alike, the name of its row in
+    `layer_kinds.VARIETIES`.
+    `module_names`: how published weights name modules that have other names here, by
+    the name that they have here ("mlp.gate_proj").
     """
 
     architecture: str
@@ -133,6 +137,8 @@ class Family:
     attention_sinks: bool = False
     expert_width_key: str | None = None
     biased_experts: bool = False
+    variety: str | None = None
+    module_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
     ignored_keys: frozenset[str] = frozenset()
     unused_dropout: tuple[str, ...] = ()
     exported: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -199,6 +205,10 @@ _GRANITE: dict[str, Any] = _COMMON | {
 }  # fmt: skip
 
 
+def _without(keys: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {key: value for key, value in keys.items() if key not in names}
+
+
 FAMILIES: Mapping[str, Family] = {
     "llama": Family(
         architecture="LlamaForCausalLM",
@@ -258,6 +268,49 @@ FAMILIES: Mapping[str, Family] = {
         window_pattern=6,
         # transformers reads this key and then leaves it out of the attention.
         must_be={"attn_logit_softcapping": (None,)},
+    ),
+    "gemma4_text": Family(
+        architecture="Gemma4ForCausalLM",
+        defaults=_without(
+            _GEMMA,
+            "query_pre_attn_scalar",
+            "attn_logit_softcapping",
+            "hidden_act",
+            "sliding_window_pattern",
+        )
+        | {
+            "vocab_size": 262_144,
+            "num_hidden_layers": 30,
+            "sliding_window": 512,
+            "attention_k_eq_v": False,
+            "num_kv_shared_layers": 0,
+            "use_double_wide_mlp": False,
+            "hidden_size_per_layer_input": 256,
+            "vocab_size_per_layer_input": 262_144,
+            "global_head_dim": 512,
+            "num_global_key_value_heads": None,
+            "per_layer_config": None,
+        },
+        activation_key="hidden_activation",
+        norms="around",
+        qk_norm="head",
+        scale_embeddings=True,
+        local_rope="own_base",
+        default_rope_theta=1_000_000.0,
+        window_rule="pattern",
+        window_pattern=6,
+        variety="gemma4_layers",
+        module_names={
+            "per_layer.table": "embed_tokens_per_layer",
+            "per_layer.projection": "per_layer_model_projection",
+            "per_layer.norm": "per_layer_projection_norm",
+            "end.gate": "per_layer_input_gate",
+            "end.projection": "per_layer_projection",
+            "end.norm": "post_per_layer_input_norm",
+            "end.scalar": "layer_scalar",
+        },
+        # Of images, and of experts that no layer has while enable_moe_block is off.
+        ignored_keys=frozenset({"moe_intermediate_size", "top_k_experts"}),
     ),
     "phi3": Family(
         architecture="Phi3ForCausalLM",
@@ -576,18 +629,61 @@ FAMILIES: Mapping[str, Family] = {
         # What other keys say, for OpenAI's own code.
         ignored_keys=frozenset({"experts_per_token", "initial_context_length"}),
     ),
+    "lfm2": Family(
+        architecture="Lfm2ForCausalLM",
+        defaults=_without(_COMMON, "rms_norm_eps", "hidden_act")
+        | {
+            "vocab_size": 65_536,
+            "hidden_size": 2560,
+            "intermediate_size": 12_288,
+            "max_position_embeddings": 128_000,
+            "norm_eps": 1e-5,
+            "pad_token_id": 0,
+            "tie_word_embeddings": True,
+            "tie_embedding": None,
+            "conv_bias": False,
+            "conv_L_cache": 3,
+            "block_ff_dim": None,
+            "block_multiple_of": 256,
+            "block_ffn_dim_multiplier": 1.0,
+            "block_auto_adjust_ff_dim": True,
+            "full_attn_idxs": None,
+            "layer_types": None,
+        },
+        norm_eps_key="norm_eps",
+        qk_norm="head",
+        default_rope_theta=1_000_000.0,
+        variety="short_convolutions",
+        module_names={
+            "input_layernorm": "operator_norm",
+            "post_attention_layernorm": "ffn_norm",
+            "self_attn.o_proj": "self_attn.out_proj",
+            "self_attn.q_norm": "self_attn.q_layernorm",
+            "self_attn.k_norm": "self_attn.k_layernorm",
+            "mlp.gate_proj": "feed_forward.w1",
+            "mlp.up_proj": "feed_forward.w3",
+            "mlp.down_proj": "feed_forward.w2",
+            "norm": "embedding_norm",
+        },
+    ),
 }
 
 # Models of text and images whose text decoder is one of these: the family it has where
 # its part of the config.json, `text_config`, does not say so.
-WRAPPERS: Mapping[str, str] = {"gemma3": "gemma3_text", "mistral3": "mistral"}
+WRAPPERS: Mapping[str, str] = {
+    "gemma3": "gemma3_text",
+    "gemma4": "gemma4_text",
+    "mistral3": "mistral",
+}
 
 # Options that this decoder has in one form only: the values that mean that form.
 REFUSED_UNLESS: Mapping[str, tuple[Any, ...]] = {
     "attention_dropout": (0.0, None),
     "resid_pdrop": (0.0, None),
     "embd_pdrop": (0.0, None),
-    "use_bidirectional_attention": (False, None),
+    # Of "vision" it is tokens of images that read ahead: a text has none.
+    "use_bidirectional_attention": (False, None, "vision"),
+    "enable_moe_block": (False, None),
     "is_encoder_decoder": (False, None),
     "router_jitter_noise": (0, None),
     "quantization_config": (None,),

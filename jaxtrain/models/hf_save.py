@@ -27,6 +27,7 @@ from jaxtrain.models.hf_names import (
     Place,
     leaves_of,
 )
+from jaxtrain.models.stacks import split_path
 from jaxtrain.models.weight_files import open_weights
 from jaxtrain.sharding import to_host
 from jaxtrain.tree import flatten
@@ -192,7 +193,13 @@ def _plan_shards(
 ) -> list[list[tuple[Leaf, Place]]]:
     """Which tensors go into which file, layer after layer."""
     tensors = [(leaf, place) for leaf in leaves for place in leaf.places]
-    tensors.sort(key=lambda t: (t[1][:1], t[0].path, t[1]))
+
+    def order(tensor: tuple[Leaf, Place]) -> tuple[Any, ...]:
+        leaf, place = tensor
+        layer = leaf.layer(place)
+        return (-1 if layer is None else layer), split_path(leaf.path)[1], place
+
+    tensors.sort(key=order)
     whole_of = {t: stored_name(t[0].tensor_name(t[1])) for t in tensors}
     # Parts of one tensor come together; places of the others stay.
     first = {name: i for i, name in reversed([*enumerate(whole_of.values())])}

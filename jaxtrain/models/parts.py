@@ -1,40 +1,109 @@
 """What running a decoder over whole rows and one step at a time have in common.
 
-These are functions of a decoder's `Options` and its weights: modules bound to weights,
-and what each layer is given.
+These are functions of a decoder's `Options` and its weights: the stacks that layers are
+kept in, modules bound to weights, what each layer is given, and the loop over layers.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int32
+from jaxtyping import Array, Float, Int32
 
 from jaxtrain.models.binding import bind, paths_with
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.decoder_layer import DecoderLayer
-from jaxtrain.models.layers import EmbeddingAndHead, Options
+from jaxtrain.models.layer_kinds import (
+    LayerKind,
+    config_of_kind,
+    kinds_of,
+    segments_of,
+)
+from jaxtrain.models.layers import LayerOptions, Options
+from jaxtrain.models.per_layer import Ends
 from jaxtrain.models.quantization import CODES, SCALES, is_quantized
 from jaxtrain.models.rope import Rotary, make_rotary
+from jaxtrain.models.stacks import LAYERS, stack_name
 from jaxtrain.types import Params
 
 
-def bind_ends(options: Options, params: Params) -> EmbeddingAndHead:
+class Stack(NamedTuple):
+    """Layers whose weights are stacked: where they stand, and which they are.
+
+    `name` is None where all layers are alike, and `params["layers"]` is the stack.
+    """
+
+    name: str | None
+    layers: range
+    kind: LayerKind
+
+    def of(self, layers: Mapping[str, Any]) -> Any:
+        """What belongs to this stack, of a tree such as `params["layers"]`."""
+        return layers if self.name is None else layers[self.name]
+
+
+@functools.lru_cache(maxsize=256)
+def segments(config: ModelConfig) -> tuple[tuple[Stack, ...], ...]:
+    """The stacks of each segment of layers (stacks.py), in order."""
+    kinds = kinds_of(config)
+    if len(set(kinds)) == 1:
+        return ((Stack(None, range(len(kinds)), kinds[0]),),)
+    return tuple(
+        tuple(
+            Stack(stack_name(layers), layers, kinds[layers[0]])
+            for layers in segment.stacks
+        )
+        for segment in segments_of(config)
+    )
+
+
+def stacks(config: ModelConfig) -> tuple[Stack, ...]:
+    """The stacks of all segments."""
+    return tuple(stack for segment in segments(config) for stack in segment)
+
+
+def by_stack(config: ModelConfig, make: Callable[[Stack], Any]) -> Any:
+    """A tree such as `params["layers"]`, of what `make` gives for each stack."""
+    made = {stack.name: make(stack) for stack in stacks(config)}
+    return made.get(None, made)
+
+
+def layer_options(options: Options, stack: Stack) -> LayerOptions:
+    """What the modules of a stack's layers share: its sizes, and its adapters."""
+    shared = {field.name: getattr(options, field.name) for field in _OPTIONS}
+    lora = options.lora
+    if lora is not None and stack.name is not None:
+        prefix = f"{stack.name}."
+        lora = lora.renamed(
+            lambda path: path.removeprefix(prefix) if path.startswith(prefix) else None
+        )
+    config = config_of_kind(options.config, stack.kind)
+    return LayerOptions(**shared | {"config": config, "lora": lora}, kind=stack.kind)
+
+
+_OPTIONS = dataclasses.fields(Options)
+_O = TypeVar("_O", bound=Options)
+
+
+def bind_ends(options: Options, params: Params) -> Ends:
     """The modules on either side of the layers, with these weights."""
-    ends = {name: leaf for name, leaf in params.items() if name != "layers"}
-    return bind(EmbeddingAndHead, adapted_options(options, ends), ends)
+    ends = {name: leaf for name, leaf in params.items() if name != LAYERS}
+    return bind(Ends, adapted_options(options, ends), ends)
 
 
-def layer_binder(options: Options, params: Params) -> Callable[[Params], DecoderLayer]:
+def layer_binder(
+    options: Options, params: Params, stack: Stack
+) -> Callable[[Params], DecoderLayer]:
     """A function from one layer's weights to its module, adapters where present."""
-    adapted = adapted_options(options, params["layers"])
+    own = stack.of(params[LAYERS])
+    adapted = adapted_options(layer_options(options, stack), own)
     return functools.partial(bind, DecoderLayer, adapted)
 
 
-def adapted_options(options: Options, part: Params) -> Options:
+def adapted_options(options: _O, part: Params) -> _O:
     """The options of a part of the model: adapters where its weights have them.
 
     Raises:
@@ -51,8 +120,82 @@ def adapted_options(options: Options, part: Params) -> Options:
     return dataclasses.replace(options, lora=lora, quantization=quantization)
 
 
-def scanned_layers(options: Options, params: Params) -> tuple[Params, Array]:
-    """What the scan runs over: each layer's weights and its number.
+# One layer as a step of the scan. It is given what passes from layer to layer, of which
+# the second part is what layers hand on to later ones; its weights, its number, and
+# what it alone is given.
+Passing = tuple[Any, Mapping[str, Any]]
+LayerStep = Callable[[Passing, tuple[Params, Array, Any]], tuple[Passing, Any]]
+
+
+def run_layers(
+    options: Options,
+    params: Params,
+    make_step: Callable[[Stack, bool], LayerStep],
+    passing: Passing,
+    *,
+    per_layer: Float[Array, "L B T P"] | None = None,
+    unroll: bool = False,
+) -> tuple[Any, list[Any]]:
+    """Run all layers, each segment as one scan over the repeats of its pattern.
+
+    Args:
+        make_step: gives the step of a stack's layers, and is told whether the compiler
+            sees each of them by itself, outside of a loop.
+        passing: what the first layer is given.
+        per_layer: what each layer is given of its own.
+        unroll: compile every layer by itself.
+
+    Returns:
+        The first part of what passes on from the last layer; and of each stack what its
+        steps gave beside, stacked over its layers.
+    """
+    gave: list[Any] = []
+    for segment in segments(options.config):
+        apart = unroll or len(segment[0].layers) == 1
+        steps = [make_step(stack, apart) for stack in segment]
+        layers = tuple(_scanned(options, params, stack, per_layer) for stack in segment)
+        x, shared = passing
+        # What no layer of the segment changes is not passed on from one to the next:
+        # the backward pass would keep a copy of it for each.
+        gives = any(stack.kind.shares == "gives" for stack in segment)
+
+        def pattern(
+            changing: Any, inputs: Any, steps: Any = steps, fixed: Any = shared,
+            gives: bool = gives,
+        ) -> tuple[Any, Any]:  # fmt: skip
+            outputs = []
+            passing = changing if gives else (changing, fixed)
+            for step, layer in zip(steps, inputs, strict=True):
+                passing, output = step(passing, layer)
+                outputs.append(output)
+            return passing if gives else passing[0], tuple(outputs)
+
+        changed, outputs = jax.lax.scan(
+            pattern, passing if gives else x, layers, unroll=apart
+        )
+        passing = changed if gives else (changed, shared)
+        gave.extend(outputs)
+    return passing[0], gave
+
+
+def init_shared(
+    options: Options, batch: int, length: int
+) -> dict[str, tuple[Array, Array]]:
+    """What layers hand on before any has: keys and values of 0, by type of layer."""
+    shared = {}
+    for stack in stacks(options.config):
+        if stack.kind.shares == "gives":
+            config = config_of_kind(options.config, stack.kind)
+            sizes = (batch, length, config.num_key_value_heads, config.head_dim)
+            zeros = jnp.zeros(sizes, options.compute_dtype)
+            shared[config.layer_types[0]] = (zeros, zeros)
+    return shared
+
+
+def _scanned(
+    options: Options, params: Params, stack: Stack, per_layer: Array | None
+) -> tuple[Params, Array, Array | None]:
+    """What the scan runs over: each layer's weights, its number, what it is given.
 
     Weights of matrix products are cast here, all at once: cast within the scan, a
     second copy of them would be stacked up for the backward pass.
@@ -63,8 +206,15 @@ def scanned_layers(options: Options, params: Params) -> tuple[Params, Array]:
         is_whole = path[-1].key in whole
         return leaf if is_whole else leaf.astype(options.compute_dtype)
 
-    layers = jax.tree_util.tree_map_with_path(cast, params["layers"])
-    return layers, jnp.arange(options.config.num_hidden_layers)
+    layers = jax.tree_util.tree_map_with_path(cast, stack.of(params[LAYERS]))
+    numbers = jnp.arange(len(stack.layers))
+    if stack.name is not None:
+        numbers = stack.layers.start + stack.layers.step * numbers
+    if per_layer is not None:
+        per_layer = per_layer[
+            stack.layers.start : stack.layers.stop : stack.layers.step
+        ]
+    return layers, numbers, per_layer
 
 
 def layer_windows(config: ModelConfig, length: int) -> list[int | None]:

@@ -38,6 +38,15 @@ TEXTS = {
     "gemma3": TEXT | {"model_type": "gemma3_text", "sliding_window_pattern": 2},
     "mistral3": TEXT | {"model_type": "mistral"},
     "ministral3": TEXT | {"model_type": "ministral3"},
+    "gemma4": TEXT
+    | {
+        "model_type": "gemma4_text",
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "global_head_dim": 24,
+        "hidden_size_per_layer_input": 8,
+    },
 }
 KINDS = [
     "gemma3",
@@ -57,6 +66,17 @@ VISION = {
 TOWERS = {
     "gemma3": VISION | {"model_type": "siglip_vision_model"},
     "mistral3": VISION | {"model_type": "pixtral", "head_dim": 8},
+    "gemma4": {
+        "model_type": "gemma4_vision",
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "patch_size": 4,
+        "position_embedding_size": 64,
+    },
 }
 
 
@@ -89,13 +109,18 @@ def make_wrapper(directory: pathlib.Path, kind: str, dtype: str, vocab: int) -> 
     import transformers
 
     torch.manual_seed(0)
-    others = {"mm_tokens_per_image": 4} if kind == "gemma3" else {}
+    others: dict[str, Any] = {"image_token_index": vocab - 1}
+    text = TEXTS[kind] | {"vocab_size": vocab}
+    if kind == "gemma3":
+        others |= {"mm_tokens_per_image": 4}
+    if kind == "gemma4":
+        others = {"image_token_id": vocab - 1, "audio_config": None}
+        text |= {"vocab_size_per_layer_input": vocab}
     wrapper_type = WRAPPER_OF.get(kind, kind)
     config = transformers.CONFIG_MAPPING[wrapper_type](
-        text_config=TEXTS[kind] | {"vocab_size": vocab},
+        text_config=text,
         vision_config=TOWERS[wrapper_type],
-        tie_word_embeddings=kind == "gemma3",
-        image_token_index=vocab - 1,
+        tie_word_embeddings=wrapper_type != "mistral3",
         **others,
     )
     make = transformers.AutoModelForImageTextToText.from_config
@@ -234,7 +259,9 @@ def as_modules(directory: pathlib.Path, target: pathlib.Path) -> None:
     """The same wrapper by the names that its modules have in transformers 5."""
     shutil.copytree(directory, target)
     tensors = {
-        f"model.{name}".replace("model.language_model.model.", "model.language_model.")
+        f"model.{name.removeprefix('model.')}".replace(
+            "model.language_model.model.", "model.language_model."
+        )
         .replace("model.language_model.lm_head.", "lm_head.")
         .replace("model.lm_head.", "lm_head."): tensor
         for name, tensor in tensors_of(directory).items()
@@ -329,9 +356,16 @@ def test_the_text_model_alone_is_a_model_of_its_own(wrapper, tmp_path) -> None:
     np.testing.assert_allclose(torch_logits(text), expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("text_only", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "text_only"),
+    [
+        ("gemma3", False),
+        ("gemma3", True),
+        pytest.param("gemma4", False, marks=pytest.mark.on_request),
+    ],
+)
 def test_a_lora_run_exports_what_peft_and_transformers_find(
-    tmp_path: pathlib.Path, text_only: bool
+    tmp_path: pathlib.Path, kind: str, text_only: bool
 ) -> None:
     peft = pytest.importorskip("peft")
     import torch
@@ -339,7 +373,7 @@ def test_a_lora_run_exports_what_peft_and_transformers_find(
 
     source = tmp_path / "wrapper"
     shutil.copytree(assets.asset_path(assets.TOKENIZER), source)
-    make_wrapper(source, "gemma3", "float32", 2304)
+    make_wrapper(source, kind, "float32", 2304)
     config = tiny_config("lora", str(source), max_steps=2, save_steps=0)
     config.training.learning_rate = 0.05
     config.model.export_text_only = text_only
@@ -348,7 +382,7 @@ def test_a_lora_run_exports_what_peft_and_transformers_find(
     base = transformers.AutoModelForCausalLM.from_pretrained(
         source, attn_implementation="eager"
     ).eval()
-    assert type(base).__name__ == "Gemma3ForConditionalGeneration"
+    assert type(base).__name__ == f"{kind.title()}ForConditionalGeneration"
     plain = torch_logits(base)
     adapted = peft.PeftModel.from_pretrained(base, exported.with_name("adapter")).eval()
     injected = [n for n, _ in adapted.named_parameters() if "lora_" in n]
@@ -363,7 +397,7 @@ def test_a_lora_run_exports_what_peft_and_transformers_find(
     assert np.abs(expected - plain).max() > 0.1
     np.testing.assert_allclose(our_logits(exported), expected, atol=1e-4, rtol=0)
     is_text = json.loads((exported / "config.json").read_text())["model_type"]
-    assert is_text == ("gemma3_text" if text_only else "gemma3")
+    assert is_text == (f"{kind}_text" if text_only else kind)
     if not text_only:
         merged = torch_logits(load_torch(exported))
         np.testing.assert_allclose(merged, expected, atol=1e-4, rtol=0)
@@ -399,9 +433,11 @@ def test_a_step_at_learning_rate_zero_exports_what_was_loaded(
     stored = tensors_of(source)
     if text_only:
         stored = {
-            name.removeprefix("language_model."): tensor
+            name.replace("model.language_model.", "model.").removeprefix(
+                "language_model."
+            ): tensor
             for name, tensor in stored.items()
-            if name.startswith("language_model.")
+            if name.startswith(("language_model.", "model.language_model."))
         }
     found = tensors_of(exported)
     assert found.keys() == stored.keys()

@@ -33,7 +33,8 @@ def test_transformers_reads_what_is_written_as_the_same_config(config) -> None:
     assert ModelConfig.from_hf(theirs) == config
 
 
-@pytest.mark.parametrize("model_type", list(FAMILIES))
+# transformers' own default of a granitemoehybrid has the Mamba layers that are refused.
+@pytest.mark.parametrize("model_type", sorted(FAMILIES.keys() - {"granitemoehybrid"}))
 def test_absent_keys_have_the_defaults_of_transformers(model_type: str) -> None:
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoConfig.for_model(model_type).to_dict()

@@ -128,6 +128,49 @@ FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
         },
     ),
+    "gemma4": _options(
+        "gemma4_text",
+        num_hidden_layers=8,
+        layer_types=["sliding_attention", "full_attention"] * 4,
+        num_kv_shared_layers=4,
+        use_double_wide_mlp=True,
+        head_dim=16,
+        global_head_dim=24,
+        sliding_window=4,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=128,
+        final_logit_softcapping=4.0,
+        rope_parameters={
+            "full_attention": {
+                "rope_type": "proportional",
+                "rope_theta": 1e3,
+                "partial_rotary_factor": 0.5,
+            },
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        },
+    ),
+    "gemma4_keys_as_values": _options(
+        "gemma4_text",
+        num_hidden_layers=6,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        attention_k_eq_v=True,
+        num_global_key_value_heads=1,
+        head_dim=16,
+        global_head_dim=24,
+        sliding_window=4,
+        hidden_size_per_layer_input=0,
+    ),
+    "lfm2": _options(
+        "lfm2",
+        num_hidden_layers=5,
+        layer_types=["conv", "full_attention"] * 2 + ["conv"],
+        conv_L_cache=4,
+        conv_bias=True,
+        norm_eps=1e-3,
+        block_ffn_dim_multiplier=1.2,
+        block_multiple_of=16,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    ),
     "phi3": _options("phi3", sliding_window=6),
     "phi3_longrope": _options(
         "phi3",
@@ -271,6 +314,9 @@ def torch_model(family: str, tmp_path_factory: pytest.TempPathFactory) -> TorchM
             # As large as a trained model's, and no norm or bias left at its start.
             deviation = 0.2 if weight.ndim == 1 or "embed" in name else 0.125
             weight.add_(deviation * torch.randn_like(weight))
+        for name, buffer in torch_model.named_buffers():
+            if name.endswith("layer_scalar"):  # Gemma 4's, which is stored
+                buffer.mul_(1 + 0.2 * torch.rand_like(buffer))
     directory = tmp_path_factory.mktemp(family)
     torch_model.save_pretrained(directory)
     model = Decoder(load_config(directory), compute_dtype="float32")

@@ -100,9 +100,12 @@ def meaning(directory: pathlib.Path) -> dict[str, Any]:
     family = FAMILIES[config.model_type]
     unread = NOTES | family.ignored_keys | {*family.unused_dropout}
     read = {k: v for k, v in read.items() if k not in unread}
+    read["per_layer_config"] = config.to_dict().get("per_layer_config")
+    config.allow_global_per_layer_attribute_access = True
     # Its modules take this where a config has no head_dim, or null.
     width = config.hidden_size // config.num_attention_heads
     read["head_dim"] = getattr(config, "head_dim", None) or width
+    read.pop("full_attn_idxs", None)  # layer_types has them
     if not getattr(config, "use_sliding_window", True):
         read.pop("max_window_layers", None)  # of none that slide
     rope = dict(config.rope_parameters)
