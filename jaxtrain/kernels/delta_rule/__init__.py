@@ -1,14 +1,5 @@
-"""The gated delta rule over packed rows, and the short convolution before it."""
+"""The gated delta rule over packed rows: one call, several implementations."""
 
 from jaxtrain.kernels.delta_rule.api import IMPLEMENTATIONS, delta_rule
-from jaxtrain.kernels.delta_rule.convolution import (
-    causal_convolution,
-    continue_convolution,
-)
 
-__all__ = [
-    "IMPLEMENTATIONS",
-    "causal_convolution",
-    "continue_convolution",
-    "delta_rule",
-]
+__all__ = ["IMPLEMENTATIONS", "delta_rule"]
