@@ -13,6 +13,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # module belongs to one, every permission is used, and no unit can reach itself.
 ALLOWED: dict[str, set[str]] = {
     "models.families": set(),
+    "models.stacks": set(),
     "tree": set(),
     "schema": {"record.safe_text", "tree"},
     "objectives.options": {"schema"},
@@ -102,6 +103,7 @@ ALLOWED: dict[str, set[str]] = {
         "record.safe_text",
         "kernels",
         "models.families",
+        "models.stacks",
         "sharding",
         "tree",
         "types",
@@ -111,6 +113,7 @@ ALLOWED: dict[str, set[str]] = {
     "lora": {
         "record.safe_text",
         "models",
+        "models.stacks",
         "sharding",
         "tree",
         "types",
@@ -253,7 +256,15 @@ ALLOWED: dict[str, set[str]] = {
         "tree",
         "record.logs",
     },
-    "optimizers": {"config", "config.own_parts", "sharding", "step", "tree", "types"},
+    "optimizers": {
+        "config",
+        "config.own_parts",
+        "models.stacks",
+        "sharding",
+        "step",
+        "tree",
+        "types",
+    },
     "models.state": {
         "config",
         "lora",

@@ -10,7 +10,7 @@ import math
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -24,6 +24,7 @@ from jaxtrain.lora.patterns import ends_one, why_none
 from jaxtrain.lora.peft_tensors import PREFIX, WEIGHTS_FILE
 from jaxtrain.lora.targets import ADAPTER_LEAVES, EMBEDDING, LoraConfig
 from jaxtrain.models.hf_files import read_header, read_json
+from jaxtrain.models.stacks import LAYERS, split_path
 from jaxtrain.record.safe_text import shown
 from jaxtrain.sharding import to_host
 from jaxtrain.storage.address import is_remote
@@ -88,11 +89,11 @@ def save_adapter(
             leaf = _EMBEDDING_LEAVES.get(key[-1], leaf)
         if key[-1] == "bias" and key[:-1] in adapted:
             leaf = "base_layer.bias"
-        if key[-1] in peft_tensors.TRANSPOSED:
-            value = value.swapaxes(-1, -2)
         names = targets.full_names(key[:-1], value.shape[0])
-        layers = value if key[0] == "layers" else [value]
+        layers = value if key[0] == LAYERS else [value]
         for name, array in zip(names, layers, strict=True):
+            if key[-1] in peft_tensors.TRANSPOSED:
+                array = array.T
             tensors[f"{PREFIX}{name}.{leaf}"] = np.ascontiguousarray(array)
     tied_adapters = tied_embeddings and lora.ensure_weight_tying
     if tied_adapters and (*EMBEDDING, "lora_a") in flat:
@@ -115,8 +116,7 @@ def save_adapter(
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model_name,
         **settings,
-        # A module's last name is unique in these decoders.
-        "target_modules": sorted(path[-1] for path in adapted),
+        "target_modules": _target_modules(adapted, flat),
         "modules_to_save": list(lora.modules_to_save) or None,
         "inference_mode": True,
     } | ({"ensure_weight_tying": True} if ties or tied_adapters else {})
@@ -131,6 +131,25 @@ def save_adapter(
         safetensors.numpy.save_file(tensors, path / WEIGHTS_FILE, {"format": "pt"})
         text = json.dumps(config, indent=2)
         (path / CONFIG_FILE).write_text(text + "\n")
+
+
+def _target_modules(
+    adapted: Collection[targets.TreePath], flat: Mapping[targets.TreePath, Any]
+) -> list[str]:
+    """What PEFT shall adapt, as ends of names.
+
+    A module's last name is unique where layers are alike. Where they differ, others may
+    have it that have no adapter, so each is named in full.
+    """
+    names: set[str] = set()
+    for path in adapted:
+        if len(split_path(path)[0]) < 2:
+            names.add(path[-1])
+            continue
+        count = flat[*path, "lora_a"].shape[0]
+        full = targets.full_names(path, count)
+        names |= {name.removeprefix("model.") for name in full}
+    return sorted(names)
 
 
 def _as_plain(
@@ -246,7 +265,7 @@ def read_settings(path: str | pathlib.Path) -> LoraConfig:
         alpha=config.get("lora_alpha", 8),
         dropout=config.get("lora_dropout", 0.0),
         # From the weights: PEFT passes over a name in its config that matches nothing.
-        target_modules=tuple(sorted({name.rpartition(".")[2] for name in names})),
+        target_modules=_endings(names, config.get("target_modules")),
         bias=config.get("bias", "none"),
         use_rslora=bool(config.get("use_rslora", False)),
         use_dora=bool(config.get("use_dora", False)),
@@ -259,6 +278,16 @@ def read_settings(path: str | pathlib.Path) -> LoraConfig:
         ),
         ensure_weight_tying=ties and has_embedding,
     )
+
+
+def _endings(names: list[str], chosen: Any) -> tuple[str, ...]:
+    """The ends of names that tell these modules from those without an adapter.
+
+    The last name does where PEFT was told no more; else the last two.
+    """
+    is_plain = isinstance(chosen, list) and not any("." in name for name in chosen)
+    kept = 1 if is_plain else 2
+    return tuple(sorted({".".join(name.split(".")[-kept:]) for name in names}))
 
 
 def settings_from(section: Any) -> LoraConfig:

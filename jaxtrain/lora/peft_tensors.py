@@ -14,6 +14,7 @@ from jaxtrain.lora.targets import LoraConfig, TreePath
 from jaxtrain.models.hf_files import read_header, reading
 from jaxtrain.models.hf_names import NUMPY_TYPES
 from jaxtrain.models.quantization import CODES
+from jaxtrain.models.stacks import layer_numbers, split_path
 from jaxtrain.tree import get as tree_get
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -102,7 +103,7 @@ def read_stacks(
                 " the adapter was trained on"
             )
         if own_leaf in TRANSPOSED:
-            value = value.swapaxes(-1, -2)
+            value = value.T
         stacks.setdefault((*module.path, own_leaf), {})[layer] = value
     return stacks
 
@@ -162,12 +163,15 @@ def fit_to_base(
             shape = (*layers, *inner[key[-1]])
         else:
             shape = tree_get(base_tree, key[:-1])[key[-1]].shape
-        stacked = key[0] == "layers"
+        root, _ = split_path(key)
+        stacked = bool(root)
         count, layer_shape = (shape[0], shape[1:]) if stacked else (1, shape)
         if sorted(by_layer) != list(range(count)):
+            numbers = layer_numbers(root, count)
             raise ValueError(
                 f"adapter {path}: {'.'.join(key)} is given for layers"
-                f" {sorted(by_layer)} of {count} only, but layers are stacked and"
+                f" {[numbers[i] for i in sorted(by_layer)]} of {count} only, but layers"
+                " are stacked and"
                 " train alike: merge the adapter with PEFT and load the merged model"
             )
         for array in by_layer.values():

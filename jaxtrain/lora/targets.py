@@ -1,7 +1,7 @@
 """LoRA's settings, and which modules of a parameter tree they select, as PEFT would.
 
 Modules go by Hugging Face's full names, one a layer (model.layers.0.self_attn.q_proj),
-although the tree stacks layers and holds each module once.
+although the tree holds each module once for all layers of its stack.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ import jax
 from jaxtrain.lora.patterns import ends_one, why_none
 from jaxtrain.models.layers import LoraShape
 from jaxtrain.models.quantization import CODES, kernel_shape
+from jaxtrain.models.stacks import LAYERS, layer_numbers, split_path
 from jaxtrain.record.safe_text import shown
 from jaxtrain.tree import get as tree_get
 
@@ -142,7 +143,7 @@ class Module:
     @property
     def is_inner_linear(self) -> bool:
         """Whether "all-linear" means it: PEFT leaves the head out."""
-        return self.path[0] == "layers" and bool({"kernel", CODES} & self.leaves.keys())
+        return self.path[0] == LAYERS and bool({"kernel", CODES} & self.leaves.keys())
 
     @property
     def takes_adapter(self) -> bool:
@@ -150,8 +151,13 @@ class Module:
 
     @property
     def label(self) -> str:
-        """Its name within a layer (self_attn.q_proj), or in the model (lm_head)."""
-        return ".".join(self.path[1:] if self.path[0] == "layers" else self.path)
+        """Its name in a layer, behind its stack's where layers differ; or lm_head."""
+        return ".".join(self.path[1:] if self.path[0] == LAYERS else self.path)
+
+    @property
+    def name(self) -> str:
+        """Its name within a layer, or in the model, whatever the stack."""
+        return ".".join(split_path(self.path)[1])
 
 
 def iterate_modules(tree: Mapping[str, Any], path: TreePath = ()) -> Iterator[Module]:
@@ -161,7 +167,7 @@ def iterate_modules(tree: Mapping[str, Any], path: TreePath = ()) -> Iterator[Mo
         if not isinstance(child, Mapping):
             continue
         leaves = {k: v for k, v in child.items() if not isinstance(v, Mapping)}
-        if child_path != ("layers",):
+        if split_path(child_path)[1]:
             layers = jax.tree.leaves(child)[0].shape[0]
             yield Module(child_path, full_names(child_path, layers), leaves)
         yield from iterate_modules(child, child_path)
@@ -183,7 +189,7 @@ def ties_adapters(lora: LoraConfig, tree: Mapping[str, Any]) -> bool:
 def label_path(label: str) -> TreePath:
     """Where a module stands; the inverse of `Module.label`."""
     path = tuple(label.split("."))
-    return path if path in (EMBEDDING, HEAD) else ("layers", *path)
+    return path if path in (EMBEDDING, HEAD) else (LAYERS, *path)
 
 
 def matrix_shape(tree: Mapping[str, Any], path: TreePath) -> tuple[int, ...]:
@@ -197,10 +203,12 @@ def matrix_shape(tree: Mapping[str, Any], path: TreePath) -> tuple[int, ...]:
 
 
 def full_names(path: TreePath, layers: int) -> tuple[str, ...]:
-    """Hugging Face's names of a module, one for each of its layers."""
-    if path[0] == "layers":
-        inner = ".".join(path[1:])
-        return tuple(f"model.layers.{i}.{inner}" for i in range(layers))
+    """Hugging Face's names of a module, one for each of its `layers` layers."""
+    root, below = split_path(path)
+    if root:
+        inner = ".".join(below)
+        numbers = layer_numbers(root, layers)
+        return tuple(f"model.layers.{i}.{inner}" for i in numbers)
     name = ".".join(path)
     return (name if name == "lm_head" else f"model.{name}",)
 
@@ -214,7 +222,8 @@ def _in_every_layer(key: str, module: Module, matches: Callable[[str], bool]) ->
     """Whether all of the module's names match; some but not all is refused."""
     matched = [matches(name) for name in module.names]
     if any(matched) and not all(matched):
-        layers = [i for i, hit in enumerate(matched) if hit]
+        numbers = layer_numbers(split_path(module.path)[0], len(matched))
+        layers = [i for i, hit in zip(numbers, matched, strict=True) if hit]
         raise ValueError(
             f"{key} selects {module.label} in layers {layers} of {len(matched)} only,"
             " but layers are stacked and train alike: write a pattern that matches it"
@@ -244,7 +253,7 @@ def _is_target(lora: LoraConfig, entry: str, module: Module) -> bool:
 
 
 def resolve_targets(lora: LoraConfig, base_tree: Mapping[str, Any]) -> set[str]:
-    """Modules that get an adapter: "self_attn.q_proj" of layers, and the ends.
+    """Labels of modules that get an adapter: "self_attn.q_proj" in layers, and ends.
 
     These are "embed_tokens" and "lm_head". Where one adapter shall act in both, it is
     embed_tokens' alone. `base_tree`: parameters, or anything with their shapes.
@@ -254,9 +263,9 @@ def resolve_targets(lora: LoraConfig, base_tree: Mapping[str, Any]) -> set[str]:
             adapter.
     """
     modules = list(iterate_modules(base_tree))
-    available = sorted(module.label for module in modules if module.takes_adapter)
+    available = sorted({module.name for module in modules if module.takes_adapter})
     why_not_experts = ""
-    if "experts" in base_tree.get("layers", {}).get("mlp", {}):
+    if any("experts" in module.path for module in modules):
         why_not_experts = (
             ". A router and experts take none: they are no linear layers but plain"
             " arrays, PEFT's target_parameters, which are not supported here;"
@@ -359,7 +368,7 @@ def resolve_modules_to_save(
         if not found:
             raise ValueError(
                 f"lora.modules_to_save: {shown(entry)} matches no module of this model:"
-                f" choose from {sorted({module.label for module in modules})}"
+                f" choose from {sorted({module.name for module in modules})}"
             )
         if any("experts" in (*path, *tree_get(base_tree, path)) for path in found):
             raise ValueError(

@@ -1,4 +1,9 @@
-"""Running a decoder one step at a time, with a cache of keys and values."""
+"""Running a decoder one step at a time, with a cache of what its mixers keep."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -7,22 +12,32 @@ from jaxtyping import Array, Float32, Int32
 from jaxtrain.kernels.attention.reference import attend_block
 from jaxtrain.models import head, parts
 from jaxtrain.models.config import ModelConfig
-from jaxtrain.models.layers import Attend, Options
+from jaxtrain.models.decoder_layer import MIXERS
+from jaxtrain.models.layer_kinds import LayerKind, config_of_kind
+from jaxtrain.models.layers import KEYS_VALUES, Attend, LayerInputs, Options
+from jaxtrain.models.parts import Stack
 from jaxtrain.types import Params
 
-Cache = dict[str, Array]
+Cache = dict[str, Any]
 
 
 def init_cache(options: Options, batch: int, max_len: int) -> Cache:
-    """An empty cache: room for `max_len` tokens in each row."""
-    config = options.config
-    sizes = (config.num_hidden_layers, batch, max_len)
-    heads = (config.num_key_value_heads, config.head_dim)
+    """An empty cache: room for `max_len` tokens in each row.
+
+    "layers" has what mixers keep, stacked as the layers' weights are; the other arrays
+    say which tokens stand where.
+    """
+
+    def init_stack(stack: Stack) -> dict[str, Array]:
+        own = parts.layer_options(options, stack)
+        state = MIXERS[stack.kind.mixer].init_state(own, batch, max_len)
+        count = len(stack.layers)
+        return {n: jnp.zeros((count, *x.shape), x.dtype) for n, x in state.items()}
+
     return {
-        "key": jnp.zeros(sizes + heads, options.compute_dtype),
-        "value": jnp.zeros(sizes + heads, options.compute_dtype),
-        "positions": jnp.zeros(sizes[1:], jnp.int32),
-        "segment_ids": jnp.zeros(sizes[1:], jnp.int32),
+        "layers": parts.by_stack(options.config, init_stack),
+        "positions": jnp.zeros((batch, max_len), jnp.int32),
+        "segment_ids": jnp.zeros((batch, max_len), jnp.int32),
         "length": jnp.zeros((), jnp.int32),
     }
 
@@ -47,58 +62,116 @@ def decode(
         name: jax.lax.dynamic_update_slice(cache[name], new, (0, start))
         for name, new in (("positions", positions), ("segment_ids", segment_ids))
     }
-    windows = parts.layer_windows(options.config, places)
-    choices = tuple(dict.fromkeys(windows))
-    choice_of_layer = jnp.asarray([choices.index(w) for w in windows])
-    readable = jnp.stack(
-        [_readable(cache, start, positions, segment_ids, w) for w in choices]
+    inputs_of_kind = functools.cache(
+        _Step(options, cache, positions, segment_ids, start).inputs_of_layer
     )
-    rotary_of_layer = parts.layer_rotary(options.config, positions, segment_ids)
-    bind_layer = parts.layer_binder(options, params)
 
-    def body(
-        carry: tuple[Array, Array, Array], inputs: tuple[Params, Array]
-    ) -> tuple[tuple[Array, Array, Array], None]:
-        x, keys, values = carry
-        layer_params, index = inputs
-        allowed = readable[choice_of_layer[index]]
-        attend = _attend_to_cache(options.config, (keys, values), index, start, allowed)
-        layer = bind_layer(layer_params)
-        x, (keys, values), _ = layer(
-            x, rotary_of_layer(index), attend, segment_ids != 0
-        )
-        return (x, keys, values), None
+    def make_step(stack: Stack, apart: bool) -> parts.LayerStep:
+        del apart  # nothing is computed again
+        bind_layer = parts.layer_binder(options, params, stack)
+        inputs_of_layer = inputs_of_kind(stack.kind)
+
+        def run(carry: Any, inputs: tuple[Params, Array]) -> tuple[Any, None]:
+            (x, states), (weights, layer) = carry, inputs
+            place = (layer - stack.layers.start) // stack.layers.step
+            given = inputs_of_layer(layer, place, stack.of(states))
+            x, kept, _ = bind_layer(weights)(x, given, segment_ids != 0)
+            if not isinstance(kept, _Written):
+                kept = {
+                    name: jax.lax.dynamic_update_index_in_dim(old, kept[name], place, 0)
+                    for name, old in stack.of(states).items()
+                }
+            new = kept if stack.name is None else states | {stack.name: kept}
+            return (x, dict(new)), None
+
+        return run
 
     ends = parts.bind_ends(options, params)
-    layers = parts.scanned_layers(options, params)
-    carry = (ends.embed_tokens(tokens), cache["key"], cache["value"])
-    (x, keys, values), _ = jax.lax.scan(body, carry, layers)
+    carry = (ends.embed_tokens(tokens), cache["layers"])
+    (x, states), _ = parts.run_layers(options, params, make_step, carry)
     last = length - 1 - jnp.argmax(segment_ids[:, ::-1] != 0, axis=1)
     hidden = ends.norm(x[jnp.arange(batch), last][:, None])
-    cache |= {"key": keys, "value": values, "length": start + length}
+    cache |= {"layers": states, "length": start + length}
     return head.unembed(options, params, hidden)[:, 0], cache
+
+
+class _Written(dict[str, Array]):
+    """A stack's cache into which a layer has written already."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """Tokens that are appended to a cache, from `start` on."""
+
+    options: Options
+    cache: Cache
+    positions: Int32[Array, "B T"]
+    segment_ids: Int32[Array, "B T"]
+    start: Int32[Array, ""]
+
+    def inputs_of_layer(
+        self, kind: LayerKind
+    ) -> Callable[[Array, Array, Mapping[str, Array]], LayerInputs]:
+        """A function from a layer's number, its place in the stack and the stack's
+        cache to what the layer is given."""
+        if kind.mixer != "attention":
+
+            def with_state(
+                layer: Array, place: Array, states: Mapping[str, Array]
+            ) -> LayerInputs:
+                del layer
+                own = {
+                    name: jax.lax.dynamic_index_in_dim(x, place, keepdims=False)
+                    for name, x in states.items()
+                }
+                return LayerInputs(self.segment_ids, state=own)
+
+            return with_state
+        config = config_of_kind(self.options.config, kind)
+        windows = parts.layer_windows(config, self.cache["positions"].shape[1])
+        choices = tuple(dict.fromkeys(windows))
+        choice_of_layer = jnp.asarray([choices.index(w) for w in windows])
+        readable = jnp.stack([self._readable(window) for window in choices])
+        rotary_of_layer = parts.layer_rotary(config, self.positions, self.segment_ids)
+
+        def with_attention(
+            layer: Array, place: Array, states: Mapping[str, Array]
+        ) -> LayerInputs:
+            allowed = readable[choice_of_layer[layer] if len(choices) > 1 else 0]
+            attend = _attend_to_cache(config, states, place, self.start, allowed)
+            return LayerInputs(self.segment_ids, rotary_of_layer(layer), attend)
+
+        return with_attention
+
+    def _readable(self, window: int | None) -> Array:
+        return _readable(
+            self.cache, self.start, self.positions, self.segment_ids, window
+        )
 
 
 def _attend_to_cache(
     config: ModelConfig,
-    keys_and_values: tuple[Array, Array],
-    layer: Array,
+    states: Mapping[str, Array],
+    place: Array,
     start: Array,
     allowed: Array,
 ) -> Attend:
     """Write this layer's keys and values at `start`; read all that is allowed."""
 
-    def attend(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, ...]]:
-        written = tuple(
-            jax.lax.dynamic_update_slice(old, new[None], (layer, 0, start, 0, 0))
-            for old, new in zip(keys_and_values, (k, v), strict=True)
-        )
+    def attend(q: Array, k: Array, v: Array) -> tuple[Array, _Written]:
+        written = {
+            name: jax.lax.dynamic_update_slice(
+                states[name], new[None], (place, 0, start, 0, 0)
+            )
+            for name, new in zip(KEYS_VALUES, (k, v), strict=True)
+        }
         keys, values = (
-            jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in written
+            jax.lax.dynamic_index_in_dim(written[name], place, keepdims=False)
+            for name in KEYS_VALUES
         )
         scale, softcap = config.attention_scale, config.attn_logit_softcapping
         context = attend_block(q, keys, values, allowed, softcap=softcap, scale=scale)
-        return context, written
+        return context, _Written(written)
 
     return attend
 

@@ -1,18 +1,16 @@
 """The sizes and options of a decoder, read from and written as Hugging Face configs."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxtrain.models.families import FAMILIES, REFUSED_UNLESS, WRAPPERS, Family
+from jaxtrain.models.layer_kinds import FULL, SLIDING, VARIETIES, Variety
 from jaxtrain.models.problems import Problems
 from jaxtrain.models.rope import RopeConfig
 from jaxtrain.record.safe_text import shown
-from jaxtrain.tree import flatten
 
-FULL, SLIDING = "full_attention", "sliding_attention"
 _ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu")
 
 
@@ -22,8 +20,10 @@ class ModelConfig:
 
     `model_type` names the family (families.py), which fixes where norms stand and
     which projections are fused; every size and option is a field. `layer_types` has
-    one of "full_attention" and "sliding_attention" for each layer; `sliding_window`
-    counts the tokens that a sliding layer reads, the query's own included.
+    one of "full_attention" and "sliding_attention" for each layer, or a type that
+    `variety` knows (layer_kinds.py), which is None where all layers have the same
+    weights; `sliding_window` counts the tokens that a sliding layer reads, the query's
+    own included.
     `local_rope` is the rotary embedding of sliding layers where it differs (Gemma 3).
     A mixture of experts has `num_experts` MLPs in each layer (0: one plain MLP), of
     width `expert_width`; `intermediate_size` then acts only where it is that width.
@@ -43,6 +43,7 @@ class ModelConfig:
     max_position_embeddings: int
     rope: RopeConfig
     layer_types: tuple[str, ...]
+    variety: Variety | None = None
     local_rope: RopeConfig | None = None
     sliding_window: int | None = None
     hidden_act: str = "silu"
@@ -70,6 +71,7 @@ class ModelConfig:
         if not problems:  # the other rules compare sizes
             problems += [*self._wrong_layers(), *self._wrong_experts()]
             problems += _too_large(self)
+            problems += self.variety.problems(self) if self.variety else ()
         if problems:
             raise ValueError("\n".join(problems))
 
@@ -109,11 +111,11 @@ class ModelConfig:
                 f"model.layer_types names {len(self.layer_types)} layers, but"
                 f" num_hidden_layers = {self.num_hidden_layers}"
             )
-        unknown = sorted(set(self.layer_types) - {FULL, SLIDING})
-        if unknown:
-            yield (
-                f"model.layer_types has {shown(unknown)}: use {FULL!r} or {SLIDING!r}"
-            )
+        own = self.variety.layer_types if self.variety else frozenset()
+        known = (FULL, SLIDING, *sorted(own))
+        if unknown := sorted(set(self.layer_types) - {*known}):
+            words = " or ".join(map(repr, known))
+            yield f"model.layer_types has {shown(unknown)}: use {words}"
         if SLIDING in self.layer_types and not self.sliding_window:
             yield (
                 f"model.layer_types has {SLIDING!r}, so sliding_window must be a"
@@ -177,30 +179,15 @@ class ModelConfig:
 
     def num_params(self) -> int:
         """Number of weights; a tied embedding counts once."""
-        return sum(map(math.prod, _weight_shapes(self).values()))
+        from jaxtrain.models.flops import weight_shapes  # which imports this module
+
+        return sum(map(math.prod, weight_shapes(self).values()))
 
     def flops_per_token(self, seq_len: int) -> float:
-        """Training FLOPs (forward and backward) a token in rows of `seq_len` tokens.
+        """Training FLOPs, forward and backward, a token; see `flops.py`."""
+        from jaxtrain.models.flops import training_flops  # which imports this module
 
-        6 N + 12 sum_layers N_heads H min(S, window): each weight of a matrix product
-        costs a multiply and an add forward and twice that backward (arXiv:2001.08361);
-        N counts the projections and the unembedding once, not the embedding lookup, and
-        of the experts those that a token is sent to.
-        Scores and weighted values cost 4 N_heads H S forward (arXiv:2204.02311,
-        appendix B). As there, causality is not discounted and rematerialization not
-        counted, so that an MFU from this can be compared with published ones.
-        """
-        matmul_params = self.vocab_size * self.hidden_size
-        for path, shape in _weight_shapes(self).items():
-            if path[0] == "layers" and len(shape) > 2:  # a matrix in each layer
-                is_expert = "experts" in path
-                used = self.num_experts_per_tok / self.num_experts if is_expert else 1
-                matmul_params += round(math.prod(shape) * used)
-        keys_read = sum(
-            min(seq_len, self.window_of(kind) or seq_len) for kind in self.layer_types
-        )
-        attention = 12 * self.num_attention_heads * self.head_dim * keys_read
-        return float(6 * matmul_params + attention)
+        return training_flops(self, seq_len)
 
     @classmethod
     def from_hf(cls, options: Mapping[str, Any]) -> "ModelConfig":
@@ -217,13 +204,18 @@ class ModelConfig:
         given = {**family.defaults, **options}
         _check_layers(given)
         problems.lines += _layers_without_experts(given, family)
+        variety: Variety | None = None
+        changed: dict[str, Any] = {}
+        if family.variety is not None:
+            variety, changed = VARIETIES[family.variety].read(given)
+            given |= changed
         num_heads, head_dim = given["num_attention_heads"], given["head_dim"]
         kv_heads = given["num_key_value_heads"]
         layer_types, window = _attention_kinds(given, family)
         attention_bias = bool(given.get("attention_bias", False))
         eos = given["eos_token_id"]
         own_names = {field.name for field in dataclasses.fields(cls)}
-        values = {name: given[name] for name in own_names & family.keys} | {
+        values = {n: given[n] for n in own_names & {*family.keys, *changed}} | {
             "num_key_value_heads": num_heads if kv_heads is None else kv_heads,
             "head_dim": (
                 given["hidden_size"] // (num_heads or 1)
@@ -232,6 +224,7 @@ class ModelConfig:
             ),
             "rope": RopeConfig(),
             "layer_types": layer_types,
+            "variety": variety,
             "sliding_window": window,
             "hidden_act": given[family.activation_key],
             "qkv_bias": attention_bias or family.always_qkv_bias,
@@ -306,8 +299,9 @@ class ModelConfig:
             **{k: v for k, v in vars(self).items() if k in own_names},
             **{k: v for k, v in derived.items() if k in family.keys},
             "architectures": [family.architecture],
-            family.activation_key: self.hidden_act,
+            **{k: self.hidden_act for k in family.keys & {family.activation_key}},
             "rope_parameters": ropes,
+            **(self.variety.to_hf(self) if self.variety else {}),
         }
         scalar = self.query_pre_attn_scalar
         if scalar is not None and float(scalar).is_integer():
@@ -354,15 +348,6 @@ def family_of(model_type: Any) -> Family:
             f" of these in its text_config: {', '.join(WRAPPERS)}"
         )
     return FAMILIES[model_type]
-
-
-@functools.cache
-def _weight_shapes(config: ModelConfig) -> Mapping[tuple[str, ...], tuple[int, ...]]:
-    """The shape of each weight by its path; those of layers are stacked on axis 0."""
-    from jaxtrain.models.transformer import Decoder  # which imports this module
-
-    params = flatten(Decoder(config).abstract_params())
-    return {path: leaf.shape for path, leaf in params.items()}
 
 
 def refused_options(options: Mapping[str, Any], family: Family) -> list[str]:

@@ -1,6 +1,7 @@
 """One layer of a decoder: attention and an MLP, plain or a mixture of experts."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -9,8 +10,24 @@ from flax import nnx
 from jaxtyping import Array, Float, Key, Shaped
 
 from jaxtrain.models import layers, moe
-from jaxtrain.models.layers import Attend, Attention, Mlp, Options, RMSNorm, Rotary
+from jaxtrain.models.convolution import ShortConvolution
+from jaxtrain.models.layers import (
+    Attention,
+    LayerInputs,
+    LayerOptions,
+    Mlp,
+    Options,
+    RMSNorm,
+)
 from jaxtrain.models.moe import RouterLoad
+
+# How a layer's tokens see each other, by what `LayerKind.mixer` calls it. A mixer is a
+# module, `mixer(x, given, dropout_key) -> (what it adds, what it keeps)`, with
+# `name`, the path of its weights in a layer; `flops` and `init_state`.
+MIXERS: Mapping[str, Any] = {
+    "attention": Attention,
+    "convolution": ShortConvolution,
+}
 
 
 class Router(nnx.Module):
@@ -93,18 +110,19 @@ class SparseMlp(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
-    """Attention, then the MLP, each added to the stream that it reads normalized.
+    """A mixer, then the MLP, each added to the stream that it reads normalized.
 
     Gemma also normalizes what is added; `post_attention_layernorm` is that norm there,
     and the one before the MLP in every other family, as in the published weights. The
     MLP is one of many in a mixture of experts.
     """
 
-    def __init__(self, options: Options, rngs: nnx.Rngs) -> None:
+    def __init__(self, options: LayerOptions, rngs: nnx.Rngs) -> None:
         self.options = options
         width = options.config.hidden_size
         self.input_layernorm = RMSNorm(width, "embed", options)
-        self.self_attn = Attention(options, rngs)
+        mixer = MIXERS[options.kind.mixer]
+        setattr(self, mixer.name, mixer(options, rngs))
         self.post_attention_layernorm = RMSNorm(width, "embed", options)
         if options.config.family.norms == "around":
             self.pre_feedforward_layernorm = RMSNorm(width, "embed", options)
@@ -115,22 +133,21 @@ class DecoderLayer(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        rotary: Rotary,
-        attend: Attend,
+        given: LayerInputs,
         counted: Shaped[Array, "B T"],
         dropout_key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], Any, RouterLoad | None]:
-        """The stream after this layer, whatever `attend` keeps, and the router's load.
+        """The stream after this layer, what its mixer keeps, and the router's load.
 
         `counted` says how often a token counts in the load; padding does not. The load
         is None where there is no router.
         """
         load = None
         around = self.options.config.family.norms == "around"
-        with jax.named_scope("attention"):
-            added, kept = self.self_attn(
-                self.input_layernorm(x), rotary, attend, dropout_key
-            )
+        mixer = MIXERS[self.options.kind.mixer]
+        with jax.named_scope(self.options.kind.mixer):
+            mix = getattr(self, mixer.name)
+            added, kept = mix(self.input_layernorm(x), given, dropout_key)
             x += self.post_attention_layernorm(added) if around else added
         with jax.named_scope("mlp"):
             if isinstance(self.mlp, SparseMlp):

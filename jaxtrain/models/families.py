@@ -24,6 +24,10 @@ class Family:
     each p-th ("pattern"); none in a family with `use_sliding_window` unless that is on.
     `window_pattern`: p, where a config has no `sliding_window_pattern`.
     `expert_width_key`: of a mixture of experts, the config key of an expert's width.
+    `variety`: of a family whose layers are not alike, the name of its row in
+    `layer_kinds.VARIETIES`.
+    `module_names`: how published weights name modules that have other names here, by
+    the name that they have here ("mlp.gate_proj").
     """
 
     architecture: str
@@ -41,6 +45,8 @@ class Family:
     window_rule: Literal["none", "all", "from_layer", "pattern"] = "none"
     window_pattern: int = 0
     expert_width_key: str | None = None
+    variety: str | None = None
+    module_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
     ignored_keys: frozenset[str] = frozenset()
     must_be_none: tuple[str, ...] = ()
 
@@ -86,6 +92,10 @@ _GEMMA: dict[str, Any] = _COMMON | {
     "sliding_window": 4096, "layer_types": None, "sliding_window_pattern": None,
     "final_logit_softcapping": None, "attn_logit_softcapping": None,
 }  # fmt: skip
+
+
+def _without(keys: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {key: value for key, value in keys.items() if key not in names}
 
 
 FAMILIES: Mapping[str, Family] = {
@@ -210,6 +220,42 @@ FAMILIES: Mapping[str, Family] = {
         expert_width_key="moe_intermediate_size",
         # Every layer has the same window here, whatever this key says.
         ignored_keys=frozenset({"max_window_layers"}),
+    ),
+    "lfm2": Family(
+        architecture="Lfm2ForCausalLM",
+        defaults=_without(_COMMON, "rms_norm_eps", "hidden_act")
+        | {
+            "vocab_size": 65_536,
+            "hidden_size": 2560,
+            "intermediate_size": 12_288,
+            "max_position_embeddings": 128_000,
+            "norm_eps": 1e-5,
+            "pad_token_id": 0,
+            "tie_word_embeddings": True,
+            "tie_embedding": None,
+            "conv_bias": False,
+            "conv_L_cache": 3,
+            "block_ff_dim": None,
+            "block_multiple_of": 256,
+            "block_ffn_dim_multiplier": 1.0,
+            "block_auto_adjust_ff_dim": True,
+            "full_attn_idxs": None,
+            "layer_types": None,
+        },
+        qk_norm="head",
+        default_rope_theta=1_000_000.0,
+        variety="short_convolutions",
+        module_names={
+            "input_layernorm": "operator_norm",
+            "post_attention_layernorm": "ffn_norm",
+            "self_attn.o_proj": "self_attn.out_proj",
+            "self_attn.q_norm": "self_attn.q_layernorm",
+            "self_attn.k_norm": "self_attn.k_layernorm",
+            "mlp.gate_proj": "feed_forward.w1",
+            "mlp.up_proj": "feed_forward.w3",
+            "mlp.down_proj": "feed_forward.w2",
+            "norm": "embedding_norm",
+        },
     ),
 }
 

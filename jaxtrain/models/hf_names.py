@@ -1,8 +1,9 @@
 """How leaves of the tree and tensors of a Hugging Face checkpoint correspond.
 
 A tensor's name is the path of its leaf with "model." before and ".weight" behind, once
-for each layer; matrices are [in, out] in the tree and [out, in] in the file. Of a
-mixture of experts each expert's matrices are tensors of their own (hf_experts.py).
+for each layer of its stack; matrices are [in, out] in the tree and [out, in] in the
+file. Of a mixture of experts each expert's matrices are tensors of their own
+(hf_experts.py).
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ import numpy as np
 
 from jaxtrain.models import hf_experts
 from jaxtrain.models.config import ModelConfig
+from jaxtrain.models.stacks import LAYERS, layer_numbers, split_path
 from jaxtrain.models.transformer import Decoder
 from jaxtrain.tree import flatten
 
@@ -33,7 +35,7 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 
 Path = tuple[str, ...]
-# Which part of a leaf a tensor is: (), (layer,) or (layer, expert).
+# Which part of a leaf a tensor is: (), (place in the stack,) or (place, expert).
 Place = tuple[int, ...]
 
 
@@ -47,7 +49,7 @@ class Leaf:
 
     @property
     def stacked(self) -> bool:
-        return self.path[0] == "layers"
+        return self.path[0] == LAYERS
 
     @property
     def is_expert(self) -> bool:
@@ -75,10 +77,15 @@ class Leaf:
         """One of each tensor."""
         return list(itertools.product(*map(range, self.shape[: self.stacked_axes])))
 
+    def layer(self, place: Place) -> int | None:
+        """The number of a tensor's layer; None outside of the layers."""
+        root, _ = split_path(self.path)
+        return layer_numbers(root, self.shape[0])[place[0]] if root else None
+
     def tensor_name(self, place: Place) -> str:
-        modules = self.path[:-1]
+        _, modules = split_path(self.path[:-1])
         if self.stacked:
-            modules = ("layers", str(place[0]), *modules[1:])
+            modules = (LAYERS, str(self.layer(place)), *modules)
         mixture, projections = hf_experts.NAMES.get(self.model_type, ("mlp", {}))
         if modules[-1] == "gate":
             modules = (*modules[:-2], mixture, "gate")

@@ -26,6 +26,7 @@ from jaxtrain.models.hf_names import (
     Place,
     leaves_of,
 )
+from jaxtrain.models.stacks import split_path
 from jaxtrain.models.weight_files import open_weights
 from jaxtrain.sharding import to_host
 from jaxtrain.tree import flatten
@@ -190,7 +191,13 @@ def _plan_shards(
 ) -> list[list[tuple[Leaf, Place]]]:
     """Which tensors go into which file, layer after layer."""
     tensors = [(leaf, place) for leaf in leaves for place in leaf.places]
-    tensors.sort(key=lambda t: (t[1][:1], t[0].path, t[1]))
+
+    def order(tensor: tuple[Leaf, Place]) -> tuple[Any, ...]:
+        leaf, place = tensor
+        layer = leaf.layer(place)
+        return (-1 if layer is None else layer), split_path(leaf.path)[1], place
+
+    tensors.sort(key=order)
     shards: list[list[tuple[Leaf, Place]]] = [[]]
     used = 0
     for leaf, place in tensors:

@@ -9,7 +9,7 @@ import dataclasses
 import math
 import zlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int32, Key
 
 from jaxtrain.models.config import ModelConfig
+from jaxtrain.models.layer_kinds import ATTENTION, LayerKind
 from jaxtrain.models.quantization import Quantization, dequantize, multiply, quantize
 from jaxtrain.models.rope import rotate
 from jaxtrain.types import LogicalAxes
@@ -32,6 +33,8 @@ MapShards = Callable[
     Callable[..., Array],
 ]
 
+# What attention keeps of each token in generation.
+KEYS_VALUES = ("key", "value")
 ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -66,6 +69,19 @@ class LoraShape:
                 return rank, scaling
         return self.r, self.scaling
 
+    def renamed(self, name_of: Callable[[str], str | None]) -> "LoraShape":
+        """The same with other paths; those that get None have no adapter."""
+        names = {path: name_of(path) for path in self.targets}
+        return dataclasses.replace(
+            self,
+            targets=frozenset(name for name in names.values() if name is not None),
+            own=tuple(
+                (name, rank, scaling)
+                for path, rank, scaling in self.own
+                if (name := names.get(path)) is not None
+            ),
+        )
+
     def __post_init__(self) -> None:
         if self.r < 1:
             raise ValueError(f"lora.r = {self.r}: must be at least 1")
@@ -95,6 +111,29 @@ class Options:
     quantization: Quantization | None = None
     constrain: Callable[[Array, LogicalAxes], Array] = unconstrained
     map_shards: MapShards = on_one_device
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerOptions(Options):
+    """The same for layers of one kind: `config` has the sizes that they have."""
+
+    kind: LayerKind = ATTENTION
+
+
+class LayerInputs(NamedTuple):
+    """What a layer is given beside the stream: each mixer takes what it needs.
+
+    `segment_ids` tell the documents of a row apart; 0 is padding. `rotary` and `attend`
+    are for attention, and None for other mixers. `state` is what the mixer kept at the
+    last step of generation, None where whole rows are run. `shared` is what earlier
+    layers handed on, by names of their own.
+    """
+
+    segment_ids: Int32[Array, "B T"]
+    rotary: Any = None
+    attend: Any = None
+    state: Any = None
+    shared: Any = None
 
 
 class LoraParam(nnx.Param):
@@ -271,7 +310,21 @@ def _recomputed(function: Callable[..., Array]) -> Callable[..., Array]:
 class Attention(nnx.Module):
     """Grouped-query self-attention (arXiv:2305.13245) with rotary positions."""
 
-    def __init__(self, options: Options, rngs: nnx.Rngs) -> None:
+    name = "self_attn"
+
+    @staticmethod
+    def flops(config: ModelConfig, keys_read: int) -> int:
+        """FLOPs of scores and weighted values, forward, a token."""
+        return 4 * config.num_attention_heads * config.head_dim * keys_read
+
+    @staticmethod
+    def init_state(options: LayerOptions, batch: int, max_len: int) -> dict[str, Array]:
+        """An empty cache of one layer: room for the keys and values of each row."""
+        config = options.config
+        sizes = (batch, max_len, config.num_key_value_heads, config.head_dim)
+        return {name: jnp.zeros(sizes, options.compute_dtype) for name in KEYS_VALUES}
+
+    def __init__(self, options: LayerOptions, rngs: nnx.Rngs) -> None:
         self.options = options
         config = options.config
         width, head_dim = config.hidden_size, config.head_dim
@@ -298,11 +351,11 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        rotary: Rotary,
-        attend: Attend,
+        given: LayerInputs,
         dropout_key: Key[Array, ""] | None,
     ) -> tuple[Float[Array, "B T D"], Any]:
         config, constrain = self.options.config, self.options.constrain
+        rotary, attend = given.rotary, given.attend
         if config.family.fused_projections:
             q_width = config.num_attention_heads * config.head_dim
             kv_width = config.num_key_value_heads * config.head_dim

@@ -61,6 +61,14 @@ def measure_load(
     )
 
 
+def join_loads(loads: list[RouterLoad | None]) -> RouterLoad | None:
+    """The loads of several stacks of layers as of one; None where none has a router."""
+    found = [load for load in loads if load is not None]
+    if len(found) < 2:
+        return found[0] if found else None
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *found)
+
+
 def load_balancing_loss(load: RouterLoad) -> Float32[Array, ""]:
     """E sum_e f_e P_e (arXiv:2101.03961, equations 4 to 6), as transformers has it.
 

@@ -1,13 +1,13 @@
 """What running a decoder over whole rows and one step at a time have in common.
 
-These are functions of a decoder's `Options` and its weights: modules bound to weights,
-and what each layer is given.
+These are functions of a decoder's `Options` and its weights: the stacks that layers are
+kept in, modules bound to weights, what each layer is given, and the loop over layers.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,25 +16,93 @@ from jaxtyping import Array, Int32
 from jaxtrain.models.binding import bind, paths_with
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.decoder_layer import DecoderLayer
-from jaxtrain.models.layers import EmbeddingAndHead, Options, Rotary
+from jaxtrain.models.layer_kinds import (
+    LayerKind,
+    config_of_kind,
+    kinds_of,
+    segments_of,
+)
+from jaxtrain.models.layers import EmbeddingAndHead, LayerOptions, Options, Rotary
 from jaxtrain.models.quantization import CODES, SCALES, is_quantized
 from jaxtrain.models.rope import rotary_tables
+from jaxtrain.models.stacks import LAYERS, stack_name
 from jaxtrain.types import Params
+
+
+class Stack(NamedTuple):
+    """Layers whose weights are stacked: where they stand, and which they are.
+
+    `name` is None where all layers are alike, and `params["layers"]` is the stack.
+    """
+
+    name: str | None
+    layers: range
+    kind: LayerKind
+
+    def of(self, layers: Mapping[str, Any]) -> Any:
+        """What belongs to this stack, of a tree such as `params["layers"]`."""
+        return layers if self.name is None else layers[self.name]
+
+
+@functools.lru_cache(maxsize=256)
+def segments(config: ModelConfig) -> tuple[tuple[Stack, ...], ...]:
+    """The stacks of each segment of layers (stacks.py), in order."""
+    kinds = kinds_of(config)
+    if len(set(kinds)) == 1:
+        return ((Stack(None, range(len(kinds)), kinds[0]),),)
+    return tuple(
+        tuple(
+            Stack(stack_name(layers), layers, kinds[layers[0]])
+            for layers in segment.stacks
+        )
+        for segment in segments_of(config)
+    )
+
+
+def stacks(config: ModelConfig) -> tuple[Stack, ...]:
+    """The stacks of all segments."""
+    return tuple(stack for segment in segments(config) for stack in segment)
+
+
+def by_stack(config: ModelConfig, make: Callable[[Stack], Any]) -> Any:
+    """A tree such as `params["layers"]`, of what `make` gives for each stack."""
+    made = {stack.name: make(stack) for stack in stacks(config)}
+    return made.get(None, made)
+
+
+def layer_options(options: Options, stack: Stack) -> LayerOptions:
+    """What the modules of a stack's layers share: its sizes, and its adapters."""
+    shared = {field.name: getattr(options, field.name) for field in _OPTIONS}
+    lora = options.lora
+    if lora is not None and stack.name is not None:
+        prefix = f"{stack.name}."
+        lora = lora.renamed(
+            lambda path: path.removeprefix(prefix) if path.startswith(prefix) else None
+        )
+    config = config_of_kind(options.config, stack.kind)
+    return LayerOptions(**shared | {"config": config, "lora": lora}, kind=stack.kind)
+
+
+_OPTIONS = dataclasses.fields(Options)
+_O = TypeVar("_O", bound=Options)
 
 
 def bind_ends(options: Options, params: Params) -> EmbeddingAndHead:
     """The modules on either side of the layers, with these weights."""
-    ends = {name: leaf for name, leaf in params.items() if name != "layers"}
+    ends = {name: leaf for name, leaf in params.items() if name != LAYERS}
     return bind(EmbeddingAndHead, adapted_options(options, ends), ends)
 
 
-def layer_binder(options: Options, params: Params) -> Callable[[Params], DecoderLayer]:
+def layer_binder(
+    options: Options, params: Params, stack: Stack
+) -> Callable[[Params], DecoderLayer]:
     """A function from one layer's weights to its module, adapters where present."""
-    adapted = adapted_options(options, params["layers"])
+    own = stack.of(params[LAYERS])
+    adapted = adapted_options(layer_options(options, stack), own)
     return functools.partial(bind, DecoderLayer, adapted)
 
 
-def adapted_options(options: Options, part: Params) -> Options:
+def adapted_options(options: _O, part: Params) -> _O:
     """The options of a part of the model: adapters where its weights have them.
 
     Raises:
@@ -51,7 +119,49 @@ def adapted_options(options: Options, part: Params) -> Options:
     return dataclasses.replace(options, lora=lora, quantization=quantization)
 
 
-def scanned_layers(options: Options, params: Params) -> tuple[Params, Array]:
+# What a layer is scanned over, its weights and its number; what passes from layer to
+# layer; one layer as a step of the scan.
+LayerStep = Callable[[Any, tuple[Params, Array]], tuple[Any, Any]]
+
+
+def run_layers(
+    options: Options,
+    params: Params,
+    make_step: Callable[[Stack, bool], LayerStep],
+    carry: Any,
+    *,
+    unroll: bool = False,
+) -> tuple[Any, list[Any]]:
+    """Run all layers, each segment as one scan over the repeats of its pattern.
+
+    Args:
+        make_step: gives the step of a stack's layers, and is told whether the compiler
+            sees each of them by itself, outside of a loop.
+        unroll: compile every layer by itself.
+
+    Returns:
+        What passes on from the last layer; and of each stack what its steps gave
+        beside, stacked over its layers.
+    """
+    gave: list[Any] = []
+    for segment in segments(options.config):
+        apart = unroll or len(segment[0].layers) == 1
+        steps = [make_step(stack, apart) for stack in segment]
+        layers = tuple(_scanned(options, params, stack) for stack in segment)
+
+        def pattern(carry: Any, inputs: Any, steps: Any = steps) -> tuple[Any, Any]:
+            outputs = []
+            for step, layer in zip(steps, inputs, strict=True):
+                carry, output = step(carry, layer)
+                outputs.append(output)
+            return carry, tuple(outputs)
+
+        carry, outputs = jax.lax.scan(pattern, carry, layers, unroll=apart)
+        gave.extend(outputs)
+    return carry, gave
+
+
+def _scanned(options: Options, params: Params, stack: Stack) -> tuple[Params, Array]:
     """What the scan runs over: each layer's weights and its number.
 
     Weights of matrix products are cast here, all at once: cast within the scan, a
@@ -62,8 +172,11 @@ def scanned_layers(options: Options, params: Params) -> tuple[Params, Array]:
         is_whole = path[-1].key in ("scale", "lora_magnitude", CODES, SCALES)
         return leaf if is_whole else leaf.astype(options.compute_dtype)
 
-    layers = jax.tree_util.tree_map_with_path(cast, params["layers"])
-    return layers, jnp.arange(options.config.num_hidden_layers)
+    layers = jax.tree_util.tree_map_with_path(cast, stack.of(params[LAYERS]))
+    numbers = jnp.arange(len(stack.layers))
+    if stack.name is not None:
+        numbers = stack.layers.start + stack.layers.step * numbers
+    return layers, numbers
 
 
 def layer_windows(config: ModelConfig, length: int) -> list[int | None]:

@@ -1,8 +1,8 @@
 """The decoder: pure functions of a plain tree of weights.
 
-Layers are stacked on axis 0 and run under one `lax.scan`, so a deep model compiles as
-fast as a shallow one; unrolled, it runs faster. Flax modules exist only within a trace
-(binding.py).
+Layers are stacked on axis 0 and run under one `lax.scan`, or one for each repeating
+pattern of layers that differ (stacks.py), so a deep model compiles as fast as a shallow
+one; unrolled, it runs faster. Flax modules exist only within a trace (binding.py).
 """
 
 import dataclasses
@@ -21,11 +21,20 @@ from jaxtrain.kernels.linear_cross_entropy.api import linear_log_probs
 from jaxtrain.models import head, parts
 from jaxtrain.models.binding import axes_of, init_module, paths_with
 from jaxtrain.models.cache import Cache, decode, init_cache
+from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.decoder_layer import DecoderLayer
-from jaxtrain.models.layers import Attend, EmbeddingAndHead, LoraShape, Options
-from jaxtrain.models.moe import RouterLoad, load_balancing_loss
+from jaxtrain.models.layer_kinds import LayerKind, config_of_kind
+from jaxtrain.models.layers import (
+    Attend,
+    EmbeddingAndHead,
+    LayerInputs,
+    LoraShape,
+    Options,
+)
+from jaxtrain.models.moe import RouterLoad, join_loads, load_balancing_loss
 from jaxtrain.models.noise import add_embedding_noise
 from jaxtrain.models.rope import KINDS_BY_LENGTH
+from jaxtrain.models.stacks import LAYERS
 from jaxtrain.types import Batch, Params, TokenLogProbs
 
 _policies = jax.checkpoint_policies
@@ -119,10 +128,17 @@ class Decoder(Options):
         """
         ends_key, layers_key = jax.random.split(key)
         layer_keys = jax.random.split(layers_key, self.config.num_hidden_layers)
-        make_layer = functools.partial(init_module, DecoderLayer, self._options)
+
+        def init_stack(stack: parts.Stack) -> Params:
+            own = parts.layer_options(self._options, stack)
+            keys = layer_keys
+            if stack.name is not None:
+                keys = layer_keys[jnp.asarray(stack.layers)]
+            return jax.vmap(functools.partial(init_module, DecoderLayer, own))(keys)
+
         return {
             **init_module(EmbeddingAndHead, self._options, ends_key),
-            "layers": jax.vmap(make_layer)(layer_keys),
+            LAYERS: parts.by_stack(self.config, init_stack),
         }
 
     def abstract_params(self) -> Params:
@@ -130,9 +146,12 @@ class Decoder(Options):
         return jax.eval_shape(lambda: self.init(jax.random.key(0)))
 
     def linear_kernels(self) -> frozenset[str]:
-        """The modules of a layer that `quantization` acts on, such as "mlp.up_proj"."""
+        """The modules of layers that `quantization` acts on, such as "mlp.up_proj".
+
+        Where layers differ, the stack's name stands before.
+        """
         plain = dataclasses.replace(self._options, lora=None, quantization=None)
-        return paths_with("kernel", axes_of(DecoderLayer, plain))
+        return paths_with("kernel", _layer_axes(plain))
 
     def logical_axes(self) -> Params:
         """The same tree with the name of each axis, or None, as leaves.
@@ -142,7 +161,7 @@ class Decoder(Options):
         """
         return {
             **axes_of(EmbeddingAndHead, self._options),
-            "layers": axes_of(DecoderLayer, self._options, ("layers",)),
+            LAYERS: _layer_axes(self._options),
         }
 
     # --- whole rows --------------------------------------------------------------
@@ -185,40 +204,19 @@ class Decoder(Options):
         if prompt_ids is not None and reason:
             raise ValueError(f"prompt_ids: {reason}; give each completion a row")
         ends = parts.bind_ends(self._options, params)
-        attend_of_layer = _attention_over_rows(self, tokens, segment_ids, prompt_ids)
-        rotary_of_layer = parts.layer_rotary(self.config, positions, segment_ids)
-        bind_layer = parts.layer_binder(self._options, params)
-        counted: Array = segment_ids != 0
-        if prompt_ids is not None:
-            # As often as it stands in rows of its own: a shared prompt twice.
-            counted = counted * (1.0 + (segment_ids % 3 == 1))
-
-        def body(
-            x: Array, inputs: tuple[Params, Array]
-        ) -> tuple[Array, RouterLoad | None]:
-            layer_params, index = inputs
-            x = checkpoint_name(x, "layer_input")
-            key = dropout_key
-            if key is not None:
-                key = jax.random.fold_in(key, index)
-            rotary, attend = rotary_of_layer(index), attend_of_layer(index)
-            x, _, load = bind_layer(layer_params)(x, rotary, attend, counted, key)
-            return x, load
-
-        policy = REMAT_POLICIES[self.remat]
-        if policy is not None:
-            # Inside a scan, nothing can be merged with the recomputation.
-            body = jax.checkpoint(body, policy=policy, prevent_cse=not self.scan_layers)
+        rows = _Rows(tokens, positions, segment_ids, prompt_ids)
+        make_step = _layer_steps(self, params, rows, dropout_key)
         with jax.named_scope("embed"):
             x = ends.embed_tokens(tokens)
             if self.neftune_alpha is not None and dropout_key is not None:
                 x = add_embedding_noise(x, segment_ids, dropout_key, self.neftune_alpha)
             x = self.constrain(x, ("batch", "sequence", "embed"))
         with jax.named_scope("layers"):
-            layers = parts.scanned_layers(self._options, params)
-            x, load = jax.lax.scan(body, x, layers, unroll=not self.scan_layers)
+            x, loads = parts.run_layers(
+                self._options, params, make_step, x, unroll=not self.scan_layers
+            )
         with jax.named_scope("final_norm"):
-            return ends.norm(x), load
+            return ends.norm(x), join_loads(loads)
 
     def why_no_shared_prompts(self, longest: int = 0) -> str | None:
         """Why pairs can't share prompts; None where they can.
@@ -230,6 +228,9 @@ class Decoder(Options):
         Args:
             longest: tokens of the longest pair, both completions behind its prompt.
         """
+        mixers = {stack.kind.mixer for stack in parts.stacks(self.config)}
+        if other := sorted(mixers - {"attention"}):
+            return f"its layers of {other[0]} read a row from left to right"
         windows = parts.layer_windows(self.config, longest)
         if shorter := [window for window in windows if window is not None]:
             return (
@@ -338,27 +339,99 @@ class Decoder(Options):
         return Options(**{name: getattr(self, name) for name in shared})
 
 
+def _layer_axes(options: Options) -> Params:
+    """The logical axes of all layers' weights."""
+
+    def axes_of_stack(stack: parts.Stack) -> Params:
+        own = parts.layer_options(options, stack)
+        return axes_of(DecoderLayer, own, ("layers",))
+
+    return parts.by_stack(options.config, axes_of_stack)
+
+
+class _Rows(NamedTuple):
+    """Whole rows, as `Decoder.hidden_states` is given them."""
+
+    tokens: Array
+    positions: Array
+    segment_ids: Array
+    prompt_ids: Array | None
+
+
+def _layer_steps(
+    decoder: Decoder, params: Params, rows: _Rows, dropout_key: Array | None
+) -> Callable[[parts.Stack, bool], parts.LayerStep]:
+    """What `parts.run_layers` runs layers by: the stream, and router loads beside."""
+    inputs_of_kind = {
+        stack.kind: _inputs_over_rows(decoder, stack.kind, rows)
+        for stack in parts.stacks(decoder.config)
+    }
+    counted: Array = rows.segment_ids != 0
+    if rows.prompt_ids is not None:
+        # As often as it stands in rows of its own: a shared prompt twice.
+        counted = counted * (1.0 + (rows.segment_ids % 3 == 1))
+
+    def make_step(stack: parts.Stack, apart: bool) -> parts.LayerStep:
+        bind_layer = parts.layer_binder(decoder, params, stack)
+        inputs_of_layer = inputs_of_kind[stack.kind]
+
+        def step(
+            x: Array, inputs: tuple[Params, Array]
+        ) -> tuple[Array, RouterLoad | None]:
+            layer_params, index = inputs
+            x = checkpoint_name(x, "layer_input")
+            key = dropout_key
+            if key is not None:
+                key = jax.random.fold_in(key, index)
+            given = inputs_of_layer(index)
+            x, _, load = bind_layer(layer_params)(x, given, counted, key)
+            return x, load
+
+        policy = REMAT_POLICIES[decoder.remat]
+        if policy is None:
+            return step
+        # Inside a scan, nothing can be merged with the recomputation.
+        return jax.checkpoint(step, policy=policy, prevent_cse=apart)
+
+    return make_step
+
+
+def _inputs_over_rows(
+    decoder: Decoder, kind: LayerKind, rows: _Rows
+) -> Callable[[Array], LayerInputs]:
+    """A function from a layer's number to what it is given beside the stream."""
+    segment_ids = rows.segment_ids
+    if kind.mixer != "attention":
+        return lambda index: LayerInputs(segment_ids)
+    config = config_of_kind(decoder.config, kind)
+    attend_of_layer = _attention_over_rows(decoder, config, rows)
+    rotary_of_layer = parts.layer_rotary(config, rows.positions, segment_ids)
+    return lambda index: LayerInputs(
+        segment_ids, rotary_of_layer(index), attend_of_layer(index)
+    )
+
+
 def _attention_over_rows(
-    decoder: Decoder, tokens: Array, segment_ids: Array, prompt_ids: Array | None
+    decoder: Decoder, config: ModelConfig, rows: _Rows
 ) -> Callable[[Array], Attend]:
     """A function from a layer's number to its attention over whole rows."""
-    windows = parts.layer_windows(decoder.config, tokens.shape[1])
+    windows = parts.layer_windows(config, rows.tokens.shape[1])
     choices = tuple(dict.fromkeys(windows))
-    by_segments = decoder.packed or prompt_ids is not None
-    heads = (decoder.config.num_attention_heads, decoder.config.head_dim)
-    queries = jax.ShapeDtypeStruct((*tokens.shape, *heads), decoder.compute_dtype)
+    by_segments = decoder.packed or rows.prompt_ids is not None
+    heads = (config.num_attention_heads, config.head_dim)
+    queries = jax.ShapeDtypeStruct((*rows.tokens.shape, *heads), decoder.compute_dtype)
 
     def within(window: int | None) -> Callable[..., Array]:
         options: dict[str, Any] = {
-            "segment_ids": segment_ids if by_segments else None,
-            "prompt_ids": prompt_ids,
+            "segment_ids": rows.segment_ids if by_segments else None,
+            "prompt_ids": rows.prompt_ids,
             "window": window,
-            "softcap": decoder.config.attn_logit_softcapping,
+            "softcap": config.attn_logit_softcapping,
             "implementation": decoder.attention,
             "layout": decoder.layout,
         }
         schedule = plan_attention(queries, **options)
-        scale = decoder.config.attention_scale
+        scale = config.attention_scale
         return functools.partial(attention, **options, scale=scale, schedule=schedule)
 
     branches = [within(window) for window in choices]

@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxtrain.models.stacks import LAYERS, layer_numbers, split_path
 from jaxtrain.step import ScoreFn
 from jaxtrain.types import Batch, Params, TokenLogProbs
 
 Patterns = Sequence[tuple[Any, ...]]  # of (regular expression, multiplier)
 _KEY = "training.lr_multipliers"
-_LAYERS = "layers"
 _MOST_NAMES = 6  # that a message lists
 
 
@@ -124,14 +124,15 @@ def _leaves(tree: Any) -> list[tuple[Any, Any]]:
 
 
 def _is_stacked(path: Any) -> bool:
-    return str(getattr(path[0], "key", "")) == _LAYERS
+    return str(getattr(path[0], "key", "")) == LAYERS
 
 
 def _names(path: Any, leaf: Any) -> Iterator[str]:
     """The names of the parameters in a leaf: one, or one for each layer."""
-    parts = [str(getattr(each, "key", each)) for each in path]
-    if not _is_stacked(path):
+    parts = tuple(str(getattr(each, "key", each)) for each in path)
+    root, inner = split_path(parts)
+    if not root:
         yield "/".join(parts)
         return
-    for layer in range(leaf.shape[0]):
-        yield "/".join([_LAYERS, str(layer), *parts[1:]])
+    for layer in layer_numbers(root, leaf.shape[0]):
+        yield "/".join([LAYERS, str(layer), *inner])

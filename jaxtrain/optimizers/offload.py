@@ -8,6 +8,7 @@ numbers are the same.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,10 +17,10 @@ import optax
 from jaxtyping import Array
 
 from jaxtrain import sharding
+from jaxtrain.models.stacks import LAYERS, iterate_stacks
 from jaxtrain.step import StepOptions, UpdateFn, make_whole_update
+from jaxtrain.tree import get, nest, overlay
 from jaxtrain.types import Params, TrainState
-
-LAYERS = "layers"
 
 
 def make_streamed_update(
@@ -48,21 +49,18 @@ def make_streamed_update(
             params, state = _move((params, state), layouts, on_device)
             return _move(whole(grads, state, params, good), layouts, layouts)
 
-        def part(stacked: bool) -> tuple[Any, ...]:
-            trees = (grads, state, params, (parameters, opt_state))
-            return tuple(_only(tree, stacked) for tree in trees)
-
-        ends, layers = part(False), part(True)
         new_params: Params = {}
-        new_state = layers[1]
-        if ends[0]:
-            new_params, ends_state = step(*ends)
-        if layers[0]:
-            layer_params, new_state = _by_layer(step, *layers)
-            new_params |= layer_params
-        if not ends[0]:
-            return new_params, new_state
-        return new_params, _join(state, ends_state, new_state)
+        new_states = []
+        roots = [root for root, _ in iterate_stacks(grads)]
+        if grads.keys() - {LAYERS}:
+            roots.insert(0, ())
+        for root in roots:
+            trees = (grads, state, params, (parameters, opt_state))
+            part = [_only(tree, root) for tree in trees]
+            part_params, part_state = _by_layer(step, *part) if root else step(*part)
+            new_params = overlay(new_params, part_params)
+            new_states.append(part_state)
+        return new_params, _join(state, new_states)
 
     return update
 
@@ -109,24 +107,26 @@ def _is_parameters(node: Any) -> bool:
     return isinstance(node, Mapping) and LAYERS in node
 
 
-def _only(tree: Any, stacked: bool) -> Any:
-    """The part of every such dict that is of layers, or all else of it."""
+def _only(tree: Any, root: tuple[str, ...]) -> Any:
+    """The part of every such dict that is of the stack at `root`, or of no layer."""
 
     def choose(node: Any) -> Any:
         if not _is_parameters(node):
             return node
-        return {k: v for k, v in node.items() if (k == LAYERS) == stacked}
+        if not root:
+            return {k: v for k, v in node.items() if k != LAYERS}
+        return nest({root: get(node, root)})
 
     return jax.tree.map(choose, tree, is_leaf=_is_parameters)
 
 
-def _join(state: Any, ends: Any, layers: Any) -> Any:
-    """Undo `_only` on a state."""
+def _join(state: Any, parts: list[Any]) -> Any:
+    """Undo `_only` on a state; what belongs to no parameter is the last part's."""
 
-    def join(node: Any, end: Any, layer: Any) -> Any:
-        return {**end, **layer} if _is_parameters(node) else layer
+    def join(node: Any, *parts: Any) -> Any:
+        return functools.reduce(overlay, parts) if _is_parameters(node) else parts[-1]
 
-    return jax.tree.map(join, state, ends, layers, is_leaf=_is_parameters)
+    return jax.tree.map(join, state, *parts, is_leaf=_is_parameters)
 
 
 def _move(tree: Any, stored: Any, to: Any) -> Any:

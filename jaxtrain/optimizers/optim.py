@@ -200,7 +200,10 @@ def _muon(
     def label(path: Path, leaf: Array) -> str:
         names = _names(path)
         is_table = "embed_tokens" in names or "lm_head" in names
-        return "adamw" if is_table or _matrix_rank(path, leaf) < 2 else "muon"
+        rank = _matrix_rank(path, leaf)
+        # Filters of a depthwise convolution, [K 1 D], are D vectors.
+        is_vector = rank < 2 or (rank == 3 and leaf.shape[-2] == 1)
+        return "adamw" if is_table or is_vector else "muon"
 
     def orthogonalize(m: Array) -> Array:
         return orthogonal_factor(m) * (0.2 * math.sqrt(max(m.shape[-2:])))

@@ -22,7 +22,7 @@ GroupOf = Callable[[tuple[str, ...]], str]
 
 
 def parameter_group(path: tuple[str, ...]) -> str:
-    """The group of a parameter: embed, attention, mlp, norm, head, lora or other.
+    """The group of a parameter: embed, attention, mlp, conv, norm, head, lora or other.
 
     Adapters always count as lora, and norms as norm, whatever module they belong to.
     """
@@ -33,7 +33,8 @@ def parameter_group(path: tuple[str, ...]) -> str:
         ("embed", ("embed",)),
         ("head", ("lm_head",)),
         ("attention", ("attn",)),
-        ("mlp", ("mlp", "moe", "experts")),
+        ("mlp", ("mlp", "moe", "experts", "feed_forward")),
+        ("conv", ("conv",)),
     ):
         if any(word in name for name in path for word in words):
             return group

@@ -110,6 +110,17 @@ FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
         },
     ),
+    "lfm2": _options(
+        "lfm2",
+        num_hidden_layers=5,
+        layer_types=["conv", "full_attention"] * 2 + ["conv"],
+        conv_L_cache=4,
+        conv_bias=True,
+        norm_eps=1e-3,
+        block_ffn_dim_multiplier=1.2,
+        block_multiple_of=16,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    ),
     "phi3": _options("phi3", sliding_window=6),
     "phi3_longrope": _options(
         "phi3",

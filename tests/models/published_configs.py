@@ -70,6 +70,62 @@ def _llama3(**options: Any) -> dict[str, Any]:
     )
 
 
+def _lfm2(**options: Any) -> dict[str, Any]:
+    return {
+        "architectures": ["Lfm2ForCausalLM"],
+        "block_auto_adjust_ff_dim": True,
+        "block_dim": 2048,
+        "block_ff_dim": 12288,
+        "block_ffn_dim_multiplier": 1.0,
+        "block_mlp_init_scale": 1.0,
+        "block_multiple_of": 256,
+        "block_norm_eps": 1e-05,
+        "block_out_init_scale": 1.0,
+        "block_use_swiglu": True,
+        "block_use_xavier_init": True,
+        "bos_token_id": 1,
+        "conv_L_cache": 3,
+        "conv_bias": False,
+        "conv_dim": 2048,
+        "conv_dim_out": 2048,
+        "conv_use_xavier_init": True,
+        "eos_token_id": 7,
+        "full_attn_idxs": [2, 5, 8, 10, 12, 14],
+        "hidden_size": 2048,
+        "initializer_range": 0.02,
+        "max_position_embeddings": 128000,
+        "model_type": "lfm2",
+        "norm_eps": 1e-05,
+        "num_attention_heads": 32,
+        "num_heads": 32,
+        "num_hidden_layers": 16,
+        "num_key_value_heads": 8,
+        "pad_token_id": 0,
+        "rope_theta": 1000000.0,
+        "theta": 1000000.0,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.54.0.dev0",
+        "use_cache": True,
+        "use_pos_enc": True,
+        "vocab_size": 65536,
+        **options,
+    }
+
+
+def _lfm25(**options: Any) -> dict[str, Any]:
+    """As transformers 5 writes one: layer_types in place of indices."""
+    old = _lfm2(dtype="bfloat16", transformers_version="5.0.0.dev0", **options)
+    gone = ("full_attn_idxs", "block_ff_dim", "rope_theta", "theta", "torch_dtype")
+    return {key: value for key, value in old.items() if key not in gone} | {
+        "intermediate_size": 12288,
+        "layer_types": ["conv", "conv", "full_attention"] * 3
+        + ["conv", "full_attention"] * 3
+        + ["conv"],
+        "rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"},
+        "tie_embedding": True,
+    }
+
+
 def _qwen2(**options: Any) -> dict[str, Any]:
     return {
         "architectures": ["Qwen2ForCausalLM"],
@@ -317,6 +373,26 @@ def _phi3(**options: Any) -> dict[str, Any]:
 
 
 PUBLISHED: dict[str, dict[str, Any]] = {
+    "LiquidAI/LFM2-350M": _lfm2(
+        block_dim=1024,
+        block_ff_dim=6656,
+        conv_dim=1024,
+        conv_dim_out=1024,
+        hidden_size=1024,
+        num_attention_heads=16,
+        num_heads=16,
+    ),
+    "LiquidAI/LFM2-700M": _lfm2(
+        block_dim=1536,
+        block_ff_dim=10240,
+        conv_dim=1536,
+        conv_dim_out=1536,
+        hidden_size=1536,
+        num_attention_heads=24,
+        num_heads=24,
+    ),
+    "LiquidAI/LFM2-1.2B": _lfm2(),
+    "LiquidAI/LFM2.5-1.2B-Instruct": _lfm25(),
     "meta-llama/Llama-2-7b-hf": _llama(
         max_position_embeddings=4096,
         num_key_value_heads=32,
@@ -628,6 +704,12 @@ def shrunk(config: dict[str, Any]) -> dict[str, Any]:
         small["max_window_layers"] = 2 if whole else 1
     if "layer_types" in config:
         small["layer_types"] = config["layer_types"][-2:]
+    if "full_attn_idxs" in config:
+        small["full_attn_idxs"] = [1]
+    if "block_multiple_of" in config:
+        small["block_multiple_of"] = 16
+    if "block_ff_dim" in config:
+        small["block_ff_dim"] = 48
     if "sliding_window_pattern" in config:
         small["sliding_window_pattern"] = 2
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):

@@ -78,6 +78,7 @@ def meaning(directory: pathlib.Path) -> dict[str, Any]:
     # Its modules take this where a config has no head_dim, or null.
     width = config.hidden_size // config.num_attention_heads
     read["head_dim"] = getattr(config, "head_dim", None) or width
+    read.pop("full_attn_idxs", None)  # layer_types has them
     if not getattr(config, "use_sliding_window", True):
         read.pop("max_window_layers", None)  # of none that slide
     rope = dict(config.rope_parameters)
