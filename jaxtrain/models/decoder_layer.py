@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Key, Shaped
 
 from jaxtrain.models import layers, moe
 from jaxtrain.models.convolution import ShortConvolution
+from jaxtrain.models.delta_net import GatedDeltaNet
 from jaxtrain.models.layers import (
     Attention,
     LayerInputs,
@@ -27,6 +28,7 @@ from jaxtrain.models.moe import RouterLoad
 MIXERS: Mapping[str, Any] = {
     "attention": Attention,
     "convolution": ShortConvolution,
+    "delta_net": GatedDeltaNet,
 }
 
 

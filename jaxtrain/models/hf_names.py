@@ -34,6 +34,8 @@ TOKENIZER_FILES = (
     "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
 
+# Leaves whose tensors are called as they are; others are some module's "weight".
+_OWN_NAMES = frozenset({"bias", "A_log", "dt_bias"})
 Path = tuple[str, ...]
 # Which part of a leaf a tensor is: (), (place in the stack,) or (place, expert).
 Place = tuple[int, ...]
@@ -94,7 +96,8 @@ class Leaf:
             modules = (*modules[:2], mixture, *expert)
         if modules[0] != "lm_head":
             modules = ("model", *modules)
-        return ".".join((*modules, "bias" if self.path[-1] == "bias" else "weight"))
+        own = self.path[-1] if self.path[-1] in _OWN_NAMES else "weight"
+        return ".".join((*modules, own))
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:

@@ -84,6 +84,8 @@ def layer_options(options: Options, stack: Stack) -> LayerOptions:
 
 
 _OPTIONS = dataclasses.fields(Options)
+# Weights of no matrix product, which are used as they are kept.
+_WHOLE = {"scale", "lora_magnitude", "A_log", "dt_bias", CODES, SCALES}
 _O = TypeVar("_O", bound=Options)
 
 
@@ -169,7 +171,7 @@ def _scanned(options: Options, params: Params, stack: Stack) -> tuple[Params, Ar
     """
 
     def cast(path: tuple[Any, ...], leaf: Array) -> Array:
-        is_whole = path[-1].key in ("scale", "lora_magnitude", CODES, SCALES)
+        is_whole = path[-1].key in _WHOLE
         return leaf if is_whole else leaf.astype(options.compute_dtype)
 
     layers = jax.tree_util.tree_map_with_path(cast, stack.of(params[LAYERS]))
