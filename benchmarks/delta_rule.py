@@ -15,7 +15,6 @@ with torch and CUDA. What an implementation cannot do shows as its reason.
 import argparse
 import dataclasses
 import functools
-import itertools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -121,31 +120,51 @@ def measure(shape: Shape, names: list[str]) -> None:
 
 
 def measure_tiles(shape: Shape) -> None:
-    """Milliseconds of each Triton kernel alone, for several tiles."""
+    """Milliseconds of the Triton kernels for several tiles."""
     inputs = shape.inputs(jnp.bfloat16)
     features = tuple(inputs[name] for name in NAMES[:3])
     gates = tuple(inputs[name] for name in NAMES[3:])
     rows = api._rows(features, gates, api._restarts(shape.segment_ids()))
-    sizes = (shape.batch, shape.heads, shape.width, shape.width)
-    state = jnp.zeros(sizes, jnp.float32)
-    states = jnp.zeros((*sizes[:2], shape.length // 64, *sizes[2:]), jnp.float32)
-    precisions = {
-        "x3": pallas_triton.THREE_PARTS,
-        "x1": jax.lax.DotAlgorithmPreset.TF32_TF32_F32,
-    }
-    for values, warps, name in itertools.product((32, 64, 128), (4, 8), precisions):
-        if name == "x1" and (values, warps) != (64, 4):
-            continue
-        tiles = Tiles(values, warps, 1, precisions[name])
-        kernels = pallas_triton.make_passes(forward=tiles, backward=tiles)
-        words = [
-            f"{what} {attempt(lambda f=f, a=a: f'{milliseconds(jax.jit(f), *a):.2f}')}"
-            for what, f, a in (
-                ("forward", kernels.forward, (rows, state)),
-                ("backward", kernels.backward, (rows, states, rows.v, state)),
+    state = jnp.zeros((shape.batch, shape.heads, shape.width, shape.width), jnp.float32)
+    found = jax.jit(pallas_triton.make_passes().states)(rows, state)
+
+    def told(kernels: Any, *names: str) -> str:
+        arguments = {
+            "weigh": (rows,),
+            "forward": (rows, state),
+            "states": (rows, state),
+            "backward": (rows, found, rows.v, state),
+        }
+        words = []
+        for name in names:
+            measured = functools.partial(
+                milliseconds, jax.jit(kernels[name]), *arguments[name]
             )
-        ]
-        print(f"tiles {values} warps {warps} {name}: {', '.join(words)}", flush=True)
+            words.append(f"{name} {attempt(lambda f=measured: f'{f():.2f}')}")
+        return ", ".join(words)
+
+    def kernels_of(**changed: Any) -> dict[str, Callable]:
+        settings = pallas_triton.Settings(**changed)
+        passes = vars(pallas_triton.make_passes(settings))
+        return passes | {"weigh": functools.partial(pallas_triton._weigh, settings)}
+
+    for warps in (2, 4, 8):
+        tiles = Tiles(warps=warps)
+        print(
+            f"weigh {warps} warps:", told(kernels_of(weigh=tiles), "weigh"), flush=True
+        )
+    one = kernels_of(precision=jax.lax.DotAlgorithmPreset.TF32_TF32_F32)
+    print("tf32 once:", told(one, "weigh", "forward", "backward"), flush=True)
+    for values, warps in ((16, 4), (32, 4), (64, 4), (64, 8), (128, 8)):
+        own = kernels_of(walk=Tiles(values, warps))
+        print(f"walk {values} values {warps} warps:", end=" ", flush=True)
+        print(told(own, "forward", "states", "backward"), flush=True)
+    for values, warps in ((16, 8), (32, 4), (32, 8), (64, 4), (64, 8), (128, 8)):
+        own = kernels_of(gradients=Tiles(values, warps))
+        print(f"gradients {values} values {warps} warps:", end=" ", flush=True)
+        print(told(own, "backward"), flush=True)
+    own = kernels_of(walk=Tiles(64, 4, 2), gradients=Tiles(32, 8, 2))
+    print("2 stages:", told(own, "forward", "states", "backward"), flush=True)
 
 
 def milliseconds(function: Callable, *arguments: Any, calls: int = 10) -> float:
@@ -175,14 +194,24 @@ def attempt(call: Callable[[], str]) -> str:
         return f"no: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def measure_peer(shape: Shape) -> Iterator[str]:
-    """flash-linear-attention on the same shape, as transformers calls it."""
+def measure_peers(shape: Shape) -> Iterator[str]:
+    """flash-linear-attention, and transformers' own chunks compiled, where present."""
     try:
         import torch
-        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
     except ImportError as error:
-        yield f"time fla: no: {error}"
+        yield f"time peers: no: {error}"
         return
+
+    def flash_linear_attention() -> Callable:
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+        return chunk_gated_delta_rule
+
+    def transformers_compiled() -> Callable:
+        from transformers.models.qwen3_5 import modeling_qwen3_5
+
+        return torch.compile(modeling_qwen3_5.torch_chunk_gated_delta_rule)
+
     tensors = [
         torch.tensor(np.asarray(x.astype(jnp.float32)), device="cuda")
         .to(torch.float32 if x.ndim == 3 else torch.bfloat16)
@@ -191,25 +220,32 @@ def measure_peer(shape: Shape) -> Iterator[str]:
     ]
     group = shape.heads // shape.kv_heads
 
-    def forward() -> Any:
-        q, k, v, g, beta = tensors
-        q, k = (x.repeat_interleave(group, dim=2) for x in (q, k))
-        return chunk_gated_delta_rule(
-            q, k, v, g=g, beta=beta.bfloat16(), use_qk_l2norm_in_kernel=True
-        )[0]
+    def measure_one(load: Callable[[], Callable], backward: bool) -> str:
+        function = load()
 
-    def both() -> None:
-        forward().sum().backward()
+        def call() -> None:
+            q, k, v, g, beta = tensors
+            q, k = (x.repeat_interleave(group, dim=2) for x in (q, k))
+            out = function(
+                q, k, v, g=g, beta=beta.bfloat16(), use_qk_l2norm_in_kernel=True
+            )[0]
+            if backward:
+                out.backward(tensors[2])
 
-    for name, call in (("forward", forward), ("with backward", both)):
         call()
         call()
         torch.cuda.synchronize()
         start = time.perf_counter()
-        for _ in range(10):
+        for _ in range(5):
             call()
         torch.cuda.synchronize()
-        yield f"time fla: {name} {(time.perf_counter() - start) * 100:.2f} ms"
+        return f"{(time.perf_counter() - start) * 200:.2f} ms"
+
+    for load in (flash_linear_attention, transformers_compiled):
+        for backward in (False, True):
+            what = "with backward" if backward else "forward"
+            measured = functools.partial(measure_one, load, backward)
+            yield f"time {load.__name__} {what}: {attempt(measured)}"
 
 
 def main() -> None:
@@ -225,7 +261,8 @@ def main() -> None:
     check(Shape(2, min(shape.length, 512), 4, 2, shape.width, 3), names)
     measure(shape, names)
     if backend == "gpu":
-        print(*measure_peer(shape), sep="\n", flush=True)
+        for line in measure_peers(shape):
+            print(line, flush=True)
         if options.tiles:
             measure_tiles(shape)
 

@@ -156,7 +156,6 @@ class GatedDeltaNet(nnx.Module):
         taps = self.conv1d.weight[...][:, 0]
         inputs = None
         if given.state is None:
-
             # What lies between is float32, and quickly computed again.
             @jax.checkpoint
             def mix(projected: Array, taps: Array) -> Array:

@@ -291,8 +291,11 @@ FAMILIES: Mapping[str, Family] = {
         # What transformers reads nothing of: notes, and heads that predict further on.
         ignored_keys=frozenset(
             {
-                "attn_output_gate", "mamba_ssm_dtype", "mlp_only_layers",
-                "mtp_num_hidden_layers", "mtp_use_dedicated_embeddings",
+                "attn_output_gate",
+                "mamba_ssm_dtype",
+                "mlp_only_layers",
+                "mtp_num_hidden_layers",
+                "mtp_use_dedicated_embeddings",
             }
         ),  # fmt: skip
         # Of images: in a text all positions of a token are the same.

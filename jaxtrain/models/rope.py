@@ -203,7 +203,13 @@ def unread_parameters(parameters: Mapping[str, Any], family: Family) -> list[str
     kind = kind_of(parameters, family)
     if not isinstance(kind, str) or kind not in _PARAMETERS:
         return []
-    read = {*family.ignored_rope_keys, *_KIND_KEYS, *_COMMON_KEYS, _LENGTH, *" ".join(_PARAMETERS[kind]).split()}
+    read = {
+        *family.ignored_rope_keys,
+        *_KIND_KEYS,
+        *_COMMON_KEYS,
+        _LENGTH,
+        *" ".join(_PARAMETERS[kind]).split(),
+    }
     return [name for name in parameters if name not in read]
 
 

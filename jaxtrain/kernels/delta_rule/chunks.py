@@ -83,27 +83,35 @@ class Prepared(NamedTuple):
 
 def prepare(chunk: Chunk, arithmetic: Arithmetic = EXACT) -> Prepared:
     """The part of a chunk's work that chunks can do side by side."""
-    multiply = arithmetic.multiply
+    return Prepared(*weigh(chunk, arithmetic), *fade(chunk))
+
+
+def weigh(
+    chunk: Chunk, arithmetic: Arithmetic = EXACT
+) -> tuple[Float[Array, "... L L"], Float[Array, "... L L"]]:
+    """`solve` and `scores`: what tokens of a chunk are to each other."""
     q, k, _, decays, betas, resets = chunk
-    length = q.shape[-2]
-    row, column = _indices(length)
-    last_decay = jnp.sum(
-        jnp.where(_place(length) == length - 1, decays, 0.0), axis=-1, keepdims=True
-    )
-    last_reset = jnp.max(resets, axis=-1, keepdims=True)
-    decays_down, resets_down = _column(decays), _column(resets)
-    joined = (row >= column) & (resets_down == resets)
-    decay = jnp.exp(jnp.where(joined, decays_down - decays, _NEVER))
-    enter = jnp.exp(jnp.where(resets_down == 0, decays_down, _NEVER))
-    left = last_decay - decays_down
-    leave = jnp.exp(jnp.where(resets_down == last_reset, left, _NEVER))
-    keep = jnp.exp(jnp.where(last_reset == 0, last_decay, _NEVER))
-    system = multiply(k, _transposed(k)) * decay * _column(betas)
+    row, column = _indices(q.shape[-2])
+    joined = (row >= column) & (_transposed(resets) == resets)
+    decay = jnp.exp(jnp.where(joined, _transposed(decays) - decays, _NEVER))
+    system = arithmetic.multiply(k, _transposed(k)) * decay * _transposed(betas)
     inverse = arithmetic.invert_unit_lower(jnp.where(row > column, system, 0.0))
-    scores = multiply(q, _transposed(k)) * decay
-    return Prepared(
-        (inverse * betas).astype(q.dtype), scores.astype(q.dtype), enter, leave, keep
-    )
+    scores = arithmetic.multiply(q, _transposed(k)) * decay
+    return (inverse * betas).astype(q.dtype), scores.astype(q.dtype)
+
+
+def fade(chunk: Chunk) -> tuple[Array, Array, Array]:
+    """`enter`, `leave` and `keep`: what tokens are to the states on either side."""
+    decays, resets = _transposed(chunk.decays), _transposed(chunk.resets)
+    length = decays.shape[-2]
+    place = jax.lax.broadcasted_iota(jnp.int32, (length, 1), 0)
+    is_last = place == length - 1
+    all_decay = jnp.sum(jnp.where(is_last, decays, 0.0), axis=-2, keepdims=True)
+    all_resets = jnp.max(resets, axis=-2, keepdims=True)
+    enter = jnp.exp(jnp.where(resets == 0, decays, _NEVER))
+    leave = jnp.exp(jnp.where(resets == all_resets, all_decay - decays, _NEVER))
+    keep = jnp.exp(jnp.where(all_resets == 0, all_decay, _NEVER))
+    return enter, leave, keep
 
 
 def advance(
@@ -213,14 +221,6 @@ def _indices(length: int) -> tuple[Array, Array]:
         jax.lax.broadcasted_iota(jnp.int32, shape, 0),
         jax.lax.broadcasted_iota(jnp.int32, shape, 1),
     )
-
-
-def _place(length: int) -> Array:
-    return jax.lax.broadcasted_iota(jnp.int32, (1, length), 1)
-
-
-def _column(row: Array) -> Array:
-    return jnp.swapaxes(row, -1, -2)
 
 
 def _transposed(x: Array) -> Array:

@@ -1,13 +1,16 @@
 """The chunked delta rule for NVIDIA GPUs through Pallas' Triton lowering.
 
-A program walks over the chunks of one head of a row, backwards in the backward pass,
-and keeps some columns of the state, those of `Tiles.values` values, in registers.
-Columns need nothing of each other but what queries and keys give, which each program
-computes for itself.
+What does not need the state is done for all chunks at once: a program each finds how
+tokens weigh on each other. Then programs walk over the chunks of a row with some
+columns of a head's state in registers, those of `Tiles.values` values; columns need
+nothing of each other. The backward pass walks once more for the state before each chunk
+and back for the gradient of the state behind it, and knowing both, finds all other
+gradients again with a program for each chunk.
 """
 
 import dataclasses
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +24,10 @@ from jaxtrain.kernels.delta_rule.chunks import (
     LENGTH,
     Arithmetic,
     Chunk,
-    run_chunk,
+    Prepared,
+    advance,
+    fade,
+    weigh,
 )
 from jaxtrain.kernels.delta_rule.passes import Passes, sum_over_group
 
@@ -31,15 +37,27 @@ THREE_PARTS = jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """What can be chosen of a kernel without changing what it computes."""
+    """What may be chosen of a kernel: values at a time, warps and stages."""
 
     values: int = 64
     warps: int = 4
     stages: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How the kernels are compiled, without a change of what they compute."""
+
+    weigh: Tiles = Tiles()
+    walk: Tiles = Tiles()
+    gradients: Tiles = Tiles(values=32, warps=8)
     precision: Any = THREE_PARTS
+    interpret: bool = False
 
-
-FORWARD, BACKWARD = Tiles(), Tiles(values=32, warps=8)
+    @property
+    def plain(self) -> Arithmetic:
+        """Products without derivative rules, which Triton's lowering does not take."""
+        return Arithmetic(self.precision, has_rules=False)
 
 
 def refuse_widths(key_width: int, value_width: int) -> str | None:
@@ -50,207 +68,346 @@ def refuse_widths(key_width: int, value_width: int) -> str | None:
     return None
 
 
-def make_passes(
-    *, interpret: bool = False, forward: Tiles = FORWARD, backward: Tiles = BACKWARD
-) -> Passes:
+def make_passes(settings: Settings | None = None, *, interpret: bool = False) -> Passes:
     """The kernels; interpreted, they run anywhere."""
+    settings = settings or Settings()
     if interpret:
-        forward, backward = (
-            dataclasses.replace(tiles, precision=EXACT.precision)
-            for tiles in (forward, backward)
+        settings = dataclasses.replace(
+            settings, precision=EXACT.precision, interpret=True
         )
     return Passes(
-        functools.partial(_forward, forward, interpret),
-        functools.partial(_states, forward, interpret),
-        functools.partial(_backward, backward, interpret),
+        functools.partial(_forward, settings),
+        functools.partial(_states, settings),
+        functools.partial(_backward, settings),
     )
 
 
 class _Specs:
-    """How the blocks of program (s, n, b) lie: columns s of head n of row b."""
+    """Shapes, and the blocks of a program (s, n, b) or, by chunk, (c, n, b).
 
-    def __init__(self, rows: Chunk, tiles: Tiles) -> None:
-        self.batch, self.length, self.heads, width = rows.v.shape
-        self.count = self.length // LENGTH
+    That is columns s or chunk c of head n of row b.
+    """
+
+    def __init__(self, rows: Chunk, values: int) -> None:
+        self.batch, self.length, self.heads, self.value_width = rows.v.shape
+        self.count, self.dtype = self.length // LENGTH, rows.v.dtype
         kv_heads, self.key_width = rows.k.shape[2:]
-        self.columns = min(tiles.values, width)
-        self.value_width, self.splits = width, width // self.columns
-        self.grid = (self.splits, self.heads, self.batch)
-        group = self.heads // kv_heads
-        key = pl.BlockSpec(
-            (None, self.length, None, self.key_width),
-            lambda s, n, b: (b, 0, jax.lax.div(n, jnp.int32(group)), 0),
-        )
-        self.value = pl.BlockSpec(
-            (None, self.length, None, self.columns), lambda s, n, b: (b, 0, n, s)
-        )
-        chunks = (self.count, LENGTH)
-        token = pl.BlockSpec((None, None, *chunks), lambda s, n, b: (b, n, 0, 0))
-        resets = pl.BlockSpec((None, None, *chunks), lambda s, n, b: (b, 0, 0, 0))
-        self.rows = [key, key, self.value, token, token, resets]
-        # Gradients that are sums over columns: each program's own part.
-        self.key_part = pl.BlockSpec(
-            (None, None, self.length, None, self.key_width),
-            lambda s, n, b: (s, b, 0, n, 0),
-        )
-        self.token_part = pl.BlockSpec(
-            (None, None, None, *chunks), lambda s, n, b: (s, b, n, 0, 0)
-        )
-        sizes = (self.key_width, self.columns)
-        self.state = pl.BlockSpec((None, None, *sizes), lambda s, n, b: (b, n, 0, s))
-        self.states = pl.BlockSpec(
-            (None, None, self.count, *sizes), lambda s, n, b: (b, n, 0, 0, s)
+        self.columns = min(values, self.value_width)
+        self.group = self.heads // kv_heads
+
+    def features(
+        self, width: int, *, shared: bool = False, split: bool = False
+    ) -> pl.BlockSpec:
+        """Of a walk: all tokens of a head, which a group may share; some columns."""
+        group = self.group if shared else 1
+        return pl.BlockSpec(
+            (None, self.length, None, width),
+            lambda s, n, b: (b, 0, jax.lax.div(n, jnp.int32(group)), s if split else 0),
         )
 
-    def shape_of_state(self, *count: int) -> jax.ShapeDtypeStruct:
-        shape = (self.batch, self.heads, *count, self.key_width, self.value_width)
+    def tokens(self, *tail: int, per_head: bool = True) -> pl.BlockSpec:
+        """Of a walk: numbers of tokens, chunk by chunk."""
+        return pl.BlockSpec(
+            (None, None, self.count, LENGTH, *tail),
+            lambda s, n, b: (b, n if per_head else 0, 0, 0) + (0,) * len(tail),
+        )
+
+    def state(self, *count: int) -> pl.BlockSpec:
+        """Of a walk: its columns of a state, or of the state of each chunk."""
+        return pl.BlockSpec(
+            (None, None, *count, self.key_width, self.columns),
+            lambda s, n, b: (b, n, *(0,) * len(count), 0, s),
+        )
+
+    @property
+    def walk(self) -> tuple[int, int, int]:
+        return self.value_width // self.columns, self.heads, self.batch
+
+    @property
+    def walked_rows(self) -> list[pl.BlockSpec]:
+        key = self.features(self.key_width, shared=True)
+        value = self.features(self.columns, split=True)
+        return [key, key, value, *[self.tokens()] * 2, self.tokens(per_head=False)]
+
+    def chunk_features(self, width: int, *, shared: bool = False) -> pl.BlockSpec:
+        """The tokens of one chunk of a head."""
+        group = self.group if shared else 1
+        return pl.BlockSpec(
+            (None, LENGTH, None, width),
+            lambda c, n, b: (b, c, jax.lax.div(n, jnp.int32(group)), 0),
+        )
+
+    def chunk(self, *sizes: int, per_head: bool = True) -> pl.BlockSpec:
+        """What belongs to one chunk of a head."""
+        return pl.BlockSpec(
+            (None, None, None, *sizes),
+            lambda c, n, b: (b, n if per_head else 0, c, *(0,) * len(sizes)),
+        )
+
+    @property
+    def by_chunk(self) -> tuple[int, int, int]:
+        return self.count, self.heads, self.batch
+
+    @property
+    def chunk_rows(self) -> list[pl.BlockSpec]:
+        key = self.chunk_features(self.key_width, shared=True)
+        value = self.chunk_features(self.value_width)
+        row = self.chunk(1, LENGTH)
+        return [key, key, value, row, row, self.chunk(1, LENGTH, per_head=False)]
+
+    def of_chunks(self, *sizes: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+        """An array of something for each chunk of each head."""
+        shape = (self.batch, self.heads, self.count, *sizes)
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    @property
+    def states(self) -> jax.ShapeDtypeStruct:
+        """A state for each chunk, in the type that products take it in."""
+        return self.of_chunks(self.key_width, self.value_width, dtype=self.dtype)
+
+    @property
+    def one_state(self) -> jax.ShapeDtypeStruct:
+        shape = (self.batch, self.heads, self.key_width, self.value_width)
         return jax.ShapeDtypeStruct(shape, jnp.float32)
 
-    def call(
-        self, kernel: Any, tiles: Tiles, interpret: bool, name: str, **specs: Any
-    ) -> Any:
-        """`pl.pallas_call` with what all three have in common."""
-        return pl.pallas_call(
-            kernel,
-            grid=self.grid,
-            compiler_params=plgpu.CompilerParams(
-                num_warps=tiles.warps, num_stages=tiles.stages
-            ),
-            interpret=interpret,
-            name=name,
-            **specs,
-        )
+    def head_features(self, width: int) -> jax.ShapeDtypeStruct:
+        shape = (self.batch, self.length, self.heads, width)
+        return jax.ShapeDtypeStruct(shape, self.dtype)
 
 
-def _forward(
-    tiles: Tiles, interpret: bool, rows: Chunk, state: Array
-) -> tuple[Array, Array]:
-    specs = _Specs(rows, tiles)
-    out, last = specs.call(
-        functools.partial(_forward_kernel, tiles.precision, specs.count),
-        tiles,
-        interpret,
-        "delta_rule_forward",
-        in_specs=[*specs.rows, specs.state],
-        out_specs=[specs.value, specs.state],
-        out_shape=[
-            jax.ShapeDtypeStruct(rows.v.shape, rows.v.dtype),
-            specs.shape_of_state(),
-        ],
-    )(*rows, state)
-    return out, last
+def _call(
+    kernel: Callable[..., None],
+    name: str,
+    settings: Settings,
+    tiles: Tiles,
+    **specs: Any,
+) -> Callable[..., Any]:
+    """`pl.pallas_call` with what all kernels have in common."""
+    return pl.pallas_call(
+        functools.partial(kernel, settings),
+        compiler_params=plgpu.CompilerParams(
+            num_warps=tiles.warps, num_stages=tiles.stages
+        ),
+        interpret=settings.interpret,
+        name=f"delta_rule_{name}",
+        **specs,
+    )
 
 
-def _forward_kernel(precision: Any, count: int, *refs: Array) -> None:
+def _weigh(settings: Settings, rows: Chunk) -> tuple[Array, Array]:
+    """`chunks.weigh` of all chunks: two arrays [B N C L L]."""
+    specs = _Specs(rows, settings.walk.values)
+    weights = specs.of_chunks(LENGTH, LENGTH, dtype=specs.dtype)
+    inputs = [
+        spec for i, spec in enumerate(specs.chunk_rows) if i != Chunk._fields.index("v")
+    ]
+    return _call(
+        _weigh_kernel,
+        "weigh",
+        settings,
+        settings.weigh,
+        grid=specs.by_chunk,
+        in_specs=inputs,
+        out_specs=[specs.chunk(LENGTH, LENGTH)] * 2,
+        out_shape=[weights] * 2,
+    )(rows.q, rows.k, *map(_with_row_axis, rows[3:]))
+
+
+def _weigh_kernel(settings: Settings, *refs: Any) -> None:
+    *inputs, solve_ref, scores_ref = refs
+    q, k, *tokens = (ref[...] for ref in inputs)
+    weights = weigh(Chunk(q, k, q, *tokens), settings.plain)
+    solve_ref[...], scores_ref[...] = weights
+
+
+def _forward(settings: Settings, rows: Chunk, state: Array) -> tuple[Array, Array]:
+    specs = _Specs(rows, settings.walk.values)
+    return _call(
+        _forward_kernel,
+        "forward",
+        settings,
+        settings.walk,
+        grid=specs.walk,
+        in_specs=[*specs.walked_rows, *[specs.tokens(LENGTH)] * 2, specs.state()],
+        out_specs=[specs.features(specs.columns, split=True), specs.state()],
+        out_shape=[specs.head_features(specs.value_width), specs.one_state],
+    )(*rows, *_weigh(settings, rows), state)
+
+
+def _forward_kernel(settings: Settings, *refs: Any) -> None:
     *inputs, first_ref, out_ref, last_ref = refs
-    plain = Arithmetic(precision, has_rules=False)
 
     def visit(c: Array, state: Array) -> Array:
-        state, out = run_chunk(state, _read(inputs, c), plain)
+        state, out = advance(state, *_read(inputs, c), settings.plain)
         out_ref[_tokens(c), :] = out.astype(out_ref.dtype)
         return state
 
+    count = inputs[3].shape[0]
     last_ref[...] = jax.lax.fori_loop(0, count, visit, first_ref[...])
 
 
-def _states(tiles: Tiles, interpret: bool, rows: Chunk, state: Array) -> Array:
-    specs = _Specs(rows, tiles)
-    return specs.call(
-        functools.partial(_states_kernel, tiles.precision, specs.count),
-        tiles,
-        interpret,
-        "delta_rule_states",
-        in_specs=[*specs.rows, specs.state],
-        out_specs=specs.states,
-        out_shape=specs.shape_of_state(specs.count),
-    )(*rows, state)
+def _states(settings: Settings, rows: Chunk, state: Array) -> tuple[Array, ...]:
+    """The weights of all chunks, and the state before each, [B N C H V]."""
+    specs, weights = _Specs(rows, settings.walk.values), _weigh(settings, rows)
+    states = _call(
+        _states_kernel,
+        "states",
+        settings,
+        settings.walk,
+        grid=specs.walk,
+        in_specs=[*specs.walked_rows, *[specs.tokens(LENGTH)] * 2, specs.state()],
+        out_specs=specs.state(specs.count),
+        out_shape=specs.states,
+    )(*rows, *weights, state)
+    return (*weights, states)
 
 
-def _states_kernel(precision: Any, count: int, *refs: Array) -> None:
+def _states_kernel(settings: Settings, *refs: Any) -> None:
     *inputs, first_ref, states_ref = refs
-    plain = Arithmetic(precision, has_rules=False)
 
     def visit(c: Array, state: Array) -> Array:
-        states_ref[c, :, :] = state
-        state, _ = run_chunk(state, _read(inputs, c), plain)
-        return state
+        states_ref[c, :, :] = state.astype(states_ref.dtype)
+        return advance(state, *_read(inputs, c), settings.plain)[0]
 
-    jax.lax.fori_loop(0, count, visit, first_ref[...])
+    jax.lax.fori_loop(0, inputs[3].shape[0], visit, first_ref[...])
 
 
 def _backward(
-    tiles: Tiles,
-    interpret: bool,
+    settings: Settings,
     rows: Chunk,
-    states: Array,
+    found: tuple[Array, ...],
     d_out: Array,
     d_last: Array,
 ) -> tuple[Array, ...]:
-    specs = _Specs(rows, tiles)
-    keys = (specs.splits, *rows.v.shape[:3], specs.key_width)
-    tokens = (specs.splits, *rows.decays.shape)
-    key = jax.ShapeDtypeStruct(keys, rows.k.dtype if specs.splits == 1 else jnp.float32)
-    token = jax.ShapeDtypeStruct(tokens, jnp.float32)
-    dq, dk, dv, d_decays, d_betas, d_first = specs.call(
-        functools.partial(_backward_kernel, tiles.precision, specs.count),
-        tiles,
-        interpret,
-        "delta_rule_backward",
-        in_specs=[*specs.rows, specs.states, specs.value, specs.state],
-        out_specs=[
-            specs.key_part,
-            specs.key_part,
-            specs.value,
-            specs.token_part,
-            specs.token_part,
-            specs.state,
+    *weights, states = found
+    specs = _Specs(rows, settings.walk.values)
+    d_states, d_first = _call(
+        _state_gradients_kernel,
+        "state_gradients",
+        settings,
+        settings.walk,
+        grid=specs.walk,
+        in_specs=[
+            *specs.walked_rows,
+            *[specs.tokens(LENGTH)] * 2,
+            specs.features(specs.columns, split=True),
+            specs.state(),
         ],
-        out_shape=[
-            key,
-            key,
-            jax.ShapeDtypeStruct(rows.v.shape, rows.v.dtype),
-            token,
-            token,
-            specs.shape_of_state(),
-        ],
-    )(*rows, states, d_out, d_last)
-    dq, dk = (
-        sum_over_group(x.sum(axis=0), rows.k.shape[2]).astype(rows.k.dtype)
-        for x in (dq, dk)
+        out_specs=[specs.state(specs.count), specs.state()],
+        out_shape=[specs.states, specs.one_state],
+    )(*rows, *weights, d_out, d_last)
+    key, value = map(specs.chunk_features, (specs.key_width, specs.value_width))
+    row, state = specs.chunk(1, LENGTH), specs.chunk(*states.shape[3:])
+    of_keys, of_tokens = (
+        specs.head_features(specs.key_width),
+        specs.of_chunks(1, LENGTH),
     )
-    return dq, dk, dv, d_decays.sum(axis=0), d_betas.sum(axis=0), d_first
+    dq, dk, dv, d_decays, d_betas = _call(
+        _gradients_kernel,
+        "gradients",
+        settings,
+        settings.gradients,
+        grid=specs.by_chunk,
+        in_specs=[
+            *specs.chunk_rows,
+            *[specs.chunk(LENGTH, LENGTH)] * 2,
+            state,
+            state,
+            value,
+        ],
+        out_specs=[key, key, value, row, row],
+        out_shape=[
+            of_keys,
+            of_keys,
+            specs.head_features(specs.value_width),
+            of_tokens,
+            of_tokens,
+        ],
+    )(*rows[:3], *map(_with_row_axis, rows[3:]), *weights, states, d_states, d_out)
+    dq, dk = (sum_over_group(x, rows.k.shape[2]) for x in (dq, dk))
+    return dq, dk, dv, d_decays[:, :, :, 0], d_betas[:, :, :, 0], d_first
 
 
-def _backward_kernel(precision: Any, count: int, *refs: Array) -> None:
-    *inputs, states_ref, d_out_ref, d_last_ref = refs[:9]
-    arithmetic = Arithmetic(precision)
-    *d_feature_refs, d_decays_ref, d_betas_ref, d_first_ref = refs[9:]
+def _state_gradients_kernel(settings: Settings, *refs: Any) -> None:
+    """The gradient of the state behind each chunk, from the last chunk on."""
+    *inputs, d_out_ref, d_last_ref, d_states_ref, d_first_ref = refs
+    count = inputs[3].shape[0]
 
     def visit(step: Array, d_state: Array) -> Array:
         c = count - 1 - step
-        chunk = _read(inputs, c)
-        state = states_ref[c, :, :]
-        _, transpose = jax.vjp(
-            lambda state, *parts: run_chunk(
-                state, Chunk(*parts, chunk.resets), arithmetic
-            ),
-            state,
-            *chunk[:-1],
-        )
+        d_states_ref[c, :, :] = d_state.astype(d_states_ref.dtype)
+        chunk, prepared = _read(inputs, c)
+
+        def run(state: Array) -> tuple[Array, Array]:
+            return advance(state, chunk, prepared, Arithmetic(settings.precision))
+
+        # It is the same for every state.
+        _, transpose = jax.vjp(run, jnp.zeros_like(d_state))
         d_out = d_out_ref[_tokens(c), :].astype(jnp.float32)
-        d_state, *d_features, d_decays, d_betas = transpose((d_state, d_out))
-        for ref, d_feature in zip(d_feature_refs, d_features, strict=True):
-            ref[_tokens(c), :] = d_feature.astype(ref.dtype)
-        d_decays_ref[pl.ds(c, 1), :] = d_decays
-        d_betas_ref[pl.ds(c, 1), :] = d_betas
-        return d_state
+        return transpose((d_state, d_out))[0]
 
     d_first_ref[...] = jax.lax.fori_loop(0, count, visit, d_last_ref[...])
 
 
-def _read(refs: list[Array], c: Array) -> Chunk:
+def _gradients_kernel(settings: Settings, *refs: Any) -> None:
+    """All gradients of one chunk but that of the state, some values at a time."""
+    *inputs, solve_ref, scores_ref = refs[:8]
+    states_ref, d_states_ref, d_out_ref = refs[8:11]
+    dq_ref, dk_ref, dv_ref, d_decays_ref, d_betas_ref = refs[11:]
+    arithmetic = Arithmetic(settings.precision)
+    q, k = inputs[0][...], inputs[1][...]
+    tokens = [ref[...] for ref in inputs[3:]]
+    chunk = Chunk(q, k, q, *tokens)
+    known = (q, k, solve_ref[...], scores_ref[...], *fade(chunk))
+    columns = min(settings.gradients.values, dv_ref.shape[1])
+
+    def visit(i: Array, totals: tuple[Array, ...]) -> tuple[Array, ...]:
+        some = pl.ds(i * columns, columns)
+
+        def run(v: Array, q: Array, k: Array, *prepared: Array) -> tuple[Array, Array]:
+            state = states_ref[:, some].astype(jnp.float32)
+            own = Chunk(q, k, v, *tokens)
+            return advance(state, own, Prepared(*prepared), arithmetic)
+
+        _, transpose = jax.vjp(run, inputs[2][:, some], *known)
+        d_state, d_out = (
+            ref[:, some].astype(jnp.float32) for ref in (d_states_ref, d_out_ref)
+        )
+        dv, *others = transpose((d_state, d_out))
+        dv_ref[:, some] = dv.astype(dv_ref.dtype)
+        return tuple(
+            total + other.astype(jnp.float32)
+            for total, other in zip(totals, others, strict=True)
+        )
+
+    zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in known)
+    totals = jax.lax.fori_loop(0, dv_ref.shape[1] // columns, visit, zeros)
+
+    def weigh_and_fade(q: Array, k: Array, decays: Array, betas: Array) -> tuple:
+        own = Chunk(q, k, q, decays, betas, chunk.resets)
+        return (*weigh(own, arithmetic), *fade(own))
+
+    outputs, transpose = jax.vjp(weigh_and_fade, q, k, chunk.decays, chunk.betas)
+    cotangents = tuple(
+        total.astype(output.dtype)
+        for total, output in zip(totals[2:], outputs, strict=True)
+    )
+    dq, dk, d_decays, d_betas = transpose(cotangents)
+    dq_ref[...] = (totals[0] + dq.astype(jnp.float32)).astype(dq_ref.dtype)
+    dk_ref[...] = (totals[1] + dk.astype(jnp.float32)).astype(dk_ref.dtype)
+    d_decays_ref[...], d_betas_ref[...] = d_decays, d_betas
+
+
+def _read(refs: Sequence[Any], c: Array) -> tuple[Chunk, Prepared]:
+    """Chunk c of a walk, and what is known of it: rows first, then weights."""
     features = (ref[_tokens(c), :] for ref in refs[:3])
-    return Chunk(*features, *(ref[pl.ds(c, 1), :] for ref in refs[3:]))
+    chunk = Chunk(*features, *(ref[pl.ds(c, 1), :] for ref in refs[3:6]))
+    return chunk, Prepared(*(ref[c, :, :] for ref in refs[6:]), *fade(chunk))
+
+
+def _with_row_axis(x: Array) -> Array:
+    """[B N C L] -> [B N C 1 L]."""
+    return x[:, :, :, None]
 
 
 def _tokens(c: Array) -> Any:

@@ -23,7 +23,11 @@ NAMES = ("q", "k", "v", "log_decay", "beta")
 BATCH, LENGTH, KV_HEADS, HEADS, KEY, VALUE = 2, 150, 1, 2, 16, 32
 INTERPRETED = {
     "pallas_triton": pallas_triton.make_passes(
-        interpret=True, backward=pallas_triton.Tiles(values=16)
+        pallas_triton.Settings(
+            walk=pallas_triton.Tiles(values=16),
+            gradients=pallas_triton.Tiles(values=16),
+        ),
+        interpret=True,
     ),
     "pallas_tpu": pallas_tpu.make_passes(interpret=True),
 }
