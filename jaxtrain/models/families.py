@@ -297,7 +297,7 @@ FAMILIES: Mapping[str, Family] = {
                 "mtp_num_hidden_layers",
                 "mtp_use_dedicated_embeddings",
             }
-        ),  # fmt: skip
+        ),
         # Of images: in a text all positions of a token are the same.
         ignored_rope_keys=frozenset({"mrope_interleaved", "mrope_section"}),
     ),

@@ -37,6 +37,15 @@ TEXT = {
 TEXTS = {
     "gemma3": TEXT | {"model_type": "gemma3_text", "sliding_window_pattern": 2},
     "mistral3": TEXT | {"model_type": "mistral"},
+    "qwen3_5": {k: v for k, v in TEXT.items() if k != "sliding_window"}
+    | {
+        "model_type": "qwen3_5_text",
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_key_heads": 1,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    },
 }
 VISION = {
     "hidden_size": 16,
@@ -49,6 +58,15 @@ VISION = {
 TOWERS = {
     "gemma3": VISION | {"model_type": "siglip_vision_model"},
     "mistral3": VISION | {"model_type": "pixtral", "head_dim": 8},
+    "qwen3_5": {
+        "model_type": "qwen3_5_vision",
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_heads": 2,
+        "out_hidden_size": 32,
+        "num_position_embeddings": 16,
+    },
 }
 
 
@@ -81,12 +99,15 @@ def make_wrapper(directory: pathlib.Path, kind: str, dtype: str, vocab: int) -> 
     import transformers
 
     torch.manual_seed(0)
-    others = {"mm_tokens_per_image": 4} if kind == "gemma3" else {}
+    others: dict[str, int] = {"image_token_index": vocab - 1}
+    if kind == "qwen3_5":
+        others = {"image_token_id": vocab - 1}
+    elif kind == "gemma3":
+        others["mm_tokens_per_image"] = 4
     config = transformers.CONFIG_MAPPING[kind](
         text_config=TEXTS[kind] | {"vocab_size": vocab},
         vision_config=TOWERS[kind],
         tie_word_embeddings=kind == "gemma3",
-        image_token_index=vocab - 1,
         **others,
     )
     make = transformers.AutoModelForImageTextToText.from_config
@@ -96,6 +117,19 @@ def make_wrapper(directory: pathlib.Path, kind: str, dtype: str, vocab: int) -> 
             weight.add_(0.15 * torch.randn_like(weight))
     model.save_pretrained(directory, max_shard_size="20KB")
     (directory / "preprocessor_config.json").write_text('{"size": 28}')
+    if kind == "qwen3_5":
+        add_tensor(directory, "mtp.norm.weight", np.ones(32, np.float32))
+
+
+def add_tensor(directory: pathlib.Path, name: str, tensor: np.ndarray) -> None:
+    """Into the last shard: published files hold what no class of transformers reads."""
+    index = directory / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    file = max(content["weight_map"].values())
+    tensors = load_file(directory / file)
+    save_file({**tensors, name: tensor}, directory / file, metadata={"format": "pt"})
+    content["weight_map"][name] = file
+    index.write_text(json.dumps(content))
 
 
 @pytest.fixture(scope="module", params=list(TEXTS))
@@ -106,6 +140,63 @@ def wrapper(request: pytest.FixtureRequest, tmp_path_factory) -> pathlib.Path:
 
 
 PUBLISHED = {
+    "Qwen/Qwen3.5-4B": {
+        "architectures": ["Qwen3_5ForConditionalGeneration"],
+        "image_token_id": 248056,
+        "model_type": "qwen3_5",
+        "text_config": {
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "attn_output_gate": True,
+            "dtype": "bfloat16",
+            "eos_token_id": 248044,
+            "full_attention_interval": 4,
+            "head_dim": 256,
+            "hidden_act": "silu",
+            "hidden_size": 2560,
+            "initializer_range": 0.02,
+            "intermediate_size": 9216,
+            "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 8,
+            "linear_conv_kernel_dim": 4,
+            "linear_key_head_dim": 128,
+            "linear_num_key_heads": 16,
+            "linear_num_value_heads": 32,
+            "linear_value_head_dim": 128,
+            "mamba_ssm_dtype": "float32",
+            "max_position_embeddings": 262144,
+            "mlp_only_layers": [],
+            "model_type": "qwen3_5_text",
+            "mtp_num_hidden_layers": 1,
+            "mtp_use_dedicated_embeddings": False,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 32,
+            "num_key_value_heads": 4,
+            "rms_norm_eps": 1e-06,
+            "rope_parameters": {
+                "mrope_interleaved": True,
+                "mrope_section": [11, 11, 10],
+                "partial_rotary_factor": 0.25,
+                "rope_theta": 10000000,
+                "rope_type": "default",
+            },
+            "tie_word_embeddings": True,
+            "use_cache": True,
+            "vocab_size": 248320,
+        },
+        "tie_word_embeddings": True,
+        "transformers_version": "4.57.0.dev0",
+        "video_token_id": 248057,
+        "vision_config": {
+            "depth": 24,
+            "hidden_size": 1024,
+            "model_type": "qwen3_5",
+            "num_heads": 16,
+            "out_hidden_size": 2560,
+            "patch_size": 16,
+        },
+        "vision_end_token_id": 248054,
+        "vision_start_token_id": 248053,
+    },
     "google/gemma-3-4b-it": {
         "architectures": ["Gemma3ForConditionalGeneration"],
         "boi_token_index": 255999,
@@ -225,7 +316,11 @@ def as_modules(directory: pathlib.Path, target: pathlib.Path) -> None:
     """The same wrapper by the names that its modules have in transformers 5."""
     shutil.copytree(directory, target)
     tensors = {
-        f"model.{name}".replace("model.language_model.model.", "model.language_model.")
+        name
+        if name.startswith(("model.language_model.", "model.visual.", "mtp."))
+        else f"model.{name}".replace(
+            "model.language_model.model.", "model.language_model."
+        )
         .replace("model.language_model.lm_head.", "lm_head.")
         .replace("model.lm_head.", "lm_head."): tensor
         for name, tensor in tensors_of(directory).items()
@@ -390,9 +485,11 @@ def test_a_step_at_learning_rate_zero_exports_what_was_loaded(
     stored = tensors_of(source)
     if text_only:
         stored = {
-            name.removeprefix("language_model."): tensor
+            name.replace("model.language_model.", "model.").removeprefix(
+                "language_model."
+            ): tensor
             for name, tensor in stored.items()
-            if name.startswith("language_model.")
+            if "language_model." in name or name == "lm_head.weight"
         }
     found = tensors_of(exported)
     assert found.keys() == stored.keys()

@@ -119,8 +119,11 @@ def _rows(
 
     log_decay, beta = map(by_chunk, gates)
     resets = by_chunk(restarts.astype(jnp.int32)[..., None])
+    q, k, v = map(fill, features)
     return Chunk(
-        *map(fill, features),
+        q,
+        k,
+        v,
         jnp.cumsum(log_decay, axis=-1),
         beta,
         jnp.cumsum(resets, axis=-1, dtype=jnp.int32),

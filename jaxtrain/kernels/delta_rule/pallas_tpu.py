@@ -144,13 +144,15 @@ def _start(state_ref: Array, first_ref: Array) -> None:
 
 
 def _read(refs: list[Array]) -> Chunk:
-    return Chunk(*(ref[...] for ref in refs))
+    q, k, v, decays, betas, resets = (ref[...] for ref in refs)
+    return Chunk(q, k, v, decays, betas, resets)
 
 
 def _heads_first(rows: Chunk) -> Chunk:
     """[B T N H] -> [B N T H], and [B N C L] -> [B N C 1 L]: tiles of whole lanes."""
-    features = (x.swapaxes(1, 2) for x in rows[:3])
-    return Chunk(*features, *(x[:, :, :, None] for x in rows[3:]))
+    q, k, v = (x.swapaxes(1, 2) for x in rows[:3])
+    decays, betas, resets = (x[:, :, :, None] for x in rows[3:])
+    return Chunk(q, k, v, decays, betas, resets)
 
 
 def _like(x: Array) -> jax.ShapeDtypeStruct:

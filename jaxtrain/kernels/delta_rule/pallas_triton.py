@@ -400,9 +400,11 @@ def _gradients_kernel(settings: Settings, *refs: Any) -> None:
 
 def _read(refs: Sequence[Any], c: Array) -> tuple[Chunk, Prepared]:
     """Chunk c of a walk, and what is known of it: rows first, then weights."""
-    features = (ref[_tokens(c), :] for ref in refs[:3])
-    chunk = Chunk(*features, *(ref[pl.ds(c, 1), :] for ref in refs[3:6]))
-    return chunk, Prepared(*(ref[c, :, :] for ref in refs[6:]), *fade(chunk))
+    q, k, v = (ref[_tokens(c), :] for ref in refs[:3])
+    decays, betas, resets = (ref[pl.ds(c, 1), :] for ref in refs[3:6])
+    chunk = Chunk(q, k, v, decays, betas, resets)
+    solve, scores = (ref[c, :, :] for ref in refs[6:])
+    return chunk, Prepared(solve, scores, *fade(chunk))
 
 
 def _with_row_axis(x: Array) -> Array:

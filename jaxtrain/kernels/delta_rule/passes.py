@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +19,13 @@ class Passes:
     Rows are a `Chunk` of more tokens: q and k [B T K H], v [B T N V], T a multiple of
     the chunk's length L; decays and betas [B N C L] and resets [B 1 C L], counted from
     each chunk's start. `forward(rows, state)` gives what tokens read, [B T N V], and
-    the last state [B N H V]; `states(rows, state)` the state before each chunk,
-    [B N C H V]; `backward(rows, states, d_out, d_state)` the gradients of q, k, v,
-    decays, betas and the first state.
+    the last state [B N H V]; `states(rows, state)` what the backward pass finds again,
+    the state before each chunk among it; `backward(rows, found, d_out, d_state)` the
+    gradients of q, k, v, decays, betas and the first state.
     """
 
     forward: Callable[..., tuple[Array, Array]]
-    states: Callable[..., Array]
+    states: Callable[..., Any]
     backward: Callable[..., tuple[Array, ...]]
 
 
@@ -48,7 +49,9 @@ def _backward(passes: Passes, kept: tuple, cotangents: tuple) -> tuple:
     rows, state = kept
     d_out, d_last = cotangents
     *d_rows, d_state = passes.backward(rows, passes.states(rows, state), d_out, d_last)
-    return Chunk(*d_rows, None), d_state  # type: ignore[arg-type]
+    dq, dk, dv, d_decays, d_betas = d_rows
+    # Integers have no gradient.
+    return Chunk(dq, dk, dv, d_decays, d_betas, None), d_state  # type: ignore[arg-type]
 
 
 run_rows.defvjp(_forward, _backward)
