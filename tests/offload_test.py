@@ -38,20 +38,36 @@ def layouts_of(optimizer, params, *, offload_params):
     plan = sharding.ShardingPlan(
         mesh, zero_stage=1, offload_optimizer=True, offload_params=offload_params
     )
-    axes = jax.tree.map(lambda p: ("layers", "embed", "mlp")[: p.ndim], params)
+    names = ("layers", "embed", "mlp", None)
+    axes = jax.tree.map(lambda p: names[: p.ndim], params)
     parameters = plan.parameters(params, axes)
     moments = plan.optimizer_moments(params, axes)
     state = optim.state_shardings(optimizer, params, moments, plan.replicated)
     return parameters, plan.store_optimizer(state)
 
 
+# Layers 0 and 2, and layer 1 of another kind.
+OF_KINDS = {
+    "embed_tokens": {"embedding": (12, 8)},
+    "layers": {
+        "0to2by2": {"mlp": {"up_proj": {"kernel": (2, 8, 16)}}},
+        "1": {"conv": {"conv": {"weight": (1, 3, 1, 8)}}},
+    },
+}
+
+
 @pytest.mark.parametrize(
-    ("name", "good"),
-    [*((name, None) for name in optim.OPTIMIZERS), ("adamw", True), ("muon", False)],
+    ("name", "good", "shapes"),
+    [
+        *((name, None, SHAPES) for name in optim.OPTIMIZERS),
+        ("adamw", True, SHAPES),
+        ("muon", False, SHAPES),
+        ("muon", None, OF_KINDS),
+    ],
 )
-def test_an_update_by_layers_is_the_whole_update(name, good):
+def test_an_update_by_layers_is_the_whole_update(name, good, shapes):
     optimizer = optim.make_optimizer(name, lambda step: 0.1 / (1 + step))
-    params = draw(SHAPES, 0)
+    params = draw(shapes, 0)
     parameters, stored = layouts_of(optimizer, params, offload_params=name == "lion")
     streamed = jax.jit(
         make_streamed_update(optimizer, parameters, stored),
@@ -64,7 +80,7 @@ def test_an_update_by_layers_is_the_whole_update(name, good):
     flag = None if good is None else jnp.bool_(good)
     before = jax.tree.map(np.asarray, params)
     for step in range(3):
-        grads = draw(SHAPES, 1 + step)
+        grads = draw(shapes, 1 + step)
         params, state = whole(grads, state, params, flag)
         kept = streamed(grads, kept[1], kept[0], flag)
     memory = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(kept[1])}

@@ -75,6 +75,25 @@ MIXTURE = {
 }  # fmt: skip
 
 
+# Families whose layers are of several kinds.
+OF_KINDS = {
+    "lfm2": {
+        "num_hidden_layers": 3,
+        "layer_types": ["conv", "full_attention", "conv"],
+    },
+    "gemma4_text": {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "head_dim": 16,
+        "global_head_dim": 24,
+        "sliding_window": 4,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 272,
+    },
+}
+
+
 @pytest.fixture(scope="session", params=FAMILIES)
 def base(request: Any, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """A directory with a tiny random model, its logits wide, and its tokenizer."""
@@ -82,22 +101,23 @@ def base(request: Any, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path
 
     torch.set_num_threads(1)  # more cost tiny matrices more than they bring
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(
-        request.param,
-        vocab_size=272,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.12,
-        tie_word_embeddings=request.param == "qwen2",
-        bos_token_id=None,
-        eos_token_id=1,
-        pad_token_id=0,
-        **MIXTURE if request.param == "mixtral" else {},
-    )
+    sizes = {
+        "vocab_size": 272,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.12,
+        "tie_word_embeddings": request.param == "qwen2" or request.param in OF_KINDS,
+        "bos_token_id": None,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+        **(MIXTURE if request.param == "mixtral" else {}),
+        **OF_KINDS.get(request.param, {}),
+    }
+    config = transformers.AutoConfig.for_model(request.param, **sizes)
     path = tmp_path_factory.mktemp(request.param)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(path)
     byte_tokenizer().save_pretrained(path)
@@ -286,6 +306,25 @@ def test_a_mixture_of_experts_logs_and_learns_what_trl_does(
     assert_equal_trainings(ours, theirs, method.removeprefix("lora-"))
     for logs in zip(ours.logs, theirs.logs, strict=True):
         assert_equal("aux_loss", *(log["aux_loss"] for log in logs))
+
+
+@pytest.mark.parametrize("base", list(OF_KINDS), indirect=True)
+@pytest.mark.parametrize(
+    "method",
+    [
+        "lora-dpo",
+        *(pytest.param(m, marks=pytest.mark.on_request) for m in ("sft", "dpo")),
+    ],
+)
+def test_layers_of_several_kinds_log_and_learn_what_trl_does(
+    method: str, base: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    options: dict[str, Any] = {"max_steps": 4}
+    theirs = train_with_trl(method, base, tmp_path / "trl", **options)
+    ours = train_with_jaxtrain(
+        method, base, tmp_path / "trl" / "start", tmp_path / "ours", **options
+    )
+    assert_equal_trainings(ours, theirs, method.removeprefix("lora-"))
 
 
 @pytest.mark.parametrize("base", ["llama"], indirect=True)

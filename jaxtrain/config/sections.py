@@ -37,7 +37,7 @@ from jaxtrain.tree import dotted
 
 TrainingType = Literal["from_scratch", "sft", "lora", "dpo"]
 Activation = Literal["silu", "gelu", "gelu_pytorch_tanh"]
-LayerType = Literal["full_attention", "sliding_attention"]
+LayerType = Literal["full_attention", "sliding_attention", "conv"]
 Dtype = Literal["float32", "bfloat16"]
 Quantization = Literal["nf4", "int8"]
 Tracker = Literal["tensorboard", "wandb", "jsonl", "none"]
@@ -126,6 +126,10 @@ class ArchitectureSection:
     """Gemma 2."""
     query_pre_attn_scalar: Positive | None = None
     """Gemma: attention scale ** -2."""
+    conv_L_cache: PositiveInt | None = None
+    """LFM2: tokens that a layer of type conv reads."""
+    conv_bias: bool | None = None
+    """LFM2: biases of such layers."""
     num_experts: PositiveInt | None = None
     """mixtral, qwen3_moe: the MLPs in each layer."""
     num_experts_per_tok: PositiveInt | None = None

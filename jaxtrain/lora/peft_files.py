@@ -22,7 +22,7 @@ from jaxtrain.config.folders import bucket_cache
 from jaxtrain.lora import peft_tensors, targets
 from jaxtrain.lora.patterns import ends_one, why_none
 from jaxtrain.lora.peft_tensors import PREFIX, WEIGHTS_FILE
-from jaxtrain.lora.targets import ADAPTER_LEAVES, EMBEDDING, LoraConfig
+from jaxtrain.lora.targets import ADAPTER_LEAVES, EMBEDDING, HEAD, LoraConfig
 from jaxtrain.models.hf_files import read_header, read_json
 from jaxtrain.models.stacks import LAYERS, split_path
 from jaxtrain.record.safe_text import shown
@@ -265,7 +265,7 @@ def read_settings(path: str | pathlib.Path) -> LoraConfig:
         alpha=config.get("lora_alpha", 8),
         dropout=config.get("lora_dropout", 0.0),
         # From the weights: PEFT passes over a name in its config that matches nothing.
-        target_modules=_endings(names, config.get("target_modules")),
+        target_modules=_targets_of(names, config.get("target_modules")),
         bias=config.get("bias", "none"),
         use_rslora=bool(config.get("use_rslora", False)),
         use_dora=bool(config.get("use_dora", False)),
@@ -280,14 +280,27 @@ def read_settings(path: str | pathlib.Path) -> LoraConfig:
     )
 
 
-def _endings(names: list[str], chosen: Any) -> tuple[str, ...]:
-    """The ends of names that tell these modules from those without an adapter.
+def _targets_of(names: list[str], chosen: Any) -> tuple[str, ...] | str:
+    """What selects these modules and no others: the ends of their names.
 
-    The last name does where PEFT was told no more; else the last two.
+    Where they are in some layers only, layers are of several kinds, and another kind
+    may have modules of the same names: then a regular expression of whole names.
     """
+    layers: dict[str, list[int]] = {}
+    for name in names:
+        if match := re.fullmatch(r"(?:.*\.)?layers\.(\d+)\.(.+)", name):
+            layers.setdefault(match[2], []).append(int(match[1]))
+    numbers = {number for own in layers.values() for number in own}
+    in_all = {*range(len(numbers))}
+    ends = {name.rpartition(".")[2] for name in names}
     is_plain = isinstance(chosen, list) and not any("." in name for name in chosen)
-    kept = 1 if is_plain else 2
-    return tuple(sorted({".".join(name.split(".")[-kept:]) for name in names}))
+    if is_plain or all(set(own) == in_all for own in layers.values()):
+        return tuple(sorted(ends))
+    parts = sorted(ends & {EMBEDDING[0], HEAD[0]})
+    for inner, own in sorted(layers.items()):
+        of_layers = "|".join(map(str, sorted(own)))
+        parts.append(rf"layers\.({of_layers})\.{re.escape(inner)}")
+    return rf"(.*\.)?({'|'.join(parts)})"
 
 
 def settings_from(section: Any) -> LoraConfig:

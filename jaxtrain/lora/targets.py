@@ -29,6 +29,8 @@ BIASES = ("none", "all", "lora_only")
 TreePath = tuple[str, ...]
 EMBEDDING: TreePath = ("embed_tokens",)
 HEAD: TreePath = ("lm_head",)
+# Gemma 4's: for PEFT a linear layer as those of layers.
+PROJECTION: TreePath = ("per_layer_model_projection",)
 # Settings that hold regular expressions.
 _PATTERNS = ("target_modules", "modules_to_save", "rank_pattern", "alpha_pattern")
 
@@ -143,7 +145,7 @@ class Module:
     @property
     def is_inner_linear(self) -> bool:
         """Whether "all-linear" means it: PEFT leaves the head out."""
-        return self.path[0] == LAYERS and bool({"kernel", CODES} & self.leaves.keys())
+        return self.path != HEAD and bool({"kernel", CODES} & self.leaves.keys())
 
     @property
     def takes_adapter(self) -> bool:
@@ -189,7 +191,7 @@ def ties_adapters(lora: LoraConfig, tree: Mapping[str, Any]) -> bool:
 def label_path(label: str) -> TreePath:
     """Where a module stands; the inverse of `Module.label`."""
     path = tuple(label.split("."))
-    return path if path in (EMBEDDING, HEAD) else (LAYERS, *path)
+    return path if path in (EMBEDDING, HEAD, PROJECTION) else (LAYERS, *path)
 
 
 def matrix_shape(tree: Mapping[str, Any], path: TreePath) -> tuple[int, ...]:

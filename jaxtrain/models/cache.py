@@ -14,7 +14,7 @@ from jaxtrain.models import head, parts
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.decoder_layer import MIXERS
 from jaxtrain.models.layer_kinds import LayerKind, config_of_kind
-from jaxtrain.models.layers import KEYS_VALUES, Attend, LayerInputs, Options
+from jaxtrain.models.layers import KEYS_VALUES, Attend, HandedOn, LayerInputs, Options
 from jaxtrain.models.parts import Stack
 from jaxtrain.types import Params
 
@@ -71,24 +71,36 @@ def decode(
         bind_layer = parts.layer_binder(options, params, stack)
         inputs_of_layer = inputs_of_kind(stack.kind)
 
-        def run(carry: Any, inputs: tuple[Params, Array]) -> tuple[Any, None]:
-            (x, states), (weights, layer) = carry, inputs
+        def run(
+            passing: parts.Passing, inputs: tuple[Params, Array, Any]
+        ) -> tuple[parts.Passing, None]:
+            ((x, states), shared), (weights, layer, per_layer) = passing, inputs
             place = (layer - stack.layers.start) // stack.layers.step
             given = inputs_of_layer(layer, place, stack.of(states))
+            given = given._replace(shared=shared, per_layer=per_layer)
             x, kept, _ = bind_layer(weights)(x, given, segment_ids != 0)
+            if isinstance(kept, HandedOn):
+                kept, shared = kept.kept, {**shared, **kept.shared}
             if not isinstance(kept, _Written):
                 kept = {
                     name: jax.lax.dynamic_update_index_in_dim(old, kept[name], place, 0)
                     for name, old in stack.of(states).items()
                 }
-            new = kept if stack.name is None else states | {stack.name: kept}
-            return (x, dict(new)), None
+            kept = dict(kept)
+            new = kept if stack.name is None else {**states, stack.name: kept}
+            return ((x, new), shared), None
 
         return run
 
     ends = parts.bind_ends(options, params)
-    carry = (ends.embed_tokens(tokens), cache["layers"])
-    (x, states), _ = parts.run_layers(options, params, make_step, carry)
+    x = ends.embed_tokens(tokens)
+    (x, states), _ = parts.run_layers(
+        options,
+        params,
+        make_step,
+        ((x, cache["layers"]), parts.init_shared(options, batch, places)),
+        per_layer=ends.embed_for_layers(tokens, x),
+    )
     last = length - 1 - jnp.argmax(segment_ids[:, ::-1] != 0, axis=1)
     hidden = ends.norm(x[jnp.arange(batch), last][:, None])
     cache |= {"layers": states, "length": start + length}
@@ -96,7 +108,9 @@ def decode(
 
 
 class _Written(dict[str, Array]):
-    """A stack's cache into which a layer has written already."""
+    """A stack's cache into which a layer has written; the keys and values it read."""
+
+    read: tuple[Array, Array] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +128,7 @@ class _Step:
     ) -> Callable[[Array, Array, Mapping[str, Array]], LayerInputs]:
         """A function from a layer's number, its place in the stack and the stack's
         cache to what the layer is given."""
-        if kind.mixer != "attention":
+        if not kind.attends:
 
             def with_state(
                 layer: Array, place: Array, states: Mapping[str, Array]
@@ -139,6 +153,8 @@ class _Step:
         ) -> LayerInputs:
             allowed = readable[choice_of_layer[layer] if len(choices) > 1 else 0]
             attend = _attend_to_cache(config, states, place, self.start, allowed)
+            if kind.shares == "reads":
+                attend = functools.partial(_attend_to_shared, config, allowed)
             return LayerInputs(self.segment_ids, rotary_of_layer(layer), attend)
 
         return with_attention
@@ -171,9 +187,20 @@ def _attend_to_cache(
         )
         scale, softcap = config.attention_scale, config.attn_logit_softcapping
         context = attend_block(q, keys, values, allowed, softcap=softcap, scale=scale)
-        return context, _Written(written)
+        kept = _Written(written)
+        kept.read = keys, values
+        return context, kept
 
     return attend
+
+
+def _attend_to_shared(
+    config: ModelConfig, allowed: Array, q: Array, keys: Array, values: Array
+) -> tuple[Array, _Written]:
+    """Read all that is allowed of what an earlier layer wrote."""
+    scale, softcap = config.attention_scale, config.attn_logit_softcapping
+    context = attend_block(q, keys, values, allowed, softcap=softcap, scale=scale)
+    return context, _Written()
 
 
 def _readable(

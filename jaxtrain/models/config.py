@@ -303,7 +303,7 @@ class ModelConfig:
             "rope_parameters": ropes,
             **(self.variety.to_hf(self) if self.variety else {}),
         }
-        scalar = self.query_pre_attn_scalar
+        scalar = values.get("query_pre_attn_scalar")
         if scalar is not None and float(scalar).is_integer():
             values["query_pre_attn_scalar"] = int(scalar)  # transformers wants an int
         if self.num_experts:
@@ -354,7 +354,7 @@ def refused_options(options: Mapping[str, Any], family: Family) -> list[str]:
     """A line that names every option whose effect this decoder would leave out."""
     refused = []
     for name, value in options.items():
-        if name in REFUSED_UNLESS:
+        if name in REFUSED_UNLESS and name not in family.keys:
             if value not in REFUSED_UNLESS[name]:
                 refused.append(
                     f"{name} = {shown(value, 60)} (only {REFUSED_UNLESS[name][0]!r})"

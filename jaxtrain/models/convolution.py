@@ -94,16 +94,24 @@ def convolve(
     taps: Float[Array, "K D"],
     segment_ids: Int32[Array, "B T"],
 ) -> Float[Array, "B T D"]:
-    """sum_j taps[K-1-j] * inputs[t-j], over the tokens of t's own segment."""
+    """sum_j taps[K-1-j] * inputs[t-j], over the tokens of t's own segment.
+
+    The sum is float32, and computed again in the backward pass.
+    """
     count, length = taps.shape[0], inputs.shape[1]
-    total = inputs * taps[-1]
-    for back in range(1, min(count, length)):
-        before = ((0, 0), (back, 0))
-        moved = jnp.pad(inputs, (*before, (0, 0)))[:, :length]
-        segments = jnp.pad(segment_ids, before)[:, :length]
-        is_own = (segments == segment_ids) & (segments != 0)
-        total += jnp.where(is_own[..., None], moved, 0) * taps[-1 - back]
-    return total
+
+    def mix(inputs: Array, taps: Array) -> Array:
+        x, weights = inputs.astype(jnp.float32), taps.astype(jnp.float32)
+        total = x * weights[-1]
+        for back in range(1, min(count, length)):
+            before = ((0, 0), (back, 0))
+            moved = jnp.pad(x, (*before, (0, 0)))[:, :length]
+            segments = jnp.pad(segment_ids, before)[:, :length]
+            is_own = (segments == segment_ids) & (segments != 0)
+            total += jnp.where(is_own[..., None], moved, 0) * weights[-1 - back]
+        return total.astype(inputs.dtype)
+
+    return jax.checkpoint(mix, prevent_cse=False)(inputs, taps)
 
 
 def convolve_after(
@@ -124,7 +132,9 @@ def convolve_after(
     order = jnp.argsort(~is_real, axis=1, stable=True)
     moved = jnp.take_along_axis(inputs, order[..., None], axis=1)
     line = jnp.concatenate([last, moved], axis=1)
-    mixed = sum(line[:, j : j + length] * taps[j] for j in range(before + 1))
+    wide, weights = line.astype(jnp.float32), taps.astype(jnp.float32)
+    mixed = sum(wide[:, j : j + length] * weights[j] for j in range(before + 1))
+    mixed = jnp.asarray(mixed).astype(inputs.dtype)
     places = jnp.argsort(order, axis=1)
     mixed = jnp.take_along_axis(mixed, places[..., None], axis=1)
     ends = is_real.sum(axis=1)[:, None] + jnp.arange(before)

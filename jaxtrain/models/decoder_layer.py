@@ -12,6 +12,8 @@ from jaxtyping import Array, Float, Key, Shaped
 from jaxtrain.models import layers, moe
 from jaxtrain.models.convolution import ShortConvolution
 from jaxtrain.models.delta_net import GatedDeltaNet
+from jaxtrain.models.gemma4 import Gemma4Attention
+from jaxtrain.models.layer_kinds import Gemma4Layers
 from jaxtrain.models.layers import (
     Attention,
     LayerInputs,
@@ -21,14 +23,17 @@ from jaxtrain.models.layers import (
     RMSNorm,
 )
 from jaxtrain.models.moe import RouterLoad
+from jaxtrain.models.per_layer import LayerEnd
 
 # How a layer's tokens see each other, by what `LayerKind.mixer` calls it. A mixer is a
-# module, `mixer(x, given, dropout_key) -> (what it adds, what it keeps)`, with
-# `name`, the path of its weights in a layer; `flops` and `init_state`.
+# module, `mixer(x, given, dropout_key) -> (what it adds, what it keeps)`, with `name`,
+# the path of its weights in a layer; `flops` and `init_state`. What it also hands on to
+# later layers it gives as a `HandedOn`.
 MIXERS: Mapping[str, Any] = {
     "attention": Attention,
     "convolution": ShortConvolution,
     "delta_net": GatedDeltaNet,
+    "gemma4_attention": Gemma4Attention,
 }
 
 
@@ -131,6 +136,8 @@ class DecoderLayer(nnx.Module):
             self.post_feedforward_layernorm = RMSNorm(width, "embed", options)
         mlp = SparseMlp if options.config.num_experts else Mlp
         self.mlp: Mlp | SparseMlp = mlp(options, rngs)
+        if isinstance(options.config.variety, Gemma4Layers):
+            self.end = LayerEnd(options, rngs)
 
     def __call__(
         self,
@@ -160,4 +167,7 @@ class DecoderLayer(nnx.Module):
                 x += self.post_feedforward_layernorm(added)
             else:
                 x += self.mlp(self.post_attention_layernorm(x), dropout_key)
+        if hasattr(self, "end"):
+            with jax.named_scope("end"):
+                x = self.end(x, given.per_layer, dropout_key)
         return self.options.constrain(x, ("batch", "sequence", "embed")), kept, load

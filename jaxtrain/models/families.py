@@ -162,6 +162,49 @@ FAMILIES: Mapping[str, Family] = {
         # transformers reads this key and then leaves it out of the attention.
         must_be_none=("attn_logit_softcapping",),
     ),
+    "gemma4_text": Family(
+        architecture="Gemma4ForCausalLM",
+        defaults=_without(
+            _GEMMA,
+            "query_pre_attn_scalar",
+            "attn_logit_softcapping",
+            "hidden_act",
+            "sliding_window_pattern",
+        )
+        | {
+            "vocab_size": 262_144,
+            "num_hidden_layers": 30,
+            "sliding_window": 512,
+            "attention_k_eq_v": False,
+            "num_kv_shared_layers": 0,
+            "use_double_wide_mlp": False,
+            "hidden_size_per_layer_input": 256,
+            "vocab_size_per_layer_input": 262_144,
+            "global_head_dim": 512,
+            "num_global_key_value_heads": None,
+            "per_layer_config": None,
+        },
+        activation_key="hidden_activation",
+        norms="around",
+        qk_norm="head",
+        scale_embeddings=True,
+        local_rope=True,
+        default_rope_theta=1_000_000.0,
+        window_rule="pattern",
+        window_pattern=6,
+        variety="gemma4_layers",
+        module_names={
+            "per_layer.table": "embed_tokens_per_layer",
+            "per_layer.projection": "per_layer_model_projection",
+            "per_layer.norm": "per_layer_projection_norm",
+            "end.gate": "per_layer_input_gate",
+            "end.projection": "per_layer_projection",
+            "end.norm": "post_per_layer_input_norm",
+            "end.scalar": "layer_scalar",
+        },
+        # Of images, and of experts that no layer has while enable_moe_block is off.
+        ignored_keys=frozenset({"moe_intermediate_size", "top_k_experts"}),
+    ),
     "phi3": Family(
         architecture="Phi3ForCausalLM",
         defaults=_COMMON
@@ -307,6 +350,7 @@ FAMILIES: Mapping[str, Family] = {
 # its part of the config.json, `text_config`, does not say so.
 WRAPPERS: Mapping[str, str] = {
     "gemma3": "gemma3_text",
+    "gemma4": "gemma4_text",
     "mistral3": "mistral",
     "qwen3_5": "qwen3_5_text",
 }
@@ -316,7 +360,9 @@ REFUSED_UNLESS: Mapping[str, tuple[Any, ...]] = {
     "attention_dropout": (0.0, None),
     "resid_pdrop": (0.0, None),
     "embd_pdrop": (0.0, None),
-    "use_bidirectional_attention": (False, None),
+    # Of "vision" it is tokens of images that read ahead: a text has none.
+    "use_bidirectional_attention": (False, None, "vision"),
+    "enable_moe_block": (False, None),
     "is_encoder_decoder": (False, None),
     "router_jitter_noise": (0, None),
     "quantization_config": (None,),

@@ -13,7 +13,7 @@ from jaxtrain.models.layers import Options
 from jaxtrain.types import Params
 
 # Modules outside the layers that an adapter may stand beside.
-END_TARGETS = frozenset({"embed_tokens", "lm_head"})
+END_TARGETS = frozenset({"embed_tokens", "lm_head", "per_layer_model_projection"})
 
 
 def get_unembedding(config: ModelConfig, params: Params) -> tuple[Array, Literal[0, 1]]:

@@ -41,6 +41,7 @@ from jaxtrain.models.hf_names import (
 )
 from jaxtrain.models.hf_save import save_pretrained
 from jaxtrain.models.hf_tensors import Tensors, open_tensors
+from jaxtrain.models.layer_kinds import kinds_of
 from jaxtrain.models.problems import Problems
 from jaxtrain.models.quantization import CODES, SCALES, quantize_on_device
 from jaxtrain.models.transformer import Decoder
@@ -63,6 +64,8 @@ __all__ = [
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
+# Published checkpoints of Gemma 4 have these in layers that read others' keys, too.
+_KEYS = re.compile(r"model\.layers\.(\d{1,5})\.self_attn\.([kv]_proj|k_norm)\.weight")
 # Buffers that old checkpoints hold beside the weights; the config implies them.
 _IMPLIED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
@@ -233,6 +236,16 @@ def _has_own_head(tensors: Mapping[str, Any]) -> bool:
     )
 
 
+def _is_unread(config: ModelConfig, name: str) -> bool:
+    """Whether a tensor may be there, though the model does not read it."""
+    if _IMPLIED.fullmatch(name):
+        return True
+    match = _KEYS.fullmatch(name)
+    if match is None or int(match[1]) >= config.num_hidden_layers:
+        return False
+    return kinds_of(config)[int(match[1])].shares == "reads"
+
+
 def _check_tensors(
     path: Any, config: ModelConfig, leaves: list[Leaf], tensors: Tensors
 ) -> None:
@@ -251,7 +264,7 @@ def _check_tensors(
     unexpected = [
         f"unexpected {name}"
         for name in tensors
-        if name not in expected and not _IMPLIED.fullmatch(name)
+        if name not in expected and not _is_unread(config, name)
     ]
     misshapen, mistyped = [], []
     for name in sorted(expected.keys() & tensors.keys()):

@@ -96,6 +96,8 @@ class Leaf:
             modules = (*modules[:2], mixture, *expert)
         if modules[0] != "lm_head":
             modules = ("model", *modules)
+        if self.path[-1] == "buffer":
+            return ".".join(modules)
         own = self.path[-1] if self.path[-1] in _OWN_NAMES else "weight"
         return ".".join((*modules, own))
 

@@ -7,8 +7,8 @@ read and written here. No jax is imported.
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from jaxtrain.models.stacks import Segment, plan_segments
 from jaxtrain.record.safe_text import shown
@@ -28,11 +28,19 @@ class LayerKind:
     `layer_type`: their entry of the config's `layer_types`; None where all layers are
     of one kind, whose windows and rotary embeddings may still differ.
     `fields`: fields of ModelConfig, each with the value that it has in these layers.
+    `shares`: whether they give their keys and values to later layers, or read those
+    that the last such layer of their type gave.
     """
 
     mixer: str = "attention"
     layer_type: str | None = None
     fields: tuple[tuple[str, Any], ...] = ()
+    shares: Literal["nothing", "gives", "reads"] = "nothing"
+
+    @property
+    def attends(self) -> bool:
+        """Whether its mixer is a kind of attention, with keys and values."""
+        return self.mixer in ("attention", "gemma4_attention")
 
 
 ATTENTION = LayerKind()  # of all layers, where these are alike
@@ -228,10 +236,161 @@ _DELTA_NET_KEYS: Mapping[str, str] = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Gemma4Layers:
+    """Gemma 4: full layers have heads of their own width; the last read others' keys.
+
+    `global_head_dim` and `global_kv_heads` are those of full layers, whose values are
+    their keys before the norm if `keys_are_values`. The last `readers` layers have no
+    keys and values but those of the last layer before of their type, and an MLP twice
+    as wide if `wide_readers`. Each layer is given `per_layer_width` features of each
+    token, of a vocabulary of `per_layer_vocab`; 0: none.
+    """
+
+    global_head_dim: int = 512
+    global_kv_heads: int | None = None
+    keys_are_values: bool = False
+    readers: int = 0
+    wide_readers: bool = False
+    per_layer_width: int = 256
+    per_layer_vocab: int = 262_144
+    layer_types: ClassVar[frozenset[str]] = frozenset()
+
+    @classmethod
+    def read(cls, given: Mapping[str, Any]) -> tuple[Variety, dict[str, Any]]:
+        layers, types = given["num_hidden_layers"], given.get("layer_types")
+        if types is None:
+            types = [FULL if i % 6 == 0 else SLIDING for i in range(1, layers + 1)]
+        # transformers makes it so, whatever is given.
+        types = [*types[:-1], FULL]
+        ropes = given.get("rope_parameters")
+        if ropes is None:
+            theta = given.get("rope_theta") or 1e6
+            full = {"rope_type": "proportional", "partial_rotary_factor": 0.25}
+            ropes = {
+                FULL: full | {"rope_theta": theta},
+                SLIDING: {"rope_type": "default", "rope_theta": 1e4},
+            }
+        changed = {
+            "layer_types": types,
+            "query_pre_attn_scalar": 1.0,  # scores are not scaled
+            "rope_parameters": ropes,
+        }
+        width, kv_heads = _full_sizes(given, types)
+        made = cls(
+            global_head_dim=width,
+            global_kv_heads=kv_heads,
+            keys_are_values=bool(given["attention_k_eq_v"]),
+            readers=given["num_kv_shared_layers"],
+            wide_readers=bool(given["use_double_wide_mlp"]),
+            per_layer_width=given["hidden_size_per_layer_input"] or 0,
+            per_layer_vocab=given["vocab_size_per_layer_input"],
+        )
+        return made, changed
+
+    def problems(self, config: "ModelConfig") -> Iterator[str]:
+        sizes = {
+            "global_head_dim": (self.global_head_dim, 2, 2**20),
+            "num_global_key_value_heads": (self.global_kv_heads or 1, 1, 2**20),
+            "num_kv_shared_layers": (self.readers, 0, config.num_hidden_layers - 1),
+            "hidden_size_per_layer_input": (self.per_layer_width, 0, 2**20),
+            "vocab_size_per_layer_input": (self.per_layer_vocab, 1, 2**24),
+        }
+        found = False
+        for name, (size, least, most) in sizes.items():
+            if type(size) is not int or not least <= size <= most:
+                found = True
+                yield (
+                    f"model.{name} = {shown(size, 100)}: must be an integer from"
+                    f" {least} to {most:,}"
+                )
+        if found:
+            return
+        if self.global_kv_heads and config.num_attention_heads % self.global_kv_heads:
+            yield (
+                f"model.num_global_key_value_heads = {self.global_kv_heads} does not"
+                f" divide num_attention_heads = {config.num_attention_heads}"
+            )
+        first = config.num_hidden_layers - self.readers
+        if missing := {*config.layer_types[first:]} - {*config.layer_types[:first]}:
+            yield (
+                f"model.num_kv_shared_layers = {self.readers}: no layer before the last"
+                f" {self.readers} is of type {min(missing)!r}, whose keys and values"
+                " they would read"
+            )
+        if self.per_layer_width and config.vocab_size > self.per_layer_vocab:
+            yield (
+                f"model.vocab_size = {config.vocab_size} exceeds"
+                f" vocab_size_per_layer_input = {self.per_layer_vocab}: tokens beyond"
+                " would have no embedding for each layer"
+            )
+        yield from config.rope.problems(self.global_head_dim)
+
+    def kind_of(self, config: "ModelConfig", layer: int) -> LayerKind:
+        layer_type = config.layer_types[layer]
+        fields: dict[str, Any] = {}
+        if layer_type == FULL:
+            fields["head_dim"] = self.global_head_dim
+            if self.keys_are_values and self.global_kv_heads is not None:
+                fields["num_key_value_heads"] = self.global_kv_heads
+        shares: Literal["nothing", "gives", "reads"] = "nothing"
+        if self.readers:
+            reads = layer >= config.num_hidden_layers - self.readers
+            shares = "reads" if reads else "gives"
+            # The layer by itself is a model without readers.
+            fields["variety"] = dataclasses.replace(self, readers=0)
+            if reads and self.wide_readers:
+                fields["intermediate_size"] = 2 * config.intermediate_size
+        own = tuple(fields.items())
+        return LayerKind("gemma4_attention", layer_type, own, shares)
+
+    def to_hf(self, config: "ModelConfig") -> dict[str, Any]:
+        return {
+            "global_head_dim": self.global_head_dim,
+            "num_global_key_value_heads": self.global_kv_heads,
+            "attention_k_eq_v": self.keys_are_values,
+            "num_kv_shared_layers": self.readers,
+            "use_double_wide_mlp": self.wide_readers,
+            "hidden_size_per_layer_input": self.per_layer_width,
+            "vocab_size_per_layer_input": self.per_layer_vocab,
+        }
+
+
+def _full_sizes(
+    given: Mapping[str, Any], types: Sequence[str]
+) -> tuple[int, int | None]:
+    """The width of full layers' heads, and how many have keys, if that is special.
+
+    transformers writes them as `per_layer_config`, {"05": {"head_dim": 512}}, in the
+    place of the published keys.
+    """
+    by_layer = given.get("per_layer_config")
+    if by_layer is None:
+        return given["global_head_dim"], given["num_global_key_value_heads"]
+    full = {i for i, layer_type in enumerate(types) if layer_type == FULL}
+    numbers = {int(n) if str(n).isdecimal() else -1 for n in by_layer}
+    sizes = [by_layer[name] for name in sorted(by_layer)]
+    known = {"head_dim", "num_key_value_heads"}
+    if (
+        numbers != full
+        or any(each != sizes[0] for each in sizes)
+        or not isinstance(sizes[0], Mapping)
+        or set(sizes[0]) - known
+    ):
+        raise ValueError(
+            f"per_layer_config = {shown(by_layer, 300)}: only head_dim and"
+            " num_key_value_heads, the same for every layer of type 'full_attention',"
+            " are implemented"
+        )
+    width = sizes[0].get("head_dim", given["head_dim"])
+    return width, sizes[0].get("num_key_value_heads")
+
+
 # By the names that rows of families.py have for them.
 VARIETIES: Mapping[str, type[Variety]] = {
     "short_convolutions": ShortConvolutions,
     "delta_nets": DeltaNets,
+    "gemma4_layers": Gemma4Layers,
 }
 
 

@@ -126,7 +126,8 @@ class LayerInputs(NamedTuple):
     `segment_ids` tell the documents of a row apart; 0 is padding. `rotary` and `attend`
     are for attention, and None for other mixers. `state` is what the mixer kept at the
     last step of generation, None where whole rows are run. `shared` is what earlier
-    layers handed on, by names of their own.
+    layers handed on, by names of their own; `per_layer` what this layer alone is given
+    of the tokens (per_layer.py).
     """
 
     segment_ids: Int32[Array, "B T"]
@@ -134,6 +135,19 @@ class LayerInputs(NamedTuple):
     attend: Any = None
     state: Any = None
     shared: Any = None
+    per_layer: Any = None
+
+
+class HandedOn(NamedTuple):
+    """What a mixer keeps, and what it hands on to later layers, by name."""
+
+    kept: Any
+    shared: Mapping[str, Any]
+
+
+def without_quantization(options: Options) -> Options:
+    """The same for modules whose kernels stay whole."""
+    return dataclasses.replace(options, quantization=None)
 
 
 class LoraParam(nnx.Param):
@@ -288,14 +302,20 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*dims W"]) -> Float[Array, "*dims W"]:
         scale = self.scale[...].astype(jnp.float32) + self.offset
-        epsilon = self.options.config.rms_norm_eps
+        return normalize(x, scale, self.options.config.rms_norm_eps)
 
-        def normalize(x: Array, scale: Array) -> Array:
-            x32 = x.astype(jnp.float32)
-            mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
-            return (x32 * jax.lax.rsqrt(mean_square + epsilon) * scale).astype(x.dtype)
 
-        return _recomputed(normalize)(x, scale)
+def normalize(
+    x: Float[Array, "*dims W"], scale: Float[Array, "W"], epsilon: float
+) -> Float[Array, "*dims W"]:
+    """x / rms(x) * scale, in float32 and computed again in the backward pass."""
+
+    def normalized(x: Array, scale: Array) -> Array:
+        x32 = x.astype(jnp.float32)
+        mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
+        return (x32 * jax.lax.rsqrt(mean_square + epsilon) * scale).astype(x.dtype)
+
+    return _recomputed(normalized)(x, scale)
 
 
 def _recomputed(function: Callable[..., Array]) -> Callable[..., Array]:

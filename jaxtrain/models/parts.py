@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int32
+from jaxtyping import Array, Float, Int32
 
 from jaxtrain.models.binding import bind, paths_with
 from jaxtrain.models.config import ModelConfig
@@ -22,7 +22,8 @@ from jaxtrain.models.layer_kinds import (
     kinds_of,
     segments_of,
 )
-from jaxtrain.models.layers import EmbeddingAndHead, LayerOptions, Options, Rotary
+from jaxtrain.models.layers import LayerOptions, Options, Rotary
+from jaxtrain.models.per_layer import Ends
 from jaxtrain.models.quantization import CODES, SCALES, is_quantized
 from jaxtrain.models.rope import rotary_tables
 from jaxtrain.models.stacks import LAYERS, stack_name
@@ -89,10 +90,10 @@ _WHOLE = {"scale", "lora_magnitude", "A_log", "dt_bias", CODES, SCALES}
 _O = TypeVar("_O", bound=Options)
 
 
-def bind_ends(options: Options, params: Params) -> EmbeddingAndHead:
+def bind_ends(options: Options, params: Params) -> Ends:
     """The modules on either side of the layers, with these weights."""
     ends = {name: leaf for name, leaf in params.items() if name != LAYERS}
-    return bind(EmbeddingAndHead, adapted_options(options, ends), ends)
+    return bind(Ends, adapted_options(options, ends), ends)
 
 
 def layer_binder(
@@ -121,17 +122,20 @@ def adapted_options(options: _O, part: Params) -> _O:
     return dataclasses.replace(options, lora=lora, quantization=quantization)
 
 
-# What a layer is scanned over, its weights and its number; what passes from layer to
-# layer; one layer as a step of the scan.
-LayerStep = Callable[[Any, tuple[Params, Array]], tuple[Any, Any]]
+# One layer as a step of the scan. It is given what passes from layer to layer, of which
+# the second part is what layers hand on to later ones; its weights, its number, and
+# what it alone is given.
+Passing = tuple[Any, Mapping[str, Any]]
+LayerStep = Callable[[Passing, tuple[Params, Array, Any]], tuple[Passing, Any]]
 
 
 def run_layers(
     options: Options,
     params: Params,
     make_step: Callable[[Stack, bool], LayerStep],
-    carry: Any,
+    passing: Passing,
     *,
+    per_layer: Float[Array, "L B T P"] | None = None,
     unroll: bool = False,
 ) -> tuple[Any, list[Any]]:
     """Run all layers, each segment as one scan over the repeats of its pattern.
@@ -139,32 +143,61 @@ def run_layers(
     Args:
         make_step: gives the step of a stack's layers, and is told whether the compiler
             sees each of them by itself, outside of a loop.
+        passing: what the first layer is given.
+        per_layer: what each layer is given of its own.
         unroll: compile every layer by itself.
 
     Returns:
-        What passes on from the last layer; and of each stack what its steps gave
-        beside, stacked over its layers.
+        The first part of what passes on from the last layer; and of each stack what its
+        steps gave beside, stacked over its layers.
     """
     gave: list[Any] = []
     for segment in segments(options.config):
         apart = unroll or len(segment[0].layers) == 1
         steps = [make_step(stack, apart) for stack in segment]
-        layers = tuple(_scanned(options, params, stack) for stack in segment)
+        layers = tuple(_scanned(options, params, stack, per_layer) for stack in segment)
+        x, shared = passing
+        # What no layer of the segment changes is not passed on from one to the next:
+        # the backward pass would keep a copy of it for each.
+        gives = any(stack.kind.shares == "gives" for stack in segment)
 
-        def pattern(carry: Any, inputs: Any, steps: Any = steps) -> tuple[Any, Any]:
+        def pattern(
+            changing: Any, inputs: Any, steps: Any = steps, fixed: Any = shared,
+            gives: bool = gives,
+        ) -> tuple[Any, Any]:  # fmt: skip
             outputs = []
+            passing = changing if gives else (changing, fixed)
             for step, layer in zip(steps, inputs, strict=True):
-                carry, output = step(carry, layer)
+                passing, output = step(passing, layer)
                 outputs.append(output)
-            return carry, tuple(outputs)
+            return passing if gives else passing[0], tuple(outputs)
 
-        carry, outputs = jax.lax.scan(pattern, carry, layers, unroll=apart)
+        changed, outputs = jax.lax.scan(
+            pattern, passing if gives else x, layers, unroll=apart
+        )
+        passing = changed if gives else (changed, shared)
         gave.extend(outputs)
-    return carry, gave
+    return passing[0], gave
 
 
-def _scanned(options: Options, params: Params, stack: Stack) -> tuple[Params, Array]:
-    """What the scan runs over: each layer's weights and its number.
+def init_shared(
+    options: Options, batch: int, length: int
+) -> dict[str, tuple[Array, Array]]:
+    """What layers hand on before any has: keys and values of 0, by type of layer."""
+    shared = {}
+    for stack in stacks(options.config):
+        if stack.kind.shares == "gives":
+            config = config_of_kind(options.config, stack.kind)
+            sizes = (batch, length, config.num_key_value_heads, config.head_dim)
+            zeros = jnp.zeros(sizes, options.compute_dtype)
+            shared[config.layer_types[0]] = (zeros, zeros)
+    return shared
+
+
+def _scanned(
+    options: Options, params: Params, stack: Stack, per_layer: Array | None
+) -> tuple[Params, Array, Array | None]:
+    """What the scan runs over: each layer's weights, its number, what it is given.
 
     Weights of matrix products are cast here, all at once: cast within the scan, a
     second copy of them would be stacked up for the backward pass.
@@ -178,7 +211,11 @@ def _scanned(options: Options, params: Params, stack: Stack) -> tuple[Params, Ar
     numbers = jnp.arange(len(stack.layers))
     if stack.name is not None:
         numbers = stack.layers.start + stack.layers.step * numbers
-    return layers, numbers
+    if per_layer is not None:
+        per_layer = per_layer[
+            stack.layers.start : stack.layers.stop : stack.layers.step
+        ]
+    return layers, numbers, per_layer
 
 
 def layer_windows(config: ModelConfig, length: int) -> list[int | None]:

@@ -27,6 +27,7 @@ _LENGTH = "original_max_position_embeddings"
 _PARAMETERS: Mapping[str, tuple[str, str]] = {
     "default": ("", ""),
     "linear": ("factor", ""),
+    "proportional": ("", "factor"),
     "dynamic": ("factor", _LENGTH),
     "llama3": ("factor low_freq_factor high_freq_factor", _LENGTH),
     "yarn": (
@@ -115,7 +116,7 @@ class RopeConfig:
                 f"rope_parameters of kind {shown(kind)}: unknown {shown(unknown)},"
                 f" missing {missing}"
             )
-        if partial != 1.0 and not family.partial_rotary:
+        if partial != 1.0 and not (family.partial_rotary or kind == "proportional"):
             raise ValueError(
                 f"partial_rotary_factor = {partial} is not implemented for"
                 f" {options['model_type']}; only 1.0 is"
@@ -145,7 +146,12 @@ class RopeConfig:
         return values
 
     def rotary_width(self, head_dim: int) -> int:
-        """How many features of a head turn; the others pass unchanged."""
+        """How many features of a head turn; the others pass unchanged.
+
+        Under proportional all count as turning, most of them by an angle of 0.
+        """
+        if self.kind == "proportional":
+            return head_dim
         return int(head_dim * self.partial_rotary_factor)
 
     def problems(self, head_dim: int) -> Iterator[str]:
@@ -290,6 +296,9 @@ def inverse_frequencies(
     scale = 1.0
     if rope.kind == "linear":
         base = base / _given(rope.factor)
+    elif rope.kind == "proportional":
+        turning = int(rope.partial_rotary_factor * head_dim // 2)
+        base = np.where(np.arange(width // 2) < turning, base, 0) / (rope.factor or 1.0)
     elif rope.kind == "llama3":
         base = _llama3(rope, base)
     elif rope.kind == "yarn":

@@ -13,7 +13,7 @@ from jaxtrain import assets
 from jaxtrain.config import RunConfig
 from jaxtrain.data.loading import load_run_tokenizer
 from jaxtrain.models import bucket, hf
-from jaxtrain.models.config import ModelConfig
+from jaxtrain.models.config import ModelConfig, family_of
 from jaxtrain.models.generation_config import (
     GenerationConfig,
     read_generation_config,
@@ -119,6 +119,8 @@ def _own_sizes(run: RunConfig, tokenizer: Any) -> ModelConfig:
         if value is not None
     }
     options.setdefault("vocab_size", len(tokenizer))
+    if "norm_eps" in family_of(options["model_type"]).keys:  # LFM2's name for it
+        options["norm_eps"] = options.pop("rms_norm_eps")
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         options[name] = getattr(tokenizer, name)
     try:

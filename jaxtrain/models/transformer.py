@@ -27,13 +27,14 @@ from jaxtrain.models.decoder_layer import DecoderLayer
 from jaxtrain.models.layer_kinds import LayerKind, config_of_kind
 from jaxtrain.models.layers import (
     Attend,
-    EmbeddingAndHead,
+    HandedOn,
     LayerInputs,
     LoraShape,
     Options,
 )
 from jaxtrain.models.moe import RouterLoad, join_loads, load_balancing_loss
 from jaxtrain.models.noise import add_embedding_noise
+from jaxtrain.models.per_layer import Ends
 from jaxtrain.models.rope import KINDS_BY_LENGTH
 from jaxtrain.models.stacks import LAYERS
 from jaxtrain.types import Batch, Params, TokenLogProbs
@@ -138,7 +139,7 @@ class Decoder(Options):
             return jax.vmap(functools.partial(init_module, DecoderLayer, own))(keys)
 
         return {
-            **init_module(EmbeddingAndHead, self._options, ends_key),
+            **init_module(Ends, self._options, ends_key),
             LAYERS: parts.by_stack(self.config, init_stack),
         }
 
@@ -161,7 +162,7 @@ class Decoder(Options):
         "lora_rank".
         """
         return {
-            **axes_of(EmbeddingAndHead, self._options),
+            **axes_of(Ends, self._options),
             LAYERS: _layer_axes(self._options),
         }
 
@@ -212,9 +213,15 @@ class Decoder(Options):
             if self.neftune_alpha is not None and dropout_key is not None:
                 x = add_embedding_noise(x, segment_ids, dropout_key, self.neftune_alpha)
             x = self.constrain(x, ("batch", "sequence", "embed"))
+            per_layer = ends.embed_for_layers(tokens, x, dropout_key)
         with jax.named_scope("layers"):
             x, loads = parts.run_layers(
-                self._options, params, make_step, x, unroll=not self.scan_layers
+                self._options,
+                params,
+                make_step,
+                (x, parts.init_shared(self, *tokens.shape)),
+                per_layer=per_layer,
+                unroll=not self.scan_layers,
             )
         with jax.named_scope("final_norm"):
             return ends.norm(x), join_loads(loads)
@@ -229,8 +236,8 @@ class Decoder(Options):
         Args:
             longest: tokens of the longest pair, both completions behind its prompt.
         """
-        mixers = {stack.kind.mixer for stack in parts.stacks(self.config)}
-        if other := sorted(mixers - {"attention"}):
+        kinds = {stack.kind for stack in parts.stacks(self.config)}
+        if other := sorted(kind.mixer for kind in kinds if not kind.attends):
             return f"its layers of {other[0]} read a row from left to right"
         windows = parts.layer_windows(self.config, longest)
         if shorter := [window for window in windows if window is not None]:
@@ -377,16 +384,19 @@ def _layer_steps(
         inputs_of_layer = inputs_of_kind[stack.kind]
 
         def step(
-            x: Array, inputs: tuple[Params, Array]
-        ) -> tuple[Array, RouterLoad | None]:
-            layer_params, index = inputs
+            passing: parts.Passing, inputs: tuple[Params, Array, Any]
+        ) -> tuple[parts.Passing, RouterLoad | None]:
+            (x, shared), (layer_params, index, per_layer) = passing, inputs
             x = checkpoint_name(x, "layer_input")
             key = dropout_key
             if key is not None:
                 key = jax.random.fold_in(key, index)
             given = inputs_of_layer(index)
-            x, _, load = bind_layer(layer_params)(x, given, counted, key)
-            return x, load
+            given = given._replace(shared=shared, per_layer=per_layer)
+            x, kept, load = bind_layer(layer_params)(x, given, counted, key)
+            if isinstance(kept, HandedOn):
+                shared = {**shared, **kept.shared}
+            return (x, shared), load
 
         policy = REMAT_POLICIES[decoder.remat]
         if policy is None:
@@ -405,7 +415,7 @@ def _inputs_over_rows(
     if kind.mixer == "delta_net":
         run = functools.partial(delta_rule, layout=decoder.layout)
         return lambda index: LayerInputs(segment_ids, attend=run)
-    if kind.mixer != "attention":
+    if not kind.attends:
         return lambda index: LayerInputs(segment_ids)
     config = config_of_kind(decoder.config, kind)
     attend_of_layer = _attention_over_rows(decoder, config, rows)

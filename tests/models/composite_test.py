@@ -46,6 +46,15 @@ TEXTS = {
         "linear_key_head_dim": 8,
         "linear_value_head_dim": 8,
     },
+    "gemma4": TEXT
+    | {
+        "model_type": "gemma4_text",
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "global_head_dim": 24,
+        "hidden_size_per_layer_input": 8,
+    },
 }
 VISION = {
     "hidden_size": 16,
@@ -66,6 +75,17 @@ TOWERS = {
         "num_heads": 2,
         "out_hidden_size": 32,
         "num_position_embeddings": 16,
+    },
+    "gemma4": {
+        "model_type": "gemma4_vision",
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "patch_size": 4,
+        "position_embedding_size": 64,
     },
 }
 
@@ -99,15 +119,19 @@ def make_wrapper(directory: pathlib.Path, kind: str, dtype: str, vocab: int) -> 
     import transformers
 
     torch.manual_seed(0)
-    others: dict[str, int] = {"image_token_index": vocab - 1}
-    if kind == "qwen3_5":
+    others: dict[str, Any] = {"image_token_index": vocab - 1}
+    text = TEXTS[kind] | {"vocab_size": vocab}
+    if kind == "gemma3":
+        others |= {"mm_tokens_per_image": 4}
+    if kind in ("gemma4", "qwen3_5"):
         others = {"image_token_id": vocab - 1}
-    elif kind == "gemma3":
-        others["mm_tokens_per_image"] = 4
+    if kind == "gemma4":
+        others |= {"audio_config": None}
+        text |= {"vocab_size_per_layer_input": vocab}
     config = transformers.CONFIG_MAPPING[kind](
-        text_config=TEXTS[kind] | {"vocab_size": vocab},
+        text_config=text,
         vision_config=TOWERS[kind],
-        tie_word_embeddings=kind == "gemma3",
+        tie_word_embeddings=kind in ("gemma3", "gemma4"),
         **others,
     )
     make = transformers.AutoModelForImageTextToText.from_config
@@ -317,8 +341,8 @@ def as_modules(directory: pathlib.Path, target: pathlib.Path) -> None:
     shutil.copytree(directory, target)
     tensors = {
         name
-        if name.startswith(("model.language_model.", "model.visual.", "mtp."))
-        else f"model.{name}".replace(
+        if name.startswith("mtp.")
+        else f"model.{name.removeprefix('model.')}".replace(
             "model.language_model.model.", "model.language_model."
         )
         .replace("model.language_model.lm_head.", "lm_head.")
@@ -415,9 +439,16 @@ def test_the_text_model_alone_is_a_model_of_its_own(wrapper, tmp_path) -> None:
     np.testing.assert_allclose(torch_logits(text), expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("text_only", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "text_only"),
+    [
+        ("gemma3", False),
+        ("gemma3", True),
+        pytest.param("gemma4", False, marks=pytest.mark.on_request),
+    ],
+)
 def test_a_lora_run_exports_what_peft_and_transformers_find(
-    tmp_path: pathlib.Path, text_only: bool
+    tmp_path: pathlib.Path, kind: str, text_only: bool
 ) -> None:
     peft = pytest.importorskip("peft")
     import torch
@@ -425,7 +456,7 @@ def test_a_lora_run_exports_what_peft_and_transformers_find(
 
     source = tmp_path / "wrapper"
     shutil.copytree(assets.asset_path(assets.TOKENIZER), source)
-    make_wrapper(source, "gemma3", "float32", 2304)
+    make_wrapper(source, kind, "float32", 2304)
     config = tiny_config("lora", str(source), max_steps=2, save_steps=0)
     config.training.learning_rate = 0.05
     config.model.export_text_only = text_only
@@ -434,7 +465,7 @@ def test_a_lora_run_exports_what_peft_and_transformers_find(
     base = transformers.AutoModelForCausalLM.from_pretrained(
         source, attn_implementation="eager"
     ).eval()
-    assert type(base).__name__ == "Gemma3ForConditionalGeneration"
+    assert type(base).__name__ == f"{kind.title()}ForConditionalGeneration"
     plain = torch_logits(base)
     adapted = peft.PeftModel.from_pretrained(base, exported.with_name("adapter")).eval()
     injected = [n for n, _ in adapted.named_parameters() if "lora_" in n]
@@ -449,7 +480,7 @@ def test_a_lora_run_exports_what_peft_and_transformers_find(
     assert np.abs(expected - plain).max() > 0.1
     np.testing.assert_allclose(our_logits(exported), expected, atol=1e-4, rtol=0)
     is_text = json.loads((exported / "config.json").read_text())["model_type"]
-    assert is_text == ("gemma3_text" if text_only else "gemma3")
+    assert is_text == (f"{kind}_text" if text_only else kind)
     if not text_only:
         merged = torch_logits(load_torch(exported))
         np.testing.assert_allclose(merged, expected, atol=1e-4, rtol=0)

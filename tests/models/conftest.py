@@ -110,6 +110,38 @@ FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
         },
     ),
+    "gemma4": _options(
+        "gemma4_text",
+        num_hidden_layers=8,
+        layer_types=["sliding_attention", "full_attention"] * 4,
+        num_kv_shared_layers=4,
+        use_double_wide_mlp=True,
+        head_dim=16,
+        global_head_dim=24,
+        sliding_window=4,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=128,
+        final_logit_softcapping=4.0,
+        rope_parameters={
+            "full_attention": {
+                "rope_type": "proportional",
+                "rope_theta": 1e3,
+                "partial_rotary_factor": 0.5,
+            },
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        },
+    ),
+    "gemma4_keys_as_values": _options(
+        "gemma4_text",
+        num_hidden_layers=6,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        attention_k_eq_v=True,
+        num_global_key_value_heads=1,
+        head_dim=16,
+        global_head_dim=24,
+        sliding_window=4,
+        hidden_size_per_layer_input=0,
+    ),
     "lfm2": _options(
         "lfm2",
         num_hidden_layers=5,
@@ -198,6 +230,9 @@ def torch_model(family: str, tmp_path_factory: pytest.TempPathFactory) -> TorchM
                 # Sums of fast decays are rounded so coarsely in float32, here and
                 # there, that logits of either would be uncertain.
                 weight.sub_(2.5)
+        for name, buffer in torch_model.named_buffers():
+            if name.endswith("layer_scalar"):  # Gemma 4's, which is stored
+                buffer.mul_(1 + 0.2 * torch.rand_like(buffer))
     directory = tmp_path_factory.mktemp(family)
     torch_model.save_pretrained(directory)
     model = Decoder(load_config(directory), compute_dtype="float32")

@@ -372,7 +372,90 @@ def _phi3(**options: Any) -> dict[str, Any]:
     }
 
 
+def _gemma4(**options: Any) -> dict[str, Any]:
+    """The text_config of one."""
+    return {
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "attention_k_eq_v": False,
+        "bos_token_id": 2,
+        "dtype": "bfloat16",
+        "enable_moe_block": False,
+        "eos_token_id": 1,
+        "final_logit_softcapping": 30.0,
+        "global_head_dim": 512,
+        "head_dim": 256,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_size": 1536,
+        "hidden_size_per_layer_input": 256,
+        "initializer_range": 0.02,
+        "intermediate_size": 6144,
+        "layer_types": (["sliding_attention"] * 4 + ["full_attention"]) * 7,
+        "max_position_embeddings": 131072,
+        "model_type": "gemma4_text",
+        "moe_intermediate_size": None,
+        "num_attention_heads": 8,
+        "num_experts": None,
+        "num_global_key_value_heads": None,
+        "num_hidden_layers": 35,
+        "num_key_value_heads": 1,
+        "num_kv_shared_layers": 20,
+        "pad_token_id": 0,
+        "rms_norm_eps": 1e-06,
+        "rope_parameters": {
+            "full_attention": {
+                "partial_rotary_factor": 0.25,
+                "rope_theta": 1000000.0,
+                "rope_type": "proportional",
+            },
+            "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"},
+        },
+        "sliding_window": 512,
+        "tie_word_embeddings": True,
+        "top_k_experts": None,
+        "use_bidirectional_attention": None,
+        "use_cache": True,
+        "use_double_wide_mlp": True,
+        "vocab_size": 262144,
+        "vocab_size_per_layer_input": 262144,
+        **options,
+    }
+
+
+def _resaved_gemma4() -> dict[str, Any]:
+    """As transformers 5.24 writes it anew: sizes of full layers by their numbers."""
+    config = _gemma4(num_kv_shared_layers=0, use_double_wide_mlp=False)
+    del config["global_head_dim"], config["num_global_key_value_heads"]
+    return config | {"per_layer_config": {"1": {"head_dim": 32}, "3": {"head_dim": 32}}}
+
+
 PUBLISHED: dict[str, dict[str, Any]] = {
+    "google/gemma-4-E2B": _gemma4(),
+    "google/gemma-4-E4B": _gemma4(
+        hidden_size=2560,
+        intermediate_size=10240,
+        layer_types=(["sliding_attention"] * 5 + ["full_attention"]) * 7,
+        num_hidden_layers=42,
+        num_key_value_heads=2,
+        num_kv_shared_layers=18,
+        use_double_wide_mlp=False,
+    ),
+    "google/gemma-4-31B": _gemma4(
+        attention_k_eq_v=True,
+        hidden_size=5376,
+        hidden_size_per_layer_input=0,
+        intermediate_size=21504,
+        layer_types=(["sliding_attention"] * 5 + ["full_attention"]) * 10,
+        num_attention_heads=32,
+        num_global_key_value_heads=4,
+        num_hidden_layers=60,
+        num_key_value_heads=16,
+        num_kv_shared_layers=0,
+        sliding_window=1024,
+        use_bidirectional_attention="vision",
+        use_double_wide_mlp=False,
+    ),
+    "google/gemma-4-E2B, saved anew": _resaved_gemma4(),
     "LiquidAI/LFM2-350M": _lfm2(
         block_dim=1024,
         block_ff_dim=6656,
@@ -712,9 +795,29 @@ def shrunk(config: dict[str, Any]) -> dict[str, Any]:
         small["block_ff_dim"] = 48
     if "sliding_window_pattern" in config:
         small["sliding_window_pattern"] = 2
+    if config["model_type"] == "gemma4_text":
+        small |= _small_gemma4(config)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         small |= {name: _small_id(config[name])} if config.get(name) else {}
     return small | _small_lengths(config)
+
+
+def _small_gemma4(config: dict[str, Any]) -> dict[str, Any]:
+    """Four layers, of which the last two read others' keys where any did."""
+    sizes = {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2 if config["num_kv_shared_layers"] else 0,
+        "vocab_size_per_layer_input": 2304,
+        "hidden_size_per_layer_input": 8
+        if config["hidden_size_per_layer_input"]
+        else 0,
+        "global_head_dim": 32,
+        "num_global_key_value_heads": config.get("num_global_key_value_heads") and 1,
+        "num_experts": None,
+        "moe_intermediate_size": None,
+    }
+    return {name: size for name, size in sizes.items() if name in config}
 
 
 _EXPERTS = {

@@ -468,7 +468,9 @@ def test_an_unknown_remat_policy_is_refused_with_those_that_exist(config) -> Non
 # --- decoding with a cache -----------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["gemma3", "mistral", "qwen3", "mixtral"])
+@pytest.mark.parametrize(
+    "name", ["gemma3", "mistral", "qwen3", "mixtral", "lfm2", "gemma4"]
+)
 def test_greedy_decoding_equals_the_argmax_of_whole_forward_passes(
     make_model, name
 ) -> None:
