@@ -7,17 +7,15 @@ Gated DeltaNet and one of attention. Documents are longer than a chunk of the ke
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxtrain import sharding
 from jaxtrain.evaluation.generate import make_generate
 from jaxtrain.kernels.attention.partition import Layout
-from jaxtrain.lora import load_adapter, make_shape, save_adapter
 from jaxtrain.models import Decoder, ModelConfig
 from jaxtrain.models.hf_names import leaves_of
-from jaxtrain.tree import flatten, overlay
+from jaxtrain.tree import flatten
 from jaxtrain.types import Batch
 
 pytestmark = pytest.mark.torch
@@ -185,42 +183,6 @@ def test_generation_goes_on_from_the_states_as_transformers_does(torch_model, si
     found = np.asarray(generate(torch_model.params, tokens, mask, jax.random.key(0)))
     np.testing.assert_array_equal(found[:, : expected.shape[1]], expected)
     assert len(np.unique(expected)) > 6
-
-
-def test_adapters_cross_between_peft_and_us(torch_model, tmp_path):
-    import copy
-
-    import torch
-
-    peft = pytest.importorskip("peft")
-    names = ["in_proj_qkv", "in_proj_z", "out_proj", "q_proj", "v_proj", "down_proj"]
-    settings = peft.LoraConfig(task_type="CAUSAL_LM", r=3, target_modules=names)
-    base = copy.deepcopy(torch_model.torch_model)
-    theirs = peft.get_peft_model(base, settings).eval()
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn_like(parameter))
-    tokens = np.random.default_rng(2).integers(3, 128, (1, 70))
-
-    def logits_of(model):
-        with torch.no_grad():
-            return model(torch.tensor(tokens)).logits.numpy()
-
-    expected = logits_of(theirs)
-    assert np.abs(expected - logits_of(torch_model.torch_model)).max() > 0.05
-    theirs.save_pretrained(tmp_path / "theirs")
-    trainable, lora = load_adapter(tmp_path / "theirs", torch_model.params)
-    params = overlay(torch_model.params, trainable)
-    model = dataclasses.replace(torch_model.model, lora=make_shape(lora, params))
-    places = jnp.arange(tokens.shape[1])[None]
-    got = jax.jit(model.logits)(params, tokens, places, jnp.ones_like(places))
-    np.testing.assert_allclose(got, expected, atol=1e-4)
-    save_adapter(tmp_path / "ours", trainable, lora, None, tied_embeddings=False)
-    fresh = copy.deepcopy(torch_model.torch_model)
-    again = peft.PeftModel.from_pretrained(fresh, tmp_path / "ours").eval()
-    np.testing.assert_allclose(logits_of(again), expected, atol=1e-5)
 
 
 def test_weights_start_as_transformers_starts_them(torch_model):
