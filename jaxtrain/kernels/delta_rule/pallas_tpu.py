@@ -123,8 +123,11 @@ def _backward_kernel(*refs: Array) -> None:
     *d_refs, d_first_ref, d_state_ref = refs[9:]
     _start(d_state_ref, d_last_ref)
     chunk = _read(inputs)
+    resets = chunk.resets
     _, transpose = jax.vjp(
-        lambda state, *parts: run_chunk(state, Chunk(*parts, chunk.resets)),
+        lambda state, q, k, v, decays, betas: run_chunk(
+            state, Chunk(q, k, v, decays, betas, resets)
+        ),
         states_ref[...],
         *chunk[:-1],
     )
