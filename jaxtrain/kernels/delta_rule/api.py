@@ -106,7 +106,7 @@ def _rows(
     gates: tuple[Array, Array],
     restarts: Bool[Array, "B T"],
 ) -> Chunk:
-    """Rows filled up to whole chunks, with sums from each chunk's start."""
+    """Rows filled up to whole chunks, with restarts counted by chunk."""
     tail = -restarts.shape[1] % LENGTH
 
     def fill(x: Array) -> Array:
@@ -124,7 +124,7 @@ def _rows(
         q,
         k,
         v,
-        jnp.cumsum(log_decay, axis=-1),
+        log_decay,
         beta,
         jnp.cumsum(resets, axis=-1, dtype=jnp.int32),
     )

@@ -30,8 +30,8 @@ _NEVER = -1e30
 class Chunk(NamedTuple):
     """The tokens of a chunk; any dimensions may stand before those named.
 
-    `decays` is the sum of g from the chunk's first token to each, itself included, and
-    `resets` how many tokens from the first to each start with an empty state.
+    `decays` is g, the log of what a token multiplies the state by, and `resets` how
+    many tokens from the chunk's first to each start with an empty state.
     """
 
     q: Float[Array, "... L K"]
@@ -93,7 +93,11 @@ def weigh(
     q, k, _, decays, betas, resets = chunk
     row, column = _indices(q.shape[-2])
     joined = (row >= column) & (_transposed(resets) == resets)
-    decay = jnp.exp(jnp.where(joined, _transposed(decays) - decays, _NEVER))
+    # Each sum of the decays between two tokens by itself: a difference of two sums from
+    # the start would lose digits wherever decays are fast.
+    up_to, behind = jnp.where(row >= column, decays, 0.0), row > column
+    since = _multiply(arithmetic.precision, up_to, behind.astype(jnp.float32))
+    decay = jnp.exp(jnp.where(joined, since, _NEVER))
     system = arithmetic.multiply(k, _transposed(k)) * decay * _transposed(betas)
     inverse = arithmetic.invert_unit_lower(jnp.where(row > column, system, 0.0))
     scores = arithmetic.multiply(q, _transposed(k)) * decay
@@ -102,15 +106,18 @@ def weigh(
 
 def fade(chunk: Chunk) -> tuple[Array, Array, Array]:
     """`enter`, `leave` and `keep`: what tokens are to the states on either side."""
-    decays, resets = _transposed(chunk.decays), _transposed(chunk.resets)
-    length = decays.shape[-2]
-    place = jax.lax.broadcasted_iota(jnp.int32, (length, 1), 0)
-    is_last = place == length - 1
-    all_decay = jnp.sum(jnp.where(is_last, decays, 0.0), axis=-2, keepdims=True)
+    decays, resets = chunk.decays, _transposed(chunk.resets)
+    row, column = _indices(decays.shape[-1])
+
+    def summed(mask: Array) -> Array:
+        return jnp.sum(jnp.where(mask, decays, 0.0), axis=-1, keepdims=True)
+
     all_resets = jnp.max(resets, axis=-2, keepdims=True)
-    enter = jnp.exp(jnp.where(resets == 0, decays, _NEVER))
-    leave = jnp.exp(jnp.where(resets == all_resets, all_decay - decays, _NEVER))
-    keep = jnp.exp(jnp.where(all_resets == 0, all_decay, _NEVER))
+    enter = jnp.where(resets == 0, summed(column <= row), _NEVER)
+    leave = jnp.where(resets == all_resets, summed(column > row), _NEVER)
+    all_decays = jnp.sum(decays, axis=-1, keepdims=True)
+    keep = jnp.where(all_resets == 0, all_decays, _NEVER)
+    enter, leave, keep = jnp.exp(enter), jnp.exp(leave), jnp.exp(keep)
     return enter, leave, keep
 
 

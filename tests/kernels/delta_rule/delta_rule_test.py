@@ -6,13 +6,16 @@ directions, and with PyTorch's of transformers' own chunks.
 """
 
 import functools
+import importlib.util
 import logging
+import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtrain.kernels.attention.partition import Layout
 from jaxtrain.kernels.delta_rule import api, delta_rule, pallas_tpu, pallas_triton
@@ -365,3 +368,41 @@ def test_what_cannot_be_is_refused(monkeypatch):
     monkeypatch.setattr(api, "compute_capability", lambda: None)
     with pytest.raises(NotImplementedError, match="needs an NVIDIA GPU"):
         delta_rule(**inputs, implementation="pallas_triton")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("topology", "widths", "dtype"),
+    [
+        ("v5e:2x2", (128, 128), jnp.bfloat16),
+        ("v5p:2x2x1", (128, 128), jnp.float32),
+        ("v6e:2x2", (64, 96), jnp.bfloat16),
+    ],
+)
+def test_tpu_kernels_compile_for_a_mesh(topology, widths, dtype):
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("needs jax[tpu]: libtpu compiles for a TPU that is not here")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    description = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    mesh = Mesh(np.array(description.devices).reshape(2, 2), ("data", "tensor"))
+    layout = Layout(mesh, ("data",), ("tensor",))
+
+    def loss(inputs, ids):
+        out, state = delta_rule(
+            **inputs, segment_ids=ids, implementation="pallas_tpu", layout=layout
+        )
+        return out.astype(jnp.float32).sum() + state.sum()
+
+    rows, split = PartitionSpec("data"), PartitionSpec("data", None, "tensor")
+
+    def shape_of(*tail, dtype=dtype):
+        sharding = NamedSharding(mesh, split if tail else rows)
+        return jax.ShapeDtypeStruct((4, 300, *tail), dtype, sharding=sharding)
+
+    features = (shape_of(2, widths[0]), shape_of(2, widths[0]), shape_of(4, widths[1]))
+    gates = (shape_of(4, dtype=jnp.float32),) * 2
+    inputs = dict(zip(NAMES, (*features, *gates), strict=True))
+    step = jax.jit(jax.grad(loss))
+    program = step.lower(inputs, shape_of(dtype=jnp.int32)).compile().as_text()
+    assert program.count("tpu_custom_call") >= 3
+    assert "all-gather" not in program
