@@ -153,16 +153,16 @@ def measure_tiles(shape: Shape) -> None:
         print(
             f"weigh {warps} warps:", told(kernels_of(weigh=tiles), "weigh"), flush=True
         )
-    one = kernels_of(precision=jax.lax.DotAlgorithmPreset.TF32_TF32_F32)
-    print("tf32 once:", told(one, "weigh", "forward", "backward"), flush=True)
-    for values, warps in ((16, 4), (32, 4), (64, 4), (64, 8), (128, 8)):
-        own = kernels_of(walk=Tiles(values, warps))
-        print(f"walk {values} values {warps} warps:", end=" ", flush=True)
-        print(told(own, "forward", "states", "backward"), flush=True)
     for values, warps in ((16, 8), (32, 4), (32, 8), (64, 4), (64, 8), (128, 8)):
         own = kernels_of(gradients=Tiles(values, warps))
         print(f"gradients {values} values {warps} warps:", end=" ", flush=True)
         print(told(own, "backward"), flush=True)
+    for values, warps in ((16, 4), (32, 4), (64, 4), (64, 8), (128, 8)):
+        own = kernels_of(walk=Tiles(values, warps))
+        print(f"walk {values} values {warps} warps:", end=" ", flush=True)
+        print(told(own, "forward", "states", "backward"), flush=True)
+    one = kernels_of(precision=jax.lax.DotAlgorithmPreset.TF32_TF32_F32)
+    print("tf32 once:", told(one, "weigh", "forward", "backward"), flush=True)
     own = kernels_of(walk=Tiles(64, 4, 2), gradients=Tiles(32, 8, 2))
     print("2 stages:", told(own, "forward", "states", "backward"), flush=True)
 
@@ -261,10 +261,10 @@ def main() -> None:
     check(Shape(2, min(shape.length, 512), 4, 2, shape.width, 3), names)
     measure(shape, names)
     if backend == "gpu":
-        for line in measure_peers(shape):
-            print(line, flush=True)
         if options.tiles:
             measure_tiles(shape)
+        for line in measure_peers(shape):
+            print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -163,7 +163,7 @@ FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
         linear_num_value_heads=4,
         linear_key_head_dim=8,
         linear_value_head_dim=12,
-        # A head's first reads may be tiny, and dividing by their size magnifies rounding.
+        # What a head reads first may be tiny: dividing by its size magnifies rounding.
         rms_norm_eps=1e-2,
         rope_parameters={
             "rope_type": "default",
