@@ -39,6 +39,16 @@ OWN_SIZES = {
         "conv_bias": True,
         "pad_token_id": None,  # transformers trains no embedding of that
     },
+    "qwen3_5_text": {
+        "num_hidden_layers": 4,
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+        "head_dim": 16,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 12,
+        "pad_token_id": None,
+    },
     "gemma4_text": {
         "num_hidden_layers": 8,
         "layer_types": ["sliding_attention", "full_attention"] * 4,

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Key, Shaped
 
 from jaxtrain.models import layers, moe
 from jaxtrain.models.convolution import ShortConvolution
+from jaxtrain.models.delta_net import GatedDeltaNet
 from jaxtrain.models.gemma4 import Gemma4Attention
 from jaxtrain.models.layer_kinds import Gemma4Layers
 from jaxtrain.models.layers import (
@@ -31,6 +32,7 @@ from jaxtrain.models.per_layer import LayerEnd
 MIXERS: Mapping[str, Any] = {
     "attention": Attention,
     "convolution": ShortConvolution,
+    "delta_net": GatedDeltaNet,
     "gemma4_attention": Gemma4Attention,
 }
 

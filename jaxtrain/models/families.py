@@ -73,6 +73,8 @@ class Family:
     first and divides by the standard deviation ("layer", without a bias).
     `qk_norm`: whether queries and keys are normalized, each head by itself ("head") or
     all heads as one vector ("width").
+    `gated_attention`: what a head reads is multiplied by the sigmoid of a gate, which
+    stands behind the head's query in the projection.
     `unit_offset_norm`: a norm multiplies by 1 + scale (Gemma stores scale - 1).
     `fused`: which projections are one matrix: none, gate and up of the MLP ("mlp"), or
     queries, keys and values too ("all").
@@ -118,6 +120,7 @@ class Family:
     norms: Literal["before", "after", "around", "around_glm", "shared"] = "before"
     norm_kind: Literal["rms", "layer"] = "rms"
     qk_norm: Literal["none", "head", "width"] = "none"
+    gated_attention: bool = False
     unit_offset_norm: bool = False
     scale_embeddings: bool = False
     fused: Literal["none", "mlp", "all"] = "none"
@@ -140,6 +143,7 @@ class Family:
     variety: str | None = None
     module_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
     ignored_keys: frozenset[str] = frozenset()
+    ignored_rope_keys: frozenset[str] = frozenset()
     unused_dropout: tuple[str, ...] = ()
     exported: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     must_be: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
@@ -666,6 +670,46 @@ FAMILIES: Mapping[str, Family] = {
             "norm": "embedding_norm",
         },
     ),
+    "qwen3_5_text": Family(
+        architecture="Qwen3_5ForCausalLM",
+        defaults=_COMMON
+        | {
+            "vocab_size": 248_320,
+            "intermediate_size": 12_288,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "max_position_embeddings": 32_768,
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "attention_bias": False,
+            "partial_rotary_factor": 0.25,
+            "layer_types": None,
+            "full_attention_interval": 4,
+            "linear_conv_kernel_dim": 4,
+            "linear_num_key_heads": 16,
+            "linear_num_value_heads": 32,
+            "linear_key_head_dim": 128,
+            "linear_value_head_dim": 128,
+        },
+        qk_norm="head",
+        gated_attention=True,
+        unit_offset_norm=True,
+        partial_rotary=True,
+        variety="delta_nets",
+        # What transformers reads nothing of: notes, and heads that predict further on.
+        ignored_keys=frozenset(
+            {
+                "attn_output_gate",
+                "mamba_ssm_dtype",
+                "mlp_only_layers",
+                "mtp_num_hidden_layers",
+                "mtp_use_dedicated_embeddings",
+            }
+        ),
+        # Of images: in a text all positions of a token are the same.
+        ignored_rope_keys=frozenset({"mrope_interleaved", "mrope_section"}),
+    ),
 }
 
 # Models of text and images whose text decoder is one of these: the family it has where
@@ -674,6 +718,7 @@ WRAPPERS: Mapping[str, str] = {
     "gemma3": "gemma3_text",
     "gemma4": "gemma4_text",
     "mistral3": "mistral",
+    "qwen3_5": "qwen3_5_text",
 }
 
 # Options that this decoder has in one form only: the values that mean that form.

@@ -25,6 +25,8 @@ _SHARED_KEYS = (
     "bos_token_id", "eos_token_id", "pad_token_id", "quantization_config",
     "tie_word_embeddings",
 )  # fmt: skip
+# Wrappers whose embedding is not the head where they do not say so.
+_UNTIED = frozenset({"qwen3_5"})
 _OLD, _NEW = "language_model.model.", "model.language_model."
 _OLD_HEAD = f"language_model.{HEAD}"
 # What rope_parameters takes the place of.
@@ -49,9 +51,10 @@ def text_options(options: Mapping[str, Any]) -> dict[str, Any]:
         return dict(options)
     text = dict(options["text_config"])
     text.setdefault("model_type", WRAPPERS[options["model_type"]])
-    # transformers ties by the wrapper's value, which is true where it says nothing.
+    # transformers ties by the wrapper's value; where it says nothing, most are tied.
     shared = {name: options[name] for name in _SHARED_KEYS if name in options}
-    return {**text, "tie_word_embeddings": True, **shared}
+    tied = options["model_type"] not in _UNTIED
+    return {**text, "tie_word_embeddings": tied, **shared}
 
 
 def text_name(name: str) -> str | None:

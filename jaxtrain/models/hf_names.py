@@ -34,6 +34,8 @@ TOKENIZER_FILES = (
     "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
 
+# Leaves whose tensors are called as they are; others are some module's "weight".
+_OWN_NAMES = frozenset({"bias", "sinks", "A_log", "dt_bias"})
 Path = tuple[str, ...]
 # Which part of a leaf a tensor is: (), (place in the stack,) or (place, expert).
 Place = tuple[int, ...]
@@ -104,7 +106,7 @@ class Leaf:
             modules = ("model", *modules)
         if self.path[-1] == "buffer":
             return ".".join(modules)
-        own_name = self._is_stack or self.path[-1] in ("bias", "sinks")
+        own_name = self._is_stack or self.path[-1] in _OWN_NAMES
         return ".".join((*modules, self.path[-1] if own_name else "weight"))
 
     @property

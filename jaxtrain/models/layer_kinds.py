@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from jaxtrain.models.config import ModelConfig
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+LINEAR = "linear_attention"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +157,83 @@ def _lfm2_width(options: Mapping[str, Any]) -> int:
             f"block_multiple_of = {shown(multiple, 100)}: must be a positive integer"
         )
     return multiple * -(-width // multiple)
+
+
+@dataclasses.dataclass(frozen=True)
+class DeltaNets:
+    """Qwen3.5: layers of type "linear_attention" are Gated DeltaNets.
+
+    Of these, `taps`: how many tokens a convolution reads, its own included; `key_heads`
+    of width `key_width`, each shared by as many of `value_heads` of width
+    `value_width`.
+    """
+
+    taps: int = 4
+    key_heads: int = 16
+    value_heads: int = 32
+    key_width: int = 128
+    value_width: int = 128
+    layer_types: ClassVar[frozenset[str]] = frozenset({LINEAR})
+
+    @property
+    def mixed_width(self) -> int:
+        """Features of queries, keys and values, which the convolution mixes."""
+        keys = self.key_heads * self.key_width
+        return 2 * keys + self.value_heads * self.value_width
+
+    @classmethod
+    def read(cls, given: Mapping[str, Any]) -> tuple[Variety, dict[str, Any]]:
+        types = given.get("layer_types")
+        if types is None:
+            interval = given["full_attention_interval"]
+            if type(interval) is not int or interval < 1:
+                raise ValueError(
+                    f"full_attention_interval = {shown(interval, 100)}: must be a"
+                    " positive integer"
+                )
+            layers = range(1, given["num_hidden_layers"] + 1)
+            types = [LINEAR if i % interval else FULL for i in layers]
+        sizes = {field: given[key] for field, key in _DELTA_NET_KEYS.items()}
+        return cls(**sizes), {"layer_types": types}
+
+    def problems(self, config: "ModelConfig") -> Iterator[str]:
+        for field, key in _DELTA_NET_KEYS.items():
+            size, most = getattr(self, field), 1024 if field == "taps" else 2**20
+            if type(size) is not int or not 0 < size <= most:
+                yield (
+                    f"model.{key} = {shown(size, 100)}: must be an integer from 1 to"
+                    f" {most:,}"
+                )
+                return
+        if self.value_heads % self.key_heads:
+            yield (
+                f"model.linear_num_value_heads = {self.value_heads} is no multiple of"
+                f" linear_num_key_heads = {self.key_heads}"
+            )
+        if config.hidden_act != "silu":
+            yield (
+                f"model.hidden_act = {shown(config.hidden_act)}: only 'silu' is"
+                " implemented where layers are of type 'linear_attention'"
+            )
+
+    def kind_of(self, config: "ModelConfig", layer: int) -> LayerKind:
+        is_linear = config.layer_types[layer] == LINEAR
+        return LayerKind("delta_net" if is_linear else "attention")
+
+    def to_hf(self, config: "ModelConfig") -> dict[str, Any]:
+        # Said outside too: 0.25 is what counts where nothing is said.
+        factor = config.rope.partial_rotary_factor
+        sizes = {key: getattr(self, field) for field, key in _DELTA_NET_KEYS.items()}
+        return {"partial_rotary_factor": factor, **sizes}
+
+
+_DELTA_NET_KEYS: Mapping[str, str] = {
+    "taps": "linear_conv_kernel_dim",
+    "key_heads": "linear_num_key_heads",
+    "value_heads": "linear_num_value_heads",
+    "key_width": "linear_key_head_dim",
+    "value_width": "linear_value_head_dim",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -315,6 +393,7 @@ def _full_sizes(
 # By the names that rows of families.py have for them.
 VARIETIES: Mapping[str, type[Variety]] = {
     "short_convolutions": ShortConvolutions,
+    "delta_nets": DeltaNets,
     "gemma4_layers": Gemma4Layers,
 }
 

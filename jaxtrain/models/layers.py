@@ -380,7 +380,8 @@ class Attention(nnx.Module):
         if config.family.fused == "all":
             self.qkv_proj = project("qkv_proj", q_width + 2 * kv_width, "heads")
         else:
-            self.q_proj = project("q_proj", q_width, "heads")
+            gates = q_width if config.family.gated_attention else 0
+            self.q_proj = project("q_proj", q_width + gates, "heads")
             self.k_proj = project("k_proj", kv_width, "kv_heads")
             self.v_proj = project("v_proj", kv_width, "kv_heads")
         sizes, axes, bias = (q_width, width), ("heads", "embed"), config.o_bias
@@ -419,6 +420,10 @@ class Attention(nnx.Module):
             q, k, v = projected
             projected = [self.q_norm(q), self.k_norm(k), v]
         heads = (*x.shape[:2], -1, config.head_dim)
+        gate = None
+        if config.family.gated_attention:
+            queries = projected[0].reshape(*heads[:3], 2 * config.head_dim)
+            projected[0], gate = jnp.split(queries, 2, axis=-1)
         q, k, v = (y.reshape(heads) for y in projected)
         if config.family.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
@@ -434,6 +439,8 @@ class Attention(nnx.Module):
         sinks = (self.sinks[...],) if config.family.attention_sinks else ()
         context, kept = attend(q, k, v, *sinks)
         context = constrain(context, ("batch", "sequence", "heads", None))
+        if gate is not None:
+            context *= jax.nn.sigmoid(gate)
         return self.o_proj(context.reshape(*x.shape[:2], -1), dropout_key), kept
 
 

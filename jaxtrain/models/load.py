@@ -16,6 +16,7 @@ from jaxtrain.models import bucket, hf, quantization, vocabulary
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.fingerprint import fingerprint_model
 from jaxtrain.models.generation_config import GenerationConfig
+from jaxtrain.models.layer_kinds import LINEAR
 from jaxtrain.models.source import ModelSource, read_sizes, read_source
 from jaxtrain.models.transformer import Decoder
 from jaxtrain.record.memory import in_words, memory_limit, sum_bytes
@@ -247,6 +248,12 @@ def make_decoder(
             f"max_length = {wanted} exceeds the model's max_position_embeddings ="
             f" {limit}: shorten it, or stretch the model's context by"
             " config.model.rope_scaling"
+        )
+    if plan.mesh.shape["context"] > 1 and LINEAR in config.layer_types:
+        raise ValueError(
+            f"mesh.context = {plan.mesh.shape['context']}: layers of type {LINEAR!r}"
+            " read a row from its start, so no device can begin with a later part of"
+            " it; set mesh.context = 1, and split rows or weights instead"
         )
     router_loss_coefficient(run, config)
     rules = sharding.ACTIVATION_RULES

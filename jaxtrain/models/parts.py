@@ -85,6 +85,8 @@ def layer_options(options: Options, stack: Stack) -> LayerOptions:
 
 
 _OPTIONS = dataclasses.fields(Options)
+# Weights of no matrix product, which are used as they are kept.
+_WHOLE = {"scale", "sinks", "lora_magnitude", "A_log", "dt_bias", CODES, SCALES}
 _O = TypeVar("_O", bound=Options)
 
 
@@ -202,8 +204,7 @@ def _scanned(
     """
 
     def cast(path: tuple[Any, ...], leaf: Array) -> Array:
-        whole = ("scale", "sinks", "lora_magnitude", CODES, SCALES)
-        is_whole = path[-1].key in whole
+        is_whole = path[-1].key in _WHOLE
         return leaf if is_whole else leaf.astype(options.compute_dtype)
 
     layers = jax.tree_util.tree_map_with_path(cast, stack.of(params[LAYERS]))

@@ -92,7 +92,8 @@ class RopeConfig:
         """
         parameters, theta = _find_parameters(options, family, layer_type)
         kind = kind_of(parameters, family)
-        parameters = {k: v for k, v in parameters.items() if k not in _KIND_KEYS}
+        unread = {*_KIND_KEYS, *family.ignored_rope_keys}
+        parameters = {k: v for k, v in parameters.items() if k not in unread}
         if not isinstance(kind, str) or kind not in _PARAMETERS:
             raise ValueError(
                 f"rope_type = {shown(kind)} is not implemented; use a model with one of"
@@ -224,7 +225,7 @@ UNTURNED = RopeConfig("none")
 def kind_of(parameters: Mapping[str, Any], family: Family) -> Any:
     """The kind that rope parameters name, as transformers 4 or 5 spells it."""
     kind = parameters.get("rope_type", parameters.get("type")) or "default"
-    if family.partial_rotary and kind in ("su", "yarn"):
+    if family.fused == "all" and kind in ("su", "yarn"):
         return "longrope"  # the names that early Phi-3 configs gave it
     return kind
 
@@ -237,7 +238,13 @@ def unread_parameters(parameters: Mapping[str, Any], family: Family) -> list[str
     kind = kind_of(parameters, family)
     if not isinstance(kind, str) or kind not in _PARAMETERS:
         return []
-    read = {*_KIND_KEYS, *_COMMON_KEYS, _LENGTH, *" ".join(_PARAMETERS[kind]).split()}
+    read = {
+        *family.ignored_rope_keys,
+        *_KIND_KEYS,
+        *_COMMON_KEYS,
+        _LENGTH,
+        *" ".join(_PARAMETERS[kind]).split(),
+    }
     if family.scales_queries:
         read |= {_QUERY_SCALE, _QUERY_NOTE}
     return [name for name in parameters if name not in read]

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Float32, Int32, Key
 
 from jaxtrain.kernels.attention.api import attention, plan_attention, skips_blocks
 from jaxtrain.kernels.attention.partition import Layout
+from jaxtrain.kernels.delta_rule import delta_rule
 from jaxtrain.kernels.linear_cross_entropy.api import linear_log_probs
 from jaxtrain.models import head, parts
 from jaxtrain.models.binding import axes_of, init_module, paths_with
@@ -423,6 +424,9 @@ def _inputs_over_rows(
 ) -> Callable[[Array], LayerInputs]:
     """A function from a layer's number to what it is given beside the stream."""
     segment_ids = rows.segment_ids
+    if kind.mixer == "delta_net":
+        run = functools.partial(delta_rule, layout=decoder.layout)
+        return lambda index: LayerInputs(segment_ids, attend=run)
     if not kind.attends:
         return lambda index: LayerInputs(segment_ids)
     config = config_of_kind(decoder.config, kind)

@@ -128,7 +128,7 @@ def test_steps_go_on_where_the_last_ended_whatever_the_padding() -> None:
 # --- the decoder ---------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["lfm2", "gemma4"])
+@pytest.fixture(scope="module", params=["lfm2", "gemma4", "qwen3_5"])
 def of_kinds(request, make_model) -> tuple[Decoder, Params]:
     return make_model(request.param)
 
