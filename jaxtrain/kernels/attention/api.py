@@ -229,7 +229,10 @@ def _choose(
         name = "xla"
         if "gpu" in (platform, jax.default_backend()):
             by_hopper = _refuse_pallas_gpu(q, mask, extras, device)
-            why = f", which is slow: {by_hopper}; {by_cudnn}; {reason}"
+            why = (
+                f", which is slow (pallas_gpu: {by_hopper}; cudnn: {by_cudnn};"
+                f" pallas_triton: {reason})"
+            )
     _log_choice(name, q, mask, extras, why)
     return name
 
@@ -243,9 +246,9 @@ def _why_not_triton(
         return refusal
     width = max(q.shape[-1], extras.value_width or 0)
     if q.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"Triton's kernels are slow in {q.dtype.name}"
+        return f"it is slow in {q.dtype.name}"
     if width > _NARROW_HEAD:
-        return f"Triton's tiles of heads {width} wide do not fit every card"
+        return f"its tiles of heads {width} wide do not fit every card"
     try:
         _load_kernels("pallas_triton")
     except NotImplementedError as error:
@@ -257,9 +260,9 @@ def _refuse_pallas_gpu(
     q: Queries, mask: Mask, extras: Extras, device: jax.Device | None
 ) -> str | None:
     if not _is_hopper(cudnn.compute_capability(device)):
-        return "our kernel needs a Hopper GPU (compute capability 9.0)"
+        return "it needs a Hopper GPU (compute capability 9.0)"
     if q.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"our kernel takes bfloat16 or float16, not {q.dtype.name}"
+        return f"it takes bfloat16 or float16, not {q.dtype.name}"
     return _refuse_wide_heads(q, extras)
 
 
@@ -269,7 +272,7 @@ def _refuse_pallas_triton(
     # Its lowering asks the GPU that is here.
     capability = cudnn.compute_capability()
     if capability is None or capability < 8.0:
-        return "Triton needs an NVIDIA GPU of compute capability 8.0 or later"
+        return "it needs an NVIDIA GPU of compute capability 8.0 or later"
     if q.shape[-1] > _NARROW_HEAD and capability in _SMALL_SHARED_MEMORY:
         return (
             f"head width {q.shape[-1]} is above {_NARROW_HEAD}, and its tiles exceed"
@@ -293,7 +296,7 @@ def _refuse_pallas_tpu(
 
 def _refuse_wide_heads(q: Queries, extras: Extras) -> str | None:
     width = max(q.shape[-1], extras.value_width or 0)
-    return f"head width {width} is above our kernels' 256" if width > 256 else None
+    return f"head width {width} is above 256" if width > 256 else None
 
 
 _Refuse = Callable[[Queries, Mask, Extras, jax.Device | None], str | None]
