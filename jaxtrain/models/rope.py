@@ -127,7 +127,8 @@ class RopeConfig:
         if partial != 1.0 and not (family.partial_rotary or kind == "proportional"):
             raise ValueError(
                 f"partial_rotary_factor = {partial} is not implemented for"
-                f" {options['model_type']}; only 1.0 is"
+                f" {options['model_type']}; only 1.0 is, but for rope_type ="
+                " 'proportional'"
             )
         if _LENGTH in optional:
             length = options["max_position_embeddings"]

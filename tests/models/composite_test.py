@@ -135,7 +135,7 @@ def make_wrapper(directory: pathlib.Path, kind: str, dtype: str, vocab: int) -> 
         others = {"image_token_id": vocab - 1}
     if kind == "gemma4":
         others |= {"audio_config": None}
-        text |= {"vocab_size_per_layer_input": vocab}
+        text |= {"vocab_size_per_layer_input": vocab + 8}
     wrapper_type = WRAPPER_OF.get(kind, kind)
     config = transformers.CONFIG_MAPPING[wrapper_type](
         text_config=text,
@@ -411,17 +411,20 @@ def test_changed_weights_and_options_are_put_back(wrapper, tmp_path) -> None:
     table = jnp.pad(params["embed_tokens"]["embedding"], ((0, 2), (0, 0)))
     params["embed_tokens"] = {"embedding": table}
     params["norm"] = {"scale": params["norm"]["scale"] + 0.5}
-    tokens = {"bos_token_id": 5, "eos_token_id": (65, 9), "pad_token_id": None}
+    is_gemma4 = config.model_type == "gemma4_text"
+    pad = 3 if is_gemma4 else None  # transformers' Gemma 4 needs one
+    tokens = {"bos_token_id": 5, "eos_token_id": (65, 9), "pad_token_id": pad}
     config = dataclasses.replace(
         config, tie_word_embeddings=False, vocab_size=66, **tokens
     )
-    config = config.with_rope_scaling({"rope_type": "linear", "factor": 2.0})
+    kind = config.rope.kind if is_gemma4 else "linear"
+    config = config.with_rope_scaling({"rope_type": kind, "factor": 2.0})
     save_in_wrapper(tmp_path, wrapper, config, params, dtype="float32")
     assert load_config(tmp_path) == config
     theirs = load_torch(tmp_path)
     for options in (theirs.config, theirs.config.text_config):
         found = [getattr(options, name, None) for name in tokens]
-        assert found == [5, [65, 9], None]
+        assert found == [5, [65, 9], pad]
     np.testing.assert_array_equal(theirs.lm_head.weight.detach().numpy(), head.T)
     np.testing.assert_allclose(
         our_logits(tmp_path), torch_logits(theirs), atol=1e-4, rtol=0
