@@ -672,7 +672,7 @@ ADAPTERS = {
     "fused modules": ("phi3", False, {"target_modules": ["qkv_proj", "gate_up_proj"]}),
     "scaled logits": (
         "cohere2",
-        True,
+        False,
         {"target_modules": ["q_proj", "down_proj", "lm_head"]},
     ),
 }

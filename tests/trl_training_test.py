@@ -236,13 +236,19 @@ def train_with_jaxtrain(
 
 
 def assert_equal_trainings(
-    ours: Trained, theirs: Trained, objective: str, *, tied_logs: int = 0
+    ours: Trained,
+    theirs: Trained,
+    objective: str,
+    *,
+    tied_logs: int = 0,
+    rounding: float = 0,
 ) -> None:
     """Every metric of every log, the final weights and the evaluation.
 
     tied_logs: the first so many hold steps in which policy and reference are one
         model with adapters that act. Margins are 0 there but for rounding, and the
         sign of that is no accuracy.
+    rounding: of rewards, which are 0 in such steps.
     """
     names = DPO_METRICS if objective == "dpo" else SFT_METRICS
     for name in names:
@@ -250,7 +256,7 @@ def assert_equal_trainings(
         found, expected = (
             [log[name] for log in run.logs[first:]] for run in (ours, theirs)
         )
-        assert_equal(name, found, expected)
+        assert_equal(name, found, expected, rounding)
     assert ours.weights.keys() == theirs.weights.keys()
     for name, tensor in theirs.weights.items():
         np.testing.assert_allclose(
@@ -262,13 +268,15 @@ def assert_equal_trainings(
         assert_equal(name, ours.evaluated[key], theirs.evaluated[key])
 
 
-def assert_equal(name: str, ours: Any, theirs: Any) -> None:
+def assert_equal(name: str, ours: Any, theirs: Any, rounding: float = 0) -> None:
     np.testing.assert_allclose(
         np.asarray(ours, float),
         np.asarray(theirs, float),
         rtol=1e-4,
         # Means of logits of either sign and size 1: they may cancel to nearly 0.
-        atol=1e-6 if name.startswith("logits/") else 0,
+        atol=1e-6
+        if name.startswith("logits/")
+        else rounding * name.startswith("rewards/"),
         err_msg=name,
     )
 
@@ -331,7 +339,9 @@ def test_other_families_log_and_learn_what_trl_does(
         method, base, tmp_path / "trl" / "start", tmp_path / "ours", **options
     )
     assert len(ours.logs) == len(theirs.logs) == 4
-    assert_equal_trainings(ours, theirs, method)
+    # The rate is 0 in the first of three steps of warming up, so that in two the policy
+    # is the reference, whose factors XLA may fuse otherwise.
+    assert_equal_trainings(ours, theirs, method, tied_logs=2, rounding=1e-7)
 
 
 @pytest.mark.parametrize("base", ["llama"], indirect=True)
