@@ -73,6 +73,7 @@ def leaf_names(tree):
 FAMILY_OPTIONS = {
     "granitemoehybrid": {
         "layer_types": ["attention"] * LAYERS,
+        "mamba_n_heads": 4,  # unused, but transformers checks it against the width
         "num_local_experts": 0,
         "shared_intermediate_size": 24,
     },
@@ -672,7 +673,7 @@ ADAPTERS = {
     "fused modules": ("phi3", False, {"target_modules": ["qkv_proj", "gate_up_proj"]}),
     "scaled logits": (
         "cohere2",
-        True,
+        False,
         {"target_modules": ["q_proj", "down_proj", "lm_head"]},
     ),
 }

@@ -268,13 +268,19 @@ def train_with_jaxtrain(
 
 
 def assert_equal_trainings(
-    ours: Trained, theirs: Trained, objective: str, *, tied_logs: int = 0
+    ours: Trained,
+    theirs: Trained,
+    objective: str,
+    *,
+    tied_logs: int = 0,
+    rounding: float = 0,
 ) -> None:
     """Every metric of every log, the final weights and the evaluation.
 
     tied_logs: the first so many hold steps in which policy and reference are one
         model with adapters that act. Margins are 0 there but for rounding, and the
         sign of that is no accuracy.
+    rounding: of rewards, which are 0 in such steps.
     """
     names = DPO_METRICS if objective == "dpo" else SFT_METRICS
     for name in names:
@@ -282,7 +288,7 @@ def assert_equal_trainings(
         found, expected = (
             [log[name] for log in run.logs[first:]] for run in (ours, theirs)
         )
-        assert_equal(name, found, expected)
+        assert_equal(name, found, expected, rounding)
     assert ours.weights.keys() == theirs.weights.keys()
     for name, tensor in theirs.weights.items():
         np.testing.assert_allclose(
@@ -294,13 +300,15 @@ def assert_equal_trainings(
         assert_equal(name, ours.evaluated[key], theirs.evaluated[key])
 
 
-def assert_equal(name: str, ours: Any, theirs: Any) -> None:
+def assert_equal(name: str, ours: Any, theirs: Any, rounding: float = 0) -> None:
     np.testing.assert_allclose(
         np.asarray(ours, float),
         np.asarray(theirs, float),
         rtol=1e-4,
         # Means of logits of either sign and size 1: they may cancel to nearly 0.
-        atol=1e-6 if name.startswith("logits/") else 0,
+        atol=1e-6
+        if name.startswith("logits/")
+        else rounding * name.startswith("rewards/"),
         err_msg=name,
     )
 
@@ -378,7 +386,10 @@ def test_other_families_log_and_learn_what_trl_does(
         method, base, tmp_path / "trl" / "start", tmp_path / "ours", **options
     )
     assert len(ours.logs) == len(theirs.logs) == 4
-    assert_equal_trainings(ours, theirs, method.removeprefix("lora-"))
+    # The rate is 0 in the first of three steps of warming up, so that in two the policy
+    # is the reference, whose factors XLA may fuse otherwise.
+    method = method.removeprefix("lora-")
+    assert_equal_trainings(ours, theirs, method, tied_logs=2, rounding=1e-7)
 
 
 @pytest.mark.parametrize("base", ["llama"], indirect=True)
