@@ -286,8 +286,19 @@ def test_two_runs_at_once_fill_it_and_a_third_compiles_nothing(runs):
 
 
 def test_a_run_imports_no_other_framework(runs):
-    """Each is installed with the peers, or may stand beside jaxtrain."""
-    others = {"torch", "tensorflow", "sklearn", "matplotlib", "keras"}
+    """Each is installed with the peers, or may stand beside jaxtrain.
+
+    `datasets`, which brings pandas, is for rows of the hub and saved ones.
+    """
+    others = {
+        "datasets",
+        "pandas",
+        "torch",
+        "tensorflow",
+        "sklearn",
+        "matplotlib",
+        "keras",
+    }
     peers = {"trl", "peft", "accelerate", "lm_eval", "wandb", "qwix", "bert_score"}
     for each in runs:
         assert not (others | peers) & set(each["modules"])

@@ -9,7 +9,6 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import TypeAlias, TypeVar
 
-import datasets
 from ml_collections import ConfigDict
 
 from jaxtrain import assets
@@ -29,6 +28,7 @@ from jaxtrain.data.prepare.workers import Resources, usable_cores
 from jaxtrain.data.rows.columns import make_column_map
 from jaxtrain.data.rows.folders import looks_local
 from jaxtrain.data.rows.formats import detect_format
+from jaxtrain.data.rows.hf_datasets import IterableDataset, is_stream
 from jaxtrain.data.rows.marks import AssistantMarks
 from jaxtrain.data.rows.own_format import format_rows
 from jaxtrain.data.rows.source import load_rows
@@ -48,7 +48,7 @@ from jaxtrain.data.stream.source import HubSource, head, open_stream
 logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
-AnyRows: TypeAlias = Rows | Mixture | StreamRows | datasets.IterableDataset
+AnyRows: TypeAlias = Rows | Mixture | StreamRows | IterableDataset
 
 
 def load_training_rows(
@@ -118,7 +118,7 @@ def prepare_rows(
     Raises:
         ValueError: bad rows, each by number and reason (`data.on_bad_row: error`).
     """
-    if isinstance(rows, datasets.IterableDataset):
+    if is_stream(rows):
         if not run.data.streaming:
             raise ValueError(
                 "data.streaming = False: an IterableDataset is a stream; set it"

@@ -66,12 +66,12 @@ class KeptPrograms:
         try:
             path = self.folder / f"{_key(train_step, self.plan, state, batch)}{_SUFFIX}"
             kept = _read(path) or self._keep(path, train_step, state, batch)
+            return self._as_step(kept, state).lower(state, batch)
         except Exception as error:
             # Of jax, of flatbuffers, of the disk: a file that saves seconds is not
             # worth a run.
             logger.debug("the traced step is not kept: %s", error)
             return train_step.lower(state, batch)
-        return self._as_step(kept, state).lower(state, batch)
 
     def _keep(
         self, path: pathlib.Path, train_step: Any, state: TrainState, batch: Any

@@ -20,7 +20,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import tokenizers
@@ -33,6 +32,7 @@ from jaxtrain.data.batches.dataset import PreparedDataset
 from jaxtrain.data.prepare.options import PrepareOptions
 from jaxtrain.data.prepare.prepare import Rows, prepare
 from jaxtrain.data.prepare.workers import ALONE, Resources
+from jaxtrain.data.rows.hf_datasets import is_data_set
 from jaxtrain.data.rows.indexed import FileRows
 from jaxtrain.run.durable import flush
 
@@ -105,12 +105,12 @@ def cache_key(
     return digest.hexdigest()
 
 
-def _blocks(rows: Rows) -> Iterator[bytes | memoryview]:
+def _blocks(rows: Any) -> Iterator[bytes | memoryview]:
     """The rows' content in bytes."""
     if isinstance(rows, FileRows):
         yield from rows.contents()
         return
-    if not isinstance(rows, datasets.Dataset):
+    if not is_data_set(rows):
         for row in rows:
             yield json.dumps(row, sort_keys=True, default=repr).encode() + b"\n"
         return

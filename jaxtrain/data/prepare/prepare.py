@@ -6,7 +6,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
-import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
@@ -17,12 +16,13 @@ from jaxtrain.data.prepare.options import PrepareOptions
 from jaxtrain.data.prepare.sequences import SequenceWriter
 from jaxtrain.data.prepare.workers import ALONE, Resources, make_chunks
 from jaxtrain.data.rows.formats import RowFormat, RowProblems, detect_for
+from jaxtrain.data.rows.hf_datasets import Dataset, is_data_set
 from jaxtrain.data.rows.places import name_rows
 from jaxtrain.data.rows.tokenize import check_tokenizer
 
 logger = logging.getLogger(__name__)
 
-Rows: TypeAlias = datasets.Dataset | Sequence[Mapping[str, Any]]
+Rows: TypeAlias = Dataset | Sequence[Mapping[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ def prepare(
             first numbers and reasons); nothing left to train on.
     """
     check_tokenizer(tokenizer)
-    if not isinstance(rows, datasets.Dataset | Sequence):
+    if not (is_data_set(rows) or isinstance(rows, Sequence)):
         rows = list(rows)
     row_format = detect_row_format(rows, options)
     logger.info("detected %s", row_format.describe())

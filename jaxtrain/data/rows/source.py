@@ -11,8 +11,6 @@ import logging
 import pathlib
 from typing import Any, TypeAlias
 
-import datasets
-
 from jaxtrain.data.rows.folders import (
     SAVED,
     check_formats,
@@ -21,6 +19,7 @@ from jaxtrain.data.rows.folders import (
     split_aliases,
     split_files,
 )
+from jaxtrain.data.rows.hf_datasets import Dataset, is_data_set
 from jaxtrain.data.rows.indexed import FileRows, index_files
 from jaxtrain.data.rows.remote import copy_data
 from jaxtrain.record.safe_text import shown
@@ -28,7 +27,7 @@ from jaxtrain.storage.address import is_remote
 
 logger = logging.getLogger(__name__)
 
-LoadedRows: TypeAlias = datasets.Dataset | FileRows
+LoadedRows: TypeAlias = Dataset | FileRows
 
 
 def load_rows(
@@ -83,7 +82,7 @@ def data_files(path: pathlib.Path, split: str) -> list[pathlib.Path]:
     return files
 
 
-def load_saved(folder: pathlib.Path, split: str) -> datasets.Dataset | None:
+def load_saved(folder: pathlib.Path, split: str) -> Dataset | None:
     """What `save_to_disk` wrote to a folder, or None.
 
     Raises:
@@ -91,6 +90,8 @@ def load_saved(folder: pathlib.Path, split: str) -> datasets.Dataset | None:
     """
     if is_saved(folder):
         _check_saved(folder)
+        import datasets
+
         loaded = datasets.load_from_disk(str(folder))
         return _choose_split(loaded, split, str(folder))
     return None
@@ -123,10 +124,8 @@ def _names_in(file: pathlib.Path) -> list[Any]:
         return []
 
 
-def _choose_split(
-    loaded: datasets.Dataset | datasets.DatasetDict, split: str, origin: str
-) -> datasets.Dataset:
-    if isinstance(loaded, datasets.Dataset):
+def _choose_split(loaded: Any, split: str, origin: str) -> Dataset:
+    if is_data_set(loaded):
         return loaded
     for alias in split_aliases(split):
         if alias in loaded:
@@ -140,6 +139,8 @@ def load_hub(hub_name: str, split: str, **options: Any) -> Any:
     Raises:
         ValueError: the hub does not give it, or has no such split.
     """
+    import datasets
+
     try:
         loaded = datasets.load_dataset(hub_name, **options)
     except (OSError, datasets.exceptions.DatasetNotFoundError, ValueError) as error:

@@ -15,11 +15,11 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
-import datasets
 import numpy as np
 
 from jaxtrain.data.rows.files import START, Item, Unit, drop_filled, make_units
 from jaxtrain.data.rows.folders import looks_local
+from jaxtrain.data.rows.hf_datasets import IterableDataset
 from jaxtrain.data.rows.places import HeldRows
 from jaxtrain.data.rows.remote import copy_data, stream_files
 from jaxtrain.data.rows.source import data_files, load_hub, load_saved
@@ -190,7 +190,7 @@ class HubSource:
     """
 
     name: str
-    rows: datasets.IterableDataset
+    rows: IterableDataset
     max_rows: int | None = None
 
     def open(self, share: Share, epoch: int, at: State | None) -> Cursor:
