@@ -26,7 +26,9 @@ from jaxtrain.models.hf_layouts import split_by_rows
 from jaxtrain.models.hf_names import leaves_of
 from jaxtrain.models.source import read_sizes, read_source
 from jaxtrain.models.weight_files import open_weights
+from jaxtrain.storage import reading
 from jaxtrain.storage.address import filesystem
+from jaxtrain.storage.objects import read_range
 from jaxtrain.storage.reading import list_files
 from tests.buckets import Proxy, bucket, endpoint_of, gs_bucket, serve
 from tests.two_processes import run_two
@@ -73,6 +75,13 @@ def reads(monkeypatch):
             return content
 
         monkeypatch.setattr(system, "_cat_file", counted)
+
+    def range_counted(address, *args):
+        content = read_range(address, *args)
+        found[address.rpartition("/")[2]].append(len(content or b""))
+        return content
+
+    monkeypatch.setattr(reading, "read_range", range_counted)
     return found
 
 

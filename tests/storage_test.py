@@ -5,6 +5,7 @@ import os
 import pathlib
 import sys
 
+import jax
 import pytest
 
 from jaxtrain.storage import address, checks, errors, mirror
@@ -120,6 +121,12 @@ def test_a_local_copy_is_fresh_and_whole(bucket, tmp_path, monkeypatch):
     assert (changed / "config.json").read_text() == "[]"
     with pytest.raises(FileNotFoundError, match="there is nothing of this name"):
         mirror.mirror(f"{bucket}/none", tmp_path)
+
+
+def test_a_process_that_waits_for_another_has_not_lost_its_bucket():
+    text = "UNKNOWN: Gloo context initialization failed: DEADLINE_EXCEEDED: Timed out"
+    assert not errors.is_network(jax.errors.JaxRuntimeError(text))
+    assert errors.is_network(ValueError(text))  # as TensorStore says it
 
 
 def test_faults_of_the_network_are_tried_again_within_a_limit(monkeypatch):

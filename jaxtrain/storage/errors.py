@@ -74,6 +74,8 @@ def is_network(error: BaseException) -> bool:
 def _is_network(error: BaseException) -> bool:
     if isinstance(error, FileNotFoundError | FileExistsError):
         return False
+    if type(error).__module__.startswith("jax"):  # jaxlib too
+        return False  # of devices and of the run's other processes, in the same words
     code = _code_of(error)
     if code is not None:
         return code in _TRANSIENT_CODES
