@@ -108,9 +108,10 @@ def floors(case: Case, chip: Chip, moments: str) -> dict[str, float]:
         "mlp, projections": layers * product(3 * wide),
         # Forward reads two and writes one, backward reads three and writes two.
         "gated product": stream(8 * wide),
-        # Each of two norms with its sum: forward reads two and writes two, backward
-        # reads three and writes one; rope reads and writes queries and keys twice.
-        "norms, rope, residuals": stream(16 * width + 4 * per_layer),
+        # Each of two norms: forward reads one and writes one, backward reads three (the
+        # residual's gradient too) and writes one. The sums before them are part of
+        # products. Rope reads and writes queries and keys, forward and backward.
+        "norms, rope, residuals": stream(12 * width + 2 * per_layer),
         # The gradient read twice, for its norm and for the update; the weight and both
         # moments read and written.
         "optimizer and clipping": trained * (16 + 4 * of_moment) / chip.memory_rate,
