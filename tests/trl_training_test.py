@@ -317,13 +317,23 @@ def test_a_mixture_of_experts_logs_and_learns_what_trl_does(
         assert_equal("aux_loss", *(log["aux_loss"] for log in logs))
 
 
-@pytest.mark.parametrize("base", list(OF_KINDS), indirect=True)
 @pytest.mark.parametrize(
-    "method",
+    ("base", "method"),
     [
-        "lora-dpo",
-        *(pytest.param(m, marks=pytest.mark.on_request) for m in ("sft", "dpo")),
+        ("gemma4_text", "lora-dpo"),
+        *(
+            pytest.param(*case, marks=pytest.mark.on_request)
+            for case in (
+                ("lfm2", "sft"),
+                ("lfm2", "lora-dpo"),
+                ("gemma4_text", "sft"),
+                ("gemma4_text", "dpo"),
+                ("qwen3_5_text", "sft"),
+                ("qwen3_5_text", "dpo"),
+            )
+        ),
     ],
+    indirect=["base"],
 )
 def test_layers_of_several_kinds_log_and_learn_what_trl_does(
     method: str, base: pathlib.Path, tmp_path: pathlib.Path

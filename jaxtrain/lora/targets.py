@@ -29,8 +29,7 @@ BIASES = ("none", "all", "lora_only")
 TreePath = tuple[str, ...]
 EMBEDDING: TreePath = ("embed_tokens",)
 HEAD: TreePath = ("lm_head",)
-# Gemma 4's: for PEFT a linear layer as those of layers.
-PROJECTION: TreePath = ("per_layer_model_projection",)
+PROJECTION: TreePath = ("per_layer_model_projection",)  # Gemma 4's
 # Settings that hold regular expressions.
 _PATTERNS = ("target_modules", "modules_to_save", "rank_pattern", "alpha_pattern")
 

@@ -244,7 +244,8 @@ class Gemma4Layers:
     their keys before the norm if `keys_are_values`. The last `readers` layers have no
     keys and values but those of the last layer before of their type, and an MLP twice
     as wide if `wide_readers`. Each layer is given `per_layer_width` features of each
-    token, of a vocabulary of `per_layer_vocab`; 0: none.
+    token, of a vocabulary of `per_layer_vocab`; 0: none. `images_read_ahead` is of no
+    effect on text.
     """
 
     global_head_dim: int = 512
@@ -254,6 +255,7 @@ class Gemma4Layers:
     wide_readers: bool = False
     per_layer_width: int = 256
     per_layer_vocab: int = 262_144
+    images_read_ahead: bool = False
     layer_types: ClassVar[frozenset[str]] = frozenset()
 
     @classmethod
@@ -285,6 +287,7 @@ class Gemma4Layers:
             wide_readers=bool(given["use_double_wide_mlp"]),
             per_layer_width=given["hidden_size_per_layer_input"] or 0,
             per_layer_vocab=given["vocab_size_per_layer_input"],
+            images_read_ahead=given.get("use_bidirectional_attention") == "vision",
         )
         return made, changed
 
@@ -353,6 +356,7 @@ class Gemma4Layers:
             "use_double_wide_mlp": self.wide_readers,
             "hidden_size_per_layer_input": self.per_layer_width,
             "vocab_size_per_layer_input": self.per_layer_vocab,
+            "use_bidirectional_attention": "vision" if self.images_read_ahead else None,
         }
 
 

@@ -122,7 +122,7 @@ class LayerEnd(nnx.Module):
         per_layer: Float[Array, "B T P"] | None,
         dropout_key: Key[Array, ""] | None,
     ) -> Float[Array, "B T D"]:
-        if hasattr(self, "gate"):
+        if per_layer is not None:
             activation = layers.ACTIVATIONS[self.options.config.hidden_act]
             chosen = activation(self.gate(x, dropout_key)) * per_layer
             x += self.norm(self.projection(chosen, dropout_key))

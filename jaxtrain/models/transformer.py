@@ -236,9 +236,9 @@ class Decoder(Options):
         Args:
             longest: tokens of the longest pair, both completions behind its prompt.
         """
-        kinds = {stack.kind for stack in parts.stacks(self.config)}
-        if other := sorted(kind.mixer for kind in kinds if not kind.attends):
-            return f"its layers of {other[0]} read a row from left to right"
+        for stack in parts.stacks(self.config):
+            if not stack.kind.attends:
+                return f"its layers of {stack.kind.mixer} read a row from left to right"
         windows = parts.layer_windows(self.config, longest)
         if shorter := [window for window in windows if window is not None]:
             return (

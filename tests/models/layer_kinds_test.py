@@ -210,10 +210,17 @@ def test_packed_documents_learn_as_they_do_alone(of_kinds) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"remat": "full"}, {"scan_layers": False, "remat": "minimal"}], ids=str
+    ("name", "change"),
+    [
+        ("gemma4", {"scan_layers": False, "remat": "minimal"}),
+        pytest.param("lfm2", {"remat": "full"}, marks=pytest.mark.on_request),
+        pytest.param("gemma4", {"remat": "full"}, marks=pytest.mark.on_request),
+        pytest.param("qwen3_5", {"remat": "full"}, marks=pytest.mark.on_request),
+    ],
+    ids=str,
 )
-def test_how_layers_are_run_changes_no_gradient(of_kinds, change) -> None:
-    decoder, params = of_kinds
+def test_how_layers_are_run_changes_no_gradient(make_model, name, change) -> None:
+    decoder, params = make_model(name)
     batch = make_batch(PACKED)
     loss, expected = compiled(decoder)(params, batch)
     changed = dataclasses.replace(decoder, **change)
@@ -222,8 +229,11 @@ def test_how_layers_are_run_changes_no_gradient(of_kinds, change) -> None:
     assert_equal_trees(gradients, expected, 5e-6)
 
 
-def test_eight_devices_learn_as_one(of_kinds) -> None:
-    decoder, params = of_kinds
+@pytest.mark.parametrize(
+    "name", ["lfm2", pytest.param("gemma4", marks=pytest.mark.on_request)]
+)
+def test_eight_devices_learn_as_one(make_model, name) -> None:
+    decoder, params = make_model(name)
     batch = make_batch(PACKED)
     loss, expected = compiled(decoder)(params, batch)
     sizes = dict.fromkeys(sharding.MESH_AXES, 1) | {
@@ -403,21 +413,25 @@ def test_tensors_are_written_layer_by_layer_whatever_their_stacks(lfm2) -> None:
         assert any("self_attn.q_proj" in name for name in own) != is_convolution
 
 
-CHOSEN = {
-    "by last names": ("lfm2", ["in_proj", "out_proj", "w1", "q_proj"]),
-    "attention's alone": ("lfm2", ["self_attn.out_proj", "v_proj"]),
-    "one stack's, with the rest's MLPs": (
-        "lfm2",
-        r".*\.0\.conv\.in_proj|.*\.feed_forward\.w2|.*\.[13]\.self_attn\.out_proj",
-    ),
-    "all of LFM2": ("lfm2", "all-linear"),
-    "all of Gemma 4": ("gemma4", "all-linear"),
-    "all of Qwen3.5": ("qwen3_5", "all-linear"),
-}
+# In one stack alone, in all that have it, and in one kind of layer of two.
+SOME = r".*\.0\.conv\.in_proj|.*\.feed_forward\.w2|.*\.[13]\.self_attn\.out_proj"
+ON_REQUEST = (
+    ("lfm2", ["in_proj", "out_proj", "w1", "q_proj"]),
+    ("lfm2", ["self_attn.out_proj", "v_proj"]),
+    ("lfm2", "all-linear"),
+)
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize(("family", "chosen"), CHOSEN.values(), ids=CHOSEN)
+@pytest.mark.parametrize(
+    ("family", "chosen"),
+    [
+        ("lfm2", SOME),
+        ("gemma4", "all-linear"),
+        ("qwen3_5", "all-linear"),
+        *(pytest.param(*case, marks=pytest.mark.on_request) for case in ON_REQUEST),
+    ],
+)
 def test_adapters_cross_between_peft_and_us(
     make_model, family, chosen, tmp_path
 ) -> None:

@@ -75,6 +75,8 @@ def meaning(directory: pathlib.Path) -> dict[str, Any]:
     arguments = inspect.signature(type(config).__init__).parameters
     read = {k: v for k, v in config.to_dict().items() if k in arguments}
     read = {k: v for k, v in read.items() if k not in NOTES}
+    read["per_layer_config"] = config.to_dict().get("per_layer_config")
+    config.allow_global_per_layer_attribute_access = True
     # Its modules take this where a config has no head_dim, or null.
     width = config.hidden_size // config.num_attention_heads
     read["head_dim"] = getattr(config, "head_dim", None) or width
