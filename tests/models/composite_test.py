@@ -497,7 +497,13 @@ def test_a_lora_run_exports_what_peft_and_transformers_find(
 
 
 @pytest.mark.parametrize("text_only", [False, True])
-@pytest.mark.parametrize("kind", TEXTS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=[pytest.mark.on_request] * (kind == "qwen3_5"))
+        for kind in TEXTS
+    ],
+)
 def test_a_step_at_learning_rate_zero_exports_what_was_loaded(
     tmp_path: pathlib.Path, kind: str, text_only: bool
 ) -> None:

@@ -149,7 +149,9 @@ def test_prompts_are_not_shared_and_the_reason_is_given(torch_model):
     assert "from left to right" in torch_model.model.why_no_shared_prompts(10)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(
+    "side", ["left", pytest.param("right", marks=pytest.mark.on_request)]
+)
 def test_generation_goes_on_from_the_states_as_transformers_does(torch_model, side):
     import torch
 

@@ -128,7 +128,10 @@ def test_steps_go_on_where_the_last_ended_whatever_the_padding() -> None:
 # --- the decoder ---------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["lfm2", "gemma4", "qwen3_5"])
+ASKED = pytest.param("qwen3_5", marks=pytest.mark.on_request)
+
+
+@pytest.fixture(scope="module", params=["lfm2", "gemma4", ASKED])
 def of_kinds(request, make_model) -> tuple[Decoder, Params]:
     return make_model(request.param)
 
