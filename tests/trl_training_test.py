@@ -371,6 +371,7 @@ def on_request(*values: str) -> Any:
                 "gemma",
                 "lfm2",
                 "gemma4_text",
+                "qwen3_5_text",
             )
             for method in ("sft", "dpo")
         ),

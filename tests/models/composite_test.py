@@ -60,7 +60,9 @@ TEXTS = {
 KINDS = [
     "gemma3",
     "mistral3",
+    "gemma4",
     pytest.param("ministral3", marks=pytest.mark.on_request),
+    pytest.param("qwen3_5", marks=pytest.mark.on_request),
 ]
 # The wrapper of each text model, where that has not its name.
 WRAPPER_OF = {"ministral3": "mistral3"}

@@ -128,7 +128,10 @@ def test_steps_go_on_where_the_last_ended_whatever_the_padding() -> None:
 # --- the decoder ---------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["lfm2", "gemma4", "qwen3_5"])
+ASKED = pytest.param("qwen3_5", marks=pytest.mark.on_request)
+
+
+@pytest.fixture(scope="module", params=["lfm2", "gemma4", ASKED])
 def of_kinds(request, make_model) -> tuple[Decoder, Params]:
     return make_model(request.param)
 
@@ -215,6 +218,7 @@ def test_packed_documents_learn_as_they_do_alone(of_kinds) -> None:
         ("gemma4", {"scan_layers": False, "remat": "minimal"}),
         pytest.param("lfm2", {"remat": "full"}, marks=pytest.mark.on_request),
         pytest.param("gemma4", {"remat": "full"}, marks=pytest.mark.on_request),
+        pytest.param("qwen3_5", {"remat": "full"}, marks=pytest.mark.on_request),
     ],
     ids=str,
 )
@@ -427,6 +431,7 @@ ON_REQUEST = (
     [
         ("lfm2", SOME),
         ("gemma4", "all-linear"),
+        ("qwen3_5", "all-linear"),
         *(pytest.param(*case, marks=pytest.mark.on_request) for case in ON_REQUEST),
     ],
 )

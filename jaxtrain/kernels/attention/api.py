@@ -244,11 +244,8 @@ def _why_not_triton(
     refusal = _refuse_pallas_triton(q, mask, extras, device)
     if refusal is not None:
         return refusal
-    width = max(q.shape[-1], extras.value_width or 0)
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it is slow in {q.dtype.name}"
-    if width > _NARROW_HEAD:
-        return f"its tiles of heads {width} wide do not fit every card"
     try:
         _load_kernels("pallas_triton")
     except NotImplementedError as error:

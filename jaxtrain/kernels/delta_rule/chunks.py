@@ -83,13 +83,15 @@ class Prepared(NamedTuple):
 
 def prepare(chunk: Chunk, arithmetic: Arithmetic = EXACT) -> Prepared:
     """The part of a chunk's work that chunks can do side by side."""
-    return Prepared(*weigh(chunk, arithmetic), *fade(chunk))
+    system, scores = relate(chunk, arithmetic)
+    solve = arithmetic.invert_unit_lower(system) * chunk.betas
+    return Prepared(solve.astype(chunk.q.dtype), scores, *fade(chunk))
 
 
-def weigh(
+def relate(
     chunk: Chunk, arithmetic: Arithmetic = EXACT
-) -> tuple[Float[Array, "... L L"], Float[Array, "... L L"]]:
-    """`solve` and `scores`: what tokens of a chunk are to each other."""
+) -> tuple[Float32[Array, "... L L"], Float[Array, "... L L"]]:
+    """A and (q k) d: what the tokens of a chunk are to each other."""
     q, k, _, decays, betas, resets = chunk
     row, column = _indices(q.shape[-2])
     joined = (row >= column) & (_transposed(resets) == resets)
@@ -99,9 +101,8 @@ def weigh(
     since = _multiply(arithmetic.precision, up_to, behind.astype(jnp.float32))
     decay = jnp.exp(jnp.where(joined, since, _NEVER))
     system = arithmetic.multiply(k, _transposed(k)) * decay * _transposed(betas)
-    inverse = arithmetic.invert_unit_lower(jnp.where(row > column, system, 0.0))
     scores = arithmetic.multiply(q, _transposed(k)) * decay
-    return (inverse * betas).astype(q.dtype), scores.astype(q.dtype)
+    return jnp.where(behind, system, 0.0), scores.astype(q.dtype)
 
 
 def fade(chunk: Chunk) -> tuple[Array, Array, Array]:

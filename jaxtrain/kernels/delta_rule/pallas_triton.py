@@ -27,7 +27,7 @@ from jaxtrain.kernels.delta_rule.chunks import (
     Prepared,
     advance,
     fade,
-    weigh,
+    relate,
 )
 from jaxtrain.kernels.delta_rule.passes import Passes, sum_over_group
 
@@ -195,7 +195,7 @@ def _call(
 
 
 def _weigh(settings: Settings, rows: Chunk) -> tuple[Array, Array]:
-    """`chunks.weigh` of all chunks: two arrays [B N C L L]."""
+    """X, the inverse, and (q k) d of all chunks: two arrays [B N C L L]."""
     specs = _Specs(rows, settings.walk.values)
     weights = specs.of_chunks(LENGTH, LENGTH, dtype=specs.dtype)
     inputs = [
@@ -214,10 +214,11 @@ def _weigh(settings: Settings, rows: Chunk) -> tuple[Array, Array]:
 
 
 def _weigh_kernel(settings: Settings, *refs: Any) -> None:
-    *inputs, solve_ref, scores_ref = refs
+    *inputs, inverse_ref, scores_ref = refs
     q, k, *tokens = (ref[...] for ref in inputs)
-    weights = weigh(Chunk(q, k, q, *tokens), settings.plain)
-    solve_ref[...], scores_ref[...] = weights
+    system, scores_ref[...] = relate(Chunk(q, k, q, *tokens), settings.plain)
+    inverse = settings.plain.invert_unit_lower(system)
+    inverse_ref[...] = inverse.astype(inverse_ref.dtype)
 
 
 def _forward(settings: Settings, rows: Chunk, state: Array) -> tuple[Array, Array]:
@@ -351,14 +352,15 @@ def _state_gradients_kernel(settings: Settings, *refs: Any) -> None:
 
 def _gradients_kernel(settings: Settings, *refs: Any) -> None:
     """All gradients of one chunk but that of the state, some values at a time."""
-    *inputs, solve_ref, scores_ref = refs[:8]
+    *inputs, inverse_ref, scores_ref = refs[:8]
     states_ref, d_states_ref, d_out_ref = refs[8:11]
     dq_ref, dk_ref, dv_ref, d_decays_ref, d_betas_ref = refs[11:]
     arithmetic = Arithmetic(settings.precision)
     q, k = inputs[0][...], inputs[1][...]
     tokens = [ref[...] for ref in inputs[3:]]
     chunk = Chunk(q, k, q, *tokens)
-    known = (q, k, solve_ref[...], scores_ref[...], *fade(chunk))
+    inverse = inverse_ref[...]
+    known = (q, k, _solve(inverse, chunk), scores_ref[...], *fade(chunk))
     columns = min(settings.gradients.values, dv_ref.shape[1])
 
     def visit(i: Array, totals: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -383,16 +385,19 @@ def _gradients_kernel(settings: Settings, *refs: Any) -> None:
     zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in known)
     totals = jax.lax.fori_loop(0, dv_ref.shape[1] // columns, visit, zeros)
 
-    def weigh_and_fade(q: Array, k: Array, decays: Array, betas: Array) -> tuple:
+    def relate_and_fade(q: Array, k: Array, decays: Array, betas: Array) -> tuple:
         own = Chunk(q, k, q, decays, betas, chunk.resets)
-        return (*weigh(own, arithmetic), *fade(own))
+        return (*relate(own, arithmetic), *fade(own))
 
-    outputs, transpose = jax.vjp(weigh_and_fade, q, k, chunk.decays, chunk.betas)
-    cotangents = tuple(
-        total.astype(output.dtype)
-        for total, output in zip(totals[2:], outputs, strict=True)
-    )
-    dq, dk, d_decays, d_betas = transpose(cotangents)
+    # The inverse is known: that of A = X^-1 - I is -X' (the gradient of X) X'.
+    d_solve, d_scores, *d_fades = totals[2:]
+    multiply, d_inverse = settings.plain.multiply, d_solve * chunk.betas
+    left = multiply(inverse.T, d_inverse.astype(inverse.dtype))
+    d_system = -multiply(left.astype(inverse.dtype), inverse.T)
+    _, transpose = jax.vjp(relate_and_fade, q, k, chunk.decays, chunk.betas)
+    d_known = (d_system, d_scores.astype(scores_ref.dtype), *d_fades)
+    dq, dk, d_decays, d_betas = transpose(d_known)
+    d_betas += jnp.sum(d_solve * inverse.astype(jnp.float32), axis=0, keepdims=True)
     dq_ref[...] = (totals[0] + dq.astype(jnp.float32)).astype(dq_ref.dtype)
     dk_ref[...] = (totals[1] + dk.astype(jnp.float32)).astype(dk_ref.dtype)
     d_decays_ref[...], d_betas_ref[...] = d_decays, d_betas
@@ -403,8 +408,13 @@ def _read(refs: Sequence[Any], c: Array) -> tuple[Chunk, Prepared]:
     q, k, v = (ref[_tokens(c), :] for ref in refs[:3])
     decays, betas, resets = (ref[pl.ds(c, 1), :] for ref in refs[3:6])
     chunk = Chunk(q, k, v, decays, betas, resets)
-    solve, scores = (ref[c, :, :] for ref in refs[6:])
-    return chunk, Prepared(solve, scores, *fade(chunk))
+    inverse, scores = (ref[c, :, :] for ref in refs[6:])
+    return chunk, Prepared(_solve(inverse, chunk), scores, *fade(chunk))
+
+
+def _solve(inverse: Array, chunk: Chunk) -> Array:
+    """X beta, of which kernels are given X."""
+    return (inverse.astype(jnp.float32) * chunk.betas).astype(inverse.dtype)
 
 
 def _with_row_axis(x: Array) -> Array:

@@ -153,7 +153,10 @@ def test_values_and_gradients_are_those_of_the_recurrence(name):
         assert abs(along - slope) < 2e-5 * size, argument
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    "seed",
+    [0, *(pytest.param(n, marks=pytest.mark.on_request) for n in range(1, 6))],
+)
 def test_a_packed_row_is_its_documents_alone(seed):
     rng = np.random.default_rng(seed)
     inputs, ids = make_inputs(seed), make_ids(rng)
