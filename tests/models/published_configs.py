@@ -475,6 +475,45 @@ def _gemma4(**options: Any) -> dict[str, Any]:
     }
 
 
+def _qwen3_5() -> dict[str, Any]:
+    """The text_config of one."""
+    return {
+        "attention_bias": False,
+        "attn_output_gate": True,
+        "eos_token_id": 248044,
+        "full_attention_interval": 4,
+        "head_dim": 256,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "initializer_range": 0.02,
+        "intermediate_size": 12288,
+        "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 8,
+        "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 128,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32,
+        "linear_value_head_dim": 128,
+        "mamba_ssm_dtype": "float32",
+        "max_position_embeddings": 262144,
+        "model_type": "qwen3_5_text",
+        "mtp_num_hidden_layers": 1,
+        "mtp_use_dedicated_embeddings": False,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-06,
+        "rope_parameters": {
+            "mrope_interleaved": True,
+            "mrope_section": [11, 11, 10],
+            "partial_rotary_factor": 0.25,
+            "rope_theta": 10000000,
+            "rope_type": "default",
+        },
+        "tie_word_embeddings": False,
+        "vocab_size": 248320,
+    }
+
+
 def _resaved_gemma4() -> dict[str, Any]:
     """As transformers 5.24 writes it anew: sizes of full layers by their numbers."""
     config = _gemma4(num_kv_shared_layers=0, use_double_wide_mlp=False)
@@ -837,6 +876,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "ibm-granite/granite-3.3-8b-instruct": _shape("granite-3.3-8b"),
     "ibm-granite/granite-4.0-micro": _shape("granite-4.0-micro"),
     "ByteDance-Seed/Seed-OSS-36B-Instruct": _shape("seed-oss-36b"),
+    "Qwen/Qwen3.5-9B": _qwen3_5(),
     "CohereLabs/c4ai-command-r7b-12-2024": _shape("command-r7b"),
 }
 
@@ -877,6 +917,9 @@ def shrunk(config: dict[str, Any]) -> dict[str, Any]:
         small["block_multiple_of"] = 16
     if "block_ff_dim" in config:
         small["block_ff_dim"] = 48
+    if "linear_num_value_heads" in config:
+        small |= {"linear_num_key_heads": 1, "linear_num_value_heads": 2}
+        small |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
     if "sliding_window_pattern" in config:
         small["sliding_window_pattern"] = 2
     if config["model_type"] == "gemma4_text":

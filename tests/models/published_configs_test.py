@@ -38,7 +38,7 @@ NOTES = {
 FEW = frozenset(
     {
         "cohere2", "gemma", "glm4", "granite", "granitemoehybrid", "ministral3",
-        "olmo2", "olmo3", "seed_oss", "smollm3",
+        "olmo2", "olmo3", "qwen3_5_text", "seed_oss", "smollm3",
     }
 )  # fmt: skip
 SEEN: dict[str, str] = {}
@@ -111,6 +111,8 @@ def meaning(directory: pathlib.Path) -> dict[str, Any]:
     rope = dict(config.rope_parameters)
     rope.pop("type", None)  # transformers 4's name of rope_type, which is there too
     rope.pop("max_position_embeddings", None)  # a note of Ministral 3's
+    for name in family.ignored_rope_keys:
+        rope.pop(name, None)
     if rope.get("rope_type") == "longrope":
         trained = rope["original_max_position_embeddings"]
         rope.setdefault("factor", config.max_position_embeddings / trained)
