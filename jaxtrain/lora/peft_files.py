@@ -22,7 +22,7 @@ from jaxtrain.config.folders import bucket_cache
 from jaxtrain.lora import peft_tensors, targets
 from jaxtrain.lora.patterns import ends_one, why_none
 from jaxtrain.lora.peft_tensors import PREFIX, WEIGHTS_FILE
-from jaxtrain.lora.targets import ADAPTER_LEAVES, EMBEDDING, HEAD, LoraConfig
+from jaxtrain.lora.targets import ADAPTER_LEAVES, EMBEDDING, LoraConfig
 from jaxtrain.models.hf_files import read_header, read_json
 from jaxtrain.models.stacks import LAYERS, split_path
 from jaxtrain.record.safe_text import shown
@@ -287,16 +287,17 @@ def _targets_of(names: list[str], chosen: Any) -> tuple[str, ...] | str:
     may have modules of the same names: then a regular expression of whole names.
     """
     layers: dict[str, list[int]] = {}
+    parts: list[str] = []  # of those outside of layers, first
     for name in names:
         if match := re.fullmatch(r"(?:.*\.)?layers\.(\d+)\.(.+)", name):
             layers.setdefault(match[2], []).append(int(match[1]))
+        else:
+            parts.append(re.escape(name.rpartition(".")[2]))
     numbers = {number for own in layers.values() for number in own}
     in_all = {*range(len(numbers))}
-    ends = {name.rpartition(".")[2] for name in names}
     is_plain = isinstance(chosen, list) and not any("." in name for name in chosen)
     if is_plain or all(set(own) == in_all for own in layers.values()):
-        return tuple(sorted(ends))
-    parts = sorted(ends & {EMBEDDING[0], HEAD[0]})
+        return tuple(sorted({name.rpartition(".")[2] for name in names}))
     for inner, own in sorted(layers.items()):
         of_layers = "|".join(map(str, sorted(own)))
         parts.append(rf"layers\.({of_layers})\.{re.escape(inner)}")

@@ -493,5 +493,6 @@ def test_adapters_cross_between_peft_and_us(
     np.testing.assert_allclose(logits_of(again), expected, atol=1e-4)
     count = sum("lora_A" in name for name, _ in again.named_parameters())
     assert len(named["target_modules"]) == count
-    reread, _ = adapters.load_adapter(tmp_path / "ours", params)
+    reread, settings = adapters.load_adapter(tmp_path / "ours", params)
+    assert adapters.make_shape(settings, params) == shape
     jax.tree.map(np.testing.assert_array_equal, reread, trainable)
