@@ -14,8 +14,9 @@ PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "jaxtrain"
 
 # Lines of all modules, kernels included.
 # 25,200 after the redesign; the commands, their checks and their report came on top,
-# what published models and data files bring along, and what survives damage.
-PACKAGE_BUDGET = 44_500
+# what published models and data files bring along, and what survives damage; then
+# fourteen families, layers of several kinds, and kernels of a recurrence.
+PACKAGE_BUDGET = 50_400
 # The concerns that one reads to follow a DPO-LoRA run: losses and their options, step,
 # state, adapters, the loop, and what builds them. 4,300 lines are the aim.
 CORE = (
@@ -24,7 +25,7 @@ CORE = (
     "run/feed.py", "objectives", "lora/adapters.py", "lora/targets.py",
     "record/diagnostics.py", "evaluation/held_out.py", "config/mesh_shape.py",
 )  # fmt: skip
-CORE_BUDGET = 4_720
+CORE_BUDGET = 4_750
 LONGEST_CLASS = 300
 # Outside kernels, where a call's shape is the hardware's.
 WIDE = 8
