@@ -314,6 +314,8 @@ def test_generate_draws_and_ends_texts_as_the_models_file_says(tmp_path, capsys)
     sampled = say(samples, "--seed=1")
     assert sampled == say({}, *flags) != greedy
     assert say(samples, "--temperature=0") == greedy
+    # A flag alone, where the file draws; of one token there is no choice.
+    assert say(samples, "--seed=1", "--top_k=1") == greedy
     # Tokens with a character that the text has late end it before that.
     last = max(set(greedy.strip()), key=greedy.index)
     ids = range(len(tokenizer))

@@ -5,6 +5,7 @@ import pathlib
 import sys
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -16,7 +17,7 @@ from jaxtrain.config import ConfigError, resolve
 from jaxtrain.loop import Loop
 from jaxtrain.models import load
 from jaxtrain.optimizers.configured import make_optimizer
-from jaxtrain.optimizers.multipliers import make_multipliers
+from jaxtrain.optimizers.multipliers import make_multipliers, without_frozen
 from jaxtrain.trainer import TrainingOrchestrator
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
@@ -397,6 +398,8 @@ def test_the_first_pattern_counts_and_layers_have_their_own_numbers() -> None:
         ),
         ([("embd.*", 0.1), (".*", 1)], "'embd.*' matches no parameter; names are such"),
         ([("layers/3/.*", 0), (".*", 1)], "'layers/3/.*' matches no parameter"),
+        ([("norm/.*|embed.*", 1)], "layers/2/norm; end the list"),  # all six are named
+        ([("norm/.*", 1)], "layers/1/norm and 1 more; end the list"),
     ],
 )
 def test_patterns_must_cover_every_parameter_and_match_one(
@@ -404,6 +407,19 @@ def test_patterns_must_cover_every_parameter_and_match_one(
 ) -> None:
     with pytest.raises(ValueError, match=match):
         make_multipliers(patterns, PARAMS)
+
+
+def test_no_gradient_reaches_a_frozen_layer() -> None:
+    patterns = [("layers/1/.*|embed.*", 0), (".*", 1)]
+
+    def score(params: Any, batch: Any) -> Any:
+        return sum((leaf**2).sum() for leaf in jax.tree.leaves(params))
+
+    found = jax.grad(without_frozen(score, patterns))(PARAMS, None)
+    assert not found["embed_tokens"]["embedding"].any()
+    for leaf in (found["layers"]["mlp"]["kernel"], found["layers"]["norm"]):
+        assert (leaf[1] == 0).all() and (leaf[::2] == 2).all()
+    assert (found["norm"]["scale"] == 2).all()
 
 
 @pytest.mark.parametrize(
