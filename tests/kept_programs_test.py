@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
 from jaxtrain import sharding, step
 from jaxtrain.models import Decoder, ModelConfig
@@ -14,6 +15,7 @@ from jaxtrain.objectives import make_objective
 from jaxtrain.run import closures, compilation_cache, kept_programs
 from jaxtrain.run.step_programs import StepPrograms
 from jaxtrain.types import Batch, TrainState
+from tests.runs import tiny_config, train
 
 pytest.importorskip("flatbuffers", reason="jax.export writes no files without it")
 
@@ -22,6 +24,12 @@ SIZES = {
     "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
     "vocab_size": 32, "max_position_embeddings": 64,
 }  # fmt: skip
+# jax's, which a run sets.
+SETTINGS = (
+    "jax_compilation_cache_dir",
+    "jax_compilation_cache_max_size",
+    "jax_persistent_cache_min_compile_time_secs",
+)
 OPTIMIZER = optax.adamw(1e-2)
 
 
@@ -137,6 +145,26 @@ def test_a_second_start_traces_nothing_and_steps_alike(keeper, monkeypatch):
         assert other[3] == plainly[3]
         for one, same in zip(plainly[1] + plainly[2], other[1] + other[2], strict=True):
             np.testing.assert_array_equal(one, same)
+
+
+def test_a_second_run_reads_the_steps_that_the_first_one_traced(tmp_path, monkeypatch):
+    """Through the trainer; the two runs log the same losses."""
+    monkeypatch.setattr(compilation_cache, "_in_use", None)
+    before = {name: getattr(jax.config, name) for name in SETTINGS}
+    traces, losses = count_traces(monkeypatch), []
+    config = tiny_config("sft", max_steps=2, save_steps=0, save_final_model=False)
+    config.training.compilation_cache.dir = str(tmp_path / "cache")
+    try:
+        for name in ("one", "two"):
+            jax.clear_caches()
+            traces.clear()
+            losses.append(train(config, tmp_path / name)["final_loss"])
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        jax_cache.reset_cache()
+    assert list(tmp_path.glob("cache/*/traced/*.step"))
+    assert traces == [] and losses[0] == losses[1]
 
 
 def test_another_step_is_another_file(keeper, monkeypatch):

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import logging
 import os
@@ -107,6 +108,8 @@ def keep_programs(plan: sharding.ShardingPlan) -> KeptPrograms | None:
 
     Only steps for one device are, whose state is in its memory: others were not tried.
     """
+    if importlib.util.find_spec("flatbuffers") is None:
+        return None  # jax.export writes its files with it
     folder = compilation_cache.folder_in_use()
     offloads = plan.offload_optimizer or plan.offload_params
     if folder is None or plan.mesh.size > 1 or jax.process_count() > 1 or offloads:

@@ -32,9 +32,9 @@ class StepPrograms:
 
         They are lowered one after another, since that is Python and threads would only
         wait for one another; XLA compiles the first ones meanwhile. A single shape is
-        left to the first step, which compiles it as well.
+        left to the first step, which compiles it as well, unless it may be kept.
         """
-        if len(batches) < 2:
+        if len(batches) < (2 if self._kept is None else 1):
             return
         started = time.perf_counter()
         workers = min(len(batches), os.cpu_count() or 1)
@@ -47,10 +47,11 @@ class StepPrograms:
             self._compiled[_shape(batch)] = program.result()
         self._seen |= self._compiled.keys()
         told = (
-            "compiled the train step for %d shapes of rows in %.1f s, of which tracing"
+            "compiled the train step for %d shape%s of rows in %.1f s, of which tracing"
             " took %.1f s"
         )
-        logger.info(told, len(batches), time.perf_counter() - started, traced)
+        plural = "s" * (len(batches) > 1)
+        logger.info(told, len(batches), plural, time.perf_counter() - started, traced)
 
     def _lower(self, state: TrainState, batch: AnyBatch) -> Any:
         if self._kept is None:
