@@ -103,11 +103,12 @@ class DiskWatch(contextlib.AbstractContextManager["DiskWatch"]):
             self._stopped.wait(min(_MOST_SECS, self._timeout_secs / 4))
 
     def _watch(self) -> None:
-        doing = "starts"
+        before = preemption.count_watched()
         while not self._stopped.wait(min(1.0, self._timeout_secs / 4)):
             if preemption.is_watched():
-                doing = "ends"
                 continue
+            has_trained = preemption.count_watched() > before
+            doing = "ends" if has_trained else "starts"
             faulthandler.dump_traceback_later(
                 2 * self._timeout_secs, exit=True, file=sys.__stderr__ or 2
             )

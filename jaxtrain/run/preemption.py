@@ -90,8 +90,9 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
         self._fed = time.monotonic()
 
     def __enter__(self) -> "Watchdog":
-        _watched.set()
         self.feed()
+        _starts.append(self._fed)
+        _watched.set()
         if self._timeout_secs:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
@@ -127,7 +128,13 @@ def is_watched() -> bool:
     return _watched.is_set()
 
 
+def count_watched() -> int:
+    """How many times a `Watchdog` was started in this process."""
+    return len(_starts)
+
+
 _watched = threading.Event()
+_starts: list[float] = []
 _STUCK = (
     "error: nothing was finished for {:g} s (training.step_timeout_secs): a disk, a"
     " device or another process of the run does not answer. The stacks below tell where"
