@@ -329,7 +329,7 @@ def test_kernels_lower_for_their_device(name, platform, call, dtype):
     gate = jax.ShapeDtypeStruct((*row, 4), jnp.float32)
     state = jax.ShapeDtypeStruct((2, 4, 128, 128), jnp.float32)
     restarts = jax.ShapeDtypeStruct(row, bool)
-    step = jax.jit(jax.grad(loss, (0, 1, 3)))
+    step = jax.jit(jax.value_and_grad(loss, (0, 1, 3)))
     traced = step.trace((key, key, value), (gate, gate), restarts, state)
     try:
         program = traced.lower(lowering_platforms=(platform,)).as_text()
@@ -404,7 +404,7 @@ def test_tpu_kernels_compile_for_a_mesh(topology, widths, dtype):
     features = (shape_of(2, widths[0]), shape_of(2, widths[0]), shape_of(4, widths[1]))
     gates = (shape_of(4, dtype=jnp.float32),) * 2
     inputs = dict(zip(NAMES, (*features, *gates), strict=True))
-    step = jax.jit(jax.grad(loss))
+    step = jax.jit(jax.value_and_grad(loss))
     program = step.lower(inputs, shape_of(dtype=jnp.int32)).compile().as_text()
     assert program.count("tpu_custom_call") >= 3
     assert "all-gather" not in program
