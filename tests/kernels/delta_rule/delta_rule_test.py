@@ -381,13 +381,14 @@ def test_what_cannot_be_is_refused(monkeypatch):
         ("v6e:2x2", (64, 96), jnp.bfloat16),
     ],
 )
-def test_tpu_kernels_compile_for_a_mesh(topology, widths, dtype):
+def test_tpu_kernels_compile_for_a_mesh(monkeypatch, topology, widths, dtype):
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("needs jax[tpu]: libtpu compiles for a TPU that is not here")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     description = topologies.get_topology_desc(platform="tpu", topology_name=topology)
     mesh = Mesh(np.array(description.devices).reshape(2, 2), ("data", "tensor"))
     layout = Layout(mesh, ("data",), ("tensor",))
+    monkeypatch.setattr(api, "_load_passes", lambda name: pallas_tpu.make_passes())
 
     def loss(inputs, ids):
         out, state = delta_rule(
