@@ -70,7 +70,9 @@ def with_compact_moments(
         return optimizer
 
     def init(params: Any) -> CompactState:
-        steps, inner = jnp.zeros((), jnp.int32), optimizer.init(params)
+        # Else XLA computes the codes of all these zeros itself, for minutes.
+        inner = jax.lax.optimization_barrier(optimizer.init(params))
+        steps = jnp.zeros((), jnp.int32)
         return CompactState(steps, _compress(inner, inner, dtype, steps))
 
     def update(
