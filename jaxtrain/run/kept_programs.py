@@ -80,8 +80,11 @@ class KeptPrograms:
         checks = [export.DisabledSafetyCheck.custom_call(name) for name in _CALLS]
         flat = jax.jit(_with_plain_trees(train_step.__wrapped__, state, batch))
         traced = export.export(flat, disabled_checks=checks)(*_leaves(state, batch))
-        _write(path, bytes(traced.serialize()))
-        return traced
+        program = traced.serialize()
+        _write(path, bytes(program))
+        # As the next start will read it: the text that jax makes of what it has just
+        # traced is another, and so would be its place in the cache of programs.
+        return export.deserialize(program)
 
     def _as_step(self, kept: export.Exported, state: TrainState) -> Any:
         """The kept program as a jitted step, with the donation of the first one."""
