@@ -10,6 +10,7 @@ import functools
 import itertools
 import pathlib
 import types
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -237,7 +238,7 @@ def run_loop(world):
     eval_batch = Batch(*np.zeros((5, 1, 4)))
     parts = loop.Parts(
         run=run,
-        model=None,
+        model=types.SimpleNamespace(plan=None),
         state=TrainState(0, {}, {}, None, None),
         train_step=world.train_step,
         eval_step=world.eval_step,
@@ -266,7 +267,8 @@ def run_loop(world):
         loop.BestMetric(greater_is_better=False, patience=scenario.patience),
         goodput=Goodput(world.clock),
     )
-    running = loop.Loop(parts, progress, world, world)
+    with mock.patch.object(loop, "keep_programs", lambda plan: None):
+        running = loop.Loop(parts, progress, world, world)
     return running.run_to_end()
 
 

@@ -276,11 +276,8 @@ def test_a_copy_of_a_bucket_stays_in_the_cache(address, key, tmp_path, monkeypat
             name = f"b/{key}"
             return {name: {"name": name, "type": "file", "size": 2, "etag": "1"}}
 
-        def cat_file(self, path, start, end):
-            return b"{}"
-
-    for module in (folders, reading):
-        monkeypatch.setattr(module, "filesystem", lambda address: Bucket())
+    monkeypatch.setattr(folders, "filesystem", lambda address: Bucket())
+    monkeypatch.setattr(reading, "read_range", lambda *_: b"{}")
     root = tmp_path / "outer" / "cache"
     try:
         copy = mirror.mirror(address, root)

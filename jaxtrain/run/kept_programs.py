@@ -115,6 +115,10 @@ def keep_programs(plan: sharding.ShardingPlan) -> KeptPrograms | None:
         return None  # jax.export writes its files with it
     folder = compilation_cache.folder_in_use()
     offloads = plan.offload_optimizer or plan.offload_params
+    if plan.platform == "gpu":
+        # A compiled program with Mosaic kernels runs only in a process that has lowered
+        # one: read from the cache unlowered, it misses their runtime's symbols.
+        return None
     if folder is None or plan.mesh.size > 1 or jax.process_count() > 1 or offloads:
         return None
     return KeptPrograms(folder / _FOLDER, plan)

@@ -122,6 +122,8 @@ def test_types_that_are_taken_unasked_are_right_for_transformers(model_type) -> 
     for name, taken in hf_config._RIGHT_TYPES.items():
         fits = [value for value in samples if hf_config._is_of(value, taken)]
         assert fits
+        if (model_type, name) == ("gemma4_text", "sliding_window"):
+            continue  # null leaves its sliding layers without a window: refused later
         if name in arguments:
             wanted = arguments[name].annotation
             assert all(hf_config._is_of(value, wanted) for value in fits), name
@@ -169,7 +171,7 @@ def test_all_problems_of_a_config_are_reported_at_once(tied) -> None:
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "lora.quantization"),
         ({"load_in_4bit": True}, "'bitsandbytes'"),
         ({"quant_method": "gptq", "bits": 4}, "'gptq'.*dequantize"),
-        ({"quant_method": "mxfp4"}, "'mxfp4'"),
+        ({"quant_method": "aqlm"}, "'aqlm'"),
     ],
 )
 def test_quantized_weights_are_refused_with_the_way_out(tied, settings, words) -> None:

@@ -1,13 +1,13 @@
 """What `auto` chooses on each kind of NVIDIA GPU, and why others refuse."""
 
-import importlib.util
+import importlib
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from jaxtrain.kernels.attention import api, cudnn, skips_blocks
-from jaxtrain.kernels.attention.masks import Mask
+from jaxtrain.kernels.attention.masks import Extras, Mask
 
 T4, A100, A10, L4, H100, B200, RTX_5090 = 7.5, 8.0, 8.6, 8.9, 9.0, 10.0, 12.0
 
@@ -26,7 +26,7 @@ def on(monkeypatch):
 def choose(packed=True, width=128, softcap=None, dtype=jnp.bfloat16):
     q = jax.ShapeDtypeStruct((1, 4096, 8, width), dtype)
     ids = jax.ShapeDtypeStruct((1, 4096), jnp.int32) if packed else None
-    return api._choose(q, Mask(ids, None, True, None), softcap, None)
+    return api._choose(q, Mask(ids, None, True, None), Extras(softcap), None)
 
 
 @pytest.mark.parametrize("capability", [A100, A10, L4, B200, RTX_5090])
@@ -56,7 +56,7 @@ def test_wide_heads_go_by_the_shared_memory(capability, chosen, on):
     assert choose(width=512) == "xla"
     if chosen == "xla":
         q = jax.ShapeDtypeStruct((1, 4096, 8, 256), jnp.bfloat16)
-        why = api._refuse_pallas_triton(q, Mask(), None, None)
+        why = api._refuse_pallas_triton(q, Mask(), Extras(), None)
         assert why is not None and "99 KiB of shared memory" in why
 
 
@@ -72,11 +72,13 @@ def test_hopper_has_its_own_kernels_and_a_t4_none(on):
 
 def test_a_jax_without_the_lowering_is_served_as_before(on, monkeypatch):
     on(A100)
-    found = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util,
-        "find_spec",
-        lambda name, *rest: None if name.endswith("triton") else found(name, *rest),
-    )
+    found = importlib.import_module
+
+    def import_module(name):
+        if name.endswith("pallas_triton"):
+            raise ImportError("no such lowering")
+        return found(name)
+
+    monkeypatch.setattr(importlib, "import_module", import_module)
     assert choose() == "cudnn"
     assert choose(softcap=30.0) == "xla"
