@@ -25,7 +25,6 @@ from jaxtrain.run.base_weights import check_base, identify_base
 from jaxtrain.run.callbacks import make_callbacks
 from jaxtrain.run.checkpoint import CheckpointManager, restore_newest
 from jaxtrain.run.feed import Feed, Prepared
-from jaxtrain.run.kept_programs import keep_programs
 from jaxtrain.run.preemption import Preempted, PreemptionWatch, Watchdog
 from jaxtrain.run.preflight import refuse_never
 from jaxtrain.run.profile import StepProfiler
@@ -146,8 +145,7 @@ class Loop:
         self._pending = PendingSteps(_STEPS_AHEAD)
         self._bad_steps = BadSteps(self.settings, checkpoints.directory)
         self._has_stepped = self._has_synced = False
-        kept = keep_programs(parts.model.plan)
-        self._programs = StepPrograms(parts.train_step, kept)
+        self._programs = StepPrograms(parts.train_step)
 
     @property
     def step(self) -> int:

@@ -10,7 +10,6 @@ import functools
 import itertools
 import pathlib
 import types
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -238,7 +237,7 @@ def run_loop(world):
     eval_batch = Batch(*np.zeros((5, 1, 4)))
     parts = loop.Parts(
         run=run,
-        model=types.SimpleNamespace(plan=None),
+        model=None,
         state=TrainState(0, {}, {}, None, None),
         train_step=world.train_step,
         eval_step=world.eval_step,
@@ -267,8 +266,7 @@ def run_loop(world):
         loop.BestMetric(greater_is_better=False, patience=scenario.patience),
         goodput=Goodput(world.clock),
     )
-    with mock.patch.object(loop, "keep_programs", lambda plan: None):
-        running = loop.Loop(parts, progress, world, world)
+    running = loop.Loop(parts, progress, world, world)
     return running.run_to_end()
 
 
