@@ -54,6 +54,15 @@ _WORDS: Mapping[str, Mapping[Any, str]] = {
         "typed": "rotary embedding only if asked for",
     },
     "scales_queries": {True: "queries grow with their position"},
+    "gated_attention": {True: "a gate on what each head reads"},
+    "attention_sinks": {True: "a learned logit more in each softmax"},
+    "biased_experts": {True: "experts with biases, clamped"},
+    "variety": {
+        "delta_nets": "three Gated DeltaNets to one layer of attention",
+        "short_convolutions": "short convolutions in most layers",
+        "gemma4_layers": "wider heads in full layers, keys and values that layers share,"
+        " embeddings for each layer",
+    },
     "local_rope": {
         "own_base": "sliding layers with a rotary base of their own",
         "unscaled": "rotary scaling in full layers only",
