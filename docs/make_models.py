@@ -60,8 +60,8 @@ _WORDS: Mapping[str, Mapping[Any, str]] = {
     "variety": {
         "delta_nets": "three Gated DeltaNets to one layer of attention",
         "short_convolutions": "short convolutions in most layers",
-        "gemma4_layers": "wider heads in full layers, keys and values that layers share,"
-        " embeddings for each layer",
+        "gemma4_layers": "wider heads in full layers, keys and values that layers"
+        " share, embeddings for each layer",
     },
     "local_rope": {
         "own_base": "sliding layers with a rotary base of their own",
