@@ -26,9 +26,7 @@ LENGTH = 112
 ROWS = ((75, 30), (100,), (5, 64, 3), (1, 66))
 
 
-@pytest.fixture(scope="session")
-def family():
-    return "qwen3_5"
+of_qwen = pytest.mark.parametrize("family", ["qwen3_5"], indirect=True)
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +72,7 @@ def ours(torch_model, batch):
     return loss_and_gradients(torch_model.model, torch_model.params, batch)
 
 
+@of_qwen
 def test_packed_log_probs_and_all_gradients_equal_transformers(
     torch_model, batch, ours
 ):
@@ -107,6 +106,7 @@ def test_packed_log_probs_and_all_gradients_equal_transformers(
 
 
 @pytest.mark.parametrize("sizes", [{"data": 2, "fsdp": 2, "tensor": 2}])
+@of_qwen
 def test_a_mesh_of_eight_changes_no_number(torch_model, batch, ours, sizes):
     plan = sharding.ShardingPlan(sharding.make_mesh(sizes), zero_stage=3)
     rules = sharding.ACTIVATION_RULES
@@ -148,6 +148,7 @@ def test_a_mesh_that_cuts_rows_is_refused():
         make_decoder(run, config, plan)
 
 
+@of_qwen
 def test_prompts_are_not_shared_and_the_reason_is_given(torch_model):
     assert "from left to right" in torch_model.model.why_no_shared_prompts(10)
 
@@ -155,6 +156,7 @@ def test_prompts_are_not_shared_and_the_reason_is_given(torch_model):
 @pytest.mark.parametrize(
     "side", ["left", pytest.param("right", marks=pytest.mark.on_request)]
 )
+@of_qwen
 def test_generation_goes_on_from_the_states_as_transformers_does(torch_model, side):
     import torch
 
@@ -190,6 +192,7 @@ def test_generation_goes_on_from_the_states_as_transformers_does(torch_model, si
     assert len(np.unique(expected)) > 6
 
 
+@of_qwen
 def test_weights_start_as_transformers_starts_them(torch_model):
     model = Decoder(torch_model.model.config)
     layers = model.init(jax.random.key(0))["layers"].values()
@@ -203,6 +206,7 @@ def test_weights_start_as_transformers_starts_them(torch_model):
         np.testing.assert_allclose(deviation, 0.02, rtol=0.2)
 
 
+@of_qwen
 def test_the_config_is_read_back_and_by_transformers(torch_model):
     import transformers
 
@@ -233,6 +237,7 @@ def test_the_config_is_read_back_and_by_transformers(torch_model):
         ),
     ],
 )
+@of_qwen
 def test_what_cannot_be_is_refused(torch_model, changed, message):
     with pytest.raises(ValueError, match=message):
         ModelConfig.from_hf({**torch_model.model.config.to_hf(), **changed})
