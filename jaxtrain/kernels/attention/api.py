@@ -199,8 +199,8 @@ def _choose(
     """The fastest implementation measured on this platform that serves the call.
 
     On Hopper our kernels win where documents leave blocks out, are ahead or level on
-    plain rows as far as was measured, and serve all that cuDNN refuses but heads wider
-    than 256; cuDNN takes longer plain rows (benchmarks/RESULTS.md). On other NVIDIA
+    plain rows as far as was measured, and serve soft caps, sinks and values narrower
+    than keys; cuDNN takes longer plain rows (benchmarks/RESULTS.md). On other NVIDIA
     GPUs cuDNN takes plain rows, and our Triton kernels those with blocks to leave out
     and what cuDNN refuses, up to a width whose tiles fit every card; that is an
     estimate from a Hopper GPU, where they were measured. For TPUs there is one kernel.
@@ -213,7 +213,10 @@ def _choose(
     measured = q.shape[1] <= _MEASURED_ROW and q.shape[3] <= _NARROW_HEAD
     by_cudnn = cudnn.refusal(q, mask, extras, device)
     packed = mask.segment_ids is not None
-    ours = packed or measured or absent or by_cudnn is not None
+    # Wide heads in plain rows are refused too; there ours were never timed.
+    narrower = extras.value_width not in (None, q.shape[3])
+    asked_for = extras.softcap is not None or extras.has_sinks or narrower
+    ours = packed or measured or absent or asked_for
     why = ""
     if platform == "tpu":
         name = "pallas_tpu"
@@ -244,6 +247,8 @@ def _why_not_triton(
     refusal = _refuse_pallas_triton(q, mask, extras, device)
     if refusal is not None:
         return refusal
+    if _is_hopper(cudnn.compute_capability()):
+        return "it is slow on Hopper"
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it is slow in {q.dtype.name}"
     try:
