@@ -1,5 +1,6 @@
 """Short causal convolutions in the place of attention (LFM2, arXiv:2511.23404)."""
 
+import functools
 import math
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int32, Key
 
+from jaxtrain.kernels.convolution import causal_convolution, continue_convolution
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.layer_kinds import ShortConvolutions
 from jaxtrain.models.layers import LayerInputs, LayerOptions, Linear
@@ -79,66 +81,26 @@ class ShortConvolution(nnx.Module):
         )
         inputs = gate * inner
         if given.state is None:
-            kept, mixed = None, convolve(inputs, taps, given.segment_ids)
+            kept, mixed = None, _convolve(inputs, taps, given.segment_ids)
         else:
-            is_real = given.segment_ids != 0
-            mixed, last = convolve_after(inputs, taps, given.state["inputs"], is_real)
-            kept = {"inputs": last}
+            is_token = given.segment_ids != 0
+            mixed, last = continue_convolution(
+                inputs, taps, is_token, given.state["inputs"]
+            )
+            kept, mixed = {"inputs": last}, mixed.astype(dtype)
         if hasattr(self.conv, "bias"):
             mixed += self.conv.bias[...].astype(dtype)
         return self.out_proj(scale * mixed, dropout_key), kept
 
 
-def convolve(
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def _convolve(
     inputs: Float[Array, "B T D"],
     taps: Float[Array, "K D"],
     segment_ids: Int32[Array, "B T"],
 ) -> Float[Array, "B T D"]:
-    """sum_j taps[K-1-j] * inputs[t-j], over the tokens of t's own segment.
-
-    The sum is float32, and computed again in the backward pass.
-    """
-    count, length = taps.shape[0], inputs.shape[1]
-
-    def mix(inputs: Array, taps: Array) -> Array:
-        x, weights = inputs.astype(jnp.float32), taps.astype(jnp.float32)
-        total = x * weights[-1]
-        for back in range(1, min(count, length)):
-            before = ((0, 0), (back, 0))
-            moved = jnp.pad(x, (*before, (0, 0)))[:, :length]
-            segments = jnp.pad(segment_ids, before)[:, :length]
-            is_own = (segments == segment_ids) & (segments != 0)
-            total += jnp.where(is_own[..., None], moved, 0) * weights[-1 - back]
-        return total.astype(inputs.dtype)
-
-    return jax.checkpoint(mix, prevent_cse=False)(inputs, taps)
-
-
-def convolve_after(
-    inputs: Float[Array, "B T D"],
-    taps: Float[Array, "K D"],
-    last: Float[Array, "B before D"],
-    is_real: Int32[Array, "B T"],
-) -> tuple[Float[Array, "B T D"], Float[Array, "B before D"]]:
-    """The same for documents that go on, one a row, whose `last` inputs are given.
-
-    Padding on either side of the real tokens is passed over.
-
-    Returns:
-        The sums, of no meaning at padding, and each row's last inputs now.
-    """
-    before, length = taps.shape[0] - 1, inputs.shape[1]
-    # Real tokens moved to the front, behind the inputs that came before.
-    order = jnp.argsort(~is_real, axis=1, stable=True)
-    moved = jnp.take_along_axis(inputs, order[..., None], axis=1)
-    line = jnp.concatenate([last, moved], axis=1)
-    wide, weights = line.astype(jnp.float32), taps.astype(jnp.float32)
-    mixed = sum(wide[:, j : j + length] * weights[j] for j in range(before + 1))
-    mixed = jnp.asarray(mixed).astype(inputs.dtype)
-    places = jnp.argsort(order, axis=1)
-    mixed = jnp.take_along_axis(mixed, places[..., None], axis=1)
-    ends = is_real.sum(axis=1)[:, None] + jnp.arange(before)
-    return mixed, jnp.take_along_axis(line, ends[..., None], axis=1)
+    """The convolution of whole rows, computed again in the backward pass."""
+    return causal_convolution(inputs, taps, segment_ids).astype(inputs.dtype)
 
 
 def _settings(config: ModelConfig) -> ShortConvolutions:

@@ -16,8 +16,8 @@ from safetensors.numpy import load_file, save_file
 
 from jaxtrain import lora as adapters
 from jaxtrain import sharding
+from jaxtrain.kernels.convolution import causal_convolution, continue_convolution
 from jaxtrain.models import Decoder, ModelConfig
-from jaxtrain.models.convolution import convolve, convolve_after
 from jaxtrain.models.hf import load_params, save_pretrained
 from jaxtrain.models.hf_names import leaves_of
 from jaxtrain.models.layer_kinds import kinds_of
@@ -97,7 +97,7 @@ def test_a_convolution_reads_its_own_document_and_no_other() -> None:
     taps = rng.standard_normal((3, 2))
     x = rng.standard_normal((1, 9, 2))
     segments = np.array([[1, 1, 1, 2, 2, 3, 0, 0, 0]])
-    found = convolve(*map(jnp.asarray, (x, taps, segments)))
+    found = causal_convolution(*map(jnp.asarray, (x, taps, segments)))
     for t in range(6):
         own = [
             t - j for j in range(3) if t >= j and segments[0, t - j] == segments[0, t]
@@ -110,14 +110,14 @@ def test_steps_go_on_where_the_last_ended_whatever_the_padding() -> None:
     rng = np.random.default_rng(1)
     taps = jnp.asarray(rng.standard_normal((4, 2)))
     x = rng.standard_normal((1, 8, 2))
-    whole = convolve(jnp.asarray(x), taps, jnp.ones((1, 8), jnp.int32))
+    whole = causal_convolution(jnp.asarray(x), taps)
     state = jnp.zeros((1, 3, 2))
     done = 0
     for real in ([0, 0, 1, 1, 1], [1, 1, 0], [0, 1], [1], [0], [1]):
         is_real = np.array([real], bool)
         given = rng.standard_normal((1, len(real), 2))
         given[is_real] = x[0, done : done + is_real.sum()]
-        mixed, state = convolve_after(jnp.asarray(given), taps, state, is_real)
+        mixed, state = continue_convolution(jnp.asarray(given), taps, is_real, state)
         np.testing.assert_allclose(
             mixed[is_real], whole[0, done : done + is_real.sum()], rtol=1e-5, atol=1e-6
         )
