@@ -46,5 +46,8 @@ def training_flops(config: ModelConfig, seq_len: int) -> float:
 
 
 def _is_matrix(path: tuple[str, ...], shape: tuple[int, ...]) -> bool:
-    """Of a weight stacked over layers; experts' biases are stacked twice."""
+    """Whether a weight, stacked over layers, is a matrix of each.
+
+    Experts' biases have as many axes, because they are stacked over experts too.
+    """
     return len(shape) > 2 and not path[-1].endswith("_bias")

@@ -121,7 +121,7 @@ class LayerOptions(Options):
 
 
 class LayerInputs(NamedTuple):
-    """What a layer is given beside the stream: each mixer takes what it needs.
+    """The inputs of a layer beside the stream, of which each mixer takes what it needs.
 
     `segment_ids` tell the documents of a row apart; 0 is padding. `rotary` and `attend`
     are for attention, and None for other mixers. `state` is what the mixer kept at the

@@ -44,7 +44,10 @@ class Ends(EmbeddingAndHead):
         x: Float[Array, "B T D"],
         dropout_key: Key[Array, ""] | None = None,
     ) -> Float[Array, "L B T P"] | None:
-        """What each layer is given of these tokens, `x` being their embeddings."""
+        """The features that each layer gets for these tokens; None if none are made.
+
+        `x` holds the tokens' embeddings.
+        """
         if not hasattr(self, "per_layer"):
             return None
         with jax.named_scope("per_layer"):

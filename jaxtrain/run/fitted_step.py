@@ -15,6 +15,7 @@ from jaxtrain.config.sections import REMATS
 from jaxtrain.models.load import LoadedModel
 from jaxtrain.record.memory import in_words, memory_limit
 from jaxtrain.run.out_of_memory import is_out_of_memory
+from jaxtrain.run.step_programs import shape_of
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class FittedStep:
         Args:
             state, batch: arrays, or their descriptions.
         """
-        shape = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
+        shape = shape_of(batch)
         if shape not in self._programs:
             self._programs[shape] = self._choose(state, batch)
         program = self._programs[shape]

@@ -41,7 +41,7 @@ class StepPrograms:
             ]
             traced = time.perf_counter() - started
         for batch, program in zip(batches, programs, strict=True):
-            self._compiled[_shape(batch)] = program.result()
+            self._compiled[shape_of(batch)] = program.result()
         self._seen |= self._compiled.keys()
         told = (
             "compiled the train step for %d shapes of rows in %.1f s, of which tracing"
@@ -51,7 +51,7 @@ class StepPrograms:
 
     def compiles(self, batch: AnyBatch) -> bool:
         """Whether the step of a batch compiles first; asked once for each step."""
-        shape = _shape(batch)
+        shape = shape_of(batch)
         is_new, is_first = shape not in self._seen, not self._seen
         self._seen.add(shape)
         if is_new and not is_first:
@@ -59,10 +59,11 @@ class StepPrograms:
         return is_new
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        program = self._compiled.get(_shape(batch), self._train_step)
+        program = self._compiled.get(shape_of(batch), self._train_step)
         stepped: tuple[TrainState, Metrics] = program(state, batch)
         return stepped
 
 
-def _shape(batch: Any) -> Hashable:
+def shape_of(batch: Any) -> Hashable:
+    """What a step is compiled for: the shapes of a batch's arrays."""
     return tuple(leaf.shape for leaf in jax.tree.leaves(batch))

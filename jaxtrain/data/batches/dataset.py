@@ -91,9 +91,7 @@ class TokenStore:
 
     def row_lengths(self) -> np.ndarray:
         """int64[rows]: tokens in each row."""
-        lengths = self.lengths[self.row_documents].astype(np.int64)
-        total = np.concatenate([[0], np.cumsum(lengths)])
-        return total[self.row_offsets[1:]] - total[self.row_offsets[:-1]]
+        return self._sum_rows(self.lengths.astype(np.int64))
 
     def row_trained(self) -> np.ndarray:
         """int64[rows]: trained predictions in each row.
@@ -109,7 +107,11 @@ class TokenStore:
             total = np.concatenate([[0], np.cumsum(self.trained[low:high])])
             firsts = np.minimum(starts + 1, stops)
             counts[block] = total[stops - low] - total[firsts - low]
-        total = np.concatenate([[0], np.cumsum(counts[self.row_documents])])
+        return self._sum_rows(counts)
+
+    def _sum_rows(self, of_documents: np.ndarray) -> np.ndarray:
+        """int64[rows]: the sum of a number of each document, over a row's documents."""
+        total = np.concatenate([[0], np.cumsum(of_documents[self.row_documents])])
         return total[self.row_offsets[1:]] - total[self.row_offsets[:-1]]
 
     def documents_of(self, rows: np.ndarray) -> np.ndarray:

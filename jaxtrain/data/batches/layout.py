@@ -92,12 +92,17 @@ class RowPacking:
         with_room = [
             (shape, bins)
             for shape, bins in fitting
-            if not shape.scored or self._load(trained, bins, shape) <= shape.scored
+            if not shape.scored or self._load(trained, bins, shape.rows) <= shape.scored
         ]
         shape, bins = min(with_room or fitting, key=lambda found: found[0].tokens)
         if not with_room:  # a shape for this step alone
             shape = shape._replace(scored=0)
         return self._slots(examples, bins, shape), shape
+
+    @property
+    def selects(self) -> bool:
+        """Whether some shape goes by how much of its rows is trained."""
+        return any(shape.scored for shape in self.shapes)
 
     def own(self, slots: np.ndarray) -> np.ndarray:
         """This process's rows of what `place` gave."""
@@ -134,10 +139,11 @@ class RowPacking:
 
     def _assign(self, lengths: np.ndarray, rows: int) -> tuple[np.ndarray, int]:
         bins = assign(lengths.sum(-1), self.shards * rows, self.most)
-        return bins, int(loads(lengths, bins, self.shards * rows).max())
+        return bins, self._load(lengths, bins, rows)
 
-    def _load(self, counts: np.ndarray, bins: np.ndarray, shape: RowShape) -> int:
-        return int(loads(counts, bins, self.shards * shape.rows).max())
+    def _load(self, counts: np.ndarray, bins: np.ndarray, rows: int) -> int:
+        """What the fullest row holds, of `rows` on each device."""
+        return int(loads(counts, bins, self.shards * rows).max())
 
     def _slots(
         self, examples: np.ndarray, bins: np.ndarray, shape: RowShape

@@ -284,7 +284,7 @@ class BatchReader:
         assert self.packing is not None
         rows, data = self.order.rows(step), self._data
         trained = None
-        if any(shape.scored for shape in self.packing.shapes):
+        if self.packing.selects:
             trained = lengths_of(data.side_trained, rows)
         return self.packing.place(rows, lengths_of(data.side_lengths, rows), trained)
 

@@ -133,5 +133,7 @@ class StepPacking:
     ) -> tuple[np.ndarray, RowShape]:
         examples = np.arange(len(data)).reshape(self.accumulation_steps, -1)
         lengths = lengths_of(data.side_lengths, examples)
-        trained = lengths_of(data.side_trained, examples)
+        trained = None
+        if packing.selects:
+            trained = lengths_of(data.side_trained, examples)
         return packing.place(examples, lengths, trained)

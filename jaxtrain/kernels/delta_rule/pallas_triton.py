@@ -98,7 +98,11 @@ class _Specs:
     def features(
         self, width: int, *, shared: bool = False, split: bool = False
     ) -> pl.BlockSpec:
-        """Of a walk: all tokens of a head, which a group may share; some columns."""
+        """The block of a walk that holds features of all tokens of one head.
+
+        `shared`: the heads of a group read the same. `split`: a walk has a part of the
+        columns.
+        """
         group = self.group if shared else 1
         return pl.BlockSpec(
             (None, self.length, None, width),
@@ -106,14 +110,14 @@ class _Specs:
         )
 
     def tokens(self, *tail: int, per_head: bool = True) -> pl.BlockSpec:
-        """Of a walk: numbers of tokens, chunk by chunk."""
+        """The block of a walk that holds numbers of all tokens, chunk by chunk."""
         return pl.BlockSpec(
             (None, None, self.count, LENGTH, *tail),
             lambda s, n, b: (b, n if per_head else 0, 0, 0) + (0,) * len(tail),
         )
 
     def state(self, *count: int) -> pl.BlockSpec:
-        """Of a walk: its columns of a state, or of the state of each chunk."""
+        """The block of a walk that holds columns of a state, or of each chunk's."""
         return pl.BlockSpec(
             (None, None, *count, self.key_width, self.columns),
             lambda s, n, b: (b, n, *(0,) * len(count), 0, s),
