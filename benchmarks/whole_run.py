@@ -11,7 +11,9 @@ with float32 master weights, and TRL with Liger's kernels. The rate is that of
 the steps behind the first tenth, by the clock, reading data and logging included.
 `--lora`: both train adapters of rank 16 on all linear layers of a frozen bfloat16 base,
 with gradient checkpointing. `--accumulation`: TRL takes a step's examples in so many
-parts, where they do not fit into its memory at once.
+parts, where they do not fit into its memory at once. `make --full` cuts or fills every
+row to --length. With `--gpus`, `--batch` counts the examples of one GPU: TRL runs under
+torchrun and splits its state by FSDP2, and ours is told its mesh by a flag.
 """
 
 import argparse
@@ -27,7 +29,6 @@ from typing import Any
 import numpy as np
 from step_cases import SHAPES
 
-LONGEST = 1024
 EOS = "</s>"
 LORA_RANK, LORA_ALPHA = 16, 32
 _LORA_FLAGS = (
@@ -47,7 +48,7 @@ _FLAGS = (
 )
 
 
-def make(folder: pathlib.Path, shape: str, rows: int) -> None:
+def make(folder: pathlib.Path, shape: str, rows: int, longest: int, full: bool) -> None:
     """Write `model`, `tokenizer`, `sft.jsonl` and `dpo.jsonl` into a folder."""
     import tokenizers
     import torch
@@ -62,7 +63,10 @@ def make(folder: pathlib.Path, shape: str, rows: int) -> None:
         eos_token_id=sizes["vocab_size"] - 1,
     )
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32
+        )
     model.save_pretrained(folder / "model")
     words = {f"w{i}": i for i in range(sizes["vocab_size"] - 1)}
     words[EOS] = sizes["vocab_size"] - 1
@@ -78,8 +82,10 @@ def make(folder: pathlib.Path, shape: str, rows: int) -> None:
     mean = math.log(300) - 0.8**2 / 2
 
     def draw_lengths() -> np.ndarray:
+        if full:
+            return np.full(rows, longest)
         drawn = np.exp(random.normal(mean, 0.8, rows)).astype(int)
-        return np.clip(drawn, 12, LONGEST - 1)
+        return np.clip(drawn, 12, longest - 1)
 
     def text(length: int) -> str:
         drawn = random.integers(0, sizes["vocab_size"] - 1, length)
@@ -103,9 +109,10 @@ def make(folder: pathlib.Path, shape: str, rows: int) -> None:
 
 
 def run_ours(
-    folder: pathlib.Path, task: str, batch: int, flags: list[str]
+    folder: pathlib.Path, options: argparse.Namespace, flags: list[str]
 ) -> dict[str, Any]:
-    """Our command line on these files; `batch` examples make one forward pass."""
+    """Our command line on these files; `--batch` examples a GPU make a forward pass."""
+    task, batch = options.task, options.batch
     workdir = folder / f"out-{time.time():.0f}"
     given = {flag.partition("=")[0] for flag in flags}
     ours = [f for f in _FLAGS if f.partition("=")[0] not in given]
@@ -117,7 +124,7 @@ def run_ours(
             f"--model.name_or_path={folder / 'model'}",
             f"--model.tokenizer_name_or_path={folder / 'tokenizer'}",
             f"--data.train={folder / f'{task}.jsonl'}",
-            f"--data.max_length={LONGEST}",
+            f"--data.max_length={options.length}",
             f"--training.per_device_train_batch_size={batch}",
             *(f"--{flag}" for flag in (*ours, *flags)),
         ],
@@ -136,7 +143,7 @@ def run_ours(
     return {
         "steps": records[-1]["step"],
         "start_to_first_record_secs": records[0]["time"] - started,
-        "examples_per_sec": batch * steps / seconds,
+        "examples_per_sec": batch * options.gpus * steps / seconds,
         "tokens_per_sec": float(
             np.mean([r["tokens_per_sec"] for r in behind if "tokens_per_sec" in r])
         ),
@@ -145,16 +152,10 @@ def run_ours(
     }
 
 
-def run_trl(
-    folder: pathlib.Path,
-    task: str,
-    batch: int,
-    max_steps: int,
-    lora: bool,
-    accumulation: int,
-) -> dict[str, Any]:
-    """TRL's trainer on these files, with its defaults."""
+def run_trl(folder: pathlib.Path, options: argparse.Namespace) -> dict[str, Any]:
+    """TRL's trainer on these files, with its defaults; one process a GPU."""
     started = time.time()
+    task, lora = options.task, options.lora
     import datasets
     import torch
     import transformers
@@ -170,12 +171,12 @@ def run_trl(
     settings: dict[str, Any] = {
         "output_dir": str(folder / "trl"),
         "num_train_epochs": 1,
-        "max_steps": max_steps,
-        "per_device_train_batch_size": batch // accumulation,
-        "gradient_accumulation_steps": accumulation,
-        "max_length": LONGEST,
+        "max_steps": options.max_steps,
+        "per_device_train_batch_size": options.batch // options.accumulation,
+        "gradient_accumulation_steps": options.accumulation,
+        "max_length": options.length,
         "bf16": True,
-        "gradient_checkpointing": lora,
+        "gradient_checkpointing": lora or options.checkpointing,
         "use_liger_kernel": True,
         "optim": "adamw_torch_fused",
         "logging_steps": 10,
@@ -183,6 +184,13 @@ def run_trl(
         "report_to": "none",
         "disable_tqdm": True,
     }
+    if options.gpus > 1:
+        settings["fsdp"] = "full_shard"
+        settings["fsdp_config"] = {
+            "version": 2,
+            "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+            "transformer_layer_cls_to_wrap": ["Qwen2DecoderLayer"],
+        }
     kind = {"sft": "SFT", "dpo": "DPO"}[task]
     load = transformers.AutoModelForCausalLM.from_pretrained
     models: dict[str, Any] = {}
@@ -217,8 +225,12 @@ def run_trl(
     return {
         "steps": len(ends),
         "start_to_first_step_secs": ends[0] - started,
-        "examples_per_sec": batch * (len(behind) - 1) / (behind[-1] - behind[0]),
-        "loss": losses[-1],
+        "examples_per_sec": options.batch
+        * options.gpus
+        * (len(behind) - 1)
+        / (behind[-1] - behind[0]),
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "loss": losses[-1] if losses else None,
     }
 
 
@@ -236,29 +248,30 @@ def main() -> None:
         "--accumulation", type=int, default=1, help="micro-batches a step, TRL's alone"
     )
     parser.add_argument("--max_steps", type=int, default=-1)
+    parser.add_argument("--length", type=int, default=1024, help="longest row, tokens")
+    parser.add_argument("--full", action="store_true", help="rows of that length")
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--flag", action="append", default=[], help="a key of ours")
     options = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if options.side == "make":
-        make(options.folder, options.shape, options.rows)
+        make(options.folder, options.shape, options.rows, options.length, options.full)
         return
     if options.side == "ours":
         length = "training.num_train_epochs=1"
         if options.max_steps > 0:
             length = f"training.max_steps={options.max_steps}"
-        flags = [length, *(_LORA_FLAGS if options.lora else ()), *options.flag]
-        found = run_ours(options.folder, options.task, options.batch, flags)
+        kind = _LORA_FLAGS if options.lora else ()
+        saving = ("training.gradient_checkpointing=true",) * options.checkpointing
+        flags = [length, *kind, *saving, *options.flag]
+        found = run_ours(options.folder, options, flags)
     else:
-        found = run_trl(
-            options.folder,
-            options.task,
-            options.batch,
-            options.max_steps,
-            options.lora,
-            options.accumulation,
-        )
-    names = ("side", "task", "batch", "accumulation", "lora", "flag")
+        found = run_trl(options.folder, options)
+        if os.environ.get("RANK", "0") != "0":
+            return
+    names = ("side", "task", "batch", "gpus", "accumulation", "lora", "flag")
     asked = {name: getattr(options, name) for name in names}
     print(json.dumps(asked | found))
 

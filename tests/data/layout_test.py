@@ -95,6 +95,16 @@ def test_at_least_88_percent_of_the_computed_tokens_are_useful(shards, most):
     assert useful / computed >= 0.88
 
 
+@pytest.mark.parametrize("shards", [1, 2])
+def test_rows_of_examples_as_long_as_any_hold_no_padding(shards):
+    """Room for longer ones than the sample's would be for none that can come."""
+    lengths = np.full((1_000, 1), 2048)
+    lengths[::100] = 1900
+    order = RowOrder(len(lengths), BatchShape(8 * shards))
+    packing = choose(lengths, order, shards, varies_rows=False)
+    assert packing.shapes[-1].tokens == 8 * 2048
+
+
 @settings(deadline=None)
 @given(
     st.integers(1, 12),  # examples of a micro-batch

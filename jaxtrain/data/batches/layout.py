@@ -231,8 +231,11 @@ def choose_packing(
         rows = min(each, max(1, round(mean / _LONG_ROW)))
         bins = assign(drawn.sum(-1), shards * rows, most)
         needed = loads(drawn, bins, shards * rows)
-        # Other steps than these may need more than any of them.
-        needed = np.where(needed == needed.max(), needed + needed // 8, needed)
+        # Other steps than these may need more than any of them, but none needs more
+        # than examples of the greatest length.
+        limit = -(-each // rows) * int(lengths.max(initial=0))
+        room = np.minimum(needed + needed // 8, limit)
+        needed = np.where(needed == needed.max(), np.maximum(needed, room), needed)
         needed = -(-needed // _MULTIPLE) * _MULTIPLE
     else:
         needed = _rows_needed(drawn, row_length, shards=shards, most=most)
