@@ -218,15 +218,13 @@ def _unrolls_layers(
 ) -> bool:
     """Whether to compile each layer on its own: only where that was measured faster.
 
-    On one GPU this avoids copying in and out of stacked buffers. Weights that are
-    split by layers, or gathered and offloaded layer by layer, were only measured in
-    a scan.
+    On a GPU this avoids copying in and out of stacked buffers. Weights that are
+    quantized or offloaded layer by layer were only measured in a scan.
     """
     if run.model.scan_layers is not None:
         return not run.model.scan_layers
     by_layers = (
-        plan.mesh.shape["fsdp"] > 1
-        or plan.offload_params
+        plan.offload_params
         or run.precision.remat == "offload"
         or (run.lora is not None and run.lora.quantization is not None)
     )

@@ -46,7 +46,7 @@ def test_elsewhere_one_layer_is_compiled_for_all():
 @pytest.mark.usefixtures("gpu")
 def test_on_gpus_each_layer_is_compiled_on_its_own_by_cublas():
     run, plan = plan_of(devices=2)
-    assert plan.unrolled
+    assert plan.unrolled and plan_of(devices=2, fsdp=2)[1].unrolled
     assert plan.compiler_options == {"xla_gpu_enable_triton_gemm": False}
     # XLA reads the options of every platform, so it would refuse a wrong one here too.
     assert plan.jit(lambda x: x + 1)(1) == 2
@@ -58,12 +58,11 @@ def test_on_gpus_each_layer_is_compiled_on_its_own_by_cublas():
     "given",
     [
         {"layers": 80},
-        {"fsdp": 2, "devices": 2},
         {"training": {"remat_policy": "offload", "gradient_checkpointing": True}},
         {"training": {"training_type": "lora", "lora": {"quantization": "nf4"}}},
         {"model": {"scan_layers": True}},
     ],
-    ids=["long", "split", "offloaded", "quantized", "as asked for"],
+    ids=["long", "offloaded", "quantized", "as asked for"],
 )
 def test_what_was_measured_in_a_scan_stays_there(given):
     _, plan = plan_of(**given)
