@@ -41,6 +41,7 @@ def jax_as_it_starts(monkeypatch):
     """jax without a cache, every program kept; afterwards as it was."""
     before = {name: getattr(jax.config, name) for name in SETTINGS}
     monkeypatch.setattr(compilation_cache, "_in_use", None)
+    monkeypatch.delenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", raising=False)
     monkeypatch.setattr(compilation_cache, "MIN_COMPILE_SECS", 0.0)
     jax.config.update("jax_compilation_cache_dir", None)
     jax_cache.reset_cache()
