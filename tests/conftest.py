@@ -28,7 +28,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
-from fast import is_fast  # noqa: E402
+from fast import is_again, is_fast  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
@@ -190,6 +190,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip_long)
         if is_fast(item.nodeid, markers):
             item.add_marker("fast")
+        if is_again(item.nodeid, markers):
+            item.add_marker("again")
     # Files of long tests first, so that no worker is left alone with one at the end.
     long_files = {item.path for item in items if "slow" in item.keywords}
     items.sort(key=lambda item: item.path not in long_files)
