@@ -55,7 +55,7 @@ def pytest_collection_finish() -> None:
 
 
 # The longest tests, most of them variants of what another shows, together a third of
-# all the time: CI has 25 minutes. They get the marker `on_request`, which may stand at
+# all the time: CI has 35 minutes. They get the marker `on_request`, which may stand at
 # a test itself too. JAXTRAIN_TEST_ALL=1 runs them.
 THOROUGH = (
     "assets_test.py::test_a_rebuild_gives_the_same_bytes",
