@@ -237,7 +237,7 @@ def test_a_step_that_does_not_fit_says_what_to_change():
     assert "zero_stage" not in done.stdout  # it is 3 already
 
 
-@needs_libtpu
+@needs_libtpu  # in CI's second run
 def test_rows_split_over_devices_and_several_slices_compile_with_the_kernel():
     mesh = ("--config.mesh.data=2", "--config.mesh.context=2")
     done = compile_for("v5e:2x2", "--num_slices=2", *TINY, *mesh)
@@ -256,7 +256,8 @@ def test_rows_split_over_devices_and_several_slices_compile_with_the_kernel():
     assert "network" in done.stdout
 
 
-@needs_libtpu  # in CI's second run
+@needs_libtpu
+@pytest.mark.on_request  # a minute and a half; the one above compiles the same parts
 def test_dpo_of_qwen_3b_fits_on_sixteen_v5e_chips():
     done = compile_for(
         "v5e:4x4",

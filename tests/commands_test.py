@@ -16,6 +16,7 @@ import pytest
 import safetensors.numpy
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
+import xla_flags
 from runs import tiny_config, train
 
 from jaxtrain import assets, cli
@@ -551,7 +552,7 @@ def test_the_commands_run_from_an_empty_folder(trained, tmp_path):
             env=os.environ
             | {
                 "PYTHONPATH": str(ROOT),
-                "XLA_FLAGS": "--xla_backend_optimization_level=0",
+                "XLA_FLAGS": xla_flags.QUICK_TO_COMPILE,
                 "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
             },
         )

@@ -17,6 +17,9 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+import xla_flags
+
 from jaxtrain.config import resolve
 from jaxtrain.config.sections import CompilationCacheSection
 from jaxtrain.run import compilation_cache
@@ -38,6 +41,7 @@ def jax_as_it_starts(monkeypatch):
     """jax without a cache, every program kept; afterwards as it was."""
     before = {name: getattr(jax.config, name) for name in SETTINGS}
     monkeypatch.setattr(compilation_cache, "_in_use", None)
+    monkeypatch.delenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", raising=False)
     monkeypatch.setattr(compilation_cache, "MIN_COMPILE_SECS", 0.0)
     jax.config.update("jax_compilation_cache_dir", None)
     jax_cache.reset_cache()
@@ -252,7 +256,7 @@ def start(workdir: pathlib.Path, cache: pathlib.Path) -> subprocess.Popen:
         | {
             "JAXTRAIN_CACHE": str(cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "XLA_FLAGS": "--xla_backend_optimization_level=0",
+            "XLA_FLAGS": xla_flags.QUICK_TO_COMPILE,
             "PYTHONPATH": str(ROOT),
         },
         stdout=subprocess.PIPE,

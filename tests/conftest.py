@@ -1,41 +1,39 @@
 """Settings every test shares: eight fake CPU devices, one compilation cache."""
 
+import gc
 import os
 import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+import xla_flags
 
 # Before jax is imported anywhere: eight CPU devices stand in for a mesh. `gpu` tests
 # run on a GPU machine with JAXTRAIN_TEST_PLATFORM=cuda.
 _PLATFORM = os.environ.get("JAXTRAIN_TEST_PLATFORM", "cpu")
 os.environ["JAX_PLATFORMS"] = _PLATFORM
 if _PLATFORM == "cpu":
-    os.environ["XLA_FLAGS"] = (
-        os.environ.get("XLA_FLAGS", "")
-        + " --xla_force_host_platform_device_count=8"
-        # Most of the time goes into compiling programs that run for milliseconds: a
-        # third less without LLVM's optimizations.
-        + " --xla_backend_optimization_level=0"
-    )
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags.flags(8)}"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault(
     "JAXTRAIN_CACHE",
     str(pathlib.Path(__file__).resolve().parent.parent / ".cache" / "data"),
 )
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-import sys  # noqa: E402
+# In the environment, so that processes which a test starts have them too. To read a
+# program takes as long as to compile one of a tenth of a second.
+_CACHE = pathlib.Path(__file__).resolve().parent.parent / ".cache" / "jax"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(_CACHE)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from fast import is_again, is_fast  # noqa: E402
 from hypothesis import settings  # noqa: E402
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
-from fast import is_fast  # noqa: E402
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 SHARED = REPOSITORY.parent / "shared"
 
-jax.config.update("jax_compilation_cache_dir", str(REPOSITORY / ".cache" / "jax"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_threefry_partitionable", True)
 
 # Compilation makes the first example of a property slow; that is no flakiness.
@@ -46,9 +44,18 @@ settings.register_profile(
 )
 settings.load_profile("jaxtrain")
 
+# Python would look through all that torch, transformers and jax have made, again and
+# again: a twentieth of the time.
+gc.set_threshold(20_000, 20, 20)
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()
+
 
 # The longest tests, most of them variants of what another shows, together a third of
-# all the time: CI has 25 minutes. They get the marker `on_request`, which may stand at
+# all the time: CI has 35 minutes. They get the marker `on_request`, which may stand at
 # a test itself too. JAXTRAIN_TEST_ALL=1 runs them.
 THOROUGH = (
     "assets_test.py::test_a_rebuild_gives_the_same_bytes",
@@ -183,6 +190,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip_long)
         if is_fast(item.nodeid, markers):
             item.add_marker("fast")
+        if is_again(item.nodeid, markers):
+            item.add_marker("again")
     # Files of long tests first, so that no worker is left alone with one at the end.
     long_files = {item.path for item in items if "slow" in item.keywords}
     items.sort(key=lambda item: item.path not in long_files)

@@ -1,5 +1,7 @@
 """What `bash tests/run.sh fast` leaves out beside the tests marked as long.
 
+And what CI's second Python runs again, for it has another jax, flax and numpy.
+
 A contributor runs the fast tests while working. They touch every module of the package,
 as `fast_test.py` shows; what is left out here repeats that with more compilation, more
 processes or more variants.
@@ -135,6 +137,15 @@ LEFT_OUT = (
     "what_packs_test.py::test_a_run_packs",
     "z_loss_test.py::test_a_run_adds",
 )
+
+# Files and tests, beside the fast ones, that use what another jax may break: kernels
+# with their interpreters, and a whole run as a user starts it.
+AGAIN = ("kernels/", "main_test.py", "aot_test.py")
+
+
+def is_again(nodeid: str, markers: set[str]) -> bool:
+    """Whether CI's second Python runs a test, of the files that `.ci/run` names."""
+    return is_fast(nodeid, markers) or nodeid.removeprefix("tests/").startswith(AGAIN)
 
 
 def is_fast(nodeid: str, markers: set[str]) -> bool:

@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import queue
 import sys
 
 import pytest
@@ -59,7 +60,7 @@ def test_there_are_many_and_none_is_long(request):
 
 
 def test_what_is_left_out_exists():
-    for beginning in fast.LEFT_OUT:
+    for beginning in (*fast.LEFT_OUT, *fast.AGAIN):
         assert (find_tests.TESTS / beginning.partition("::")[0]).exists(), beginning
 
 
@@ -71,3 +72,49 @@ def test_a_mutant_changes_one_place_and_the_seed_chooses_it(tmp_path):
     assert "def f(x):\n    return x - 1 if x < 2 and True else 0" in made
     assert "def f(x):\n    return x + 1 if x <= 2 and True else 0" in made
     assert mutants.choose(2, 5) == mutants.choose(2, 5) != mutants.choose(2, 6)
+
+
+class _Noticing:
+    """In place of a checkout: notices the mutants of some lines."""
+
+    def __init__(self, *lines: int) -> None:
+        self._lines = lines
+
+    def notice(self, mutant: mutants.Mutant) -> str | None:
+        return "a_test.py::test_it" if mutant.line in self._lines else None
+
+
+def test_a_mutant_that_only_earlier_tests_notice_is_lost():
+    today, earlier = queue.Queue(), queue.Queue()
+    for _ in range(2):
+        today.put(_Noticing(1, 2))
+        earlier.put(_Noticing(2, 3))
+    module = find_tests.PACKAGE / "loop.py"
+    made = [mutants.Mutant(module, line, "") for line in (1, 2, 3, 4)]
+    told = {m.line: word for m, word, _ in mutants.judge(made, today, earlier)}
+    assert told == {1: "noticed", 2: "noticed", 3: "LOST", 4: "MISSED"}
+    assert today.qsize() == earlier.qsize() == 2
+
+
+def test_a_test_that_fails_without_the_mutant_notices_nothing(tmp_path, monkeypatch):
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "loop_test.py").write_text("")
+    checkout = object.__new__(mutants.Checkout)
+    checkout._path, checkout._unsound = tmp_path, set()
+    # Of a file's tests in order: one that always fails, and one that the mutant fails.
+    module = tmp_path / "loop.py"
+    module.write_text("sound")
+
+    def run(tests):
+        failing = ["always"] + ["by the mutant"] * (module.read_text() == "broken")
+        asked = failing if tests[0] not in failing else tests
+        left = [name for name in asked if name in failing]
+        return next((name for name in left if name not in checkout._unsound), None)
+
+    monkeypatch.setattr(checkout, "_first_failure", run)
+    monkeypatch.setattr(mutants, "ROOT", tmp_path)
+    monkeypatch.setattr(mutants, "test_files", lambda _: ["tests/loop_test.py"])
+    mutant = mutants.Mutant(module, 1, "broken")
+    assert checkout.notice(mutant) == "by the mutant"
+    assert checkout._unsound == {"always"}
+    assert module.read_text() == "sound"

@@ -9,6 +9,9 @@ import sys
 
 import pytest
 
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+import xla_flags
+
 SLOW = pytest.mark.slow
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -17,7 +20,7 @@ def run_main(*arguments, cwd=ROOT, **more):
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": xla_flags.QUICK_TO_COMPILE,
         "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
         **more,
     }

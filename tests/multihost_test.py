@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
+import xla_flags
 from runs import records, weights
 
 pytestmark = pytest.mark.slow
@@ -28,8 +29,7 @@ def start(processes, *arguments):
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES // processes}"
-        " --xla_backend_optimization_level=0",
+        "XLA_FLAGS": xla_flags.flags(DEVICES // processes),
         "JAXTRAIN_HEARTBEAT_TIMEOUT_SECS": "15",
     }
     started = []

@@ -232,11 +232,13 @@ def test_orpo_stays_finite_where_the_model_is_certain() -> None:
 
 @pytest.mark.parametrize("name", OPTIONS)
 @settings(max_examples=8)
-@given(seed=st.integers(0, 2**16), padding=st.lists(st.integers(0, 5), max_size=3))
-def test_padding_pairs_change_nothing(name: str, seed: int, padding: list[int]) -> None:
-    """Rows with empty masks, anywhere, whose every log-prob is NaN."""
+@given(seed=st.integers(0, 2**16), padding=st.tuples(*[st.integers(0, 4)] * 3))
+def test_padding_pairs_change_nothing(
+    name: str, seed: int, padding: tuple[int, ...]
+) -> None:
+    """Three rows with empty masks, anywhere, whose every log-prob is NaN."""
     pairs = random_pairs(seed, rows=4)
-    padding = [min(at, 4) for at in sorted(padding, reverse=True)]
+    padding = sorted(padding, reverse=True)
 
     def insert(side: Batch) -> Batch:
         tokens, mask = side.tokens, side.loss_mask

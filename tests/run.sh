@@ -15,6 +15,8 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 VENV=${VENV:-.venv}
 EXTRAS=docs,metrics,test
+# Else every process that a test starts compiles all modules of the package anew.
+unset PYTHONDONTWRITEBYTECODE
 if [ "${PEERS:=1}" = 1 ]; then EXTRAS+=,peers; fi
 if [ -n "${TPU:-}${JAXTRAIN_TEST_ALL:-}" ]; then EXTRAS+=,tpu; fi
 

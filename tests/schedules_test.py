@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from jaxtrain.optimizers.schedules import SCHEDULES, count_warmup_steps, make_schedule
 
 PEAK = 3e-4
+_MOST_STEPS = 128
 
 
 def curve(name, total_steps, warmup_steps=0, extra_steps=0, **options):
@@ -22,7 +23,10 @@ def curve(name, total_steps, warmup_steps=0, extra_steps=0, **options):
         warmup_steps=warmup_steps,
         **options,
     )
-    return np.asarray(jax.vmap(schedule)(np.arange(total_steps + extra_steps)))
+    # One length for all, so that jax compiles each operation once.
+    assert total_steps + extra_steps <= _MOST_STEPS
+    rates = np.asarray(jax.vmap(schedule)(np.arange(_MOST_STEPS)))
+    return rates[: total_steps + extra_steps]
 
 
 CASES = [

@@ -6,6 +6,8 @@ import socket
 import subprocess
 import sys
 
+import xla_flags
+
 import jaxtrain
 
 _TREE = str(pathlib.Path(jaxtrain.__file__).parent.parent)
@@ -22,7 +24,7 @@ def run_two(program: str, folder: pathlib.Path) -> list[str]:
     environment = {
         **os.environ,
         "PYTHONPATH": _TREE,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "XLA_FLAGS": xla_flags.flags(2),
     }
     processes = [
         subprocess.Popen(

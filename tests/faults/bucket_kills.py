@@ -34,6 +34,7 @@ TESTS = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 import buckets  # noqa: E402
 import pool  # noqa: E402
+import xla_flags  # noqa: E402
 
 TYPES = ("sft", "lora", "from_scratch", "dpo")
 STEPS = 6
@@ -244,7 +245,7 @@ def prepare(folder: pathlib.Path) -> None:
     import kills
 
     kills.prepare(folder)
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"
+    os.environ["XLA_FLAGS"] = xla_flags.flags()
     buckets.set_up()
     import gcsfs  # noqa: F401
     import s3fs  # noqa: F401
