@@ -9,10 +9,12 @@ bfloat16 base), fused AdamW and Liger's layer kernels. TRL 1.16 turns Liger's fu
 off, for its own head that never holds all logits. A mixture's experts are transformers'
 grouped products (`--experts grouped_mm`) or Liger's fused ones (`--experts liger`);
 these products do not follow autocast, so with float32 weights they are float32 ones,
-and `--dtype bfloat16` measures TRL with weights and moments in bfloat16 as well. A step
-is timed between two callbacks, the device idle at both: reading data is not in it. Random weights and
-tokens; every call of the model is checked to be of the intended size. One line of JSON
-a case, each in its own process, for Liger changes transformers' classes for good.
+and `--dtype bfloat16` measures TRL with weights and moments in bfloat16 as well.
+
+A step is timed between two callbacks, the device idle at both: reading data is not in
+it. Random weights and tokens; every call of the model is checked to be of the intended
+size. One line of JSON a case, each in its own process, for Liger changes transformers'
+classes for good.
 """
 
 import argparse
