@@ -1,5 +1,9 @@
 """Rows times the matrix of their group, with both gradients."""
 
-from jaxtrain.kernels.grouped_matmul.api import IMPLEMENTATIONS, grouped_matmul
+from jaxtrain.kernels.grouped_matmul.api import (
+    IMPLEMENTATIONS,
+    choose_implementation,
+    grouped_matmul,
+)
 
-__all__ = ["IMPLEMENTATIONS", "grouped_matmul"]
+__all__ = ["IMPLEMENTATIONS", "choose_implementation", "grouped_matmul"]

@@ -38,7 +38,7 @@ def grouped_matmul(
     """
     _check(rows, weights, sizes, implementation)
     if implementation == "auto":
-        implementation = _choose(rows, weights, device)
+        implementation = choose_implementation(rows, weights, device)
     elif implementation == "pallas_gpu" and (reason := _refusal(rows, device)):
         raise NotImplementedError(
             f"grouped product implementation 'pallas_gpu' refuses: {reason}; use 'auto'"
@@ -130,8 +130,10 @@ def _load_kernels() -> Kernels:
     return module.make_kernels()
 
 
-def _choose(rows: Array, weights: Array, device: jax.Device | None) -> str:
-    """The fastest implementation of this platform that serves the call."""
+def choose_implementation(
+    rows: Array, weights: Array, device: jax.Device | None
+) -> str:
+    """What "auto" stands for: this platform's fastest that serves the call."""
     platform = jax.default_backend() if device is None else device.platform
     reason = _refusal(rows, device) if platform == "gpu" else None
     name = "pallas_gpu" if platform == "gpu" and reason is None else "xla"
