@@ -19,7 +19,9 @@ classes for good.
 
 import argparse
 import importlib.metadata
+import json
 import os
+import pathlib
 import statistics
 import tempfile
 import time
@@ -99,14 +101,33 @@ def make_data(case: Case, steps: int) -> datasets.Dataset:
         return ["".join(f"w{token} " for token in row) for row in draw(length)]
 
     if not case.pairs:
-        return datasets.Dataset.from_dict({"input_ids": draw(case.length).tolist()})
+        return load_columns({"input_ids": draw(case.length).tolist()})
     response = case.length - case.prompt - 1
-    return datasets.Dataset.from_dict(
+    return load_columns(
         {
             "prompt": write(case.prompt),
             "chosen": write(response),
             "rejected": write(response),
         }
+    )
+
+
+def load_columns(columns: dict[str, list]) -> datasets.Dataset:
+    """A dataset of these columns, read from a file.
+
+    To name one in memory, datasets pickles its table, which newer pyarrows refuse.
+    """
+    folder = pathlib.Path(tempfile.mkdtemp())
+    rows = [
+        json.dumps(dict(zip(columns, row, strict=True)))
+        for row in zip(*columns.values(), strict=True)
+    ]
+    (folder / "rows.jsonl").write_text("\n".join(rows))
+    return datasets.load_dataset(
+        "json",
+        data_files=str(folder / "rows.jsonl"),
+        split="train",
+        cache_dir=str(folder / "cache"),
     )
 
 
