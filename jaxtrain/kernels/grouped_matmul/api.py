@@ -111,7 +111,8 @@ def _fill(x: Array, multiples: tuple[int, ...]) -> Array:
 
 def _axes(x: Array) -> frozenset[str]:
     """The mesh axes over which x differs, within a `jax.shard_map` that keeps track."""
-    return frozenset(getattr(jax.typeof(x), "vma", frozenset()))
+    kind = jax.typeof(x)
+    return frozenset(kind.manual_axis_type.varying)
 
 
 def _vary(x: Array, axes: frozenset[str]) -> Array:
