@@ -88,10 +88,10 @@ CASES = {
     "dpo_0.5b": Case("0.5b", **PAIRS),
     "dpo_3b": Case("3b", remat=True, **PAIRS),
     "dpo_lora_3b": Case("3b", lora=True, remat=True, **PAIRS),
-    # Ours alone: trl_step.py has neither bitsandbytes nor a mixture.
+    "sft_moe_4b": Case("moe_4b", remat=True, rows=4),
+    # Ours alone: trl_step.py has no bitsandbytes.
     "lora_3b_nf4": Case("3b", lora=True, quantization="nf4"),
     "lora_3b_int8": Case("3b", lora=True, quantization="int8"),
-    "sft_moe_4b": Case("moe_4b", remat=True, rows=4),
 }
 
 

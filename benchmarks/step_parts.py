@@ -49,6 +49,9 @@ def part_of(instruction: Instruction) -> str:
         return f"head, {kind}"
     if "optimizer/" in text or "clip/" in text:
         return "optimizer and clipping"
+    if "experts/" in text:
+        is_kernel = instruction.kind == "custom-call" and "sort" not in text
+        return f"experts, {PRODUCTS if is_kernel or is_product else 'rest'}"
     if instruction.kind == "custom-call" and not is_product:
         return "attention kernel"
     if opcodes <= {"copy", "fusion", "bitcast", "parameter", "transpose", "convert"}:
@@ -100,7 +103,18 @@ def floors(case: Case, chip: Chip, moments: str) -> dict[str, float]:
     trained = 0.0 if case.lora else config.num_params()
     of_moment = jnp.dtype(moments).itemsize
     per_layer = config.head_dim * (2 * heads + 2 * kv)
+    experts = shape.get("num_experts_per_tok", 0) * shape.get(
+        "moe_intermediate_size", 0
+    )
+    if case.mixture:
+        wide = 0
     return {
+        f"experts, {PRODUCTS}": layers * product(3 * experts),
+        # Beside the gate, each copy of a token is gathered and added up, and so are
+        # their gradients: four times read and written.
+        "experts, rest": stream(
+            8 * experts + 8 * width * shape.get("num_experts_per_tok", 0)
+        ),
         f"head, {PRODUCTS}": product(shape["vocab_size"]),
         "head, rest": 0.0,
         "attention, projections": layers * product(per_layer),

@@ -6,15 +6,22 @@
 
 SFTTrainer and DPOTrainer with bfloat16 autocast, float32 master weights (with LoRA a
 bfloat16 base), fused AdamW and Liger's layer kernels. TRL 1.16 turns Liger's fused loss
-off, for its own head that never holds all logits. A step is timed between two
-callbacks, the device idle at both: reading data is not in it. Random weights and
-tokens; every call of the model is checked to be of the intended size. One line of JSON
-a case, each in its own process, for Liger changes transformers' classes for good.
+off, for its own head that never holds all logits. A mixture's experts are transformers'
+grouped products (`--experts grouped_mm`) or Liger's fused ones (`--experts liger`);
+these products do not follow autocast, so with float32 weights they are float32 ones,
+and `--dtype bfloat16` measures TRL with weights and moments in bfloat16 as well.
+
+A step is timed between two callbacks, the device idle at both: reading data is not in
+it. Random weights and tokens; every call of the model is checked to be of the intended
+size. One line of JSON a case, each in its own process, for Liger changes transformers'
+classes for good.
 """
 
 import argparse
 import importlib.metadata
+import json
 import os
+import pathlib
 import statistics
 import tempfile
 import time
@@ -54,18 +61,22 @@ class StepTimer(transformers.TrainerCallback):
 
 def make_model(case: Case, dtype: torch.dtype, attention: str) -> Any:
     """Random weights, made on the device."""
-    if case.mixture or case.quantization:
+    if case.quantization:
         raise ValueError("no peer of this case: see train_step.py")
-    config = transformers.Qwen2Config(
-        **SHAPES[case.shape],
+    config = transformers.AutoConfig.for_model(
+        **{"model_type": "qwen2", **SHAPES[case.shape]},
         max_position_embeddings=32768,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         tie_word_embeddings=True,
     )
     with torch.device(DEVICE):
-        return transformers.AutoModelForCausalLM.from_config(
+        model = transformers.AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=attention
         )
+    if case.mixture:
+        # Liger puts its own experts in the place of those of the default path.
+        model.set_experts_implementation("grouped_mm")
+    return model
 
 
 def make_tokenizer(vocab: int) -> Any:
@@ -90,14 +101,33 @@ def make_data(case: Case, steps: int) -> datasets.Dataset:
         return ["".join(f"w{token} " for token in row) for row in draw(length)]
 
     if not case.pairs:
-        return datasets.Dataset.from_dict({"input_ids": draw(case.length).tolist()})
+        return load_columns({"input_ids": draw(case.length).tolist()})
     response = case.length - case.prompt - 1
-    return datasets.Dataset.from_dict(
+    return load_columns(
         {
             "prompt": write(case.prompt),
             "chosen": write(response),
             "rejected": write(response),
         }
+    )
+
+
+def load_columns(columns: dict[str, list]) -> datasets.Dataset:
+    """A dataset of these columns, read from a file.
+
+    To name one in memory, datasets pickles its table, which newer pyarrows refuse.
+    """
+    folder = pathlib.Path(tempfile.mkdtemp())
+    rows = [
+        json.dumps(dict(zip(columns, row, strict=True)))
+        for row in zip(*columns.values(), strict=True)
+    ]
+    (folder / "rows.jsonl").write_text("\n".join(rows))
+    return datasets.load_dataset(
+        "json",
+        data_files=str(folder / "rows.jsonl"),
+        split="train",
+        cache_dir=str(folder / "cache"),
     )
 
 
@@ -111,6 +141,10 @@ def make_trainer(case: Case, options: argparse.Namespace, timer: StepTimer) -> A
         "use_cpu": DEVICE == "cpu",
         "gradient_checkpointing": case.remat,
         "use_liger_kernel": not options.no_liger,
+        # Its "swiglu" is all of a mixture's experts.
+        "liger_kernel_config": {"swiglu": options.experts == "liger"}
+        if case.mixture
+        else None,
         "optim": "adamw_torch_fused",
         "learning_rate": 1e-5,
         "lr_scheduler_type": "constant",
@@ -122,7 +156,7 @@ def make_trainer(case: Case, options: argparse.Namespace, timer: StepTimer) -> A
     lora = peft.LoraConfig(
         r=16, lora_alpha=32, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]
     )
-    dtype = torch.bfloat16 if case.lora else torch.float32
+    dtype = torch.bfloat16 if case.lora else getattr(torch, options.dtype)
     model = make_model(case, dtype, options.attention)
     shared = {
         "model": model,
@@ -190,6 +224,8 @@ def run_case(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "step_ms_all": [round(x * 1e3, 1) for x in timer.secs],
         "attention": trainer.model.config._attn_implementation,
         "liger": not options.no_liger,
+        "experts": options.experts if case.mixture else None,
+        "dtype": str(next(trainer.model.parameters()).dtype).removeprefix("torch."),
         "reference_dtype": options.reference_dtype,
         "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
         "versions": {package: find_version(package) for package in PACKAGES},
@@ -199,6 +235,15 @@ def run_case(name: str, options: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = make_parser(__doc__, attention="sdpa")
     parser.add_argument("--no_liger", action="store_true")
+    parser.add_argument(
+        "--experts", choices=("grouped_mm", "liger"), default="grouped_mm"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of weights and moments where all weights are trained",
+    )
     parser.add_argument(
         "--reference_dtype",
         default="bfloat16",

@@ -119,7 +119,9 @@ class SparseMlp(nnx.Module):
         inwards, outwards = ("experts", "embed", "mlp"), ("experts", "mlp", "embed")
         of_biases = (("experts", "mlp"),) * 2 if biased else ()
         apply = self.options.map_shards(
-            functools.partial(moe.apply_experts, combine=self._combine),
+            functools.partial(
+                moe.apply_experts, combine=self._combine, device=self.options.device
+            ),
             (rows, choice, choice, inwards, inwards, outwards, *of_biases),
             rows,
             "mlp",

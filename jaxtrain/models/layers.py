@@ -17,6 +17,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int32, Key
 
+from jaxtrain.kernels.attention.partition import Layout
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.layer_kinds import ATTENTION, LayerKind
 from jaxtrain.models.quantization import Quantization, dequantize, multiply, quantize
@@ -111,6 +112,14 @@ class Options:
     quantization: Quantization | None = None
     constrain: Callable[[Array, LogicalAxes], Array] = unconstrained
     map_shards: MapShards = on_one_device
+    layout: Layout | None = None
+
+    @property
+    def device(self) -> jax.Device | None:
+        """A device of the mesh, which need not be present; None without a mesh."""
+        if self.layout is None or self.layout.mesh is None:
+            return None
+        return self.layout.mesh.devices.flat[0]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32, Int, Int32, Shaped
 
+from jaxtrain.kernels.grouped_matmul import choose_implementation, grouped_matmul
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -95,10 +97,12 @@ def apply_experts(
     down_proj: Float[Array, "E F D"],
     *biases: Float[Array, "E F"],
     combine: Callable[[Array, Array], Array],
+    device: jax.Device | None = None,
 ) -> Float[Array, "B T D"]:
     """sum_k weight_k down_k(combine(gate_k(x), up_k(x))) over a token's experts.
 
-    `biases` are those of gate and up, where they have some.
+    `biases` are those of gate and up, where they have some. `device` is one that the
+    program is for, where it is not the first local one.
 
     Every token is independent of the others, and the result is a sum over F; so rows
     and F may each be split over devices, with every expert's slice at hand.
@@ -110,14 +114,21 @@ def apply_experts(
     sizes = jnp.bincount(chosen, length=gate_proj.shape[0]).astype(jnp.int32)
     copies = experts.shape[-1]
     rows = _send(tokens, order, places, copies)
-    gate = jax.lax.ragged_dot(rows, gate_proj, sizes)
-    up = jax.lax.ragged_dot(rows, up_proj, sizes)
+    implementation = choose_implementation(rows, gate_proj, device)
+    multiply = functools.partial(
+        grouped_matmul, implementation=implementation, device=device
+    )
+    if implementation == "xla":
+        gate, up = (multiply(rows, x, sizes) for x in (gate_proj, up_proj))
+    else:  # a kernel reads and writes rows once for both
+        both = multiply(rows, jnp.concatenate([gate_proj, up_proj], axis=2), sizes)
+        gate, up = jnp.split(both, 2, axis=1)
     if biases:
         own = jax.nn.one_hot(chosen[order], gate_proj.shape[0], dtype=rows.dtype)
         gate, up = (y + _pick(own, b) for y, b in zip((gate, up), biases, strict=True))
     gate, up = checkpoint_name(gate, "mlp_gate"), checkpoint_name(up, "mlp_up")
     inner = jax.checkpoint(combine, prevent_cse=False)(gate, up)
-    outputs = jax.lax.ragged_dot(inner, down_proj, sizes)
+    outputs = multiply(inner, down_proj, sizes)
     outputs *= weights.reshape(-1)[order, None].astype(outputs.dtype)
     return _collect(outputs, order, places, copies).reshape(x.shape)
 

@@ -97,7 +97,6 @@ class Decoder(Options):
     scan_layers: bool = True
     packed: bool = True
     neftune_alpha: float | None = None
-    layout: Layout | None = None
 
     def __post_init__(self) -> None:
         for name in ("compute_dtype", "param_dtype"):

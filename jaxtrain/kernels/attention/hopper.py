@@ -99,11 +99,11 @@ def count_programs(options: Options, q: Array, wanted: int | None) -> int:
     batch, length, heads, _ = q.shape
     if wanted is None:
         # Interpreted: few, so that each has several tiles.
-        wanted = 2 if options.interpret else _count_multiprocessors()
+        wanted = 2 if options.interpret else count_multiprocessors()
     return min(wanted, batch * heads * (length // BLOCK))
 
 
-def _count_multiprocessors() -> int:
+def count_multiprocessors() -> int:
     """Of the GPU that is here; of an H100 or H200 where none is."""
     if jax.default_backend() != "gpu":
         return MULTIPROCESSORS

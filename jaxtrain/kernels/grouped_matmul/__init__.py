@@ -1,0 +1,9 @@
+"""Rows times the matrix of their group, with both gradients."""
+
+from jaxtrain.kernels.grouped_matmul.api import (
+    IMPLEMENTATIONS,
+    choose_implementation,
+    grouped_matmul,
+)
+
+__all__ = ["IMPLEMENTATIONS", "choose_implementation", "grouped_matmul"]

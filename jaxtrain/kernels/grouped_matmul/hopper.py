@@ -1,0 +1,448 @@
+"""Grouped products on Hopper through Pallas Mosaic GPU.
+
+A program stays on its multiprocessor and takes one tile of the result after the other.
+One warpgroup copies blocks of both factors into a ring of buffers in shared memory by
+TMA; two compute, each 64 rows of the tile, by wgmma in float32. A tile of rows that
+several groups share is multiplied by the matrix of each, and each row keeps what its
+own group gives: so a tile is written once, and rows behind all groups become zeros.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float
+
+from jaxtrain.kernels.attention import hopper
+from jaxtrain.kernels.attention.hopper import FEEDER, GROUPS, ROWS, Ref
+from jaxtrain.kernels.grouped_matmul.api import Kernels
+from jaxtrain.kernels.grouped_matmul.plan import TILE, Plan
+
+_DEPTH = 64  # of a buffer: what the 128-byte swizzle holds of 16-bit numbers
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Columns of a tile of the result, buffers in the ring, columns that leave at once.
+
+    `programs`: side by side; None: one a multiprocessor.
+    """
+
+    columns: int = 256
+    stages: int = 4
+    leaving: int = 128
+    programs: int | None = None
+    interpret: bool = False
+
+
+@functools.cache
+def make_kernels(
+    forward: Tiles | None = None,
+    transposed: Tiles | None = None,
+    of_rows: Tiles | None = None,
+) -> Kernels:
+    """The three products by tiles of these sizes."""
+    return Kernels(
+        functools.partial(multiply, tiles=forward or Tiles()),
+        functools.partial(multiply, tiles=transposed or Tiles(), transposed=True),
+        functools.partial(multiply_rows, tiles=of_rows or Tiles()),
+        row_multiple=8,
+        width_multiple=_DEPTH,
+    )
+
+
+def multiply(
+    rows: Float[Array, "M D"],
+    weights: Float[Array, "E D F"],
+    plan: Plan,
+    tiles: Tiles,
+    *,
+    transposed: bool = False,
+) -> Float[Array, "M F"]:
+    """Each row times its group's matrix, or where `transposed` [E F D] times its own.
+
+    Rows behind all groups give zeros, whatever they hold.
+    """
+    length, depth = rows.shape
+    width = weights.shape[1 if transposed else 2]
+    tiles = _fit(tiles, width)
+    shape = (tiles.columns, _DEPTH) if transposed else (_DEPTH, tiles.columns)
+    kernel = _call(
+        functools.partial(_multiply_kernel, tiles, transposed),
+        tiles,
+        jax.ShapeDtypeStruct((length, width), rows.dtype),
+        [(tiles.stages, GROUPS, ROWS, _DEPTH), (tiles.stages, *shape)],
+        (rows.size + weights.size + length * width, length * depth * width),
+    )
+    return kernel(rows, weights, plan.bounds, plan.firsts, plan.counts, plan.tiles)
+
+
+def multiply_rows(
+    rows: Float[Array, "M D"],
+    others: Float[Array, "M F"],
+    plan: Plan,
+    tiles: Tiles,
+) -> Float[Array, "E D F"]:
+    """The sum over each group's rows of row x other row; zeros for an empty group."""
+    length, depth = rows.shape
+    width, groups = others.shape[1], len(plan.groups)
+    tiles = _fit(tiles, width)
+    kernel = _call(
+        functools.partial(_rows_kernel, tiles),
+        tiles,
+        jax.ShapeDtypeStruct((groups, depth, width), rows.dtype),
+        [(tiles.stages, GROUPS, _DEPTH, ROWS), (tiles.stages, _DEPTH, tiles.columns)],
+        (rows.size + others.size + groups * depth * width, length * depth * width),
+    )
+    return kernel(rows, others, plan.bounds, plan.groups)
+
+
+def _fit(tiles: Tiles, width: int) -> Tiles:
+    """Tiles no wider than the result."""
+    columns = tiles.columns
+    while columns > 64 and columns >= 2 * width:
+        columns //= 2
+    return dataclasses.replace(
+        tiles, columns=columns, leaving=min(columns, tiles.leaving)
+    )
+
+
+def _call(
+    body: Callable[..., None],
+    tiles: Tiles,
+    out_type: jax.ShapeDtypeStruct,
+    memory: list[tuple[int, ...]],
+    work: tuple[int, int],
+) -> Callable[..., Array]:
+    """The compiled kernel; `memory` has the shapes of the two rings.
+
+    `work`: how many numbers it reads and writes, and multiplications.
+    """
+    interpret = None
+    if tiles.interpret:
+        if not hasattr(plgpu, "InterpretGPUParams"):
+            raise NotImplementedError("this jax has no interpreter for Mosaic GPU")
+        interpret = plgpu.InterpretGPUParams()
+    dtype = out_type.dtype
+    scratch = [
+        *(hopper.matrix_memory(shape, dtype) for shape in memory),
+        hopper.matrix_memory((GROUPS, ROWS, tiles.leaving), dtype),
+        plgpu.Barrier(num_arrivals=GROUPS + 1, num_barriers=tiles.stages),
+        plgpu.Barrier(num_arrivals=GROUPS, num_barriers=tiles.stages),
+    ]
+    extra: dict[str, Any] = {}
+    if hopper.TELLS_COST:
+        numbers, products = work
+        extra["cost_estimate"] = pl.CostEstimate(
+            flops=2 * products,
+            bytes_accessed=numbers * dtype.itemsize,
+            transcendentals=0,
+        )
+    return plgpu.kernel(
+        body,
+        out_type=out_type,
+        scratch_types=scratch,
+        grid=(_count_programs(tiles),),
+        grid_names=("programs",),
+        num_threads=GROUPS + 1,
+        thread_name="group",
+        interpret=interpret,
+        **extra,
+    )
+
+
+def _count_programs(tiles: Tiles) -> int:
+    if tiles.programs is not None:
+        return tiles.programs
+    return 2 if tiles.interpret else hopper.count_multiprocessors()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ring:
+    """The buffers of both factors, filled by one warpgroup and read by the others."""
+
+    left: Ref
+    right: Ref
+    ready: Ref
+    free: Ref
+
+    @property
+    def stages(self) -> int:
+        return self.left.shape[0]
+
+    def fill(self, turn: Array, lefts: Callable[[int], Ref], right: Ref) -> None:
+        """Copies each group's block of the left factor, and one of the right."""
+        slot = hopper.remainder(turn, self.stages)
+        hopper.wait_for_slot(self.free, turn, slot, self.stages)
+        ready = self.ready.at[slot]
+        for group in range(GROUPS):
+            plgpu.copy_gmem_to_smem(lefts(group), self.left.at[slot, group], ready)
+        plgpu.copy_gmem_to_smem(right, self.right.at[slot], ready)
+
+    def release_before(self, turn: Array, first: Array) -> None:
+        """Gives the buffers of the turn before back, if it was of the same tile."""
+        plgpu.wgmma_wait(1)
+        slot = hopper.remainder(turn + self.stages - 1, self.stages)
+        pl.when(turn > first)(lambda: plgpu.barrier_arrive(self.free.at[slot]))
+
+    def release_last(self, turns: Array, first: Array) -> None:
+        """The same of a tile's last turn, `turns` being how many were taken so far."""
+        plgpu.wgmma_wait(0)
+        slot = hopper.remainder(turns + self.stages - 1, self.stages)
+        pl.when(turns > first)(lambda: plgpu.barrier_arrive(self.free.at[slot]))
+
+
+def _over_tiles(count: int, take: Callable[[Array, Array], Array]) -> None:
+    """Folds `take(tile, turns so far)` over the tiles of this program.
+
+    Tiles are in the order of their length; rounds of programs take them there and
+    back, so that programs end together.
+    """
+    programs = jax.lax.axis_size("programs")
+    rounds, rest = divmod(count, programs)
+    program = jax.lax.axis_index("programs")
+
+    def seat(index: Array) -> Array:
+        back = hopper.remainder(index, 2) == 1
+        return jnp.where(back, programs - 1 - program, program)
+
+    def visit(index: Array, turns: Array) -> Array:
+        return take(index * programs + seat(index), turns)
+
+    own = rounds + (seat(jnp.int32(rounds)) < rest).astype(jnp.int32)
+    jax.lax.fori_loop(0, own, visit, jnp.int32(0))
+
+
+def _multiply_kernel(
+    tiles: Tiles,
+    transposed: bool,
+    rows_ref: Ref,
+    weights_ref: Ref,
+    bounds_ref: Ref,
+    firsts_ref: Ref,
+    counts_ref: Ref,
+    order_ref: Ref,
+    out_ref: Ref,
+    rows_memory: Ref,
+    weights_memory: Ref,
+    out_memory: Ref,
+    ready: Ref,
+    free: Ref,
+) -> None:
+    length, depth = rows_ref.shape
+    columns = pl.cdiv(out_ref.shape[1], tiles.columns)
+    steps = depth // _DEPTH
+    ring = _Ring(rows_memory, weights_memory, ready, free)
+    group = jax.lax.axis_index("group")
+
+    def over_groups(
+        take: Callable[..., Any], place: Array, turns: Array, carry: Any
+    ) -> tuple[Array, Any]:
+        """Folds `take(row, column, expert, turns, own, carry)` over a tile's groups.
+
+        `turns` were taken so far, and the group has `own`.
+        """
+        tile = order_ref[hopper.divide(place, columns)]
+        column = hopper.remainder(place, columns) * tiles.columns
+        first = firsts_ref[tile]
+
+        def visit(expert: Array, state: tuple[Array, Any]) -> tuple[Array, Any]:
+            turns, carry = state
+            is_empty = bounds_ref[expert] == bounds_ref[expert + 1]
+            own = jnp.where(is_empty, 0, steps)
+            carry = take(tile * TILE, column, expert, turns, own, carry)
+            return turns + own, carry
+
+        last = first + counts_ref[tile]
+        return jax.lax.fori_loop(first, last, visit, (turns, carry))
+
+    @pl.when(group == FEEDER)
+    def _feed() -> None:
+        plgpu.set_max_registers(40, action="decrease")
+
+        def feed(
+            row: Array, column: Array, expert: Array, turns: Array, own: Array, _: None
+        ) -> None:
+            def copy(step: Array, _: None) -> None:
+                inner = pl.ds(step * _DEPTH, _DEPTH)
+                outer = pl.ds(column, tiles.columns)
+                block = (outer, inner) if transposed else (inner, outer)
+                ring.fill(
+                    turns + step,
+                    lambda i: rows_ref.at[pl.ds(row + i * ROWS, ROWS), inner],
+                    weights_ref.at[expert, *block],
+                )
+
+            jax.lax.fori_loop(0, own, copy, None)
+
+        def feed_tile(place: Array, turns: Array) -> Array:
+            return over_groups(feed, place, turns, None)[0]
+
+        _over_tiles(pl.cdiv(length, TILE) * columns, feed_tile)
+
+    @pl.when(group < GROUPS)
+    def _compute() -> None:
+        plgpu.set_max_registers(232, action="increase")
+
+        def take(place: Array, first: Array) -> Array:
+            shape = (ROWS, tiles.columns)
+
+            def add(
+                row: Array,
+                column: Array,
+                expert: Array,
+                turns: Array,
+                own: Array,
+                out: Array,
+            ) -> Array:
+                def sum_up(total: Ref) -> Array:
+                    def step(index: Array, _: None) -> None:
+                        slot = hopper.remainder(turns + index, tiles.stages)
+                        plgpu.barrier_wait(ready.at[slot])
+                        right = weights_memory.at[slot]
+                        if transposed:
+                            right = right.transpose((1, 0))
+                        plgpu.wgmma(total, rows_memory.at[slot, group], right)
+                        ring.release_before(turns + index, turns)
+
+                    jax.lax.fori_loop(0, own, step, None)
+                    ring.release_last(turns + own, turns)
+                    return total[...]
+
+                total = pl.run_scoped(sum_up, plgpu.ACC(shape, jnp.float32))
+                start = bounds_ref[expert] - (row + group * ROWS)
+                end = bounds_ref[expert + 1] - (row + group * ROWS)
+                is_own = _is_between(tiles, shape, start, end)
+                return jnp.where(is_own, total.astype(out.dtype), out)
+
+            none = _constant(tiles, shape, rows_ref.dtype)
+            turns, out = over_groups(add, place, first, none)
+            tile = order_ref[hopper.divide(place, columns)]
+            own = pl.ds(tile * TILE + group * ROWS, ROWS)
+            column = hopper.remainder(place, columns) * tiles.columns
+            _store(out, out_memory.at[group], out_ref.at[own], column)
+            return turns
+
+        _over_tiles(pl.cdiv(length, TILE) * columns, take)
+        plgpu.wait_smem_to_gmem(0)
+
+
+def _rows_kernel(
+    tiles: Tiles,
+    rows_ref: Ref,
+    others_ref: Ref,
+    bounds_ref: Ref,
+    order_ref: Ref,
+    out_ref: Ref,
+    rows_memory: Ref,
+    others_memory: Ref,
+    out_memory: Ref,
+    ready: Ref,
+    free: Ref,
+) -> None:
+    groups, depth, width = out_ref.shape
+    columns, parts = pl.cdiv(width, tiles.columns), pl.cdiv(depth, TILE)
+    ring = _Ring(rows_memory, others_memory, ready, free)
+    group = jax.lax.axis_index("group")
+
+    def locate(place: Array) -> tuple[Array, ...]:
+        """The expert of a tile, its first row and column, its blocks of rows."""
+        column = hopper.remainder(place, columns) * tiles.columns
+        place = hopper.divide(place, columns)
+        expert = order_ref[hopper.divide(place, parts)]
+        start, end = bounds_ref[expert], bounds_ref[expert + 1]
+        first = hopper.divide(start, _DEPTH)
+        own = jnp.where(start == end, 0, hopper.divide(end - 1, _DEPTH) + 1 - first)
+        return expert, hopper.remainder(place, parts) * TILE, column, first, own
+
+    @pl.when(group == FEEDER)
+    def _feed() -> None:
+        plgpu.set_max_registers(40, action="decrease")
+
+        def feed(place: Array, turns: Array) -> Array:
+            _, row, column, first, own = locate(place)
+
+            def copy(step: Array, _: None) -> None:
+                inner = pl.ds((first + step) * _DEPTH, _DEPTH)
+                ring.fill(
+                    turns + step,
+                    lambda i: rows_ref.at[inner, pl.ds(row + i * ROWS, ROWS)],
+                    others_ref.at[inner, pl.ds(column, tiles.columns)],
+                )
+
+            jax.lax.fori_loop(0, own, copy, None)
+            return turns + own
+
+        _over_tiles(groups * parts * columns, feed)
+
+    @pl.when(group < GROUPS)
+    def _compute() -> None:
+        plgpu.set_max_registers(232, action="increase")
+
+        def take(place: Array, turns: Array) -> Array:
+            expert, row, column, first, own = locate(place)
+
+            def sum_up(total: Ref) -> Array:
+                def step(index: Array, _: None) -> None:
+                    turn = turns + index
+                    slot = hopper.remainder(turn, tiles.stages)
+                    plgpu.barrier_wait(ready.at[slot])
+                    block = rows_memory.at[slot, group]
+                    start = bounds_ref[expert] - (first + index) * _DEPTH
+                    end = bounds_ref[expert + 1] - (first + index) * _DEPTH
+                    is_part = (start > 0) | (end < _DEPTH)
+                    pl.when(is_part)(lambda: _keep(tiles, block, start, end))
+                    plgpu.wgmma(total, block.transpose((1, 0)), others_memory.at[slot])
+                    ring.release_before(turn, turns)
+
+                jax.lax.fori_loop(0, own, step, None)
+                ring.release_last(turns + own, turns)
+                return total[...]
+
+            shape = (ROWS, tiles.columns)
+            total = pl.run_scoped(sum_up, plgpu.ACC(shape, jnp.float32))
+            target = out_ref.at[expert, pl.ds(row + group * ROWS, ROWS)]
+            _store(total, out_memory.at[group], target, column)
+            return turns + own
+
+        _over_tiles(groups * parts * columns, take)
+        plgpu.wait_smem_to_gmem(0)
+
+
+def _is_between(
+    tiles: Tiles, shape: tuple[int, int], start: Array, end: Array
+) -> Array:
+    """Where in an array in registers a row's number is from `start` to `end`."""
+    if tiles.interpret:
+        row = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    else:
+        row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=hopper.TILE)
+    return (row >= start) & (row < end)
+
+
+def _constant(tiles: Tiles, shape: tuple[int, int], dtype: Any) -> Array:
+    """Zeros in registers; the interpreter has no layouts."""
+    zeros = jnp.zeros(shape, dtype)
+    return zeros if tiles.interpret else plgpu.layout_cast(zeros, hopper.TILE)
+
+
+def _keep(tiles: Tiles, block: Ref, start: Array, end: Array) -> None:
+    """Sets the rows of a block before `start` and from `end` on to zero."""
+    is_own = _is_between(tiles, block.shape, start, end)
+    block[...] = jnp.where(is_own, block[...], jnp.zeros((), block.dtype))
+    plgpu.commit_smem()
+
+
+def _store(out: Array, memory: Ref, target: Ref, column: Array) -> None:
+    """Sends a tile to the target's columns, in as many parts as it takes."""
+    leaving = memory.shape[1]
+    for first in range(0, out.shape[1], leaving):
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        memory[...] = out[:, first : first + leaving].astype(memory.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(memory, target.at[:, pl.ds(column + first, leaving)])
