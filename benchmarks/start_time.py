@@ -3,9 +3,10 @@
     python benchmarks/whole_run.py make DIR
     python benchmarks/start_time.py DIR [--task=sft] [--flag=model.scan_layers=true]
 
-It trains for some steps, twice with a cache of their own: from nothing, and with the
-compiled programs of the first time. Each telling line of the log is printed with the
-seconds from the start of the process, then the rate of the later steps.
+It trains for some steps, three times with a cache of their own: from nothing; with
+compiled programs but none of the traced ones (run/kept_programs.py); with both. Each
+line of the log is printed with the seconds from the start of the process, then the rate
+of the later steps: programs that were kept must not be slower.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -88,8 +90,13 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         cache = pathlib.Path(scratch, "cache")
-        for number, name in enumerate(("from nothing", "a second start")):
+        for number, name in enumerate(
+            ("from nothing", "compiled, not traced", "compiled and traced")
+        ):
             print(f"{options.task}, {name}:", flush=True)
+            if number == 1:
+                for folder in cache.rglob("traced"):
+                    shutil.rmtree(folder)
             start(options, pathlib.Path(scratch, f"out{number}"), cache)
 
 
