@@ -21,8 +21,9 @@ class Batch:
     each document. `loss_mask` weighs each prediction; 0 leaves it out of the loss.
     `prompt_ids` name a second segment that a token reads beside its own: the prompt
     that the two completions of a pair share (0: none). None: no row shares any.
-    `scored` has the places of a row's predictions that `loss_mask` counts, C of them,
-    T behind the last: the loss head looks at no others. None: it scores all.
+    `scored` has the places of the predictions that `loss_mask` counts, C of them for
+    each of G runs of B / G rows, taken as one line of tokens; behind the last the
+    line's length. The loss head looks at no others. None: it scores all.
     """
 
     tokens: Int32[Array, "*A B T"]
@@ -31,7 +32,7 @@ class Batch:
     positions: Int32[Array, "*A B T"]
     loss_mask: Float[Array, "*A B T"]
     prompt_ids: Int32[Array, "*A B T"] | None = None
-    scored: Int32[Array, "*A B C"] | None = None
+    scored: Int32[Array, "*A G C"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

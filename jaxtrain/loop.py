@@ -29,7 +29,7 @@ from jaxtrain.run.preemption import Preempted, PreemptionWatch, Watchdog
 from jaxtrain.run.preflight import refuse_never
 from jaxtrain.run.profile import StepProfiler
 from jaxtrain.run.progress import BestMetric, Progress
-from jaxtrain.run.step_programs import StepPrograms
+from jaxtrain.run.step_programs import make_programs
 from jaxtrain.run.window import MetricWindow
 from jaxtrain.step import EvalStep, TrainStep
 from jaxtrain.tree import overlay, select
@@ -145,7 +145,7 @@ class Loop:
         self._pending = PendingSteps(_STEPS_AHEAD)
         self._bad_steps = BadSteps(self.settings, checkpoints.directory)
         self._has_stepped = self._has_synced = False
-        self._programs = StepPrograms(parts.train_step)
+        self._programs = make_programs(parts.train_step, parts.model.plan)
 
     @property
     def step(self) -> int:

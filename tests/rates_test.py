@@ -10,6 +10,7 @@ import functools
 import itertools
 import pathlib
 import types
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from jaxtrain.config import default_config, resolve
 from jaxtrain.record.goodput import Goodput
 from jaxtrain.record.throughput import ThroughputMeter
 from jaxtrain.run.preemption import Preempted
+from jaxtrain.run.step_programs import StepPrograms
 from jaxtrain.types import TrainState, WeightedSum
 
 COMPILE_SECS, EVAL_SECS, SAVE_SECS = 50.0, 7.25, 3.5
@@ -237,7 +239,7 @@ def run_loop(world):
     eval_batch = Batch(*np.zeros((5, 1, 4)))
     parts = loop.Parts(
         run=run,
-        model=None,
+        model=types.SimpleNamespace(plan=None),
         state=TrainState(0, {}, {}, None, None),
         train_step=world.train_step,
         eval_step=world.eval_step,
@@ -266,7 +268,8 @@ def run_loop(world):
         loop.BestMetric(greater_is_better=False, patience=scenario.patience),
         goodput=Goodput(world.clock),
     )
-    running = loop.Loop(parts, progress, world, world)
+    with mock.patch.object(loop, "make_programs", lambda step, _: StepPrograms(step)):
+        running = loop.Loop(parts, progress, world, world)
     return running.run_to_end()
 
 

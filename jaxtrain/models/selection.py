@@ -15,6 +15,7 @@ class Selection(NamedTuple):
     """Some places of each row, and where each place of a row went.
 
     `places`: as `Batch.scored`; T is none. `found`: C where a place was not picked.
+    Here a row is a whole run of a batch's rows, if several share their places.
     """
 
     places: Int32[Array, "B C"]
@@ -28,6 +29,19 @@ def make_selection(places: Int32[Array, "B C"], length: int) -> Selection:
     found = jnp.full((rows, length), count, jnp.int32)
     row = jnp.arange(rows)[:, None]
     return Selection(places, found.at[row, places].set(numbers, mode="drop"))
+
+
+def join_rows(x: Shaped[Array, "B T *W"], groups: int) -> Shaped[Array, "G _ *W"]:
+    """Each of so many runs of rows as one row.
+
+    In two steps, of which the first cuts the axis that devices split and the second
+    joins what none of them splits: so no device needs the rows of another.
+    """
+    rows, length, *rest = x.shape
+    if rows == groups:
+        return x
+    x = x.reshape(groups, rows // groups, length, *rest)
+    return x.reshape(groups, rows // groups * length, *rest)
 
 
 # Each of these two is the other's transpose. Left to itself, jax would transpose a

@@ -36,7 +36,7 @@ from jaxtrain.models.moe import RouterLoad, join_loads, load_balancing_loss
 from jaxtrain.models.noise import add_embedding_noise
 from jaxtrain.models.per_layer import Ends
 from jaxtrain.models.rope import KINDS_BY_LENGTH
-from jaxtrain.models.selection import make_selection, pick, put_back
+from jaxtrain.models.selection import join_rows, make_selection, pick, put_back
 from jaxtrain.models.stacks import LAYERS
 from jaxtrain.types import Batch, Params, TokenLogProbs
 
@@ -310,8 +310,10 @@ class Decoder(Options):
             router_loss = load_balancing_loss(load)
         targets, chosen = batch.targets, None
         if batch.scored is not None:
-            chosen = make_selection(batch.scored, targets.shape[-1])
-            hidden, targets = pick(hidden, chosen), pick(targets, chosen)
+            groups = len(batch.scored)
+            chosen = make_selection(batch.scored, targets.size // groups)
+            hidden = pick(join_rows(hidden, groups), chosen)
+            targets = pick(join_rows(targets, groups), chosen)
         outputs = _score_targets(
             self,
             params,
@@ -321,7 +323,10 @@ class Decoder(Options):
             _Extras(with_collision, with_log_total),
         )
         if chosen is not None:
-            outputs = jax.tree.map(lambda x: put_back(x, chosen), outputs)
+            shape = batch.targets.shape
+            outputs = jax.tree.map(
+                lambda x: put_back(x, chosen).reshape(shape), outputs
+            )
         return dataclasses.replace(outputs, router_loss=router_loss)
 
     # --- one step at a time ------------------------------------------------------

@@ -89,6 +89,11 @@ def set_up(section: CompilationCacheSection) -> pathlib.Path | None:
     return _use(folder)
 
 
+def folder_in_use() -> pathlib.Path | None:
+    """The folder that `set_up` gave to jax; None where it is off, or the user's own."""
+    return None if _in_use is None else pathlib.Path(_in_use)
+
+
 def _of_jax(name: str) -> Any:
     """A setting of jax's, whose types do not list them."""
     return getattr(jax.config, name)

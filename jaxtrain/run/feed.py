@@ -15,6 +15,7 @@ from jaxtrain.data.batches.pipeline import (
     epochs_done,
     make_eval_iterator,
     make_train_iterator,
+    score_trained,
     steps_per_epoch,
 )
 from jaxtrain.data.stream.batches import StreamDataset, StreamIterator
@@ -30,7 +31,7 @@ class Feed:
     run: RunConfig
     plan: ShardingPlan
     long_rows: bool = False  # whether attention leaves out blocks between examples
-    scores_all: bool = False  # whether the loss reads prompts too
+    selects: bool = True  # whether the loss head may score what is trained alone
 
     @functools.cached_property  # asked at every step, of all devices of a pod
     def readers(self) -> int:
@@ -69,8 +70,7 @@ class Feed:
         if not self.packs_batches:
             return None
         plan = self.plan
-        selects = not self.scores_all and plan.mesh.shape["context"] == 1
-        return PackedRows(plan.batch_shards, self.long_rows, plan.readers, selects)
+        return PackedRows(plan.batch_shards, self.long_rows, plan.readers, self.selects)
 
     def train_batches(self, data: Prepared) -> BatchIterator | StreamIterator:
         """The batches of all steps of the run, [A B T] on each process."""
@@ -86,15 +86,15 @@ class Feed:
                 data, self._shape, reading,
                 num_steps=loop.max_steps, shares=shares, rows=self._packed_rows,
             )  # fmt: skip
-        return make_train_iterator(
-            data,
-            self._shape,
-            reading,
+        batches = make_train_iterator(
+            data, self._shape, reading,
             num_epochs=None if by_steps else loop.num_train_epochs,
             num_steps=loop.max_steps if by_steps else None,
-            curriculum=self.run.curriculum,
-            rows=self._packed_rows,
-        )
+            curriculum=self.run.curriculum, rows=self._packed_rows,
+        )  # fmt: skip
+        if self.long_rows and self.selects:
+            score_trained(batches, self.plan.batch_shards)
+        return batches
 
     def eval_batches(self, data: PreparedDataset) -> BatchIterator:
         """All rows once, in order, [B T] on each process."""

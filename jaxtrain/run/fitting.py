@@ -19,8 +19,11 @@ def make_feed(run: RunConfig, model: LoadedModel) -> Feed:
     """The feed of a run, with rows that suit the model's attention."""
     long_rows = model.decoder.skips_blocks(run.data.max_length)
     row = OBJECTIVES.get(run.loop.objective)
-    scores_all = row is not None and row.scores_prompts
-    return Feed(run, model.plan, long_rows, scores_all)
+    reads_trained = row is not None and not row.scores_prompts
+    # Nobody knows what a loss of one's own reads.
+    reads_trained = reads_trained and not run.loop.use_auxiliary_loss
+    selects = reads_trained and model.plan.mesh.shape["context"] == 1
+    return Feed(run, model.plan, long_rows, selects)
 
 
 def fit_to_model(

@@ -10,16 +10,21 @@ from typing import Any
 import jax
 
 from jaxtrain.batch import AnyBatch
+from jaxtrain.run.kept_programs import KeptPrograms, keep_programs
+from jaxtrain.sharding import ShardingPlan
 from jaxtrain.types import Metrics, TrainState
 
 logger = logging.getLogger(__name__)
 
 
 class StepPrograms:
-    """A jitted train step that compiles known shapes ahead, side by side."""
+    """A jitted train step that compiles known shapes ahead, side by side.
 
-    def __init__(self, train_step: Any) -> None:
-        self._train_step = train_step
+    `kept`: what knows steps that an earlier run traced, if anything does.
+    """
+
+    def __init__(self, train_step: Any, kept: KeptPrograms | None = None) -> None:
+        self._train_step, self._kept = train_step, kept
         self._compiled: dict[Hashable, Any] = {}
         self._seen: set[Hashable] = set()
 
@@ -28,26 +33,34 @@ class StepPrograms:
 
         They are lowered one after another, since that is Python and threads would only
         wait for one another; XLA compiles the first ones meanwhile. A single shape is
-        left to the first step, which compiles it as well.
+        left to the first step, which compiles it as well, unless it may be kept.
         """
-        if len(batches) < 2:
+        if len(batches) < (2 if self._kept is None else 1):
             return
         started = time.perf_counter()
         workers = min(len(batches), os.cpu_count() or 1)
         with concurrent.futures.ThreadPoolExecutor(workers) as pool:
             programs = [
-                pool.submit(self._train_step.lower(state, batch).compile)
-                for batch in batches
+                pool.submit(self._lower(state, batch).compile) for batch in batches
             ]
             traced = time.perf_counter() - started
         for batch, program in zip(batches, programs, strict=True):
             self._compiled[shape_of(batch)] = program.result()
         self._seen |= self._compiled.keys()
         told = (
-            "compiled the train step for %d shapes of rows in %.1f s, of which tracing"
-            " took %.1f s"
+            "compiled the train step for %d shape%s of rows in %.1f s, of which tracing"
+            " took %.1f s%s"
         )
-        logger.info(told, len(batches), time.perf_counter() - started, traced)
+        plural = "s" * (len(batches) > 1)
+        secs = time.perf_counter() - started
+        found = self._kept.found if self._kept else []
+        earlier = f"; an earlier run had traced {len(found)}" if found else ""
+        logger.info(told, len(batches), plural, secs, traced, earlier)
+
+    def _lower(self, state: TrainState, batch: AnyBatch) -> Any:
+        if self._kept is None:
+            return self._train_step.lower(state, batch)
+        return self._kept.lower(self._train_step, state, batch)
 
     def compiles(self, batch: AnyBatch) -> bool:
         """Whether the step of a batch compiles first; asked once for each step."""
@@ -62,6 +75,11 @@ class StepPrograms:
         program = self._compiled.get(shape_of(batch), self._train_step)
         stepped: tuple[TrainState, Metrics] = program(state, batch)
         return stepped
+
+
+def make_programs(train_step: Any, plan: ShardingPlan) -> StepPrograms:
+    """The programs of a jitted train step on this mesh, kept on disk where they can."""
+    return StepPrograms(train_step, keep_programs(plan))
 
 
 def shape_of(batch: Any) -> Hashable:

@@ -1,6 +1,7 @@
 """The loss head on the predictions that count alone, against all of them."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxtrain.batch import Batch
-from jaxtrain.data.batches.dataset import _with_scored
+from jaxtrain.data.batches.scoring import with_scored
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.layers import LoraShape
-from jaxtrain.models.selection import make_selection, pick, put_back
+from jaxtrain.models.selection import join_rows, make_selection, pick, put_back
 from jaxtrain.models.transformer import Decoder
+from jaxtrain.sharding import ShardingPlan, make_mesh, place_batch
 
 SIZES = {
     "model_type": "gemma2", "vocab_size": 97, "hidden_size": 16, "head_dim": 8,
@@ -42,7 +44,7 @@ def make_rows(seed=0, rows=2, length=32):
 @given(st.integers(0, 99), st.booleans())
 def test_what_is_picked_is_put_back_and_each_is_the_other_s_transpose(seed, is_wide):
     random = np.random.default_rng(seed)
-    batch = _with_scored(make_rows(seed), 24)
+    batch = with_scored(make_rows(seed), 24, 2)
     chosen = make_selection(jnp.asarray(batch.scored), 32)
     wide = (3,) if is_wide else ()
     x, y = (random.normal(size=(2, n, *wide)).astype(np.float32) for n in (32, 24))
@@ -57,8 +59,8 @@ def test_what_is_picked_is_put_back_and_each_is_the_other_s_transpose(seed, is_w
     np.testing.assert_array_equal(back(jnp.float32(x))[0], pick(jnp.float32(x), chosen))
 
 
-@pytest.mark.parametrize("has_adapter", [False, True])
-def test_the_head_gives_the_same_where_it_is_asked_and_0_elsewhere(has_adapter):
+@pytest.mark.parametrize(("has_adapter", "groups"), [(False, 4), (True, 4), (False, 2)])
+def test_the_head_gives_the_same_where_it_is_asked_and_0_elsewhere(has_adapter, groups):
     lora = LoraShape(2, 2.0, targets=frozenset({"embed_tokens"}))
     decoder = Decoder(
         ModelConfig.from_hf(SIZES),
@@ -69,8 +71,8 @@ def test_the_head_gives_the_same_where_it_is_asked_and_0_elsewhere(has_adapter):
     params = jax.tree.map(
         lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape), params
     )
-    batch = make_rows()
-    selected = _with_scored(batch, 24)
+    batch = make_rows(rows=4)
+    selected = with_scored(batch, 96 // groups, groups)
 
     @jax.jit
     def loss(params, batch):
@@ -93,3 +95,21 @@ def test_the_head_gives_the_same_where_it_is_asked_and_0_elsewhere(has_adapter):
         np.testing.assert_allclose(values, of_all, rtol=1e-5, atol=1e-5, err_msg=name)
     for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+
+
+def test_devices_pick_from_their_own_rows():
+    """Whole rows are split over two devices, each with a line of places."""
+    plan = ShardingPlan(make_mesh({"data": 2}, jax.devices()[:2]))
+    batch = with_scored(make_rows(rows=8), 64, 2)
+    placed = place_batch(batch, plan.batch())
+
+    @jax.jit
+    def picked(rows):
+        chosen = make_selection(rows.scored, 4 * 32)
+        found = pick(join_rows(rows.tokens.astype(jnp.float32), 2), chosen)
+        return put_back(found, chosen).reshape(rows.tokens.shape)
+
+    # The places, which are integers, do travel.
+    text = picked.lower(placed).compile().as_text()
+    assert not re.findall("= f32.* (all-|collective-permute)", text)
+    np.testing.assert_array_equal(picked(placed), batch.tokens * (batch.loss_mask > 0))

@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxtrain.batch import AnyBatch, Batch, LabeledBatch, PairBatch
 from jaxtrain.data.batches import shared_prompt
+from jaxtrain.data.batches.scoring import with_scored
 
 ROW_MULTIPLE = 64  # tokens: rows are as long as a multiple of this
 _BLOCK = 10_000  # documents
@@ -381,11 +382,4 @@ class PreparedDataset:
 
 def _with_scored(rows: Batch, count: int) -> Batch:
     """The rows with the places of their trained predictions, `count` to a row."""
-    if not count:
-        return rows
-    shape = rows.loss_mask.shape
-    scored = np.full((*shape[:-1], count), shape[-1], np.int32)
-    for at in np.ndindex(shape[:-1]):
-        places = np.flatnonzero(rows.loss_mask[at])
-        scored[at][: len(places)] = places
-    return dataclasses.replace(rows, scored=scored)
+    return with_scored(rows, count, rows.tokens.shape[-2]) if count else rows

@@ -252,7 +252,11 @@ def choose_packing(
     if scored is not None:
         places = np.searchsorted(sizes, needed)
         shapes = tuple(
-            _with_scored(shape, int(scored[places == index].max(initial=0)))
+            shape._replace(
+                scored=room_for_scored(
+                    int(scored[places == index].max(initial=0)), shape.length
+                )
+            )
             for index, shape in enumerate(shapes)
         )
     return RowPacking(shards, most, shapes, row_length is not None, share)
@@ -286,13 +290,14 @@ def cover(packing: RowPacking, longest: int, examples: int) -> RowPacking:
     return dataclasses.replace(packing, shapes=(*sorted(kept), whole))
 
 
-def _with_scored(shape: RowShape, most: int) -> RowShape:
-    """A shape whose head scores what is trained, if that spares a tenth or more.
+def room_for_scored(most: int, tokens: int) -> int:
+    """Places for the trained predictions of `tokens`, if that spares a tenth or more.
 
-    There is a little room for steps that train more than any of the sample.
+    There is a little room for steps that train more than `most`, the most of the
+    sample. 0: it spares too little, and the head scores all.
     """
     most = -(-(most + most // 16) // _MULTIPLE) * _MULTIPLE
-    return shape._replace(scored=most) if most <= 0.9 * shape.length else shape
+    return most if most <= 0.9 * tokens else 0
 
 
 def most_in_row(examples: int, shards: int) -> int:

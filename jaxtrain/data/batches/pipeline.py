@@ -17,7 +17,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from jaxtrain.batch import AnyBatch
+from jaxtrain.batch import AnyBatch, Batch
 from jaxtrain.config import CurriculumSection
 from jaxtrain.data.batches.curriculum import FirstPass, plan_first_pass
 from jaxtrain.data.batches.dataset import PreparedDataset
@@ -28,6 +28,7 @@ from jaxtrain.data.batches.layout import (
     lengths_of,
 )
 from jaxtrain.data.batches.mixture import rows_per_epoch
+from jaxtrain.data.batches.scoring import Scoring, choose_scoring
 
 
 def steps_per_epoch(
@@ -165,6 +166,12 @@ class RowOrder:
         rows[inside] = self._draw(self.num_rows, self.seed, drawn)
         return self._of_parts(rows, epoch) if self.parts else rows
 
+    def of_all_processes(self) -> "RowOrder":
+        """The same with the rows of all processes in each micro-batch."""
+        shape = self.shape
+        every = BatchShape(shape.global_micro_batch_rows, shape.accumulation_steps)
+        return dataclasses.replace(self, shape=every)
+
     def sample(self) -> np.ndarray:
         """int64[steps, A, B]: rows of steps such as these, for their lengths."""
         shape = (self.shape.accumulation_steps, self.shape.micro_batch_rows)
@@ -238,12 +245,14 @@ class BatchReader:
     order: RowOrder
     flat: bool = False  # [B, T] in place of [1, B, T]
     packing: RowPacking | None = None
+    scoring: Scoring | None = None  # without packing
 
     def __call__(self, step: int) -> AnyBatch:
         data = self._data
         if self.packing is None:
             rows, length = self.order.rows(step), self.order.row_length(step)
-            return data.batch(rows[0] if self.flat else rows, row_length=length)
+            batch = data.batch(rows[0] if self.flat else rows, row_length=length)
+            return batch if self.scoring is None else self._score(batch, step)
         slots, shape = self._place(step)
         slots = self.packing.own(slots)
         slots = slots[0] if self.flat else slots
@@ -257,8 +266,7 @@ class BatchReader:
         """
         if self.packing is not None:
             return self._place(step)[0][0]
-        every = BatchShape(self.order.shape.global_micro_batch_rows)
-        return dataclasses.replace(self.order, shape=every).rows(step)[0]
+        return self.order.of_all_processes().rows(step)[0]
 
     def empty_batches(self, first: int, last: int) -> list[AnyBatch]:
         """An empty batch for each shape that steps first, ..., last - 1 use.
@@ -279,6 +287,14 @@ class BatchReader:
             )
             for shape in sorted(shapes)
         ]
+
+    def _score(self, batch: AnyBatch, step: int) -> AnyBatch:
+        """With the places of what is trained, if those of all processes suffice."""
+        assert isinstance(batch, Batch) and self.scoring is not None
+        rows = self.order.of_all_processes().rows(step)
+        if not self.scoring.fits(lengths_of(self._data.side_trained, rows)[..., 0]):
+            return batch
+        return self.scoring.select(batch, self.order.shape.process_count)
 
     def _place(self, step: int) -> tuple[np.ndarray, RowShape]:
         assert self.packing is not None
@@ -502,6 +518,27 @@ def make_train_iterator(
         packing = _choose_packing(dataset, order, rows)
     reader = BatchReader(dataset, order, packing=packing)
     return BatchIterator(reader, num_steps, reading, identity)
+
+
+def score_trained(batches: BatchIterator, shards: int) -> None:
+    """Let the loss head score trained predictions alone, where that spares it enough.
+
+    Of next-token rows that no packing of steps has laid out.
+
+    Args:
+        shards: devices, or groups of them, that split the rows of a micro-batch.
+    """
+    reader = batches.reader
+    data = reader.data
+    assert isinstance(data, PreparedDataset)
+    if reader.packing is None and data.objective == "next_token":
+        scoring = choose_scoring(
+            data.side_trained[:, 0],
+            reader.order.of_all_processes().sample(),
+            data.row_length,
+            shards,
+        )
+        batches.reader = dataclasses.replace(reader, scoring=scoring)
 
 
 def _as_padded(dataset: PreparedDataset) -> PreparedDataset:

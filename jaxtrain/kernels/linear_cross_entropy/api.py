@@ -4,6 +4,13 @@ Forward and backward walk over slices of the vocabulary; each slice holds the lo
 of every token for a part of the entries, and is thrown away. The alternative, slices
 of tokens, would carry a float32 gradient of the whole unembedding through the loop,
 and add it up over devices in every turn.
+
+Where the unembedding is frozen, as under LoRA, the backward pass walks over nothing: a
+token's gradient is its cotangent times a direction in the hidden states,
+W[target] - sum_v p_v W_v, whose sum the forward pass takes up beside the softmax's, as
+attention takes up values. That is two products with the table in place of three. The
+unembedding's own gradient is no such thing, for it adds up tokens whose cotangents, and
+whose softmax's denominators, are known only at the end.
 """
 
 import functools
@@ -44,6 +51,17 @@ class _Options(NamedTuple):
     with_stats: bool
     with_collision: bool
     with_log_total: bool = False
+    with_direction: bool = False
+
+
+class _Direction(NamedTuple):
+    """What a backward pass needs that only scales rows.
+
+    `rows`: d logps / d hidden, each token's. `like`: nothing, in the type of `hidden`.
+    """
+
+    rows: Float[Array, "M D"]
+    like: Float[Array, "0"]
 
 
 def linear_log_probs(
@@ -147,13 +165,16 @@ def _forward(
     targets: Array,
     adapter: HeadAdapter | None,
 ) -> tuple[tuple[Array, ...], Array]:
-    """The outputs, and the log of the softmax's denominator."""
+    """The outputs, and the log of the softmax's denominator.
+
+    `with_direction`: in its place, the direction of each token's log-prob.
+    """
     tokens = hidden.shape[0]
     vocab = unembedding.shape[options.vocab_axis]
 
     def body(turn: Array, carry: dict[str, Array]) -> dict[str, Array]:
         entries, real = _entries(options, vocab, turn)
-        logits, _, _ = _slice_logits(options, hidden, unembedding, adapter, turn)
+        logits, chain, _ = _slice_logits(options, hidden, unembedding, adapter, turn)
         logits = jnp.where(real, logits, _NEVER)
         new = dict(carry)
         slice_max = logits.max(axis=-1)
@@ -178,6 +199,16 @@ def _forward(
         if options.with_collision:
             squares = (weights * weights).sum(axis=-1)
             new["squares"] = carry["squares"] * fade * fade + squares
+        if options.with_direction:
+            # Without the target's, whose share near 1 would cancel W[target].
+            others = jnp.where(hit, 0.0, weights)
+            new["others"] = carry["others"] * fade + others.sum(axis=-1)
+            others = (others * chain).astype(hidden.dtype)
+            part = _take(options, unembedding, turn).astype(hidden.dtype)
+            pulled = _times_part(options, others, part)
+            new["pull"] = carry["pull"] * fade[:, None] + pulled
+            slopes = jnp.where(hit, chain, 0.0).sum(axis=-1)
+            new["chain"] = carry["chain"] + slopes
         return new
 
     zeros = jnp.zeros((tokens,), jnp.float32)
@@ -187,6 +218,9 @@ def _forward(
         carry["best"] = jnp.full((tokens,), vocab, jnp.int32)
     if options.with_collision:
         carry["squares"] = zeros
+    if options.with_direction:
+        carry["pull"] = jnp.zeros(hidden.shape, jnp.float32)
+        carry |= {"others": zeros, "chain": zeros}
     end = _walk(options.slices, body, carry)
 
     log_total = end["max"] + jnp.log(end["sum"])
@@ -199,6 +233,13 @@ def _forward(
     if options.with_collision:
         collision = jnp.log(end["squares"]) - 2 * jnp.log(end["sum"])
     last = (log_total,) if options.with_log_total else ()
+    if options.with_direction:
+        own = jnp.take(unembedding, targets, axis=options.vocab_axis)
+        own = own if options.vocab_axis == 0 else own.T
+        own = own.astype(hidden.dtype).astype(jnp.float32)
+        direction = (end["others"] * end["chain"])[:, None] * own - end["pull"]
+        direction /= end["sum"][:, None]
+        return (logps, entropy, correct, mean_logit, collision), direction
     return (logps, entropy, correct, mean_logit, collision, *last), log_total
 
 
@@ -209,6 +250,12 @@ def _forward_rule(
     wanted = (hidden.perturbed or None, unembedding.perturbed or None)
     inputs = (hidden.value, unembedding.value, targets.value)
     added = adapter and HeadAdapter(*(leaf and leaf.value for leaf in adapter))
+    only_hidden = hidden.perturbed and not unembedding.perturbed and adapter is None
+    if only_hidden and options.shards == 1 and not options.with_log_total:
+        options = options._replace(with_direction=True)
+        outputs, direction = _forward(options, *inputs, None)
+        like = jnp.zeros((0,), hidden.value.dtype)
+        return outputs, (_Direction(direction, like),)
     outputs, log_total = _forward(options, *inputs, added)
     # None and True differ in tree structure, so they stay static.
     flags = tuple(None if flag is None else () for flag in wanted)
@@ -219,6 +266,11 @@ def _backward_rule(
     options: _Options, residuals: tuple, cotangents: tuple[Any, ...]
 ) -> tuple[Array | None, Array | None, None, HeadAdapter | None]:
     """d logps / d logits is onehot(target) - softmax(logits); of log_total, softmax."""
+    if isinstance(residuals[0], _Direction):
+        rows, like = residuals[0]
+        if isinstance(cotangents[0], SymbolicZero):
+            return None, None, None, None
+        return (rows * cotangents[0][:, None]).astype(like.dtype), None, None, None
     hidden, unembedding, targets, adapter, log_total, flags = residuals
     wants_hidden, wants_table = (flag is not None for flag in flags)
     gradient, of_total = cotangents[0], None
@@ -257,10 +309,7 @@ def _backward_rule(
             new["up"] = _put(by_column, carry["up"], d_up, turn)
         if wants_hidden:
             part = _take(options, unembedding, turn).astype(hidden.dtype)
-            dims = (((1,), (options.vocab_axis,)), ((), ()))
-            new["hidden"] = carry["hidden"] + jax.lax.dot_general(
-                slope, part, dims, preferred_element_type=jnp.float32
-            )
+            new["hidden"] = carry["hidden"] + _times_part(options, slope, part)
         if wants_table:
             left, right = (
                 (slope, hidden) if options.vocab_axis == 0 else (hidden, slope)
@@ -370,6 +419,12 @@ def _join(options: _Options, table: Array) -> Array:
     shape, axis = list(table.shape), options.vocab_axis
     shape[axis : axis + 2] = [shape[axis] * shape[axis + 1]]
     return table.reshape(shape)
+
+
+def _times_part(options: _Options, left: Array, part: Array) -> Array:
+    """[M W] of a slice times its entries of the table: [M D] in float32."""
+    dims = (((1,), (options.vocab_axis,)), ((), ()))
+    return jax.lax.dot_general(left, part, dims, preferred_element_type=jnp.float32)
 
 
 def _slice_logits(
