@@ -344,8 +344,6 @@ def test_optimizers_treat_every_expert_as_a_matrix_of_its_own():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"decoder_sparse_step": 2}, "layers \\[0\\] without experts"),
-        ({"mlp_only_layers": [1]}, "layers \\[1\\] without experts"),
         ({"num_experts_per_tok": 5}, "exceeds num_experts = 4"),
         ({"router_jitter_noise": 0.1}, "router_jitter_noise = 0.1"),
         ({"router_aux_loss_coef": -1.0}, "at least 0"),

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key, Shaped
 
-from jaxtrain.models import layers, moe
+from jaxtrain.models import layers, moe, routers
 from jaxtrain.models.convolution import ShortConvolution
 from jaxtrain.models.delta_net import GatedDeltaNet
 from jaxtrain.models.gemma4 import Gemma4Attention
@@ -18,6 +18,7 @@ from jaxtrain.models.layers import (
     Attention,
     LayerInputs,
     LayerOptions,
+    Linear,
     Mlp,
     Options,
     RMSNorm,
@@ -96,24 +97,34 @@ class SparseMlp(nnx.Module):
     Each device routes its own rows and multiplies them by its slice of F of every
     expert. Where experts rest split over devices, their weights are gathered for the
     layer, as all weights are that fsdp splits: no token travels, none waits for the
-    device with the most popular expert.
+    device with the most popular expert. A shared expert, where there is one, is a plain
+    MLP for every token, in some families times the sigmoid of a gate.
     """
 
     def __init__(self, options: Options, rngs: nnx.Rngs) -> None:
         self.options = options
-        self.gate = Router(options, rngs)
+        config, shared = options.config, options.config.family.shared_expert
+        plain = config.family.router == "softmax"
+        self.gate = (Router if plain else routers.Float32Router)(options, rngs)
         self.experts = Experts(options, rngs)
+        if shared is not None:
+            path, inner = f"mlp.{shared}", config.shared_expert_width
+            setattr(self, shared, Mlp(options, rngs, module=path, inner=inner))
+        if config.family.gated_shared_expert:
+            sizes, axes = (config.hidden_size, 1), ("embed", None)
+            path = "mlp.shared_expert_gate"
+            self.shared_expert_gate = Linear(path, sizes, axes, options, rngs)
 
     def __call__(
-        self, x: Float[Array, "B T D"], counted: Shaped[Array, "B T"]
+        self,
+        x: Float[Array, "B T D"],
+        counted: Shaped[Array, "B T"],
+        dropout_key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], RouterLoad]:
         config, biased = self.options.config, self.options.config.family.biased_experts
         with jax.named_scope("router"):
-            probabilities, weights, experts = moe.choose_experts(
-                self.gate(x),
-                config.num_experts_per_tok,
-                normalize=config.norm_topk_prob,
-            )
+            logits = self.gate(x)
+            probabilities, weights, experts = routers.choose(config, self.gate, logits)
             load = moe.measure_load(probabilities, experts, counted)
         choice, rows = ("batch", "sequence", None), ("batch", "sequence", "embed")
         inwards, outwards = ("experts", "embed", "mlp"), ("experts", "mlp", "embed")
@@ -131,7 +142,18 @@ class SparseMlp(nnx.Module):
             y = apply(x, weights, experts, *map(self._cast, names))
             if biased:  # not in `apply`, which sums parts over devices
                 y += moe.mix_biases(weights, experts, self._cast("down_proj_bias"))
-            return y, load
+        if config.family.shared_expert is not None:
+            y += self._run_shared(x, dropout_key)
+        return y, load
+
+    def _run_shared(self, x: Array, dropout_key: Array | None) -> Array:
+        """What every token's expert adds."""
+        with jax.named_scope("shared_expert"):
+            family = self.options.config.family
+            y: Array = getattr(self, family.shared_expert or "")(x, dropout_key)
+            if family.gated_shared_expert:
+                y *= jax.nn.sigmoid(self.shared_expert_gate(x, dropout_key))
+            return y
 
     def _cast(self, name: str) -> Array:
         return getattr(self.experts, name)[...].astype(self.options.compute_dtype)
@@ -163,7 +185,8 @@ class DecoderLayer(nnx.Module):
         setattr(self, mixer.name, mixer(options, rngs))
         for name in filter(None, vars(family.norm_names).values()):
             setattr(self, name, RMSNorm(config.hidden_size, "embed", options))
-        mlp = SparseMlp if config.num_experts else Mlp
+        is_sparse = config.num_experts and not options.kind.is_dense
+        mlp = SparseMlp if is_sparse else Mlp
         setattr(self, family.mlp_names.module, mlp(options, rngs))
         if isinstance(config.variety, Gemma4Layers):
             self.end = LayerEnd(options, rngs)
@@ -194,7 +217,7 @@ class DecoderLayer(nnx.Module):
                 read = self._normalized(names.before_mlp, x)
             mlp: Mlp | SparseMlp = getattr(self, family.mlp_names.module)
             if isinstance(mlp, SparseMlp):
-                added, load = mlp(read, counted)
+                added, load = mlp(read, counted, dropout_key)
             else:
                 added = mlp(read, dropout_key)
             added = self._normalized(names.after_mlp, added)

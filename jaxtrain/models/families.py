@@ -102,6 +102,13 @@ class Family:
     `exported`: keys of what the family has not here, with values that transformers'
     own checks take.
     `must_be`: keys of which only these values are implemented.
+    `router`: an expert's score is its share of a softmax ("softmax"; in float32,
+    "softmax_float32") or a sigmoid of its own, with a bias that only chooses
+    ("sigmoid"; routers.py).
+    `shared_expert`: what an MLP for every token is called, beside the experts;
+    `gated_shared_expert`: the sigmoid of a gate is multiplied to what it adds.
+    `extra_layer`: published weights have a layer more than the config counts, which
+    predicts tokens further on and is passed over.
     `biased_experts`: router and experts have biases, and what an expert multiplies is
     clamped (gpt-oss).
     `variety`: of a family whose layers are not alike, the name of its row in
@@ -139,6 +146,10 @@ class Family:
     window_pattern: int = 0
     attention_sinks: bool = False
     expert_width_key: str | None = None
+    router: Literal["softmax", "softmax_float32", "sigmoid"] = "softmax"
+    shared_expert: str | None = None
+    gated_shared_expert: bool = False
+    extra_layer: bool = False
     biased_experts: bool = False
     variety: str | None = None
     module_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -186,6 +197,15 @@ _MIXTURE: dict[str, Any] = {
     "num_local_experts": None, "num_experts": None, "num_experts_per_tok": None,
     "output_router_logits": False, "router_aux_loss_coef": 0.001,
 }  # fmt: skip
+# Mixtures after DeepSeek's: dense layers first, shared experts, experts in groups.
+_GROUPED_MIXTURE: dict[str, Any] = {
+    "n_routed_experts": 128, "n_shared_experts": 1, "num_experts_per_tok": 8,
+    "moe_intermediate_size": 1408, "routed_scaling_factor": 1.0, "n_group": 1,
+    "topk_group": 1, "first_k_dense_replace": 1, "norm_topk_prob": True,
+    "output_router_logits": False,
+}  # fmt: skip
+# Of layers that predict tokens further on, which are passed over.
+_FURTHER_TOKENS = frozenset({"num_mtp_layers", "num_nextn_predict_layers"})
 # Old files carry hidden_act too; transformers reads hidden_activation.
 _GEMMA: dict[str, Any] = _COMMON | {
     "vocab_size": 256_000, "hidden_size": 2304, "intermediate_size": 9216,
@@ -593,6 +613,37 @@ FAMILIES: Mapping[str, Family] = {
         expert_width_key="moe_intermediate_size",
         # Every layer has the same window here, whatever this key says.
         ignored_keys=frozenset({"max_window_layers"}),
+    ),
+    "glm4_moe": Family(
+        architecture="Glm4MoeForCausalLM",
+        defaults=_COMMON
+        | _GROUPED_MIXTURE
+        | {
+            "vocab_size": 151_552,
+            "intermediate_size": 10_944,
+            "num_hidden_layers": 46,
+            "num_attention_heads": 96,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-5,
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "partial_rotary_factor": None,
+            "attention_bias": False,
+            "use_qk_norm": False,
+            "moe_intermediate_size": 1408,
+            "num_experts_per_tok": 8,
+            "n_routed_experts": 128,
+        },
+        o_bias_key=None,
+        qk_norm="head",
+        partial_rotary=True,
+        default_rotary_factor=0.5,
+        expert_width_key="moe_intermediate_size",
+        router="sigmoid",
+        shared_expert="shared_experts",
+        extra_layer=True,
+        ignored_keys=_FURTHER_TOKENS,
+        exported={"num_nextn_predict_layers": 0},
     ),
     "gpt_oss": Family(
         architecture="GptOssForCausalLM",

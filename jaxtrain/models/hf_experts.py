@@ -32,14 +32,14 @@ class Names:
     stacked: bool = False
 
 
+_PLAIN = {name: name for name in ("gate_proj", "up_proj", "down_proj")}
 NAMES: Mapping[str, Names] = {
     "mixtral": Names(
         "block_sparse_moe",
         projections={"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"},
     ),
-    "qwen3_moe": Names(
-        projections={n: n for n in ("gate_proj", "up_proj", "down_proj")}
-    ),
+    "qwen3_moe": Names(projections=_PLAIN),
+    "glm4_moe": Names(projections=_PLAIN),
     "gpt_oss": Names(router="router", stacked=True),
 }
 _FUSED = re.compile(r"(model\.layers\.\d+\.)mlp\.(experts\.|)(\w+)(\.weight|)")

@@ -234,6 +234,7 @@ def _fetch_tensor(
     if not writes:
         return None
     values = values.T if leaf.transposed else values
+    dtype = "float32" if leaf.stays_float32 else dtype
     return np.ascontiguousarray(values.astype(jnp.dtype(dtype or values.dtype)))
 
 

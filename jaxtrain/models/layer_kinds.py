@@ -36,6 +36,7 @@ class LayerKind:
     layer_type: str | None = None
     fields: tuple[tuple[str, Any], ...] = ()
     shares: Literal["nothing", "gives", "reads"] = "nothing"
+    is_dense: bool = False
 
     @property
     def attends(self) -> bool:
@@ -402,9 +403,17 @@ VARIETIES: Mapping[str, type[Variety]] = {
 def kinds_of(config: "ModelConfig") -> tuple[LayerKind, ...]:
     """The kind of each layer, in order."""
     count, variety = config.num_hidden_layers, config.variety
-    if variety is None:
+    dense = {*config.dense_layers}
+    if variety is None and not dense:
         return (ATTENTION,) * count
-    kinds = tuple(variety.kind_of(config, layer) for layer in range(count))
+    kinds = tuple(
+        variety.kind_of(config, layer) if variety else ATTENTION
+        for layer in range(count)
+    )
+    kinds = tuple(
+        dataclasses.replace(kind, is_dense=True) if layer in dense else kind
+        for layer, kind in enumerate(kinds)
+    )
     if len(set(kinds)) == 1:
         return kinds
     # The windows and rotary embeddings of a stack are then known when it is compiled.
@@ -429,4 +438,5 @@ def config_of_kind(config: "ModelConfig", kind: LayerKind) -> "ModelConfig":
     changed = dict(kind.fields)
     if kind.layer_type is not None:
         changed |= {"layer_types": (kind.layer_type,), "num_hidden_layers": 1}
+        changed["dense_layers"] = (0,) if kind.is_dense else ()
     return dataclasses.replace(config, **changed) if changed else config

@@ -386,10 +386,10 @@ class Attention(nnx.Module):
             self.v_proj = project("v_proj", kv_width, "kv_heads")
         sizes, axes, bias = (q_width, width), ("heads", "embed"), config.o_bias
         self.o_proj = Linear("self_attn.o_proj", sizes, axes, options, rngs, bias=bias)
-        if config.family.qk_norm == "head":
+        if config.qk_norm == "head":
             self.q_norm = RMSNorm(head_dim, None, options)
             self.k_norm = RMSNorm(head_dim, None, options)
-        elif config.family.qk_norm == "width":
+        elif config.qk_norm == "width":
             self.q_norm = RMSNorm(q_width, "heads", options)
             self.k_norm = RMSNorm(kv_width, "kv_heads", options)
         if config.family.attention_sinks:
@@ -416,7 +416,7 @@ class Attention(nnx.Module):
         else:
             projections = (self.q_proj, self.k_proj, self.v_proj)
             projected = [project(x, dropout_key) for project in projections]
-        if config.family.qk_norm == "width":
+        if config.qk_norm == "width":
             q, k, v = projected
             projected = [self.q_norm(q), self.k_norm(k), v]
         heads = (*x.shape[:2], -1, config.head_dim)
@@ -425,7 +425,7 @@ class Attention(nnx.Module):
             queries = projected[0].reshape(*heads[:3], 2 * config.head_dim)
             projected[0], gate = jnp.split(queries, 2, axis=-1)
         q, k, v = (y.reshape(heads) for y in projected)
-        if config.family.qk_norm == "head":
+        if config.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         pairs = config.family.rotary_pairs
         q, k = (rotate(y, rotary.cos, rotary.sin, pairs) for y in (q, k))
@@ -447,13 +447,21 @@ class Attention(nnx.Module):
 class Mlp(nnx.Module):
     """down(activation(gate(x)) * up(x)), a gated linear unit (arXiv:2002.05202)."""
 
-    def __init__(self, options: Options, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self,
+        options: Options,
+        rngs: nnx.Rngs,
+        *,
+        module: str | None = None,
+        inner: int | None = None,
+    ) -> None:
+        """`module`: its path in a layer, `inner`: its width, unless the usual ones."""
         self.options = options
         config, names = options.config, options.config.family.mlp_names
-        width, inner = config.hidden_size, config.intermediate_size
+        width, inner = config.hidden_size, inner or config.intermediate_size
 
         def project(name: str, sizes: tuple[int, int], axes: tuple[str, str]) -> Linear:
-            path = f"{names.module}.{name}"
+            path = f"{module or names.module}.{name}"
             return Linear(path, sizes, axes, options, rngs, bias=config.mlp_bias)
 
         inwards = ("embed", "mlp")

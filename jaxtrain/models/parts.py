@@ -24,7 +24,7 @@ from jaxtrain.models.layer_kinds import (
 )
 from jaxtrain.models.layers import LayerOptions, Options
 from jaxtrain.models.per_layer import Ends
-from jaxtrain.models.quantization import CODES, SCALES, is_quantized
+from jaxtrain.models.quantization import CODES, SCALES, STAY_FLOAT32, is_quantized
 from jaxtrain.models.rope import Rotary, make_rotary
 from jaxtrain.models.stacks import LAYERS, stack_name
 from jaxtrain.types import Params
@@ -87,6 +87,7 @@ def layer_options(options: Options, stack: Stack) -> LayerOptions:
 _OPTIONS = dataclasses.fields(Options)
 # Weights of no matrix product, which are used as they are kept.
 _WHOLE = {"scale", "sinks", "lora_magnitude", "A_log", "dt_bias", CODES, SCALES}
+_WHOLE |= STAY_FLOAT32
 _O = TypeVar("_O", bound=Options)
 
 

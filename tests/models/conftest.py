@@ -85,6 +85,36 @@ FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
         moe_intermediate_size=40,
         norm_topk_prob=True,
     ),
+    "qwen3_moe_dense": _options(
+        "qwen3_moe",
+        num_hidden_layers=5,
+        head_dim=16,
+        num_experts=6,
+        num_experts_per_tok=2,
+        moe_intermediate_size=40,
+        decoder_sparse_step=2,
+        mlp_only_layers=[3],
+    ),
+    "glm4_moe": _options(
+        "glm4_moe",
+        num_hidden_layers=4,
+        head_dim=24,
+        attention_bias=True,
+        use_qk_norm=True,
+        first_k_dense_replace=2,
+        n_routed_experts=8,
+        n_shared_experts=2,
+        num_experts_per_tok=3,
+        moe_intermediate_size=40,
+        n_group=4,
+        topk_group=2,
+        routed_scaling_factor=1.7,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "partial_rotary_factor": 0.75,
+        },
+    ),
     "gpt_oss": _options(
         "gpt_oss",
         num_hidden_layers=4,
@@ -341,6 +371,8 @@ def torch_model(family: str, tmp_path_factory: pytest.TempPathFactory) -> TorchM
         for name, buffer in torch_model.named_buffers():
             if name.endswith("layer_scalar"):  # Gemma 4's, which is stored
                 buffer.mul_(1 + 0.2 * torch.rand_like(buffer))
+            if name.endswith("e_score_correction_bias"):  # so are routers'
+                buffer.add_(0.3 * torch.randn_like(buffer))
     directory = tmp_path_factory.mktemp(family)
     torch_model.save_pretrained(directory)
     model = Decoder(load_config(directory), compute_dtype="float32")

@@ -1,0 +1,92 @@
+"""What config.json files say about experts, and layers that have none."""
+
+from typing import Any
+
+import pytest
+
+from jaxtrain.models import Decoder, ModelConfig
+from jaxtrain.models.mixtures import Routing
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+}
+
+
+def qwen(**options: Any) -> ModelConfig:
+    return ModelConfig.from_hf(
+        {"model_type": "qwen3_moe", **SIZES, "num_experts": 4, **options}
+    )
+
+
+def glm(**options: Any) -> ModelConfig:
+    given = {"model_type": "glm4_moe", **SIZES, "n_routed_experts": 8, **options}
+    return ModelConfig.from_hf(given)
+
+
+def stacks_with_experts(config: ModelConfig) -> dict[str, bool]:
+    layers = Decoder(config).abstract_params()["layers"]
+    if "mlp" in layers:
+        return {"": "experts" in layers["mlp"]}
+    return {name: "experts" in stack["mlp"] for name, stack in layers.items()}
+
+
+def test_layers_without_experts_have_a_plain_mlp_of_the_usual_width() -> None:
+    config = qwen(decoder_sparse_step=2, mlp_only_layers=[3])
+    assert config.dense_layers == (0, 2, 3, 4)
+    assert stacks_with_experts(config) == {"0": False, "1": True, "2to4": False}
+    layers = Decoder(config).abstract_params()["layers"]
+    assert layers["0"]["mlp"]["up_proj"]["kernel"].shape == (1, 32, 48)
+    assert layers["1"]["mlp"]["experts"]["up_proj"].shape == (1, 4, 32, 16)
+    # As many operations as one layer with experts and four without need.
+    dense = qwen(mlp_only_layers=[*range(5)]).flops_per_token(8)
+    sparse = qwen().flops_per_token(8)
+    expected = dense + (sparse - dense) / 5
+    assert config.flops_per_token(8) == pytest.approx(expected, rel=1e-12)
+
+
+def test_layers_of_one_kind_are_one_stack_whatever_names_them() -> None:
+    assert stacks_with_experts(qwen(decoder_sparse_step=9)) == {"": False}
+    assert stacks_with_experts(qwen(mlp_only_layers=[])) == {"": True}
+    assert stacks_with_experts(glm(first_k_dense_replace=0)) == {"": True}
+    assert stacks_with_experts(glm(first_k_dense_replace=2)) == {
+        "0to1": False, "2to4": True
+    }  # fmt: skip
+
+
+def test_shared_experts_are_as_wide_as_so_many_experts() -> None:
+    config = glm(n_shared_experts=3, first_k_dense_replace=0)
+    layers = Decoder(config).abstract_params()["layers"]
+    shared = layers["mlp"]["shared_experts"]
+    assert shared["up_proj"]["kernel"].shape == (5, 32, 48)
+    assert config.routing == Routing(1, 1, 1.0)
+    assert config.to_hf()["n_shared_experts"] == 3
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "words"),
+    [
+        (qwen, {"decoder_sparse_step": 0}, "decoder_sparse_step = 0: must be a pos"),
+        (qwen, {"mlp_only_layers": [5]}, r"mlp_only_layers = \[5\]: must be .* to 4"),
+        (glm, {"first_k_dense_replace": -1}, "first_k_dense_replace = -1: must be"),
+        (glm, {"n_shared_experts": 0}, "n_shared_experts = 0: must be a positive"),
+        (glm, {"n_group": 3}, "n_group = 3 does not divide num_experts = 8"),
+        (glm, {"n_group": 8}, "n_group = 8 .* groups of at least 2"),
+        (glm, {"n_group": 2, "topk_group": 3}, "topk_group = 3: .* from 1 to 2"),
+        (
+            glm,
+            {"n_group": 4, "num_experts_per_tok": 3},
+            "topk_group = 1 groups of 2 experts have fewer than num_experts_per_tok",
+        ),
+        (glm, {"routed_scaling_factor": 0.0}, "routed_scaling_factor = 0.0: must be"),
+    ],
+)
+def test_experts_that_cannot_be_are_refused(make, options: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        make(**options)
