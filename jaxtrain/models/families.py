@@ -107,6 +107,8 @@ class Family:
     ("sigmoid"; routers.py).
     `shared_expert`: what an MLP for every token is called, beside the experts;
     `gated_shared_expert`: the sigmoid of a gate is multiplied to what it adds.
+    `fused_delta_net`: all inputs of a Gated DeltaNet are two projections, key head by
+    key head (Qwen3-Next).
     `extra_layer`: published weights have a layer more than the config counts, which
     predicts tokens further on and is passed over.
     `biased_experts`: router and experts have biases, and what an expert multiplies is
@@ -149,6 +151,7 @@ class Family:
     router: Literal["softmax", "softmax_float32", "sigmoid"] = "softmax"
     shared_expert: str | None = None
     gated_shared_expert: bool = False
+    fused_delta_net: bool = False
     extra_layer: bool = False
     biased_experts: bool = False
     variety: str | None = None
@@ -197,6 +200,28 @@ _MIXTURE: dict[str, Any] = {
     "num_local_experts": None, "num_experts": None, "num_experts_per_tok": None,
     "output_router_logits": False, "router_aux_loss_coef": 0.001,
 }  # fmt: skip
+# Mixtures of Qwen's whose layers may also have a plain MLP.
+_QWEN_MIXTURE: dict[str, Any] = _MIXTURE | {
+    "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632,
+    "norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": None,
+}  # fmt: skip
+# Three Gated DeltaNets to one layer of gated attention.
+_QWEN_NEXT: dict[str, Any] = _COMMON | {
+    "vocab_size": 248_320, "intermediate_size": 12_288, "num_attention_heads": 16,
+    "num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 32_768,
+    "bos_token_id": None, "eos_token_id": None, "attention_bias": False,
+    "partial_rotary_factor": 0.25, "layer_types": None, "full_attention_interval": 4,
+    "linear_conv_kernel_dim": 4, "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32, "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+}  # fmt: skip
+# What transformers reads nothing of: notes, and heads that predict further on.
+_QWEN_NOTES = frozenset(
+    {
+        "attn_output_gate", "mamba_ssm_dtype", "mtp_num_hidden_layers",
+        "mtp_use_dedicated_embeddings",
+    }
+)  # fmt: skip
 # Mixtures after DeepSeek's: dense layers first, shared experts, experts in groups.
 _GROUPED_MIXTURE: dict[str, Any] = {
     "n_routed_experts": 128, "n_shared_experts": 1, "num_experts_per_tok": 8,
@@ -723,43 +748,96 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "qwen3_5_text": Family(
         architecture="Qwen3_5ForCausalLM",
-        defaults=_COMMON
+        defaults=_QWEN_NEXT,
+        qk_norm="head",
+        gated_attention=True,
+        unit_offset_norm=True,
+        partial_rotary=True,
+        variety="delta_nets",
+        ignored_keys=_QWEN_NOTES | {"mlp_only_layers"},
+        # Of images: in a text all positions of a token are the same.
+        ignored_rope_keys=frozenset({"mrope_interleaved", "mrope_section"}),
+    ),
+    "qwen3_5_moe_text": Family(
+        architecture="Qwen3_5MoeForCausalLM",
+        defaults=_without(_QWEN_NEXT, "intermediate_size")
+        | _MIXTURE
         | {
-            "vocab_size": 248_320,
-            "intermediate_size": 12_288,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 4,
-            "head_dim": 256,
-            "max_position_embeddings": 32_768,
-            "bos_token_id": None,
-            "eos_token_id": None,
-            "attention_bias": False,
-            "partial_rotary_factor": 0.25,
-            "layer_types": None,
-            "full_attention_interval": 4,
-            "linear_conv_kernel_dim": 4,
-            "linear_num_key_heads": 16,
-            "linear_num_value_heads": 32,
-            "linear_key_head_dim": 128,
-            "linear_value_head_dim": 128,
+            "hidden_size": 2048,
+            "num_hidden_layers": 40,
+            "num_key_value_heads": 2,
+            "num_experts": 256,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 512,
+            "shared_expert_intermediate_size": 512,
+        },
+        # Every layer has experts, so this is the width of a plain MLP beside them.
+        mlp_width_key="shared_expert_intermediate_size",
+        qk_norm="head",
+        gated_attention=True,
+        unit_offset_norm=True,
+        partial_rotary=True,
+        variety="delta_nets",
+        expert_width_key="moe_intermediate_size",
+        shared_expert="shared_expert",
+        gated_shared_expert=True,
+        ignored_keys=_QWEN_NOTES,
+        ignored_rope_keys=frozenset({"mrope_interleaved", "mrope_section"}),
+        must_be={"mlp_only_layers": ([], None)},
+    ),
+    "qwen3_next": Family(
+        architecture="Qwen3NextForCausalLM",
+        defaults=_QWEN_NEXT
+        | _QWEN_MIXTURE
+        | {
+            "vocab_size": 151_936,
+            "hidden_size": 2048,
+            "intermediate_size": 5632,
+            "num_hidden_layers": 48,
+            "num_key_value_heads": 2,
+            "num_experts": 512,
+            "num_experts_per_tok": 10,
+            "moe_intermediate_size": 512,
+            "shared_expert_intermediate_size": 512,
+            "norm_topk_prob": True,
         },
         qk_norm="head",
         gated_attention=True,
         unit_offset_norm=True,
         partial_rotary=True,
         variety="delta_nets",
-        # What transformers reads nothing of: notes, and heads that predict further on.
-        ignored_keys=frozenset(
-            {
-                "attn_output_gate",
-                "mamba_ssm_dtype",
-                "mlp_only_layers",
-                "mtp_num_hidden_layers",
-                "mtp_use_dedicated_embeddings",
-            }
-        ),
-        # Of images: in a text all positions of a token are the same.
-        ignored_rope_keys=frozenset({"mrope_interleaved", "mrope_section"}),
+        fused_delta_net=True,
+        expert_width_key="moe_intermediate_size",
+        shared_expert="shared_expert",
+        gated_shared_expert=True,
+        extra_layer=True,
+        ignored_keys=_QWEN_NOTES,
+    ),
+    "qwen2_moe": Family(
+        architecture="Qwen2MoeForCausalLM",
+        defaults=_COMMON
+        | _QWEN_MIXTURE
+        | {
+            "vocab_size": 151_936,
+            "hidden_size": 2048,
+            "intermediate_size": 5632,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 16,
+            "max_position_embeddings": 32_768,
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "num_experts": 60,
+            "num_experts_per_tok": 4,
+        },
+        always_qkv_bias=True,
+        o_bias_key=None,
+        expert_width_key="moe_intermediate_size",
+        shared_expert="shared_expert",
+        gated_shared_expert=True,
+        # Of windows, which none of the published models has on.
+        ignored_keys=frozenset({"max_window_layers", "sliding_window", "layer_types"}),
+        must_be={"qkv_bias": (True, None), "use_sliding_window": (False, None)},
     ),
 }
 
@@ -770,6 +848,7 @@ WRAPPERS: Mapping[str, str] = {
     "gemma4": "gemma4_text",
     "mistral3": "mistral",
     "qwen3_5": "qwen3_5_text",
+    "qwen3_5_moe": "qwen3_5_moe_text",
 }
 
 # Options that this decoder has in one form only: the values that mean that form.

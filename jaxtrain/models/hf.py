@@ -241,7 +241,7 @@ def _is_unread(config: ModelConfig, name: str) -> bool:
     """Whether a tensor may be there, though the model does not read it."""
     if _IMPLIED.fullmatch(name):
         return True
-    further = f"model.layers.{config.num_hidden_layers}."
+    further = (f"model.layers.{config.num_hidden_layers}.", "mtp.")
     if config.family.extra_layer and name.startswith(further):
         return True
     match = _KEYS.fullmatch(name)

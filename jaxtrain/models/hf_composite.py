@@ -26,7 +26,7 @@ _SHARED_KEYS = (
     "tie_word_embeddings",
 )  # fmt: skip
 # Wrappers whose embedding is not the head where they do not say so.
-_UNTIED = frozenset({"qwen3_5"})
+_UNTIED = frozenset({"qwen3_5", "qwen3_5_moe"})
 _OLD, _NEW = "language_model.model.", "model.language_model."
 _OLD_HEAD = f"language_model.{HEAD}"
 # What rope_parameters takes the place of.

@@ -39,7 +39,10 @@ NAMES: Mapping[str, Names] = {
         projections={"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"},
     ),
     "qwen3_moe": Names(projections=_PLAIN),
-    "glm4_moe": Names(projections=_PLAIN),
+    **dict.fromkeys(
+        ("glm4_moe", "qwen2_moe", "qwen3_5_moe_text", "qwen3_next"),
+        Names(projections=_PLAIN),
+    ),
     "gpt_oss": Names(router="router", stacked=True),
 }
 _FUSED = re.compile(r"(model\.layers\.\d+\.)mlp\.(experts\.|)(\w+)(\.weight|)")

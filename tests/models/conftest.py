@@ -31,6 +31,33 @@ def _options(model_type: str, **options: Any) -> dict[str, Any]:
     return {"model_type": model_type, **_SIZES, **options}
 
 
+_DELTA_NETS: dict[str, Any] = {
+    "num_hidden_layers": 6,
+    "layer_types": ["linear_attention", "linear_attention", "full_attention"] * 2,
+    "head_dim": 24,
+    "linear_conv_kernel_dim": 3,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+    # What a head reads first may be tiny: dividing by its size magnifies rounding.
+    "rms_norm_eps": 1e-2,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 1e4,
+        "partial_rotary_factor": 0.5,
+        "mrope_section": [2, 2, 2],
+        "mrope_interleaved": True,
+    },
+}
+_SHARED_EXPERT: dict[str, Any] = {
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 40,
+    "shared_expert_intermediate_size": 56,
+}
+
+
 # Each option of a family is on in at least one row, with a value that is not the
 # default, so that leaving it out shows.
 FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
@@ -201,26 +228,24 @@ FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
         block_multiple_of=16,
         rope_parameters={"rope_type": "default", "rope_theta": 1e4},
     ),
-    "qwen3_5": _options(
-        "qwen3_5_text",
-        num_hidden_layers=6,
-        layer_types=["linear_attention", "linear_attention", "full_attention"] * 2,
-        head_dim=24,
-        linear_conv_kernel_dim=3,
-        linear_num_key_heads=2,
-        linear_num_value_heads=4,
-        linear_key_head_dim=8,
-        linear_value_head_dim=12,
-        # What a head reads first may be tiny: dividing by its size magnifies rounding.
-        rms_norm_eps=1e-2,
-        rope_parameters={
-            "rope_type": "default",
-            "rope_theta": 1e4,
-            "partial_rotary_factor": 0.5,
-            "mrope_section": [2, 2, 2],
-            "mrope_interleaved": True,
-        },
+    "qwen3_5": _options("qwen3_5_text", **_DELTA_NETS),
+    "qwen3_5_moe": _options(
+        "qwen3_5_moe_text",
+        **_DELTA_NETS,
+        **_SHARED_EXPERT,
+        intermediate_size=None,
+        router_aux_loss_coef=0.3,
     ),
+    "qwen3_next": _options(
+        "qwen3_next",
+        **{k: v for k, v in _DELTA_NETS.items() if k != "rope_parameters"},
+        **_SHARED_EXPERT,
+        mlp_only_layers=[1],
+        rope_theta=1e4,
+        partial_rotary_factor=0.5,
+        norm_topk_prob=False,
+    ),
+    "qwen2_moe": _options("qwen2_moe", **_SHARED_EXPERT, norm_topk_prob=True),
     "phi3": _options("phi3", sliding_window=6),
     "phi3_longrope": _options(
         "phi3",

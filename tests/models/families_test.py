@@ -31,8 +31,8 @@ SHAPES = REPOSITORY / "configs" / "shapes"
 DEFAULT = ("cohere2", "glm4", "glm4_moe")
 NAMES = (
     "cohere2", "gemma", "gemma3", "glm4", "glm4_moe", "granite", "granite4",
-    "granite4_nope", "ministral3", "olmo2", "olmo3", "phi3", "qwen3",
-    "qwen3_moe_dense", "seed_oss", "smollm3",
+    "granite4_nope", "ministral3", "olmo2", "olmo3", "phi3", "qwen2_moe",
+    "qwen3", "qwen3_5_moe", "qwen3_moe_dense", "qwen3_next", "seed_oss", "smollm3",
 )  # fmt: skip
 each_family = pytest.mark.parametrize(
     "family",
