@@ -10,6 +10,7 @@ from jaxtrain.models.layer_kinds import FULL, SLIDING, VARIETIES, Variety
 from jaxtrain.models.mixtures import (
     ANY_EXPERTS,
     Routing,
+    has_experts,
     mixture_problems,
     read_mixture,
     written_mixture,
@@ -106,7 +107,7 @@ class ModelConfig:
     def _wrong_sizes(self) -> Iterator[str]:
         names = (
             *_SIZES_AND_LENGTH,
-            *(_EXPERT_SIZES if self.family.expert_width_key else ()),
+            *(_EXPERT_SIZES if has_experts(self) else ()),
         )
         for name in names:
             size, most = getattr(self, name), _MOST.get(name, 2**31 - 1)

@@ -57,7 +57,10 @@ class Router(nnx.Module):
                 bias.astype(options.param_dtype), logical_axes=(None,)
             )
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T E"]:
+    def __call__(
+        self, x: Float[Array, "B T D"], dropout_key: Key[Array, ""] | None = None
+    ) -> Float[Array, "B T E"]:
+        del dropout_key  # it takes no adapter
         weight = self.weight[...].astype(x.dtype)
         logits = jnp.matmul(x, weight, preferred_element_type=jnp.float32)
         return logits + self.bias[...] if hasattr(self, "bias") else logits
@@ -104,8 +107,9 @@ class SparseMlp(nnx.Module):
     def __init__(self, options: Options, rngs: nnx.Rngs) -> None:
         self.options = options
         config, shared = options.config, options.config.family.shared_expert
-        plain = config.family.router == "softmax"
-        self.gate = (Router if plain else routers.Float32Router)(options, rngs)
+        kinds = {"softmax": Router, "scaled": routers.ScaledRouter}
+        router: Any = kinds.get(config.family.router, routers.Float32Router)
+        self.gate = router(options, rngs)
         self.experts = Experts(options, rngs)
         if shared is not None:
             path, inner = f"mlp.{shared}", config.shared_expert_width
@@ -120,10 +124,13 @@ class SparseMlp(nnx.Module):
         x: Float[Array, "B T D"],
         counted: Shaped[Array, "B T"],
         dropout_key: Key[Array, ""] | None = None,
+        routed_by: Float[Array, "B T D"] | None = None,
     ) -> tuple[Float[Array, "B T D"], RouterLoad]:
+        """What the experts add, and the load of the router, which may read another."""
         config, biased = self.options.config, self.options.config.family.biased_experts
         with jax.named_scope("router"):
-            logits = self.gate(x)
+            read = x if routed_by is None else routed_by
+            logits = self.gate(read, dropout_key)
             probabilities, weights, experts = routers.choose(config, self.gate, logits)
             load = moe.measure_load(probabilities, experts, counted)
         choice, rows = ("batch", "sequence", None), ("batch", "sequence", "embed")
@@ -168,6 +175,32 @@ class SparseMlp(nnx.Module):
         return moe.clamped_swiglu(gate, up, alpha=alpha, limit=limit)
 
 
+class ExpertsBeside(nnx.Module):
+    """Gemma 4's experts: they and the layer's MLP each read and add with own norms.
+
+    The router reads the stream as it is.
+    """
+
+    def __init__(self, options: LayerOptions, rngs: nnx.Rngs) -> None:
+        width = options.config.hidden_size
+        self.norm_of_mlp = RMSNorm(width, "embed", options)
+        self.norm_before = RMSNorm(width, "embed", options)
+        self.norm_after = RMSNorm(width, "embed", options)
+        self.sparse = SparseMlp(options, rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        of_mlp: Float[Array, "B T D"],
+        counted: Shaped[Array, "B T"],
+        dropout_key: Key[Array, ""] | None,
+    ) -> tuple[Float[Array, "B T D"], RouterLoad]:
+        """What the MLP and the experts add together, and the router's load."""
+        read = self.norm_before(x)
+        added, load = self.sparse(read, counted, dropout_key, routed_by=x)
+        return self.norm_of_mlp(of_mlp) + self.norm_after(added), load
+
+
 class DecoderLayer(nnx.Module):
     """A mixer, then the MLP, each added to the stream.
 
@@ -186,8 +219,10 @@ class DecoderLayer(nnx.Module):
         for name in filter(None, vars(family.norm_names).values()):
             setattr(self, name, RMSNorm(config.hidden_size, "embed", options))
         is_sparse = config.num_experts and not options.kind.is_dense
-        mlp = SparseMlp if is_sparse else Mlp
+        mlp = SparseMlp if is_sparse and not family.experts_beside else Mlp
         setattr(self, family.mlp_names.module, mlp(options, rngs))
+        if is_sparse and family.experts_beside:
+            self.beside = ExpertsBeside(options, rngs)
         if isinstance(config.variety, Gemma4Layers):
             self.end = LayerEnd(options, rngs)
 
@@ -220,6 +255,8 @@ class DecoderLayer(nnx.Module):
                 added, load = mlp(read, counted, dropout_key)
             else:
                 added = mlp(read, dropout_key)
+            if hasattr(self, "beside"):
+                added, load = self.beside(x, added, counted, dropout_key)
             added = self._normalized(names.after_mlp, added)
             x += layers.multiplied(added, residual)
         if hasattr(self, "end"):

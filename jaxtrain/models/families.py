@@ -104,7 +104,9 @@ class Family:
     `must_be`: keys of which only these values are implemented.
     `router`: an expert's score is its share of a softmax ("softmax"; in float32,
     "softmax_float32") or a sigmoid of its own, with a bias that only chooses
-    ("sigmoid"; routers.py).
+    ("sigmoid"), or a share of what a norm of its own and learned scales give
+    ("scaled"; routers.py).
+    `experts_beside`: where a layer has experts, they run beside its MLP (Gemma 4).
     `shared_expert`: what an MLP for every token is called, beside the experts;
     `gated_shared_expert`: the sigmoid of a gate is multiplied to what it adds.
     `fused_delta_net`: all inputs of a Gated DeltaNet are two projections, key head by
@@ -148,7 +150,8 @@ class Family:
     window_pattern: int = 0
     attention_sinks: bool = False
     expert_width_key: str | None = None
-    router: Literal["softmax", "softmax_float32", "sigmoid"] = "softmax"
+    router: Literal["softmax", "softmax_float32", "sigmoid", "scaled"] = "softmax"
+    experts_beside: bool = False
     shared_expert: str | None = None
     gated_shared_expert: bool = False
     fused_delta_net: bool = False
@@ -339,6 +342,10 @@ FAMILIES: Mapping[str, Family] = {
             "global_head_dim": 512,
             "num_global_key_value_heads": None,
             "per_layer_config": None,
+            "enable_moe_block": False,
+            "num_experts": None,
+            "top_k_experts": None,
+            "moe_intermediate_size": None,
         },
         activation_key="hidden_activation",
         norms="around",
@@ -357,9 +364,16 @@ FAMILIES: Mapping[str, Family] = {
             "end.projection": "per_layer_projection",
             "end.norm": "post_per_layer_input_norm",
             "end.scalar": "layer_scalar",
+            "beside.norm_of_mlp": "post_feedforward_layernorm_1",
+            "beside.norm_before": "pre_feedforward_layernorm_2",
+            "beside.norm_after": "post_feedforward_layernorm_2",
+            "beside.sparse.experts": "experts",
+            "beside.sparse.gate": "router",
+            "beside.sparse.gate.proj": "router.proj",
         },
-        # Of images, and of experts that no layer has while enable_moe_block is off.
-        ignored_keys=frozenset({"moe_intermediate_size", "top_k_experts"}),
+        expert_width_key="moe_intermediate_size",
+        experts_beside=True,
+        router="scaled",
     ),
     "phi3": Family(
         architecture="Phi3ForCausalLM",

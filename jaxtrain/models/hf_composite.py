@@ -29,6 +29,7 @@ _SHARED_KEYS = (
 _UNTIED = frozenset({"qwen3_5", "qwen3_5_moe"})
 _OLD, _NEW = "language_model.model.", "model.language_model."
 _OLD_HEAD = f"language_model.{HEAD}"
+_JOINED = "experts.gate_up_proj"
 # What rope_parameters takes the place of.
 _OLD_ROPE = ("rope_scaling", "rope_theta", "rope_local_base_freq")
 
@@ -102,6 +103,13 @@ def plan_files(
         {_wrapped_name(own, is_old): own for own in names if own not in placed}
     )
     return plan
+
+
+def has_joined_experts(source: pathlib.Path) -> bool:
+    """Whether a wrapper has all experts of a layer in two tensors."""
+    files, _ = find_weights(source)
+    headers = (read_header(file)[0] for file in files)
+    return any(name.endswith(_JOINED) for header in headers for name in header)
 
 
 def copy_others(source: pathlib.Path, target: pathlib.Path) -> None:

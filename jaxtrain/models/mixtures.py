@@ -21,6 +21,8 @@ _PREFIX, _STEP, _LISTED = (
     "first_k_dense_replace", "decoder_sparse_step", "mlp_only_layers",
 )  # fmt: skip
 _SHARED, _SHARED_WIDTH = "n_shared_experts", "shared_expert_intermediate_size"
+# Gemma 4's.
+_ENABLED, _CHOSEN = "enable_moe_block", "top_k_experts"
 _GROUPS, _KEPT, _FACTOR = "n_group", "topk_group", "routed_scaling_factor"
 
 
@@ -38,7 +40,7 @@ class Routing:
     factor: float = 1.0
 
 
-ANY_EXPERTS = Routing()
+ANY_EXPERTS = Routing()  # of no groups
 
 
 def read_mixture(
@@ -54,20 +56,29 @@ def read_mixture(
     """
     if family.expert_width_key is None:
         return {}
+    if not given.get(_ENABLED, True):
+        return {"num_experts": 0, "moe_intermediate_size": None}
     # One of several names may be set; the default stands under one of them.
     counts = (source.get(name) for source in (options, given) for name in _COUNTS)
     return {
         "num_experts": next(filter(None, counts), None),
-        "num_experts_per_tok": given["num_experts_per_tok"],
+        "num_experts_per_tok": given[_chosen_key(family)],
         "moe_intermediate_size": given.get("moe_intermediate_size"),
         # Mixtral always does, and has no key for it.
         "norm_topk_prob": bool(given.get("norm_topk_prob", True)),
         "router_aux_loss_coef": given.get("router_aux_loss_coef", 0.0),
-        "output_router_logits": bool(given["output_router_logits"]),
+        "output_router_logits": bool(given.get("output_router_logits", False)),
         "dense_layers": _dense_layers(given, family),
         "shared_expert_width": _shared_width(given, family),
         "routing": _routing(given, family),
     }
+
+
+def has_experts(config: "ModelConfig") -> bool:
+    """Whether a model of its family must have experts, or this one has some."""
+    family = config.family
+    may_be_without = _ENABLED in family.keys and config.num_experts == 0
+    return family.expert_width_key is not None and not may_be_without
 
 
 def written_mixture(config: "ModelConfig") -> dict[str, Any]:
@@ -75,11 +86,17 @@ def written_mixture(config: "ModelConfig") -> dict[str, Any]:
     family, dense = config.family, config.dense_layers
     if not config.num_experts:
         return {}
-    values: dict[str, Any] = {_count_key(family): config.num_experts}
+    values: dict[str, Any] = {
+        _count_key(family): config.num_experts,
+        _chosen_key(family): config.num_experts_per_tok,
+        **{key: True for key in family.keys & {_ENABLED}},
+    }
     if _LISTED in family.keys:
         values |= {_STEP: 1, _LISTED: list(dense)}
     if _PREFIX in family.keys:
         values[_PREFIX] = len(dense)
+    if _SHARED_WIDTH in family.keys:
+        values[_SHARED_WIDTH] = config.shared_expert_width
     if _GROUPS in family.keys:
         shared = config.shared_expert_width // (config.moe_intermediate_size or 1)
         values |= {
@@ -148,7 +165,13 @@ def _wrong_routing(config: "ModelConfig") -> Iterator[str]:
 
 def _count_key(family: Family) -> str:
     """What the family's config.json calls the number of experts."""
-    return next(name for name in _COUNTS if family.defaults.get(name) is not None)
+    named = (name for name in _COUNTS if family.defaults.get(name) is not None)
+    return next(named, "num_experts")
+
+
+def _chosen_key(family: Family) -> str:
+    """What it calls the number of experts that a token is sent to."""
+    return _CHOSEN if _CHOSEN in family.keys else "num_experts_per_tok"
 
 
 def _shared_width(given: Mapping[str, Any], family: Family) -> int:

@@ -87,7 +87,7 @@ def layer_options(options: Options, stack: Stack) -> LayerOptions:
 _OPTIONS = dataclasses.fields(Options)
 # Weights of no matrix product, which are used as they are kept.
 _WHOLE = {"scale", "sinks", "lora_magnitude", "A_log", "dt_bias", CODES, SCALES}
-_WHOLE |= STAY_FLOAT32
+_WHOLE |= STAY_FLOAT32 | {"router_scale", "per_expert_scale"}
 _O = TypeVar("_O", bound=Options)
 
 

@@ -1,7 +1,7 @@
 """How routers choose experts: by softmax or sigmoids, of all experts or of some groups.
 
-Pure functions of arrays but for the one module, a router that stays float32. E counts
-experts, K those that a token is sent to.
+E counts experts, K those that a token is sent to. `decoder_layer.Router` is the plain
+one.
 """
 
 from typing import Any
@@ -9,10 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float, Float32, Int32, Key
 
 from jaxtrain.models.config import ModelConfig
-from jaxtrain.models.layers import Options
+from jaxtrain.models.layers import Linear, Options, normalize
 from jaxtrain.models.mixtures import Routing
 from jaxtrain.models.moe import choose_experts
 
@@ -36,10 +36,36 @@ class Float32Router(nnx.Module):
             bias = jnp.zeros(sizes[1:], jnp.float32)
             self.e_score_correction_bias = nnx.Param(bias, logical_axes=(None,))
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float32[Array, "B T E"]:
+    def __call__(
+        self, x: Float[Array, "B T D"], dropout_key: Key[Array, ""] | None = None
+    ) -> Float32[Array, "B T E"]:
+        del dropout_key
         weight = self.router_weight[...].astype(jnp.float32)
         highest = jax.lax.Precision.HIGHEST
         return jnp.matmul(x.astype(jnp.float32), weight, precision=highest)
+
+
+class ScaledRouter(nnx.Module):
+    """Logits of x / rms(x) times learned scales, by a projection that takes adapters.
+
+    `per_expert_scale` is multiplied to the weights of the chosen experts.
+    """
+
+    def __init__(self, options: Options, rngs: nnx.Rngs) -> None:
+        self.options = options
+        config, dtype = options.config, options.param_dtype
+        sizes, axes = (config.hidden_size, config.num_experts), ("embed", None)
+        self.proj = Linear("beside.sparse.gate.proj", sizes, axes, options, rngs)
+        scales = (jnp.ones(size, dtype) for size in sizes)
+        self.router_scale = nnx.Param(next(scales), logical_axes=("embed",))
+        self.per_expert_scale = nnx.Param(next(scales), logical_axes=(None,))
+
+    def __call__(
+        self, x: Float[Array, "B T D"], dropout_key: Key[Array, ""] | None = None
+    ) -> Float[Array, "B T E"]:
+        config = self.options.config
+        scale = self.router_scale[...].astype(jnp.float32) * config.hidden_size**-0.5
+        return self.proj(normalize(x, scale, config.rms_norm_eps), dropout_key)
 
 
 def choose(config: ModelConfig, router: Any, logits: Array) -> Choice:
@@ -64,6 +90,9 @@ def choose(config: ModelConfig, router: Any, logits: Array) -> Choice:
         weights = jnp.take_along_axis(shares, experts, axis=-1)
     else:
         shares, weights, experts = choose_experts(logits, count, normalize=normalize)
+    if config.family.router == "scaled":
+        chosen = jax.nn.one_hot(experts, config.num_experts)
+        weights *= (chosen * router.per_expert_scale[...]).sum(axis=-1)
     if routing.factor != 1.0:
         weights *= routing.factor
     return shares, weights, experts

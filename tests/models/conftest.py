@@ -216,6 +216,10 @@ FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
         global_head_dim=24,
         sliding_window=4,
         hidden_size_per_layer_input=0,
+        enable_moe_block=True,
+        num_experts=6,
+        top_k_experts=2,
+        moe_intermediate_size=40,
     ),
     "lfm2": _options(
         "lfm2",

@@ -323,7 +323,7 @@ def test_layers_that_read_others_keys_have_none_of_their_own(gemma4) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"enable_moe_block": True}, "enable_moe_block = True"),
+        ({"enable_moe_block": True}, "model.num_experts = None: must be a positive"),
         ({"num_kv_shared_layers": 5}, "num_kv_shared_layers = 5: no layer before"),
         ({"num_kv_shared_layers": 6}, "num_kv_shared_layers = 6: must be an integer"),
         ({"vocab_size_per_layer_input": 8}, "vocab_size = 16 exceeds"),
