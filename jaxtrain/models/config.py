@@ -6,7 +6,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxtrain.models.families import FAMILIES, REFUSED_UNLESS, WRAPPERS, Family
-from jaxtrain.models.layer_kinds import FULL, SLIDING, VARIETIES, Variety
+from jaxtrain.models.layer_kinds import (
+    FULL,
+    SLIDING,
+    VARIETIES,
+    LatentHeads,
+    Variety,
+)
 from jaxtrain.models.mixtures import (
     ANY_EXPERTS,
     Routing,
@@ -163,7 +169,7 @@ class ModelConfig:
             )
         for rope in (self.rope, self.local_rope):
             if rope is not None:
-                yield from rope.problems(self.head_dim)
+                yield from rope.problems(self.rotary_head_dim)
 
     @property
     def family(self) -> Family:
@@ -194,7 +200,24 @@ class ModelConfig:
         """What query-key products are multiplied by."""
         if self.attention_multiplier is not None:
             return self.attention_multiplier
-        return (self.query_pre_attn_scalar or self.head_dim) ** -0.5
+        scale = (self.query_pre_attn_scalar or self.head_dim) ** -0.5
+        if isinstance(self.variety, LatentHeads):
+            scale *= self.rope.score_factor
+        return scale
+
+    @property
+    def rotary_head_dim(self) -> int:
+        """The features of a head that the rotary embedding is given."""
+        if isinstance(self.variety, LatentHeads):
+            return self.variety.turned_width
+        return self.head_dim
+
+    @property
+    def value_head_dim(self) -> int:
+        """The width of a head's values; `head_dim` is that of its query and key."""
+        if isinstance(self.variety, LatentHeads):
+            return self.variety.value_width
+        return self.head_dim
 
     @property
     def logit_multiplier(self) -> float:

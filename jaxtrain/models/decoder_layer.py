@@ -13,6 +13,7 @@ from jaxtrain.models import layers, moe, routers
 from jaxtrain.models.convolution import ShortConvolution
 from jaxtrain.models.delta_net import GatedDeltaNet
 from jaxtrain.models.gemma4 import Gemma4Attention
+from jaxtrain.models.latent_attention import LatentAttention
 from jaxtrain.models.layer_kinds import Gemma4Layers
 from jaxtrain.models.layers import (
     Attention,
@@ -35,6 +36,7 @@ MIXERS: Mapping[str, Any] = {
     "convolution": ShortConvolution,
     "delta_net": GatedDeltaNet,
     "gemma4_attention": Gemma4Attention,
+    "latent_attention": LatentAttention,
 }
 
 

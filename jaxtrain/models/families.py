@@ -183,6 +183,10 @@ class Family:
         return key in known or key.startswith("_")
 
 
+def _without(keys: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {key: value for key, value in keys.items() if key not in names}
+
+
 # The keys that every family understands, and the defaults that most of them share.
 _COMMON: dict[str, Any] = {
     "model_type": None, "vocab_size": 32_000, "hidden_size": 4096,
@@ -234,6 +238,15 @@ _GROUPED_MIXTURE: dict[str, Any] = {
 }  # fmt: skip
 # Of layers that predict tokens further on, which are passed over.
 _FURTHER_TOKENS = frozenset({"num_mtp_layers", "num_nextn_predict_layers"})
+# Keys and values from a narrow vector. What transformers takes for a head's width is
+# the part that turns, whatever a config has.
+_DEEPSEEK: dict[str, Any] = _without(_COMMON, "head_dim") | _GROUPED_MIXTURE | {
+    "attention_bias": False, "kv_lora_rank": 512, "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+}  # fmt: skip
+_DEEPSEEK_NOTES = _FURTHER_TOKENS | {
+    "aux_loss_alpha", "ep_size", "head_dim", "pretraining_tp", "qk_head_dim", "seq_aux",
+}  # fmt: skip
 # Old files carry hidden_act too; transformers reads hidden_activation.
 _GEMMA: dict[str, Any] = _COMMON | {
     "vocab_size": 256_000, "hidden_size": 2304, "intermediate_size": 9216,
@@ -255,10 +268,6 @@ _GRANITE: dict[str, Any] = _COMMON | {
     "embedding_multiplier": 1.0, "residual_multiplier": 1.0,
     "attention_multiplier": 1.0, "logits_scaling": 1.0,
 }  # fmt: skip
-
-
-def _without(keys: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    return {key: value for key, value in keys.items() if key not in names}
 
 
 FAMILIES: Mapping[str, Family] = {
@@ -683,6 +692,71 @@ FAMILIES: Mapping[str, Family] = {
         extra_layer=True,
         ignored_keys=_FURTHER_TOKENS,
         exported={"num_nextn_predict_layers": 0},
+    ),
+    "deepseek_v2": Family(
+        architecture="DeepseekV2ForCausalLM",
+        defaults=_DEEPSEEK
+        | {
+            "vocab_size": 102_400,
+            "intermediate_size": 11_008,
+            "num_key_value_heads": None,
+            "max_position_embeddings": 2048,
+            "mlp_bias": False,
+            "n_routed_experts": 64,
+            "n_shared_experts": 2,
+            "num_experts_per_tok": None,
+            "moe_intermediate_size": 1407,
+            "n_group": None,
+            "topk_group": None,
+            "topk_method": "greedy",
+            "first_k_dense_replace": 0,
+            "norm_topk_prob": False,
+        },
+        variety="latent_heads",
+        expert_width_key="moe_intermediate_size",
+        router="softmax_float32",
+        shared_expert="shared_experts",
+        ignored_keys=_DEEPSEEK_NOTES,
+        must_be={
+            "scoring_func": ("softmax", None),
+            "moe_layer_freq": (1, None),
+            # transformers never does, whatever the key says.
+            "norm_topk_prob": (False, None),
+        },
+    ),
+    "deepseek_v3": Family(
+        architecture="DeepseekV3ForCausalLM",
+        defaults=_DEEPSEEK
+        | {
+            "vocab_size": 129_280,
+            "hidden_size": 7168,
+            "intermediate_size": 18_432,
+            "num_hidden_layers": 61,
+            "num_attention_heads": 128,
+            "num_key_value_heads": 128,
+            "max_position_embeddings": 4096,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            "n_routed_experts": 256,
+            "moe_intermediate_size": 2048,
+            "routed_scaling_factor": 2.5,
+            "n_group": 8,
+            "topk_group": 4,
+            "first_k_dense_replace": 3,
+            "rope_interleave": True,
+        },
+        variety="latent_heads",
+        expert_width_key="moe_intermediate_size",
+        router="sigmoid",
+        shared_expert="shared_experts",
+        extra_layer=True,
+        ignored_keys=_DEEPSEEK_NOTES,
+        exported={"num_nextn_predict_layers": 0},
+        must_be={
+            "scoring_func": ("sigmoid", None),
+            "topk_method": ("noaux_tc", None),
+            "moe_layer_freq": (1, None),
+        },
     ),
     "gpt_oss": Family(
         architecture="GptOssForCausalLM",

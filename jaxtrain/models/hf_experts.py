@@ -36,16 +36,16 @@ class Names:
 
 
 _PLAIN = {name: name for name in ("gate_proj", "up_proj", "down_proj")}
+_APART = (
+    "deepseek_v2", "deepseek_v3", "glm4_moe", "qwen2_moe", "qwen3_5_moe_text",
+    "qwen3_moe", "qwen3_next",
+)  # fmt: skip
 NAMES: Mapping[str, Names] = {
     "mixtral": Names(
         "block_sparse_moe",
         projections={"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"},
     ),
-    "qwen3_moe": Names(projections=_PLAIN),
-    **dict.fromkeys(
-        ("glm4_moe", "qwen2_moe", "qwen3_5_moe_text", "qwen3_next"),
-        Names(projections=_PLAIN),
-    ),
+    **dict.fromkeys(_APART, Names(projections=_PLAIN)),
     "gemma4_text": Names("", projections=_PLAIN, joined=True),
     "gpt_oss": Names(router="router", stacked=True),
 }

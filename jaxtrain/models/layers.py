@@ -304,8 +304,17 @@ class RMSNorm(nnx.Module):
     In a family of LayerNorms (arXiv:1607.06450) the mean is subtracted first.
     """
 
-    def __init__(self, width: int, axis: str | None, options: Options) -> None:
+    def __init__(
+        self,
+        width: int,
+        axis: str | None,
+        options: Options,
+        *,
+        epsilon: float | None = None,
+    ) -> None:
+        """`epsilon`: of its own, where it is not the config's."""
         self.options = options
+        self.epsilon = options.config.rms_norm_eps if epsilon is None else epsilon
         self.offset = float(options.config.family.unit_offset_norm)
         scale = jnp.full(width, 1.0 - self.offset, options.param_dtype)
         self.scale = nnx.Param(scale, logical_axes=(axis,))
@@ -314,7 +323,7 @@ class RMSNorm(nnx.Module):
         scale = self.scale[...].astype(jnp.float32) + self.offset
         config = self.options.config
         centred = config.family.norm_kind == "layer"
-        return normalize(x, scale, config.rms_norm_eps, centred=centred)
+        return normalize(x, scale, self.epsilon, centred=centred)
 
 
 def normalize(

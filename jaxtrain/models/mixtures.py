@@ -21,6 +21,8 @@ _PREFIX, _STEP, _LISTED = (
     "first_k_dense_replace", "decoder_sparse_step", "mlp_only_layers",
 )  # fmt: skip
 _SHARED, _SHARED_WIDTH = "n_shared_experts", "shared_expert_intermediate_size"
+# DeepSeek V2's, where groups count only under one method.
+_METHOD, _OF_ALL, _IN_GROUPS = "topk_method", "greedy", "group_limited_greedy"
 # Gemma 4's.
 _ENABLED, _CHOSEN = "enable_moe_block", "top_k_experts"
 _GROUPS, _KEPT, _FACTOR = "n_group", "topk_group", "routed_scaling_factor"
@@ -105,6 +107,9 @@ def written_mixture(config: "ModelConfig") -> dict[str, Any]:
             _KEPT: config.routing.kept_groups,
             _FACTOR: config.routing.factor,
         }
+    if _METHOD in family.defaults:
+        limited = config.routing.groups > 1
+        values[_METHOD] = _IN_GROUPS if limited else _OF_ALL
     return values
 
 
@@ -190,6 +195,13 @@ def _shared_width(given: Mapping[str, Any], family: Family) -> int:
 def _routing(given: Mapping[str, Any], family: Family) -> Routing:
     if _GROUPS not in family.keys:
         return ANY_EXPERTS
+    method = given.get(_METHOD, _IN_GROUPS)
+    if method not in (_IN_GROUPS, _OF_ALL) and _METHOD in family.defaults:
+        raise ValueError(
+            f"{_METHOD} = {shown(method, 60)}: use {_OF_ALL!r} or {_IN_GROUPS!r}"
+        )
+    if method == _OF_ALL:
+        return Routing(factor=given[_FACTOR])
     return Routing(given[_GROUPS] or 1, given[_KEPT] or 1, given[_FACTOR])
 
 

@@ -234,7 +234,7 @@ def layer_rotary(
     choices = tuple(dict.fromkeys(config.ropes))
     with jax.named_scope("rotary"):
         tables = [
-            make_rotary(rope, config.head_dim, positions, segment_ids)
+            make_rotary(rope, config.rotary_head_dim, positions, segment_ids)
             for rope in choices
         ]
     if len(tables) == 1:

@@ -30,10 +30,10 @@ SHAPES = REPOSITORY / "configs" / "shapes"
 # Of all families, those that run by default: they have most of what sets one apart.
 DEFAULT = ("cohere2", "glm4", "glm4_moe")
 NAMES = (
-    "cohere2", "gemma", "gemma3", "gemma4_keys_as_values", "glm4", "glm4_moe",
-    "granite", "granite4", "granite4_nope", "ministral3", "olmo2", "olmo3", "phi3",
-    "qwen2_moe", "qwen3", "qwen3_5_moe", "qwen3_moe_dense", "qwen3_next", "seed_oss",
-    "smollm3",
+    "cohere2", "deepseek_v2", "deepseek_v3", "deepseek_v3_halves", "gemma", "gemma3",
+    "gemma4_keys_as_values", "glm4", "glm4_moe", "granite", "granite4", "granite4_nope",
+    "ministral3", "olmo2", "olmo3", "phi3", "qwen2_moe", "qwen3", "qwen3_5_moe",
+    "qwen3_moe_dense", "qwen3_next", "seed_oss", "smollm3",
 )  # fmt: skip
 each_family = pytest.mark.parametrize(
     "family",

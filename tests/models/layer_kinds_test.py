@@ -422,6 +422,11 @@ ON_REQUEST = (
     ("lfm2", ["in_proj", "out_proj", "w1", "q_proj"]),
     ("lfm2", ["self_attn.out_proj", "v_proj"]),
     ("lfm2", "all-linear"),
+    ("gemma4_keys_as_values", "all-linear"),
+    ("glm4_moe", "all-linear"),
+    ("qwen3_5_moe", "all-linear"),
+    ("qwen3_next", "all-linear"),
+    ("qwen3_moe_dense", "all-linear"),
 )
 
 
