@@ -939,6 +939,9 @@ WRAPPERS: Mapping[str, str] = {
     "qwen3_5_moe": "qwen3_5_moe_text",
 }
 
+# What publishers call a family whose code in transformers has another name.
+OTHER_NAMES: Mapping[str, str] = {"kimi_k2": "deepseek_v3"}
+
 # Options that this decoder has in one form only: the values that mean that form.
 REFUSED_UNLESS: Mapping[str, tuple[Any, ...]] = {
     "attention_dropout": (0.0, None),

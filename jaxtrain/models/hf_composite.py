@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from jaxtrain.models.families import WRAPPERS
+from jaxtrain.models.families import OTHER_NAMES, WRAPPERS
 from jaxtrain.models.hf_files import find_weights, is_own_file, read_header, read_json
 from jaxtrain.models.hf_names import EMBEDDING, HEAD, WEIGHTS_INDEX
 from jaxtrain.storage.reading import AnyFile
@@ -49,7 +49,10 @@ def is_wrapped(path: str | os.PathLike[str] | None) -> bool:
 def text_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """The decoder's part of a config.json; all of it where there is no wrapper."""
     if not is_composite(options):
-        return dict(options)
+        named = options.get("model_type")
+        is_other = isinstance(named, str) and named in OTHER_NAMES
+        other = {"model_type": OTHER_NAMES[named]} if is_other else {}
+        return {**options, **other}
     text = dict(options["text_config"])
     text.setdefault("model_type", WRAPPERS[options["model_type"]])
     # transformers ties by the wrapper's value; where it says nothing, most are tied.

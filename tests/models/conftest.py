@@ -302,7 +302,13 @@ FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
         partial_rotary_factor=0.5,
         norm_topk_prob=False,
     ),
-    "qwen2_moe": _options("qwen2_moe", **_SHARED_EXPERT, norm_topk_prob=True),
+    "qwen2_moe": _options(
+        "qwen2_moe",
+        **_SHARED_EXPERT,
+        num_hidden_layers=3,
+        mlp_only_layers=[1],
+        norm_topk_prob=True,
+    ),
     "phi3": _options("phi3", sliding_window=6),
     "phi3_longrope": _options(
         "phi3",
@@ -417,7 +423,12 @@ def torch_logits(torch_model: Any, tokens: np.ndarray) -> np.ndarray:
 
 
 # Variants of what other rows show.
-_ON_REQUEST = frozenset({"gemma", "granite4_nope", "olmo2", "seed_oss"})
+_ON_REQUEST = frozenset(
+    {
+        "deepseek_v2", "deepseek_v3_halves", "gemma", "glm4_moe", "granite4_nope",
+        "olmo2", "qwen3_5_moe", "qwen3_moe_dense", "qwen3_next", "seed_oss",
+    }
+)  # fmt: skip
 
 
 @pytest.fixture(

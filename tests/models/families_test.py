@@ -28,7 +28,7 @@ from jaxtrain.types import Batch, Params
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent.parent
 SHAPES = REPOSITORY / "configs" / "shapes"
 # Of all families, those that run by default: they have most of what sets one apart.
-DEFAULT = ("cohere2", "glm4", "glm4_moe")
+DEFAULT = ("cohere2", "glm4")
 NAMES = (
     "cohere2", "deepseek_v2", "deepseek_v3", "deepseek_v3_halves", "gemma", "gemma3",
     "gemma4_keys_as_values", "glm4", "glm4_moe", "granite", "granite4", "granite4_nope",

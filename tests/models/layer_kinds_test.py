@@ -233,7 +233,13 @@ def test_how_layers_are_run_changes_no_gradient(make_model, name, change) -> Non
 
 
 @pytest.mark.parametrize(
-    "name", ["lfm2", pytest.param("gemma4", marks=pytest.mark.on_request)]
+    "name",
+    [
+        "lfm2",
+        pytest.param("gemma4", marks=pytest.mark.on_request),
+        pytest.param("gemma4_keys_as_values", marks=pytest.mark.on_request),
+        pytest.param("deepseek_v3", marks=pytest.mark.on_request),
+    ],
 )
 def test_eight_devices_learn_as_one(make_model, name) -> None:
     decoder, params = make_model(name)
@@ -423,10 +429,13 @@ ON_REQUEST = (
     ("lfm2", ["self_attn.out_proj", "v_proj"]),
     ("lfm2", "all-linear"),
     ("gemma4_keys_as_values", "all-linear"),
-    ("glm4_moe", "all-linear"),
     ("qwen3_5_moe", "all-linear"),
-    ("qwen3_next", "all-linear"),
-    ("qwen3_moe_dense", "all-linear"),
+    # To PEFT all-linear means experts, too, in these, and gate_proj can't but.
+    ("glm4_moe", r".*\.self_attn\.[qv]_proj"),
+    ("qwen3_moe_dense", r".*\.[ko]_proj"),
+    ("qwen3_next", r".*\.(in_proj_qkvz|in_proj_ba|shared_expert_gate|out_proj)"),
+    ("deepseek_v3", r".*\.(q_[ab]_proj|kv_\w+_proj|kv_\w+_mqa|o_proj)"),
+    ("deepseek_v2", r".*\.(q_proj|kv_b_proj)"),
 )
 
 
