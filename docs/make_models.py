@@ -66,10 +66,12 @@ _WORDS: Mapping[str, Mapping[Any, str]] = {
     },
     "gated_shared_expert": {True: "with a gate of its own"},
     "extra_layer": {True: "its layer for tokens further on is passed over"},
+    "experts_beside": {True: "experts, if asked for, beside each layer's MLP"},
     "biased_experts": {True: "experts with biases, clamped"},
     "variety": {
         "delta_nets": "three Gated DeltaNets to one layer of attention",
         "short_convolutions": "short convolutions in most layers",
+        "latent_heads": "latent attention: keys and values from a narrow vector",
         "gemma4_layers": "wider heads in full layers, keys and values that layers"
         " share, embeddings for each layer",
     },
