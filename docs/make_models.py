@@ -56,10 +56,22 @@ _WORDS: Mapping[str, Mapping[Any, str]] = {
     "scales_queries": {True: "queries grow with their position"},
     "gated_attention": {True: "a gate on what each head reads"},
     "attention_sinks": {True: "a learned logit more in each softmax"},
+    "router": {
+        "softmax_float32": "a router in float32",
+        "sigmoid": "a router of sigmoids in float32, with a bias that chooses",
+    },
+    "shared_expert": {
+        "shared_expert": "a shared expert beside the chosen ones",
+        "shared_experts": "a shared expert beside the chosen ones",
+    },
+    "gated_shared_expert": {True: "with a gate of its own"},
+    "extra_layer": {True: "its layer for tokens further on is passed over"},
+    "experts_beside": {True: "experts, if asked for, beside each layer's MLP"},
     "biased_experts": {True: "experts with biases, clamped"},
     "variety": {
         "delta_nets": "three Gated DeltaNets to one layer of attention",
         "short_convolutions": "short convolutions in most layers",
+        "latent_heads": "latent attention: keys and values from a narrow vector",
         "gemma4_layers": "wider heads in full layers, keys and values that layers"
         " share, embeddings for each layer",
     },
@@ -80,6 +92,7 @@ _OPTIONS: Mapping[str, str] = {
     "logit_scale": "a factor on logits",
     "mlp_only_layers": "a mixture of experts",
     "num_local_experts": "a mixture of experts",
+    "first_k_dense_replace": "a mixture of experts behind plain layers",
 }
 
 
@@ -119,8 +132,6 @@ def refused(family: Family) -> str:
     if family.unused_dropout:
         names = " and ".join(f"`{name}`" for name in family.unused_dropout)
         parts.append(f"not applied, with a warning: {names}")
-    if family.expert_width_key is not None:
-        parts.append("layers without experts")
     return "; ".join(parts)
 
 

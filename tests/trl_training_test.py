@@ -123,6 +123,44 @@ OF_KINDS = {
         "vocab_size_per_layer_input": 272,
     },
 }
+GROUPED = {
+    "num_hidden_layers": 3,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "n_group": 2,
+    "topk_group": 1,
+}
+SHARED = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 40,
+    "router_aux_loss_coef": 0.2,
+}
+LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 40,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+}
+MIXTURES = {
+    "glm4_moe": GROUPED | {"head_dim": 16, "use_qk_norm": True},
+    "deepseek_v3": GROUPED | LATENT | {"n_group": 1},
+    "qwen2_moe": SHARED,
+    "qwen3_5_moe_text": OF_KINDS["qwen3_5_text"] | SHARED,
+    "gemma4_experts": OF_KINDS["gemma4_text"]
+    | {
+        "model_type": "gemma4_text",
+        "enable_moe_block": True,
+        "num_experts": 4,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 24,
+    },
+}
 
 
 @pytest.fixture(scope="session", params=FAMILIES)
@@ -147,8 +185,10 @@ def base(request: Any, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path
         "pad_token_id": 0,
         **OPTIONS.get(request.param, {}),
         **OF_KINDS.get(request.param, {}),
+        **MIXTURES.get(request.param, {}),
     }
-    config = transformers.AutoConfig.for_model(request.param, **sizes)
+    model_type = sizes.pop("model_type", request.param)
+    config = transformers.AutoConfig.for_model(model_type, **sizes)
     path = tmp_path_factory.mktemp(request.param)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(path)
     byte_tokenizer().save_pretrained(path)
@@ -329,7 +369,13 @@ def test_twenty_steps_log_and_learn_what_trl_does(
 
 @pytest.mark.parametrize(
     "base",
-    ["mixtral", pytest.param("gpt_oss", marks=pytest.mark.on_request)],
+    [
+        "mixtral",
+        *(
+            pytest.param(name, marks=pytest.mark.on_request)
+            for name in ("gpt_oss", "qwen2_moe", "qwen3_5_moe_text")
+        ),
+    ],
     indirect=True,
 )
 @pytest.mark.parametrize("method", ["sft", "lora-dpo"])
@@ -374,6 +420,9 @@ def on_request(*values: str) -> Any:
                 "lfm2",
                 "gemma4_text",
                 "qwen3_5_text",
+                "glm4_moe",
+                "deepseek_v3",
+                "gemma4_experts",
             )
             for method in ("sft", "dpo")
         ),

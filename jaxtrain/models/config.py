@@ -6,7 +6,21 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxtrain.models.families import FAMILIES, REFUSED_UNLESS, WRAPPERS, Family
-from jaxtrain.models.layer_kinds import FULL, SLIDING, VARIETIES, Variety
+from jaxtrain.models.layer_kinds import (
+    FULL,
+    SLIDING,
+    VARIETIES,
+    LatentHeads,
+    Variety,
+)
+from jaxtrain.models.mixtures import (
+    ANY_EXPERTS,
+    Routing,
+    has_experts,
+    mixture_problems,
+    read_mixture,
+    written_mixture,
+)
 from jaxtrain.models.problems import Problems
 from jaxtrain.models.rope import UNTURNED, RopeConfig
 from jaxtrain.record.safe_text import shown
@@ -32,7 +46,9 @@ class ModelConfig:
     `residual_multiplier` and `logit_scale` / `logits_scaling`, and query-key products
     by `attention_multiplier` where that is set.
     A mixture of experts has `num_experts` MLPs in each layer (0: one plain MLP), of
-    width `expert_width`; `intermediate_size` then acts only where it is that width.
+    width `expert_width`; `intermediate_size` then acts only where it is that width, and
+    in `dense_layers`, the numbers of layers that have one plain MLP all the same. An
+    MLP of `shared_expert_width` runs beside the chosen experts (0: none).
 
     Raises:
         ValueError: the fields contradict each other.
@@ -58,6 +74,7 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
+    use_qk_norm: bool = True  # where the family has norms of queries and keys
     mlp_bias: bool = False
     query_pre_attn_scalar: float | None = None
     attn_logit_softcapping: float | None = None
@@ -72,6 +89,9 @@ class ModelConfig:
     num_experts_per_tok: int = 0
     moe_intermediate_size: int | None = None
     norm_topk_prob: bool = True
+    dense_layers: tuple[int, ...] = ()
+    shared_expert_width: int = 0
+    routing: Routing = ANY_EXPERTS
     swiglu_alpha: float | None = None  # see moe.clamped_swiglu
     swiglu_limit: float | None = None
     router_aux_loss_coef: float = 0.0
@@ -83,7 +103,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         problems = [*self._wrong_sizes()]
         if not problems:  # the other rules compare sizes
-            problems += [*self._wrong_layers(), *_wrong_experts(self)]
+            problems += self._wrong_layers()
+            problems += mixture_problems(self, _MIXTURES)
             problems += _too_large(self)
             problems += self.variety.problems(self) if self.variety else ()
         if problems:
@@ -92,7 +113,7 @@ class ModelConfig:
     def _wrong_sizes(self) -> Iterator[str]:
         names = (
             *_SIZES_AND_LENGTH,
-            *(_EXPERT_SIZES if self.family.expert_width_key else ()),
+            *(_EXPERT_SIZES if has_experts(self) else ()),
         )
         for name in names:
             size, most = getattr(self, name), _MOST.get(name, 2**31 - 1)
@@ -148,7 +169,7 @@ class ModelConfig:
             )
         for rope in (self.rope, self.local_rope):
             if rope is not None:
-                yield from rope.problems(self.head_dim)
+                yield from rope.problems(self.rotary_head_dim)
 
     @property
     def family(self) -> Family:
@@ -170,11 +191,33 @@ class ModelConfig:
         return None if key is None else getattr(self, key)
 
     @property
+    def qk_norm(self) -> str:
+        """How queries and keys are normalized: see `Family.qk_norm`."""
+        return self.family.qk_norm if self.use_qk_norm else "none"
+
+    @property
     def attention_scale(self) -> float:
         """What query-key products are multiplied by."""
         if self.attention_multiplier is not None:
             return self.attention_multiplier
-        return (self.query_pre_attn_scalar or self.head_dim) ** -0.5
+        scale = (self.query_pre_attn_scalar or self.head_dim) ** -0.5
+        if isinstance(self.variety, LatentHeads):
+            scale *= self.rope.score_factor
+        return scale
+
+    @property
+    def rotary_head_dim(self) -> int:
+        """The features of a head that the rotary embedding is given."""
+        if isinstance(self.variety, LatentHeads):
+            return self.variety.turned_width
+        return self.head_dim
+
+    @property
+    def value_head_dim(self) -> int:
+        """The width of a head's values; `head_dim` is that of its query and key."""
+        if isinstance(self.variety, LatentHeads):
+            return self.variety.value_width
+        return self.head_dim
 
     @property
     def logit_multiplier(self) -> float:
@@ -225,7 +268,6 @@ class ModelConfig:
         problems = Problems(refused_options(options, family))
         given = {**family.defaults, **options}
         _check_layers(given)
-        problems.lines += _layers_without_experts(given, family)
         variety: Variety | None = None
         changed: dict[str, Any] = {}
         if family.variety is not None:
@@ -256,7 +298,7 @@ class ModelConfig:
             "o_bias": bool(given.get(family.o_bias_key or "", False)),
             "mlp_bias": bool(given.get("mlp_bias", False)),
             "eos_token_id": tuple(eos) if isinstance(eos, list | tuple) else eos,
-            **_mixture_options(options, given, family),
+            **read_mixture(options, given, family),
         }
         with problems.noted():
             values["rope"] = RopeConfig.from_hf(given, family, FULL)
@@ -393,15 +435,8 @@ def _written(config: ModelConfig) -> dict[str, Any]:
     scalar = values.get("query_pre_attn_scalar")
     if scalar is not None and float(scalar).is_integer():
         values["query_pre_attn_scalar"] = int(scalar)  # transformers wants an int
-    if config.num_experts:
-        values[_experts_key(family)] = config.num_experts
+    values |= written_mixture(config)
     return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-
-
-def _experts_key(family: Family) -> str:
-    """What the family's config.json calls the number of experts."""
-    is_local = family.defaults["num_local_experts"] is not None
-    return "num_local_experts" if is_local else "num_experts"
 
 
 def refused_options(options: Mapping[str, Any], family: Family) -> list[str]:
@@ -430,25 +465,6 @@ def refused_options(options: Mapping[str, Any], family: Family) -> list[str]:
         f" implement: {'; '.join(refused)}. Remove each that the weights do not"
         " need, or train another model"
     ]
-
-
-def _wrong_experts(config: ModelConfig) -> Iterator[str]:
-    chosen = config.num_experts_per_tok
-    if config.family.expert_width_key is None and (config.num_experts or chosen):
-        yield (
-            f"model.num_experts = {config.num_experts}: a {config.model_type} has no"
-            f" experts; use a model_type of {' or '.join(_MIXTURES)}"
-        )
-    if chosen > config.num_experts:
-        yield (
-            f"model.num_experts_per_tok = {chosen} exceeds num_experts ="
-            f" {config.num_experts}"
-        )
-    if config.model_type == "mixtral" and not config.norm_topk_prob:
-        yield (
-            "model.norm_topk_prob = False: a mixtral's weights always sum to 1; use"
-            " model_type = 'qwen3_moe'"
-        )
 
 
 def _too_large(config: ModelConfig) -> Iterator[str]:
@@ -485,45 +501,6 @@ def _check_layers(given: Mapping[str, Any]) -> None:
             f"model.num_hidden_layers = {shown(layers, 100)}: must be a positive"
             f" integer, at most {most:,}"
         )
-
-
-def _layers_without_experts(given: Mapping[str, Any], family: Family) -> Iterator[str]:
-    """A line if a mixture of experts has layers with a plain MLP."""
-    if family.expert_width_key is None:
-        return
-    step, layers = given.get("decoder_sparse_step", 1), given["num_hidden_layers"]
-    dense = set(given.get("mlp_only_layers") or ())
-    if step < 1:
-        yield f"decoder_sparse_step = {step}: must be a positive integer"
-    else:
-        dense |= {i for i in range(layers) if (i + 1) % step}
-    if dense:
-        yield (
-            f"decoder_sparse_step = {step} and mlp_only_layers ="
-            f" {given.get('mlp_only_layers') or []} leave layers {sorted(dense)}"
-            " without experts. Layers are stacked here and must be alike: only"
-            " decoder_sparse_step = 1 with no mlp_only_layers can be loaded"
-        )
-
-
-def _mixture_options(
-    options: Mapping[str, Any], given: Mapping[str, Any], family: Family
-) -> dict[str, Any]:
-    """The fields of a mixture of experts; none for other families."""
-    if family.expert_width_key is None:
-        return {}
-    # Either name may be set; the default stands under one of them.
-    names = ("num_experts", "num_local_experts")
-    counts = (source.get(name) for source in (options, given) for name in names)
-    return {
-        "num_experts": next(filter(None, counts), None),
-        "num_experts_per_tok": given["num_experts_per_tok"],
-        "moe_intermediate_size": given.get("moe_intermediate_size"),
-        # Mixtral always does, and has no key for it.
-        "norm_topk_prob": bool(given.get("norm_topk_prob", True)),
-        "router_aux_loss_coef": given["router_aux_loss_coef"],
-        "output_router_logits": bool(given["output_router_logits"]),
-    }
 
 
 def _attention_kinds(

@@ -9,15 +9,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key, Shaped
 
-from jaxtrain.models import layers, moe
+from jaxtrain.models import layers, moe, routers
 from jaxtrain.models.convolution import ShortConvolution
 from jaxtrain.models.delta_net import GatedDeltaNet
 from jaxtrain.models.gemma4 import Gemma4Attention
+from jaxtrain.models.latent_attention import LatentAttention
 from jaxtrain.models.layer_kinds import Gemma4Layers
 from jaxtrain.models.layers import (
     Attention,
     LayerInputs,
     LayerOptions,
+    Linear,
     Mlp,
     Options,
     RMSNorm,
@@ -34,6 +36,7 @@ MIXERS: Mapping[str, Any] = {
     "convolution": ShortConvolution,
     "delta_net": GatedDeltaNet,
     "gemma4_attention": Gemma4Attention,
+    "latent_attention": LatentAttention,
 }
 
 
@@ -56,7 +59,10 @@ class Router(nnx.Module):
                 bias.astype(options.param_dtype), logical_axes=(None,)
             )
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T E"]:
+    def __call__(
+        self, x: Float[Array, "B T D"], dropout_key: Key[Array, ""] | None = None
+    ) -> Float[Array, "B T E"]:
+        del dropout_key  # it takes no adapter
         weight = self.weight[...].astype(x.dtype)
         logits = jnp.matmul(x, weight, preferred_element_type=jnp.float32)
         return logits + self.bias[...] if hasattr(self, "bias") else logits
@@ -96,24 +102,38 @@ class SparseMlp(nnx.Module):
     Each device routes its own rows and multiplies them by its slice of F of every
     expert. Where experts rest split over devices, their weights are gathered for the
     layer, as all weights are that fsdp splits: no token travels, none waits for the
-    device with the most popular expert.
+    device with the most popular expert. A shared expert, where there is one, is a plain
+    MLP for every token, in some families times the sigmoid of a gate.
     """
 
     def __init__(self, options: Options, rngs: nnx.Rngs) -> None:
         self.options = options
-        self.gate = Router(options, rngs)
+        config, shared = options.config, options.config.family.shared_expert
+        kinds = {"softmax": Router, "scaled": routers.ScaledRouter}
+        router: Any = kinds.get(config.family.router, routers.Float32Router)
+        self.gate = router(options, rngs)
         self.experts = Experts(options, rngs)
+        if shared is not None:
+            path, inner = f"mlp.{shared}", config.shared_expert_width
+            setattr(self, shared, Mlp(options, rngs, module=path, inner=inner))
+        if config.family.gated_shared_expert:
+            sizes, axes = (config.hidden_size, 1), ("embed", None)
+            path = "mlp.shared_expert_gate"
+            self.shared_expert_gate = Linear(path, sizes, axes, options, rngs)
 
     def __call__(
-        self, x: Float[Array, "B T D"], counted: Shaped[Array, "B T"]
+        self,
+        x: Float[Array, "B T D"],
+        counted: Shaped[Array, "B T"],
+        dropout_key: Key[Array, ""] | None = None,
+        routed_by: Float[Array, "B T D"] | None = None,
     ) -> tuple[Float[Array, "B T D"], RouterLoad]:
+        """What the experts add, and the load of the router, which may read another."""
         config, biased = self.options.config, self.options.config.family.biased_experts
         with jax.named_scope("router"):
-            probabilities, weights, experts = moe.choose_experts(
-                self.gate(x),
-                config.num_experts_per_tok,
-                normalize=config.norm_topk_prob,
-            )
+            read = x if routed_by is None else routed_by
+            logits = self.gate(read, dropout_key)
+            probabilities, weights, experts = routers.choose(config, self.gate, logits)
             load = moe.measure_load(probabilities, experts, counted)
         choice, rows = ("batch", "sequence", None), ("batch", "sequence", "embed")
         inwards, outwards = ("experts", "embed", "mlp"), ("experts", "mlp", "embed")
@@ -133,7 +153,18 @@ class SparseMlp(nnx.Module):
             y = apply(x, weights, experts, *map(self._cast, names))
             if biased:  # not in `apply`, which sums parts over devices
                 y += moe.mix_biases(weights, experts, self._cast("down_proj_bias"))
-            return y, load
+        if config.family.shared_expert is not None:
+            y += self._run_shared(x, dropout_key)
+        return y, load
+
+    def _run_shared(self, x: Array, dropout_key: Array | None) -> Array:
+        """What every token's expert adds."""
+        with jax.named_scope("shared_expert"):
+            family = self.options.config.family
+            y: Array = getattr(self, family.shared_expert or "")(x, dropout_key)
+            if family.gated_shared_expert:
+                y *= jax.nn.sigmoid(self.shared_expert_gate(x, dropout_key))
+            return y
 
     def _cast(self, name: str) -> Array:
         return getattr(self.experts, name)[...].astype(self.options.compute_dtype)
@@ -146,6 +177,32 @@ class SparseMlp(nnx.Module):
         alpha, limit = config.swiglu_alpha, config.swiglu_limit
         assert alpha is not None and limit is not None  # its config has both
         return moe.clamped_swiglu(gate, up, alpha=alpha, limit=limit)
+
+
+class ExpertsBeside(nnx.Module):
+    """Gemma 4's experts: they and the layer's MLP each read and add with own norms.
+
+    The router reads the stream as it is.
+    """
+
+    def __init__(self, options: LayerOptions, rngs: nnx.Rngs) -> None:
+        width = options.config.hidden_size
+        self.norm_of_mlp = RMSNorm(width, "embed", options)
+        self.norm_before = RMSNorm(width, "embed", options)
+        self.norm_after = RMSNorm(width, "embed", options)
+        self.sparse = SparseMlp(options, rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        of_mlp: Float[Array, "B T D"],
+        counted: Shaped[Array, "B T"],
+        dropout_key: Key[Array, ""] | None,
+    ) -> tuple[Float[Array, "B T D"], RouterLoad]:
+        """What the MLP and the experts add together, and the router's load."""
+        read = self.norm_before(x)
+        added, load = self.sparse(read, counted, dropout_key, routed_by=x)
+        return self.norm_of_mlp(of_mlp) + self.norm_after(added), load
 
 
 class DecoderLayer(nnx.Module):
@@ -165,8 +222,11 @@ class DecoderLayer(nnx.Module):
         setattr(self, mixer.name, mixer(options, rngs))
         for name in filter(None, vars(family.norm_names).values()):
             setattr(self, name, RMSNorm(config.hidden_size, "embed", options))
-        mlp = SparseMlp if config.num_experts else Mlp
+        is_sparse = config.num_experts and not options.kind.is_dense
+        mlp = SparseMlp if is_sparse and not family.experts_beside else Mlp
         setattr(self, family.mlp_names.module, mlp(options, rngs))
+        if is_sparse and family.experts_beside:
+            self.beside = ExpertsBeside(options, rngs)
         if isinstance(config.variety, Gemma4Layers):
             self.end = LayerEnd(options, rngs)
 
@@ -196,9 +256,11 @@ class DecoderLayer(nnx.Module):
                 read = self._normalized(names.before_mlp, x)
             mlp: Mlp | SparseMlp = getattr(self, family.mlp_names.module)
             if isinstance(mlp, SparseMlp):
-                added, load = mlp(read, counted)
+                added, load = mlp(read, counted, dropout_key)
             else:
                 added = mlp(read, dropout_key)
+            if hasattr(self, "beside"):
+                added, load = self.beside(x, added, counted, dropout_key)
             added = self._normalized(names.after_mlp, added)
             x += layers.multiplied(added, residual)
         if hasattr(self, "end"):

@@ -5,10 +5,12 @@ and values of all tokens. What a token is asked for stands in a matrix of fixed 
 a row costs as much as it has tokens, whatever its length.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
@@ -95,10 +97,15 @@ class GatedDeltaNet(nnx.Module):
             sizes, axes = (width, outputs), ("embed", "heads")
             return Linear(f"{self.name}.{name}", sizes, axes, options, rngs)
 
-        self.in_proj_qkv = project("in_proj_qkv", nets.mixed_width)
-        self.in_proj_z = project("in_proj_z", nets.value_heads * nets.value_width)
-        self.in_proj_b = project("in_proj_b", nets.value_heads)
-        self.in_proj_a = project("in_proj_a", nets.value_heads)
+        values = nets.value_heads * nets.value_width
+        if config.family.fused_delta_net:
+            self.in_proj_qkvz = project("in_proj_qkvz", nets.mixed_width + values)
+            self.in_proj_ba = project("in_proj_ba", 2 * nets.value_heads)
+        else:
+            self.in_proj_qkv = project("in_proj_qkv", nets.mixed_width)
+            self.in_proj_z = project("in_proj_z", values)
+            self.in_proj_b = project("in_proj_b", nets.value_heads)
+            self.in_proj_a = project("in_proj_a", nets.value_heads)
         self.conv1d = Taps(nets.mixed_width, nets.taps, options, rngs)
         # As published: rates from 0.01 to 16, and a bias of 1.
         rates = jax.random.uniform(
@@ -127,9 +134,10 @@ class GatedDeltaNet(nnx.Module):
         Padding is not read, and what is added there means nothing.
         """
         nets, constrain = _settings(self.options.config), self.options.constrain
-        (q, k, v), inputs = self._mix_neighbours(x, given, dropout_key)
-        z = self.in_proj_z(x, dropout_key).reshape(v.shape)
-        log_decay, beta = self._gates(x, dropout_key)
+        project = self._projections(x, dropout_key)
+        (q, k, v), inputs = self._mix_neighbours(project("qkv"), given)
+        z = project("z").reshape(v.shape)
+        log_decay, beta = self._gates(project)
         q, k, v, z = (
             constrain(y, ("batch", "sequence", "heads", None)) for y in (q, k, v, z)
         )
@@ -147,12 +155,29 @@ class GatedDeltaNet(nnx.Module):
         kept = None if inputs is None else {"inputs": inputs, "state": state}
         return self.out_proj(out, dropout_key), kept
 
+    def _projections(
+        self, x: Array, dropout_key: Array | None
+    ) -> Callable[[str], Array]:
+        """What x is projected to, by the names "qkv", "z", "a" and "b"."""
+        if not self.options.config.family.fused_delta_net:
+            return lambda name: getattr(self, f"in_proj_{name}")(x, dropout_key)
+        nets = _settings(self.options.config)
+        each = nets.value_heads // nets.key_heads  # value heads to a key head
+        by_key_head = (*x.shape[:2], nets.key_heads, -1)
+        qkvz = self.in_proj_qkvz(x, dropout_key).reshape(by_key_head)
+        ends = np.cumsum([nets.key_width, nets.key_width, each * nets.value_width])
+        ba = self.in_proj_ba(x, dropout_key).reshape(by_key_head)
+        parts = [*jnp.split(qkvz, ends, axis=-1), *jnp.split(ba, 2, axis=-1)]
+        q, k, v, z, b, a = (part.reshape(*x.shape[:2], -1) for part in parts)
+        qkv = jnp.concatenate([q, k, v], axis=-1)
+        return {"qkv": qkv, "z": z, "b": b, "a": a}.__getitem__
+
     def _mix_neighbours(
-        self, x: Array, given: LayerInputs, dropout_key: Array | None
+        self, projected: Array, given: LayerInputs
     ) -> tuple[list[Array], Array | None]:
         """Queries, keys and values by head, and the convolution's last inputs."""
         nets, dtype = _settings(self.options.config), self.options.compute_dtype
-        projected = checkpoint_name(self.in_proj_qkv(x, dropout_key), "query")
+        projected = checkpoint_name(projected, "query")
         taps = self.conv1d.weight[...][:, 0]
         inputs = None
         if given.state is None:
@@ -173,16 +198,13 @@ class GatedDeltaNet(nnx.Module):
         parts: Any = jnp.split(mixed, [keys, 2 * keys], axis=-1)
         widths = (nets.key_width, nets.key_width, nets.value_width)
         return [
-            part.reshape(*x.shape[:2], -1, width)
+            part.reshape(*projected.shape[:2], -1, width)
             for part, width in zip(parts, widths, strict=True)
         ], inputs
 
-    def _gates(self, x: Array, dropout_key: Array | None) -> tuple[Array, Array]:
+    def _gates(self, project: Callable[[str], Array]) -> tuple[Array, Array]:
         """Log decays and shares of each token and value head, in float32."""
-        a, b = (
-            project(x, dropout_key).astype(jnp.float32)
-            for project in (self.in_proj_a, self.in_proj_b)
-        )
+        a, b = (project(name).astype(jnp.float32) for name in ("a", "b"))
         rates = jnp.exp(self.A_log[...].astype(jnp.float32))
         steps = jax.nn.softplus(a + self.dt_bias[...].astype(jnp.float32))
         return -rates * steps, jax.nn.sigmoid(b)

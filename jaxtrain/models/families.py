@@ -102,6 +102,17 @@ class Family:
     `exported`: keys of what the family has not here, with values that transformers'
     own checks take.
     `must_be`: keys of which only these values are implemented.
+    `router`: an expert's score is its share of a softmax ("softmax"; in float32,
+    "softmax_float32") or a sigmoid of its own, with a bias that only chooses
+    ("sigmoid"), or a share of what a norm of its own and learned scales give
+    ("scaled"; routers.py).
+    `experts_beside`: where a layer has experts, they run beside its MLP (Gemma 4).
+    `shared_expert`: what an MLP for every token is called, beside the experts;
+    `gated_shared_expert`: the sigmoid of a gate is multiplied to what it adds.
+    `fused_delta_net`: all inputs of a Gated DeltaNet are two projections, key head by
+    key head (Qwen3-Next).
+    `extra_layer`: published weights have a layer more than the config counts, which
+    predicts tokens further on and is passed over.
     `biased_experts`: router and experts have biases, and what an expert multiplies is
     clamped (gpt-oss).
     `variety`: of a family whose layers are not alike, the name of its row in
@@ -139,6 +150,12 @@ class Family:
     window_pattern: int = 0
     attention_sinks: bool = False
     expert_width_key: str | None = None
+    router: Literal["softmax", "softmax_float32", "sigmoid", "scaled"] = "softmax"
+    experts_beside: bool = False
+    shared_expert: str | None = None
+    gated_shared_expert: bool = False
+    fused_delta_net: bool = False
+    extra_layer: bool = False
     biased_experts: bool = False
     variety: str | None = None
     module_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -166,6 +183,10 @@ class Family:
         return key in known or key.startswith("_")
 
 
+def _without(keys: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {key: value for key, value in keys.items() if key not in names}
+
+
 # The keys that every family understands, and the defaults that most of them share.
 _COMMON: dict[str, Any] = {
     "model_type": None, "vocab_size": 32_000, "hidden_size": 4096,
@@ -185,6 +206,46 @@ _QWEN: dict[str, Any] = _COMMON | {
 _MIXTURE: dict[str, Any] = {
     "num_local_experts": None, "num_experts": None, "num_experts_per_tok": None,
     "output_router_logits": False, "router_aux_loss_coef": 0.001,
+}  # fmt: skip
+# Mixtures of Qwen's whose layers may also have a plain MLP.
+_QWEN_MIXTURE: dict[str, Any] = _MIXTURE | {
+    "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632,
+    "norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": None,
+}  # fmt: skip
+# Three Gated DeltaNets to one layer of gated attention.
+_QWEN_NEXT: dict[str, Any] = _COMMON | {
+    "vocab_size": 248_320, "intermediate_size": 12_288, "num_attention_heads": 16,
+    "num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 32_768,
+    "bos_token_id": None, "eos_token_id": None, "attention_bias": False,
+    "partial_rotary_factor": 0.25, "layer_types": None, "full_attention_interval": 4,
+    "linear_conv_kernel_dim": 4, "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32, "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+}  # fmt: skip
+# What transformers reads nothing of: notes, and heads that predict further on.
+_QWEN_NOTES = frozenset(
+    {
+        "attn_output_gate", "mamba_ssm_dtype", "mtp_num_hidden_layers",
+        "mtp_use_dedicated_embeddings",
+    }
+)  # fmt: skip
+# Mixtures after DeepSeek's: dense layers first, shared experts, experts in groups.
+_GROUPED_MIXTURE: dict[str, Any] = {
+    "n_routed_experts": 128, "n_shared_experts": 1, "num_experts_per_tok": 8,
+    "moe_intermediate_size": 1408, "routed_scaling_factor": 1.0, "n_group": 1,
+    "topk_group": 1, "first_k_dense_replace": 1, "norm_topk_prob": True,
+    "output_router_logits": False,
+}  # fmt: skip
+# Of layers that predict tokens further on, which are passed over.
+_FURTHER_TOKENS = frozenset({"num_mtp_layers", "num_nextn_predict_layers"})
+# Keys and values from a narrow vector. What transformers takes for a head's width is
+# the part that turns, whatever a config has.
+_DEEPSEEK: dict[str, Any] = _without(_COMMON, "head_dim") | _GROUPED_MIXTURE | {
+    "attention_bias": False, "kv_lora_rank": 512, "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+}  # fmt: skip
+_DEEPSEEK_NOTES = _FURTHER_TOKENS | {
+    "aux_loss_alpha", "ep_size", "head_dim", "pretraining_tp", "qk_head_dim", "seq_aux",
 }  # fmt: skip
 # Old files carry hidden_act too; transformers reads hidden_activation.
 _GEMMA: dict[str, Any] = _COMMON | {
@@ -207,10 +268,6 @@ _GRANITE: dict[str, Any] = _COMMON | {
     "embedding_multiplier": 1.0, "residual_multiplier": 1.0,
     "attention_multiplier": 1.0, "logits_scaling": 1.0,
 }  # fmt: skip
-
-
-def _without(keys: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    return {key: value for key, value in keys.items() if key not in names}
 
 
 FAMILIES: Mapping[str, Family] = {
@@ -294,6 +351,10 @@ FAMILIES: Mapping[str, Family] = {
             "global_head_dim": 512,
             "num_global_key_value_heads": None,
             "per_layer_config": None,
+            "enable_moe_block": False,
+            "num_experts": None,
+            "top_k_experts": None,
+            "moe_intermediate_size": None,
         },
         activation_key="hidden_activation",
         norms="around",
@@ -312,9 +373,16 @@ FAMILIES: Mapping[str, Family] = {
             "end.projection": "per_layer_projection",
             "end.norm": "post_per_layer_input_norm",
             "end.scalar": "layer_scalar",
+            "beside.norm_of_mlp": "post_feedforward_layernorm_1",
+            "beside.norm_before": "pre_feedforward_layernorm_2",
+            "beside.norm_after": "post_feedforward_layernorm_2",
+            "beside.sparse.experts": "experts",
+            "beside.sparse.gate": "router",
+            "beside.sparse.gate.proj": "router.proj",
         },
-        # Of images, and of experts that no layer has while enable_moe_block is off.
-        ignored_keys=frozenset({"moe_intermediate_size", "top_k_experts"}),
+        expert_width_key="moe_intermediate_size",
+        experts_beside=True,
+        router="scaled",
     ),
     "phi3": Family(
         architecture="Phi3ForCausalLM",
@@ -594,6 +662,102 @@ FAMILIES: Mapping[str, Family] = {
         # Every layer has the same window here, whatever this key says.
         ignored_keys=frozenset({"max_window_layers"}),
     ),
+    "glm4_moe": Family(
+        architecture="Glm4MoeForCausalLM",
+        defaults=_COMMON
+        | _GROUPED_MIXTURE
+        | {
+            "vocab_size": 151_552,
+            "intermediate_size": 10_944,
+            "num_hidden_layers": 46,
+            "num_attention_heads": 96,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-5,
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "partial_rotary_factor": None,
+            "attention_bias": False,
+            "use_qk_norm": False,
+            "moe_intermediate_size": 1408,
+            "num_experts_per_tok": 8,
+            "n_routed_experts": 128,
+        },
+        o_bias_key=None,
+        qk_norm="head",
+        partial_rotary=True,
+        default_rotary_factor=0.5,
+        expert_width_key="moe_intermediate_size",
+        router="sigmoid",
+        shared_expert="shared_experts",
+        extra_layer=True,
+        ignored_keys=_FURTHER_TOKENS,
+        exported={"num_nextn_predict_layers": 0},
+    ),
+    "deepseek_v2": Family(
+        architecture="DeepseekV2ForCausalLM",
+        defaults=_DEEPSEEK
+        | {
+            "vocab_size": 102_400,
+            "intermediate_size": 11_008,
+            "num_key_value_heads": None,
+            "max_position_embeddings": 2048,
+            "mlp_bias": False,
+            "n_routed_experts": 64,
+            "n_shared_experts": 2,
+            "num_experts_per_tok": None,
+            "moe_intermediate_size": 1407,
+            "n_group": None,
+            "topk_group": None,
+            "topk_method": "greedy",
+            "first_k_dense_replace": 0,
+            "norm_topk_prob": False,
+        },
+        variety="latent_heads",
+        expert_width_key="moe_intermediate_size",
+        router="softmax_float32",
+        shared_expert="shared_experts",
+        ignored_keys=_DEEPSEEK_NOTES,
+        must_be={
+            "scoring_func": ("softmax", None),
+            "moe_layer_freq": (1, None),
+            # transformers never does, whatever the key says.
+            "norm_topk_prob": (False, None),
+        },
+    ),
+    "deepseek_v3": Family(
+        architecture="DeepseekV3ForCausalLM",
+        defaults=_DEEPSEEK
+        | {
+            "vocab_size": 129_280,
+            "hidden_size": 7168,
+            "intermediate_size": 18_432,
+            "num_hidden_layers": 61,
+            "num_attention_heads": 128,
+            "num_key_value_heads": 128,
+            "max_position_embeddings": 4096,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            "n_routed_experts": 256,
+            "moe_intermediate_size": 2048,
+            "routed_scaling_factor": 2.5,
+            "n_group": 8,
+            "topk_group": 4,
+            "first_k_dense_replace": 3,
+            "rope_interleave": True,
+        },
+        variety="latent_heads",
+        expert_width_key="moe_intermediate_size",
+        router="sigmoid",
+        shared_expert="shared_experts",
+        extra_layer=True,
+        ignored_keys=_DEEPSEEK_NOTES,
+        exported={"num_nextn_predict_layers": 0},
+        must_be={
+            "scoring_func": ("sigmoid", None),
+            "topk_method": ("noaux_tc", None),
+            "moe_layer_freq": (1, None),
+        },
+    ),
     "gpt_oss": Family(
         architecture="GptOssForCausalLM",
         defaults=_COMMON
@@ -672,43 +836,96 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "qwen3_5_text": Family(
         architecture="Qwen3_5ForCausalLM",
-        defaults=_COMMON
+        defaults=_QWEN_NEXT,
+        qk_norm="head",
+        gated_attention=True,
+        unit_offset_norm=True,
+        partial_rotary=True,
+        variety="delta_nets",
+        ignored_keys=_QWEN_NOTES | {"mlp_only_layers"},
+        # Of images: in a text all positions of a token are the same.
+        ignored_rope_keys=frozenset({"mrope_interleaved", "mrope_section"}),
+    ),
+    "qwen3_5_moe_text": Family(
+        architecture="Qwen3_5MoeForCausalLM",
+        defaults=_without(_QWEN_NEXT, "intermediate_size")
+        | _MIXTURE
         | {
-            "vocab_size": 248_320,
-            "intermediate_size": 12_288,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 4,
-            "head_dim": 256,
-            "max_position_embeddings": 32_768,
-            "bos_token_id": None,
-            "eos_token_id": None,
-            "attention_bias": False,
-            "partial_rotary_factor": 0.25,
-            "layer_types": None,
-            "full_attention_interval": 4,
-            "linear_conv_kernel_dim": 4,
-            "linear_num_key_heads": 16,
-            "linear_num_value_heads": 32,
-            "linear_key_head_dim": 128,
-            "linear_value_head_dim": 128,
+            "hidden_size": 2048,
+            "num_hidden_layers": 40,
+            "num_key_value_heads": 2,
+            "num_experts": 256,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 512,
+            "shared_expert_intermediate_size": 512,
+        },
+        # Every layer has experts, so this is the width of a plain MLP beside them.
+        mlp_width_key="shared_expert_intermediate_size",
+        qk_norm="head",
+        gated_attention=True,
+        unit_offset_norm=True,
+        partial_rotary=True,
+        variety="delta_nets",
+        expert_width_key="moe_intermediate_size",
+        shared_expert="shared_expert",
+        gated_shared_expert=True,
+        ignored_keys=_QWEN_NOTES,
+        ignored_rope_keys=frozenset({"mrope_interleaved", "mrope_section"}),
+        must_be={"mlp_only_layers": ([], None)},
+    ),
+    "qwen3_next": Family(
+        architecture="Qwen3NextForCausalLM",
+        defaults=_QWEN_NEXT
+        | _QWEN_MIXTURE
+        | {
+            "vocab_size": 151_936,
+            "hidden_size": 2048,
+            "intermediate_size": 5632,
+            "num_hidden_layers": 48,
+            "num_key_value_heads": 2,
+            "num_experts": 512,
+            "num_experts_per_tok": 10,
+            "moe_intermediate_size": 512,
+            "shared_expert_intermediate_size": 512,
+            "norm_topk_prob": True,
         },
         qk_norm="head",
         gated_attention=True,
         unit_offset_norm=True,
         partial_rotary=True,
         variety="delta_nets",
-        # What transformers reads nothing of: notes, and heads that predict further on.
-        ignored_keys=frozenset(
-            {
-                "attn_output_gate",
-                "mamba_ssm_dtype",
-                "mlp_only_layers",
-                "mtp_num_hidden_layers",
-                "mtp_use_dedicated_embeddings",
-            }
-        ),
-        # Of images: in a text all positions of a token are the same.
-        ignored_rope_keys=frozenset({"mrope_interleaved", "mrope_section"}),
+        fused_delta_net=True,
+        expert_width_key="moe_intermediate_size",
+        shared_expert="shared_expert",
+        gated_shared_expert=True,
+        extra_layer=True,
+        ignored_keys=_QWEN_NOTES,
+    ),
+    "qwen2_moe": Family(
+        architecture="Qwen2MoeForCausalLM",
+        defaults=_COMMON
+        | _QWEN_MIXTURE
+        | {
+            "vocab_size": 151_936,
+            "hidden_size": 2048,
+            "intermediate_size": 5632,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 16,
+            "max_position_embeddings": 32_768,
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "num_experts": 60,
+            "num_experts_per_tok": 4,
+        },
+        always_qkv_bias=True,
+        o_bias_key=None,
+        expert_width_key="moe_intermediate_size",
+        shared_expert="shared_expert",
+        gated_shared_expert=True,
+        # Of windows, which none of the published models has on.
+        ignored_keys=frozenset({"max_window_layers", "sliding_window", "layer_types"}),
+        must_be={"qkv_bias": (True, None), "use_sliding_window": (False, None)},
     ),
 }
 
@@ -719,7 +936,11 @@ WRAPPERS: Mapping[str, str] = {
     "gemma4": "gemma4_text",
     "mistral3": "mistral",
     "qwen3_5": "qwen3_5_text",
+    "qwen3_5_moe": "qwen3_5_moe_text",
 }
+
+# What publishers call a family whose code in transformers has another name.
+OTHER_NAMES: Mapping[str, str] = {"kimi_k2": "deepseek_v3"}
 
 # Options that this decoder has in one form only: the values that mean that form.
 REFUSED_UNLESS: Mapping[str, tuple[Any, ...]] = {

@@ -194,6 +194,7 @@ def load_params(
                 loaded |= _load_in_few_bits(leaf, tensors, targets, model, stored)
                 continue
             kind = NUMPY_TYPES[stored] if keep else jnp.dtype(dtype)
+            kind = np.dtype(np.float32) if leaf.stays_float32 else kind
             loaded[leaf.path] = _load_leaf(leaf, tensors, targets[leaf.path], kind)
     return nest(loaded)
 
@@ -239,6 +240,9 @@ def _has_own_head(tensors: Mapping[str, Any]) -> bool:
 def _is_unread(config: ModelConfig, name: str) -> bool:
     """Whether a tensor may be there, though the model does not read it."""
     if _IMPLIED.fullmatch(name):
+        return True
+    further = (f"model.layers.{config.num_hidden_layers}.", "mtp.")
+    if config.family.extra_layer and name.startswith(further):
         return True
     match = _KEYS.fullmatch(name)
     if match is None or int(match[1]) >= config.num_hidden_layers:

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from jaxtrain.models.families import WRAPPERS
+from jaxtrain.models.families import OTHER_NAMES, WRAPPERS
 from jaxtrain.models.hf_files import find_weights, is_own_file, read_header, read_json
 from jaxtrain.models.hf_names import EMBEDDING, HEAD, WEIGHTS_INDEX
 from jaxtrain.storage.reading import AnyFile
@@ -26,9 +26,10 @@ _SHARED_KEYS = (
     "tie_word_embeddings",
 )  # fmt: skip
 # Wrappers whose embedding is not the head where they do not say so.
-_UNTIED = frozenset({"qwen3_5"})
+_UNTIED = frozenset({"qwen3_5", "qwen3_5_moe"})
 _OLD, _NEW = "language_model.model.", "model.language_model."
 _OLD_HEAD = f"language_model.{HEAD}"
+_JOINED = "experts.gate_up_proj"
 # What rope_parameters takes the place of.
 _OLD_ROPE = ("rope_scaling", "rope_theta", "rope_local_base_freq")
 
@@ -48,7 +49,10 @@ def is_wrapped(path: str | os.PathLike[str] | None) -> bool:
 def text_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """The decoder's part of a config.json; all of it where there is no wrapper."""
     if not is_composite(options):
-        return dict(options)
+        named = options.get("model_type")
+        is_other = isinstance(named, str) and named in OTHER_NAMES
+        other = {"model_type": OTHER_NAMES[named]} if is_other else {}
+        return {**options, **other}
     text = dict(options["text_config"])
     text.setdefault("model_type", WRAPPERS[options["model_type"]])
     # transformers ties by the wrapper's value; where it says nothing, most are tied.
@@ -102,6 +106,13 @@ def plan_files(
         {_wrapped_name(own, is_old): own for own in names if own not in placed}
     )
     return plan
+
+
+def has_joined_experts(source: pathlib.Path) -> bool:
+    """Whether a wrapper has all experts of a layer in two tensors."""
+    files, _ = find_weights(source)
+    headers = (read_header(file)[0] for file in files)
+    return any(name.endswith(_JOINED) for header in headers for name in header)
 
 
 def copy_others(source: pathlib.Path, target: pathlib.Path) -> None:

@@ -3,7 +3,8 @@
 On the hub each expert has three tensors; `Leaf.tensor_name` names them, and that is
 what is written, as transformers 5 does by default too. In memory, and in a file if
 asked to, it stacks all experts of a layer, with gate and up in one tensor:
-`split_fused` shows such a file as if it were of the first form.
+`split_fused` shows such a file as if it were of the first form. Gemma 4 is published in
+stacks, and wrappers may be: `join_fused` makes them again.
 
 gpt-oss has stacks only, of matrices [in, out] in which the columns of gate and up take
 turns. There a layer's stack is one tensor, `split_fused` shows gate and up apart, and
@@ -23,28 +24,36 @@ class Names:
     """How a family calls the parts of its mixture.
 
     `module` holds router and experts; `projections` are those of an expert. `stacked`:
-    all experts of a layer are one tensor.
+    all experts of a layer are one tensor, as in memory here. `joined`: they are two
+    tensors, as in transformers' memory, and are written so.
     """
 
     module: str = "mlp"
     router: str = "gate"
     projections: Mapping[str, str] = dataclasses.field(default_factory=dict)
     stacked: bool = False
+    joined: bool = False
 
 
+_PLAIN = {name: name for name in ("gate_proj", "up_proj", "down_proj")}
+_APART = (
+    "deepseek_v2", "deepseek_v3", "glm4_moe", "qwen2_moe", "qwen3_5_moe_text",
+    "qwen3_moe", "qwen3_next",
+)  # fmt: skip
 NAMES: Mapping[str, Names] = {
     "mixtral": Names(
         "block_sparse_moe",
         projections={"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"},
     ),
-    "qwen3_moe": Names(
-        projections={n: n for n in ("gate_proj", "up_proj", "down_proj")}
-    ),
+    **dict.fromkeys(_APART, Names(projections=_PLAIN)),
+    "gemma4_text": Names("", projections=_PLAIN, joined=True),
     "gpt_oss": Names(router="router", stacked=True),
 }
-_FUSED = re.compile(r"(model\.layers\.\d+\.)mlp\.(experts\.|)(\w+)(\.weight|)")
+_FUSED = re.compile(r"(model\.layers\.\d+\.)(?:mlp\.)?(experts\.|)(\w+)(\.weight|)")
 # Tensors whose columns take turns, and the two that they are.
 _TURNS = re.compile(r"(model\.layers\.\d+\.mlp\.experts\.)gate_up_proj(_bias|)")
+# Tensors of one expert.
+_EXPERT = re.compile(r"(model\.layers\.\d+\.(?:\w+\.)?experts\.)(\d+)\.(\w+)\.weight")
 _HALVES = re.compile(r"(model\.layers\.\d+\.mlp\.experts\.)(gate|up)_proj(_bias|)")
 
 
@@ -119,7 +128,7 @@ def split_fused(model_type: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
         if inner and leaf in ("gate_up_proj", "down_proj") and len(shape) == 3:
             parts = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else (leaf,)
             rows = shape[1] // len(parts)
-            of_experts = f"{layer}{names.module}.experts"
+            of_experts = f"{layer}{names.module}.experts".replace("..", ".")
             for expert in range(shape[0]):
                 for number, part in enumerate(parts):
                     own = f"{of_experts}.{expert}.{names.projections[part]}.weight"
@@ -129,6 +138,11 @@ def split_fused(model_type: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
         else:
             split[name] = tensor
     return split
+
+
+def are_joined(model_type: str) -> bool:
+    """Whether a family's experts are written as two tensors a layer."""
+    return model_type in NAMES and NAMES[model_type].joined
 
 
 def _split_turns(tensors: Mapping[str, Any]) -> dict[str, Any]:
@@ -147,22 +161,43 @@ def _split_turns(tensors: Mapping[str, Any]) -> dict[str, Any]:
     return split
 
 
-def stored_name(name: str) -> str:
-    """The tensor of a file that a tensor, as `split_fused` names it, is a part of."""
-    match = _HALVES.fullmatch(name)
-    return name if match is None else f"{match[1]}gate_up_proj{match[3]}"
+def stored_name(name: str, *, joined: bool) -> str:
+    """The tensor of a file that a tensor, as `split_fused` names it, is a part of.
+
+    Args:
+        joined: whether the file has the experts of a layer in two tensors.
+    """
+    if match := _HALVES.fullmatch(name):
+        return f"{match[1]}gate_up_proj{match[3]}"
+    if joined and (match := _EXPERT.fullmatch(name)):
+        return match[1] + ("down_proj" if match[3] == "down_proj" else "gate_up_proj")
+    return name
 
 
-def join_fused(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The tensors of a file, of those that `split_fused` made of it or would make."""
-    joined = {}
+def join_fused(
+    tensors: Mapping[str, np.ndarray], *, joined: bool
+) -> dict[str, np.ndarray]:
+    """The tensors of a file, of those that `split_fused` made of it or would make.
+
+    All parts of a tensor must be there. `joined` is as for `stored_name`.
+    """
+    whole: dict[str, np.ndarray] = {}
+    parts: dict[str, dict[tuple[int, str], np.ndarray]] = {}
     for name, tensor in tensors.items():
-        match, whole = _HALVES.fullmatch(name), stored_name(name)
-        if match is None:
-            joined[name] = tensor
-            continue
-        if whole not in joined:
-            shape = (*tensor.shape[:-1], 2 * tensor.shape[-1])
-            joined[whole] = np.empty(shape, tensor.dtype)
-        joined[whole][..., int(match[2] == "up") :: 2] = tensor
-    return joined
+        match, own = _HALVES.fullmatch(name), stored_name(name, joined=joined)
+        if match is not None:
+            if own not in whole:
+                shape = (*tensor.shape[:-1], 2 * tensor.shape[-1])
+                whole[own] = np.empty(shape, tensor.dtype)
+            whole[own][..., int(match[2] == "up") :: 2] = tensor
+        elif own == name:
+            whole[name] = tensor
+        elif match := _EXPERT.fullmatch(name):
+            parts.setdefault(own, {})[int(match[2]), match[3]] = tensor
+    for own, by_expert in parts.items():
+        # Of an expert the gate is above: "gate_proj" comes before "up_proj".
+        count = len({expert for expert, _ in by_expert})
+        in_order = [by_expert[place] for place in sorted(by_expert)]
+        columns = in_order[0].shape[-1]
+        whole[own] = np.concatenate(in_order).reshape(count, -1, columns)
+    return whole

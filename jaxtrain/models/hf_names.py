@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxtrain.models import hf_experts
 from jaxtrain.models.config import ModelConfig
+from jaxtrain.models.quantization import STAY_FLOAT32
 from jaxtrain.models.stacks import LAYERS, layer_numbers, split_path
 from jaxtrain.models.transformer import Decoder
 from jaxtrain.tree import flatten
@@ -35,7 +36,12 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 
 # Leaves whose tensors are called as they are; others are some module's "weight".
-_OWN_NAMES = frozenset({"bias", "sinks", "A_log", "dt_bias"})
+_OWN_NAMES = frozenset(
+    {
+        "bias", "sinks", "A_log", "dt_bias", "e_score_correction_bias",
+        "per_expert_scale",
+    }
+)  # fmt: skip
 Path = tuple[str, ...]
 # Which part of a leaf a tensor is: (), (place in the stack,) or (place, expert).
 Place = tuple[int, ...]
@@ -73,7 +79,12 @@ class Leaf:
     def transposed(self) -> bool:
         if self._is_stack:
             return False
-        return self.path[-1] in ("kernel", "weight") or self.is_expert
+        return self.path[-1] in ("kernel", "weight", "router_weight") or self.is_expert
+
+    @property
+    def stays_float32(self) -> bool:
+        """Whether it is float32 whatever the type of the other weights."""
+        return self.path[-1] in STAY_FLOAT32
 
     @property
     def columns_axis(self) -> int | None:
@@ -101,11 +112,13 @@ class Leaf:
             modules = (*modules[:-2], names.module, names.router)
         if self.is_expert and not self._is_stack:
             expert = ("experts", str(place[1]), names.projections[self.path[-1]])
-            modules = (*modules[:2], names.module, *expert)
+            modules = (*modules[:2], *filter(None, [names.module]), *expert)
         if modules[0] != "lm_head":
             modules = ("model", *modules)
         if self.path[-1] == "buffer":
             return ".".join(modules)
+        if self.path[-1] == "router_scale":
+            return ".".join((*modules, "scale"))
         own_name = self._is_stack or self.path[-1] in _OWN_NAMES
         return ".".join((*modules, self.path[-1] if own_name else "weight"))
 

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from jaxtrain.models import hf_composite
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.hf_config import load_config
-from jaxtrain.models.hf_experts import join_fused, stored_name
+from jaxtrain.models.hf_experts import are_joined, join_fused, stored_name
 from jaxtrain.models.hf_names import (
     NUMPY_TYPES,
     WEIGHTS,
@@ -74,7 +74,7 @@ def save_pretrained(
             tensor = _fetch_tensor(leaf, flat[leaf.path], place, dtype, writes)
             if tensor is not None:
                 tensors[leaf.tensor_name(place)] = tensor
-        tensors = join_fused(tensors)
+        tensors = join_fused(tensors, joined=are_joined(config.model_type))
         if writes:
             save_file(tensors, str(directory / file_name), metadata={"format": "pt"})
             weight_map |= dict.fromkeys(tensors, file_name)
@@ -124,7 +124,12 @@ def save_in_wrapper(
     writes = jax.process_index() == 0
     if writes:
         _make_directory(directory)
-    places = {leaf.tensor_name(at): (leaf, at) for leaf in leaves for at in leaf.places}
+    joined = hf_composite.has_joined_experts(origin)
+    places: dict[str, list[tuple[Leaf, Place]]] = {}
+    for leaf in leaves:
+        for at in leaf.places:
+            whole = stored_name(leaf.tensor_name(at), joined=joined)
+            places.setdefault(whole, []).append((leaf, at))
     plan = hf_composite.plan_files(origin, places)
     weight_map: dict[str, str] = {}
     total_bytes = 0
@@ -137,13 +142,18 @@ def save_in_wrapper(
                     if writes:
                         tensors[name] = opened.get_tensor(name)
                     continue
-                leaf, place = places[own]
                 kind = dtype
                 if dtype is None and name in stored:
                     kind = NUMPY_TYPES[opened.get_slice(name).get_dtype()].name
-                tensor = _fetch_tensor(leaf, flat[leaf.path], place, kind, writes)
-                if tensor is not None:
-                    tensors[name] = tensor
+                parts = {
+                    leaf.tensor_name(place): _fetch_tensor(
+                        leaf, flat[leaf.path], place, kind, writes
+                    )
+                    for leaf, place in places[own]
+                }
+                if writes:
+                    fetched = {k: v for k, v in parts.items() if v is not None}
+                    tensors[name] = join_fused(fetched, joined=joined)[own]
         if writes:
             save_file(tensors, str(directory / file.name), metadata={"format": "pt"})
             weight_map |= dict.fromkeys(tensors, file.name)
@@ -200,7 +210,8 @@ def _plan_shards(
         return (-1 if layer is None else layer), split_path(leaf.path)[1], place
 
     tensors.sort(key=order)
-    whole_of = {t: stored_name(t[0].tensor_name(t[1])) for t in tensors}
+    joined = are_joined(leaves[0].model_type)
+    whole_of = {t: stored_name(t[0].tensor_name(t[1]), joined=joined) for t in tensors}
     # Parts of one tensor come together; places of the others stay.
     first = {name: i for i, name in reversed([*enumerate(whole_of.values())])}
     tensors.sort(key=lambda t: first[whole_of[t]])
@@ -234,6 +245,7 @@ def _fetch_tensor(
     if not writes:
         return None
     values = values.T if leaf.transposed else values
+    dtype = "float32" if leaf.stays_float32 else dtype
     return np.ascontiguousarray(values.astype(jnp.dtype(dtype or values.dtype)))
 
 

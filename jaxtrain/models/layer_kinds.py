@@ -36,11 +36,12 @@ class LayerKind:
     layer_type: str | None = None
     fields: tuple[tuple[str, Any], ...] = ()
     shares: Literal["nothing", "gives", "reads"] = "nothing"
+    is_dense: bool = False
 
     @property
     def attends(self) -> bool:
         """Whether its mixer is a kind of attention, with keys and values."""
-        return self.mixer in ("attention", "gemma4_attention")
+        return self.mixer.endswith("attention")
 
 
 ATTENTION = LayerKind()  # of all layers, where these are alike
@@ -390,11 +391,72 @@ def _full_sizes(
     return width, sizes[0].get("num_key_value_heads")
 
 
+@dataclasses.dataclass(frozen=True)
+class LatentHeads:
+    """DeepSeek: queries, keys and values are expanded from narrow vectors.
+
+    `query_rank` and `key_rank` are the narrow widths; queries without one are projected
+    at once. Of a head's query and key, `turned_width` features turn with the position,
+    by pairs of neighbours if `is_interleaved`, and `unturned_width` do not.
+    """
+
+    query_rank: int | None
+    key_rank: int
+    unturned_width: int
+    turned_width: int
+    value_width: int
+    is_interleaved: bool = True
+    layer_types: ClassVar[frozenset[str]] = frozenset()
+
+    @classmethod
+    def read(cls, given: Mapping[str, Any]) -> tuple[Variety, dict[str, Any]]:
+        sizes = {field: given[key] for field, key in _LATENT_KEYS.items()}
+        for field, key in _LATENT_KEYS.items():
+            size = sizes[field]
+            if field == "query_rank" and size is None:
+                continue
+            if type(size) is not int or not 0 < size <= 2**20:
+                raise ValueError(
+                    f"model.{key} = {shown(size, 100)}: must be an integer from 1 to"
+                    f" {2**20:,}"
+                )
+        # DeepSeek V2 has no such key and always turns neighbours.
+        made = cls(**sizes, is_interleaved=bool(given.get("rope_interleave", True)))
+        return made, {"head_dim": made.unturned_width + made.turned_width}
+
+    def problems(self, config: "ModelConfig") -> Iterator[str]:
+        if config.num_key_value_heads != config.num_attention_heads:
+            yield (
+                f"model.num_key_value_heads = {config.num_key_value_heads}: a"
+                f" {config.model_type} has keys for each of num_attention_heads ="
+                f" {config.num_attention_heads}"
+            )
+
+    def kind_of(self, config: "ModelConfig", layer: int) -> LayerKind:
+        return LayerKind("latent_attention")
+
+    def to_hf(self, config: "ModelConfig") -> dict[str, Any]:
+        values = {key: getattr(self, field) for field, key in _LATENT_KEYS.items()}
+        if "rope_interleave" in config.family.keys:
+            values["rope_interleave"] = self.is_interleaved
+        return values
+
+
+_LATENT_KEYS: Mapping[str, str] = {
+    "query_rank": "q_lora_rank",
+    "key_rank": "kv_lora_rank",
+    "unturned_width": "qk_nope_head_dim",
+    "turned_width": "qk_rope_head_dim",
+    "value_width": "v_head_dim",
+}
+
+
 # By the names that rows of families.py have for them.
 VARIETIES: Mapping[str, type[Variety]] = {
     "short_convolutions": ShortConvolutions,
     "delta_nets": DeltaNets,
     "gemma4_layers": Gemma4Layers,
+    "latent_heads": LatentHeads,
 }
 
 
@@ -402,9 +464,17 @@ VARIETIES: Mapping[str, type[Variety]] = {
 def kinds_of(config: "ModelConfig") -> tuple[LayerKind, ...]:
     """The kind of each layer, in order."""
     count, variety = config.num_hidden_layers, config.variety
-    if variety is None:
+    dense = {*config.dense_layers}
+    if variety is None and not dense:
         return (ATTENTION,) * count
-    kinds = tuple(variety.kind_of(config, layer) for layer in range(count))
+    kinds = tuple(
+        variety.kind_of(config, layer) if variety else ATTENTION
+        for layer in range(count)
+    )
+    kinds = tuple(
+        dataclasses.replace(kind, is_dense=True) if layer in dense else kind
+        for layer, kind in enumerate(kinds)
+    )
     if len(set(kinds)) == 1:
         return kinds
     # The windows and rotary embeddings of a stack are then known when it is compiled.
@@ -429,4 +499,5 @@ def config_of_kind(config: "ModelConfig", kind: LayerKind) -> "ModelConfig":
     changed = dict(kind.fields)
     if kind.layer_type is not None:
         changed |= {"layer_types": (kind.layer_type,), "num_hidden_layers": 1}
+        changed["dense_layers"] = (0,) if kind.is_dense else ()
     return dataclasses.replace(config, **changed) if changed else config

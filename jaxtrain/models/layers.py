@@ -313,8 +313,17 @@ class RMSNorm(nnx.Module):
     In a family of LayerNorms (arXiv:1607.06450) the mean is subtracted first.
     """
 
-    def __init__(self, width: int, axis: str | None, options: Options) -> None:
+    def __init__(
+        self,
+        width: int,
+        axis: str | None,
+        options: Options,
+        *,
+        epsilon: float | None = None,
+    ) -> None:
+        """`epsilon`: of its own, where it is not the config's."""
         self.options = options
+        self.epsilon = options.config.rms_norm_eps if epsilon is None else epsilon
         self.offset = float(options.config.family.unit_offset_norm)
         scale = jnp.full(width, 1.0 - self.offset, options.param_dtype)
         self.scale = nnx.Param(scale, logical_axes=(axis,))
@@ -323,7 +332,7 @@ class RMSNorm(nnx.Module):
         scale = self.scale[...].astype(jnp.float32) + self.offset
         config = self.options.config
         centred = config.family.norm_kind == "layer"
-        return normalize(x, scale, config.rms_norm_eps, centred=centred)
+        return normalize(x, scale, self.epsilon, centred=centred)
 
 
 def normalize(
@@ -395,10 +404,10 @@ class Attention(nnx.Module):
             self.v_proj = project("v_proj", kv_width, "kv_heads")
         sizes, axes, bias = (q_width, width), ("heads", "embed"), config.o_bias
         self.o_proj = Linear("self_attn.o_proj", sizes, axes, options, rngs, bias=bias)
-        if config.family.qk_norm == "head":
+        if config.qk_norm == "head":
             self.q_norm = RMSNorm(head_dim, None, options)
             self.k_norm = RMSNorm(head_dim, None, options)
-        elif config.family.qk_norm == "width":
+        elif config.qk_norm == "width":
             self.q_norm = RMSNorm(q_width, "heads", options)
             self.k_norm = RMSNorm(kv_width, "kv_heads", options)
         if config.family.attention_sinks:
@@ -425,7 +434,7 @@ class Attention(nnx.Module):
         else:
             projections = (self.q_proj, self.k_proj, self.v_proj)
             projected = [project(x, dropout_key) for project in projections]
-        if config.family.qk_norm == "width":
+        if config.qk_norm == "width":
             q, k, v = projected
             projected = [self.q_norm(q), self.k_norm(k), v]
         heads = (*x.shape[:2], -1, config.head_dim)
@@ -434,7 +443,7 @@ class Attention(nnx.Module):
             queries = projected[0].reshape(*heads[:3], 2 * config.head_dim)
             projected[0], gate = jnp.split(queries, 2, axis=-1)
         q, k, v = (y.reshape(heads) for y in projected)
-        if config.family.qk_norm == "head":
+        if config.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         pairs = config.family.rotary_pairs
         q, k = (rotate(y, rotary.cos, rotary.sin, pairs) for y in (q, k))
@@ -456,13 +465,21 @@ class Attention(nnx.Module):
 class Mlp(nnx.Module):
     """down(activation(gate(x)) * up(x)), a gated linear unit (arXiv:2002.05202)."""
 
-    def __init__(self, options: Options, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self,
+        options: Options,
+        rngs: nnx.Rngs,
+        *,
+        module: str | None = None,
+        inner: int | None = None,
+    ) -> None:
+        """`module`: its path in a layer, `inner`: its width, unless the usual ones."""
         self.options = options
         config, names = options.config, options.config.family.mlp_names
-        width, inner = config.hidden_size, config.intermediate_size
+        width, inner = config.hidden_size, inner or config.intermediate_size
 
         def project(name: str, sizes: tuple[int, int], axes: tuple[str, str]) -> Linear:
-            path = f"{names.module}.{name}"
+            path = f"{module or names.module}.{name}"
             return Linear(path, sizes, axes, options, rngs, bias=config.mlp_bias)
 
         inwards = ("embed", "mlp")

@@ -24,7 +24,7 @@ from jaxtrain.models.layer_kinds import (
 )
 from jaxtrain.models.layers import LayerOptions, Options
 from jaxtrain.models.per_layer import Ends
-from jaxtrain.models.quantization import CODES, SCALES, is_quantized
+from jaxtrain.models.quantization import CODES, SCALES, STAY_FLOAT32, is_quantized
 from jaxtrain.models.rope import Rotary, make_rotary
 from jaxtrain.models.stacks import LAYERS, stack_name
 from jaxtrain.types import Params
@@ -87,6 +87,7 @@ def layer_options(options: Options, stack: Stack) -> LayerOptions:
 _OPTIONS = dataclasses.fields(Options)
 # Weights of no matrix product, which are used as they are kept.
 _WHOLE = {"scale", "sinks", "lora_magnitude", "A_log", "dt_bias", CODES, SCALES}
+_WHOLE |= STAY_FLOAT32 | {"router_scale", "per_expert_scale"}
 _O = TypeVar("_O", bound=Options)
 
 
@@ -233,7 +234,7 @@ def layer_rotary(
     choices = tuple(dict.fromkeys(config.ropes))
     with jax.named_scope("rotary"):
         tables = [
-            make_rotary(rope, config.head_dim, positions, segment_ids)
+            make_rotary(rope, config.rotary_head_dim, positions, segment_ids)
             for rope in choices
         ]
     if len(tables) == 1:

@@ -20,6 +20,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
 CODES, SCALES = "kernel_codes", "kernel_scales"
+# Weights that are float32 whatever type the others have (routers.Float32Router).
+STAY_FLOAT32 = frozenset({"router_weight", "e_score_correction_bias"})
 KINDS = ("nf4", "int8")
 BLOCK_SIZE = 64
 # Quantiles of a normal distribution, with an exact 0 and symmetric ends.
@@ -158,8 +160,8 @@ def is_quantized(tree: Mapping[str, Any]) -> bool:
 
 
 def is_kept(path: Any) -> bool:
-    """Whether a leaf is of a quantized kernel, whose types have a meaning."""
-    return path[-1].key in (CODES, SCALES)
+    """Whether a leaf has a type of its own: of quantized kernels, float32 routers."""
+    return path[-1].key in (CODES, SCALES, *STAY_FLOAT32)
 
 
 def quantize_tree(

@@ -171,6 +171,13 @@ class RopeConfig:
             )
         return dataclasses.replace(self, llama_4_scaling_beta=beta)
 
+    @property
+    def score_factor(self) -> float:
+        """What DeepSeek's models multiply query-key products by, beside their scale."""
+        if self.factor is None or not self.mscale_all_dim:
+            return 1.0
+        return _yarn_scale(self.factor, self.mscale_all_dim) ** 2
+
     def rotary_width(self, head_dim: int) -> int:
         """How many features of a head turn; the others pass unchanged.
 

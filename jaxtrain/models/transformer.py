@@ -260,6 +260,7 @@ class Decoder(Options):
             jax.ShapeDtypeStruct((1, length, *heads), self.compute_dtype),
             softcap=self.config.attn_logit_softcapping,
             has_sinks=self.config.family.attention_sinks,
+            value_width=self.config.value_head_dim,
             implementation=self.attention,
             layout=self.layout,
         )
@@ -461,7 +462,9 @@ def _attention_over_rows(
             "layout": decoder.layout,
         }
         has_sinks = decoder.config.family.attention_sinks
-        options["schedule"] = plan_attention(queries, **options, has_sinks=has_sinks)
+        options["schedule"] = plan_attention(
+            queries, **options, has_sinks=has_sinks, value_width=config.value_head_dim
+        )
         options["scale"] = config.attention_scale
 
         def run(q: Array, k: Array, v: Array, sinks: Array | None = None) -> Array:

@@ -57,15 +57,28 @@ TEXTS = {
         "hidden_size_per_layer_input": 8,
     },
 }
+_EXPERTS = {"num_experts": 4, "moe_intermediate_size": 16}
+TEXTS["gemma4_moe"] = TEXTS["gemma4"] | {
+    **_EXPERTS, "enable_moe_block": True, "top_k_experts": 2
+}  # fmt: skip
+TEXTS["qwen3_5_moe"] = TEXTS["qwen3_5"] | {
+    **_EXPERTS,
+    "model_type": "qwen3_5_moe_text",
+    "intermediate_size": None,
+    "num_experts_per_tok": 2,
+    "shared_expert_intermediate_size": 24,
+}
 KINDS = [
     "gemma3",
     "mistral3",
     "gemma4",
     pytest.param("ministral3", marks=pytest.mark.on_request),
     pytest.param("qwen3_5", marks=pytest.mark.on_request),
+    pytest.param("gemma4_moe", marks=pytest.mark.on_request),
+    pytest.param("qwen3_5_moe", marks=pytest.mark.on_request),
 ]
 # The wrapper of each text model, where that has not its name.
-WRAPPER_OF = {"ministral3": "mistral3"}
+WRAPPER_OF = {"ministral3": "mistral3", "gemma4_moe": "gemma4"}
 VISION = {
     "hidden_size": 16,
     "intermediate_size": 16,
@@ -98,6 +111,7 @@ TOWERS = {
         "position_embedding_size": 64,
     },
 }
+TOWERS["qwen3_5_moe"] = TOWERS["qwen3_5"] | {"model_type": "qwen3_5_moe_vision"}
 
 
 def load_torch(directory: pathlib.Path) -> Any:
@@ -131,18 +145,18 @@ def make_wrapper(directory: pathlib.Path, kind: str, dtype: str, vocab: int) -> 
     torch.manual_seed(0)
     others: dict[str, Any] = {"image_token_index": vocab - 1}
     text = TEXTS[kind] | {"vocab_size": vocab}
+    wrapper_type = WRAPPER_OF.get(kind, kind)
     if kind == "gemma3":
         others |= {"mm_tokens_per_image": 4}
-    if kind in ("gemma4", "qwen3_5"):
+    if wrapper_type in ("gemma4", "qwen3_5", "qwen3_5_moe"):
         others = {"image_token_id": vocab - 1}
-    if kind == "gemma4":
+    if wrapper_type == "gemma4":
         others |= {"audio_config": None}
         text |= {"vocab_size_per_layer_input": vocab + 8}
-    wrapper_type = WRAPPER_OF.get(kind, kind)
     config = transformers.CONFIG_MAPPING[wrapper_type](
         text_config=text,
         vision_config=TOWERS[wrapper_type],
-        tie_word_embeddings=kind in ("gemma3", "gemma4"),
+        tie_word_embeddings=wrapper_type in ("gemma3", "gemma4"),
         **others,
     )
     make = transformers.AutoModelForImageTextToText.from_config
@@ -152,7 +166,7 @@ def make_wrapper(directory: pathlib.Path, kind: str, dtype: str, vocab: int) -> 
             weight.add_(0.15 * torch.randn_like(weight))
     model.save_pretrained(directory, max_shard_size="20KB")
     (directory / "preprocessor_config.json").write_text('{"size": 28}')
-    if kind == "qwen3_5":
+    if kind.startswith("qwen3_5"):
         add_tensor(directory, "mtp.norm.weight", np.ones(32, np.float32))
 
 

@@ -31,6 +31,41 @@ def _options(model_type: str, **options: Any) -> dict[str, Any]:
     return {"model_type": model_type, **_SIZES, **options}
 
 
+_DELTA_NETS: dict[str, Any] = {
+    "num_hidden_layers": 6,
+    "layer_types": ["linear_attention", "linear_attention", "full_attention"] * 2,
+    "head_dim": 24,
+    "linear_conv_kernel_dim": 3,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+    # What a head reads first may be tiny: dividing by its size magnifies rounding.
+    "rms_norm_eps": 1e-2,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 1e4,
+        "partial_rotary_factor": 0.5,
+        "mrope_section": [2, 2, 2],
+        "mrope_interleaved": True,
+    },
+}
+_LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 40,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "moe_intermediate_size": 40,
+}
+_SHARED_EXPERT: dict[str, Any] = {
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 40,
+    "shared_expert_intermediate_size": 56,
+}
+
+
 # Each option of a family is on in at least one row, with a value that is not the
 # default, so that leaving it out shows.
 FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
@@ -84,6 +119,81 @@ FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
         num_experts_per_tok=2,
         moe_intermediate_size=40,
         norm_topk_prob=True,
+    ),
+    "qwen3_moe_dense": _options(
+        "qwen3_moe",
+        num_hidden_layers=5,
+        head_dim=16,
+        num_experts=6,
+        num_experts_per_tok=2,
+        moe_intermediate_size=40,
+        decoder_sparse_step=2,
+        mlp_only_layers=[3],
+    ),
+    "glm4_moe": _options(
+        "glm4_moe",
+        num_hidden_layers=4,
+        head_dim=24,
+        attention_bias=True,
+        use_qk_norm=True,
+        first_k_dense_replace=2,
+        n_routed_experts=8,
+        n_shared_experts=2,
+        num_experts_per_tok=3,
+        moe_intermediate_size=40,
+        n_group=4,
+        topk_group=2,
+        routed_scaling_factor=1.7,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "partial_rotary_factor": 0.75,
+        },
+    ),
+    "deepseek_v3": _options(
+        "deepseek_v3",
+        **_LATENT,
+        q_lora_rank=24,
+        attention_bias=True,
+        rms_norm_eps=1e-3,
+        first_k_dense_replace=1,
+        num_hidden_layers=3,
+        n_routed_experts=8,
+        num_experts_per_tok=3,
+        n_group=4,
+        topk_group=2,
+        routed_scaling_factor=1.7,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "mscale": 0.7,
+            "mscale_all_dim": 0.9,
+            "original_max_position_embeddings": 16,
+        },
+    ),
+    "deepseek_v3_halves": _options(
+        "deepseek_v3",
+        **_LATENT,
+        q_lora_rank=None,
+        rope_interleave=False,
+        first_k_dense_replace=2,
+    ),
+    "deepseek_v2": _options(
+        "deepseek_v2",
+        **_LATENT,
+        q_lora_rank=None,
+        mlp_bias=True,
+        num_hidden_layers=4,
+        first_k_dense_replace=1,
+        n_routed_experts=8,
+        n_shared_experts=2,
+        num_experts_per_tok=3,
+        topk_method="group_limited_greedy",
+        n_group=4,
+        topk_group=2,
+        routed_scaling_factor=1.7,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
     ),
     "gpt_oss": _options(
         "gpt_oss",
@@ -159,6 +269,10 @@ FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
         global_head_dim=24,
         sliding_window=4,
         hidden_size_per_layer_input=0,
+        enable_moe_block=True,
+        num_experts=6,
+        top_k_experts=2,
+        moe_intermediate_size=40,
     ),
     "lfm2": _options(
         "lfm2",
@@ -171,25 +285,29 @@ FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
         block_multiple_of=16,
         rope_parameters={"rope_type": "default", "rope_theta": 1e4},
     ),
-    "qwen3_5": _options(
-        "qwen3_5_text",
-        num_hidden_layers=6,
-        layer_types=["linear_attention", "linear_attention", "full_attention"] * 2,
-        head_dim=24,
-        linear_conv_kernel_dim=3,
-        linear_num_key_heads=2,
-        linear_num_value_heads=4,
-        linear_key_head_dim=8,
-        linear_value_head_dim=12,
-        # What a head reads first may be tiny: dividing by its size magnifies rounding.
-        rms_norm_eps=1e-2,
-        rope_parameters={
-            "rope_type": "default",
-            "rope_theta": 1e4,
-            "partial_rotary_factor": 0.5,
-            "mrope_section": [2, 2, 2],
-            "mrope_interleaved": True,
-        },
+    "qwen3_5": _options("qwen3_5_text", **_DELTA_NETS),
+    "qwen3_5_moe": _options(
+        "qwen3_5_moe_text",
+        **_DELTA_NETS,
+        **_SHARED_EXPERT,
+        intermediate_size=None,
+        router_aux_loss_coef=0.3,
+    ),
+    "qwen3_next": _options(
+        "qwen3_next",
+        **{k: v for k, v in _DELTA_NETS.items() if k != "rope_parameters"},
+        **_SHARED_EXPERT,
+        mlp_only_layers=[1],
+        rope_theta=1e4,
+        partial_rotary_factor=0.5,
+        norm_topk_prob=False,
+    ),
+    "qwen2_moe": _options(
+        "qwen2_moe",
+        **_SHARED_EXPERT,
+        num_hidden_layers=3,
+        mlp_only_layers=[1],
+        norm_topk_prob=True,
     ),
     "phi3": _options("phi3", sliding_window=6),
     "phi3_longrope": _options(
@@ -305,7 +423,12 @@ def torch_logits(torch_model: Any, tokens: np.ndarray) -> np.ndarray:
 
 
 # Variants of what other rows show.
-_ON_REQUEST = frozenset({"gemma", "granite4_nope", "olmo2", "seed_oss"})
+_ON_REQUEST = frozenset(
+    {
+        "deepseek_v2", "deepseek_v3_halves", "gemma", "glm4_moe", "granite4_nope",
+        "olmo2", "qwen3_5_moe", "qwen3_moe_dense", "qwen3_next", "seed_oss",
+    }
+)  # fmt: skip
 
 
 @pytest.fixture(
@@ -341,6 +464,8 @@ def torch_model(family: str, tmp_path_factory: pytest.TempPathFactory) -> TorchM
         for name, buffer in torch_model.named_buffers():
             if name.endswith("layer_scalar"):  # Gemma 4's, which is stored
                 buffer.mul_(1 + 0.2 * torch.rand_like(buffer))
+            if name.endswith("e_score_correction_bias"):  # so are routers'
+                buffer.add_(0.3 * torch.randn_like(buffer))
     directory = tmp_path_factory.mktemp(family)
     torch_model.save_pretrained(directory)
     model = Decoder(load_config(directory), compute_dtype="float32")

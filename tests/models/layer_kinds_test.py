@@ -233,7 +233,13 @@ def test_how_layers_are_run_changes_no_gradient(make_model, name, change) -> Non
 
 
 @pytest.mark.parametrize(
-    "name", ["lfm2", pytest.param("gemma4", marks=pytest.mark.on_request)]
+    "name",
+    [
+        "lfm2",
+        pytest.param("gemma4", marks=pytest.mark.on_request),
+        pytest.param("gemma4_keys_as_values", marks=pytest.mark.on_request),
+        pytest.param("deepseek_v3", marks=pytest.mark.on_request),
+    ],
 )
 def test_eight_devices_learn_as_one(make_model, name) -> None:
     decoder, params = make_model(name)
@@ -323,7 +329,7 @@ def test_layers_that_read_others_keys_have_none_of_their_own(gemma4) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"enable_moe_block": True}, "enable_moe_block = True"),
+        ({"enable_moe_block": True}, "model.num_experts = None: must be a positive"),
         ({"num_kv_shared_layers": 5}, "num_kv_shared_layers = 5: no layer before"),
         ({"num_kv_shared_layers": 6}, "num_kv_shared_layers = 6: must be an integer"),
         ({"vocab_size_per_layer_input": 8}, "vocab_size = 16 exceeds"),
@@ -422,6 +428,14 @@ ON_REQUEST = (
     ("lfm2", ["in_proj", "out_proj", "w1", "q_proj"]),
     ("lfm2", ["self_attn.out_proj", "v_proj"]),
     ("lfm2", "all-linear"),
+    ("gemma4_keys_as_values", "all-linear"),
+    ("qwen3_5_moe", "all-linear"),
+    # To PEFT all-linear means experts, too, in these, and gate_proj can't but.
+    ("glm4_moe", r".*\.self_attn\.[qv]_proj"),
+    ("qwen3_moe_dense", r".*\.[ko]_proj"),
+    ("qwen3_next", r".*\.(in_proj_qkvz|in_proj_ba|shared_expert_gate|out_proj)"),
+    ("deepseek_v3", r".*\.(q_[ab]_proj|kv_\w+_proj|kv_\w+_mqa|o_proj)"),
+    ("deepseek_v2", r".*\.(q_proj|kv_b_proj)"),
 )
 
 

@@ -878,6 +878,14 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "ByteDance-Seed/Seed-OSS-36B-Instruct": _shape("seed-oss-36b"),
     "Qwen/Qwen3.5-9B": _qwen3_5(),
     "CohereLabs/c4ai-command-r7b-12-2024": _shape("command-r7b"),
+    "zai-org/GLM-4.5-Air": _shape("glm-4.5-air"),
+    "zai-org/GLM-4.5": _shape("glm-4.5"),
+    "deepseek-ai/DeepSeek-V2-Lite": _shape("deepseek-v2-lite"),
+    "deepseek-ai/DeepSeek-V3": _shape("deepseek-v3"),
+    "Qwen/Qwen1.5-MoE-A2.7B": _shape("qwen1.5-moe-a2.7b"),
+    "Qwen/Qwen3-Next-80B-A3B-Instruct": _shape("qwen3-next-80b-a3b"),
+    "Qwen/Qwen3.5-35B-A3B": _shape("qwen3.5-35b-a3b"),
+    "google/gemma-4-26B-A4B": _shape("gemma-4-26b-a4b"),
 }
 
 
@@ -920,6 +928,11 @@ def shrunk(config: dict[str, Any]) -> dict[str, Any]:
     if "linear_num_value_heads" in config:
         small |= {"linear_num_key_heads": 1, "linear_num_value_heads": 2}
         small |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
+    if "kv_lora_rank" in config:
+        rank = config["q_lora_rank"] and 12
+        small |= {"q_lora_rank": rank, "kv_lora_rank": 20, "v_head_dim": 12}
+        small |= {"qk_nope_head_dim": 16, "qk_rope_head_dim": 8}
+        small |= dict.fromkeys(("n_group", "topk_group"), 2 if rank else 1)
     if "sliding_window_pattern" in config:
         small["sliding_window_pattern"] = 2
     if config["model_type"] == "gemma4_text":
@@ -941,17 +954,21 @@ def _small_gemma4(config: dict[str, Any]) -> dict[str, Any]:
         else 0,
         "global_head_dim": 32,
         "num_global_key_value_heads": config.get("num_global_key_value_heads") and 1,
-        "num_experts": None,
-        "moe_intermediate_size": None,
     }
+    if not config.get("enable_moe_block"):
+        sizes |= {"num_experts": None, "moe_intermediate_size": None}
     return {name: size for name, size in sizes.items() if name in config}
 
 
 _EXPERTS = {
     "num_experts": 4,
     "num_local_experts": 4,
+    "n_routed_experts": 4,
     "num_experts_per_tok": 2,
+    "top_k_experts": 2,
     "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 24,
+    "first_k_dense_replace": 1,
     "shared_intermediate_size": 48,
     "mamba_n_heads": 4,
     "mamba_d_head": 16,

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from jaxtrain.models import REMAT_POLICIES, Decoder, LoraShape, layers
 from jaxtrain.models.parts import layer_windows
-from jaxtrain.tree import overlay
+from jaxtrain.models.quantization import STAY_FLOAT32
+from jaxtrain.tree import flatten, overlay
 from jaxtrain.types import Batch, Params
 
 LENGTH = 24
@@ -528,13 +529,11 @@ def test_abstract_weights_axes_and_initial_weights_are_one_tree(config) -> None:
     model = Decoder(config, param_dtype="bfloat16", lora=lora)
     abstract, axes = model.abstract_params(), model.logical_axes()
     jax.tree.map(lambda leaf, names: leaf.shape[: len(names)], abstract, axes)
-    for leaf, names in zip(
-        jax.tree.leaves(abstract),
-        jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, tuple)),
-        strict=True,
-    ):
-        assert len(leaf.shape) == len(names)
-        assert leaf.dtype == jnp.bfloat16
+    names = flatten(axes)
+    for path, leaf in flatten(abstract).items():
+        assert len(leaf.shape) == len(names[path])
+        stays = path[-1] in STAY_FLOAT32
+        assert leaf.dtype == (jnp.float32 if stays else jnp.bfloat16)
     assert hash(model) == hash(dataclasses.replace(model))
 
 
