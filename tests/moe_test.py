@@ -287,12 +287,13 @@ def test_the_router_loss_is_added_in_the_losses_weight_and_hidden_from_it():
 # --- LoRA -------------------------------------------------------------------------
 
 
-def test_adapters_stand_where_peft_puts_them_and_experts_take_none(mixtral):
+def test_a_mixture_trains_in_full_but_for_its_experts(mixtral):
+    """Adapters on experts: expert_adapters_test.py."""
     _, params = mixtral
-    ours = resolve_targets(LoraConfig(), params)
-    assert ours == {f"self_attn.{name}_proj" for name in "qkvo"}
     for target in ("gate_proj", "experts", "mlp.gate", "w1"):
-        with pytest.raises(ValueError, match="experts take none") as error:
+        with pytest.raises(
+            ValueError, match="experts go by target_parameters"
+        ) as error:
             resolve_targets(LoraConfig(target_modules=(target,)), params)
         assert target in str(error.value)
     with pytest.raises(ValueError, match="selects the experts"):

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32, Int, Int32, Shaped
 
+from jaxtrain.models.expert_adapters import join_factors
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -93,12 +95,14 @@ def apply_experts(
     gate_proj: Float[Array, "E D F"],
     up_proj: Float[Array, "E D F"],
     down_proj: Float[Array, "E F D"],
-    *biases: Float[Array, "E F"],
+    *others: Float[Array, "E ..."],
     combine: Callable[[Array, Array], Array],
+    scalings: tuple[float | None, ...] = (None, None),
 ) -> Float[Array, "B T D"]:
     """sum_k weight_k down_k(combine(gate_k(x), up_k(x))) over a token's experts.
 
-    `biases` are those of gate and up, where they have some.
+    `others` are the factors of adapters that `scalings` tell of, where they have some
+    (`expert_adapters.SplitAdapters`), and then the biases of gate and up.
 
     Every token is independent of the others, and the result is a sum over F; so rows
     and F may each be split over devices, with every expert's slice at hand.
@@ -112,12 +116,17 @@ def apply_experts(
     rows = _send(tokens, order, places, copies)
     gate = jax.lax.ragged_dot(rows, gate_proj, sizes)
     up = jax.lax.ragged_dot(rows, up_proj, sizes)
+    inwards, outwards, biases = join_factors(others, scalings)
+    if inwards is not None:
+        gate, up = inwards.add((gate, up), rows, sizes)
     if biases:
         own = jax.nn.one_hot(chosen[order], gate_proj.shape[0], dtype=rows.dtype)
         gate, up = (y + _pick(own, b) for y, b in zip((gate, up), biases, strict=True))
     gate, up = checkpoint_name(gate, "mlp_gate"), checkpoint_name(up, "mlp_up")
     inner = jax.checkpoint(combine, prevent_cse=False)(gate, up)
     outputs = jax.lax.ragged_dot(inner, down_proj, sizes)
+    if outwards is not None:
+        (outputs,) = outwards.add((outputs,), inner, sizes)
     outputs *= weights.reshape(-1)[order, None].astype(outputs.dtype)
     return _collect(outputs, order, places, copies).reshape(x.shape)
 
