@@ -14,9 +14,9 @@ import pytest
 
 from jaxtrain import sharding
 from jaxtrain.aot.jaxpr_cost import count_flops
-from jaxtrain.lora import LoraConfig, init_adapters, resolve_targets
+from jaxtrain.lora import LoraConfig, init_adapters, make_shape, resolve_targets
 from jaxtrain.lora.targets import resolve_modules_to_save
-from jaxtrain.models import Decoder, LoraShape, ModelConfig
+from jaxtrain.models import Decoder, ModelConfig
 from jaxtrain.models.hf import load_config, load_params
 from jaxtrain.models.hf_experts import split_fused
 from jaxtrain.models.hf_names import leaves_of
@@ -174,9 +174,9 @@ def run_step(decoder, params, kind, plan):
     batch: Any = make_batch(rows=8)
     trainable, frozen, objective = params, {}, "next_token"
     if kind == "lora dpo":
-        lora = LoraConfig(r=4, alpha=8)
-        targets = frozenset(resolve_targets(lora, params))
-        decoder = dataclasses.replace(decoder, lora=LoraShape(4, 2.0, 0.0, targets))
+        entries = ("gate.weight", "experts.gate_up_proj", "experts.down_proj")
+        lora = LoraConfig(r=4, alpha=8, target_parameters=entries)
+        decoder = dataclasses.replace(decoder, lora=make_shape(lora, params))
         adapters = init_adapters(jax.random.key(1), params, lora)
         trainable, frozen = jax.tree.map(lambda x: x + 0.05, adapters), params
         objective, options = "preference", {"with_reference": True}

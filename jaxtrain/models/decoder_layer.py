@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key, Shaped
 
 from jaxtrain.models import layers, moe
@@ -174,7 +173,8 @@ class SparseMlp(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """The same where experts are codes, made whole for this layer alone.
 
-        In the backward pass they are made again: what is kept of them is the codes.
+        In the backward pass they are made again, and no product is: only their results
+        are kept.
         """
         axes = ("experts", "embed", "mlp"), ("experts", "mlp", "embed")
         axes_of = dict(zip(PROJECTIONS, (axes[0], *axes), strict=True))
@@ -184,8 +184,7 @@ class SparseMlp(nnx.Module):
             for name, *parts in zip(PROJECTIONS, codes[::2], codes[1::2], strict=True):
                 # Where devices share experts, it is codes that travel.
                 parts = [self.options.constrain(p, axes_of[name]) for p in parts]
-                matrix = dequantize(*parts).astype(self.options.compute_dtype)
-                whole.append(checkpoint_name(matrix, "dequantized"))
+                whole.append(dequantize(*parts).astype(self.options.compute_dtype))
             return self._run_experts(x, weights, experts, *whole)
 
         codes = [
@@ -193,7 +192,7 @@ class SparseMlp(nnx.Module):
             for name in PROJECTIONS
             for part in kept_as(name)
         ]
-        keep = jax.checkpoint_policies.save_anything_except_these_names("dequantized")
+        keep = jax.checkpoint_policies.save_only_these_names(*moe.PRODUCTS)
         remat = jax.checkpoint(run, policy=keep, prevent_cse=False)
         return remat(x, weights, *codes)
 

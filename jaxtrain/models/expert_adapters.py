@@ -10,13 +10,13 @@ before up's, or in turns where the family has biased experts (gpt-oss).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float
 
 from jaxtrain.models.layers import LoraParam, Options
 from jaxtrain.types import LogicalAxes
@@ -135,13 +135,16 @@ class LowRank(NamedTuple):
         self,
         products: tuple[Float[Array, "M O"], ...],
         rows: Float[Array, "M I"],
-        sizes: Int32[Array, "E"],
+        multiply: Callable[[Array, Array], Array],
     ) -> tuple[Float[Array, "M O"], ...]:
-        """The products, each with its adapter's part; rows are sorted by expert."""
+        """The products, each with its adapter's part.
+
+        `multiply(rows, matrices)` takes each row times the matrix of its expert.
+        """
         with jax.named_scope("lora"):
-            low = jax.lax.ragged_dot(rows, self.a, sizes) * self.scaling
+            low = multiply(rows, self.a) * self.scaling
             return tuple(
-                y + jax.lax.ragged_dot(low, b, sizes)
+                y + multiply(low, b)
                 for y, b in zip(products, self.outputs, strict=True)
             )
 

@@ -17,6 +17,9 @@ from jaxtyping import Array, Float, Float32, Int, Int32, Shaped
 
 from jaxtrain.models.expert_adapters import join_factors
 
+# What experts' products are called where checkpoint policies choose what is kept.
+PRODUCTS = ("mlp_gate", "mlp_up", "mlp_down")
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -114,19 +117,20 @@ def apply_experts(
     sizes = jnp.bincount(chosen, length=gate_proj.shape[0]).astype(jnp.int32)
     copies = experts.shape[-1]
     rows = _send(tokens, order, places, copies)
-    gate = jax.lax.ragged_dot(rows, gate_proj, sizes)
-    up = jax.lax.ragged_dot(rows, up_proj, sizes)
+    multiply = functools.partial(jax.lax.ragged_dot, group_sizes=sizes)
+    gate, up = multiply(rows, gate_proj), multiply(rows, up_proj)
     inwards, outwards, biases = join_factors(others, scalings)
     if inwards is not None:
-        gate, up = inwards.add((gate, up), rows, sizes)
+        gate, up = inwards.add((gate, up), rows, multiply)
     if biases:
         own = jax.nn.one_hot(chosen[order], gate_proj.shape[0], dtype=rows.dtype)
         gate, up = (y + _pick(own, b) for y, b in zip((gate, up), biases, strict=True))
-    gate, up = checkpoint_name(gate, "mlp_gate"), checkpoint_name(up, "mlp_up")
+    gate, up = checkpoint_name(gate, PRODUCTS[0]), checkpoint_name(up, PRODUCTS[1])
     inner = jax.checkpoint(combine, prevent_cse=False)(gate, up)
-    outputs = jax.lax.ragged_dot(inner, down_proj, sizes)
+    outputs = multiply(inner, down_proj)
     if outwards is not None:
-        (outputs,) = outwards.add((outputs,), inner, sizes)
+        (outputs,) = outwards.add((outputs,), inner, multiply)
+    outputs = checkpoint_name(outputs, PRODUCTS[2])
     outputs *= weights.reshape(-1)[order, None].astype(outputs.dtype)
     return _collect(outputs, order, places, copies).reshape(x.shape)
 
