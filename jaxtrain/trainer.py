@@ -121,7 +121,7 @@ class TrainingOrchestrator:
         if type(self).make_objective is not TrainingOrchestrator.make_objective:
             _pad_rows(config)
         self.run = run = resolve(config, device_count=distributed.count_devices())
-        if preflight.keep_batching(config, self.workdir):
+        if preflight.keep_recorded(config, self.workdir):
             self.run = run = resolve(config, device_count=distributed.count_devices())
         compilation_cache.set_up(run.compilation_cache)
         with watch_disks(run, self.workdir):

@@ -14,9 +14,9 @@ import pytest
 
 from jaxtrain import sharding
 from jaxtrain.aot.jaxpr_cost import count_flops
-from jaxtrain.lora import LoraConfig, init_adapters, resolve_targets
+from jaxtrain.lora import LoraConfig, init_adapters, make_shape, resolve_targets
 from jaxtrain.lora.targets import resolve_modules_to_save
-from jaxtrain.models import Decoder, LoraShape, ModelConfig
+from jaxtrain.models import Decoder, ModelConfig
 from jaxtrain.models.hf import load_config, load_params
 from jaxtrain.models.hf_experts import split_fused
 from jaxtrain.models.hf_names import leaves_of
@@ -198,9 +198,9 @@ def run_step(decoder, params, kind, plan):
     batch: Any = make_batch(rows=8)
     trainable, frozen, objective = params, {}, "next_token"
     if kind == "lora dpo":
-        lora = LoraConfig(r=4, alpha=8)
-        targets = frozenset(resolve_targets(lora, params))
-        decoder = dataclasses.replace(decoder, lora=LoraShape(4, 2.0, 0.0, targets))
+        entries = ("gate.weight", "experts.gate_up_proj", "experts.down_proj")
+        lora = LoraConfig(r=4, alpha=8, target_parameters=entries)
+        decoder = dataclasses.replace(decoder, lora=make_shape(lora, params))
         adapters = init_adapters(jax.random.key(1), params, lora)
         trainable, frozen = jax.tree.map(lambda x: x + 0.05, adapters), params
         objective, options = "preference", {"with_reference": True}
@@ -311,12 +311,13 @@ def test_the_router_loss_is_added_in_the_losses_weight_and_hidden_from_it():
 # --- LoRA -------------------------------------------------------------------------
 
 
-def test_adapters_stand_where_peft_puts_them_and_experts_take_none(mixtral):
+def test_a_mixture_trains_in_full_but_for_its_experts(mixtral):
+    """Adapters on experts: expert_adapters_test.py."""
     _, params = mixtral
-    ours = resolve_targets(LoraConfig(), params)
-    assert ours == {f"self_attn.{name}_proj" for name in "qkvo"}
     for target in ("gate_proj", "experts", "mlp.gate", "w1"):
-        with pytest.raises(ValueError, match="experts take none") as error:
+        with pytest.raises(
+            ValueError, match="experts go by target_parameters"
+        ) as error:
             resolve_targets(LoraConfig(target_modules=(target,)), params)
         assert target in str(error.value)
     with pytest.raises(ValueError, match="selects the experts"):

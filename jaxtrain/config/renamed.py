@@ -3,6 +3,8 @@
 A key that is renamed gets a line in `RENAMED`, and loses it one release later. Until
 then its old name, in a file, a flag, a program or the record of a checkpoint, sets the
 new key, and a warning says so.
+
+Records of runs from before a key was added lack it; `as_recorded` says what they did.
 """
 
 import copy
@@ -55,6 +57,26 @@ def with_current_names(given: Mapping[str, Any]) -> Mapping[str, Any]:
     if problems:
         raise ConfigError(problems)
     return found
+
+
+def as_recorded(saved: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A run's saved configuration, with keys that are newer than it as they acted then.
+
+    Runs that train adapters had none on routers and experts, whose experts were never
+    quantized.
+    """
+    training = saved.get("training")
+    if not isinstance(training, Mapping):
+        return saved
+    lora = training.get("lora")
+    if not isinstance(lora, Mapping) or not {"r", "target_modules"} <= lora.keys():
+        return saved
+    before: dict[str, Any] = {}
+    if lora["target_modules"] == "all-linear":
+        before["target_parameters"] = []
+    if lora.get("quantization"):
+        before["quantize_experts"] = False
+    return {**saved, "training": {**training, "lora": {**before, **lora}}}
 
 
 def _names() -> Iterator[tuple[str, str]]:

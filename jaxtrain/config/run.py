@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from jaxtrain import schema
 from jaxtrain.config import notes, sections
 from jaxtrain.config.notes import Note
-from jaxtrain.config.renamed import with_current_names
+from jaxtrain.config.renamed import as_recorded, with_current_names
 from jaxtrain.config.rules import ConfigError, resolve_sections
 from jaxtrain.config.sections import SCHEMA
 from jaxtrain.objectives.options import ObjectiveRow, Options, objective_row
@@ -84,8 +84,8 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> "RunConfig":
-        """The inverse of `to_dict`."""
-        return resolve(saved)
+        """The inverse of `to_dict`, also of what earlier releases saved."""
+        return resolve(as_recorded(saved))
 
     def explain(self) -> list[str]:
         """What the keys named after GPUs, DeepSpeed and PyTorch became, for the log."""

@@ -761,7 +761,15 @@ class LoraSection:
     target_modules: Annotated[str | tuple[str, ...], NEW_ADAPTERS] = "all-linear"
     """Either "all-linear", a regular expression of whole module names, or a list of
     names such as ["q_proj", "v_proj"]. embed_tokens and lm_head may be among them;
-    all-linear leaves them out, as PEFT does."""
+    all-linear leaves them out, as PEFT does. Of Mixtral, Qwen 3 MoE and other families
+    whose experts were linear layers in transformers 4, all-linear and the experts' old
+    names mean router and experts too, as in PEFT 0.21."""
+    target_parameters: Annotated[tuple[str, ...] | None, NEW_ADAPTERS] = None
+    """Parameters of a mixture's router and experts that get adapters beside
+    target_modules, by the ends of their names: "mlp.experts.gate_up_proj",
+    "mlp.experts.down_proj", "mlp.gate.weight" (gpt-oss: "mlp.router.weight"). As in
+    PEFT, without lora_dropout and use_dora. Unset: what target_modules says. []: none,
+    whatever target_modules says."""
     bias: Annotated[Literal["none", "all", "lora_only"], NEW_ADAPTERS] = "none"
     """Biases that train too."""
     use_rslora: Annotated[bool, NEW_ADAPTERS] = False
@@ -786,8 +794,13 @@ class LoraSection:
     """Where the head is the embedding: one adapter for both, if either is a target.
     False: each has its own, and the merged model's head is a matrix of its own."""
     quantization: Quantization | None = None
-    """QLoRA (arXiv:2305.14314): keep the frozen layers' kernels as nf4 (4.5 bits a
-    weight) or int8 (8.5 bits). Needs jaxtrain[qlora]. Unset: in the compute dtype."""
+    """QLoRA (arXiv:2305.14314): keep the frozen layers' kernels, experts' too, as nf4
+    (4.5 bits a weight) or int8 (8.5 bits). Needs jaxtrain[qlora]. Unset: in the compute
+    dtype."""
+    quantize_experts: Annotated[bool | None, OnlyIf("training.lora.quantization")] = (
+        None
+    )
+    """Whether a mixture's experts are among them; its router never is. Unset: yes."""
     quantization_block_size: Annotated[
         int, Bound(2), OnlyIf("training.lora.quantization")
     ] = 64

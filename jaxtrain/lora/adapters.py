@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxtrain.lora import targets
+from jaxtrain.lora import parameters, targets
 from jaxtrain.lora.targets import EMBEDDING, HEAD, LoraConfig, TreePath
-from jaxtrain.models.quantization import CODES, SCALES, dequantize_on_device
+from jaxtrain.models.quantization import dequantize_on_device, is_part, kept_as
 from jaxtrain.sharding import to_host
 from jaxtrain.tree import flatten, nest, overlay
 from jaxtrain.tree import get as tree_get
@@ -86,11 +86,16 @@ def _matrix(base_tree: Mapping[str, Any], path: TreePath) -> Array:
     """What an adapter adds to, [L in out] or [in out]."""
     if path == HEAD and targets.is_tied(base_tree):
         return _matrix(base_tree, EMBEDDING).T
-    leaves = tree_get(base_tree, path)
-    if CODES in leaves:
-        codes, scales = (_on_device(leaves[name]) for name in (CODES, SCALES))
-        return dequantize_on_device(codes, scales)
-    return _on_device(leaves["kernel" if "kernel" in leaves else "embedding"])
+    name = "embedding" if "embedding" in tree_get(base_tree, path) else "kernel"
+    return _whole(base_tree, (*path, name))
+
+
+def _whole(base_tree: Mapping[str, Any], path: TreePath) -> Array:
+    """A leaf on its device, made of codes and scales where it is kept so."""
+    leaves, name = tree_get(base_tree, path[:-1]), path[-1]
+    if name in leaves:
+        return _on_device(leaves[name])
+    return dequantize_on_device(*(_on_device(leaves[part]) for part in kept_as(name)))
 
 
 def _draw(key: Array, shape: tuple[int, ...], init: str) -> Float[Array, "*L I R"]:
@@ -128,7 +133,7 @@ def _by_layer(function: Callable[..., Any], matrix: Array, *others: Any) -> Any:
     """`function` of one matrix, or of each in a stack: one at a time is float32."""
     if matrix.ndim == 2:
         return function(matrix, *others)
-    return jax.lax.map(lambda layer: function(*layer), (matrix, *others))
+    return jax.lax.map(lambda one: _by_layer(function, *one), (matrix, *others))
 
 
 def trainable_and_frozen(
@@ -156,7 +161,7 @@ def trainable_and_frozen(
         )
     flat = flatten(base_params)
     whole = [path for path in flat if targets.is_within(path, saved)]
-    if codes := {".".join(path[1:-1]) for path in whole if path[-1] == CODES}:
+    if codes := {".".join(path[1:-1]) for path in whole if is_part(path[-1])}:
         raise ValueError(
             f"lora.modules_to_save trains {sorted(codes)} in full, which the quantized"
             " base keeps as codes: give them adapters (target_modules), or unset"
@@ -200,17 +205,20 @@ def _add_adapters(
     base: Params, adapters: Params, lora: LoraConfig, *, sign: float
 ) -> Params:
     """W + sign s A B, with DoRA's lengths if sign is 1; other leaves replace theirs."""
-    flat = flatten(adapters)
+    flat, known = flatten(adapters), parameters.find(base)
     merged: dict[TreePath, Any] = {}
     for path, leaf in flatten(base).items():
         module, name = path[:-1], path[-1]
-        if name == SCALES:
+        if name.endswith("_scales"):
             continue
-        if name == CODES:
-            path, leaf = (*module, "kernel"), _matrix(base, module)
+        if is_code := name.endswith("_codes"):
+            path = (*module, name.removesuffix("_codes"))
+            leaf = _whole(base, path)
         a, b, magnitude = (flat.get((*module, x)) for x in targets.ADAPTER_LEAVES)
-        if path[-1] in ("kernel", "embedding") and a is not None:
-            names = targets.full_names(module, leaf.shape[0])
+        names = targets.full_names(module, leaf.shape[0])
+        if path[-1] not in ("kernel", "embedding"):
+            a, b, names = parameters.share_of(path, flat, known)
+        if a is not None:
             _, scaling = lora.rank_and_scaling(names)
             lengths = magnitude if sign > 0 else None
             operands = [_on_device(x) for x in (leaf, a, b, lengths)]
@@ -218,7 +226,7 @@ def _add_adapters(
             merged[path] = _laid_out_as(leaf, total)
         else:
             merged[path] = jnp.asarray(_on_device(flat.get(path, leaf)), leaf.dtype)
-        if name == CODES:
+        if is_code:
             # In host memory: a model kept in few bits may fit no device whole.
             dtype = base["embed_tokens"]["embedding"].dtype
             merged[path] = to_host(merged[path].astype(dtype))

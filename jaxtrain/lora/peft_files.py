@@ -19,7 +19,8 @@ import safetensors
 import safetensors.numpy
 
 from jaxtrain.config.folders import bucket_cache
-from jaxtrain.lora import peft_tensors, targets
+from jaxtrain.lora import parameters, peft_tensors, targets
+from jaxtrain.lora.conversion import converted
 from jaxtrain.lora.patterns import ends_one, why_none
 from jaxtrain.lora.peft_tensors import PREFIX, WEIGHTS_FILE
 from jaxtrain.lora.targets import ADAPTER_LEAVES, EMBEDDING, LoraConfig
@@ -81,9 +82,12 @@ def save_adapter(
         key: np.asarray(to_host(leaf), np.float32)
         for key, leaf in flatten(trainable).items()
     }
-    adapted = {key[:-1] for key in flat if key[-1] == "lora_a"}
-    tensors: dict[str, np.ndarray] = {}
+    mixture = parameters.of_adapters(flat, lora.target_parameters)
+    adapted = {key[:-1] for key in flat if key[-1] == "lora_a"} - mixture.keys()
+    tensors = peft_tensors.mixture_tensors(flat, mixture)
     for key, value in flat.items():
+        if key[:-1] in mixture and key[-1] in ADAPTER_LEAVES:
+            continue
         leaf = _TORCH_LEAVES.get(key[-1], "weight")
         if key[:-1] == EMBEDDING:
             leaf = _EMBEDDING_LEAVES.get(key[-1], leaf)
@@ -109,7 +113,7 @@ def save_adapter(
     settings = {
         _SETTING_NAMES.get(name, name): value
         for name, value in vars(lora).items()
-        if name not in ("init_lora_weights", "ensure_weight_tying")
+        if name not in ("init_lora_weights", "ensure_weight_tying", "exclude_modules")
     }
     config: dict[str, Any] = {
         "peft_type": "LORA",
@@ -117,13 +121,15 @@ def save_adapter(
         "base_model_name_or_path": base_model_name,
         **settings,
         "target_modules": _target_modules(adapted, flat),
+        "target_parameters": parameters.entries_of(mixture) or None,
         "modules_to_save": list(lora.modules_to_save) or None,
         "inference_mode": True,
     } | ({"ensure_weight_tying": True} if ties or tied_adapters else {})
     if in_wrapper:
         tensors = {peft_tensors.name_in_wrapper(k): v for k, v in tensors.items()}
         names = config["target_modules"]
-        config["target_modules"] = peft_tensors.modules_in_wrapper(names)
+        if names:
+            config["target_modules"] = peft_tensors.modules_in_wrapper(names)
     if jax.process_index() == 0:
         path = pathlib.Path(path)
         path.mkdir(parents=True, exist_ok=True)
@@ -180,7 +186,7 @@ def _as_plain(
 _READ_KEYS = {
     "peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "bias",
     "use_rslora", "modules_to_save", "ensure_weight_tying", "init_lora_weights",
-    "use_dora", "rank_pattern", "alpha_pattern",
+    "use_dora", "rank_pattern", "alpha_pattern", "target_parameters",
 }  # fmt: skip
 _INERT_KEYS = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config",
@@ -210,7 +216,8 @@ def load_adapter(
     lora = read_settings(path)
     config = _read_config(path)
     ties = targets.is_tied(base_tree) and bool(config.get("ensure_weight_tying"))
-    stacks = peft_tensors.read_stacks(path, base_tree, drop_head=ties)
+    mixture = parameters.select(lora, base_tree)
+    stacks = peft_tensors.read_stacks(path, base_tree, mixture, drop_head=ties)
     having = {
         leaf: {key[:-1] for key in stacks if key[-1] == leaf} for leaf in ADAPTER_LEAVES
     }
@@ -253,10 +260,15 @@ def read_settings(path: str | pathlib.Path) -> LoraConfig:
     prefix = re.escape(PREFIX)
     tensor_name = rf"(?:{prefix})?(\S+)\.lora_(?:A\.|embedding_A)"
     names = re.findall(tensor_name, "\n".join(keys))
+    entries = config.get("target_parameters") or ()
+    of_mixture = parameters.names_in_file(entries, names)
+    parameter_names = [name for found in of_mixture.values() for name in found]
+    names = [name for name in names if not parameters.wraps(name, parameter_names)]
+    known = names + parameter_names
     has_embedding = any(name.endswith("embed_tokens") for name in names)
     patterns: dict[str, Any] = {
         # PEFT itself writes patterns of a mixture's stacked experts, adapted or not.
-        key: {p: v for p, v in (config.get(key) or {}).items() if ends_one(p, names)}
+        key: {p: v for p, v in (config.get(key) or {}).items() if ends_one(p, known)}
         for key in ("rank_pattern", "alpha_pattern")
     }
     saved = config.get("modules_to_save") or ()
@@ -266,6 +278,7 @@ def read_settings(path: str | pathlib.Path) -> LoraConfig:
         dropout=config.get("lora_dropout", 0.0),
         # From the weights: PEFT passes over a name in its config that matches nothing.
         target_modules=_targets_of(names, config.get("target_modules")),
+        target_parameters=tuple(sorted(of_mixture)) or None,
         bias=config.get("bias", "none"),
         use_rslora=bool(config.get("use_rslora", False)),
         use_dora=bool(config.get("use_dora", False)),
@@ -304,19 +317,27 @@ def _targets_of(names: list[str], chosen: Any) -> tuple[str, ...] | str:
     return rf"(.*\.)?({'|'.join(parts)})"
 
 
-def settings_from(section: Any) -> LoraConfig:
+def settings_from(section: Any, model_type: str, layers: int) -> LoraConfig:
     """The settings of `training.lora`, or of the adapter that its `init_from` names.
 
+    Args:
+        section: `training.lora`.
+        model_type: the family, of which PEFT may convert names (conversion.py).
+        layers: how many the model has.
+
     Raises:
-        ValueError: that adapter cannot be read.
+        ValueError: that adapter cannot be read, or names cannot be converted.
     """
     if section.init_from:
         settings = read_settings(section.init_from)
         return dataclasses.replace(settings, dropout=section.lora_dropout)
-    names = [field.name for field in dataclasses.fields(LoraConfig)]
+    fields = dataclasses.fields(LoraConfig)
+    names = [field.name for field in fields if field.name != "exclude_modules"]
     values = {n: getattr(section, _SETTING_NAMES.get(n, n)) for n in names}
     # A pattern that is not set is None there.
-    return LoraConfig(**{n: {} if v is None else v for n, v in values.items()})
+    patterns = ("rank_pattern", "alpha_pattern")
+    values |= {name: values[name] or {} for name in patterns}
+    return converted(LoraConfig(**values), model_type, layers)
 
 
 def _read_config(path: pathlib.Path) -> dict[str, Any]:
@@ -374,6 +395,12 @@ _VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "use_dora": _FLAG,
     "ensure_weight_tying": _FLAG,
     "target_modules": _NAMES,
+    "target_parameters": (
+        "a list of texts",
+        lambda names: (
+            names is None or (not isinstance(names, str) and _is_names(names))
+        ),
+    ),
     "modules_to_save": _NAMES,
     "rank_pattern": _PATTERN,
     "alpha_pattern": _PATTERN,

@@ -9,7 +9,8 @@ import jax
 import numpy as np
 import safetensors.numpy
 
-from jaxtrain.lora import targets
+from jaxtrain.lora import parameters, targets
+from jaxtrain.lora.parameters import Parameter
 from jaxtrain.lora.targets import LoraConfig, TreePath
 from jaxtrain.models.hf_files import read_header, reading
 from jaxtrain.models.hf_names import NUMPY_TYPES
@@ -57,12 +58,37 @@ def modules_in_wrapper(modules: Collection[str]) -> str:
     return rf"model\.language_model\.(.*\.)?({inner}){head}"
 
 
+def mixture_tensors(
+    flat: Mapping[TreePath, np.ndarray], mixture: Mapping[TreePath, tuple[str, ...]]
+) -> dict[str, np.ndarray]:
+    """The tensors of adapters of routers and experts, by PEFT's names.
+
+    Args:
+        flat: what trains, by path.
+        mixture: the parameters' names, by where their adapters stand.
+    """
+    tensors = {}
+    places = {name: path for path, names in mixture.items() for name in names}
+    for stem, (name, layer) in parameters.stems_of(mixture.values()).items():
+        for leaf, torch_leaf in (("lora_a", "lora_A"), ("lora_b", "lora_B")):
+            stored = parameters.to_file(leaf, flat[*places[name], leaf][layer])
+            tensors[f"{PREFIX}{stem}.{torch_leaf}.weight"] = np.ascontiguousarray(
+                stored
+            )
+    return tensors
+
+
 def read_stacks(
-    path: pathlib.Path, base_tree: Mapping[str, Any], *, drop_head: bool
+    path: pathlib.Path,
+    base_tree: Mapping[str, Any],
+    mixture: Collection[Parameter],
+    *,
+    drop_head: bool,
 ) -> dict[TreePath, dict[int, np.ndarray]]:
     """Leaf path -> layer -> array; layer 0 alone outside the layers.
 
     Args:
+        mixture: the parameters of routers and experts that the adapter is of.
         drop_head: ignore the head's tensors, because the head is the embedding.
 
     Raises:
@@ -74,6 +100,8 @@ def read_stacks(
         for module in targets.iterate_modules(base_tree)
         for layer, name in enumerate(module.names)
     }
+    by_name = {name: each for each in mixture for name in each.names}
+    stems = parameters.stems_of(each.names for each in mixture)
     stacks: dict[TreePath, dict[int, np.ndarray]] = {}
     for key, tensor in read_header(path / WEIGHTS_FILE)[0].items():
         if tensor["dtype"] not in NUMPY_TYPES:
@@ -95,6 +123,12 @@ def read_stacks(
             continue
         match = _TENSOR.fullmatch(name)
         stem, leaf = match.groups() if match else (name, "")
+        if stem in stems and leaf in ("lora_A.weight", "lora_B.weight"):
+            full_name, layer = stems[stem]
+            parameter, ours = by_name[full_name], _LEAVES[leaf][0]
+            value = parameters.from_file(ours, value, parameter)
+            stacks.setdefault((*parameter.path, ours), {})[layer] = value
+            continue
         module, layer = places.get(stem) or places.get(f"model.{stem}") or (None, 0)
         own_leaf = _own_leaf(leaf, module.leaves) if module else None
         if module is None or own_leaf is None:
@@ -149,11 +183,13 @@ def fit_to_base(
     Raises:
         ValueError: a leaf has another shape, or is missing in some layers.
     """
-    fitted = {}
+    fitted, mixture = {}, parameters.find(base_tree)
     for key, by_layer in stacks.items():
         if key[-1] in targets.ADAPTER_LEAVES:
             *layers, width_in, width_out = targets.matrix_shape(base_tree, key[:-1])
-            names = targets.full_names(key[:-1], *layers or [1])
+            names = targets.full_names(key[:-1], (*layers, 1)[0])
+            if key[:-1] in mixture:
+                names = mixture[key[:-1]].names
             rank, _ = lora.rank_and_scaling(names)
             inner = {
                 "lora_a": (width_in, rank),

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from jaxtrain.lora import parameters
 from jaxtrain.lora.patterns import ends_one, why_none
 from jaxtrain.models.layers import LoraShape
 from jaxtrain.models.quantization import CODES, kernel_shape
@@ -39,16 +40,18 @@ class LoraConfig:
     """PEFT's LoraConfig, the part of it that is supported.
 
     The fields are keys of `training.lora` (docs/configuration.md); `alpha`, `dropout`
-    are its lora_alpha and lora_dropout. "all-linear" of a mixture of experts
-    is its attention; a list holds endings of module names, in `modules_to_save` too;
-    one regular expression must match a whole name ("model.layers.0.self_attn.q_proj").
-    The first match of `rank_pattern` and of `alpha_pattern` counts.
+    are its lora_alpha and lora_dropout. A list holds endings of module names, in
+    `modules_to_save` and `target_parameters` (parameters.py) too; one regular
+    expression must match a whole name ("model.layers.0.self_attn.q_proj"), and may
+    pass over `exclude_modules`. The first match of a pattern of ranks or alphas counts.
     """
 
     r: int = 16
     alpha: float = 32
     dropout: float = 0.0
     target_modules: tuple[str, ...] | str = "all-linear"
+    target_parameters: tuple[str, ...] | None = None
+    exclude_modules: tuple[str, ...] = ()
     bias: str = "none"
     use_rslora: bool = False
     use_dora: bool = False
@@ -69,7 +72,7 @@ class LoraConfig:
                     f"lora.{key} = {shown(getattr(self, key))} is unknown: choose from"
                     f" {', '.join(known)}"
                 )
-        if not self.target_modules:
+        if not (self.target_modules or self.target_parameters):
             raise ValueError(
                 "lora.target_modules is empty: name modules, or say all-linear"
             )
@@ -197,6 +200,8 @@ def matrix_shape(tree: Mapping[str, Any], path: TreePath) -> tuple[int, ...]:
     """The shape [L in out] of what an adapter adds to; outside the layers [in out]."""
     if path == HEAD and is_tied(tree):
         return matrix_shape(tree, EMBEDDING)[::-1]
+    if (parameter := parameters.find(tree).get(path)) is not None:
+        return parameter.shape
     leaves = tree_get(tree, path)
     if CODES in leaves:
         return kernel_shape(leaves[CODES])
@@ -247,6 +252,8 @@ def _is_target(lora: LoraConfig, entry: str, module: Module) -> bool:
         pattern = ".*" if is_all else entry
 
     def matches(name: str) -> bool:
+        if name.rpartition(".")[2] in lora.exclude_modules:
+            return False
         saved = (rf"(^|.*\.){entry}($|\..*)" for entry in lora.modules_to_save)
         is_saved = any(re.match(inside, name) for inside in saved)
         return not is_saved and re.fullmatch(pattern, name) is not None
@@ -266,34 +273,26 @@ def resolve_targets(lora: LoraConfig, base_tree: Mapping[str, Any]) -> set[str]:
     """
     modules = list(iterate_modules(base_tree))
     available = sorted({module.name for module in modules if module.takes_adapter})
-    if lora.bias == "all" and _has_biased_experts(base_tree):
+    if lora.bias == "all" and parameters.has_biases(base_tree):
         raise ValueError(
             "lora.bias = 'all': PEFT would train the biases of this model's router and"
             " experts too, which no adapter holds here; set it to 'lora_only' or 'none'"
         )
-    why_not_experts = ""
-    if any("experts" in module.path for module in modules):
-        why_not_experts = (
-            ". A router and experts take none: they are no linear layers but plain"
-            " arrays, PEFT's target_parameters, which are not supported here;"
-            " all-linear means the attention's layers. To train experts, set"
-            " training.lora.enabled = False"
-        )
     targets = lora.target_modules
-    found: set[str] = set()
+    found = {parameter.label for parameter in parameters.select(lora, base_tree)}
     for entry in [targets] if isinstance(targets, str) else targets:
         chosen = [module for module in modules if _is_target(lora, entry, module)]
         if refused := [m.label for m in chosen if not m.takes_adapter]:
             raise ValueError(
                 f"lora.target_modules = {shown(entry)} selects {refused[0]}, which is"
                 " neither a linear layer nor the embedding and takes no adapter:"
-                f" choose from {available}{why_not_experts}"
+                f" choose from {available}{parameters.hint(base_tree)}"
             )
-        if not chosen:
+        if not chosen and not (found and isinstance(targets, str)):
             raise ValueError(
                 f"lora.target_modules: {shown(entry)} matches no module of this model"
                 f"{' outside modules_to_save' if lora.modules_to_save else ''}:"
-                f" choose from {available}, or all-linear{why_not_experts}"
+                f" choose from {available}, or all-linear{parameters.hint(base_tree)}"
             )
         found |= {module.label for module in chosen}
     ends = {"embed_tokens", "lm_head"}
@@ -312,6 +311,7 @@ def resolve_ranks(
     """
     targets = resolve_targets(lora, base_tree)
     modules = {m.label: m.names for m in iterate_modules(base_tree)}
+    modules |= {p.label: p.names for p in parameters.iterate_parameters(base_tree)}
     names = [name for label in targets for name in modules[label]]
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(lora, key):
@@ -383,16 +383,10 @@ def resolve_modules_to_save(
                 " forms; to train them set lora.enabled = False. Their router can be"
                 " saved: name mlp.gate"
             )
-        if _has_biased_experts(base_tree) and any("gate" in path for path in found):
+        if parameters.has_biases(base_tree) and any("gate" in path for path in found):
             raise ValueError(
                 f"{key} selects this model's router, which PEFT knows by another name:"
                 " leave it out, or train all weights (lora.enabled = False)"
             )
         paths |= found
     return paths
-
-
-def _has_biased_experts(base_tree: Mapping[str, Any]) -> bool:
-    """Whether it is gpt-oss's mixture, which PEFT sees in its own way."""
-    mlp = base_tree.get("layers", {}).get("mlp", {})
-    return "gate_proj_bias" in mlp.get("experts", {})

@@ -12,10 +12,16 @@ from jaxtyping import Array, Float, Key, Shaped
 from jaxtrain.models import layers, moe, routers
 from jaxtrain.models.convolution import ShortConvolution
 from jaxtrain.models.delta_net import GatedDeltaNet
+from jaxtrain.models.expert_adapters import (
+    NO_ADAPTERS,
+    ExpertAdapters,
+    takes_adapters,
+)
 from jaxtrain.models.gemma4 import Gemma4Attention
 from jaxtrain.models.latent_attention import LatentAttention
 from jaxtrain.models.layer_kinds import Gemma4Layers
 from jaxtrain.models.layers import (
+    Adapted,
     Attention,
     LayerInputs,
     LayerOptions,
@@ -26,6 +32,7 @@ from jaxtrain.models.layers import (
 )
 from jaxtrain.models.moe import RouterLoad
 from jaxtrain.models.per_layer import LayerEnd
+from jaxtrain.models.quantization import PROJECTIONS, dequantize, kept_as, quantize
 
 # How a layer's tokens see each other, by what `LayerKind.mixer` calls it. A mixer is a
 # module, `mixer(x, given, dropout_key) -> (what it adds, what it keeps)`, with `name`,
@@ -40,7 +47,7 @@ MIXERS: Mapping[str, Any] = {
 }
 
 
-class Router(nnx.Module):
+class Router(Adapted):
     """Logits over experts, summed and kept in float32 whatever the compute type."""
 
     def __init__(self, options: Options, rngs: nnx.Rngs) -> None:
@@ -58,33 +65,41 @@ class Router(nnx.Module):
             self.bias = nnx.Param(
                 bias.astype(options.param_dtype), logical_axes=(None,)
             )
+        self._init_adapter("mlp.gate", weight, ("embed", None), options, rngs)
 
     def __call__(
         self, x: Float[Array, "B T D"], dropout_key: Key[Array, ""] | None = None
     ) -> Float[Array, "B T E"]:
-        del dropout_key  # it takes no adapter
+        del dropout_key  # an adapter of a parameter drops nothing, as in PEFT
         weight = self.weight[...].astype(x.dtype)
         logits = jnp.matmul(x, weight, preferred_element_type=jnp.float32)
+        if hasattr(self, "lora_a"):
+            low = x @ self.lora_a[...].astype(x.dtype) * self.scaling
+            b = self.lora_b[...].astype(x.dtype)
+            logits += jnp.matmul(low, b, preferred_element_type=jnp.float32)
         return logits + self.bias[...] if hasattr(self, "bias") else logits
 
 
 class Experts(nnx.Module):
-    """Gated MLPs of one shape, their weights stacked."""
+    """Gated MLPs of one shape, their weights stacked, whole or in few bits."""
 
     def __init__(self, options: Options, rngs: nnx.Rngs) -> None:
         config, width = options.config, options.config.hidden_size
         inner = config.expert_width
         assert inner is not None  # the config has experts
 
-        def stack(sizes: tuple[int, int], axes: tuple[str, str]) -> nnx.Param:
+        def stack(name: str, sizes: tuple[int, int], axes: tuple[str, str]) -> None:
             shape = (config.num_experts, *sizes)
             weight = config.initializer_range * jax.random.normal(rngs.params(), shape)
-            weight = weight.astype(options.param_dtype)
-            return nnx.Param(weight, logical_axes=("experts", *axes))
+            parts = {name: weight.astype(options.param_dtype)}
+            if (few := options.quantization) is not None and few.experts:
+                parts = dict(zip(kept_as(name), quantize(weight, few), strict=True))
+            for own, part in parts.items():
+                setattr(self, own, nnx.Param(part, logical_axes=("experts", *axes)))
 
-        self.gate_proj = stack((width, inner), ("embed", "mlp"))
-        self.up_proj = stack((width, inner), ("embed", "mlp"))
-        self.down_proj = stack((inner, width), ("mlp", "embed"))
+        stack("gate_proj", (width, inner), ("embed", "mlp"))
+        stack("up_proj", (width, inner), ("embed", "mlp"))
+        stack("down_proj", (inner, width), ("mlp", "embed"))
         if config.family.biased_experts:
 
             def zeros(size: int, axis: str) -> nnx.Param:
@@ -94,6 +109,8 @@ class Experts(nnx.Module):
             self.gate_proj_bias = zeros(inner, "mlp")
             self.up_proj_bias = zeros(inner, "mlp")
             self.down_proj_bias = zeros(width, "embed")
+        if takes_adapters(options):
+            self.adapters = ExpertAdapters(options, rngs)
 
 
 class SparseMlp(nnx.Module):
@@ -135,27 +152,74 @@ class SparseMlp(nnx.Module):
             logits = self.gate(read, dropout_key)
             probabilities, weights, experts = routers.choose(config, self.gate, logits)
             load = moe.measure_load(probabilities, experts, counted)
-        choice, rows = ("batch", "sequence", None), ("batch", "sequence", "embed")
-        inwards, outwards = ("experts", "embed", "mlp"), ("experts", "mlp", "embed")
-        of_biases = (("experts", "mlp"),) * 2 if biased else ()
-        apply = self.options.map_shards(
-            functools.partial(
-                moe.apply_experts, combine=self._combine, device=self.options.device
-            ),
-            (rows, choice, choice, inwards, inwards, outwards, *of_biases),
-            rows,
-            "mlp",
-        )
         with jax.named_scope("experts"):
-            names = ["gate_proj", "up_proj", "down_proj"]
-            if biased:
-                names += ["gate_proj_bias", "up_proj_bias"]
-            y = apply(x, weights, experts, *map(self._cast, names))
-            if biased:  # not in `apply`, which sums parts over devices
+            if hasattr(self.experts, "gate_proj"):
+                y = self._run_experts(
+                    x, weights, experts, *map(self._cast, PROJECTIONS)
+                )
+            else:
+                y = self._run_few_bits(x, weights, experts)
+            if biased:  # not within, where parts are summed over devices
                 y += moe.mix_biases(weights, experts, self._cast("down_proj_bias"))
         if config.family.shared_expert is not None:
             y += self._run_shared(x, dropout_key)
         return y, load
+
+    def _run_experts(
+        self, x: Array, weights: Array, experts: Array, *projections: Array
+    ) -> Float[Array, "B T D"]:
+        """The experts' sum without the last biases, each device on its own tokens."""
+        choice, rows = ("batch", "sequence", None), ("batch", "sequence", "embed")
+        inwards, outwards = ("experts", "embed", "mlp"), ("experts", "mlp", "embed")
+        added = NO_ADAPTERS
+        if hasattr(self.experts, "adapters"):
+            added = self.experts.adapters.split()
+        biases = ["gate_proj_bias", "up_proj_bias"]
+        biases = biases if self.options.config.family.biased_experts else []
+        apply = self.options.map_shards(
+            functools.partial(
+                moe.apply_experts,
+                combine=self._combine,
+                scalings=added.scalings,
+                device=self.options.device,
+            ),
+            (
+                *(rows, choice, choice, inwards, inwards, outwards, *added.axes),
+                *[("experts", "mlp")] * len(biases),
+            ),
+            rows,
+            "mlp",
+        )
+        rest = (*added.arrays, *map(self._cast, biases))
+        return apply(x, weights, experts, *projections, *rest)
+
+    def _run_few_bits(
+        self, x: Array, weights: Array, experts: Array
+    ) -> Float[Array, "B T D"]:
+        """The same where experts are codes, made whole for this layer alone.
+
+        In the backward pass they are made again, and no product is: only their results
+        are kept.
+        """
+        axes = ("experts", "embed", "mlp"), ("experts", "mlp", "embed")
+        axes_of = dict(zip(PROJECTIONS, (axes[0], *axes), strict=True))
+
+        def run(x: Array, weights: Array, *codes: Array) -> Array:
+            whole = []
+            for name, *parts in zip(PROJECTIONS, codes[::2], codes[1::2], strict=True):
+                # Where devices share experts, it is codes that travel.
+                parts = [self.options.constrain(p, axes_of[name]) for p in parts]
+                whole.append(dequantize(*parts).astype(self.options.compute_dtype))
+            return self._run_experts(x, weights, experts, *whole)
+
+        codes = [
+            getattr(self.experts, part)[...]
+            for name in PROJECTIONS
+            for part in kept_as(name)
+        ]
+        keep = jax.checkpoint_policies.save_only_these_names(*moe.PRODUCTS)
+        remat = jax.checkpoint(run, policy=keep, prevent_cse=False)
+        return remat(x, weights, *codes)
 
     def _run_shared(self, x: Array, dropout_key: Array | None) -> Array:
         """What every token's expert adds."""

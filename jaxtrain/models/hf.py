@@ -43,7 +43,7 @@ from jaxtrain.models.hf_save import save_pretrained
 from jaxtrain.models.hf_tensors import Tensors, open_tensors
 from jaxtrain.models.layer_kinds import kinds_of
 from jaxtrain.models.problems import Problems
-from jaxtrain.models.quantization import CODES, SCALES, quantize_on_device
+from jaxtrain.models.quantization import kept_as, quantize_on_device, quantizes
 from jaxtrain.models.transformer import Decoder
 from jaxtrain.record.safe_text import shown
 from jaxtrain.storage.address import is_remote
@@ -186,11 +186,10 @@ def load_params(
                 " jaxtrain.models.hf.match_weights returns"
             )
         loaded: dict[Path, jax.Array] = {}
-        few_bits = model.quantization and model.linear_kernels()
+        few_bits, kernels = model.quantization, model.linear_kernels()
         for leaf in leaves:
             stored = tensors[leaf.tensor_name(leaf.places[0])].get_dtype()
-            is_kernel = leaf.path[-1] == "kernel"
-            if few_bits and is_kernel and ".".join(leaf.path[1:-1]) in few_bits:
+            if few_bits and quantizes(leaf.path[1:], kernels, few_bits):
                 loaded |= _load_in_few_bits(leaf, tensors, targets, model, stored)
                 continue
             kind = NUMPY_TYPES[stored] if keep else jnp.dtype(dtype)
@@ -335,7 +334,7 @@ def _load_in_few_bits(
     No other kernel is on the device as a whole at the same time.
     """
     assert model.quantization is not None
-    paths = [(*leaf.path[:-1], name) for name in (CODES, SCALES)]
+    paths = [(*leaf.path[:-1], name) for name in kept_as(leaf.path[-1])]
     dtype = NUMPY_TYPES[stored]
     dtype = np.dtype(np.float32) if dtype.itemsize > 4 else dtype
     on_device = targets[paths[0]].with_memory_kind("device")

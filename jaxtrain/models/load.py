@@ -106,7 +106,8 @@ def load_model(run: RunConfig) -> LoadedModel:
         told = "loading %s of %s parameters from %s"
         logger.info(told, config.model_type, size, bucket.shown(directory))
         if run.lora is not None:
-            vocabulary.check_new_rows_train(base, source.stored_rows, lora_config(run))
+            settings = lora_config(run, config)
+            vocabulary.check_new_rows_train(base, source.stored_rows, settings)
         stored = vocabulary.with_rows(decoder, source.stored_rows)
         stored, layouts = _describe_weights(run, stored, plan)
         params = hf.load_params(
@@ -257,9 +258,9 @@ def make_decoder(
     rules = sharding.ACTIVATION_RULES
     quantized = None
     if run.lora is not None:
-        quantized = quantization.requested(
-            run.lora.quantization, run.lora.quantization_block_size
-        )
+        kind, block = run.lora.quantization, run.lora.quantization_block_size
+        experts = run.lora.quantize_experts is not False
+        quantized = quantization.requested(kind, block, experts=experts)
     decoder = Decoder(
         config,
         compute_dtype=run.precision.compute_dtype,
@@ -282,7 +283,7 @@ def make_decoder(
     )
     if run.lora is None:
         return decoder
-    shape = lora.make_shape(lora_config(run), decoder.abstract_params())
+    shape = lora.make_shape(lora_config(run, config), decoder.abstract_params())
     if run.lora.ensure_weight_tying and not run.lora.init_from and not shape.ties_head:
         raise ValueError(
             "training.lora.ensure_weight_tying = True: this run gives no adapter to an"
@@ -292,7 +293,7 @@ def make_decoder(
     return dataclasses.replace(decoder, lora=shape)
 
 
-def lora_config(run: RunConfig) -> lora.LoraConfig:
+def lora_config(run: RunConfig, config: ModelConfig) -> lora.LoraConfig:
     """`training.lora` in the terms of `jaxtrain.lora`.
 
     Raises:
@@ -300,7 +301,7 @@ def lora_config(run: RunConfig) -> lora.LoraConfig:
     """
     if run.lora is None:
         raise ValueError("training.lora.enabled = False: this run has no adapters")
-    return lora.settings_from(run.lora)
+    return lora.settings_from(run.lora, config.model_type, config.num_hidden_layers)
 
 
 def router_loss_coefficient(run: RunConfig, config: ModelConfig) -> float:

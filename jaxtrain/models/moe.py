@@ -16,6 +16,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32, Int, Int32, Shaped
 
 from jaxtrain.kernels.grouped_matmul import choose_implementation, grouped_matmul
+from jaxtrain.models.expert_adapters import join_factors
+
+# What experts' products are called where checkpoint policies choose what is kept.
+PRODUCTS = ("mlp_gate", "mlp_up", "mlp_down")
 
 
 @jax.tree_util.register_dataclass
@@ -95,14 +99,16 @@ def apply_experts(
     gate_proj: Float[Array, "E D F"],
     up_proj: Float[Array, "E D F"],
     down_proj: Float[Array, "E F D"],
-    *biases: Float[Array, "E F"],
+    *others: Float[Array, "E ..."],
     combine: Callable[[Array, Array], Array],
+    scalings: tuple[float | None, ...] = (None, None),
     device: jax.Device | None = None,
 ) -> Float[Array, "B T D"]:
     """sum_k weight_k down_k(combine(gate_k(x), up_k(x))) over a token's experts.
 
-    `biases` are those of gate and up, where they have some. `device` is one that the
-    program is for, where it is not the first local one.
+    `others` are the factors of adapters that `scalings` tell of, where they have some
+    (`expert_adapters.SplitAdapters`), and then the biases of gate and up. `device` is
+    one that the program is for, where it is not the first local one.
 
     Every token is independent of the others, and the result is a sum over F; so rows
     and F may each be split over devices, with every expert's slice at hand.
@@ -116,19 +122,25 @@ def apply_experts(
     rows = _send(tokens, order, places, copies)
     implementation = choose_implementation(rows, gate_proj, device)
     multiply = functools.partial(
-        grouped_matmul, implementation=implementation, device=device
+        grouped_matmul, sizes=sizes, implementation=implementation, device=device
     )
     if implementation == "xla":
-        gate, up = (multiply(rows, x, sizes) for x in (gate_proj, up_proj))
+        gate, up = multiply(rows, gate_proj), multiply(rows, up_proj)
     else:  # a kernel reads and writes rows once for both
-        both = multiply(rows, jnp.concatenate([gate_proj, up_proj], axis=2), sizes)
+        both = multiply(rows, jnp.concatenate([gate_proj, up_proj], axis=2))
         gate, up = jnp.split(both, 2, axis=1)
+    inwards, outwards, biases = join_factors(others, scalings)
+    if inwards is not None:
+        gate, up = inwards.add((gate, up), rows, multiply)
     if biases:
         own = jax.nn.one_hot(chosen[order], gate_proj.shape[0], dtype=rows.dtype)
         gate, up = (y + _pick(own, b) for y, b in zip((gate, up), biases, strict=True))
-    gate, up = checkpoint_name(gate, "mlp_gate"), checkpoint_name(up, "mlp_up")
+    gate, up = checkpoint_name(gate, PRODUCTS[0]), checkpoint_name(up, PRODUCTS[1])
     inner = jax.checkpoint(combine, prevent_cse=False)(gate, up)
-    outputs = multiply(inner, down_proj, sizes)
+    outputs = multiply(inner, down_proj)
+    if outwards is not None:
+        (outputs,) = outwards.add((outputs,), inner, multiply)
+    outputs = checkpoint_name(outputs, PRODUCTS[2])
     outputs *= weights.reshape(-1)[order, None].astype(outputs.dtype)
     return _collect(outputs, order, places, copies).reshape(x.shape)
 

@@ -24,7 +24,7 @@ from jaxtrain.models.layer_kinds import (
 )
 from jaxtrain.models.layers import LayerOptions, Options
 from jaxtrain.models.per_layer import Ends
-from jaxtrain.models.quantization import CODES, SCALES, STAY_FLOAT32, is_quantized
+from jaxtrain.models.quantization import is_kept, is_quantized
 from jaxtrain.models.rope import Rotary, make_rotary
 from jaxtrain.models.stacks import LAYERS, stack_name
 from jaxtrain.types import Params
@@ -86,8 +86,8 @@ def layer_options(options: Options, stack: Stack) -> LayerOptions:
 
 _OPTIONS = dataclasses.fields(Options)
 # Weights of no matrix product, which are used as they are kept.
-_WHOLE = {"scale", "sinks", "lora_magnitude", "A_log", "dt_bias", CODES, SCALES}
-_WHOLE |= STAY_FLOAT32 | {"router_scale", "per_expert_scale"}
+_WHOLE = {"scale", "sinks", "lora_magnitude", "A_log", "dt_bias"}
+_WHOLE |= {"router_scale", "per_expert_scale"}
 _O = TypeVar("_O", bound=Options)
 
 
@@ -205,7 +205,7 @@ def _scanned(
     """
 
     def cast(path: tuple[Any, ...], leaf: Array) -> Array:
-        is_whole = path[-1].key in _WHOLE
+        is_whole = path[-1].key in _WHOLE or is_kept(path)
         return leaf if is_whole else leaf.astype(options.compute_dtype)
 
     layers = jax.tree_util.tree_map_with_path(cast, stack.of(params[LAYERS]))

@@ -5,9 +5,10 @@ is kept as its largest magnitude s (float32) and a code c for each entry, W ~ s 
 (arXiv:2305.14314, section 3). NF4: v are the 16 values of that paper's appendix E, two
 codes to a byte, 4.5 bits an entry in all. int8: v(c) = c / 127.5, 8.5 bits.
 
-In a parameter tree `kernel_codes` and `kernel_scales` stand in place of `kernel`: plain
-arrays, which scans, checkpoints and meshes take as any other. Qwix chooses the codes;
-reading them needs no extra package.
+In a parameter tree `kernel_codes` and `kernel_scales` stand in place of `kernel`, and
+names of the same form in place of experts' `gate_proj`, `up_proj` and `down_proj`. They
+are plain arrays, which scans, checkpoints and meshes take as any other. Qwix chooses
+the codes; reading them needs no extra package.
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
 CODES, SCALES = "kernel_codes", "kernel_scales"
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")  # of experts
 # Weights that are float32 whatever type the others have (routers.Float32Router).
 STAY_FLOAT32 = frozenset({"router_weight", "e_score_correction_bias"})
 KINDS = ("nf4", "int8")
@@ -41,12 +43,15 @@ Scales = Float32[Array, "*L N O"]  # N blocks of inputs
 class Quantization:
     """How kernels are kept: `kind` is one of KINDS, `block_size` inputs share a scale.
 
+    `experts`: whether a mixture's experts are kept so too.
+
     Raises:
         ValueError: no such kind, or an odd block under NF4.
     """
 
     kind: str
     block_size: int = BLOCK_SIZE
+    experts: bool = True
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -59,7 +64,9 @@ class Quantization:
             )
 
 
-def requested(kind: str | None, block_size: int) -> Quantization | None:
+def requested(
+    kind: str | None, block_size: int, *, experts: bool = True
+) -> Quantization | None:
     """How a base is to be kept: None for `kind` None, else with Qwix at hand.
 
     Raises:
@@ -72,7 +79,24 @@ def requested(kind: str | None, block_size: int) -> Quantization | None:
             "training.lora.quantization needs the package qwix: pip install"
             " 'jaxtrain[qlora]', or pip install 'qwix>=0.1.5'"
         )
-    return Quantization(kind, block_size)
+    return Quantization(kind, block_size, experts)
+
+
+def kept_as(name: str) -> tuple[str, str]:
+    """What stands in a tree in place of a matrix that is kept in few bits."""
+    return f"{name}_codes", f"{name}_scales"
+
+
+def quantizes(
+    path: tuple[str, ...], modules: Collection[str], how: Quantization
+) -> bool:
+    """Whether the leaf at a path within a layer is a matrix that `how` keeps so.
+
+    `modules`: the paths of linear layers. An expert's router and biases stay whole.
+    """
+    if path[-2:-1] == ("experts",):
+        return how.experts and path[-1] in PROJECTIONS
+    return path[-1] == "kernel" and ".".join(path[:-1]) in modules
 
 
 def quantize(kernel: Float[Array, "*L I O"], how: Quantization) -> tuple[Codes, Scales]:
@@ -105,7 +129,11 @@ def quantize(kernel: Float[Array, "*L I O"], how: Quantization) -> tuple[Codes, 
 
     if kernel.ndim == 2:
         return quantize_one(kernel)
-    return jax.lax.map(quantize_one, kernel)
+    codes, scales = jax.lax.map(quantize_one, kernel.reshape(-1, *kernel.shape[-2:]))
+    outer = kernel.shape[:-2]
+    return codes.reshape(*outer, *codes.shape[1:]), scales.reshape(
+        *outer, *scales.shape[1:]
+    )
 
 
 def dequantize(codes: Codes, scales: Scales) -> Float32[Array, "*L I O"]:
@@ -154,14 +182,20 @@ def multiply(
 
 def is_quantized(tree: Mapping[str, Any]) -> bool:
     """Whether any kernel of a parameter tree is kept as codes."""
-    return CODES in tree or any(
-        is_quantized(below) for below in tree.values() if isinstance(below, Mapping)
+    return any(
+        is_quantized(below) if isinstance(below, Mapping) else name.endswith("_codes")
+        for name, below in tree.items()
     )
 
 
 def is_kept(path: Any) -> bool:
     """Whether a leaf has a type of its own: of quantized kernels, float32 routers."""
-    return path[-1].key in (CODES, SCALES, *STAY_FLOAT32)
+    return is_part(path[-1].key) or path[-1].key in STAY_FLOAT32
+
+
+def is_part(name: str) -> bool:
+    """Whether a leaf of this name is the codes or the scales of a matrix."""
+    return name.endswith(("_codes", "_scales"))
 
 
 def quantize_tree(
@@ -169,7 +203,8 @@ def quantize_tree(
 ) -> dict[str, Any]:
     """The same tree with the kernels of `modules` (paths within a layer) as codes.
 
-    They leave `params`' own dicts one at a time, so that each can be freed.
+    So are experts' matrices, unless `how` excepts them. They leave `params`' own dicts
+    one at a time, so that each can be freed.
     """
 
     def convert(tree: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
@@ -177,9 +212,9 @@ def quantize_tree(
         for name in list(tree):
             if isinstance(tree[name], dict):
                 made[name] = convert(tree[name], (*path, name))
-            elif name == "kernel" and ".".join(path) in modules:
+            elif quantizes((*path, name), modules, how):
                 parts = quantize_on_device(tree.pop(name), how)
-                made |= dict(zip((CODES, SCALES), parts, strict=True))
+                made |= dict(zip(kept_as(name), parts, strict=True))
             else:
                 made[name] = tree[name]
         return made

@@ -33,10 +33,10 @@ def init_state(
     """
     plan = model.plan
     # The weights are donated or moved: no name may hold them longer than needed.
-    trainable, frozen = _split(run, model.take_weights(), abstract=False)
+    trainable, frozen = _split(run, model, model.take_weights(), abstract=False)
     parameters, moments = _layouts(model, optimizer, trainable)
     trainable = jax.device_put(trainable, parameters)
-    if _keeps_first_adapters(run):
+    if _keeps_first_adapters(run, model):
         frozen = overlay(frozen, jax.device_put(trainable, parameters, may_alias=False))
     # Made where it is kept: moments in host memory may not fit the device at once.
     opt_state = jax.jit(optimizer.init, out_shardings=moments)(
@@ -51,14 +51,14 @@ def abstract_state(
     model: LoadedModel, run: RunConfig, optimizer: optax.GradientTransformation
 ) -> TrainState:
     """Describe `init_state` of a `load_abstract_model`: no array is made."""
-    split = functools.partial(_split, run, abstract=True)
+    split = functools.partial(_split, run, model, abstract=True)
     trainable, frozen = jax.eval_shape(split, model.params)
     if frozen:
         frozen = _laid_out(frozen, sharding.layouts_of(model.params))
     parameters, moments = _layouts(model, optimizer, trainable)
     opt_state = _laid_out(jax.eval_shape(optimizer.init, trainable), moments)
     trainable = _laid_out(trainable, parameters)
-    if _keeps_first_adapters(run):
+    if _keeps_first_adapters(run, model):
         frozen = overlay(frozen, trainable)
     rest = jax.eval_shape(functools.partial(_rest, run))
     replicated = jax.tree.map(lambda leaf: model.plan.replicated, rest)
@@ -97,7 +97,9 @@ def _rest(run: RunConfig) -> dict[str, Any]:
     }
 
 
-def _split(run: RunConfig, params: Params, *, abstract: bool) -> tuple[Params, Params]:
+def _split(
+    run: RunConfig, model: LoadedModel, params: Params, *, abstract: bool
+) -> tuple[Params, Params]:
     """What trains at first and what is frozen: the base, or the reference's copy.
 
     Where only shapes are traced, `abstract`, adapters are new: no file is read.
@@ -108,7 +110,7 @@ def _split(run: RunConfig, params: Params, *, abstract: bool) -> tuple[Params, P
         copy = functools.partial(_in_compute_dtype, run.precision.compute_dtype)
         layouts = None if abstract else sharding.layouts_of(params)
         return params, jax.jit(copy, out_shardings=layouts)(params)
-    settings = lora_config(run)
+    settings = lora_config(run, model.config)
     if run.lora.init_from and not abstract:
         adapters, _ = lora.load_adapter(run.lora.init_from, params)
     else:
@@ -118,7 +120,7 @@ def _split(run: RunConfig, params: Params, *, abstract: bool) -> tuple[Params, P
     return lora.trainable_and_frozen(params, adapters, settings)
 
 
-def _keeps_first_adapters(run: RunConfig) -> bool:
+def _keeps_first_adapters(run: RunConfig, model: LoadedModel) -> bool:
     """Whether the frozen tree holds the first adapters beside the base.
 
     The DPO reference is then not the base alone: it will move, or started elsewhere.
@@ -126,7 +128,7 @@ def _keeps_first_adapters(run: RunConfig) -> bool:
     """
     if run.lora is None:
         return False
-    if lora_config(run).changes_base:
+    if lora_config(run, model.config).changes_base:
         return True
     return run.dpo is not None and (run.dpo.sync_ref_model or bool(run.lora.init_from))
 

@@ -24,6 +24,7 @@ from jaxtrain.models.binding import axes_of, init_module, paths_with
 from jaxtrain.models.cache import Cache, decode, init_cache
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.decoder_layer import DecoderLayer
+from jaxtrain.models.expert_adapters import ADAPTERS, PARAMETERS
 from jaxtrain.models.layer_kinds import LayerKind, config_of_kind
 from jaxtrain.models.layers import (
     Attend,
@@ -107,7 +108,8 @@ class Decoder(Options):
                 f" {', '.join(REMAT_POLICIES)}"
             )
         if self.lora is not None:
-            _check_adapters(self.lora, self.linear_kernels() | head.END_TARGETS)
+            known = self.linear_kernels() | head.END_TARGETS
+            _check_adapters(self.lora, known | _mixture_targets(self._options))
 
     def describe(self) -> str:
         """What the numbers depend on beside the weights, as one line."""
@@ -372,6 +374,16 @@ def _layer_axes(options: Options) -> Params:
         return axes_of(DecoderLayer, own, ("layers",))
 
     return parts.by_stack(options.config, axes_of_stack)
+
+
+def _mixture_targets(options: Options) -> frozenset[str]:
+    """Where adapters of routers and experts may stand, within a layer."""
+    plain = dataclasses.replace(options, lora=None, quantization=None)
+    found: set[str] = set()
+    for experts in paths_with("gate_proj", _layer_axes(plain)):
+        found |= {f"{experts}.{ADAPTERS}.{name}" for name in PARAMETERS}
+        found.add(f"{experts.removesuffix('experts')}gate")
+    return frozenset(found)
 
 
 class _Rows(NamedTuple):

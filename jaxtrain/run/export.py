@@ -124,7 +124,9 @@ def _write_merged(
         base = tree.nest(
             {path: x for path, x in leaves if not path[-1].startswith("lora_")}
         )
-        params = lora.merge_into_base(base, state.trainable, lora_config(run))
+        params = lora.merge_into_base(
+            base, state.trainable, lora_config(run, model.config)
+        )
         if config.tie_word_embeddings and "lm_head" in params:
             config = dataclasses.replace(config, tie_word_embeddings=False)
             logger.warning(
@@ -160,7 +162,7 @@ def export_adapter(
 def _write_adapter(
     directory: pathlib.Path, model: LoadedModel, run: RunConfig, state: TrainState
 ) -> None:
-    settings = lora_config(run)
+    settings = lora_config(run, model.config)
     lora.save_adapter(
         directory,
         state.trainable,

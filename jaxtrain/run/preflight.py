@@ -15,6 +15,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jaxtrain.config import RunConfig, diff
+from jaxtrain.config.renamed import as_recorded
 from jaxtrain.run import hub
 from jaxtrain.run.ledger import find_loss
 from jaxtrain.run.saved_record import is_committed, read_record
@@ -37,6 +38,11 @@ _DECIDING = (
     "model.architecture.num_attention_heads",
     "model.architecture.num_key_value_heads",
 )
+# Defaults that changed, or may: how examples go into rows, what of experts is adapted.
+_KEPT = {
+    "data": ("packing", "share_prompts"),
+    "training.lora": ("target_parameters", "quantize_experts"),
+}
 _PATTERN = "*?[]\\"  # Orbax looks for the files of a checkpoint with glob
 _MODES_WITHOUT_LOGIN = ("offline", "disabled", "dryrun")
 
@@ -154,25 +160,36 @@ def _refuse_lost(run: RunConfig, workdir: Any) -> None:
         )
 
 
-def keep_batching(config: ConfigDict, workdir: Any) -> bool:
-    """Set on `config` how an earlier start of this run put examples into rows.
+def keep_recorded(config: ConfigDict, workdir: Any) -> bool:
+    """Set on `config` what an earlier start of this run did by default (`_KEPT`).
 
     Only what is unset: defaults may have changed since. Returns whether it set any.
     """
     folder = workdir / "checkpoints"
     found = (_saved_config(folder / str(n)) for n in reversed(saved_steps(folder)))
-    saved = next(filter(None, found), {}).get("data", {})
-    if not saved:
-        return False
-    given = config.get("data") or ConfigDict()
-    kept = {
-        key: saved[key]
-        for key in ("packing", "share_prompts")
-        if saved.get(key) is not None and given.get(key) is None
-    }
-    with config.unlocked():
-        config.data = ConfigDict({**given, **kept})
-    return bool(kept)
+    saved = as_recorded(next(filter(None, found), {}))
+    kept = False
+    for section, keys in _KEPT.items():
+        before, given = _section(saved, section), _section(config, section)
+        unset = {
+            key: before[key]
+            for key in keys
+            if before.get(key) is not None and given.get(key) is None
+        }
+        if unset:
+            *above, last = section.split(".")
+            with config.unlocked():
+                parent = functools.reduce(lambda tree, name: tree[name], above, config)
+                parent[last] = ConfigDict({**given, **unset})
+            kept = True
+    return kept
+
+
+def _section(config: Any, name: str) -> Mapping[str, Any]:
+    """The keys of a section; none where a configuration has not got it."""
+    for part in name.split("."):
+        config = config.get(part) or {}
+    return dict(config)
 
 
 def _saved_config(step: Any) -> dict[str, Any]:

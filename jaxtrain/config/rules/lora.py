@@ -24,7 +24,7 @@ def resolve_lora(run: Resolution) -> None:
             " set it false, or choose training_type sft, lora or dpo",
         )
     run.lora = replace(lora, enabled=run.has_adapters)
-    if run.lora.enabled and not lora.target_modules:
+    if run.lora.enabled and not (lora.target_modules or lora.target_parameters):
         run.problem(
             "training.lora.target_modules",
             'no module would get an adapter; set "all-linear" or names such as'
