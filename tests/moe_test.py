@@ -20,7 +20,7 @@ from jaxtrain.models import Decoder, LoraShape, ModelConfig
 from jaxtrain.models.hf import load_config, load_params
 from jaxtrain.models.hf_experts import split_fused
 from jaxtrain.models.hf_names import leaves_of
-from jaxtrain.models.load import router_loss_coefficient
+from jaxtrain.models.router_report import router_loss_coefficient
 from jaxtrain.objectives import make_objective
 from jaxtrain.objectives.added import with_router_loss
 from jaxtrain.optimizers import optim

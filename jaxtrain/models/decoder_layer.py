@@ -1,7 +1,7 @@
 """One layer of a decoder: attention and an MLP, plain or a mixture of experts."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -94,9 +94,9 @@ class SparseMlp(nnx.Module):
     """A router and the experts that it sends each token to (arXiv:2401.04088).
 
     Each device routes its own rows and multiplies them by its slice of F of every
-    expert. Where experts rest split over devices, their weights are gathered for the
-    layer, as all weights are that fsdp splits: no token travels, none waits for the
-    device with the most popular expert.
+    expert. Where experts rest split over fsdp, their weights are gathered for the
+    layer, as all weights are: no token travels, none waits for the device with the most
+    popular expert. Where `mesh.expert` splits them, expert_parallel.py has the choice.
     """
 
     def __init__(self, options: Options, rngs: nnx.Rngs) -> None:
@@ -109,17 +109,20 @@ class SparseMlp(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], RouterLoad]:
         config, biased = self.options.config, self.options.config.family.biased_experts
         with jax.named_scope("router"):
+            logits = self.gate(x)
             probabilities, weights, experts = moe.choose_experts(
-                self.gate(x),
-                config.num_experts_per_tok,
-                normalize=config.norm_topk_prob,
+                logits, config.num_experts_per_tok, normalize=config.norm_topk_prob
             )
-            load = moe.measure_load(probabilities, experts, counted)
+            load = moe.measure_load(probabilities, experts, counted, logits)
         choice, rows = ("batch", "sequence", None), ("batch", "sequence", "embed")
         inwards, outwards = ("experts", "embed", "mlp"), ("experts", "mlp", "embed")
         of_biases = (("experts", "mlp"),) * 2 if biased else ()
+        multiply: Callable[..., Array]
+        multiply = functools.partial(moe.apply_experts, combine=self._combine)
+        if self.options.experts is not None:
+            multiply = self.options.experts.spread(multiply, x)
         apply = self.options.map_shards(
-            functools.partial(moe.apply_experts, combine=self._combine),
+            multiply,
             (rows, choice, choice, inwards, inwards, outwards, *of_biases),
             rows,
             "mlp",

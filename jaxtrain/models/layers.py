@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int32, Key
 
 from jaxtrain.models.config import ModelConfig
+from jaxtrain.models.expert_parallel import ExpertSpread
 from jaxtrain.models.layer_kinds import ATTENTION, LayerKind
 from jaxtrain.models.quantization import Quantization, dequantize, multiply, quantize
 from jaxtrain.models.rope import Rotary, rotate
@@ -111,6 +112,7 @@ class Options:
     quantization: Quantization | None = None
     constrain: Callable[[Array, LogicalAxes], Array] = unconstrained
     map_shards: MapShards = on_one_device
+    experts: ExpertSpread | None = None
 
 
 @dataclasses.dataclass(frozen=True)
