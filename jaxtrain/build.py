@@ -25,7 +25,7 @@ from jaxtrain.config import RunConfig
 from jaxtrain.data.batches.dataset import PreparedDataset
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.load import LoadedModel
-from jaxtrain.models.router_report import router_loss_coefficient, with_router_report
+from jaxtrain.models.mixture_options import router_loss_coefficient, with_router_report
 from jaxtrain.models.state import init_state, needs_reference
 from jaxtrain.models.z_loss import with_z_loss
 from jaxtrain.objectives.added import AddedLoss, with_added_loss, with_router_loss

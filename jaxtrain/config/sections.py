@@ -207,12 +207,13 @@ class ModelSection:
     """Under mesh.expert, how a mixture's tokens and experts come together. weights: all
     experts are gathered for each layer. tokens: a device gathers the tokens of all
     mesh.expert devices and applies its own experts. copies: each token goes to the
-    devices of its experts, by all-to-all. auto: whichever brings the fewest bytes; the
+    devices of its experts, by all-to-all. auto: whichever moves the fewest bytes; the
     log says which. All give the same numbers."""
-    expert_room: Annotated[float, Bound(1.0)] = 2.0
+    expert_room: Positive = 1.25
     """Under tokens and copies, room for so many times an even share of the copies of
-    tokens that a device's experts are sent. In a step where more come, that layer
-    gathers weights: no token is dropped. mesh.expert is always enough."""
+    tokens that a device's experts are sent (under tokens twice at least). Where more
+    come, that layer gathers weights: no token is dropped. mesh.expert is always
+    enough."""
     rope_scaling: dict[str, Any] | None = None
     """Stretch the context of the model that is loaded, to train on longer rows. As in
     config.json: {"rope_type": "yarn", "factor": 4.0,

@@ -14,11 +14,10 @@ from jaxtrain.evaluation.inference import Inference
 from jaxtrain.kernels.attention import Layout
 from jaxtrain.models import bucket, hf, quantization, vocabulary
 from jaxtrain.models.config import ModelConfig
-from jaxtrain.models.expert_parallel import spread_experts
 from jaxtrain.models.fingerprint import fingerprint_model
 from jaxtrain.models.generation_config import GenerationConfig
 from jaxtrain.models.layer_kinds import LINEAR
-from jaxtrain.models.router_report import router_loss_coefficient
+from jaxtrain.models.mixture_options import router_loss_coefficient, spread_experts
 from jaxtrain.models.source import ModelSource, read_sizes, read_source
 from jaxtrain.models.transformer import Decoder
 from jaxtrain.record.memory import in_words, memory_limit, sum_bytes

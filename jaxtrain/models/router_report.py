@@ -14,8 +14,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxtrain.config import RunConfig
-from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.moe import RouterLoad
 from jaxtrain.types import (
     Batch,
@@ -52,32 +50,19 @@ def summarize(load: RouterLoad) -> dict[str, Array]:
     return jax.lax.stop_gradient(numbers) | {Z_LOSS: load.squares.sum() / tokens}
 
 
-def with_router_report(
-    objective: Objective,
-    score: Score,
-    run: RunConfig,
-    config: ModelConfig,
-    added: dict[str, float],
+def with_report(
+    objective: Objective, score: Score, z_loss_weight: float | None
 ) -> tuple[Objective, Score]:
     """The objective with the router z-loss and `summarize`'s metrics; the score for it.
 
     As the load-balancing loss is, they are each micro-batch's own, and averaged as the
     micro-batches' losses are.
 
-    Without `training.router_z_loss_coef` the z-loss is reported and the loss stays as
-    it is. A model without experts leaves both as they are.
-
     Args:
-        added: weights of losses by the names of their metrics, to which this one is
-            added.
+        z_loss_weight: None and 0 report the z-loss and leave the loss as it is.
     """
-    if not config.num_experts:
-        return objective, score
-    weight = run.loop.router_z_loss_coef
-    if weight:
-        added[Z_LOSS] = weight
 
-    def with_report(
+    def reporting(
         policy: LogProbsFn, reference: LogProbsFn | None, batch: Any
     ) -> tuple[WeightedSum, Metrics]:
         found: list[dict[str, Array]] = []
@@ -94,35 +79,14 @@ def with_router_report(
             name: WeightedSum(value * loss.weight, loss.weight)
             for name, value in found[0].items()
         }
-        if weight:
-            total = loss.total + weight * numbers[Z_LOSS].total
+        if z_loss_weight:
+            total = loss.total + z_loss_weight * numbers[Z_LOSS].total
             loss = WeightedSum(total, loss.weight)
         return loss, metrics | numbers
 
-    return with_report, functools.partial(score, with_router=True)
+    return reporting, functools.partial(score, with_router=True)
 
 
 def _without(scored: TokenLogProbs) -> TokenLogProbs:
     """An objective must not see what is not one number per token."""
     return dataclasses.replace(scored, router=None)
-
-
-def router_loss_coefficient(run: RunConfig, config: ModelConfig) -> float:
-    """What the router's loss is multiplied by; 0 where there is no router.
-
-    As in TRL, a model's own coefficient acts, whether or not its config has
-    `output_router_logits`, unless the run gives another.
-
-    Raises:
-        ValueError: the run gives one, and the model has no experts.
-    """
-    given = run.loop.router_aux_loss_coef
-    own = {"aux": given, "z": run.loop.router_z_loss_coef}
-    for name, weight in own.items():
-        if not config.num_experts and weight:
-            raise ValueError(
-                f"training.router_{name}_loss_coef = {weight}: a {config.model_type}"
-                " has no experts, so nothing to weigh; unset it, or train a mixture of"
-                " experts"
-            )
-    return config.router_aux_loss_coef if given is None else given
