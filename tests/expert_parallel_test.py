@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 from typing import Any
 
 import jax
@@ -9,12 +10,15 @@ import numpy as np
 import pytest
 
 from jaxtrain import sharding
+from jaxtrain.config import default_config, resolve
 from jaxtrain.lora import LoraConfig, init_adapters, resolve_targets
 from jaxtrain.models import Decoder, LoraShape, ModelConfig
 from jaxtrain.models.expert_parallel import ExpertSpread
+from jaxtrain.models.mixture_options import spread_experts
 from jaxtrain.tree import select
 from jaxtrain.types import Batch, PairBatch
 from tests.moe_test import SIZES, make_state, make_step
+from tests.runs import records, tiny_config, train
 
 ROWS, T, EXPERTS = 8, 16, 8
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -128,3 +132,45 @@ def test_loss_and_next_weights_are_those_of_one_device(case):
         meshed.trainable,
         state.trainable,
     )
+
+
+@pytest.mark.parametrize(
+    ("devices", "experts", "words"),
+    [(2, 0, "a qwen2 has no experts"), (8, 12, "12 experts .* nearest size is 4")],
+)
+def test_experts_that_cannot_be_shared_out_are_refused(devices, experts, words):
+    plan = sharding.ShardingPlan(
+        sharding.make_mesh({"expert": devices}, jax.devices()[:devices])
+    )
+    config: Any = types.SimpleNamespace(num_experts=experts, model_type="qwen2")
+    with pytest.raises(ValueError, match=f"mesh.expert = {devices}: .*{words}"):
+        spread_experts(resolve(default_config()), config, plan)
+
+
+@pytest.mark.on_request
+def test_a_run_with_an_axis_of_experts_logs_what_one_device_does(tmp_path):
+    """From scratch, with evaluations and generated texts, and weights split too."""
+    logs = []
+    for sizes in ({}, {"data": 2, "expert": 4}):
+        shards = 8 if sizes else 1
+        config = tiny_config(
+            "from_scratch", num_gpus=shards, per_device_train_batch_size=8 // shards,
+            per_device_eval_batch_size=8 // shards, gradient_accumulation_steps=1,
+            optimizer="sgd", learning_rate=1.0, max_steps=2, eval_steps=2, save_steps=0,
+            save_final_model=False, deepspeed__zero_stage=3 if sizes else 0,
+            router_z_loss_coef=0.1,
+        )  # fmt: skip
+        with config.unlocked():
+            config.model.architecture.update(
+                model_type="qwen3_moe", num_experts=4, num_experts_per_tok=2,
+                moe_intermediate_size=32, router_aux_loss_coef=0.5,
+            )  # fmt: skip
+            config.training.generation.enabled = True
+        for axis, size in sizes.items():
+            config.mesh[axis] = size
+        train(config, tmp_path / str(shards))
+        logs.append(records(tmp_path / str(shards)))
+    for one, many in zip(*logs, strict=True):
+        assert one.keys() == many.keys()
+        for name in {*one} & {"loss", "grad_norm", "router_load", "eval_loss"}:
+            assert many[name] == pytest.approx(one[name], rel=1e-4), name

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxtrain import sharding
-from jaxtrain.models.expert_parallel import ExpertSpread, _Sizes, choose_exchange  # noqa
+from jaxtrain.models.expert_parallel import ExpertSpread, _Sizes, choose_exchange
 from jaxtrain.models.moe import apply_experts, choose_experts
 
 B, T, D, F, E, K = 8, 6, 5, 4, 8, 2
@@ -85,3 +85,25 @@ def test_each_exchange_gives_the_layers_definition(
     for name, ours, expected in zip(arrays, gradients, expected_gradients, strict=True):
         np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5, err_msg=name)
         assert np.abs(expected).max() > 0.02, name
+
+
+@pytest.mark.parametrize(
+    ("devices", "copies", "experts", "expected"),
+    [
+        # Few tokens of a small expert: anything but its weights; two devices share
+        # nearly every token, sixteen do not.
+        (2, 8, 64, "tokens"),
+        (16, 8, 8, "copies"),
+        # Weights smaller than the tokens.
+        (2, 8, 1, "weights"),
+    ],
+)
+def test_the_cheapest_exchange_follows_from_shapes(devices, copies, experts, expected):
+    sizes = _Sizes(4096, copies, experts, devices, room=1.25)
+    exchange, costs = choose_exchange("auto", sizes, 4096, experts * 3 * 2**21)
+    assert exchange == expected == min(costs, key=costs.get)
+    assert choose_exchange("weights", sizes, 4096, 1)[0] == "weights"
+    # Bytes that arrive, and a fifth of those in memory: by hand.
+    tokens = 2 * (devices - 1) * 4096 * 4096
+    tokens += 2 * devices * 4096 * copies * 4096 // 5
+    assert costs["tokens"] == tokens
