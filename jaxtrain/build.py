@@ -24,7 +24,8 @@ from jaxtrain import loop, objectives, sharding, step
 from jaxtrain.config import RunConfig
 from jaxtrain.data.batches.dataset import PreparedDataset
 from jaxtrain.models.config import ModelConfig
-from jaxtrain.models.load import LoadedModel, router_loss_coefficient
+from jaxtrain.models.load import LoadedModel
+from jaxtrain.models.mixture_options import router_loss_coefficient, with_router_report
 from jaxtrain.models.state import init_state, needs_reference
 from jaxtrain.models.z_loss import with_z_loss
 from jaxtrain.objectives.added import AddedLoss, with_added_loss, with_router_loss
@@ -214,6 +215,7 @@ def bind_loss(run: RunConfig, model: LoadedModel, loss: Loss) -> Scored:
         with_router_loss=router > 0,
     )
     score = without_frozen(score, run.optimizer.lr_multipliers)
+    objective, score = with_router_report(objective, score, run, model.config, added)
     if weight := run.loop.z_loss_weight:
         added["z_loss"] = weight
     return Scored(*with_z_loss(objective, score, weight), added)

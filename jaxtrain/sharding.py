@@ -25,24 +25,26 @@ from jaxtrain.types import LogicalAxes
 
 logger = logging.getLogger(__name__)
 
-BATCH_AXES = ("data", "fsdp")
+BATCH_AXES = ("data", "fsdp", "expert")
 _TRITON_PRODUCTS = "xla_gpu_enable_triton_gemm"
 
 MeshAxes = tuple[str, ...]
 
 Rules = Mapping[str, MeshAxes]
 
+_SHARED = ("fsdp", "expert", "context")
 _WIDTHS = dict.fromkeys(("vocab", "heads", "kv_heads", "mlp"), ("tensor",))
 # Parameters: which mesh axes split each logical axis.
 PARAMETER_RULES: Rules = {
     **_WIDTHS,
     # Devices that share rows would hold the same weights otherwise.
-    "embed": ("fsdp", "context"),
-    # Where their number divides; else "embed" of the same array is split instead.
-    "experts": ("fsdp",),
+    "embed": _SHARED,
+    # Over fsdp too where their number divides; else "embed" of the same array is split
+    # instead.
+    "experts": ("expert", "fsdp"),
 }
 # Optimizer state under ZeRO 1 and 2, whose parameters are whole on every device.
-OPTIMIZER_RULES: Rules = {**PARAMETER_RULES, "embed": ("data", "fsdp", "context")}
+OPTIMIZER_RULES: Rules = {**PARAMETER_RULES, "embed": ("data", *_SHARED)}
 # Activations: rows over every data-parallel device, tokens over `context`; their width
 # stays whole. "tokens" are those of all rows in one axis.
 ACTIVATION_RULES: Rules = {
@@ -50,6 +52,7 @@ ACTIVATION_RULES: Rules = {
     "batch": BATCH_AXES,
     "sequence": ("context",),
     "tokens": (*BATCH_AXES, "context"),
+    "experts": ("expert",),
 }
 
 
@@ -141,6 +144,12 @@ class ShardingPlan:
     unrolled: bool = False
 
     @property
+    def batch_axes(self) -> MeshAxes:
+        """The mesh axes that split a batch's rows; `expert` only where it acts."""
+        acts = self.mesh.shape["expert"] > 1
+        return tuple(axis for axis in BATCH_AXES if acts or axis != "expert")
+
+    @property
     def batch_shards(self) -> int:
         """Number of data-parallel shards that a batch's rows are split into."""
         return math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
@@ -167,7 +176,7 @@ class ShardingPlan:
             raise ValueError(
                 f"mesh = {dict(self.mesh.shape)}: a batch's rows cannot be divided"
                 f" evenly among {len(rows_of)} processes; choose mesh.data x mesh.fsdp"
-                " as a multiple or a divisor of their number"
+                " x mesh.expert as a multiple or a divisor of their number"
             )
         own = frozenset(rows_of[jax.process_index()])
         return shares.index(own), len(shares)
@@ -192,7 +201,8 @@ class ShardingPlan:
         `XLA_FLAGS` that name the option win.
         """
         shape = self.mesh.shape
-        gathers = shape["fsdp"] * shape["context"] > 1 and shape["tensor"] == 1
+        over = math.prod(shape[axis] for axis in _SHARED)
+        gathers = over > 1 and shape["tensor"] == 1
         if self.platform == "tpu" and gathers:
             return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
         unsaid = _TRITON_PRODUCTS not in os.environ.get("XLA_FLAGS", "")
@@ -228,7 +238,7 @@ class ShardingPlan:
 
     def batch(self, leading_axes: int = 0) -> NamedSharding:
         """Rows over the data-parallel devices, behind `leading_axes` whole axes."""
-        spec = PartitionSpec(*([None] * leading_axes), BATCH_AXES)
+        spec = PartitionSpec(*([None] * leading_axes), self.batch_axes)
         return NamedSharding(self.mesh, spec)
 
     def constrain(self, x: jax.Array, logical_axes: LogicalAxes) -> jax.Array:
@@ -237,6 +247,11 @@ class ShardingPlan:
             return x
         spec = _partition_spec(x.shape, logical_axes, ACTIVATION_RULES, self.mesh)
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+
+    def axes_of(self, shape: Sequence[int], logical_axes: LogicalAxes) -> MeshAxes:
+        """The mesh axes that split an activation of this shape."""
+        spec = _partition_spec(shape, logical_axes, ACTIVATION_RULES, self.mesh)
+        return tuple(jax.tree.leaves(tuple(spec)))
 
     def map_shards(
         self,
@@ -282,7 +297,7 @@ class ShardingPlan:
     def _parameter_rules(self) -> Rules:
         if self.zero_stage >= 3:
             return PARAMETER_RULES
-        return {**PARAMETER_RULES, "embed": (), "experts": ()}
+        return {**PARAMETER_RULES, "embed": (), "experts": ("expert",)}
 
     def _tree(self, abstract: Any, logical_axes: Any, rules: Rules) -> Any:
         def shard(leaf: Any, axes: LogicalAxes) -> NamedSharding:

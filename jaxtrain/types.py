@@ -56,7 +56,8 @@ class TokenLogProbs:
     (nats), computed only for objectives that ask for it (WPO). All float32.
     `router_loss`: how unevenly the router used the experts, over all tokens of the
     batch (models/moe.py). Objectives never see it: `with_router_loss` adds it to their
-    loss. `log_total`: log of the softmax's denominator, for the z-loss alone.
+    loss. `log_total`: log of the softmax's denominator, for the z-loss alone. `router`:
+    what else is reported of it (models/router_report.py); objectives do not see it.
     """
 
     logps: Float[Array, "B T"]
@@ -66,6 +67,7 @@ class TokenLogProbs:
     collision: Float[Array, "B T"] | None = None
     router_loss: Float[Array, ""] | None = None
     log_total: Float[Array, "B T"] | None = None
+    router: Any = None
 
 
 LogProbsFn = Callable[[Batch], TokenLogProbs]

@@ -695,7 +695,8 @@ _SCRATCH = {"training_type": "from_scratch"}
          "the nearest for 8 is data 4 x context 2"),
         ({"mesh": {"context": 12}}, "the nearest is 8"),
         ({"mesh": {"stage": 2}}, "mesh.stage = 2: layers are not split"),
-        ({"mesh": {"expert": 2}}, "mesh.expert = 2: every device applies"),
+        ({"mesh": {"expert": 3, "data": 2}, "training": {"num_gpus": 8}},
+         "the nearest for 8 is data 4 x expert 2"),
         ({"mesh": {"data": 4, "dcn_data": 3}}, "mesh.dcn_data = 3: mesh.data = 4"),
         # curriculum and lengths
         ({"training": {"curriculum": {"enabled": True, "start_length": 64,

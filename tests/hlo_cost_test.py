@@ -52,6 +52,37 @@ ENTRY %main (a: f32[6,8,8], b: f32[8,8]) -> f32[8,8] {
 }
 """
 MATRIX = 8 * 8 * 4
+CONDITIONAL = """\
+HloModule handmade
+
+%usual (x: f32[8,8]) -> f32[8,8] {
+  %x = f32[8,8]{1,0} parameter(0)
+  ROOT %swapped = f32[8,8]{1,0} all-to-all(%x), channel_id=1, dimensions={0}
+}
+
+%rare (y: f32[8,8]) -> f32[8,8] {
+  %y = f32[8,8]{1,0} parameter(0)
+  ROOT %shifted = f32[8,8]{1,0} collective-permute(%y), channel_id=2
+}
+
+ENTRY %main (p: pred[], a: f32[8,8]) -> f32[8,8] {
+  %p = pred[] parameter(0)
+  %a = f32[8,8]{1,0} parameter(1)
+  ROOT %r = f32[8,8]{1,0} conditional(%p, %a, %a), BRANCHES
+}
+"""
+
+
+@pytest.mark.parametrize(
+    "branches",
+    [
+        "branch_computations={%usual, %rare}",
+        "true_computation=%rare, false_computation=%usual",
+    ],
+)
+def test_of_a_conditional_what_runs_where_the_predicate_is_false_counts(branches):
+    cost = analyze(CONDITIONAL.replace("BRANCHES", branches))
+    assert cost.collectives == {"all-to-all": (1.0, MATRIX)}
 
 
 def test_a_loop_costs_its_body_as_often_as_it_runs():

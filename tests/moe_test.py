@@ -20,7 +20,7 @@ from jaxtrain.models import Decoder, ModelConfig
 from jaxtrain.models.hf import load_config, load_params
 from jaxtrain.models.hf_experts import split_fused
 from jaxtrain.models.hf_names import leaves_of
-from jaxtrain.models.load import router_loss_coefficient
+from jaxtrain.models.mixture_options import router_loss_coefficient
 from jaxtrain.objectives import make_objective
 from jaxtrain.objectives.added import with_router_loss
 from jaxtrain.optimizers import optim
@@ -390,7 +390,9 @@ def test_a_mixture_that_the_decoder_has_not_is_refused(options, words):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A mixture trained from scratch for some steps, and what was logged."""
-    config = tiny_config("from_scratch", max_steps=3, eval_steps=3, save_steps=0)
+    config = tiny_config(
+        "from_scratch", max_steps=3, eval_steps=3, save_steps=0, router_z_loss_coef=0.1
+    )
     with config.unlocked():
         config.model.architecture.update(
             model_type="qwen3_moe", num_experts=4, num_experts_per_tok=2,
@@ -411,6 +413,10 @@ def test_a_run_logs_the_router_loss_and_keeps_it_out_of_the_perplexity(trained):
         router = line[f"{prefix}aux_loss"]
         assert 1.9 < router < 4  # K where even, E at worst
         likelihood = line[f"{prefix}loss"] - 0.5 * router
+        likelihood -= 0.1 * line[f"{prefix}router_z_loss"]
+        assert 1 <= line[f"{prefix}router_load"] <= 2  # E / K at worst
+        assert 0 < line[f"{prefix}router_entropy"] <= np.log(4)
+        assert line[f"{prefix}router_dropped"] == 0
         np.testing.assert_allclose(
             line[f"{prefix}perplexity"], np.exp(likelihood), rtol=1e-5
         )

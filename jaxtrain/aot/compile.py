@@ -168,7 +168,8 @@ def _with_settings(config: Any, candidate: search.Candidate) -> Any:
     """The config with the candidate's keys in place of its own."""
     config = config.copy_and_resolve_references()
     own = config.training.get(config.training.training_type, {})
-    settings = {f"mesh.{axis}": size for axis, size in candidate.mesh}
+    settings: dict[str, Any] = {"mesh.expert": 1}  # which is not searched
+    settings |= {f"mesh.{axis}": size for axis, size in candidate.mesh}
     settings |= search.as_flags(candidate)
     with config.unlocked():
         for key, value in settings.items():

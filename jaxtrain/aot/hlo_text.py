@@ -11,7 +11,10 @@ _SHAPE = re.compile(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([0-9,]*)\](\{[^}]*\})?")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
 _OPCODE = re.compile(r"(?:^|[\s)\]}])([a-z][a-z0-9\-]*)\((.*)$")
-_CALLED = re.compile(r"\b(?:to_apply|calls|body|branch_computations)=\{?([^,}\s]+)")
+# Of a conditional the first branch: that of `lax.cond` where its predicate is false.
+_CALLED = re.compile(
+    r"\b(?:to_apply|calls|body|branch_computations|false_computation)=\{?([^,}\s]+)"
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)

@@ -53,7 +53,7 @@ COMPUTING = (
     "training.lora.quantization_block_size",
     "training.num_gpus",
 )
-_MESH = ("data", "fsdp", "context", "tensor")
+_MESH = ("data", "fsdp", "expert", "context", "tensor")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -197,8 +197,8 @@ def _explain(run: RunConfig) -> list[str]:
     host = " and ".join(name for name, is_there in offloaded.items() if is_there)
     per_device = loop.per_device_train_batch_size * loop.gradient_accumulation_steps
     rows = f"{per_device} times data-parallel devices"
-    if -1 not in (mesh.data, mesh.fsdp):
-        rows = str(per_device * mesh.data * mesh.fsdp)
+    if mesh.row_shards > 0:
+        rows = str(per_device * mesh.row_shards)
     lines = [
         f"training.distributed = {devices.distributed}: one mesh spans the devices of"
         " every process; the launcher's environment says how many there are",

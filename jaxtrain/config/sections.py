@@ -203,6 +203,17 @@ class ModelSection:
     faster on an H100, with 6% less memory, and compiles 36 layers in some 28 s in place
     of 12. Under mesh.fsdp it is 3% faster. Unset: each on its own on GPUs, for up to 48
     layers that are neither offloaded nor quantized; one for all elsewhere."""
+    expert_exchange: Literal["auto", "weights", "tokens", "copies"] = "auto"
+    """Under mesh.expert, how a mixture's tokens and experts come together. weights: all
+    experts are gathered for each layer. tokens: a device gathers the tokens of all
+    mesh.expert devices and applies its own experts. copies: each token goes to the
+    devices of its experts, by all-to-all. auto: whichever moves the fewest bytes; the
+    log says which. All give the same numbers."""
+    expert_room: Positive = 1.25
+    """Under tokens and copies, room for so many times an even share of the copies of
+    tokens that a device's experts are sent (under tokens twice at least). Where more
+    come, that layer gathers weights: no token is dropped. mesh.expert is always
+    enough."""
     rope_scaling: dict[str, Any] | None = None
     """Stretch the context of the model that is loaded, to train on longer rows. As in
     config.json: {"rope_type": "yarn", "factor": 4.0,
@@ -533,6 +544,11 @@ class LoopSection:
     router_aux_loss_coef: NonNegative | None = None
     """Weight of a mixture of experts' load-balancing loss (the metric aux_loss). Unset:
     the model's own config says. 0: off. Refused for other models."""
+    router_z_loss_coef: NonNegative | None = None
+    """Weight of a mixture of experts' router z-loss (ST-MoE, arXiv:2202.08906, with
+    1e-3), which keeps its logits small: log^2 of the denominator of the router's
+    softmax, averaged over tokens and layers (the metric router_z_loss). Unset or 0:
+    reported only. Refused for other models."""
     objective: str = "auto"
     """auto (next_token; under dpo: preference); orpo, cpo, simpo or kto, all of
     training_type dpo; or module:function, your own: see jaxtrain.objectives."""
@@ -868,7 +884,9 @@ class MeshSection:
     """Devices that share the tokens of one row, for rows too long for one; each reads
     the keys of the whole row. 1, 2, 4, 8, 16 or 32."""
     expert: int = 1
-    """Reserved: a mixture's experts are split over fsdp."""
+    """Devices that share out a mixture's experts, each with rows of its own: for all
+    other weights they are copies, or split these too under deepspeed.zero_stage 3. See
+    model.expert_exchange."""
     stage: int = 1
     """Reserved: a pipeline of layers."""
     dcn_data: PositiveInt | None = None
@@ -879,9 +897,16 @@ class MeshSection:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Axis sizes by axis name; `expert` and `stage` are always 1 and left out."""
-        axes = ("data", "fsdp", "context", "tensor")
+        """Axis sizes by axis name, without `stage` and an `expert` of 1."""
+        axes = ["data", "fsdp", "context", "tensor"]
+        if self.expert != 1:
+            axes.insert(2, "expert")
         return {axis: getattr(self, axis) for axis in axes}
+
+    @property
+    def row_shards(self) -> int:
+        """Devices that share out a batch's rows; negative where that is unknown."""
+        return self.data * self.fsdp * self.expert
 
     @property
     def slices(self) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """One layer of a decoder: attention and an MLP, plain or a mixture of experts."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -117,10 +117,11 @@ class SparseMlp(nnx.Module):
     """A router and the experts that it sends each token to (arXiv:2401.04088).
 
     Each device routes its own rows and multiplies them by its slice of F of every
-    expert. Where experts rest split over devices, their weights are gathered for the
-    layer, as all weights are that fsdp splits: no token travels, none waits for the
-    device with the most popular expert. A shared expert, where there is one, is a plain
-    MLP for every token, in some families times the sigmoid of a gate.
+    expert. Where experts rest split over fsdp, their weights are gathered for the
+    layer, as all weights are: no token travels, none waits for the device with the most
+    popular expert. Where `mesh.expert` splits them, expert_parallel.py has the choice.
+    A shared expert, where there is one, is a plain MLP for every token, in some
+    families times the sigmoid of a gate.
     """
 
     def __init__(self, options: Options, rngs: nnx.Rngs) -> None:
@@ -151,7 +152,7 @@ class SparseMlp(nnx.Module):
             read = x if routed_by is None else routed_by
             logits = self.gate(read, dropout_key)
             probabilities, weights, experts = routers.choose(config, self.gate, logits)
-            load = moe.measure_load(probabilities, experts, counted)
+            load = moe.measure_load(probabilities, experts, counted, logits)
         with jax.named_scope("experts"):
             if hasattr(self.experts, "gate_proj"):
                 y = self._run_experts(
@@ -176,13 +177,16 @@ class SparseMlp(nnx.Module):
             added = self.experts.adapters.split()
         biases = ["gate_proj_bias", "up_proj_bias"]
         biases = biases if self.options.config.family.biased_experts else []
+        multiply: Callable[..., Array] = functools.partial(
+            moe.apply_experts,
+            combine=self._combine,
+            scalings=added.scalings,
+            device=self.options.device,
+        )
+        if self.options.experts is not None:
+            multiply = self.options.experts.spread(multiply, x)
         apply = self.options.map_shards(
-            functools.partial(
-                moe.apply_experts,
-                combine=self._combine,
-                scalings=added.scalings,
-                device=self.options.device,
-            ),
+            multiply,
             (
                 *(rows, choice, choice, inwards, inwards, outwards, *added.axes),
                 *[("experts", "mlp")] * len(biases),

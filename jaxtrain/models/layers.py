@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int32, Key
 
 from jaxtrain.kernels.attention.partition import Layout
 from jaxtrain.models.config import ModelConfig
+from jaxtrain.models.expert_parallel import ExpertSpread
 from jaxtrain.models.layer_kinds import ATTENTION, LayerKind
 from jaxtrain.models.quantization import Quantization, dequantize, multiply, quantize
 from jaxtrain.models.rope import Rotary, rotate
@@ -113,6 +114,7 @@ class Options:
     constrain: Callable[[Array, LogicalAxes], Array] = unconstrained
     map_shards: MapShards = on_one_device
     layout: Layout | None = None
+    experts: ExpertSpread | None = None
 
     @property
     def device(self) -> jax.Device | None:

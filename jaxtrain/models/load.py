@@ -17,6 +17,7 @@ from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.fingerprint import fingerprint_model
 from jaxtrain.models.generation_config import GenerationConfig
 from jaxtrain.models.layer_kinds import LINEAR
+from jaxtrain.models.mixture_options import router_loss_coefficient, spread_experts
 from jaxtrain.models.source import ModelSource, read_sizes, read_source
 from jaxtrain.models.transformer import Decoder
 from jaxtrain.record.memory import in_words, memory_limit, sum_bytes
@@ -225,7 +226,8 @@ def _unrolls_layers(
     if run.model.scan_layers is not None:
         return not run.model.scan_layers
     by_layers = (
-        plan.offload_params
+        plan.mesh.shape["expert"] > 1
+        or plan.offload_params
         or run.precision.remat == "offload"
         or (run.lora is not None and run.lora.quantization is not None)
     )
@@ -272,10 +274,11 @@ def make_decoder(
         neftune_alpha=run.loop.neftune_noise_alpha,
         constrain=plan.constrain,
         map_shards=plan.map_shards,
+        experts=spread_experts(run, config, plan),
         quantization=quantized,
         layout=Layout(
             plan.mesh,
-            rows=rules["batch"],
+            rows=plan.batch_axes,
             heads=rules["heads"],
             tokens=rules["sequence"],
             vocab=rules["vocab"],
@@ -302,24 +305,6 @@ def lora_config(run: RunConfig, config: ModelConfig) -> lora.LoraConfig:
     if run.lora is None:
         raise ValueError("training.lora.enabled = False: this run has no adapters")
     return lora.settings_from(run.lora, config.model_type, config.num_hidden_layers)
-
-
-def router_loss_coefficient(run: RunConfig, config: ModelConfig) -> float:
-    """What the router's loss is multiplied by; 0 where there is no router.
-
-    As in TRL, a model's own coefficient acts, whether or not its config has
-    `output_router_logits`, unless the run gives another.
-
-    Raises:
-        ValueError: the run gives one, and the model has no experts.
-    """
-    given = run.loop.router_aux_loss_coef
-    if not config.num_experts and given:
-        raise ValueError(
-            f"training.router_aux_loss_coef = {given}: a {config.model_type} has no"
-            " experts, so nothing to weigh; unset it, or train a mixture of experts"
-        )
-    return config.router_aux_loss_coef if given is None else given
 
 
 def _base_dtype(run: RunConfig) -> str:

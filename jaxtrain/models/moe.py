@@ -28,12 +28,16 @@ class RouterLoad:
     """How tokens spread over experts: sums, over layers and rows alike.
 
     `assigned`: tokens sent to each expert. `probability`: what the router gave each, a
-    token's sum being 1. `tokens`: how many were counted; padding is not.
+    token's sum being 1. `tokens`: how many were counted; padding is not. `entropy`: of
+    each token's probabilities (nats). `squares`: log^2 of each token's softmax's
+    denominator.
     """
 
     assigned: Float32[Array, "*L E"]
     probability: Float32[Array, "*L E"]
     tokens: Float32[Array, "*L"]
+    entropy: Float32[Array, "*L"] | None = None
+    squares: Float32[Array, "*L"] | None = None
 
 
 def choose_experts(
@@ -55,6 +59,7 @@ def measure_load(
     probabilities: Float32[Array, "B T E"],
     experts: Int32[Array, "B T K"],
     counted: Shaped[Array, "B T"],
+    logits: Float[Array, "B T E"],
 ) -> RouterLoad:
     """One layer's load; each token counts so often, padding 0 times."""
     # Sums, not products of matrices: these would be rounded to bfloat16 on a TPU.
@@ -64,6 +69,8 @@ def measure_load(
         assigned=(chosen.sum(axis=2) * mask[..., None]).sum(axis=(0, 1)),
         probability=(probabilities * mask[..., None]).sum(axis=(0, 1)),
         tokens=mask.sum(),
+        entropy=(jax.scipy.special.entr(probabilities).sum(axis=-1) * mask).sum(),
+        squares=(jnp.square(jax.nn.logsumexp(logits, axis=-1)) * mask).sum(),
     )
 
 

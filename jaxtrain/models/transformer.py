@@ -19,7 +19,7 @@ from jaxtrain.kernels.attention.api import attention, plan_attention, skips_bloc
 from jaxtrain.kernels.attention.partition import Layout
 from jaxtrain.kernels.delta_rule import delta_rule
 from jaxtrain.kernels.linear_cross_entropy.api import linear_log_probs
-from jaxtrain.models import head, parts
+from jaxtrain.models import head, parts, router_report
 from jaxtrain.models.binding import axes_of, init_module, paths_with
 from jaxtrain.models.cache import Cache, decode, init_cache
 from jaxtrain.models.config import ModelConfig
@@ -286,15 +286,16 @@ class Decoder(Options):
         dropout_key: Key[Array, ""] | None = None,
         with_collision: bool = False,
         with_router_loss: bool = False,
+        with_router: bool = False,
         with_log_total: bool = False,
     ) -> TokenLogProbs:
         """Log-probabilities of the batch's targets; never holds B x T x V logits.
 
         Where the batch names what is `scored`, all else is 0. Only `logps`,
-        `router_loss` and `log_total` carry a gradient.
+        `router_loss`, `log_total` and the z-loss in `router` carry a gradient.
 
         Raises:
-            ValueError: `with_router_loss`, and the model has no router.
+            ValueError: `with_router_loss` or `with_router`, and the model has none.
         """
         hidden, load = self._hidden_states_and_load(
             params,
@@ -304,13 +305,12 @@ class Decoder(Options):
             batch.prompt_ids,
             dropout_key,
         )
-        router_loss = None
-        if with_router_loss:
-            if load is None:
-                raise ValueError(
-                    f"with_router_loss: a {self.config.model_type} has no router"
-                )
-            router_loss = load_balancing_loss(load)
+        if (with_router_loss or with_router) and load is None:
+            raise ValueError(
+                f"with_router_loss: a {self.config.model_type} has no router"
+            )
+        router_loss = load_balancing_loss(load) if with_router_loss and load else None
+        router = router_report.summarize(load) if with_router and load else None
         targets, chosen = batch.targets, None
         if batch.scored is not None:
             groups = len(batch.scored)
@@ -330,7 +330,7 @@ class Decoder(Options):
             outputs = jax.tree.map(
                 lambda x: put_back(x, chosen).reshape(shape), outputs
             )
-        return dataclasses.replace(outputs, router_loss=router_loss)
+        return dataclasses.replace(outputs, router_loss=router_loss, router=router)
 
     # --- one step at a time ------------------------------------------------------
 

@@ -156,7 +156,7 @@ def _settings(run: RunConfig) -> dict[str, Any]:
         "max_grad_norm": optimizer.max_grad_norm,
         "per_device_train_batch_size": loop.per_device_train_batch_size,
         "gradient_accumulation_steps": loop.gradient_accumulation_steps,
-        "data-parallel devices": run.mesh.data * run.mesh.fsdp,
+        "data-parallel devices": run.mesh.row_shards,
         "max_length": run.data.max_length,
         "packing": run.data.packing,
         "compute dtype": run.precision.compute_dtype,

@@ -210,10 +210,10 @@ def _batch_change(saved: Mapping[str, Any], run: RunConfig) -> list[str]:
     name = "per_device_train_batch_size"
     try:
         mesh, each = saved["mesh"], saved["training"][name]
-        then = each * mesh["data"] * mesh["fsdp"]
+        then = each * mesh["data"] * mesh["fsdp"] * mesh.get("expert", 1)
     except (KeyError, TypeError):
         return []
-    now = run.loop.per_device_train_batch_size * run.mesh.data * run.mesh.fsdp
+    now = run.loop.per_device_train_batch_size * run.mesh.row_shards
     if then == now or min(then, now) < 0:
         return []
     return [f"training.{name} times data-parallel devices: {then} -> {now}"]

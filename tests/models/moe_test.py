@@ -97,7 +97,7 @@ def loss_of(logits, mask):
 
     def layer_load(layer):
         probabilities, _, experts = choose_experts(layer, K, normalize=True)
-        return measure_load(probabilities, experts, mask)
+        return measure_load(probabilities, experts, mask, layer)
 
     return load_balancing_loss(jax.vmap(layer_load)(logits))
 

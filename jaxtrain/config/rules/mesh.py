@@ -8,13 +8,13 @@ from jaxtrain.config.mesh_shape import nearest_mesh_shape
 from jaxtrain.config.rules.resolution import Resolution
 
 # What a complaint about the whole shape rests on: one size follows from the others.
-_SHAPE = tuple(f"mesh.{axis}" for axis in ("data", "fsdp", "context", "tensor"))
-_RESERVED = {
-    "expert": "every device applies its part of all experts; set 1: mesh.fsdp splits a"
-    " mixture's weights, mesh.tensor its work",
-    "stage": "layers are not split into stages: one scan runs them all; set 1, and"
-    " split layers' weights by mesh.fsdp or mesh.tensor",
-}
+_SHAPE = tuple(
+    f"mesh.{axis}" for axis in ("data", "fsdp", "expert", "context", "tensor")
+)
+_NO_STAGES = (
+    "layers are not split into stages: one scan runs them all; set 1, and split layers'"
+    " weights by mesh.fsdp or mesh.tensor"
+)
 
 
 def resolve_devices(run: Resolution) -> None:
@@ -54,16 +54,16 @@ def resolve_devices(run: Resolution) -> None:
 def resolve_mesh(run: Resolution) -> None:
     """Settle the sizes of the mesh, and which state is split over it.
 
-    deepspeed.zero_stage is 3 if and only if mesh.fsdp is above 1.
+    deepspeed.zero_stage is 3 where mesh.fsdp is above 1; where that is 1, only if the
+    run asks for it and mesh.expert is above 1.
     """
     for axis, size in asdict(run.mesh).items():
         if size is not None and size != -1 and size < 1:
             fix = "set a positive integer, or -1 for the rest of the devices"
             run.problem(f"mesh.{axis}", f"not a size; {fix}")
             return
-    for axis, text in _RESERVED.items():
-        if getattr(run.mesh, axis) != 1:
-            run.problem(f"mesh.{axis}", text)
+    if run.mesh.stage != 1:
+        run.problem("mesh.stage", _NO_STAGES)
     _give_the_rest(run)
     wildcards = [f"mesh.{n}" for n, size in run.mesh.sizes.items() if size == -1]
     if len(wildcards) > 1:
@@ -153,7 +153,7 @@ def _resolve_zero_stage(run: Resolution) -> None:
     stage = deepspeed.zero_stage
     if stage is None:
         stage = 0 if mesh.fsdp == 1 else 3
-    elif stage == 3 and mesh.fsdp == 1 and mesh.data != 1:
+    elif stage == 3 and mesh.fsdp * mesh.expert == 1 and mesh.data != 1:
         run.problem(
             "deepspeed.zero_stage",
             "parameters are split over mesh.fsdp, which has size 1 as mesh.data ="
