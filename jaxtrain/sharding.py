@@ -289,6 +289,8 @@ class ShardingPlan:
                 mesh=self.mesh,
                 in_specs=tuple(specs),
                 out_specs=PartitionSpec(*(split[name] for name in result)),
+                # Loops within a GPU kernel cannot say over which axes they vary.
+                check_vma=False,
             )(*arrays)
 
         return mapped
