@@ -142,11 +142,23 @@ LEFT_OUT = (
 # Files and tests, beside the fast ones, that use what another jax may break: kernels
 # with their interpreters, and a whole run as a user starts it.
 AGAIN = ("kernels/", "main_test.py", "aot_test.py")
+# And of both, what takes long and uses nothing that others there do not: variants in
+# plain jax, each kind of layer trained, each family's decoding.
+NOT_AGAIN = (
+    "kernels/attention/attention_test.py::test_output_and_gradients_equal_float64"
+    "[xla_chunked",
+    "kernels/attention/attention_test.py::test_nan_in_padding_reaches_no_output_and_no"
+    "_gradient[xla_chunked",
+    "models/layer_kinds_test.py",
+    "models/transformer_test.py::test_greedy_decoding_equals_the_argmax",
+)
 
 
 def is_again(nodeid: str, markers: set[str]) -> bool:
     """Whether CI's second Python runs a test, of the files that `.ci/run` names."""
-    return is_fast(nodeid, markers) or nodeid.removeprefix("tests/").startswith(AGAIN)
+    name = nodeid.removeprefix("tests/")
+    chosen = is_fast(nodeid, markers) or name.startswith(AGAIN)
+    return chosen and not name.startswith(NOT_AGAIN)
 
 
 def is_fast(nodeid: str, markers: set[str]) -> bool:

@@ -60,7 +60,7 @@ def test_there_are_many_and_none_is_long(request):
 
 
 def test_what_is_left_out_exists():
-    for beginning in (*fast.LEFT_OUT, *fast.AGAIN):
+    for beginning in (*fast.LEFT_OUT, *fast.AGAIN, *fast.NOT_AGAIN):
         assert (find_tests.TESTS / beginning.partition("::")[0]).exists(), beginning
 
 
