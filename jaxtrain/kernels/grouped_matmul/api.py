@@ -45,8 +45,19 @@ def grouped_matmul(
             " or 'xla'"
         )
     if implementation == "xla":
-        return jax.lax.ragged_dot(rows, weights, sizes)
+        return _ragged_dot(rows, weights, sizes, _platform(device))
     return multiply_groups(_load_kernels(), rows, weights, sizes)
+
+
+def _ragged_dot(rows: Array, weights: Array, sizes: Array, platform: str) -> Array:
+    """XLA's: a kernel of groups on TPUs, elsewhere all rows times every matrix."""
+    if platform != "tpu":
+        return jax.lax.ragged_dot(rows, weights, sizes)
+    # That kernel writes no tile behind all groups, neither of the result nor of the
+    # rows' gradient.
+    is_own = jnp.arange(len(rows))[:, None] < sizes.sum()
+    out = jax.lax.ragged_dot(jnp.where(is_own, rows, 0), weights, sizes)
+    return jnp.where(is_own, out, 0)
 
 
 class Kernels(NamedTuple):
@@ -135,11 +146,15 @@ def choose_implementation(
     rows: Array, weights: Array, device: jax.Device | None
 ) -> str:
     """What "auto" stands for: this platform's fastest that serves the call."""
-    platform = jax.default_backend() if device is None else device.platform
-    reason = _refusal(rows, device) if platform == "gpu" else None
-    name = "pallas_gpu" if platform == "gpu" and reason is None else "xla"
+    is_gpu = _platform(device) == "gpu"
+    reason = _refusal(rows, device) if is_gpu else None
+    name = "pallas_gpu" if is_gpu and reason is None else "xla"
     _log_choice(name, weights.shape, rows.dtype.name, reason)
     return name
+
+
+def _platform(device: jax.Device | None) -> str:
+    return jax.default_backend() if device is None else device.platform
 
 
 def _refusal(rows: Array, device: jax.Device | None) -> str | None:

@@ -1,17 +1,21 @@
 """Grouped products and both gradients against float64, group by group."""
 
 import functools
+import importlib.util
+import os
 import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxtrain.kernels.grouped_matmul import api, grouped_matmul, hopper
 from jaxtrain.kernels.grouped_matmul.plan import TILE, make_plan
+from jaxtrain.models import moe
 
 # The third group meets three tiles of 128 rows, the first two tiles meet three groups
 # each, one of which is empty; 58 rows are behind all groups.
@@ -91,6 +95,30 @@ def test_xla_equals_float64():
     check(multiply, make_arrays(depth=24, width=8, dtype=jnp.float32))
 
 
+def test_tiles_that_a_tpu_leaves_unwritten_are_zeros(monkeypatch):
+    """Its kernel of ragged_dot visits tiles with groups only."""
+    ragged_dot = jax.lax.ragged_dot
+
+    @jax.custom_vjp
+    def careless(rows, weights, sizes):
+        return spoil(ragged_dot(rows, weights, sizes), sizes)
+
+    def spoil(out, sizes):
+        return jnp.where(jnp.arange(len(out))[:, None] < sizes.sum(), out, jnp.nan)
+
+    def backward(kept, d_out):
+        rows, weights, sizes = kept
+        _, transpose = jax.vjp(lambda *x: ragged_dot(*x, sizes), rows, weights)
+        d_rows, d_weights = transpose(d_out)
+        return spoil(d_rows, sizes), d_weights, None
+
+    careless.defvjp(lambda *x: (careless(*x), x), backward)
+    monkeypatch.setattr(jax.lax, "ragged_dot", careless)
+    tpu = types.SimpleNamespace(platform="tpu")
+    multiply = functools.partial(grouped_matmul, device=tpu)
+    check(multiply, make_arrays(depth=24, width=8, dtype=jnp.float32))
+
+
 def plain(rows, weights, plan, *, transposed=False):
     """A kernel's contract in plain jax: it is told of groups by the plan alone."""
     out = jnp.zeros((len(rows), weights.shape[1 if transposed else 2]), rows.dtype)
@@ -138,6 +166,52 @@ def test_gradients_on_a_mesh_are_those_of_one_device():
         np.testing.assert_allclose(out[half], want[0], atol=1e-5)
         np.testing.assert_allclose(d_rows[half], want[1], atol=1e-5)
     np.testing.assert_allclose(d_weights, wants[0][2] + wants[1][2], atol=1e-4)
+
+
+def test_experts_with_gate_and_up_in_one_product_equal_two(monkeypatch):
+    """A copy for expert 4, which is none, adds nothing: so others' are left out."""
+    rng = np.random.default_rng(0)
+    x, weights = rng.normal(size=(2, 9, 6)), rng.uniform(size=(2, 9, 2))
+    experts = rng.integers(0, 5, (2, 9, 2))
+    stacks = [rng.normal(size=size) for size in ((4, 6, 5), (4, 6, 5), (4, 5, 6))]
+    floats = [jnp.asarray(each, jnp.float32) for each in (x, weights, *stacks)]
+
+    def outputs_and_gradients():
+        def total(x, weights, *stacks):
+            combine = lambda gate, up: jax.nn.silu(gate) * up  # noqa: E731
+            y = moe.apply_experts(x, weights, experts, *stacks, combine=combine)
+            return jnp.sin(y).sum(), y
+
+        found = jax.value_and_grad(total, argnums=range(5), has_aux=True)(*floats)
+        return jax.tree.leaves(found)
+
+    two = outputs_and_gradients()
+    monkeypatch.setattr(moe, "choose_implementation", lambda *_: "pallas_gpu")
+    monkeypatch.setattr(api, "_refusal", lambda *_: None)
+    monkeypatch.setattr(api, "_load_kernels", lambda: PLAIN)
+    for got, want in zip(outputs_and_gradients(), two, strict=True):
+        np.testing.assert_allclose(got, want, atol=2e-5)
+        assert np.abs(want).max() > 0.1
+
+
+@pytest.mark.slow
+def test_a_tpu_multiplies_each_row_once():
+    """XLA has a kernel there: no product of all rows with each group's matrix."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("needs jax[tpu]: libtpu compiles for a TPU that is not here")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    description = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
+    device = description.devices[0]
+    here = jax.sharding.SingleDeviceSharding(device)
+    multiply = functools.partial(grouped_matmul, device=device)
+    step = jax.jit(lambda *x: run(multiply, *x[:3], x[3]))
+    shapes = ((4096, 512), (16, 512, 256), (4096, 256))
+    arrays = [jax.ShapeDtypeStruct(x, jnp.bfloat16, sharding=here) for x in shapes]
+    sizes = jax.ShapeDtypeStruct((16,), jnp.int32, sharding=here)
+    compiled = step.lower(*arrays, sizes).compile()
+    once = 2 * 4096 * 512 * 256
+    assert 3 * once <= compiled.cost_analysis()["flops"] < 3.2 * once
+    assert compiled.memory_analysis().temp_size_in_bytes < 3 * 2 * 4096 * 512
 
 
 @pytest.mark.parametrize("sizes", [SIZES, (0, 0, 392), (128, 128, 136), (0, 0, 0)])
