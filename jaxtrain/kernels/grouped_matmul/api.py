@@ -13,6 +13,9 @@ from jaxtrain.kernels.attention.cudnn import compute_capability
 from jaxtrain.kernels.grouped_matmul.plan import Plan, make_plan
 
 IMPLEMENTATIONS = ("auto", "xla", "pallas_gpu")
+# Fewer, as in generation, are a tile or two that meet all groups one after the other,
+# and reading the weights is all that XLA's way costs.
+_MANY_ROWS = 256
 _logger = logging.getLogger(__name__)
 
 
@@ -146,9 +149,10 @@ def choose_implementation(
     rows: Array, weights: Array, device: jax.Device | None
 ) -> str:
     """What "auto" stands for: this platform's fastest that serves the call."""
-    is_gpu = _platform(device) == "gpu"
-    reason = _refusal(rows, device) if is_gpu else None
-    name = "pallas_gpu" if is_gpu and reason is None else "xla"
+    name, reason = "xla", None
+    if _platform(device) == "gpu" and len(rows) >= _MANY_ROWS:
+        reason = _refusal(rows, device)
+        name = "xla" if reason else "pallas_gpu"
     _log_choice(name, weights.shape, rows.dtype.name, reason)
     return name
 

@@ -51,7 +51,7 @@ def make_kernels(
         functools.partial(multiply, tiles=forward or Tiles()),
         functools.partial(multiply, tiles=transposed or Tiles(), transposed=True),
         functools.partial(multiply_rows, tiles=of_rows or Tiles()),
-        row_multiple=8,
+        row_multiple=TILE,
         width_multiple=_DEPTH,
     )
 

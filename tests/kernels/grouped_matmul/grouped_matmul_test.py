@@ -239,21 +239,22 @@ def test_hopper_kernels_lower_for_cuda():
 
 
 def test_auto_takes_the_kernel_on_hopper_alone_and_tells_what_else_costs(caplog):
-    def choose(capability, dtype=jnp.bfloat16):
+    def choose(capability, dtype=jnp.bfloat16, rows=256):
         gpu = types.SimpleNamespace(platform="gpu", compute_capability=capability)
-        rows, weights, _ = make_arrays(8, (3, 5), 16, 8, dtype)
+        rows, weights, _ = make_arrays(rows, (3, 5), 16, 8, dtype)
         return api.choose_implementation(rows, weights, gpu)
 
     api._log_choice.cache_clear()
     with caplog.at_level("INFO"):
         assert choose("9.0") == "pallas_gpu"
     assert "auto chose pallas_gpu for 2 matrices of 16 x 8, bfloat16" in caplog.text
+    assert choose("9.0", rows=255) == "xla"  # as in generation
     assert "WARNING" not in caplog.text
     assert choose("8.0") == "xla"
     assert "it needs a Hopper GPU" in caplog.text
     assert "2 times the work" in caplog.text
     assert choose("9.0", jnp.float32) == "xla"
-    cpu = api.choose_implementation(*make_arrays(8, (3, 5), 16, 8)[:2], None)
+    cpu = api.choose_implementation(*make_arrays(256, (3, 5), 16, 8)[:2], None)
     assert cpu == "xla"
 
 
