@@ -13,6 +13,9 @@ from jaxtrain.kernels.attention.cudnn import compute_capability
 from jaxtrain.kernels.grouped_matmul.plan import Plan, make_plan
 
 IMPLEMENTATIONS = ("auto", "xla", "pallas_gpu")
+# Fewer, as in generation, are a tile or two that meet all groups one after the other,
+# and reading the weights is all that XLA's way costs.
+_MANY_ROWS = 256
 _logger = logging.getLogger(__name__)
 
 
@@ -45,8 +48,19 @@ def grouped_matmul(
             " or 'xla'"
         )
     if implementation == "xla":
-        return jax.lax.ragged_dot(rows, weights, sizes)
+        return _ragged_dot(rows, weights, sizes, _platform(device))
     return multiply_groups(_load_kernels(), rows, weights, sizes)
+
+
+def _ragged_dot(rows: Array, weights: Array, sizes: Array, platform: str) -> Array:
+    """XLA's: a kernel of groups on TPUs, elsewhere all rows times every matrix."""
+    if platform != "tpu":
+        return jax.lax.ragged_dot(rows, weights, sizes)
+    # That kernel writes no tile behind all groups, neither of the result nor of the
+    # rows' gradient.
+    is_own = jnp.arange(len(rows))[:, None] < sizes.sum()
+    out = jax.lax.ragged_dot(jnp.where(is_own, rows, 0), weights, sizes)
+    return jnp.where(is_own, out, 0)
 
 
 class Kernels(NamedTuple):
@@ -135,11 +149,16 @@ def choose_implementation(
     rows: Array, weights: Array, device: jax.Device | None
 ) -> str:
     """What "auto" stands for: this platform's fastest that serves the call."""
-    platform = jax.default_backend() if device is None else device.platform
-    reason = _refusal(rows, device) if platform == "gpu" else None
-    name = "pallas_gpu" if platform == "gpu" and reason is None else "xla"
+    name, reason = "xla", None
+    if _platform(device) == "gpu" and len(rows) >= _MANY_ROWS:
+        reason = _refusal(rows, device)
+        name = "xla" if reason else "pallas_gpu"
     _log_choice(name, weights.shape, rows.dtype.name, reason)
     return name
+
+
+def _platform(device: jax.Device | None) -> str:
+    return jax.default_backend() if device is None else device.platform
 
 
 def _refusal(rows: Array, device: jax.Device | None) -> str | None:

@@ -3,8 +3,8 @@
 A program stays on its multiprocessor and takes one tile of the result after the other.
 One warpgroup copies blocks of both factors into a ring of buffers in shared memory by
 TMA; two compute, each 64 rows of the tile, by wgmma in float32. A tile of rows that
-several groups share is multiplied by the matrix of each, and each row keeps what its
-own group gives: so a tile is written once, and rows behind all groups become zeros.
+several groups share is summed over these groups, the other groups' rows set to zero in
+shared memory: so each tile is written once, and rows behind all groups become zeros.
 """
 
 import dataclasses
@@ -51,7 +51,7 @@ def make_kernels(
         functools.partial(multiply, tiles=forward or Tiles()),
         functools.partial(multiply, tiles=transposed or Tiles(), transposed=True),
         functools.partial(multiply_rows, tiles=of_rows or Tiles()),
-        row_multiple=8,
+        row_multiple=TILE,
         width_multiple=_DEPTH,
     )
 
@@ -240,33 +240,26 @@ def _multiply_kernel(
     ring = _Ring(rows_memory, weights_memory, ready, free)
     group = jax.lax.axis_index("group")
 
-    def over_groups(
-        take: Callable[..., Any], place: Array, turns: Array, carry: Any
-    ) -> tuple[Array, Any]:
-        """Folds `take(row, column, expert, turns, own, carry)` over a tile's groups.
-
-        `turns` were taken so far, and the group has `own`.
-        """
+    def over_groups(take: Callable[..., Any], place: Array, turns: Array) -> Array:
+        """Folds `take(tile, column, expert, turns)` over what meets a tile."""
         tile = order_ref[hopper.divide(place, columns)]
         column = hopper.remainder(place, columns) * tiles.columns
         first = firsts_ref[tile]
 
-        def visit(expert: Array, state: tuple[Array, Any]) -> tuple[Array, Any]:
-            turns, carry = state
+        def visit(expert: Array, turns: Array) -> Array:
             is_empty = bounds_ref[expert] == bounds_ref[expert + 1]
             own = jnp.where(is_empty, 0, steps)
-            carry = take(tile * TILE, column, expert, turns, own, carry)
-            return turns + own, carry
+            take(tile * TILE, column, expert, turns, own)
+            return turns + own
 
-        last = first + counts_ref[tile]
-        return jax.lax.fori_loop(first, last, visit, (turns, carry))
+        return jax.lax.fori_loop(first, first + counts_ref[tile], visit, turns)
 
     @pl.when(group == FEEDER)
     def _feed() -> None:
         plgpu.set_max_registers(40, action="decrease")
 
         def feed(
-            row: Array, column: Array, expert: Array, turns: Array, own: Array, _: None
+            row: Array, column: Array, expert: Array, turns: Array, own: Array
         ) -> None:
             def copy(step: Array, _: None) -> None:
                 inner = pl.ds(step * _DEPTH, _DEPTH)
@@ -280,52 +273,47 @@ def _multiply_kernel(
 
             jax.lax.fori_loop(0, own, copy, None)
 
-        def feed_tile(place: Array, turns: Array) -> Array:
-            return over_groups(feed, place, turns, None)[0]
-
-        _over_tiles(pl.cdiv(length, TILE) * columns, feed_tile)
+        _over_tiles(
+            pl.cdiv(length, TILE) * columns, functools.partial(over_groups, feed)
+        )
 
     @pl.when(group < GROUPS)
     def _compute() -> None:
         plgpu.set_max_registers(232, action="increase")
 
         def take(place: Array, first: Array) -> Array:
-            shape = (ROWS, tiles.columns)
+            def sum_up(total: Ref) -> tuple[Array, Array]:
+                def add(
+                    row: Array, column: Array, expert: Array, turns: Array, own: Array
+                ) -> None:
+                    start = bounds_ref[expert] - (row + group * ROWS)
+                    end = bounds_ref[expert + 1] - (row + group * ROWS)
+                    is_part = (start > 0) | (end < ROWS)
 
-            def add(
-                row: Array,
-                column: Array,
-                expert: Array,
-                turns: Array,
-                own: Array,
-                out: Array,
-            ) -> Array:
-                def sum_up(total: Ref) -> Array:
                     def step(index: Array, _: None) -> None:
-                        slot = hopper.remainder(turns + index, tiles.stages)
+                        turn = turns + index
+                        slot = hopper.remainder(turn, tiles.stages)
                         plgpu.barrier_wait(ready.at[slot])
+                        block = rows_memory.at[slot, group]
+                        pl.when(is_part)(lambda: _keep(tiles, block, start, end))
                         right = weights_memory.at[slot]
                         if transposed:
                             right = right.transpose((1, 0))
-                        plgpu.wgmma(total, rows_memory.at[slot, group], right)
-                        ring.release_before(turns + index, turns)
+                        plgpu.wgmma(total, block, right)
+                        ring.release_before(turn, first)
 
                     jax.lax.fori_loop(0, own, step, None)
-                    ring.release_last(turns + own, turns)
-                    return total[...]
 
-                total = pl.run_scoped(sum_up, plgpu.ACC(shape, jnp.float32))
-                start = bounds_ref[expert] - (row + group * ROWS)
-                end = bounds_ref[expert + 1] - (row + group * ROWS)
-                is_own = _is_between(tiles, shape, start, end)
-                return jnp.where(is_own, total.astype(out.dtype), out)
+                turns = over_groups(add, place, first)
+                ring.release_last(turns, first)
+                return total[...], turns
 
-            none = _constant(tiles, shape, rows_ref.dtype)
-            turns, out = over_groups(add, place, first, none)
+            shape = (ROWS, tiles.columns)
+            total, turns = pl.run_scoped(sum_up, plgpu.ACC(shape, jnp.float32))
             tile = order_ref[hopper.divide(place, columns)]
             own = pl.ds(tile * TILE + group * ROWS, ROWS)
             column = hopper.remainder(place, columns) * tiles.columns
-            _store(out, out_memory.at[group], out_ref.at[own], column)
+            _store(total, out_memory.at[group], out_ref.at[own], column)
             return turns
 
         _over_tiles(pl.cdiv(length, TILE) * columns, take)
@@ -414,35 +402,22 @@ def _rows_kernel(
         plgpu.wait_smem_to_gmem(0)
 
 
-def _is_between(
-    tiles: Tiles, shape: tuple[int, int], start: Array, end: Array
-) -> Array:
-    """Where in an array in registers a row's number is from `start` to `end`."""
-    if tiles.interpret:
-        row = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-    else:
-        row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=hopper.TILE)
-    return (row >= start) & (row < end)
-
-
-def _constant(tiles: Tiles, shape: tuple[int, int], dtype: Any) -> Array:
-    """Zeros in registers; the interpreter has no layouts."""
-    zeros = jnp.zeros(shape, dtype)
-    return zeros if tiles.interpret else plgpu.layout_cast(zeros, hopper.TILE)
-
-
 def _keep(tiles: Tiles, block: Ref, start: Array, end: Array) -> None:
     """Sets the rows of a block before `start` and from `end` on to zero."""
-    is_own = _is_between(tiles, block.shape, start, end)
+    if tiles.interpret:
+        row = jax.lax.broadcasted_iota(jnp.int32, block.shape, 0)
+    else:
+        row = plgpu.broadcasted_iota(jnp.int32, block.shape, 0, layout=hopper.TILE)
+    is_own = (row >= start) & (row < end)
     block[...] = jnp.where(is_own, block[...], jnp.zeros((), block.dtype))
     plgpu.commit_smem()
 
 
-def _store(out: Array, memory: Ref, target: Ref, column: Array) -> None:
-    """Sends a tile to the target's columns, in as many parts as it takes."""
+def _store(total: Array, memory: Ref, target: Ref, column: Array) -> None:
+    """Sends a tile's sums to the target's columns, in as many parts as it takes."""
     leaving = memory.shape[1]
-    for first in range(0, out.shape[1], leaving):
+    for first in range(0, total.shape[1], leaving):
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        memory[...] = out[:, first : first + leaving].astype(memory.dtype)
+        memory[...] = total[:, first : first + leaving].astype(memory.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(memory, target.at[:, pl.ds(column + first, leaving)])

@@ -1,17 +1,21 @@
 """Grouped products and both gradients against float64, group by group."""
 
 import functools
+import importlib.util
+import os
 import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxtrain.kernels.grouped_matmul import api, grouped_matmul, hopper
 from jaxtrain.kernels.grouped_matmul.plan import TILE, make_plan
+from jaxtrain.models import moe
 
 # The third group meets three tiles of 128 rows, the first two tiles meet three groups
 # each, one of which is empty; 58 rows are behind all groups.
@@ -91,28 +95,52 @@ def test_xla_equals_float64():
     check(multiply, make_arrays(depth=24, width=8, dtype=jnp.float32))
 
 
-def plain(rows, weights, plan, *, transposed=False):
+def test_tiles_that_a_tpu_leaves_unwritten_are_zeros(monkeypatch):
+    """Its kernel of ragged_dot visits tiles with groups only."""
+    ragged_dot = jax.lax.ragged_dot
+
+    @jax.custom_vjp
+    def careless(rows, weights, sizes):
+        return spoil(ragged_dot(rows, weights, sizes), sizes)
+
+    def spoil(out, sizes):
+        return jnp.where(jnp.arange(len(out))[:, None] < sizes.sum(), out, jnp.nan)
+
+    def backward(kept, d_out):
+        rows, weights, sizes = kept
+        _, transpose = jax.vjp(lambda *x: ragged_dot(*x, sizes), rows, weights)
+        d_rows, d_weights = transpose(d_out)
+        return spoil(d_rows, sizes), d_weights, None
+
+    careless.defvjp(lambda *x: (careless(*x), x), backward)
+    monkeypatch.setattr(jax.lax, "ragged_dot", careless)
+    tpu = types.SimpleNamespace(platform="tpu")
+    multiply = functools.partial(grouped_matmul, device=tpu)
+    check(multiply, make_arrays(depth=24, width=8, dtype=jnp.float32))
+
+
+def memberships(length, plan):
+    """Which group each row is in, [M E], as the plan tells it."""
+    number = jnp.arange(length)[:, None]
+    is_own = (plan.bounds[:-1] <= number) & (number < plan.bounds[1:])
+    return is_own.astype(jnp.float32)
+
+
+def plain(rows, weights, plan, *, letters="edf,md->mf"):
     """A kernel's contract in plain jax: it is told of groups by the plan alone."""
-    out = jnp.zeros((len(rows), weights.shape[1 if transposed else 2]), rows.dtype)
-    number = jnp.arange(len(rows))[:, None]
-    for group in range(len(weights)):
-        is_own = (plan.bounds[group] <= number) & (number < plan.bounds[group + 1])
-        matrix = weights[group].T if transposed else weights[group]
-        out = jnp.where(is_own, rows @ matrix, out)
-    return out
+    matrices, others = letters.split(",")
+    own = memberships(len(rows), plan)
+    return jnp.einsum(f"me,{matrices},{others}", own, weights, rows)
 
 
 def plain_rows(rows, others, plan):
-    number = jnp.arange(len(rows))[:, None]
-    starts, ends = plan.bounds[:-1], plan.bounds[1:]
-    parts = [
-        jnp.where((start <= number) & (number < end), rows, 0).T @ others
-        for start, end in zip(starts, ends, strict=True)
-    ]
-    return jnp.stack(parts)
+    own = memberships(len(rows), plan)
+    return jnp.einsum("me,md,mf->edf", own, rows, others)
 
 
-PLAIN = api.Kernels(plain, functools.partial(plain, transposed=True), plain_rows, 8, 64)
+PLAIN = api.Kernels(
+    plain, functools.partial(plain, letters="edf,mf->md"), plain_rows, 8, 64
+)
 
 
 def test_gradients_on_a_mesh_are_those_of_one_device():
@@ -127,8 +155,8 @@ def test_gradients_on_a_mesh_are_those_of_one_device():
         in_specs=(split, whole, split),
         out_specs=split,
     )
-    out, transpose = jax.vjp(lambda *x: multiply(*x, jnp.asarray(sizes)), rows, weights)
-    d_rows, d_weights = transpose(d_out)
+    one_call = jax.jit(lambda *x: run(multiply, *x, sizes))
+    out, d_rows, d_weights = one_call(rows, weights, d_out)
     halves = [slice(0, 64), slice(64, 128)]
     wants = [
         expected(rows[half], weights, d_out[half], own)
@@ -138,6 +166,53 @@ def test_gradients_on_a_mesh_are_those_of_one_device():
         np.testing.assert_allclose(out[half], want[0], atol=1e-5)
         np.testing.assert_allclose(d_rows[half], want[1], atol=1e-5)
     np.testing.assert_allclose(d_weights, wants[0][2] + wants[1][2], atol=1e-4)
+
+
+def test_experts_with_gate_and_up_in_one_product_equal_two(monkeypatch):
+    """A copy for expert 4, which is none, adds nothing: so others' are left out."""
+    rng = np.random.default_rng(0)
+    x, weights = rng.normal(size=(2, 9, 6)), rng.uniform(size=(2, 9, 2))
+    experts = rng.integers(0, 5, (2, 9, 2))
+    shapes = ((4, 6, 5), (4, 6, 5), (4, 5, 6))
+    stacks = [0.5 * rng.normal(size=shape) for shape in shapes]
+    floats = [jnp.asarray(each, jnp.float32) for each in (x, weights, *stacks)]
+
+    def outputs_and_gradients():
+        def total(x, weights, *stacks):
+            combine = lambda gate, up: jax.nn.silu(gate) * up  # noqa: E731
+            y = moe.apply_experts(x, weights, experts, *stacks, combine=combine)
+            return jnp.sin(y).sum(), y
+
+        found = jax.value_and_grad(total, argnums=range(5), has_aux=True)
+        return jax.tree.leaves(jax.jit(found)(*floats))
+
+    two = outputs_and_gradients()
+    monkeypatch.setattr(moe, "choose_implementation", lambda *_: "pallas_gpu")
+    monkeypatch.setattr(api, "_refusal", lambda *_: None)
+    monkeypatch.setattr(api, "_load_kernels", lambda: PLAIN)
+    for got, want in zip(outputs_and_gradients(), two, strict=True):
+        np.testing.assert_allclose(got, want, atol=2e-5)
+        assert np.abs(want).max() > 0.1
+
+
+@pytest.mark.slow
+def test_a_tpu_multiplies_each_row_once():
+    """XLA has a kernel there: no product of all rows with each group's matrix."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("needs jax[tpu]: libtpu compiles for a TPU that is not here")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    description = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
+    device = description.devices[0]
+    here = jax.sharding.SingleDeviceSharding(device)
+    multiply = functools.partial(grouped_matmul, device=device)
+    step = jax.jit(lambda *x: run(multiply, *x[:3], x[3]))
+    shapes = ((4096, 512), (16, 512, 256), (4096, 256))
+    arrays = [jax.ShapeDtypeStruct(x, jnp.bfloat16, sharding=here) for x in shapes]
+    sizes = jax.ShapeDtypeStruct((16,), jnp.int32, sharding=here)
+    compiled = step.lower(*arrays, sizes).compile()
+    once = 2 * 4096 * 512 * 256
+    assert 3 * once <= compiled.cost_analysis()["flops"] < 3.2 * once
+    assert compiled.memory_analysis().temp_size_in_bytes < 3 * 2 * 4096 * 512
 
 
 @pytest.mark.parametrize("sizes", [SIZES, (0, 0, 392), (128, 128, 136), (0, 0, 0)])
@@ -164,21 +239,22 @@ def test_hopper_kernels_lower_for_cuda():
 
 
 def test_auto_takes_the_kernel_on_hopper_alone_and_tells_what_else_costs(caplog):
-    def choose(capability, dtype=jnp.bfloat16):
+    def choose(capability, dtype=jnp.bfloat16, rows=256):
         gpu = types.SimpleNamespace(platform="gpu", compute_capability=capability)
-        rows, weights, _ = make_arrays(8, (3, 5), 16, 8, dtype)
+        rows, weights, _ = make_arrays(rows, (3, 5), 16, 8, dtype)
         return api.choose_implementation(rows, weights, gpu)
 
     api._log_choice.cache_clear()
     with caplog.at_level("INFO"):
         assert choose("9.0") == "pallas_gpu"
     assert "auto chose pallas_gpu for 2 matrices of 16 x 8, bfloat16" in caplog.text
+    assert choose("9.0", rows=255) == "xla"  # as in generation
     assert "WARNING" not in caplog.text
     assert choose("8.0") == "xla"
     assert "it needs a Hopper GPU" in caplog.text
     assert "2 times the work" in caplog.text
     assert choose("9.0", jnp.float32) == "xla"
-    cpu = api.choose_implementation(*make_arrays(8, (3, 5), 16, 8)[:2], None)
+    cpu = api.choose_implementation(*make_arrays(256, (3, 5), 16, 8)[:2], None)
     assert cpu == "xla"
 
 
