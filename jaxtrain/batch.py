@@ -21,9 +21,8 @@ class Batch:
     each document. `loss_mask` weighs each prediction; 0 leaves it out of the loss.
     `prompt_ids` name a second segment that a token reads beside its own: the prompt
     that the two completions of a pair share (0: none). None: no row shares any.
-    `scored` has the places of the predictions that `loss_mask` counts, C of them for
-    each of G runs of B / G rows, taken as one line of tokens; behind the last the
-    line's length. The loss head looks at no others. None: it scores all.
+    `scored`: the places that `loss_mask` counts, C in each of G lines of B / G rows,
+    the line's length behind the last; the loss head scores no others. None: all.
     """
 
     tokens: Int32[Array, "*A B T"]

@@ -68,7 +68,7 @@ def test_processes_read_the_columns_of_one_batch_and_agree():
     whole = iterate(data, 4, BatchShape(8, 2))
     for batches in (whole, *both):
         batches.reader = dataclasses.replace(
-            batches.reader, scoring=whole.reader.scoring._replace(count=145)
+            batches.reader, scoring=whole.reader.scoring._replace(places=145)
         )
     kinds = set()
     for expected, *parts in zip(whole, *both, strict=True):
@@ -95,4 +95,4 @@ def test_short_rows_of_a_curriculum_are_scored_whole():
     rows = np.arange(8)[None]
     assert scoring.select(data.batch(rows), 1).scored is not None
     short = data.batch(rows, row_length=240)
-    assert scoring._replace(count=1792).select(short, 1) is short
+    assert scoring._replace(places=1792).select(short, 1) is short

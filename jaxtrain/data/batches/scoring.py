@@ -22,7 +22,7 @@ class Scoring(NamedTuple):
     """
 
     shards: int
-    count: int
+    places: int
 
     def fits(self, trained: np.ndarray) -> bool:
         """Whether no device's rows have more to score.
@@ -30,7 +30,7 @@ class Scoring(NamedTuple):
         Args:
             trained: int64[*, R], trained predictions of the rows of all processes.
         """
-        return bool(_of_devices(trained, self.shards).max() <= self.count)
+        return bool(_of_devices(trained, self.shards).max() <= self.places)
 
     def select(self, rows: Batch, processes: int) -> Batch:
         """The rows [A B T] of one of so many processes, with their `scored` places.
@@ -40,9 +40,9 @@ class Scoring(NamedTuple):
         devices = self.shards // processes
         count, length = rows.loss_mask.shape[-2:]
         tokens = count // devices * length
-        if self.count > 0.9 * tokens:
+        if self.places > 0.9 * tokens:
             return rows
-        return with_scored(rows, self.count, devices)
+        return with_scored(rows, self.places, devices)
 
 
 def choose_scoring(
@@ -59,8 +59,8 @@ def choose_scoring(
     """
     of_rows = lengths_of(trained[:, None], sample)[..., 0]
     most = int(_of_devices(of_rows, shards).max())
-    count = room_for_scored(most, sample.shape[-1] // shards * row_length)
-    return Scoring(shards, count) if count else None
+    places = room_for_scored(most, sample.shape[-1] // shards * row_length)
+    return Scoring(shards, places) if places else None
 
 
 def with_scored(rows: Batch, count: int, groups: int) -> Batch:
