@@ -92,7 +92,7 @@ _OPTIONS: Mapping[str, str] = {
     "logit_scale": "a factor on logits",
     "mlp_only_layers": "a mixture of experts",
     "num_local_experts": "a mixture of experts",
-    "first_k_dense_replace": "a mixture of experts behind plain layers",
+    "first_k_dense_replace": "plain layers first",
 }
 
 

@@ -151,10 +151,13 @@ MIXTURES = {
     "glm4_moe": GROUPED | {"head_dim": 16, "use_qk_norm": True},
     "deepseek_v3": GROUPED | LATENT | {"n_group": 1},
     "qwen2_moe": SHARED,
-    "qwen3_5_moe_text": OF_KINDS["qwen3_5_text"] | SHARED,
+    "qwen3_5_moe_text": OF_KINDS["qwen3_5_text"] | SHARED | {"rms_norm_eps": 1e-2},
     "gemma4_experts": OF_KINDS["gemma4_text"]
     | {
         "model_type": "gemma4_text",
+        "num_kv_shared_layers": 0,
+        "hidden_size_per_layer_input": 0,
+        "attention_k_eq_v": True,
         "enable_moe_block": True,
         "num_experts": 4,
         "top_k_experts": 2,
@@ -367,18 +370,22 @@ def test_twenty_steps_log_and_learn_what_trl_does(
     assert_equal_trainings(ours, theirs, method.removeprefix("lora-"))
 
 
+def on_request(*values: str) -> Any:
+    return pytest.param(*values, marks=pytest.mark.on_request)
+
+
 @pytest.mark.parametrize(
-    "base",
+    ("base", "method"),
     [
-        "mixtral",
-        *(
-            pytest.param(name, marks=pytest.mark.on_request)
-            for name in ("gpt_oss", "qwen2_moe", "qwen3_5_moe_text")
-        ),
+        ("mixtral", "sft"),
+        ("mixtral", "lora-dpo"),
+        on_request("gpt_oss", "sft"),
+        on_request("gpt_oss", "lora-dpo"),
+        on_request("qwen2_moe", "sft"),
+        on_request("qwen3_5_moe_text", "sft"),
     ],
-    indirect=True,
+    indirect=["base"],
 )
-@pytest.mark.parametrize("method", ["sft", "lora-dpo"])
 def test_a_mixture_of_experts_logs_and_learns_what_trl_does(
     method: str, base: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: Any
 ) -> None:
@@ -396,10 +403,6 @@ def test_a_mixture_of_experts_logs_and_learns_what_trl_does(
     assert_equal_trainings(ours, theirs, method.removeprefix("lora-"))
     for logs in zip(ours.logs, theirs.logs, strict=True):
         assert_equal("aux_loss", *(log["aux_loss"] for log in logs))
-
-
-def on_request(*values: str) -> Any:
-    return pytest.param(*values, marks=pytest.mark.on_request)
 
 
 @pytest.mark.parametrize(
@@ -427,6 +430,8 @@ def on_request(*values: str) -> Any:
             )
             for method in ("sft", "dpo")
         ),
+        on_request("qwen2_moe", "dpo"),
+        on_request("qwen3_5_moe_text", "dpo"),
     ],
     indirect=["base"],
 )

@@ -143,13 +143,14 @@ class ArchitectureSection:
     conv_bias: bool | None = None
     """LFM2: biases of such layers."""
     num_experts: PositiveInt | None = None
-    """mixtral, qwen3_moe, gpt_oss: the MLPs in each layer."""
+    """Mixtures of experts: the MLPs in each layer."""
     num_experts_per_tok: PositiveInt | None = None
-    """mixtral, qwen3_moe, gpt_oss: how many of them a token goes to."""
+    """Mixtures of experts: how many of them a token goes to."""
     moe_intermediate_size: PositiveInt | None = None
-    """qwen3_moe: width of one expert."""
+    """Mixtures of experts but mixtral and gpt_oss: width of one expert."""
     norm_topk_prob: bool | None = None
-    """qwen3_moe: let the weights of a token's experts sum to 1."""
+    """Qwen's mixtures, GLM-4.5, DeepSeek V3: let the weights of a token's experts sum
+    to 1."""
     router_aux_loss_coef: NonNegative | None = None
     """training.router_aux_loss_coef, where that is unset."""
     initializer_range: Positive = 0.02

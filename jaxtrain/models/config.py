@@ -103,7 +103,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         problems = [*self._wrong_sizes()]
         if not problems:  # the other rules compare sizes
-            problems += self._wrong_layers()
+            problems += _wrong_layers(self)
             problems += mixture_problems(self, _MIXTURES)
             problems += _too_large(self)
             problems += self.variety.problems(self) if self.variety else ()
@@ -129,47 +129,6 @@ class ModelConfig:
             if not is_number or number < 0 or (number == 0 and least):
                 wanted = f"a finite number {'above' if least else 'of at least'} 0"
                 yield f"model.{name} = {shown(number, 100)}: must be {wanted}"
-
-    def _wrong_layers(self) -> Iterator[str]:
-        if self.num_attention_heads % self.num_key_value_heads:
-            yield (
-                f"model.num_attention_heads = {self.num_attention_heads} is no multiple"
-                f" of num_key_value_heads = {self.num_key_value_heads}"
-            )
-        width = self.num_attention_heads * self.head_dim
-        if self.hidden_act not in _ACTIVATIONS:
-            yield (
-                f"model.hidden_act = {shown(self.hidden_act)} is unknown; use one of"
-                f" {', '.join(_ACTIVATIONS)}"
-            )
-        if len(self.layer_types) != self.num_hidden_layers:
-            yield (
-                f"model.layer_types names {len(self.layer_types)} layers, but"
-                f" num_hidden_layers = {self.num_hidden_layers}"
-            )
-        own = self.variety.layer_types if self.variety else frozenset()
-        known = (FULL, SLIDING, *sorted(own))
-        if unknown := sorted(set(self.layer_types) - {*known}):
-            words = " or ".join(map(repr, known))
-            yield f"model.layer_types has {shown(unknown)}: use {words}"
-        if SLIDING in self.layer_types and not self.sliding_window:
-            yield (
-                f"model.layer_types has {SLIDING!r}, so sliding_window must be a"
-                f" number of tokens, not {shown(self.sliding_window)}"
-            )
-        if self.family.head_dim_is_share and width != self.hidden_size:
-            yield (
-                f"model.head_dim = {self.head_dim}: the heads of a {self.model_type}"
-                f" always share hidden_size = {self.hidden_size}; leave it unset"
-            )
-        if self.rotary_layers and len(self.rotary_layers) != self.num_hidden_layers:
-            yield (
-                f"model.no_rope_layers names {len(self.rotary_layers)} layers, but"
-                f" num_hidden_layers = {self.num_hidden_layers}"
-            )
-        for rope in (self.rope, self.local_rope):
-            if rope is not None:
-                yield from rope.problems(self.rotary_head_dim)
 
     @property
     def family(self) -> Family:
@@ -465,6 +424,48 @@ def refused_options(options: Mapping[str, Any], family: Family) -> list[str]:
         f" implement: {'; '.join(refused)}. Remove each that the weights do not"
         " need, or train another model"
     ]
+
+
+def _wrong_layers(config: ModelConfig) -> Iterator[str]:
+    if config.num_attention_heads % config.num_key_value_heads:
+        yield (
+            f"model.num_attention_heads = {config.num_attention_heads} is no multiple"
+            f" of num_key_value_heads = {config.num_key_value_heads}"
+        )
+    width = config.num_attention_heads * config.head_dim
+    if config.hidden_act not in _ACTIVATIONS:
+        yield (
+            f"model.hidden_act = {shown(config.hidden_act)} is unknown; use one of"
+            f" {', '.join(_ACTIVATIONS)}"
+        )
+    if len(config.layer_types) != config.num_hidden_layers:
+        yield (
+            f"model.layer_types names {len(config.layer_types)} layers, but"
+            f" num_hidden_layers = {config.num_hidden_layers}"
+        )
+    own = config.variety.layer_types if config.variety else frozenset()
+    known = (FULL, SLIDING, *sorted(own))
+    if unknown := sorted(set(config.layer_types) - {*known}):
+        words = " or ".join(map(repr, known))
+        yield f"model.layer_types has {shown(unknown)}: use {words}"
+    if SLIDING in config.layer_types and not config.sliding_window:
+        yield (
+            f"model.layer_types has {SLIDING!r}, so sliding_window must be a"
+            f" number of tokens, not {shown(config.sliding_window)}"
+        )
+    if config.family.head_dim_is_share and width != config.hidden_size:
+        yield (
+            f"model.head_dim = {config.head_dim}: the heads of a {config.model_type}"
+            f" always share hidden_size = {config.hidden_size}; leave it unset"
+        )
+    if config.rotary_layers and len(config.rotary_layers) != config.num_hidden_layers:
+        yield (
+            f"model.no_rope_layers names {len(config.rotary_layers)} layers, but"
+            f" num_hidden_layers = {config.num_hidden_layers}"
+        )
+    for rope in (config.rope, config.local_rope):
+        if rope is not None:
+            yield from rope.problems(config.rotary_head_dim)
 
 
 def _too_large(config: ModelConfig) -> Iterator[str]:

@@ -231,7 +231,8 @@ _QWEN_NOTES = frozenset(
 )  # fmt: skip
 # Mixtures after DeepSeek's: dense layers first, shared experts, experts in groups.
 _GROUPED_MIXTURE: dict[str, Any] = {
-    "n_routed_experts": 128, "n_shared_experts": 1, "num_experts_per_tok": 8,
+    "num_local_experts": None, "num_experts": None, "n_routed_experts": 128,
+    "n_shared_experts": 1, "num_experts_per_tok": 8,
     "moe_intermediate_size": 1408, "routed_scaling_factor": 1.0, "n_group": 1,
     "topk_group": 1, "first_k_dense_replace": 1, "norm_topk_prob": True,
     "output_router_logits": False,

@@ -50,9 +50,9 @@ def text_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """The decoder's part of a config.json; all of it where there is no wrapper."""
     if not is_composite(options):
         named = options.get("model_type")
-        is_other = isinstance(named, str) and named in OTHER_NAMES
-        other = {"model_type": OTHER_NAMES[named]} if is_other else {}
-        return {**options, **other}
+        if isinstance(named, str) and named in OTHER_NAMES:
+            return {**options, "model_type": OTHER_NAMES[named]}
+        return dict(options)
     text = dict(options["text_config"])
     text.setdefault("model_type", WRAPPERS[options["model_type"]])
     # transformers ties by the wrapper's value; where it says nothing, most are tied.

@@ -4,10 +4,13 @@ import json
 import pathlib
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from jaxtrain.models import Decoder, ModelConfig
-from jaxtrain.models.hf_config import load_config
+from jaxtrain.models.hf import load_config, load_params, save_pretrained
 from jaxtrain.models.mixtures import Routing
 
 SHAPES = pathlib.Path(__file__).parents[2] / "configs" / "shapes"
@@ -136,3 +139,19 @@ def test_kimi_k2_is_a_deepseek_v3_by_another_name() -> None:
 def test_experts_that_cannot_be_are_refused(make, options: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         make(**options)
+
+
+def test_a_layer_for_tokens_further_on_is_passed_over(tmp_path) -> None:
+    """It follows the others in published files; what follows it is no layer's."""
+    decoder = Decoder(glm())
+    params = decoder.init(jax.random.key(0))
+    save_pretrained(tmp_path, decoder.config, params)
+    assert decoder.config.to_hf()["num_nextn_predict_layers"] == 0
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    name, extra = "model.layers.{}.eh_proj.weight", np.ones((2, 2), np.float32)
+    save_file({**tensors, name.format(5): extra}, file)
+    jax.tree.map(np.testing.assert_array_equal, load_params(tmp_path, decoder), params)
+    save_file({**tensors, name.format(6): extra}, file)
+    with pytest.raises(ValueError, match=r"unexpected model\.layers\.6\.eh_proj"):
+        load_params(tmp_path, decoder)

@@ -919,6 +919,8 @@ def shrunk(config: dict[str, Any]) -> dict[str, Any]:
     for name in ("layer_types", "no_rope_layers"):
         if name in config:
             small[name] = config[name][-2:]
+    if "full_attention_interval" in config:
+        small["full_attention_interval"] = 2
     if "full_attn_idxs" in config:
         small["full_attn_idxs"] = [1]
     if "block_multiple_of" in config:
