@@ -40,10 +40,6 @@ EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 ALL_SEVEN = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "all-linear": ("mixtral", {"target_modules": "all-linear", "use_rslora": True}),
-    "seven names": (
-        "qwen3_moe",
-        {"target_modules": ALL_SEVEN, "alpha_pattern": {"experts.down_proj": 7}},
-    ),
     "all of gpt-oss": (
         "gpt_oss",
         {
@@ -54,6 +50,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 MORE_CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "seven names": (
+        "qwen3_moe",
+        {"target_modules": ALL_SEVEN, "alpha_pattern": {"experts.down_proj": 7}},
+    ),
     "one parameter": (
         "mixtral",
         {"target_modules": [], "target_parameters": ["experts.gate_up_proj"]},
