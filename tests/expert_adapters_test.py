@@ -19,6 +19,7 @@ from jaxtrain.lora import (
     load_adapter,
     make_shape,
     merge_into_base,
+    parameters,
     save_adapter,
     trainable_and_frozen,
 )
@@ -40,10 +41,6 @@ EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 ALL_SEVEN = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "all-linear": ("mixtral", {"target_modules": "all-linear", "use_rslora": True}),
-    "seven names": (
-        "qwen3_moe",
-        {"target_modules": ALL_SEVEN, "alpha_pattern": {"experts.down_proj": 7}},
-    ),
     "all of gpt-oss": (
         "gpt_oss",
         {
@@ -54,6 +51,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 MORE_CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "seven names": (
+        "qwen3_moe",
+        {"target_modules": ALL_SEVEN, "alpha_pattern": {"experts.down_proj": 7}},
+    ),
     "one parameter": (
         "mixtral",
         {"target_modules": [], "target_parameters": ["experts.gate_up_proj"]},
@@ -197,9 +198,10 @@ def make_mixture(family: str = "mixtral", **sizes: Any) -> tuple[Decoder, Any]:
     return decoder, jax.tree.map(lambda x: 3 * x if (x != 1).any() else x, params)
 
 
-def add_adapters(decoder: Decoder, params: Any, **options: Any) -> tuple[Decoder, Any]:
+def add_adapters(decoder: Decoder, params: Any) -> tuple[Decoder, Any]:
     """The decoder with adapters on all of a mixture, and their values."""
-    lora = LoraConfig(r=RANK, target_parameters=ALL, **options)
+    names = [p.name for p in parameters.iterate_parameters(params)]
+    lora = LoraConfig(r=RANK, target_parameters=tuple(names))
     adapters = init_adapters(jax.random.key(1), params, lora)
     draw = np.random.default_rng(0).standard_normal
     moved = jax.tree.map(lambda x: x + 0.1 * draw(x.shape, np.float32), adapters)
@@ -315,6 +317,43 @@ def _equations(jaxpr: Any) -> Any:
 
 
 CARRIED = {"convert_element_type", "slice", "split", "pjit", "jit", "squeeze"}
+
+
+def test_factors_are_stored_as_pefts_product_reads_them(tmp_path):
+    """delta[e, out, in] = sum_r B[out, r, e] A[e, r, in] (ParamWrapper)."""
+    decoder, params = make_mixture("gpt_oss")
+    _, adapters = add_adapters(decoder, params)
+    lora = LoraConfig(r=RANK, target_parameters=("mlp.router.weight", *EXPERTS))
+    save_adapter(tmp_path, adapters, lora, None, tied_embeddings=False)
+    tensors = tensors_of(tmp_path)
+    prefix = "base_model.model.model.layers.1.mlp"
+    assert {name for name in tensors if name.startswith(prefix)} == {
+        f"{prefix}.{wrapper}.lora_{factor}.weight"
+        for wrapper in ("router", "experts", "experts.base_layer")
+        for factor in "AB"
+    }
+    ours = adapters["layers"]["mlp"]["experts"]["adapters"]
+    for name, wrapper in (
+        ("gate_up_proj", "experts.base_layer"),
+        ("down_proj", "experts"),
+    ):
+        a, b = (tensors[f"{prefix}.{wrapper}.lora_{x}.weight"] for x in "AB")
+        a, b = a.reshape(4, RANK, -1), b.reshape(len(b), RANK, 4)
+        delta = np.einsum("ore,eri->eio", b, a)
+        own = ours[name]["lora_a"][1] @ ours[name]["lora_b"][1]
+        np.testing.assert_allclose(delta, own, rtol=1e-4, atol=1e-5)
+    again, settings = load_adapter(tmp_path, params)
+    jax.tree.map(np.testing.assert_array_equal, again, adapters)
+    assert set(settings.target_parameters or ()) == set(lora.target_parameters or ())
+    # Gate's and up's columns take turns in gpt-oss, and are halves elsewhere.
+    for in_turns in (True, False):
+        place = ("layers", "mlp", "experts", "adapters", "gate_up_proj")
+        both = jnp.arange(8.0).reshape(1, 1, 1, 8)
+        found = parameters.Parameter(place, ("model.x.gate_up_proj",), (), in_turns)
+        leaves = {(*place, "lora_a"): both, (*place, "lora_b"): both}
+        path = ("layers", "mlp", "experts", "up_proj")
+        _, up, _ = parameters.share_of(path, leaves, {place: found})
+        assert up.ravel().tolist() == ([1, 3, 5, 7] if in_turns else [4, 5, 6, 7])
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,7 @@ LEFT_OUT = (
     "exact_records_test.py::test_a_window_survives",
     "exact_records_test.py::test_an_early_stop_is_final",
     "exact_records_test.py::test_evaluations_that_are_no_numbers",
+    "expert_adapters_test.py::test_experts_in_few_bits",
     "expert_parallel_test.py",
     "faults/faults_test.py::test_a_disk_that_is_full",
     "faults/faults_test.py::test_a_flipped_bit",
