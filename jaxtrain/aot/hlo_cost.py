@@ -5,9 +5,8 @@ this reads the program's text: each computation's instructions, times the iterat
 of the loops around it. An instruction, fused or not, costs what it reads and writes in
 device memory: of an operand that it only takes a slice or rows of, these; of a result
 that it updates in place, the update. What lies in on-chip memory (a layout with S(1))
-costs nothing. Of a conditional the branch counts that runs where its predicate is
-false: so of experts that travel, the rare layer that gathers their weights instead does
-not.
+costs nothing. Of a conditional that branch counts which runs where its predicate is
+false: so of tokens that travel, the rare layer that gathers weights instead does not.
 """
 
 import collections

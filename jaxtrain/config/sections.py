@@ -610,8 +610,8 @@ class DeepspeedSection:
 
     zero_stage: Literal[0, 1, 2, 3] = DERIVED
     """What is split over devices. 0: nothing; 1, 2: optimizer state (XLA scatters
-    gradients in either); 3: parameters too, over mesh.fsdp. Unset: 3 if mesh.fsdp is
-    above 1, else 0."""
+    gradients in either); 3: parameters too, over mesh.fsdp and mesh.expert. Unset: 3
+    if mesh.fsdp is above 1, else 0, where mesh.expert splits experts alone."""
     offload_optimizer: bool = DERIVED
     """Keep optimizer state in pinned host memory between steps. Unset: as
     cpu_offload."""

@@ -59,12 +59,35 @@ def outputs_and_gradients(run, arrays):
 @pytest.mark.parametrize(
     ("exchange", "mesh", "room", "collapsed", "rows"),
     [
-        ("weights", {"data": 2, "expert": 4}, 2.0, False, B),
+        pytest.param(
+            "weights",
+            {"data": 2, "expert": 4},
+            2.0,
+            False,
+            B,
+            marks=pytest.mark.on_request,
+        ),
         ("tokens", {"expert": 2, "context": 2, "tensor": 2}, 2.0, False, B),
-        ("tokens", {"fsdp": 2, "expert": 4}, 3.0, False, B),
+        pytest.param(
+            "tokens",
+            {"fsdp": 2, "expert": 4},
+            3.0,
+            False,
+            B,
+            marks=pytest.mark.on_request,
+        ),
         ("tokens", {"fsdp": 2, "expert": 4}, 1.25, True, B),
-        ("copies", {"expert": 8}, 8.0, True, B),
-        ("copies", {"data": 2, "expert": 2, "tensor": 2}, 1.9, False, B),
+        pytest.param(
+            "copies", {"expert": 8}, 8.0, True, B, marks=pytest.mark.on_request
+        ),
+        pytest.param(
+            "copies",
+            {"data": 2, "expert": 2, "tensor": 2},
+            1.9,
+            False,
+            B,
+            marks=pytest.mark.on_request,
+        ),
         ("copies", {"data": 2, "expert": 2, "tensor": 2}, 1.25, True, B),
         # Too few rows for all devices: those along `expert` have the same ones.
         ("copies", {"data": 2, "expert": 4}, 2.0, False, 2),
