@@ -1,0 +1,194 @@
+"""Matrix products in eight bits: current scaling by tensors, with its derivative.
+
+A tensor x is kept as codes c of an 8-bit float type and one float32 number s, so that
+x ~ c s. 1/s is the largest power of two by which no entry of x leaves the range of the
+type, so that nothing but the codes is rounded. s is found anew for each tensor (current
+scaling): there is no history, and a step stays a function of its inputs. As is usual
+(arXiv:2209.05433), inputs and weights are e4m3, with three bits of mantissa, and
+gradients e5m2, which reaches further.
+
+Both operands of a product stand with the axis that is summed over last, the only order
+that Hopper's tensor cores take in eight bits. A tensor that two products sum over along
+different axes is therefore kept in both orders.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32
+
+INPUT, GRADIENT = jnp.float8_e4m3fn, jnp.float8_e5m2
+RESIDUALS = "fp8_residuals"  # what remat policies may keep in eight bits
+# Beyond it a scale's reciprocal would leave the normal range of float32.
+_LARGEST_SCALE = 2.0**100
+_EXPONENT = 0x7F800000  # the bits of a float32's exponent
+# Without these XLA takes Triton's kernels, which convert codes before they multiply, and
+# joins narrow products of one tensor into one in more bits.
+COMPILER_OPTIONS: dict[str, str | bool] = {
+    "xla_gpu_enable_triton_gemm": False,
+    "xla_gpu_dot_merger_threshold_mb": "0",
+}
+
+
+class Quantized(NamedTuple):
+    """A tensor as codes [*B K], or None, and [K *B] transposed, or None, times `unit`.
+
+    The order that no product needs is None.
+    """
+
+    codes: Array | None
+    transposed: Array | None
+    unit: Float32[Array, ""]
+
+
+class Weight(NamedTuple):
+    """A kernel [I O] in eight bits, and where its gradient goes.
+
+    `master` is the kernel itself, which no product reads; None where it is frozen.
+    """
+
+    master: Float[Array, "I O"] | None
+    codes: Float[Array, "I O"]
+    unit: Float32[Array, ""]
+
+
+def find_scale(x: Float[Array, "*dims"], dtype: DTypeLike) -> Float32[Array, ""]:
+    """The largest power of two that keeps all of x in the range of an 8-bit type.
+
+    1 for a tensor of zeros; NaN where x has one, or an infinity, so that its codes show
+    it too.
+    """
+    largest = jnp.max(jnp.abs(x)).astype(jnp.float32)
+    limit = float(jnp.finfo(dtype).max)
+    ratio = jnp.minimum(limit / largest, _LARGEST_SCALE)
+    # The exponent alone: rounded down to a power of two, with no logarithm.
+    bits = lax.bitcast_convert_type(ratio, jnp.int32) & _EXPONENT
+    scale = lax.bitcast_convert_type(bits, jnp.float32)
+    return jnp.where(largest == 0, 1.0, jnp.where(largest < jnp.inf, scale, jnp.nan))
+
+
+def cast(
+    x: Float[Array, "*dims"], scale: Float32[Array, ""], dtype: DTypeLike
+) -> Float[Array, "*dims"]:
+    """x * scale, clipped to the range of the type, to the nearest of its values."""
+    limit = float(jnp.finfo(dtype).max)
+    return jnp.clip(x.astype(jnp.float32) * scale, -limit, limit).astype(dtype)
+
+
+def quantize(x: Float[Array, "*B K"], dtype: DTypeLike) -> Quantized:
+    """x in both orders; the compiler leaves out one that nothing reads."""
+    scale = find_scale(x, dtype)
+    codes = cast(x, scale, dtype)
+    return Quantized(codes, jnp.moveaxis(codes, -1, 0), 1 / scale)
+
+
+class Shared(NamedTuple):
+    """An input that several kernels read, quantized once; `value` has its gradient."""
+
+    value: Float[Array, "*B I"]
+    quantized: Quantized
+
+
+@jax.custom_vjp
+def share(x: Float[Array, "*B I"]) -> Shared:
+    """Quantize an input for all the products that read it."""
+    quantized = quantize(x, INPUT)
+    # Behind names, so that remat policies can keep what the backward pass reads.
+    transposed = checkpoint_name(quantized.transposed, RESIDUALS)
+    unit = checkpoint_name(quantized.unit, RESIDUALS)
+    return Shared(x, Quantized(quantized.codes, transposed, unit))
+
+
+def _share_backward(_: None, gradient: Shared) -> tuple[Array]:
+    return (gradient.value,)
+
+
+share.defvjp(lambda x: (share(x), None), _share_backward)
+
+
+@jax.custom_vjp
+def project(x: Shared, weight: Weight) -> Float[Array, "*B O"]:
+    """x W by codes, in the type of x, and its gradients by codes of theirs.
+
+    Sums are float32; those of the forward product may be of fewer bits within a tensor
+    core, which is what makes it fast there, and those of gradients not.
+    """
+    return _project(x, weight)
+
+
+def _project(x: Shared, weight: Weight) -> Array:
+    quantized = x.quantized
+    last = quantized.codes.ndim - 1
+    return _multiply(
+        (quantized.codes, quantized.unit),
+        (weight.codes.T, weight.unit),
+        ((last,), (1,)),
+        x.value.dtype,
+        lax.Precision.DEFAULT,
+    )
+
+
+def _project_forward(x: Shared, weight: Weight) -> tuple[Array, Any]:
+    y = _project(x, weight)
+    read = (x.quantized.transposed, x.quantized.unit)
+    # Zeros of no size tell the types; a frozen kernel has no gradient, and needs no x.
+    master = None if weight.master is None else jnp.zeros(0, weight.master.dtype)
+    kept = None if master is None else read
+    return y, (kept, master, weight.codes, weight.unit)
+
+
+def _project_backward(residuals: Any, dy: Array) -> tuple[Shared, Weight]:
+    read, master, codes, unit = residuals
+    gradient = quantize(dy, GRADIENT)
+    exact = lax.Precision.HIGHEST
+    last = dy.ndim - 1
+    dx = _multiply(
+        (gradient.codes, gradient.unit),
+        (codes, unit),
+        ((last,), (1,)),
+        dy.dtype,
+        exact,
+    )
+    dw = None
+    if master is not None:
+        tokens = tuple(range(1, dy.ndim))
+        dw = _multiply(
+            read,
+            (gradient.transposed, gradient.unit),
+            (tokens, tokens),
+            dy.dtype,
+            exact,
+        ).astype(master.dtype)
+    nothing: Any = None
+    return Shared(dx, nothing), Weight(dw, nothing, nothing)
+
+
+project.defvjp(_project_forward, _project_backward)
+
+
+def _multiply(
+    left: tuple[Array, Array],
+    right: tuple[Array, Array],
+    summed: tuple[tuple[int, ...], tuple[int, ...]],
+    dtype: DTypeLike,
+    precision: lax.Precision,
+) -> Array:
+    """The product of two tensors (codes, unit) over the axes `summed` of each.
+
+    It is written as one of numbers in `dtype`, which hold codes times a power of two
+    exactly. XLA's compiler for GPUs makes it a product of the codes (its pattern:
+    convert, multiply by a scalar, dot); others compute it as it stands.
+    """
+    operands = [
+        codes.astype(dtype) * unit.astype(dtype) for codes, unit in (left, right)
+    ]
+    return lax.dot_general(
+        *operands,
+        (summed, ((), ())),
+        precision=precision,
+        preferred_element_type=dtype,
+    )
