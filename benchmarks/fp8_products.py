@@ -5,9 +5,9 @@
 Norms and the gated activation are in the time too, as they stand between the
 products; attention is not: what o_proj reads is what q_proj gave. TFLOP/s count the
 products alone, forward and both gradients (of `frozen` kernels the inputs' alone).
-`xla` lets the compiler order the codes, `both` asks for both orders at once
-(kernels/fp8/api.py), `pallas` makes them by a kernel of our own. First the passes and
-the products alone.
+`xla` is what jaxtrain does: the second order of codes is made of the first. `both`
+asks the compiler for both at once, `pallas` makes them by a kernel of our own. First
+the passes and the products alone.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import numpy as np
 from jax import lax
 
 from jaxtrain.kernels.fp8 import api, pallas_triton
+from jaxtrain.sharding import FP8_OPTIONS
 
 # hidden, inner, query and key-value widths
 WIDTHS = {
@@ -47,7 +48,7 @@ def clock(function: Callable[..., Any], *args: Any, calls: int = 20) -> float:
 
 
 def compile_for_gpu(
-    function: Callable[..., Any], *args: Any, options: Any = api.COMPILER_OPTIONS
+    function: Callable[..., Any], *args: Any, options: Any = FP8_OPTIONS
 ) -> Any:
     on_gpu = jax.default_backend() == "gpu"
     lowered = jax.jit(function).lower(*args)
@@ -64,16 +65,15 @@ def quantize_by_kernel(x: jax.Array, dtype: Any) -> api.Quantized:
     return api.Quantized(codes, transposed, 1 / scale)
 
 
-def quantize_plainly(x: jax.Array, dtype: Any) -> api.Quantized:
+def quantize_at_once(x: jax.Array, dtype: Any) -> api.Quantized:
     scale = api.find_scale(x, dtype)
-    # Behind a barrier: one order, and the compiler turns codes where it has to.
-    codes = lax.optimization_barrier(api.cast(x, scale, dtype))
+    codes = api.cast(x, scale, dtype)
     return api.Quantized(codes, codes.T, 1 / scale)
 
 
 WAYS = {
-    "xla": quantize_plainly,
-    "both": api.quantize,
+    "xla": api.quantize,
+    "both": quantize_at_once,
     "pallas": quantize_by_kernel,
 }
 
@@ -101,6 +101,10 @@ def quantize_weight(kernel: jax.Array, *, frozen: bool) -> api.Weight:
     return api.Weight(None if frozen else kernel, found.codes, found.unit)
 
 
+def map_values(function: Any, mapping: Any) -> Any:
+    return {name: function(value) for name, value in mapping.items()}
+
+
 def both_passes(way: str, frozen: bool, x: Any, w: Any, ct: Any) -> Any:
     """Outputs' gradients by x, and by kernels where they are not frozen.
 
@@ -111,8 +115,9 @@ def both_passes(way: str, frozen: bool, x: Any, w: Any, ct: Any) -> Any:
         if way == "bf16":
             return layer(lambda h, w: h @ w, lambda h: h, x, w)
         if not frozen:
-            w = {n: quantize_weight(kernel, frozen=False) for n, kernel in w.items()}
-        return layer(api.project, api.share, x, w)
+            w = map_values(functools.partial(quantize_weight, frozen=False), w)
+        project = functools.partial(api.project, api.Site())
+        return layer(project, api.share, x, w)
 
     if frozen:
         y, pull = jax.vjp(lambda x: run(x, w), x)
@@ -233,12 +238,10 @@ def main() -> None:
                     run = functools.partial(both_passes, way, frozen)
                     read, settings = w, {"xla_gpu_enable_triton_gemm": False}
                     if way != "bf16":
-                        settings = api.COMPILER_OPTIONS
+                        settings = FP8_OPTIONS
                         if frozen:
                             cast = functools.partial(quantize_weight, frozen=True)
-                            read = jax.jit(
-                                lambda w: {n: cast(k) for n, k in w.items()}
-                            )(w)
+                            read = jax.jit(functools.partial(map_values, cast))(w)
                     program = compile_for_gpu(run, x, read, ct, options=settings)
                     made = jax.tree.leaves(program(x, read, ct))
                     secs = clock(program, x, read, ct)

@@ -9,6 +9,8 @@ import optax
 
 from jaxtrain import lora, sharding
 from jaxtrain.config import RunConfig
+from jaxtrain.config.sections import PrecisionSection
+from jaxtrain.models import fp8
 from jaxtrain.models.load import LoadedModel, lora_config
 from jaxtrain.optimizers import optim
 from jaxtrain.record.diagnostics import init_loss_window
@@ -54,7 +56,7 @@ def abstract_state(
     split = functools.partial(_split, run, abstract=True)
     trainable, frozen = jax.eval_shape(split, model.params)
     if frozen:
-        frozen = _laid_out(frozen, sharding.layouts_of(model.params))
+        frozen = _laid_out(frozen, _reference_layouts(run, model.params))
     parameters, moments = _layouts(model, optimizer, trainable)
     opt_state = _laid_out(jax.eval_shape(optimizer.init, trainable), moments)
     trainable = _laid_out(trainable, parameters)
@@ -105,8 +107,8 @@ def _split(run: RunConfig, params: Params, *, abstract: bool) -> tuple[Params, P
     if run.lora is None:
         if not needs_reference(run):
             return params, {}
-        copy = functools.partial(_in_compute_dtype, run.precision.compute_dtype)
-        layouts = None if abstract else sharding.layouts_of(params)
+        copy = functools.partial(_in_compute_dtype, run.precision)
+        layouts = None if abstract else _reference_layouts(run, params)
         return params, jax.jit(copy, out_shardings=layouts)(params)
     settings = lora_config(run)
     if run.lora.init_from and not abstract:
@@ -131,7 +133,15 @@ def _keeps_first_adapters(run: RunConfig) -> bool:
     return run.dpo is not None and (run.dpo.sync_ref_model or bool(run.lora.init_from))
 
 
-def _in_compute_dtype(compute_dtype: str, params: Params) -> Params:
+def _reference_layouts(run: RunConfig, params: Params) -> Params:
+    """Where the frozen weights are kept: as those that they come of."""
+    layouts = sharding.layouts_of(params)
+    if run.lora is None and run.precision.fp8:
+        return fp8.frozen_layouts(layouts)
+    return layouts
+
+
+def _in_compute_dtype(precision: PrecisionSection, params: Params) -> Params:
     """Copies of the weights as the forward pass reads them: they give its own numbers.
 
     Matrices are only ever read in the compute dtype, so they are kept in it; norms and
@@ -143,6 +153,8 @@ def _in_compute_dtype(compute_dtype: str, params: Params) -> Params:
         is_matrix = name not in ("scale", "sinks") and not name.endswith("bias")
         # jnp.array copies; a mere cast to the same dtype would share the buffer, which
         # the train step donates.
-        return jnp.array(leaf, dtype=compute_dtype if is_matrix else leaf.dtype)
+        dtype = precision.compute_dtype if is_matrix else leaf.dtype
+        return jnp.array(leaf, dtype=dtype)
 
-    return jax.tree_util.tree_map_with_path(copy, params)
+    copied = jax.tree_util.tree_map_with_path(copy, params)
+    return fp8.freeze_kernels(params, copied) if precision.fp8 else copied

@@ -48,6 +48,8 @@ def _resolve_quantization(run: Resolution) -> None:
         "load_in_4bit": lora.bnb_4bit_quant_type if lora.load_in_4bit else None,
         "load_in_8bit": "int8" if lora.load_in_8bit else None,
     }
+    if run.precision.fp8 and lora.enabled and not any(asked.values()):
+        asked = {"fp8": "fp8"}
     for name, its_kind in (("load_in_4bit", "nf4"), ("load_in_8bit", "int8")):
         key = f"training.lora.{name}"
         if key in run.flags and not asked[name] and lora.quantization == its_kind:
@@ -57,6 +59,14 @@ def _resolve_quantization(run: Resolution) -> None:
     if not named:
         return
     key, kind = named[0]
+    if run.precision.fp8 != (kind == "fp8"):
+        run.problem(
+            key,
+            "training.fp8 multiplies the frozen base by codes of its own, fp8, and"
+            " nothing else does; set both of them, or neither",
+            value=kind,
+            causes=("training.fp8",),
+        )
     if others := [name for name, other in named if other != kind]:
         text = f"{others[0]} asks for another; set one of them only"
         run.problem(key, text, value=kind)

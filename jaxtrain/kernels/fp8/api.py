@@ -12,6 +12,9 @@ that Hopper's tensor cores take in eight bits. A tensor that two products sum ov
 different axes is therefore kept in both orders.
 """
 
+import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -23,15 +26,11 @@ from jaxtyping import Array, Float, Float32
 
 INPUT, GRADIENT = jnp.float8_e4m3fn, jnp.float8_e5m2
 RESIDUALS = "fp8_residuals"  # what remat policies may keep in eight bits
+# Names in compiled programs.
+SCOPE, FORWARD, OF_INPUT, OF_KERNEL = "fp8", "forward", "input", "kernel"
 # Beyond it a scale's reciprocal would leave the normal range of float32.
 _LARGEST_SCALE = 2.0**100
 _EXPONENT = 0x7F800000  # the bits of a float32's exponent
-# Without these XLA takes Triton's kernels, which convert codes before they multiply, and
-# joins narrow products of one tensor into one in more bits.
-COMPILER_OPTIONS: dict[str, str | bool] = {
-    "xla_gpu_enable_triton_gemm": False,
-    "xla_gpu_dot_merger_threshold_mb": "0",
-}
 
 
 class Quantized(NamedTuple):
@@ -46,14 +45,30 @@ class Quantized(NamedTuple):
 
 
 class Weight(NamedTuple):
-    """A kernel [I O] in eight bits, and where its gradient goes.
+    """A kernel in eight bits, or a stack of them, and where its gradient goes.
 
     `master` is the kernel itself, which no product reads; None where it is frozen.
     """
 
-    master: Float[Array, "I O"] | None
-    codes: Float[Array, "I O"]
-    unit: Float32[Array, ""]
+    master: Float[Array, "*L I O"] | None
+    codes: Float[Array, "*L I O"]
+    unit: Float32[Array, "*L"]
+
+
+def _as_kept(codes: Array) -> Array:
+    return codes
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """Which product it is: its name in compiled programs, and where its codes lie.
+
+    `gather` takes codes [I O] as they are kept to how products read them, where devices
+    keep a part each.
+    """
+
+    name: str = "kernel"
+    gather: Callable[[Array], Array] = _as_kept
 
 
 def find_scale(x: Float[Array, "*dims"], dtype: DTypeLike) -> Float32[Array, ""]:
@@ -80,9 +95,13 @@ def cast(
 
 
 def quantize(x: Float[Array, "*B K"], dtype: DTypeLike) -> Quantized:
-    """x in both orders; the compiler leaves out one that nothing reads."""
+    """x in both orders; the compiler leaves out one that nothing reads.
+
+    Behind the barrier the second order is made of codes. Written at once by one of
+    XLA's kernels for GPUs, both took longer than one after the other (RESULTS.md).
+    """
     scale = find_scale(x, dtype)
-    codes = cast(x, scale, dtype)
+    codes = lax.optimization_barrier(cast(x, scale, dtype))
     return Quantized(codes, jnp.moveaxis(codes, -1, 0), 1 / scale)
 
 
@@ -93,9 +112,7 @@ class Shared(NamedTuple):
     quantized: Quantized
 
 
-@jax.custom_vjp
-def share(x: Float[Array, "*B I"]) -> Shared:
-    """Quantize an input for all the products that read it."""
+def _share(x: Float[Array, "*B I"]) -> Shared:
     quantized = quantize(x, INPUT)
     # Behind names, so that remat policies can keep what the backward pass reads.
     transposed = checkpoint_name(quantized.transposed, RESIDUALS)
@@ -103,67 +120,77 @@ def share(x: Float[Array, "*B I"]) -> Shared:
     return Shared(x, Quantized(quantized.codes, transposed, unit))
 
 
-def _share_backward(_: None, gradient: Shared) -> tuple[Array]:
-    return (gradient.value,)
-
-
-share.defvjp(lambda x: (share(x), None), _share_backward)
-
-
 @jax.custom_vjp
-def project(x: Shared, weight: Weight) -> Float[Array, "*B O"]:
+def share(x: Float[Array, "*B I"]) -> Shared:
+    """Quantize an input for all the products that read it."""
+    return _share(x)
+
+
+share.defvjp(lambda x: (_share(x), None), lambda _, gradient: (gradient.value,))
+
+
+def quantize_kernel(kernel: Float[Array, "*L I O"]) -> Weight:
+    """A kernel, or one for each layer with a scale of its own, that has no gradient."""
+
+    def quantize_one(matrix: Array) -> tuple[Array, Array]:
+        scale = find_scale(matrix, INPUT)
+        return cast(matrix, scale, INPUT), 1 / scale
+
+    if kernel.ndim == 2:
+        return Weight(None, *quantize_one(kernel))
+    return Weight(None, *jax.vmap(quantize_one)(kernel))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def project(site: Site, x: Shared, weight: Weight) -> Float[Array, "*B O"]:
     """x W by codes, in the type of x, and its gradients by codes of theirs.
 
-    Sums are float32; those of the forward product may be of fewer bits within a tensor
-    core, which is what makes it fast there, and those of gradients not.
+    Sums are float32. Within a tensor core those of the forward product may have fewer
+    bits, which makes it faster, and those of gradients not. In the compiled program
+    the three products are called `fp8/NAME/forward`, `.../input` and `.../kernel`.
     """
-    return _project(x, weight)
-
-
-def _project(x: Shared, weight: Weight) -> Array:
     quantized = x.quantized
     last = quantized.codes.ndim - 1
-    return _multiply(
-        (quantized.codes, quantized.unit),
-        (weight.codes.T, weight.unit),
-        ((last,), (1,)),
-        x.value.dtype,
-        lax.Precision.DEFAULT,
-    )
+    with jax.named_scope(f"{SCOPE}/{site.name}/{FORWARD}"):
+        return _multiply(
+            (quantized.codes, quantized.unit),
+            (site.gather(weight.codes).T, weight.unit),
+            ((last,), (1,)),
+            x.value.dtype,
+            lax.Precision.DEFAULT,
+        )
 
 
-def _project_forward(x: Shared, weight: Weight) -> tuple[Array, Any]:
-    y = _project(x, weight)
-    read = (x.quantized.transposed, x.quantized.unit)
+def _project_forward(site: Site, x: Shared, weight: Weight) -> tuple[Array, Any]:
     # Zeros of no size tell the types; a frozen kernel has no gradient, and needs no x.
     master = None if weight.master is None else jnp.zeros(0, weight.master.dtype)
-    kept = None if master is None else read
-    return y, (kept, master, weight.codes, weight.unit)
+    read = None if master is None else (x.quantized.transposed, x.quantized.unit)
+    return project(site, x, weight), (read, master, weight.codes, weight.unit)
 
 
-def _project_backward(residuals: Any, dy: Array) -> tuple[Shared, Weight]:
+def _project_backward(site: Site, residuals: Any, dy: Array) -> tuple[Shared, Weight]:
     read, master, codes, unit = residuals
     gradient = quantize(dy, GRADIENT)
-    exact = lax.Precision.HIGHEST
-    last = dy.ndim - 1
-    dx = _multiply(
-        (gradient.codes, gradient.unit),
-        (codes, unit),
-        ((last,), (1,)),
-        dy.dtype,
-        exact,
-    )
-    dw = None
-    if master is not None:
-        tokens = tuple(range(1, dy.ndim))
-        dw = _multiply(
-            read,
-            (gradient.transposed, gradient.unit),
-            (tokens, tokens),
+    last, exact = dy.ndim - 1, lax.Precision.HIGHEST
+    with jax.named_scope(f"{SCOPE}/{site.name}/{OF_INPUT}"):
+        dx = _multiply(
+            (gradient.codes, gradient.unit),
+            (site.gather(codes), unit),
+            ((last,), (1,)),
             dy.dtype,
             exact,
-        ).astype(master.dtype)
-    nothing: Any = None
+        )
+    dw, tokens = None, tuple(range(1, dy.ndim))
+    if master is not None:
+        with jax.named_scope(f"{SCOPE}/{site.name}/{OF_KERNEL}"):
+            dw = _multiply(
+                read,
+                (gradient.transposed, gradient.unit),
+                (tokens, tokens),
+                dy.dtype,
+                exact,
+            ).astype(master.dtype)
+    nothing: Any = None  # codes have no gradient
     return Shared(dx, nothing), Weight(dw, nothing, nothing)
 
 
