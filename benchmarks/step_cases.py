@@ -99,6 +99,7 @@ CASES = {
     # Ours alone: trl_step.py has neither bitsandbytes nor a mixture.
     "lora_3b_nf4": Case("3b", lora=True, quantization="nf4"),
     "lora_3b_int8": Case("3b", lora=True, quantization="int8"),
+    "sft_3b_short": Case("3b", rows=4),
     "lora_8b": Case("8b", lora=True),
     "lora_8b_remat": Case("8b", lora=True, remat=True),
     "sft_8b": Case("8b", remat=True, rows=4, param_dtype="bfloat16", moments="int8"),

@@ -151,10 +151,11 @@ def project(site: Site, x: Shared, weight: Weight) -> Float[Array, "*B O"]:
     """
     quantized = x.quantized
     last = quantized.codes.ndim - 1
+    codes, weight_unit = _as_read(site, weight.codes, weight.unit)
     with jax.named_scope(f"{SCOPE}/{site.name}/{FORWARD}"):
         return _multiply(
             (quantized.codes, quantized.unit),
-            (site.gather(weight.codes).T, weight.unit),
+            (codes.T, weight_unit),
             ((last,), (1,)),
             x.value.dtype,
             lax.Precision.DEFAULT,
@@ -171,11 +172,12 @@ def _project_forward(site: Site, x: Shared, weight: Weight) -> tuple[Array, Any]
 def _project_backward(site: Site, residuals: Any, dy: Array) -> tuple[Shared, Weight]:
     read, master, codes, unit = residuals
     gradient = quantize(dy, GRADIENT)
+    codes, unit = _as_read(site, codes, unit)
     last, exact = dy.ndim - 1, lax.Precision.HIGHEST
     with jax.named_scope(f"{SCOPE}/{site.name}/{OF_INPUT}"):
         dx = _multiply(
             (gradient.codes, gradient.unit),
-            (site.gather(codes), unit),
+            (codes, unit),
             ((last,), (1,)),
             dy.dtype,
             exact,
@@ -195,6 +197,16 @@ def _project_backward(site: Site, residuals: Any, dy: Array) -> tuple[Shared, We
 
 
 project.defvjp(_project_forward, _project_backward)
+
+
+def _as_read(site: Site, codes: Array, unit: Array) -> tuple[Array, Array]:
+    """A kernel's codes and unit, gathered.
+
+    Without the barrier XLA would move conversions of a layer's codes before the cut out
+    of all layers' codes, where it does not find its pattern.
+    """
+    read: tuple[Array, Array] = lax.optimization_barrier((site.gather(codes), unit))
+    return read
 
 
 def _multiply(
