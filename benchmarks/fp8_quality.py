@@ -37,6 +37,7 @@ from jaxtrain.models import Decoder
 from jaxtrain.objectives import make_objective
 from jaxtrain.optimizers import optim
 from jaxtrain.optimizers.schedules import make_schedule
+from jaxtrain.run.fp8_step import CheckedStep, Expected
 from jaxtrain.sharding import FP8_OPTIONS
 from jaxtrain.step import StepOptions, make_eval_step, make_train_step
 from jaxtrain.types import Batch, PairBatch, TrainState
@@ -189,7 +190,7 @@ class Trainer:
         self.decoder = Decoder(
             model_config("smoke" if options.smoke else "0.5b"),
             attention=options.attention,
-            scan_layers=options.smoke,
+            scan_layers=True,
             packed=False,
             fp8=fp8,
         )
@@ -212,6 +213,9 @@ class Trainer:
             donate_argnums=0,
             compiler_options=settings,
         )
+        if fp8 and settings is not None:
+            modules = self.decoder.linear_kernels()
+            self.step = CheckedStep(self.step, Expected(modules, 1, 1, 1))
         self.evaluate = jax.jit(
             make_eval_step(objective, score, kept), compiler_options=settings
         )
