@@ -28,7 +28,10 @@ logger = logging.getLogger(__name__)
 BATCH_AXES = ("data", "fsdp")
 _TRITON_PRODUCTS = "xla_gpu_enable_triton_gemm"
 # Triton's products convert codes first; and products of one tensor, joined, are bf16.
-FP8_OPTIONS = {_TRITON_PRODUCTS: False, "xla_gpu_dot_merger_threshold_mb": "0"}
+FP8_OPTIONS: dict[str, str | bool] = {
+    _TRITON_PRODUCTS: False,
+    "xla_gpu_dot_merger_threshold_mb": "0",
+}
 
 MeshAxes = tuple[str, ...]
 
@@ -199,7 +202,7 @@ class ShardingPlan:
         if self.platform == "tpu" and gathers:
             return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
         if self.platform == "gpu" and self.fp8:
-            return dict(FP8_OPTIONS)
+            return FP8_OPTIONS
         unsaid = _TRITON_PRODUCTS not in os.environ.get("XLA_FLAGS", "")
         if self.platform == "gpu" and self.unrolled and unsaid:
             return {_TRITON_PRODUCTS: False}

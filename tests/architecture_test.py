@@ -184,6 +184,7 @@ ALLOWED: dict[str, set[str]] = {
         "data.batches",
         "data.stream",
         "evaluation",
+        "kernels",
         "lora",
         "models",
         "models.load",
@@ -274,6 +275,7 @@ ALLOWED: dict[str, set[str]] = {
     "models.state": {
         "config",
         "lora",
+        "models",
         "models.load",
         "optimizers",
         "record",

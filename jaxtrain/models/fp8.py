@@ -44,7 +44,7 @@ def frozen_layouts(layouts: Params) -> Params:
     """Where what `freeze_kernels` makes is kept: codes as the kernels, units whole."""
 
     def layout(path: Any, leaf: Any) -> Any:
-        units = NamedSharding(leaf.mesh, PartitionSpec())
+        units: Any = NamedSharding(leaf.mesh, PartitionSpec())
         return Weight(None, leaf, units) if path[-1].key == "kernel" else leaf
 
     layers = jax.tree_util.tree_map_with_path(layout, layouts[LAYERS])

@@ -268,7 +268,7 @@ class Linear(Adapted):
         weight = self._fp8_weight()
         if weight is not None:
             x = x if isinstance(x, fp8.Shared) else fp8.share(x)
-            gather = functools.partial(self.options.constrain, logical_axes=self.axes)
+            gather = functools.partial(_gather, self.options, self.axes)
             return fp8.project(fp8.Site(self.path, gather), x, weight)
         x = x.value if isinstance(x, fp8.Shared) else x
         if hasattr(self, "kernel"):
@@ -289,6 +289,11 @@ class Linear(Adapted):
         if hasattr(self, "kernel"):
             return self.kernel[...]
         return dequantize(self.kernel_codes[...], self.kernel_scales[...])
+
+
+def _gather(options: Options, axes: LogicalAxes, codes: Array) -> Array:
+    """A kernel's codes as products read them, whole where rows are split."""
+    return options.constrain(codes, axes)
 
 
 def shared_input(options: Options, x: Array) -> Array | fp8.Shared:

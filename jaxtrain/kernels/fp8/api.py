@@ -34,13 +34,10 @@ _EXPONENT = 0x7F800000  # the bits of a float32's exponent
 
 
 class Quantized(NamedTuple):
-    """A tensor as codes [*B K], or None, and [K *B] transposed, or None, times `unit`.
+    """A tensor as codes [*B K], and the same in the order [K *B], times `unit`."""
 
-    The order that no product needs is None.
-    """
-
-    codes: Array | None
-    transposed: Array | None
+    codes: Array
+    transposed: Array
     unit: Float32[Array, ""]
 
 
@@ -222,11 +219,10 @@ def _multiply(
     exactly. XLA's compiler for GPUs makes it a product of the codes (its pattern:
     convert, multiply by a scalar, dot); others compute it as it stands.
     """
-    operands = [
-        codes.astype(dtype) * unit.astype(dtype) for codes, unit in (left, right)
-    ]
+    a, b = (codes.astype(dtype) * unit.astype(dtype) for codes, unit in (left, right))
     return lax.dot_general(
-        *operands,
+        a,
+        b,
         (summed, ((), ())),
         precision=precision,
         preferred_element_type=dtype,
