@@ -179,10 +179,10 @@ def test_a_step_is_read_before_it_runs():
 
 
 def test_products_bear_the_names_that_are_looked_for():
-    """In a real program, as it is lowered for a CPU."""
+    """In a real program, as it is compiled for a CPU."""
     decoder, params, batch = tiny_decoder(fp8=True, scan_layers=False)
     run = jax.jit(jax.grad(lambda params: loss_of(decoder, params, batch)))
-    names = fp8_step._NAME.findall(run.lower(params).as_text(debug_info=True))
+    names = fp8_step._NAME.findall(run.lower(params).compile().as_text())
     expected = {(m, p) for m in decoder.linear_kernels() for p in PASSES}
     assert set(names) == expected
 

@@ -110,11 +110,15 @@ class Shared(NamedTuple):
 
 
 def _share(x: Float[Array, "*B I"]) -> Shared:
-    quantized = quantize(x, INPUT)
-    # Behind names, so that remat policies can keep what the backward pass reads.
-    transposed = checkpoint_name(quantized.transposed, RESIDUALS)
-    unit = checkpoint_name(quantized.unit, RESIDUALS)
-    return Shared(x, Quantized(quantized.codes, transposed, unit))
+    codes, transposed, unit = quantize(x, INPUT)
+    # Behind names, so that remat policies can keep what the backward pass reads; as
+    # bytes, for jax rounds floats that it keeps by rules under which e4m3 would have
+    # infinities, and codes above 240 would be NaN.
+    kept = lax.bitcast_convert_type(transposed, jnp.uint8)
+    kept = checkpoint_name(kept, RESIDUALS)
+    transposed = lax.bitcast_convert_type(kept, INPUT)
+    unit = checkpoint_name(unit, RESIDUALS)
+    return Shared(x, Quantized(codes, transposed, unit))
 
 
 @jax.custom_vjp
