@@ -20,9 +20,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from fp8_quantize import quantize_both
 from jax import lax
 
-from jaxtrain.kernels.fp8 import api, pallas_triton
+from jaxtrain.kernels.fp8 import api
 from jaxtrain.sharding import FP8_OPTIONS
 
 # hidden, inner, query and key-value widths
@@ -59,9 +60,7 @@ def quantize_by_kernel(x: jax.Array, dtype: Any) -> api.Quantized:
     scale = api.find_scale(x, dtype)
     interpret = jax.default_backend() != "gpu"
     # Both shapes are [rows, columns] here.
-    codes, transposed = pallas_triton.quantize_both(
-        x, scale, dtype, interpret=interpret
-    )
+    codes, transposed = quantize_both(x, scale, dtype, interpret=interpret)
     return api.Quantized(codes, transposed, 1 / scale)
 
 
@@ -162,7 +161,7 @@ def measure_passes(tokens: int, width: int) -> None:
         **{
             f"both by pallas, {tile} wide, {warps} warps": (
                 functools.partial(
-                    pallas_triton.quantize_both,
+                    quantize_both,
                     dtype=dtype,
                     tile=tile,
                     warps=warps,

@@ -94,8 +94,8 @@ def cast(
 def quantize(x: Float[Array, "*B K"], dtype: DTypeLike) -> Quantized:
     """x in both orders; the compiler leaves out one that nothing reads.
 
-    Behind the barrier the second order is made of codes. Written at once by one of
-    XLA's kernels for GPUs, both took longer than one after the other (RESULTS.md).
+    Behind the barrier the second order is made of codes. At once, by one of XLA's
+    kernels for GPUs, both take longer than one by one (benchmarks/RESULTS.md).
     """
     scale = find_scale(x, dtype)
     codes = lax.optimization_barrier(cast(x, scale, dtype))
