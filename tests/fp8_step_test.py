@@ -150,7 +150,7 @@ def test_a_program_with_all_products_in_eight_bits_passes():
 @pytest.mark.parametrize("target", [IN_BF16, "__cublas$gemm", None])
 @pytest.mark.parametrize(
     ("which", "said"),
-    zip(PASSES, ["forward product", "input's grad", "kernel's grad"], strict=True),
+    list(zip(PASSES, ["forward product", "input's", "kernel's"], strict=True)),
 )
 def test_one_in_more_bits_is_named(which, said, target):
     expected = Expected(frozenset({"mlp.up_proj"}), 1, 1, 1)
@@ -235,6 +235,35 @@ def test_a_reference_in_codes_scores_as_the_policy_that_it_is_a_copy_of():
         decoder.token_log_probs(frozen, batch).logps,
         decoder.token_log_probs(params, batch).logps,
     )
+
+
+def test_over_a_mesh_numbers_are_the_same_and_kernels_are_gathered_as_codes():
+    """Scales are those of whole tensors, so no rounding changes: only sums' order."""
+    decoder, params, batch = tiny_decoder(fp8=True)
+    sizes = {"data": 1, "fsdp": 2, "context": 1, "tensor": 2}
+    plan = sharding.ShardingPlan(sharding.make_mesh(sizes, jax.devices()[:4]))
+    split = dataclasses.replace(
+        decoder, constrain=plan.constrain, map_shards=plan.map_shards
+    )
+    layouts = plan.parameters(params, decoder.logical_axes())
+    run = jax.jit(jax.value_and_grad(lambda p, b: loss_of(split, p, b)))
+    placed = (jax.device_put(params, layouts), jax.device_put(batch, plan.batch()))
+    loss, gradient = run(*placed)
+    whole = jax.jit(jax.value_and_grad(lambda p, b: loss_of(decoder, p, b)))
+    expected_loss, expected = whole(params, batch)
+    assert abs(float(loss / expected_loss) - 1) < 1e-3
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(gradient), strict=True):
+        b = np.asarray(b)
+        cosine = np.vdot(a, b) / np.linalg.norm(a) / np.linalg.norm(b)
+        assert cosine > 0.995
+    # Where a device keeps a part of a kernel, it is codes that travel.
+    text = run.lower(*placed).compile().as_text()
+    gathers = [line for line in text.splitlines() if " all-gather(" in line]
+    codes = [line for line in gathers if "f8e4m3fn[" in line]
+    kernels = [
+        line for line in gathers if "bf16[64,96]" in line or "f32[64,96]" in line
+    ]
+    assert codes and not kernels
 
 
 @pytest.mark.parametrize("kind", ["lora", "dpo"])
