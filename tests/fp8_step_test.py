@@ -95,6 +95,14 @@ def test_models_with_other_products_and_odd_widths_are_refused():
             r"training\.lora\.quantization = 'fp8'.*set both of them, or neither",
         ),
         (
+            {
+                "training_type": "lora",
+                "lora": {"init_lora_weights": "pissa"},
+                "fp8": True,
+            },
+            r"init_lora_weights.*or unset training\.fp8",
+        ),
+        (
             {"training_type": "dpo", "dpo": {"sync_ref_model": True}, "fp8": True},
             r"training\.fp8.*small updates would not move",
         ),

@@ -48,14 +48,14 @@ def _resolve_quantization(run: Resolution) -> None:
         "load_in_4bit": lora.bnb_4bit_quant_type if lora.load_in_4bit else None,
         "load_in_8bit": "int8" if lora.load_in_8bit else None,
     }
-    if run.precision.fp8 and lora.enabled and not any(asked.values()):
-        asked = {"fp8": "fp8"}
     for name, its_kind in (("load_in_4bit", "nf4"), ("load_in_8bit", "int8")):
         key = f"training.lora.{name}"
         if key in run.flags and not asked[name] and lora.quantization == its_kind:
             text = f"training.lora.quantization = {its_kind!r} asks for it; unset that"
             run.problem(key, text)
     named = [(f"training.lora.{name}", kind) for name, kind in asked.items() if kind]
+    if run.precision.fp8 and lora.enabled and not named:
+        named = [("training.fp8", "fp8")]
     if not named:
         return
     key, kind = named[0]
