@@ -22,6 +22,11 @@ SHAPES = {
         "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36,
         "num_attention_heads": 16, "num_key_value_heads": 2, "vocab_size": VOCAB,
     },
+    "8b": {
+        "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "vocab_size": 128256, "tie_word_embeddings": False,
+    },
     # 3.7 billion parameters, of which a token reads 0.9.
     "moe_4b": {
         "model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 8192,
@@ -49,7 +54,8 @@ class Case:
 
     A prompt, of pairs alone, counts in the length and not in the loss. `remat`: every
     layer is computed again in the backward pass (gradient checkpointing).
-    `quantization`: of the frozen kernels under adapters.
+    `quantization`: of the frozen kernels under adapters. `param_dtype` and `moments`:
+    how weights that train, and AdamW's moments of them, are kept.
     """
 
     shape: str
@@ -59,6 +65,8 @@ class Case:
     length: int = 2048
     prompt: int = 0
     quantization: str | None = None
+    param_dtype: str = "float32"
+    moments: str = "float32"
 
     @property
     def pairs(self) -> bool:
@@ -92,6 +100,10 @@ CASES = {
     # Ours alone: trl_step.py has no bitsandbytes.
     "lora_3b_nf4": Case("3b", lora=True, quantization="nf4"),
     "lora_3b_int8": Case("3b", lora=True, quantization="int8"),
+    "sft_3b_short": Case("3b", rows=4),
+    "lora_8b": Case("8b", lora=True),
+    "lora_8b_remat": Case("8b", lora=True, remat=True),
+    "sft_8b": Case("8b", remat=True, rows=4, param_dtype="bfloat16", moments="int8"),
 }
 
 

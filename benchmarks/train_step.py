@@ -13,6 +13,7 @@ One line of JSON a case, each in its own process; where a case fails, its error.
 
 import argparse
 import dataclasses
+import functools
 import json
 import pathlib
 import time
@@ -25,13 +26,14 @@ from step_cases import SHAPES, WARMUP, Case, get_case, make_parser, run_cases
 
 from jaxtrain import lora
 from jaxtrain.data.batches.shared_prompt import share_prompts
-from jaxtrain.models import Decoder, ModelConfig
+from jaxtrain.models import Decoder, ModelConfig, fp8
 from jaxtrain.models.quantization import Quantization
 from jaxtrain.objectives import make_objective
 from jaxtrain.optimizers import optim
 from jaxtrain.optimizers.moments import MOMENT_DTYPES, with_compact_moments
 from jaxtrain.optimizers.schedules import make_schedule
 from jaxtrain.record.throughput import peak_flops
+from jaxtrain.sharding import FP8_OPTIONS
 from jaxtrain.step import StepOptions, make_train_step
 from jaxtrain.types import Batch, PairBatch, TrainState
 
@@ -105,16 +107,18 @@ def make_step(name: str, options: argparse.Namespace) -> tuple[Any, TrainState, 
     settings = lora.LoraConfig(
         r=16, alpha=32, target_modules=("q_proj", "k_proj", "v_proj", "o_proj")
     )
+    kind = "fp8" if options.fp8 and case.lora else case.quantization
     decoder = Decoder(
         config,
         compute_dtype="bfloat16",
-        param_dtype="bfloat16" if case.lora else "float32",
+        param_dtype="bfloat16" if case.lora else case.param_dtype,
         remat="full" if case.remat else "none",
         attention=options.attention,
         loss_chunk=options.chunk,
         scan_layers=not options.unroll,
         packed=options.document is not None,
-        quantization=Quantization(case.quantization) if case.quantization else None,
+        quantization=Quantization(kind) if kind else None,
+        fp8=options.fp8,
     )
     params = jax.jit(decoder.init)(jax.random.key(0))
     frozen: Any = {}
@@ -126,12 +130,12 @@ def make_step(name: str, options: argparse.Namespace) -> tuple[Any, TrainState, 
     else:
         trainable, scorer = params, decoder
         if case.pairs:
-            frozen = jax.jit(
-                lambda tree: jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree)
-            )(params)
+            frozen = jax.jit(functools.partial(copy_for_reference, options.fp8))(params)
+    on_gpu = jax.default_backend() == "gpu"
     schedule = make_schedule("constant", learning_rate=1e-5, total_steps=1000)
     optimizer = optim.make_optimizer("adamw", schedule)
-    optimizer = with_compact_moments(optimizer, options.moments)
+    moments = options.moments or case.moments
+    optimizer = with_compact_moments(optimizer, moments)
     step = jax.jit(
         make_train_step(
             make_objective("preference" if case.pairs else "next_token"),
@@ -141,6 +145,7 @@ def make_step(name: str, options: argparse.Namespace) -> tuple[Any, TrainState, 
             StepOptions(max_grad_norm=1.0, with_reference=case.pairs),
         ),
         donate_argnums=0,
+        compiler_options=FP8_OPTIONS if options.fp8 and on_gpu else None,
     )
     state = TrainState(
         step=jnp.int32(0),
@@ -159,6 +164,12 @@ def make_step(name: str, options: argparse.Namespace) -> tuple[Any, TrainState, 
         batch = PairBatch(make_rows(case, 0), make_rows(case, 1))
     batch = jax.device_put(batch)
     return step, state, batch
+
+
+def copy_for_reference(in_fp8: bool, params: Any) -> Any:
+    """DPO's frozen model, as it is kept beside the one that trains."""
+    copied = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    return fp8.freeze_kernels(params, copied) if in_fp8 else copied
 
 
 def find_case(name: str, options: argparse.Namespace) -> Case:
@@ -208,7 +219,8 @@ def run_case(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "scan_layers": not options.unroll,
         "document": options.document,
         "response": options.response,
-        "moments": options.moments,
+        "fp8": options.fp8,
+        "moments": options.moments or case.moments,
         "device": device.device_kind,
         "versions": {"jax": jax.__version__},
     }
@@ -228,7 +240,8 @@ def main() -> None:
         "--document", type=int, help="next-token rows of packed documents this long"
     )
     parser.add_argument("--response", type=int, help="tokens of each, in pairs")
-    parser.add_argument("--moments", choices=MOMENT_DTYPES, default="float32")
+    parser.add_argument("--moments", choices=MOMENT_DTYPES)
+    parser.add_argument("--fp8", action="store_true", help="training.fp8")
     parser.add_argument("--peer", help="lines that trl_step.py printed")
     run_cases(__file__, parser.parse_args(), run_case)
 

@@ -44,6 +44,7 @@ from jaxtrain.run.checkpoint import CheckpointManager
 from jaxtrain.run.feed import Prepared
 from jaxtrain.run.fitted_step import fit_step
 from jaxtrain.run.fitting import fit_to_model, make_feed
+from jaxtrain.run.fp8_step import check_step
 from jaxtrain.run.ledger import LEDGER
 from jaxtrain.run.preemption import Preempted
 from jaxtrain.run.profile import check_profile
@@ -128,7 +129,8 @@ def build(
     # The steps, which compile on their first call, and what the loop does beside them.
     def steps_of(model: LoadedModel) -> tuple[step.TrainStep, step.EvalStep]:
         own = bind_loss(run, model, loss)
-        return make_steps(run, model.plan, own, schedule, optimizer, layouts)
+        steps = make_steps(run, model.plan, own, schedule, optimizer, layouts)
+        return check_step(run, model, steps[0]), steps[1]
 
     train_step, eval_step = steps_of(model)
     if run.precision.remat == "auto":

@@ -27,6 +27,11 @@ logger = logging.getLogger(__name__)
 
 BATCH_AXES = ("data", "fsdp", "expert")
 _TRITON_PRODUCTS = "xla_gpu_enable_triton_gemm"
+# Triton's products convert codes first; and products of one tensor, joined, are bf16.
+FP8_OPTIONS: dict[str, str | bool] = {
+    _TRITON_PRODUCTS: False,
+    "xla_gpu_dot_merger_threshold_mb": "0",
+}
 
 MeshAxes = tuple[str, ...]
 
@@ -134,7 +139,7 @@ class ShardingPlan:
 
     `zero_stage`: see the module's docstring. `offload_*` keep that state in pinned
     host memory between steps; the step brings it to the device while it needs it.
-    `unrolled`: its programs compile each layer on its own.
+    `unrolled`: its programs compile each layer on its own. `fp8`: they multiply so.
     """
 
     mesh: Mesh
@@ -142,6 +147,7 @@ class ShardingPlan:
     offload_optimizer: bool = False
     offload_params: bool = False
     unrolled: bool = False
+    fp8: bool = False
 
     @property
     def batch_axes(self) -> MeshAxes:
@@ -205,6 +211,8 @@ class ShardingPlan:
         gathers = over > 1 and shape["tensor"] == 1
         if self.platform == "tpu" and gathers:
             return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+        if self.platform == "gpu" and self.fp8:
+            return FP8_OPTIONS
         unsaid = _TRITON_PRODUCTS not in os.environ.get("XLA_FLAGS", "")
         if self.platform == "gpu" and self.unrolled and unsaid:
             return {_TRITON_PRODUCTS: False}

@@ -186,6 +186,7 @@ ALLOWED: dict[str, set[str]] = {
         "data.batches",
         "data.stream",
         "evaluation",
+        "kernels",
         "lora",
         "models",
         "models.load",
@@ -276,6 +277,7 @@ ALLOWED: dict[str, set[str]] = {
     "models.state": {
         "config",
         "lora",
+        "models",
         "models.load",
         "optimizers",
         "record",

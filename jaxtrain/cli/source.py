@@ -49,6 +49,7 @@ COMPUTING = (
     "training.cpu_offload",
     "training.deepspeed",
     "training.fp16",
+    "training.fp8",
     "training.lora.quantization",
     "training.lora.quantization_block_size",
     "training.num_gpus",

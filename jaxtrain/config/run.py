@@ -214,7 +214,8 @@ def _explain(run: RunConfig) -> list[str]:
         f"training.cpu_offload = {devices.cpu_offload}, deepspeed.offload_*:"
         f" {host or 'nothing'} in pinned host memory between steps",
         f"training.fp16 = {precision.fp16}, bf16 = {precision.bf16}:"
-        f" {precision.compute_dtype} compute, {run.model.param_dtype} parameters",
+        f" {precision.compute_dtype} compute{', projections in fp8' * precision.fp8},"
+        f" {run.model.param_dtype} parameters",
         f"training.gradient_checkpointing = {precision.gradient_checkpointing}:"
         f" rematerialization policy {shown(precision.remat)}",
         f"training.dataloader_pin_memory = {devices.dataloader_pin_memory}: batches are"

@@ -39,7 +39,7 @@ TrainingType = Literal["from_scratch", "sft", "lora", "dpo"]
 Activation = Literal["silu", "gelu", "gelu_pytorch_tanh"]
 LayerType = Literal["full_attention", "sliding_attention", "conv"]
 Dtype = Literal["float32", "bfloat16"]
-Quantization = Literal["nf4", "int8"]
+Quantization = Literal["nf4", "int8", "fp8"]
 Tracker = Literal["tensorboard", "wandb", "jsonl", "none"]
 
 TOKENS, ROWS, STEPS = Unit("tokens"), Unit("rows"), Unit("optimizer steps")
@@ -453,6 +453,12 @@ class PrecisionSection:
     """float16 compute with dynamic loss scaling."""
     bf16: bool = DERIVED
     """bfloat16 compute. Unset: true unless fp16. Both false: float32."""
+    fp8: bool = False
+    """Multiply in eight bits what bf16 multiplies in the layers' projections, forward
+    and for both gradients; all else stays in bfloat16, and trained weights as they are
+    kept. Needs an NVIDIA GPU of compute capability 8.9 or later (L4, RTX 40, H100,
+    H200, B200); a CPU computes the same slowly. LoRA's frozen base and DPO's reference
+    are kept in eight bits, half of their bytes. See docs/fp8.md."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass."""
     remat_policy: Annotated[Literal[
@@ -812,8 +818,8 @@ class LoraSection:
     False: each has its own, and the merged model's head is a matrix of its own."""
     quantization: Quantization | None = None
     """QLoRA (arXiv:2305.14314): keep the frozen layers' kernels, experts' too, as nf4
-    (4.5 bits a weight) or int8 (8.5 bits). Needs jaxtrain[qlora]. Unset: in the compute
-    dtype."""
+    (4.5 bits a weight) or int8 (8.5 bits), which need jaxtrain[qlora], or fp8 (8 bits,
+    not of experts), which is what training.fp8 sets. Unset: in the compute dtype."""
     quantize_experts: Annotated[bool | None, OnlyIf("training.lora.quantization")] = (
         None
     )

@@ -165,7 +165,7 @@ def trainable_and_frozen(
         raise ValueError(
             f"lora.modules_to_save trains {sorted(codes)} in full, which the quantized"
             " base keeps as codes: give them adapters (target_modules), or unset"
-            " training.lora.quantization"
+            " training.lora.quantization (or training.fp8)"
         )
     biased = {"all": {path[:-1] for path in flat}, "lora_only": adapted, "none": set()}
     copies = {

@@ -6,6 +6,7 @@ type: each is cast to the compute type where it is used.
 """
 
 import dataclasses
+import functools
 import math
 import zlib
 from collections.abc import Callable, Mapping
@@ -17,11 +18,18 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int32, Key
 
+from jaxtrain.kernels import fp8
 from jaxtrain.kernels.attention.partition import Layout
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.expert_parallel import ExpertSpread
 from jaxtrain.models.layer_kinds import ATTENTION, LayerKind
-from jaxtrain.models.quantization import Quantization, dequantize, multiply, quantize
+from jaxtrain.models.quantization import (
+    Quantization,
+    dequantize,
+    is_fp8,
+    multiply,
+    quantize,
+)
 from jaxtrain.models.rope import Rotary, rotate
 from jaxtrain.types import LogicalAxes
 
@@ -103,7 +111,10 @@ def unconstrained(x: Array, logical_axes: LogicalAxes) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What every module of one decoder shares; static."""
+    """What every module of one decoder shares; static.
+
+    `fp8`: layers' kernels are multiplied in eight bits (models/fp8.py).
+    """
 
     config: ModelConfig
     _: dataclasses.KW_ONLY
@@ -111,6 +122,7 @@ class Options:
     param_dtype: str = "float32"
     lora: LoraShape | None = None
     quantization: Quantization | None = None
+    fp8: bool = False
     constrain: Callable[[Array, LogicalAxes], Array] = unconstrained
     map_shards: MapShards = on_one_device
     layout: Layout | None = None
@@ -220,7 +232,7 @@ class Linear(Adapted):
         *,
         bias: bool = False,
     ) -> None:
-        self.path, self.options = path, options
+        self.path, self.axes, self.options = path, axes, options
         dtype = jnp.dtype(options.param_dtype)
         deviation = options.config.initializer_range
         kernel = deviation * jax.random.normal(rngs.params(), sizes)
@@ -229,16 +241,20 @@ class Linear(Adapted):
         else:
             codes, scales = quantize(kernel, options.quantization)
             self.kernel_codes = nnx.Param(codes, logical_axes=axes)
-            self.kernel_scales = nnx.Param(scales, logical_axes=axes)
+            of_scales = (None, None) if is_fp8(codes) else axes
+            self.kernel_scales = nnx.Param(scales, logical_axes=of_scales)
         if bias:
             self.bias = nnx.Param(jnp.zeros(sizes[1:], dtype), logical_axes=axes[1:])
         self._init_adapter(path, kernel, axes, options, rngs)
 
     def __call__(
-        self, x: Float[Array, "B T I"], dropout_key: Key[Array, ""] | None = None
+        self,
+        x: Float[Array, "B T I"] | fp8.Shared,
+        dropout_key: Key[Array, ""] | None = None,
     ) -> Float[Array, "B T O"]:
         dtype = self.options.compute_dtype
         y = self._multiply(x)
+        x = x.value if isinstance(x, fp8.Shared) else x
         lora = self.options.lora
         if lora is not None and hasattr(self, "lora_a"):
             with jax.named_scope("lora"):
@@ -258,16 +274,42 @@ class Linear(Adapted):
             y += self.bias[...].astype(dtype)
         return y
 
-    def _multiply(self, x: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
-        """x kernel, in the compute type."""
+    def _multiply(self, x: Float[Array, "B T I"] | fp8.Shared) -> Float[Array, "B T O"]:
+        """x kernel, in the compute type, or by codes of eight bits."""
+        weight = self._fp8_weight()
+        if weight is not None:
+            x = x if isinstance(x, fp8.Shared) else fp8.share(x)
+            gather = functools.partial(_gather, self.options, self.axes)
+            return fp8.project(fp8.Site(self.path, gather), x, weight)
+        x = x.value if isinstance(x, fp8.Shared) else x
         if hasattr(self, "kernel"):
             return x @ self.kernel[...].astype(self.options.compute_dtype)
         return multiply(x, self.kernel_codes[...], self.kernel_scales[...])
+
+    def _fp8_weight(self) -> fp8.Weight | None:
+        """The kernel in eight bits, where it is given or kept so."""
+        if hasattr(self, "kernel"):
+            kernel: Any = self.kernel.get_value()
+            return kernel if isinstance(kernel, fp8.Weight) else None
+        codes, scales = self.kernel_codes[...], self.kernel_scales[...]
+        if not is_fp8(codes):
+            return None
+        return fp8.Weight(None, codes, scales.reshape(()))
 
     def _matrix(self) -> Float[Array, "I O"]:
         if hasattr(self, "kernel"):
             return self.kernel[...]
         return dequantize(self.kernel_codes[...], self.kernel_scales[...])
+
+
+def _gather(options: Options, axes: LogicalAxes, codes: Array) -> Array:
+    """A kernel's codes as products read them, whole where rows are split."""
+    return options.constrain(codes, axes)
+
+
+def shared_input(options: Options, x: Array) -> Array | fp8.Shared:
+    """An input that several kernels read: under fp8 quantized once for them all."""
+    return fp8.share(x) if options.fp8 else x
 
 
 def dora_gain(
@@ -435,7 +477,8 @@ class Attention(nnx.Module):
             projected = jnp.split(fused, ends, axis=-1)
         else:
             projections = (self.q_proj, self.k_proj, self.v_proj)
-            projected = [project(x, dropout_key) for project in projections]
+            read = shared_input(self.options, x)
+            projected = [project(read, dropout_key) for project in projections]
         if config.qk_norm == "width":
             q, k, v = projected
             projected = [self.q_norm(q), self.k_norm(k), v]
@@ -500,7 +543,9 @@ class Mlp(nnx.Module):
         config, constrain = self.options.config, self.options.constrain
         names = config.family.mlp_names
         if config.family.fused == "none":
-            gate, up = self.gate_proj(x, dropout_key), self.up_proj(x, dropout_key)
+            read = shared_input(self.options, x)
+            projections = (self.gate_proj, self.up_proj)
+            gate, up = (project(read, dropout_key) for project in projections)
         else:
             fused = getattr(self, names.gate_up)(x, dropout_key)
             gate, up = jnp.split(fused, 2, axis=-1)

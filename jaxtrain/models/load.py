@@ -12,7 +12,7 @@ from jaxtrain import lora, sharding
 from jaxtrain.config import RunConfig
 from jaxtrain.evaluation.inference import Inference
 from jaxtrain.kernels.attention import Layout
-from jaxtrain.models import bucket, hf, quantization, vocabulary
+from jaxtrain.models import bucket, fp8, hf, quantization, vocabulary
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.fingerprint import fingerprint_model
 from jaxtrain.models.generation_config import GenerationConfig
@@ -212,7 +212,10 @@ def make_plan(
         offload_optimizer=zero.offload_optimizer,
         offload_params=zero.offload_param,
     )
-    return dataclasses.replace(plan, unrolled=_unrolls_layers(run, config, plan))
+    unrolled, in_fp8 = _unrolls_layers(run, config, plan), run.precision.fp8
+    if in_fp8:
+        fp8.check(config, plan.mesh.devices.flat[0])
+    return dataclasses.replace(plan, unrolled=unrolled, fp8=in_fp8)
 
 
 def _unrolls_layers(
@@ -229,7 +232,7 @@ def _unrolls_layers(
         plan.mesh.shape["expert"] > 1
         or plan.offload_params
         or run.precision.remat == "offload"
-        or (run.lora is not None and run.lora.quantization is not None)
+        or (run.lora is not None and run.lora.quantization not in (None, "fp8"))
     )
     few = config.num_hidden_layers <= _MOST_UNROLLED
     return plan.platform == "gpu" and few and not by_layers
@@ -276,6 +279,7 @@ def make_decoder(
         map_shards=plan.map_shards,
         experts=spread_experts(run, config, plan),
         quantization=quantized,
+        fp8=run.precision.fp8,
         layout=Layout(
             plan.mesh,
             rows=plan.batch_axes,

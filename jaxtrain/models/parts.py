@@ -13,9 +13,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+from jaxtrain.kernels.fp8 import Weight
 from jaxtrain.models.binding import bind, paths_with
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.decoder_layer import DecoderLayer
+from jaxtrain.models.fp8 import in_fp8
 from jaxtrain.models.layer_kinds import (
     LayerKind,
     config_of_kind,
@@ -204,11 +206,17 @@ def _scanned(
     second copy of them would be stacked up for the backward pass.
     """
 
-    def cast(path: tuple[Any, ...], leaf: Array) -> Array:
-        is_whole = path[-1].key in _WHOLE or is_kept(path)
-        return leaf if is_whole else leaf.astype(options.compute_dtype)
+    def cast(path: tuple[Any, ...], leaf: Any) -> Any:
+        is_whole = path[-1].key in _WHOLE or isinstance(leaf, Weight)
+        if is_whole or is_kept(path):
+            return leaf
+        own = leaf.astype(options.compute_dtype)
+        is_kernel = options.fp8 and path[-1].key == "kernel"
+        return in_fp8(leaf, master=own) if is_kernel else own
 
-    layers = jax.tree_util.tree_map_with_path(cast, stack.of(params[LAYERS]))
+    layers = jax.tree_util.tree_map_with_path(
+        cast, stack.of(params[LAYERS]), is_leaf=lambda x: isinstance(x, Weight)
+    )
     numbers = jnp.arange(len(stack.layers))
     if stack.name is not None:
         numbers = stack.layers.start + stack.layers.step * numbers

@@ -1,9 +1,11 @@
-"""A frozen base in few bits: NF4 or int8 by blocks, as QLoRA keeps it.
+"""A frozen base in few bits: NF4 or int8 by blocks, as QLoRA keeps it, or fp8.
 
 A kernel W [in out] is cut into blocks of inputs, 64 by default, of each output. A block
 is kept as its largest magnitude s (float32) and a code c for each entry, W ~ s v(c)
 (arXiv:2305.14314, section 3). NF4: v are the 16 values of that paper's appendix E, two
-codes to a byte, 4.5 bits an entry in all. int8: v(c) = c / 127.5, 8.5 bits.
+codes to a byte, 4.5 bits an entry in all. int8: v(c) = c / 127.5, 8.5 bits. fp8: one
+scale for the whole kernel of a layer, and the codes are what products read
+(kernels/fp8), which does not train by other numbers than it is kept in.
 
 In a parameter tree `kernel_codes` and `kernel_scales` stand in place of `kernel`, and
 names of the same form in place of experts' `gate_proj`, `up_proj` and `down_proj`. They
@@ -18,13 +20,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Float32, Num
+
+from jaxtrain.kernels import fp8
 
 CODES, SCALES = "kernel_codes", "kernel_scales"
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")  # of experts
 # Weights that are float32 whatever type the others have (routers.Float32Router).
 STAY_FLOAT32 = frozenset({"router_weight", "e_score_correction_bias"})
-KINDS = ("nf4", "int8")
+KINDS = ("nf4", "int8", "fp8")
 BLOCK_SIZE = 64
 # Quantiles of a normal distribution, with an exact 0 and symmetric ends.
 NF4_VALUES = (
@@ -35,8 +39,8 @@ NF4_VALUES = (
     1.0,
 )  # fmt: skip
 
-Codes = Int[Array, "*L C O"]  # C: inputs, two to a byte under NF4
-Scales = Float32[Array, "*L N O"]  # N blocks of inputs
+Codes = Num[Array, "*L C O"]  # C: inputs, two to a byte under NF4
+Scales = Float32[Array, "*L N O"]  # N blocks of inputs; under fp8 [*L 1 1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,12 +78,12 @@ def requested(
     """
     if kind is None:
         return None
-    if importlib.util.find_spec("qwix") is None:
+    if kind != "fp8" and importlib.util.find_spec("qwix") is None:
         raise ValueError(
             "training.lora.quantization needs the package qwix: pip install"
             " 'jaxtrain[qlora]', or pip install 'qwix>=0.1.5'"
         )
-    return Quantization(kind, block_size, experts)
+    return Quantization(kind, block_size, experts and kind != "fp8")
 
 
 def kept_as(name: str) -> tuple[str, str]:
@@ -105,6 +109,9 @@ def quantize(kernel: Float[Array, "*L I O"], how: Quantization) -> tuple[Codes, 
     Raises:
         ValueError: the block does not divide the inputs.
     """
+    if how.kind == "fp8":
+        kept = fp8.quantize_kernel(kernel)
+        return kept.codes, kept.unit[..., None, None]
     import qwix  # an extra; `requested` says how to get it
 
     width_in = kernel.shape[-2]
@@ -143,12 +150,19 @@ def dequantize(codes: Codes, scales: Scales) -> Float32[Array, "*L I O"]:
         values = _look_up(pairs.reshape(kernel_shape(codes)))
     else:
         values = codes.astype(jnp.float32)
+    if is_fp8(codes):
+        return values * scales
     *layers, blocks, width_out = scales.shape
     split = values.reshape(*layers, blocks, -1, width_out)
     return (split * scales[..., None, :]).reshape(values.shape)
 
 
-def _look_up(codes: Int[Array, "*dims"]) -> Float32[Array, "*dims"]:
+def is_fp8(codes: Any) -> bool:
+    """Whether these codes are numbers of eight bits themselves."""
+    return bool(codes.dtype == fp8.INPUT)
+
+
+def _look_up(codes: Num[Array, "*dims"]) -> Float32[Array, "*dims"]:
     """NF4's values, by halving the table four times: no gather: TPUs are slow at it."""
     values: list[Any] = [jnp.float32(value) for value in NF4_VALUES]
     for bit in range(4):

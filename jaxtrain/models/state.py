@@ -9,6 +9,7 @@ import optax
 
 from jaxtrain import lora, sharding
 from jaxtrain.config import RunConfig
+from jaxtrain.models import reference
 from jaxtrain.models.load import LoadedModel, lora_config
 from jaxtrain.optimizers import optim
 from jaxtrain.record.diagnostics import init_loss_window
@@ -54,7 +55,8 @@ def abstract_state(
     split = functools.partial(_split, run, model, abstract=True)
     trainable, frozen = jax.eval_shape(split, model.params)
     if frozen:
-        frozen = _laid_out(frozen, sharding.layouts_of(model.params))
+        in_fp8 = run.lora is None and run.precision.fp8  # else as it was loaded
+        frozen = _laid_out(frozen, reference.layouts_of(model.params, in_fp8))
     parameters, moments = _layouts(model, optimizer, trainable)
     opt_state = _laid_out(jax.eval_shape(optimizer.init, trainable), moments)
     trainable = _laid_out(trainable, parameters)
@@ -107,8 +109,9 @@ def _split(
     if run.lora is None:
         if not needs_reference(run):
             return params, {}
-        copy = functools.partial(_in_compute_dtype, run.precision.compute_dtype)
-        layouts = None if abstract else sharding.layouts_of(params)
+        in_fp8, dtype = run.precision.fp8, run.precision.compute_dtype
+        copy = functools.partial(reference.copy_weights, dtype=dtype, in_fp8=in_fp8)
+        layouts = None if abstract else reference.layouts_of(params, in_fp8)
         return params, jax.jit(copy, out_shardings=layouts)(params)
     settings = lora_config(run, model.config)
     if run.lora.init_from and not abstract:
@@ -131,20 +134,3 @@ def _keeps_first_adapters(run: RunConfig, model: LoadedModel) -> bool:
     if lora_config(run, model.config).changes_base:
         return True
     return run.dpo is not None and (run.dpo.sync_ref_model or bool(run.lora.init_from))
-
-
-def _in_compute_dtype(compute_dtype: str, params: Params) -> Params:
-    """Copies of the weights as the forward pass reads them: they give its own numbers.
-
-    Matrices are only ever read in the compute dtype, so they are kept in it; norms and
-    sinks are read in float32 and kept whole.
-    """
-
-    def copy(path: Any, leaf: jax.Array) -> jax.Array:
-        name = path[-1].key
-        is_matrix = name not in ("scale", "sinks") and not name.endswith("bias")
-        # jnp.array copies; a mere cast to the same dtype would share the buffer, which
-        # the train step donates.
-        return jnp.array(leaf, dtype=compute_dtype if is_matrix else leaf.dtype)
-
-    return jax.tree_util.tree_map_with_path(copy, params)

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Float32, Int32, Key
 from jaxtrain.kernels.attention.api import attention, plan_attention, skips_blocks
 from jaxtrain.kernels.attention.partition import Layout
 from jaxtrain.kernels.delta_rule import delta_rule
+from jaxtrain.kernels.fp8 import RESIDUALS
 from jaxtrain.kernels.linear_cross_entropy.api import linear_log_probs
 from jaxtrain.models import head, parts, router_report
 from jaxtrain.models.binding import axes_of, init_module, paths_with
@@ -45,9 +46,10 @@ _policies = jax.checkpoint_policies
 # What a layer keeps for the backward pass; all else is computed again. "full" keeps
 # only the layer's input, "offload" that in pinned host memory, "dots" every matrix
 # product ("dots_no_batch" not those of attention), "save_attention" what attention
-# gave, "minimal" that, its inputs and the MLP's. Our kernels name what their own
-# backward passes need "attention_residuals", so that they need not run again; cuDNN and
-# the XLA path do run again.
+# gave, "minimal" that, its inputs and the MLP's, and under fp8 the codes of what
+# products read. Our kernels name what their own backward passes need
+# "attention_residuals", so that they need not run again; cuDNN and the XLA path do run
+# again.
 REMAT_POLICIES: Mapping[str, Callable[..., bool] | None] = {
     "none": None,
     "full": _policies.nothing_saveable,
@@ -63,7 +65,7 @@ REMAT_POLICIES: Mapping[str, Callable[..., bool] | None] = {
     ),
     "minimal": _policies.save_only_these_names(
         "query", "key", "value", "attention", "attention_residuals", "mlp_gate",
-        "mlp_up",
+        "mlp_up", RESIDUALS,
     ),
 }  # fmt: skip
 
@@ -122,6 +124,7 @@ class Decoder(Options):
             words += ["ties_head"] * self.lora.ties_head
         if self.quantization is not None:
             words.append(repr(self.quantization))
+        words += ["fp8"] * self.fp8
         return " ".join(words)
 
     # --- the tree of weights -----------------------------------------------------

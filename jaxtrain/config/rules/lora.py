@@ -54,9 +54,19 @@ def _resolve_quantization(run: Resolution) -> None:
             text = f"training.lora.quantization = {its_kind!r} asks for it; unset that"
             run.problem(key, text)
     named = [(f"training.lora.{name}", kind) for name, kind in asked.items() if kind]
+    if run.precision.fp8 and lora.enabled and not named:
+        named = [("training.fp8", "fp8")]
     if not named:
         return
     key, kind = named[0]
+    if run.precision.fp8 != (kind == "fp8"):
+        run.problem(
+            key,
+            "training.fp8 multiplies the frozen base by codes of its own, fp8, and"
+            " nothing else does; set both of them, or neither",
+            value=kind,
+            causes=("training.fp8",),
+        )
     if others := [name for name, other in named if other != kind]:
         text = f"{others[0]} asks for another; set one of them only"
         run.problem(key, text, value=kind)

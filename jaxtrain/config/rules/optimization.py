@@ -123,6 +123,33 @@ def resolve_precision(run: Resolution) -> None:
         )
     if bf16 is None:
         run.precision = replace(run.precision, bf16=not fp16)
+    if run.precision.fp8:
+        _check_fp8(run)
+
+
+def _check_fp8(run: Resolution) -> None:
+    """Refuse what eight bits are not written, or not meant, for."""
+    if not run.precision.bf16:
+        run.problem(
+            "fp8",
+            "it stands beside bf16, in which all but the projections is computed; set"
+            f" bf16 = true ({run.origin['bf16']}) and fp16 = false, or unset fp8",
+            causes=("bf16", "fp16"),
+        )
+    if run.devices.deepspeed.offload_param:
+        run.problem(
+            "fp8",
+            "weights in host memory would be brought over, and quantized, by layers; it"
+            " is not written; unset it, or deepspeed.offload_param and cpu_offload",
+            causes=("deepspeed.offload_param", "cpu_offload"),
+        )
+    if run.is_dpo and run.dpo.sync_ref_model:
+        run.problem(
+            "fp8",
+            "the reference is kept in eight bits, which small updates would not move;"
+            " unset it, or training.dpo.sync_ref_model",
+            causes=("training.dpo.sync_ref_model",),
+        )
 
 
 def _find_problem(patterns: Any) -> str:
