@@ -447,7 +447,10 @@ def test_other_families_log_and_learn_what_trl_does(
     # The rate is 0 in the first of three steps of warming up, so that in two the policy
     # is the reference, whose factors XLA may fuse otherwise.
     method = method.removeprefix("lora-")
-    assert_equal_trainings(ours, theirs, method, tied_logs=2, rounding=1e-7)
+    # That of a sum of log-probs from 32 to 64 is 3.8e-6, which beta = 0.1 multiplies.
+    is_mixture = base.name.startswith((*MIXTURES,))
+    rounding = 3.8e-7 if is_mixture else 1e-7
+    assert_equal_trainings(ours, theirs, method, tied_logs=2, rounding=rounding)
 
 
 @pytest.mark.parametrize("base", ["llama"], indirect=True)
