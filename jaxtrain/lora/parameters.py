@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from jaxtrain.lora.targets import LoraConfig
 
 TreePath = tuple[str, ...]
+# What a router's weight may be called; the second is kept in float32.
+_ROUTER_WEIGHTS = {"weight", "router_weight"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,13 +70,14 @@ def iterate_parameters(
 
 def _of_mixture(mixture: Mapping[str, Any], path: TreePath) -> Iterator[Parameter]:
     """A router's weight, and the two parameters of its experts."""
-    experts, router = mixture["experts"], mixture["gate"]["weight"]
+    experts, gate = mixture["experts"], mixture["gate"]
     biased = "gate_proj_bias" in experts
     inwards, _, outwards = (_shape_of(experts, name) for name in PROJECTIONS)
     fused = (*inwards[:-1], 2 * inwards[-1])
-    place, layers = (*path, "gate"), router.shape[0]
-    names = _names_of(place, layers, "router" if biased else "gate")
-    yield Parameter(place, names, tuple(router.shape))
+    place, layers = (*path, "gate"), inwards[0]
+    for leaf in _ROUTER_WEIGHTS & gate.keys():
+        names = _names_of(place, layers, "router" if biased else "gate")
+        yield Parameter(place, names, tuple(gate[leaf].shape))
     for name, shape in zip(PARAMETERS, (fused, outwards), strict=True):
         place = (*path, "experts", ADAPTERS, name)
         names = _names_of(place, layers)
@@ -297,7 +300,7 @@ def share_of(
             "down_proj" if name == "down_proj" else "gate_up_proj",
         )
     parameter, a = parameter_at.get(place), adapters.get((*place, "lora_a"))
-    if parameter is None or a is None or name not in ("weight", *PROJECTIONS):
+    if parameter is None or a is None or name not in {*_ROUTER_WEIGHTS, *PROJECTIONS}:
         return None, None, ()
     b = adapters[*place, "lora_b"]
     if name in ("gate_proj", "up_proj"):

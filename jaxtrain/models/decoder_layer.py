@@ -74,9 +74,7 @@ class Router(Adapted):
         weight = self.weight[...].astype(x.dtype)
         logits = jnp.matmul(x, weight, preferred_element_type=jnp.float32)
         if hasattr(self, "lora_a"):
-            low = x @ self.lora_a[...].astype(x.dtype) * self.scaling
-            b = self.lora_b[...].astype(x.dtype)
-            logits += jnp.matmul(low, b, preferred_element_type=jnp.float32)
+            logits += self._low_rank(x)
         return logits + self.bias[...] if hasattr(self, "bias") else logits
 
 

@@ -211,6 +211,11 @@ class Adapted(nnx.Module):
             lengths = jnp.linalg.norm(matrix, axis=0).astype(dtype)
             self.lora_magnitude = LoraParam(lengths, logical_axes=axes[1:])
 
+    def _low_rank(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
+        """What the adapter adds to logits of x, summed and kept in float32."""
+        a, b = (leaf[...].astype(x.dtype) for leaf in (self.lora_a, self.lora_b))
+        return jnp.matmul(x @ a * self.scaling, b, preferred_element_type=jnp.float32)
+
     def _dora_gain(self, matrix: Float[Array, "I O"]) -> Float[Array, "O"]:
         a, b, magnitude = self.lora_a[...], self.lora_b[...], self.lora_magnitude[...]
         return dora_gain(matrix, a, b, magnitude, self.scaling)
