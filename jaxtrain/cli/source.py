@@ -382,7 +382,7 @@ def _fit_mesh(config: ConfigDict, is_given: bool) -> None:
     used = training.num_gpus or count
     if not is_given and math.prod(mesh[axis] for axis in _MESH) == used:
         return
-    was_split = mesh.fsdp > 1 and not is_given
+    was_split = max(mesh.fsdp, mesh.expert) > 1 and not is_given
     config.mesh = default_config().mesh
     training.deepspeed.zero_stage = None
     if was_split:

@@ -81,13 +81,13 @@ class _Sizes(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """ "tokens": rows that a device multiplies at most."""
+        """Rows that a device multiplies at most, under "tokens"."""
         even = self.tokens * self.copies
         return min(self.devices * self.most, math.ceil(max(2.0, self.room) * even))
 
     @property
     def slots(self) -> int:
-        """ "copies": what a device can send to each other one."""
+        """Copies that a device can send to each other one, under "copies"."""
         even = self.tokens * self.copies / self.devices
         return min(self.most, math.ceil(self.room * even))
 
