@@ -44,8 +44,7 @@ PARAMETER_RULES: Rules = {
     **_WIDTHS,
     # Devices that share rows would hold the same weights otherwise.
     "embed": _SHARED,
-    # Over fsdp too where their number divides; else "embed" of the same array is split
-    # instead.
+    # Over fsdp too where their number divides; else "embed" of that array is split.
     "experts": ("expert", "fsdp"),
 }
 # Optimizer state under ZeRO 1 and 2, whose parameters are whole on every device.
@@ -152,8 +151,7 @@ class ShardingPlan:
     @property
     def batch_axes(self) -> MeshAxes:
         """The mesh axes that split a batch's rows; `expert` only where it acts."""
-        acts = self.mesh.shape["expert"] > 1
-        return tuple(axis for axis in BATCH_AXES if acts or axis != "expert")
+        return BATCH_AXES if self.mesh.shape["expert"] > 1 else BATCH_AXES[:-1]
 
     @property
     def batch_shards(self) -> int:
@@ -207,8 +205,7 @@ class ShardingPlan:
         `XLA_FLAGS` that name the option win.
         """
         shape = self.mesh.shape
-        over = math.prod(shape[axis] for axis in _SHARED)
-        gathers = over > 1 and shape["tensor"] == 1
+        gathers = math.prod(shape[a] for a in _SHARED) > 1 and shape["tensor"] == 1
         if self.platform == "tpu" and gathers:
             return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
         if self.platform == "gpu" and self.fp8:
@@ -297,8 +294,7 @@ class ShardingPlan:
                 mesh=self.mesh,
                 in_specs=tuple(specs),
                 out_specs=PartitionSpec(*(split[name] for name in result)),
-                # Loops within a GPU kernel cannot say over which axes they vary.
-                check_vma=False,
+                check_vma=False,  # GPU kernels cannot say over which axes they vary
             )(*arrays)
 
         return mapped
