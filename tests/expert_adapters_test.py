@@ -67,13 +67,39 @@ MORE_CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"target_modules": "all-linear", "target_parameters": ["mlp.gate.weight"]},
     ),
     "linear layers of gpt-oss": ("gpt_oss", {"target_modules": "all-linear"}),
+    "sigmoids": ("glm4_moe", {"target_modules": "all-linear"}),
+    "latent": ("deepseek_v2", {"target_modules": "all-linear"}),
+    "gated": ("qwen3_next", {"target_modules": "all-linear"}),
+}
+# Whose routers are in float32, or that have dense layers or shared experts too.
+_ROUTED = {
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 24,
+    "n_group": 2,
+    "topk_group": 1,
+    "routed_scaling_factor": 1.5,
+}
+OPTIONS = FAMILIES | {
+    "glm4_moe": _ROUTED | {"head_dim": 8, "norm_topk_prob": True},
+    "deepseek_v2": _ROUTED
+    | {
+        "topk_method": "group_limited_greedy",
+        "kv_lora_rank": 16,
+        "q_lora_rank": None,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+        "num_key_value_heads": 4,
+    },
 }
 
 
 def make_torch_model(family: str) -> Any:
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    config = transformers.AutoConfig.for_model(family, **SIZES | FAMILIES[family])
+    config = transformers.AutoConfig.for_model(family, **SIZES | OPTIONS[family])
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
     with torch.no_grad():

@@ -12,14 +12,14 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32, Key
 
 from jaxtrain.models.config import ModelConfig
-from jaxtrain.models.layers import Linear, Options, normalize
+from jaxtrain.models.layers import Adapted, Linear, Options, normalize
 from jaxtrain.models.mixtures import Routing
 from jaxtrain.models.moe import choose_experts
 
 Choice = tuple[Float32[Array, "B T E"], Float32[Array, "B T K"], Int32[Array, "B T K"]]
 
 
-class Float32Router(nnx.Module):
+class Float32Router(Adapted):
     """Logits over experts in float32, its weights too, whatever the others' type.
 
     Where a router chooses by sigmoids, its `e_score_correction_bias` decides with the
@@ -35,14 +35,15 @@ class Float32Router(nnx.Module):
         if config.family.router == "sigmoid":
             bias = jnp.zeros(sizes[1:], jnp.float32)
             self.e_score_correction_bias = nnx.Param(bias, logical_axes=(None,))
+        self._init_adapter("mlp.gate", weight, ("embed", None), options, rngs)
 
     def __call__(
         self, x: Float[Array, "B T D"], dropout_key: Key[Array, ""] | None = None
     ) -> Float32[Array, "B T E"]:
-        del dropout_key
-        weight = self.router_weight[...].astype(jnp.float32)
-        highest = jax.lax.Precision.HIGHEST
-        return jnp.matmul(x.astype(jnp.float32), weight, precision=highest)
+        del dropout_key  # an adapter of a parameter drops nothing, as in PEFT
+        x, weight = x.astype(jnp.float32), self.router_weight[...].astype(jnp.float32)
+        logits = jnp.matmul(x, weight, precision=jax.lax.Precision.HIGHEST)
+        return logits + self._low_rank(x) if hasattr(self, "lora_a") else logits
 
 
 class ScaledRouter(nnx.Module):
