@@ -145,9 +145,9 @@ def tensors_of(path: Any) -> dict[str, np.ndarray]:
     return safetensors.numpy.load_file(path / "adapter_model.safetensors")
 
 
-def assert_close(ours: Any, theirs: Any, name: str = "") -> None:
-    scale = max(1.0, np.abs(theirs).max())
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * scale, err_msg=name)
+def assert_close(ours: Any, theirs: Any, name: str = "", error: float = 1e-5) -> None:
+    atol = error * max(1.0, np.abs(theirs).max())
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=atol, err_msg=name)
 
 
 @pytest.mark.torch
@@ -286,7 +286,9 @@ def test_experts_in_few_bits_act_as_what_they_stand_for(kind, largest_error, on_
         found.append(loss_and_slopes(decoder, *placed))
     for loss, slopes in found:
         np.testing.assert_allclose(loss, expected[0], rtol=1e-5)
-        jax.tree.map(assert_close, slopes, expected[1])
+        # Eight devices add up parts of sums, so a few more bits are rounded off.
+        close = functools.partial(assert_close, error=3e-5)
+        jax.tree.map(close, slopes, expected[1])
 
 
 def test_of_quantized_experts_only_codes_are_kept_for_the_backward_pass():
