@@ -1,6 +1,7 @@
 """training.fp8: what it refuses, how near its gradients are, and a run of each kind."""
 
 import dataclasses
+import re
 import types
 
 import jax
@@ -243,6 +244,38 @@ def test_a_reference_in_codes_scores_as_the_policy_that_it_is_a_copy_of():
         decoder.token_log_probs(frozen, batch).logps,
         decoder.token_log_probs(params, batch).logps,
     )
+
+
+def test_over_a_mesh_numbers_are_the_same_and_kernels_are_gathered_as_codes():
+    """Scales are those of whole tensors, so no rounding changes: only sums' order.
+
+    Outside of the products in float32, for what bfloat16 rounds otherwise on a mesh
+    would fall on the other side of a code here and there.
+    """
+    decoder, params, batch = tiny_decoder(fp8=True, compute_dtype="float32")
+    sizes = {"data": 1, "fsdp": 2, "context": 1, "tensor": 2}
+    plan = sharding.ShardingPlan(sharding.make_mesh(sizes, jax.devices()[:4]))
+    split = dataclasses.replace(
+        decoder, constrain=plan.constrain, map_shards=plan.map_shards
+    )
+    layouts = plan.parameters(params, decoder.logical_axes())
+    run = jax.jit(jax.value_and_grad(lambda p, b: loss_of(split, p, b)))
+    placed = (jax.device_put(params, layouts), jax.device_put(batch, plan.batch()))
+    loss, gradient = run(*placed)
+    whole = jax.jit(jax.value_and_grad(lambda p, b: loss_of(decoder, p, b)))
+    expected_loss, expected = whole(params, batch)
+    assert abs(float(loss / expected_loss) - 1) < 1e-5
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(gradient), strict=True):
+        b = np.asarray(b)
+        cosine = np.vdot(a, b) / np.linalg.norm(a) / np.linalg.norm(b)
+        assert cosine > 0.9999
+    # Where a device keeps a part of a kernel, it is codes that travel.
+    text = run.lower(*placed).compile().as_text()
+    of_layers = [line for line in text.splitlines() if "(layers)" in line]
+    found = (re.search(r"= (\w+)\[([\d,]+)\]\S* all-gather\(", x) for x in of_layers)
+    kernels = [match for match in found if match and "," in match[2]]
+    # The CPU's compiler widens codes to f16: it has no such collective of eight bits.
+    assert {match[1] for match in kernels} <= {"f8e4m3fn", "f16"} and len(kernels) >= 7
 
 
 @pytest.mark.parametrize("kind", ["lora", "dpo"])
