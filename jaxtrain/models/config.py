@@ -377,6 +377,8 @@ def _written(config: ModelConfig) -> dict[str, Any]:
     }
     # A mixture's number of experts has one of two names, the activation too.
     own_names = family.keys - {"num_experts", "hidden_act"}
+    if not config.num_experts:
+        own_names -= {family.expert_width_key}
     values: dict[str, Any] = {
         **{k: v for k, v in vars(config).items() if k in own_names},
         **{k: v for k, v in derived.items() if k in family.keys},

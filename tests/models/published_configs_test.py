@@ -37,8 +37,9 @@ NOTES = {
 # Of the families that these have, variants of one model run on request.
 FEW = frozenset(
     {
-        "cohere2", "gemma", "glm4", "granite", "granitemoehybrid", "ministral3",
-        "olmo2", "olmo3", "qwen3_5_text", "seed_oss", "smollm3",
+        "cohere2", "deepseek_v2", "deepseek_v3", "gemma", "glm4", "glm4_moe",
+        "granite", "granitemoehybrid", "ministral3", "olmo2", "olmo3", "qwen2_moe",
+        "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next", "seed_oss", "smollm3",
     }
 )  # fmt: skip
 SEEN: dict[str, str] = {}
