@@ -107,7 +107,7 @@ def make_state(trainable: Any, frozen: Any) -> TrainState:
 # --- transformers -----------------------------------------------------------------
 
 
-class _Stack:
+class Stored:
     """A gradient of transformers as `split_fused` reads a file."""
 
     def __init__(self, array: np.ndarray) -> None:
@@ -161,7 +161,7 @@ def test_loss_router_loss_and_gradients_equal_transformers(family, remat, tmp_pa
     )
     np.testing.assert_allclose(metrics["loss"].mean(), output.loss.item(), rtol=2e-6)
     expected = split_fused(
-        family, {n: _Stack(p.grad.numpy()) for n, p in theirs.named_parameters()}
+        family, {n: Stored(p.grad.numpy()) for n, p in theirs.named_parameters()}
     )
     before, after = flatten(params), flatten(new_state.trainable)
     for leaf in leaves_of(decoder.config):
@@ -222,6 +222,21 @@ def run_step(decoder, params, kind, plan):
     return step(state, jax.device_put(batch, plan.batch(1)))
 
 
+def assert_same_step(meshed, expected):
+    """Two steps' states and metrics are equal but for the order of sums."""
+    (meshed_state, meshed_metrics), (state, metrics) = meshed, expected
+    for name in ("loss", "aux_loss", "grad_norm"):
+        np.testing.assert_allclose(
+            meshed_metrics[name].mean(), metrics[name].mean(), rtol=1e-5, err_msg=name
+        )
+    # Gradients of order 1 and sums in another order.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5),
+        meshed_state.trainable,
+        state.trainable,
+    )
+
+
 @pytest.mark.parametrize(
     ("kind", "sizes", "split"),
     [
@@ -238,18 +253,8 @@ def test_loss_and_next_weights_are_the_same_on_a_mesh_of_eight(
     layouts = plan.parameters(decoder.abstract_params(), decoder.logical_axes())
     spec = layouts["layers"]["mlp"]["experts"]["gate_proj"].spec
     assert tuple(i for i, axes in enumerate(spec) if axes) == split
-    state, metrics = run_step(decoder, params, kind, None)
-    meshed, meshed_metrics = run_step(decoder, params, kind, plan)
-    for name in ("loss", "aux_loss", "grad_norm"):
-        np.testing.assert_allclose(
-            meshed_metrics[name].mean(), metrics[name].mean(), rtol=1e-5, err_msg=name
-        )
-    # Gradients of order 1 and sums in another order.
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5),
-        meshed.trainable,
-        state.trainable,
-    )
+    expected = run_step(decoder, params, kind, None)
+    assert_same_step(run_step(decoder, params, kind, plan), expected)
 
 
 def test_each_device_routes_its_own_tokens(mixtral):

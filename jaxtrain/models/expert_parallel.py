@@ -66,7 +66,11 @@ class ExpertSpread:
 
 
 class _Sizes(NamedTuple):
-    """Of one device: its tokens N, their copies K, its experts, X and the room."""
+    """The numbers of one device from which an exchange's costs and buffers follow.
+
+    `tokens`: those that it has, N. `copies`: experts that a token is sent to, K.
+    `experts`: those that it holds. `devices`: X. `room`: see the module.
+    """
 
     tokens: int
     copies: int
@@ -150,8 +154,6 @@ def _apply_to_shared_rows(
 ) -> Array:
     """Where all X devices have the same rows, as in generation of few texts."""
     own = _own_experts(experts, stacks[0].shape[0])
-    # From here on they count as each device's own, so that their gradients add up.
-    x, weights = (jax.lax.pcast(a, AXIS, to="varying") for a in (x, weights))
     return jax.lax.psum(apply(x, weights, own, *stacks), AXIS)
 
 

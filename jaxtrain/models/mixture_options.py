@@ -6,6 +6,7 @@ from jaxtrain.config import RunConfig
 from jaxtrain.models import router_report
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.expert_parallel import AXIS, ExpertSpread
+from jaxtrain.models.z_loss import Score
 from jaxtrain.sharding import ShardingPlan
 from jaxtrain.types import Objective
 
@@ -38,11 +39,11 @@ def spread_experts(
 
 def with_router_report(
     objective: Objective,
-    score: router_report.Score,
+    score: Score,
     run: RunConfig,
     config: ModelConfig,
     added: dict[str, float],
-) -> tuple[Objective, router_report.Score]:
+) -> tuple[Objective, Score]:
     """The objective and the score with what is reported of routers; without: as given.
 
     Args:

@@ -7,7 +7,6 @@ where their rounding changes choices least.
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxtrain.models.moe import RouterLoad
+from jaxtrain.models.z_loss import Score
 from jaxtrain.types import (
     Batch,
     LogProbsFn,
@@ -24,7 +24,6 @@ from jaxtrain.types import (
     WeightedSum,
 )
 
-Score = Callable[..., TokenLogProbs]  # `step.ScoreFn`
 Z_LOSS = "router_z_loss"
 
 

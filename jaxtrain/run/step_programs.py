@@ -83,5 +83,5 @@ def make_programs(train_step: Any, plan: ShardingPlan) -> StepPrograms:
 
 
 def shape_of(batch: Any) -> Hashable:
-    """What a step is compiled for: the shapes of a batch's arrays."""
+    """The shapes of a batch's arrays: batches of equal shapes share a compiled step."""
     return tuple(leaf.shape for leaf in jax.tree.leaves(batch))

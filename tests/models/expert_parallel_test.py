@@ -10,6 +10,7 @@ import pytest
 from jaxtrain import sharding
 from jaxtrain.models.expert_parallel import ExpertSpread, _Sizes, choose_exchange
 from jaxtrain.models.moe import apply_experts, choose_experts
+from tests.models.moe_test import run_all
 
 B, T, D, F, E, K = 8, 6, 5, 4, 8, 2
 
@@ -23,17 +24,6 @@ def make_arrays(collapsed: bool) -> dict[str, jax.Array]:
     if collapsed:
         arrays["logits"][..., :2] += 50
     return {name: jnp.asarray(array, jnp.float32) for name, array in arrays.items()}
-
-
-def run_all(x, logits, gate, up, down):
-    """The layer by its definition: every expert on every token, most weighed 0."""
-    probabilities = jax.nn.softmax(logits)
-    order = jnp.argsort(-probabilities)[..., :K]
-    chosen = jax.nn.one_hot(order, E).sum(-2) * probabilities
-    weights = chosen / chosen.sum(-1, keepdims=True)
-    inner = jax.nn.silu(jnp.einsum("btd,edf->btef", x, gate))
-    inner *= jnp.einsum("btd,edf->btef", x, up)
-    return jnp.einsum("btef,efd,bte->btd", inner, down, weights)
 
 
 def run_spread(plan, spread, x, logits, gate, up, down):

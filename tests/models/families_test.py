@@ -24,6 +24,7 @@ from jaxtrain.models.hf_names import leaves_of
 from jaxtrain.models.quantization import Quantization, quantize_tree
 from jaxtrain.tree import flatten
 from jaxtrain.types import Batch, Params
+from tests.moe_test import Stored
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent.parent
 SHAPES = REPOSITORY / "configs" / "shapes"
@@ -95,23 +96,10 @@ def torch_loss(torch_model: Any, batch: Batch) -> Any:
     return total
 
 
-class _Stored:
-    """A gradient of transformers as `split_fused` reads a file."""
-
-    def __init__(self, array: np.ndarray) -> None:
-        self.array = array
-
-    def get_shape(self) -> list[int]:
-        return list(self.array.shape)
-
-    def __getitem__(self, index: Any) -> np.ndarray:
-        return self.array[index]
-
-
 def torch_gradients(config: ModelConfig, torch_model: Any) -> dict[str, np.ndarray]:
     """Each tensor's of transformers, by the names that the hub has for them."""
     stored = {
-        name: _Stored(p.grad.numpy())
+        name: Stored(p.grad.numpy())
         for name, p in torch_model.named_parameters()
         if not (name == "lm_head.weight" and config.tie_word_embeddings)
     }

@@ -39,7 +39,7 @@ def run_all(x, logits, gate, up, down):
     """The layer by its definition: every expert on every token, most weighed 0."""
     probabilities = jax.nn.softmax(logits)
     order = jnp.argsort(-probabilities)[..., :K]
-    chosen = jax.nn.one_hot(order, E).sum(-2) * probabilities
+    chosen = jax.nn.one_hot(order, len(gate)).sum(-2) * probabilities
     weights = chosen / chosen.sum(-1, keepdims=True)
     inner = jax.nn.silu(jnp.einsum("btd,edf->btef", x, gate))
     inner *= jnp.einsum("btd,edf->btef", x, up)

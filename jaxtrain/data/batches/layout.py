@@ -297,7 +297,12 @@ def room_for_scored(most: int, tokens: int) -> int:
     sample. 0: it spares too little, and the head scores all.
     """
     most = -(-(most + most // 16) // _MULTIPLE) * _MULTIPLE
-    return most if most <= 0.9 * tokens else 0
+    return most if spares_enough(most, tokens) else 0
+
+
+def spares_enough(places: int, tokens: int) -> bool:
+    """Whether scoring so many places of `tokens` is worth selecting them."""
+    return places <= 0.9 * tokens
 
 
 def most_in_row(examples: int, shards: int) -> int:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxtrain.batch import Batch
-from jaxtrain.data.batches.layout import lengths_of, room_for_scored
+from jaxtrain.data.batches.layout import lengths_of, room_for_scored, spares_enough
 
 
 class Scoring(NamedTuple):
@@ -40,7 +40,7 @@ class Scoring(NamedTuple):
         devices = self.shards // processes
         count, length = rows.loss_mask.shape[-2:]
         tokens = count // devices * length
-        if self.places > 0.9 * tokens:
+        if not spares_enough(self.places, tokens):
             return rows
         return with_scored(rows, self.places, devices)
 

@@ -88,14 +88,13 @@ def multiply_groups(
     rows = _fill(rows, (kernels.row_multiple, kernels.width_multiple))
     weights = _fill(weights, (1, kernels.width_multiple, kernels.width_multiple))
     plan = make_plan(sizes, len(rows))
-    axes = _axes(rows) | _axes(weights) | _axes(sizes)
-    rows, weights, plan = jax.tree.map(lambda x: _vary(x, axes), (rows, weights, plan))
     return _multiply(kernels, rows, weights, plan)[:length, :width]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _multiply(kernels: Kernels, rows: Array, weights: Array, plan: Plan) -> Array:
-    return _vary(kernels.multiply(rows, weights, plan), _axes(rows))
+    out: Array = kernels.multiply(rows, weights, plan)
+    return out
 
 
 def _multiply_forward(
@@ -110,8 +109,7 @@ def _multiply_backward(
     rows, weights, plan = kept
     d_rows = kernels.multiply_transposed(d_out, weights, plan)
     d_weights = kernels.multiply_rows(rows, d_out, plan)
-    axes = _axes(rows)
-    return _vary(d_rows, axes), _vary(d_weights, axes), None
+    return d_rows, d_weights, None
 
 
 _multiply.defvjp(_multiply_forward, _multiply_backward)
@@ -121,21 +119,6 @@ def _fill(x: Array, multiples: tuple[int, ...]) -> Array:
     """x with zeros behind it, so that its sizes are multiples of these."""
     tails = [(0, -size % by) for size, by in zip(x.shape, multiples, strict=True)]
     return jnp.pad(x, tails) if any(tail for _, tail in tails) else x
-
-
-def _axes(x: Array) -> frozenset[str]:
-    """The mesh axes over which x differs, within a `jax.shard_map` that keeps track."""
-    kind = jax.typeof(x)
-    return frozenset(kind.manual_axis_type.varying)
-
-
-def _vary(x: Array, axes: frozenset[str]) -> Array:
-    """x as one that differs over these axes: a kernel does not say so of its result.
-
-    The transpose of this adds up the gradients of what all devices have alike.
-    """
-    missing = tuple(sorted(axes - _axes(x)))
-    return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
 @functools.cache
