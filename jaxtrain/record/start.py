@@ -197,9 +197,22 @@ def _batch(parts: loop.Parts) -> str:
             sizes = [f"{n} x {length:,}" for n, length, _ in (shapes[0], shapes[-1])]
             kinds = f"{len(shapes)} shapes, {' to '.join(sizes)}"
             rows_of = kinds if shapes[1:] else sizes[0]
-            return f"{text}; about {short(held)} tokens in rows of {rows_of}"
-        return f"{text}; about {short(held)} tokens, at most {short(most)}"
+            text += f"; about {short(held)} tokens in rows of {rows_of}"
+        else:
+            text += f"; about {short(held)} tokens, at most {short(most)}"
+        return text + _scored(parts)
     return f"{text}; at most {short(most)} tokens"
+
+
+def _scored(parts: loop.Parts) -> str:
+    """Says so where the loss head leaves out what is not trained."""
+    batches = parts.train_batches
+    if not isinstance(batches, BatchIterator):
+        return ""
+    packing, scoring = batches.reader.packing, batches.reader.scoring
+    if scoring is None and (packing is None or not packing.selects):
+        return ""
+    return "; the loss head scores trained predictions only"
 
 
 def _steps(parts: loop.Parts) -> str:

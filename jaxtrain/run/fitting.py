@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 def make_feed(run: RunConfig, model: LoadedModel) -> Feed:
     """The feed of a run, with rows that suit the model's attention."""
     long_rows = model.decoder.skips_blocks(run.data.max_length)
-    row = OBJECTIVES.get(run.loop.objective)
+    row = OBJECTIVES.get(run.objective)
     reads_trained = row is not None and not row.scores_prompts
     # Nobody knows what a loss of one's own reads.
     reads_trained = reads_trained and not run.loop.use_auxiliary_loss
