@@ -33,7 +33,7 @@ from jaxtrain.optimizers import optim
 from jaxtrain.optimizers.moments import MOMENT_DTYPES, with_compact_moments
 from jaxtrain.optimizers.schedules import make_schedule
 from jaxtrain.record.throughput import peak_flops
-from jaxtrain.sharding import FP8_OPTIONS
+from jaxtrain.sharding import ShardingPlan, make_mesh
 from jaxtrain.step import StepOptions, make_train_step
 from jaxtrain.types import Batch, PairBatch, TrainState
 
@@ -131,12 +131,15 @@ def make_step(name: str, options: argparse.Namespace) -> tuple[Any, TrainState, 
         trainable, scorer = params, decoder
         if case.pairs:
             frozen = jax.jit(functools.partial(copy_for_reference, options.fp8))(params)
-    on_gpu = jax.default_backend() == "gpu"
+    # As a run would compile it: unrolled layers on a GPU without Triton's products.
+    plan = ShardingPlan(
+        make_mesh({}, jax.devices()[:1]), unrolled=options.unroll, fp8=options.fp8
+    )
     schedule = make_schedule("constant", learning_rate=1e-5, total_steps=1000)
     optimizer = optim.make_optimizer("adamw", schedule)
     moments = options.moments or case.moments
     optimizer = with_compact_moments(optimizer, moments)
-    step = jax.jit(
+    step = plan.jit(
         make_train_step(
             make_objective("preference" if case.pairs else "next_token"),
             scorer.token_log_probs,
@@ -145,7 +148,6 @@ def make_step(name: str, options: argparse.Namespace) -> tuple[Any, TrainState, 
             StepOptions(max_grad_norm=1.0, with_reference=case.pairs),
         ),
         donate_argnums=0,
-        compiler_options=FP8_OPTIONS if options.fp8 and on_gpu else None,
     )
     state = TrainState(
         step=jnp.int32(0),

@@ -203,7 +203,7 @@ class ModelSection:
     """Compile one layer for all of them, or (false) each on its own, which is 12 to 16%
     faster on an H100, with 6% less memory, and compiles 36 layers in some 28 s in place
     of 12. Under mesh.fsdp it is 3% faster. Unset: each on its own on GPUs, for up to 48
-    layers that are neither offloaded nor quantized; one for all elsewhere."""
+    layers that are neither offloaded nor quantized to int8; one for all elsewhere."""
     expert_exchange: Literal["auto", "weights", "tokens", "copies"] = "auto"
     """Under mesh.expert, how a mixture's tokens and experts come together. weights: all
     experts are gathered for each layer. tokens: a device gathers the tokens of all

@@ -223,8 +223,8 @@ def _unrolls_layers(
 ) -> bool:
     """Whether to compile each layer on its own: only where that was measured faster.
 
-    On a GPU this avoids copying in and out of stacked buffers. Weights that are
-    quantized or offloaded layer by layer were only measured in a scan.
+    On a GPU this avoids copying in and out of stacked buffers. Weights in int8, and
+    those that are offloaded layer by layer, were only measured in a scan.
     """
     if run.model.scan_layers is not None:
         return not run.model.scan_layers
@@ -232,7 +232,7 @@ def _unrolls_layers(
         plan.mesh.shape["expert"] > 1
         or plan.offload_params
         or run.precision.remat == "offload"
-        or (run.lora is not None and run.lora.quantization not in (None, "fp8"))
+        or (run.lora is not None and run.lora.quantization == "int8")
     )
     few = config.num_hidden_layers <= _MOST_UNROLLED
     return plan.platform == "gpu" and few and not by_layers

@@ -59,7 +59,7 @@ def test_on_gpus_each_layer_is_compiled_on_its_own_by_cublas():
     [
         {"layers": 80},
         {"training": {"remat_policy": "offload", "gradient_checkpointing": True}},
-        {"training": {"training_type": "lora", "lora": {"quantization": "nf4"}}},
+        {"training": {"training_type": "lora", "lora": {"quantization": "int8"}}},
         {"model": {"scan_layers": True}},
     ],
     ids=["long", "offloaded", "quantized", "as asked for"],
@@ -67,6 +67,12 @@ def test_on_gpus_each_layer_is_compiled_on_its_own_by_cublas():
 def test_what_was_measured_in_a_scan_stays_there(given):
     _, plan = plan_of(**given)
     assert not plan.unrolled and plan.compiler_options is None
+
+
+@pytest.mark.usefixtures("gpu")
+def test_weights_in_nf4_are_unrolled_too():
+    training = {"training_type": "lora", "lora": {"quantization": "nf4"}}
+    assert plan_of(training=training)[1].unrolled
 
 
 def test_a_key_unrolls_anywhere():
