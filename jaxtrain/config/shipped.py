@@ -124,7 +124,7 @@ def fit_preset_to_model(config: ConfigDict, flags: Collection[str]) -> str:
     for key in _FOR_TINY_MODELS:
         usual = SCHEMA["training"][key].default
         if f"training.{key}" not in flags and training[key] != usual:
-            done.append(f"{key} = {training[key]}")
+            done.append(f"training.{key} = {training[key]}")
             training[key] = usual
     kept = [
         f"{key} = {get(config, key)}"
@@ -139,9 +139,9 @@ def fit_preset_to_model(config: ConfigDict, flags: Collection[str]) -> str:
         else ""
     )
     return (
-        f"the preset {training.training_type} is made for the small model that comes"
-        f" with jaxtrain: for {model}, {', '.join(done)} were replaced by the defaults"
-        f"{stays}; `jaxtrain recipes` lists configurations for real models"
+        "a preset is made for the small model that comes with jaxtrain: for"
+        f" {model}, {', '.join(done)} were replaced by the defaults{stays};"
+        " `jaxtrain recipes` lists configurations for real models"
     )
 
 

@@ -284,8 +284,8 @@ def test_rows_without_assistant_tokens_are_named(bpe):
         ({"pad_to": "batch"}, "pad_to='batch'"),
         ({"max_prompt_length": 8}, "preference rows only"),
         ({"objective": "preference"}, "cannot train on plain text"),
-        ({"objective": "preference", "packing": "wrapped"}, "never cut in pieces"),
-        ({"objective": "labeled", "packing": "bfd"}, "are not packed"),
+        ({"objective": "preference", "packing": "wrapped"}, "never split"),
+        ({"objective": "labeled", "packing": "bfd"}, "cannot be packed"),
         ({"objective": "preference", "max_prompt_length": 64}, "between 1 and"),
     ],
 )
