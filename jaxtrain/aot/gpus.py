@@ -92,7 +92,7 @@ def describe_gpus(topology: str) -> list[Any]:
     if not hopper.TELLS_COST:
         raise ValueError(
             f"topology = {topology!r}: with jax {jax.__version__} a kernel for GPUs"
-            " cannot tell its FLOPs, and no bound would hold; install jax 0.12"
+            " does not report its FLOPs, so the bound would be wrong; install jax 0.12"
         )
     return list(description.devices)
 

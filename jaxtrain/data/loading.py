@@ -97,7 +97,7 @@ def load_evaluation_rows(
         if not isinstance(run.data.train, str) or parse_mixture(run.data.train):
             raise ValueError(
                 f"data.eval_split = {run.data.eval_split!r}: data.train is a mixture, "
-                "so it is not clear of which data set; set data.eval"
+                "so it is not clear which data set is meant; set data.eval"
             )
         source = run.data.train
     return _load(run, source, split=run.data.eval_split or "eval", evaluation=True)
@@ -137,7 +137,7 @@ def prepare_rows(
     if run.data.packing is False:
         logger.info(
             "data.packing = False: rows of a stream are padded to data.max_length = %d "
-            "tokens, for the longest is not known",
+            "tokens, because the longest is not known",
             run.data.max_length,
         )
     sizes = StreamSizes(run.data.stream_window_rows, run.data.shuffle_buffer_size)

@@ -33,8 +33,8 @@ def read_run(workdir: pathlib.Path, *, runs_of_the_page: int = 1) -> dict[str, A
     path, samples = workdir / "metrics.jsonl", workdir / "samples.jsonl"
     if not path.is_file():
         raise ValueError(
-            f"{workdir} is no work directory of a run: it has no metrics.jsonl. Give"
-            " the --workdir that it was trained with"
+            f"{workdir} is not the work directory of a run: it has no metrics.jsonl."
+            " Give the --workdir with which a run was trained"
         )
     records = _read_lines(path)
     if not records:

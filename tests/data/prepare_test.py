@@ -314,7 +314,7 @@ def test_pairs_that_prefer_nothing_are_trained_and_said(bpe, caplog):
     with caplog.at_level(logging.INFO, "jaxtrain"):
         prepared = prepare([PAIRS[0], equal, PAIRS[0]], bpe, options)
     assert len(prepared) == 3 and prepared.stats.equal_pairs == 1
-    assert "1 of 3 pairs have a chosen that equals rejected (row 1)" in caplog.text
+    assert "chosen equals rejected in 1 of 3 pairs (row 1)" in caplog.text
     assert "1 with chosen = rejected" in prepared.stats.describe()
     assert "chosen" not in prepare([PAIRS[0]], bpe, options).stats.describe()
 
