@@ -26,64 +26,64 @@ _HEADER = """
 | `model_type` | published sizes, in billions of weights | what differs from a Llama | tested with | refused |
 |---|---|---|---|---|
 """  # noqa: E501
-# What a field of Family means where it is not at its default.
+# What a field of Family means if it is not at its default.
 _WORDS: Mapping[str, Mapping[Any, str]] = {
     "norms": {
-        "after": "norms of what attention and MLP add, none before them",
+        "after": "norms after attention and MLP instead of before them",
         "around": "norms before and after attention and MLP",
         "around_glm": "norms before and after attention and MLP",
-        "shared": "attention and MLP side by side, behind one norm",
+        "shared": "attention and MLP in parallel, after one norm",
     },
     "norm_kind": {"layer": "LayerNorm without bias"},
     "qk_norm": {
         "head": "norms of each head's queries and keys",
-        "width": "norms of all heads' queries and keys at once",
+        "width": "norms of queries and keys over all heads",
     },
     "unit_offset_norm": {True: "norms multiply by 1 + scale"},
-    "scale_embeddings": {True: "embeddings times the root of their width"},
+    "scale_embeddings": {True: "embeddings multiplied by the root of their width"},
     "fused": {
-        "mlp": "gate and up in one matrix",
-        "all": "queries, keys and values, and gate and up, in one matrix each",
+        "mlp": "gate and up projections in one matrix",
+        "all": "one matrix for queries, keys and values, and one for gate and up",
     },
     "always_qkv_bias": {True: "biases of queries, keys and values"},
     "partial_rotary": {True: "rotary embedding of a part of each head"},
-    "rotary_pairs": {"interleaved": "neighbouring features turn together"},
+    "rotary_pairs": {"interleaved": "rotary embedding of neighbouring features"},
     "rotary_layers": {
         "listed": "layers without rotary embedding",
-        "sliding": "no rotary embedding in full layers",
-        "typed": "rotary embedding only if asked for",
+        "sliding": "no rotary embedding in full-attention layers",
+        "typed": "rotary embedding is optional",
     },
-    "scales_queries": {True: "queries grow with their position"},
-    "gated_attention": {True: "a gate on what each head reads"},
-    "attention_sinks": {True: "a learned logit more in each softmax"},
+    "scales_queries": {True: "queries scaled by their position"},
+    "gated_attention": {True: "a gate on the output of each head"},
+    "attention_sinks": {True: "attention sinks: a learned logit in each softmax"},
     "router": {
         "softmax_float32": "a router in float32",
-        "sigmoid": "a router of sigmoids in float32, with a bias that chooses",
+        "sigmoid": "a sigmoid router in float32, with a bias on the choice",
     },
     "shared_expert": {
-        "shared_expert": "a shared expert beside the chosen ones",
-        "shared_experts": "a shared expert beside the chosen ones",
+        "shared_expert": "a shared expert",
+        "shared_experts": "a shared expert",
     },
-    "gated_shared_expert": {True: "with a gate of its own"},
-    "extra_layer": {True: "its layer for tokens further on is passed over"},
-    "experts_beside": {True: "experts, if asked for, beside each layer's MLP"},
+    "gated_shared_expert": {True: "a gate on the shared expert"},
+    "extra_layer": {True: "its layer for multi-token prediction is ignored"},
+    "experts_beside": {True: "optional experts in parallel to each layer's MLP"},
     "biased_experts": {True: "experts with biases, clamped"},
     "variety": {
-        "delta_nets": "three Gated DeltaNets to one layer of attention",
+        "delta_nets": "three Gated DeltaNet layers for each layer of attention",
         "short_convolutions": "short convolutions in most layers",
         "latent_heads": "latent attention: keys and values from a narrow vector",
-        "gemma4_layers": "wider heads in full layers, keys and values that layers"
-        " share, embeddings for each layer",
+        "gemma4_layers": "wider heads in full-attention layers, layers that share"
+        " keys and values, per-layer embeddings",
     },
     "local_rope": {
-        "own_base": "sliding layers with a rotary base of their own",
-        "unscaled": "rotary scaling in full layers only",
+        "own_base": "another rotary base in sliding-window layers",
+        "unscaled": "rotary scaling in full-attention layers only",
     },
     "window_rule": {
-        "all": "a window, if given, in every layer",
-        "from_layer": "a window, if asked for, from a layer on",
-        "pattern": "sliding and full layers in turn",
-        "unturned": "a window, if asked for, in layers without rotary embedding",
+        "all": "an optional sliding window in every layer",
+        "from_layer": "an optional sliding window from some layer on",
+        "pattern": "alternating sliding-window and full-attention layers",
+        "unturned": "an optional window in layers without rotary embedding",
     },
 }
 _OPTIONS: Mapping[str, str] = {
@@ -92,12 +92,12 @@ _OPTIONS: Mapping[str, str] = {
     "logit_scale": "a factor on logits",
     "mlp_only_layers": "a mixture of experts",
     "num_local_experts": "a mixture of experts",
-    "first_k_dense_replace": "plain layers first",
+    "first_k_dense_replace": "the first layers have a plain MLP",
 }
 
 
 def differences(family: Family) -> str:
-    """What a family has that a Llama has not, in words."""
+    """The differences between a family and a Llama, in words."""
     found = [
         words[getattr(family, name)]
         for name, words in _WORDS.items()
@@ -112,7 +112,7 @@ def differences(family: Family) -> str:
 
 
 def tested_with(model_type: str) -> str:
-    """The options of the models that are compared with transformers'."""
+    """The options of the models that tests compare with those of transformers."""
     rows = [
         row
         for row in _COMPARED["FAMILY_OPTIONS"].values()
@@ -124,7 +124,7 @@ def tested_with(model_type: str) -> str:
 
 
 def refused(family: Family) -> str:
-    """What of a family is not implemented."""
+    """The options of a family that are not implemented."""
     parts = [
         f"`{name}` other than {' or '.join(f'`{each!r}`' for each in allowed)}"
         for name, allowed in family.must_be.items()
@@ -163,9 +163,9 @@ def make_table() -> str:
     wrappers = ", ".join(f"`{name}`" for name in WRAPPERS)
     never = ", ".join(f"`{name}`" for name in REFUSED_UNLESS)
     return (
-        f"{BEGIN}\n{_HEADER}{''.join(rows())}\nInside a wrapper of a model of images:"
-        f" {wrappers}. In every family these keys are refused where they would act:"
-        f" {never}.\n{END}"
+        f"{BEGIN}\n{_HEADER}{''.join(rows())}\nWrappers of models of text and images:"
+        f" {wrappers}. In every family these keys are refused if their value would have"
+        f" an effect: {never}.\n{END}"
     )
 
 

@@ -405,7 +405,7 @@ class Loop:
         if key not in self.evaluated:
             raise ValueError(
                 f"training.metric_for_best_model ="
-                f" {self.settings.metric_for_best_model!r} is no evaluation metric;"
+                f" {self.settings.metric_for_best_model!r} is not an evaluation metric;"
                 f" these are: {', '.join(sorted(self.evaluated))}"
             )
         if self._best.update(self.evaluated[key], self.step):

@@ -327,7 +327,7 @@ def convert(value: Any, hint: Any) -> Any:
     wanted = describe(hint)
     number = isinstance(value, str) and storage_type(hint) in (int, float, bool)
     if number and _is_number(value):
-        raise ValueError(f"a text, not {wanted}; write it without quotes")
+        raise ValueError(f"a string, not {wanted}; write it without quotes")
     close = isinstance(value, str) and did_you_mean(value, _allowed_texts(hint))
     raise ValueError(f"not {wanted}; {close.rstrip() if close else 'set one'}")
 
@@ -380,7 +380,8 @@ def describe(hint: Any) -> str:
         return f"a list, each item {describe(arguments[0])}"
     if origin is dict:
         return "a mapping of names to values, its numbers finite"
-    names = {bool: "true or false", int: "an integer", float: "a number", str: "a text"}
+    names = {bool: "true or false", int: "an integer", float: "a number"}
+    names |= {str: "a string"}
     return names[hint]
 
 

@@ -1,7 +1,7 @@
 """The train and evaluation steps: pure functions of state and batch. No I/O.
 
-One step serves every training type. What is trained is whatever `state.trainable`
-holds; what the loss is, an `Objective` says; how a model scores tokens, a `ScoreFn`.
+One step serves every training type. The parameters in `state.trainable` are trained, an
+`Objective` defines the loss, and a `ScoreFn` computes log-probs with the model.
 """
 
 import dataclasses
@@ -25,14 +25,14 @@ from jaxtrain.types import (
     WeightedSum,
 )
 
-# (gradients, optimizer state, parameters, whether to: None is yes) -> both, updated
+# (gradients, optimizer state, parameters, update or not: None is yes) -> both, updated
 UpdateFn = Callable[[Params, Any, Params, Array | None], tuple[Params, Any]]
 TrainStep = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 EvalStep = Callable[[TrainState, Any], Metrics]
 
 
 class ScoreFn(Protocol):
-    """The model, seen by the step: log-probs of a batch's targets under `params`."""
+    """The model as the step sees it: log-probs of a batch's targets under `params`."""
 
     def __call__(
         self, params: Params, batch: Batch, *, dropout_key: Array | None = None
@@ -41,20 +41,20 @@ class ScoreFn(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class StepOptions:
-    """What a train step does beyond the gradient of its objective.
+    """What a train step does in addition to computing the gradient of its objective.
 
-    `max_grad_norm`: clip the global norm to this; None or 0 leaves it.
-    `with_reference`: give the objective `state.frozen` as a second model.
-    `with_dropout`: give the policy a key, a function of `state.rng` and the step.
-    `skip_nonfinite`: leave parameters and optimizer as they were when a gradient is not
-    finite. `spike_threshold`: standard deviations of `state.loss_window` above its mean
-    from which a loss is a spike; `skip_spikes` leaves the state as it was there too.
-    `group_of`: a parameter's group by its path: report each group's gradient norm.
-    `is_micro_batch_mean`: true of a name ("loss" or a metric's) that is averaged within
-    each micro-batch first and over micro-batches then, so that a short last one counts
-    as much as the others. Empty ones count nowhere.
-    `fetch`: bring what the step reads of the state from host to device memory.
-    `update`: in place of `make_whole_update`, of state as it is stored.
+    `max_grad_norm`: clip the gradient to this global norm; None or 0 does not clip.
+    `with_reference`: pass `state.frozen` to the objective as the reference model.
+    `with_dropout`: pass the policy a dropout key made from `state.rng` and the step.
+    `skip_nonfinite`: do not update when the gradient is not finite.
+    `spike_threshold`: a loss is a spike if it exceeds the mean of `state.loss_window`
+    by this many standard deviations; `skip_spikes`: do not update at a spike.
+    `group_of`: maps a parameter's path to a group, whose gradient norm is reported.
+    `is_micro_batch_mean`: whether the loss or metric of this name is averaged within
+    each micro-batch and then over those in which anything was counted, so that a short
+    last one counts as much as the others.
+    `fetch`: copies the parameters that the step reads from host to device memory.
+    `update`: replaces `make_whole_update`, for state that is kept in host memory.
     """
 
     max_grad_norm: float | None = None
@@ -84,9 +84,10 @@ def make_train_step(
     `StepOptions.is_micro_batch_mean` names the exceptions. The schedule acts through
     `optimizer`; here it is only logged.
 
-    Metrics: those of the objective, `loss`, `grad_norm` (before clipping),
-    `learning_rate` (of this step), `nonfinite` (1 where the gradient was not finite),
-    with `group_of` `grad_norm/<group>`, with a threshold `spike` (1 where it was one).
+    The metrics are those of the objective and `loss`, `grad_norm` (before clipping),
+    `learning_rate` (of this step) and `nonfinite` (1 if the gradient was not finite).
+    With `group_of` there is a `grad_norm/<group>` for each group, and with
+    `spike_threshold` there is `spike` (1 if the loss was one).
     """
     update = options.update or make_whole_update(optimizer)
     measure = _make_measure(objective, score, options)
@@ -108,7 +109,7 @@ def make_train_step(
         grads, metrics = _sum_gradients(scaled_total, fetched.trainable, batch)
 
         weight = metrics["loss"].weight
-        # A step whose batch trains no token at all leaves a zero gradient, not NaN.
+        # If a batch trains no token at all, the gradient must be zero and not NaN.
         denominator = jnp.where(weight == 0, 1, weight) * scale
         with jax.named_scope("clip"):
             grads = jax.tree.map(lambda g: g / denominator, grads)
@@ -154,9 +155,9 @@ def make_train_step(
 def _make_measure(
     objective: Objective, score: ScoreFn, options: StepOptions
 ) -> Callable[[Params, Params, Any, Array | None], Metrics]:
-    """Build `measure(trainable, frozen, batch, dropout_key)`: all sums, `loss` first.
+    """Build `measure(trainable, frozen, batch, dropout_key) -> {"loss": ..., metrics}`.
 
-    The objective gets the policy, and the reference, which is never differentiated.
+    The objective gets the policy, and the reference, through which no gradient flows.
     """
 
     def measure(
@@ -178,10 +179,10 @@ def _make_measure(
 def _guard(
     state: TrainState, loss: WeightedSum, finite: Array, options: StepOptions
 ) -> tuple[Array | None, Array, Array | None]:
-    """Whether to apply the update; whether the loss is a spike; the window with it.
+    """Return (whether to update, whether the loss is a spike, the new loss window).
 
-    The first is None where the update is applied whatever the gradient is. Loss scaling
-    finds its scale by steps that overflow, so it always skips them.
+    The first is None to update unconditionally. Loss scaling always skips steps that
+    overflow, because it finds its scale by them.
     """
     is_spike, window = jnp.bool_(False), state.loss_window
     if options.spike_threshold is not None:
@@ -195,16 +196,13 @@ def _guard(
 
 
 def clip_to_norm(grads: Params, norm: Float[Array, ""], max_norm: float) -> Params:
-    """Gradients of global norm `norm`, scaled as PyTorch's `clip_grad_norm_` does.
-
-    That is by min(1, max_norm / (norm + 1e-6)).
-    """
+    """Scale by min(1, max_norm / (norm + 1e-6)), as PyTorch's `clip_grad_norm_`."""
     factor = jnp.minimum(1.0, max_norm / (norm + 1e-6))
     return jax.tree.map(lambda g: g * factor, grads)
 
 
 def make_whole_update(optimizer: optax.GradientTransformation) -> UpdateFn:
-    """Build the update of everything at once, on the device."""
+    """Build an update of all parameters at once, in device memory."""
 
     def update(
         grads: Params, opt_state: Any, params: Params, good: Array | None
@@ -221,7 +219,7 @@ def make_whole_update(optimizer: optax.GradientTransformation) -> UpdateFn:
 
 
 def _as_one_vote(sums: WeightedSum) -> WeightedSum:
-    """The mean, with weight 1; nothing with weight 0 where nothing was counted."""
+    """The mean with weight 1, or 0 with weight 0 if nothing was counted."""
     return WeightedSum(sums.mean(), (sums.weight != 0).astype(jnp.float32))
 
 
@@ -230,7 +228,7 @@ def _sum_gradients(
     trainable: Params,
     batch: Any,
 ) -> tuple[Params, Metrics]:
-    """Add up gradients (float32) and metrics of each micro-batch, one after the other.
+    """Add up the gradients (in float32) and metrics of all micro-batches, in a loop.
 
     `total` takes the parameters, a micro-batch and its number.
     """
@@ -257,7 +255,7 @@ def _sum_gradients(
 def make_eval_step(
     objective: Objective, score: ScoreFn, options: StepOptions = StepOptions()
 ) -> EvalStep:
-    """Build `eval_step(state, batch) -> metrics`, one micro-batch, no dropout.
+    """Build `eval_step(state, batch) -> metrics`, for one micro-batch, without dropout.
 
     The sums of several batches add up to those of the whole set.
     """
@@ -274,8 +272,8 @@ def make_eval_step(
 def make_reference_sync(mixup: float) -> Callable[[TrainState], TrainState]:
     """Build `sync(state) -> state`: reference <- mixup * policy + (1 - mixup) * it.
 
-    TR-DPO's soft update (arXiv:2404.09656). Under LoRA the reference's own adapters
-    move, which `state.frozen` then holds beside the base: A and B each, as they are.
+    TR-DPO's soft update (arXiv:2404.09656). Under LoRA, `state.frozen` holds adapters
+    of the reference besides the base, whose A and B are each updated by this rule.
     """
 
     def mix(old: Array, policy: Array) -> Array:

@@ -1,4 +1,4 @@
-"""The data that crosses module borders: batches, sums, token log-probs, train state.
+"""Types that modules exchange: batches, sums, token log-probs and the train state.
 
 Dimension letters, the same in every module: A accumulation micro-batches, B batch
 rows, T query time, S key time, D model width, F MLP width, N query heads, K key-value
@@ -27,10 +27,10 @@ for _batch in (Batch, PairBatch, LabeledBatch):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class WeightedSum:
-    """A sum and its weight; added over micro-batches and devices, divided once.
+    """A sum and its weight, added up over micro-batches and devices and divided once.
 
-    Averages of averages depend on how rows fall into batches. Sums do not, so mesh
-    shape and padding never change a number. Accumulation does so only if the step is
+    Averages of averages depend on how rows fall into batches, and sums do not. So mesh
+    shape and padding never change a result. Accumulation changes it only if the step is
     told to give all micro-batches the same weight, as TRL does for pairs.
     """
 
@@ -48,16 +48,15 @@ class WeightedSum:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TokenLogProbs:
-    """What an objective sees of each prediction; the vocabulary axis is not kept.
+    """Results for each prediction, without the vocabulary axis; all are float32.
 
-    `logps`: log-probability of the target (nats). `entropy`: of the predicted
-    distribution (nats). `correct`: 1 where the target is the first argmax.
+    `logps`: log-probability of the target (nats). `entropy`: entropy of the predicted
+    distribution (nats). `correct`: 1 where the target is the first argmax, else 0.
     `mean_logit`: logits averaged over the vocabulary. `collision`: log sum_v p_v^2
-    (nats), computed only for objectives that ask for it (WPO). All float32.
-    `router_loss`: how unevenly the router used the experts, over all tokens of the
-    batch (models/moe.py). Objectives never see it: `with_router_loss` adds it to their
-    loss. `log_total`: log of the softmax's denominator, for the z-loss alone. `router`:
-    what else is reported of it (models/router_report.py); objectives do not see it.
+    (nats), computed only for objectives that ask for it (WPO). Objectives never see the
+    others, which are for wrappers around them: `router_loss` tells how unevenly the
+    router used the experts over all tokens of the batch (models/moe.py), `log_total` is
+    the log of the softmax's denominator, `router` is of models/router_report.py.
     """
 
     logps: Float[Array, "B T"]

@@ -609,7 +609,7 @@ def test_all_problems_are_reported_at_once() -> None:
         "training.lerning_rate = 1: unknown key; did you mean training.learning_rate?",
         "training.warmup_ratio = 1.5: not a number in [0, 1]; set one",
         "did you mean 'adamw'?",
-        "training.max_grad_norm = '1.0': a text, not a number >= 0; write it without",
+        "training.max_grad_norm = '1.0': a string, not a number >= 0; write it without",
         "training.seed = True: not an integer",
         "training.adam_epsilon = nan: not a number in (0, 1]",
         "did you mean 'sigmoid'?",

@@ -124,7 +124,7 @@ def test_a_resumed_run_takes_its_difficulties_from_the_work_directory(tmp_path, 
     run(config, tmp_path)
     assert kept.read_bytes() == sound
     assert kept.with_name(f"{kept.name}.damaged").exists()
-    assert "do not match their checksum: they are measured anew" in caplog.text
+    assert "do not match their checksum: they are measured again" in caplog.text
 
 
 def test_difficulty_of_pairs_is_what_the_model_prefers_wrongly():

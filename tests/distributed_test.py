@@ -58,7 +58,7 @@ def test_each_launcher_is_recognised(environ, expected):
         ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}, "JAX_COORDINATOR_ADDRESS"),
         ({"JAX_COORDINATOR_ADDRESS": "h:1"}, "set JAX_NUM_PROCESSES"),
         (EXPLICIT | {"JAX_PROCESS_ID": "4"}, "must be below JAX_NUM_PROCESSES = 4"),
-        (EXPLICIT | {"JAX_NUM_PROCESSES": "two"}, "'two' is no number"),
+        (EXPLICIT | {"JAX_NUM_PROCESSES": "two"}, "'two' is not a number"),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, "mpirun -x"),
     ],
 )

@@ -55,7 +55,7 @@ def test_a_file_and_a_flag_name_the_same_sets(tmp_path):
         ({"..": "x"}, "'..' is no name"),
         ({"a.b": "x"}, "'a.b' is no name"),
         ({"": "x"}, "'' is no name"),
-        ({1: "x"}, "not a text or a mapping of names to values"),
+        ({1: "x"}, "not a string or a mapping of names to values"),
         ({"safe": "x", "Safe": "y"}, "told apart"),
         ({"safe": "x", "safe_aux": "y"}, "told apart"),
         ({"safe": ""}, "'safe' names no rows"),
@@ -191,11 +191,11 @@ def test_a_set_stops_early_and_its_texts_are_generated(tmp_path, caplog):
     with pytest.raises(ValueError, match="evaluation sets easy, hard; set"):
         train(bad, tmp_path / "bad", **rows)
     bad.training.metric_for_best_model = "hard_mean_loss"
-    with pytest.raises(ValueError, match=r"no evaluation metric.*eval_hard_loss"):
+    with pytest.raises(ValueError, match=r"not an evaluation metric.*eval_hard_loss"):
         train(bad, tmp_path / "bad", **rows)
     bad.training.metric_for_best_model = "hard_loss"
     with pytest.raises(
-        ValueError, match=r"no evaluation metric.*these are: .*eval_los"
+        ValueError, match=r"not an evaluation metric.*these are: .*eval_los"
     ):
         train(bad, tmp_path / "bad", train_dataset=kinds, eval_dataset=kinds)
     with pytest.raises(ValueError, match="'a b' is no name"):

@@ -210,7 +210,7 @@ def test_targets_are_those_that_peft_adapts(family, options):
         (r".*\.1\.mlp\.up_proj", r"in layers \[1\] of 2 only"),
         (r".*self_attn.*", "selects self_attn, which is neither a linear layer"),
         (("input_layernorm",), "input_layernorm, which is neither a linear layer"),
-        (r"*_proj", "is no regular expression"),
+        (r"*_proj", "is not a regular expression"),
         ((), "target_modules is empty"),
     ],
 )
@@ -436,7 +436,7 @@ def test_a_factored_adapter_is_not_saved_without_its_start(tmp_path):
         ({"alpha_pattern": {"layers.1.mlp.up_proj": 2}}, "without layer numbers"),
         ({"rank_pattern": {"lm_head": 2}}, "'lm_head' matches no module"),
         ({"rank_pattern": {"q_proj": 0}}, "at least 1"),
-        ({"alpha_pattern": {"(": 1}}, "no regular expression"),
+        ({"alpha_pattern": {"(": 1}}, "not a regular expression"),
         ({"r": 40, "init_lora_weights": "pissa"}, "a rank of at most 32"),
         ({"init_lora_weights": "loftq"}, "choose from default"),
     ],

@@ -438,7 +438,7 @@ def test_every_way_to_log_in_to_wandb_is_known(
     (tmp_path / "netrc").write_text(machines)
     run_config = resolve({"training": {"report_to": "wandb"}})
     preflight.check(run_config, tmp_path, login)
-    with pytest.raises(ValueError, match="nobody is logged in to api"):
+    with pytest.raises(ValueError, match="you are not logged in to api"):
         preflight.check(run_config, tmp_path, {})
     other = {"WANDB_BASE_URL": "https://elsewhere", "NETRC": "netrc"}
     with pytest.raises(ValueError, match="logged in to elsewhere"):

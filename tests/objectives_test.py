@@ -144,7 +144,7 @@ REFUSALS = [
         "loss_weights = (1.0,): 1 weights for 2 loss_type",
     ),
     ("preference", {"beta": 0}, "beta = 0: not a number > 0"),
-    ("preference", {"beta": "0.1"}, "beta = '0.1': a text, not a number > 0"),
+    ("preference", {"beta": "0.1"}, "beta = '0.1': a string, not a number > 0"),
     ("preference", {"beta": True}, "beta = True: not a number > 0"),
     ("preference", {"label_smoothing": 1.0}, "not a number in [0, 1)"),
     (

@@ -444,7 +444,7 @@ def test_patterns_are_checked_before_the_weights_are_loaded(
 @pytest.mark.parametrize(
     ("patterns", "match"),
     [
-        ((("a(", 1.0),), "no regular expression"),
+        ((("a(", 1.0),), "not a regular expression"),
         ((("a", -1.0),), "negative"),
         (((".*", 0.0),), "nothing would train"),
         (((".*",),), "no pair"),

@@ -136,7 +136,10 @@ def test_a_stale_cache_is_set_aside_and_computed_anew(
     np.testing.assert_array_equal(
         attached(scorer.attach(data, "train")), sums_by_hand(data, weight)
     )
-    assert f"{tmp_path}/train are stale (they belong to other {changed})" in caplog.text
+    assert (
+        f"{tmp_path}/train are stale (they were computed for other {changed})"
+        in caplog.text
+    )
     assert (tmp_path / "train.stale" / "logps.float32").read_bytes() == old
 
 

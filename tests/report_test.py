@@ -95,7 +95,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
     with pytest.raises(ValueError, match="no step yet"):
         report.read_run(tmp_path)
     assert run_command(main, [str(tmp_path / "nothing")]) == 2
-    assert "nothing is no work directory" in capsys.readouterr().err
+    assert "nothing is not the work directory" in capsys.readouterr().err
 
 
 @given(

@@ -193,7 +193,7 @@ def test_settings_are_those_of_transformers_where_unset():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "is no JSON"),
+        ("{", "is not JSON"),
         ("[]", "holds a list"),
         (
             '{"temperature": "hot", "eos_token_id": ["</s>"], "top_p": 2}',

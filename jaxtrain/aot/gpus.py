@@ -1,8 +1,9 @@
-"""NVIDIA GPUs that are not there, as XLA's compiler takes them: "h200:8".
+"""Descriptions of NVIDIA GPUs that are not attached, for ahead-of-time compilation.
 
-XLA compiles for a GPU from a description of it alone, a protocol buffer in text form
-(`stream_executor.GpuTargetConfigProto`), which this writes. The figures are those that
-CUDA reports (NVIDIA's tuning guides, the CUDA programming guide and data sheets).
+A topology is a string such as "h200:8". XLA can compile for a GPU from a description
+alone, a protocol buffer in text form (`stream_executor.GpuTargetConfigProto`), and this
+module writes it. The figures are those that CUDA reports (NVIDIA's tuning guides, the
+CUDA programming guide and data sheets).
 """
 
 import dataclasses
@@ -18,10 +19,10 @@ from jaxtrain.kernels.attention import hopper
 
 @dataclasses.dataclass(frozen=True)
 class _Kind:
-    """A kind of GPU: what jax calls it, and what the compiler asks of it.
+    """A kind of GPU: jax's name for it, and what the compiler needs to know.
 
-    `cores`: streaming multiprocessors. `shared_memory`: bytes of one of them, of which
-    a block of threads may ask for all but 1 KiB. `links`: NVLinks in use.
+    `cores`: number of streaming multiprocessors. `shared_memory`: bytes in each of
+    them; a block of threads may use all but 1 KiB. `links`: number of active NVLinks.
     """
 
     name: str
@@ -55,16 +56,16 @@ _KINDS = {
 
 
 def is_gpu(topology: str) -> bool:
-    """Whether the name begins as those of GPUs do."""
+    """Whether the topology names GPUs, as in "h200:8"."""
     return topology.split(":")[0] in _KINDS
 
 
 def describe_gpus(topology: str) -> list[Any]:
-    """So many GPUs, eight to a host, one process a host.
+    """Return the devices of a topology such as "h200:16", with one process per host.
 
     Raises:
-        ValueError: the name or the number is none; the CUDA plugin is not installed;
-            jax is too old.
+        ValueError: the topology is not valid, the CUDA plugin is not installed, or jax
+            is too old.
     """
     name, _, number = topology.partition(":")
     kind = _KINDS[name]
@@ -91,13 +92,13 @@ def describe_gpus(topology: str) -> list[Any]:
     if not hopper.TELLS_COST:
         raise ValueError(
             f"topology = {topology!r}: with jax {jax.__version__} a kernel for GPUs"
-            " cannot tell its FLOPs, and no bound would hold; install jax 0.12"
+            " does not report its FLOPs, so the bound would be wrong; install jax 0.12"
         )
     return list(description.devices)
 
 
 def _target(kind: _Kind, chip: Chip) -> str:
-    """One GPU as a text protocol buffer."""
+    """Describe one GPU as a protocol buffer in text form."""
     major, minor = kind.capability.rstrip("a").split(".")
     feature = "feature_extension: ACCELERATED_FEATURES" * kind.capability.endswith("a")
     return f"""

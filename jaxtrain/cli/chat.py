@@ -50,7 +50,7 @@ def main(arguments: Sequence[str]) -> None:
     import jax
 
     if jax.process_count() > 1:
-        raise ValueError("a chat is of one process: start it without a launcher")
+        raise ValueError("chat runs in one process: start it without a launcher")
     model = load(run, policy, options)
     require_template(model)
     answer = make_answer(model, options)

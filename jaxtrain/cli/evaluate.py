@@ -306,7 +306,7 @@ def _score_reference(
     if jax.process_count() > 1:
         raise ValueError(
             f"{task.shown}: the run kept its reference's log-probabilities"
-            " (training.dpo.precompute_ref_log_probs); evaluate it by one process"
+            " (training.dpo.precompute_ref_log_probs); evaluate it in one process"
         )
     model, state = load_state(task.loaded)
     sets = _prepare(task.run, rows, model)
@@ -355,7 +355,7 @@ def _prefer_no_reference(
     compares = dpo is not None and run.objective_row.has_reference
     if reference is not None and not compares:
         raise ValueError(
-            f"--reference={reference}: objective {run.objective!r} compares with no"
+            f"--reference={reference}: objective {run.objective!r} does not use a"
             " reference; remove the flag"
         )
     if source.kind != "model" or reference is not None:
@@ -364,7 +364,7 @@ def _prefer_no_reference(
         return
     if not isinstance(run.objective_options, PreferenceOptions):
         raise ValueError(
-            f"objective {run.objective!r} compares with a reference: name one by"
+            f"objective {run.objective!r} needs a reference: name one with"
             " --reference=MODEL"
         )
     if "training.dpo.reference_free" not in keys and not dpo.reference_free:

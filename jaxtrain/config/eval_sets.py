@@ -42,8 +42,8 @@ def find_problem(names: Collection[object]) -> str | None:
     for name in names:
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             return (
-                f"{shown(name)} is no name of an evaluation set; write letters, digits,"
-                " _ and -, a letter first"
+                f"{shown(name)} is not a valid name of an evaluation set; use letters,"
+                " digits, _ and -, beginning with a letter"
             )
     for one, other in itertools.permutations(map(str, names), 2):
         if other.startswith(f"{one}_") or one.lower() == other.lower():
@@ -101,6 +101,6 @@ def choose_metric(metric: str, names: Collection[str], *, decides: bool) -> str:
     if metric == DEFAULT_METRIC and not decides:
         return first
     raise ValueError(
-        f"it is no metric of the evaluation sets {', '.join(names)}; set one of a set,"
-        f" such as {shown(first)}"
+        f"it is not a metric of the evaluation sets {', '.join(names)}; set one of"
+        f" theirs, such as {shown(first)}"
     )

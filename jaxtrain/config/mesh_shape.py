@@ -1,24 +1,25 @@
-"""Sizes of the device mesh: which axes there are, and what divides. No jax."""
+"""Sizes of the device mesh: its axes, and which sizes fit the devices. No jax."""
 
 import math
 from collections.abc import Mapping
 
-# From the slowest links to the fastest. `stage` (pipeline) and `expert` are reserved:
-# they have size 1 (docs/scaling.md).
+# From the slowest links to the fastest. `stage` (pipeline) is reserved: its size is
+# always 1 (docs/scaling.md).
 MESH_AXES = ("stage", "data", "fsdp", "expert", "context", "tensor")
 
 
 def resolve_mesh_shape(sizes: Mapping[str, int], device_count: int) -> dict[str, int]:
-    """Sizes of every mesh axis; one size of -1 takes the devices that remain.
+    """Return the size of every mesh axis; a size of -1 takes the remaining devices.
 
     Raises:
-        ValueError: the sizes do not multiply to `device_count`; it names the nearest
-            sizes that do.
+        ValueError: the product of the sizes is not `device_count`; the message names
+            the nearest sizes that fit.
     """
     shape = {axis: sizes.get(axis, 1) for axis in MESH_AXES}
     wildcards = [axis for axis, size in shape.items() if size == -1]
     if len(wildcards) > 1:
-        raise ValueError(f"mesh.{wildcards} = -1: only one axis may be -1 (the rest)")
+        keys = " and ".join(f"mesh.{axis}" for axis in wildcards)
+        raise ValueError(f"{keys} are -1: only one axis may take the remaining devices")
     fixed = math.prod(size for size in shape.values() if size != -1)
     if wildcards and device_count % fixed == 0:
         shape[wildcards[0]] = device_count // fixed
@@ -26,16 +27,16 @@ def resolve_mesh_shape(sizes: Mapping[str, int], device_count: int) -> dict[str,
         raise ValueError(
             f"mesh = {dict(sizes)} needs {'a multiple of' if wildcards else 'exactly'}"
             f" {fixed} devices, but {device_count} are present; the nearest sizes that"
-            f" divide them are {nearest_mesh_shape(shape, device_count)}"
+            f" fit are {nearest_mesh_shape(shape, device_count)}"
         )
     return shape
 
 
 def nearest_mesh_shape(sizes: Mapping[str, int], device_count: int) -> dict[str, int]:
-    """`sizes`, each shrunk to the largest that still divides what is left.
+    """Reduce each size to the largest one that divides the devices not yet assigned.
 
-    What is left in the end goes to the axis of size -1, else to `fsdp` where weights
-    are split, else to `data`. Axes of size 1 are left out of the result.
+    Devices that remain go to the axis of size -1, else to `fsdp` if weights are split,
+    else to `data`. Axes of size 1 are left out of the result.
     """
     shape = {axis: sizes.get(axis, 1) for axis in MESH_AXES}
     nearest, left = {}, device_count

@@ -17,19 +17,19 @@ from jaxtrain.tree import get
 
 _TITLE = re.compile(r"# (?P<model>.+): (?P<method>.+), on an? (?P<machine>.+)\.")
 _MEMORY = re.compile(r"# Memory: (?P<memory>.+?), by `jaxtrain aot`")
-# What a preset chose for a model of a million parameters, and what for few short rows.
+# Keys that presets set for a model of a million parameters, and for few short rows.
 _FOR_TINY_MODELS = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "warmup_ratio", "bf16",
 )  # fmt: skip
 _FOR_SHORT_ROWS = (
     "training.max_steps", "data.max_length", "training.dpo.max_length",
 )  # fmt: skip
-_TINY_BYTES = 100e6  # of the weights in a directory; SmolLM2 135M has 270 MB
+_TINY_BYTES = 100e6  # of weights in a directory; those of SmolLM2 135M are 270 MB
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the comments at the top of a recipe say: four texts for people."""
+    """The comments at the top of a recipe, as four texts for people to read."""
 
     model: str
     method: str
@@ -38,9 +38,9 @@ class Recipe:
 
 
 def is_file_name(config: str) -> bool:
-    """Whether `config` names a file and not a configuration that comes with jaxtrain.
+    """Whether `config` names a file, not a configuration that comes with jaxtrain.
 
-    Names of recipes hold dots, as in qwen3-0.6b-sft.
+    A dot alone does not make a file name: recipes have dots too (qwen3-0.6b-sft).
     """
     path = Path(config)
     return path.name != config or re.fullmatch(r"\.[A-Za-z]*", path.suffix) is not None
@@ -52,7 +52,7 @@ def config_stem(config: str) -> str:
 
 
 def shipped_configs() -> dict[str, Path]:
-    """Presets, then recipes, by name: those of the wheel or of the checkout."""
+    """All presets, then all recipes, by name, from the wheel or the checkout."""
     folder = _folder()
     presets = [path for path in folder.glob("*.py") if path.stem != "from_yaml"]
     recipes = folder.glob("recipes/*.yaml")
@@ -63,10 +63,10 @@ def shipped_configs() -> dict[str, Path]:
 
 
 def shipped_config(name: str) -> Path:
-    """The file of a configuration that comes with jaxtrain.
+    """The path of a configuration that comes with jaxtrain.
 
     Raises:
-        ValueError: there is none of that name; says which name is near.
+        ValueError: there is none of this name; the message suggests similar names.
     """
     found = shipped_configs()
     if name not in found:
@@ -82,18 +82,18 @@ def shipped_config(name: str) -> Path:
 
 
 def read_recipe(path: Path) -> Recipe:
-    """What the first lines of a recipe say.
+    """Parse the comments at the top of a recipe.
 
     Raises:
-        ValueError: they are not written as those of a recipe.
+        ValueError: they do not have the form that every recipe has.
     """
     lines = path.read_text("utf-8").splitlines()
     title = _TITLE.fullmatch(lines[0])
     memory = [found for line in lines if (found := _MEMORY.match(line))]
     if title is None or len(memory) != 1:
         raise ValueError(
-            f"{path}: the first line of a recipe reads '# MODEL: METHOD, on a"
-            " MACHINE.', and one more '# Memory: ..., by `jaxtrain aot`'"
+            f"{path}: the first line of a recipe must be '# MODEL: METHOD, on a"
+            " MACHINE.', and one other line '# Memory: ..., by `jaxtrain aot`'"
         )
     return Recipe(**title.groupdict(), **memory[0].groupdict())
 
@@ -108,14 +108,14 @@ def is_preset(config: str) -> bool:
 
 
 def fit_preset_to_model(config: ConfigDict, flags: Collection[str]) -> str:
-    """Reset what a preset sets for the tiny embedded model, if `model` is larger.
+    """Reset keys that a preset sets for the tiny embedded model, for a larger model.
 
     Args:
-        config: a preset with the flags set; it is changed in place.
-        flags: full keys that the command line set; their values stay.
+        config: a preset after flags were applied; it is changed in place.
+        flags: full keys that the command line set; these keep their values.
 
     Returns:
-        A sentence for the log that says what was reset; "" if nothing was.
+        A sentence for the log that tells what was reset, or "" if nothing was.
     """
     model = config.model.name_or_path
     if not model or _is_tiny(Path(model)):
@@ -124,7 +124,7 @@ def fit_preset_to_model(config: ConfigDict, flags: Collection[str]) -> str:
     for key in _FOR_TINY_MODELS:
         usual = SCHEMA["training"][key].default
         if f"training.{key}" not in flags and training[key] != usual:
-            done.append(f"{key} = {training[key]}")
+            done.append(f"training.{key} = {training[key]}")
             training[key] = usual
     kept = [
         f"{key} = {get(config, key)}"
@@ -133,11 +133,15 @@ def fit_preset_to_model(config: ConfigDict, flags: Collection[str]) -> str:
     ]
     if not done:
         return ""
-    stays = f"; {', '.join(kept)} stand, so set your own" if kept else ""
+    stays = (
+        f"; {', '.join(kept)} were kept, so set them yourself if they do not fit"
+        if kept
+        else ""
+    )
     return (
-        f"a preset is made for the model that comes with jaxtrain, so of"
-        f" {training.training_type} {', '.join(done)} give way to the defaults for"
-        f" {model}{stays}; `jaxtrain recipes` lists configurations for real models"
+        "a preset is made for the small model that comes with jaxtrain: for"
+        f" {model}, {', '.join(done)} were replaced by the defaults{stays};"
+        " `jaxtrain recipes` lists configurations for real models"
     )
 
 

@@ -37,7 +37,7 @@ class YamlLoader(yaml.SafeLoader):
         start: Any = event.start_mark
         if self._depth >= _DEEPEST:
             raise RefusedYamlError(
-                f"more than {_DEEPEST} values within one another; nest them less",
+                f"more than {_DEEPEST} levels of nested values; nest them less",
                 start,
             )
         self._depth += 1
@@ -46,7 +46,7 @@ class YamlLoader(yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
             if id(node) not in self._sizes:
                 raise RefusedYamlError(
-                    f"*{event.anchor} stands within what it names; write it out",
+                    f"*{event.anchor} refers to itself; write the value out",
                     start,
                 )
             return node
@@ -70,7 +70,7 @@ class YamlLoader(yaml.SafeLoader):
             kind = node.tag.rpartition(":")[2]
             raise RefusedYamlError(
                 f"{shown(node.value)} is not a valid {kind}; put it in quotes if you"
-                " mean a text",
+                " mean a string",
                 node.start_mark,
             ) from error
 

@@ -54,9 +54,9 @@ AnyRows: TypeAlias = Rows | Mixture | StreamRows | IterableDataset
 def load_training_rows(
     run: RunConfig, path: str | os.PathLike[str] | None = None
 ) -> AnyRows:
-    """Raw rows of `path`, of `data.train`, or the embedded ones.
+    """Load raw rows from `path`, else from `data.train`, else the embedded ones.
 
-    `data.max_train_rows` holds for each data set of a mixture.
+    `data.max_train_rows` applies to each data set of a mixture separately.
     """
     data = run.data
     parts = parse_mixture(os.fspath(path) if path else data.train)
@@ -78,10 +78,11 @@ def load_training_rows(
 def load_evaluation_rows(
     run: RunConfig, path: str | os.PathLike[str] | None = None
 ) -> Rows | dict[str, Rows] | None:
-    """The same of `data.eval`; None if training data are given and these not.
+    """Load raw evaluation rows from `path` or `data.eval`.
 
-    Of several sets, the rows by name. They are held, not streamed: of a hub's stream,
-    the first `data.max_eval_rows`.
+    Several sets give a dict of rows by name. The result is None if there are training
+    data but no evaluation data. The rows are held in memory and never streamed: of a
+    stream from the hub, the first `data.max_eval_rows` are read.
     """
     source = path or run.data.eval
     if isinstance(source, dict):
@@ -96,7 +97,7 @@ def load_evaluation_rows(
         if not isinstance(run.data.train, str) or parse_mixture(run.data.train):
             raise ValueError(
                 f"data.eval_split = {run.data.eval_split!r}: data.train is a mixture, "
-                "so it is not clear of which data set; set data.eval"
+                "so it is not clear which data set is meant; set data.eval"
             )
         source = run.data.train
     return _load(run, source, split=run.data.eval_split or "eval", evaluation=True)
@@ -108,12 +109,12 @@ def prepare_rows(
     tokenizer: PreTrainedTokenizerBase,
     vocab_size: int | None = None,
 ) -> PreparedDataset | StreamDataset:
-    """Check and tokenize raw rows for this run's objective; the log says the rest.
+    """Check and tokenize raw rows for this run's objective, and log a summary.
 
-    Of a stream only the format is told here; its rows are checked as they come.
+    Of a stream only the format is determined here; its rows are checked as they arrive.
 
     Args:
-        vocab_size: the model's; rows with higher token ids are bad.
+        vocab_size: size of the model's vocabulary; rows with higher token ids are bad.
 
     Raises:
         ValueError: bad rows, each by number and reason (`data.on_bad_row: error`).
@@ -136,7 +137,7 @@ def prepare_rows(
     if run.data.packing is False:
         logger.info(
             "data.packing = False: rows of a stream are padded to data.max_length = %d "
-            "tokens, for the longest is not known",
+            "tokens, because the longest is not known",
             run.data.max_length,
         )
     sizes = StreamSizes(run.data.stream_window_rows, run.data.shuffle_buffer_size)
@@ -150,7 +151,7 @@ def load_run_tokenizer(
 
     Args:
         model: the model's folder or hub name, if it has one.
-        instead: a folder or hub name that counts more than these.
+        instead: a folder or hub name that is used in preference to all of these.
 
     Raises:
         ValueError: it cannot be loaded.
@@ -165,10 +166,10 @@ def load_run_tokenizer(
 
 
 def take_kind_of(rows: Rows, config: ConfigDict) -> None:
-    """Set on `config` the training type and the objective that take rows of this kind.
+    """Set the training type and objective in `config` that fit this kind of rows.
 
     Raises:
-        ValueError: the rows are of no known kind.
+        ValueError: the kind of the rows is not recognized.
     """
     row_format = detect_format(
         rows,
@@ -188,14 +189,16 @@ def prepare_evaluation_rows(
     sets: _T | Mapping[str, _T] | None,
     prepare_set: Callable[[_T], PreparedDataset | StreamDataset],
 ) -> dict[str, PreparedDataset]:
-    """The evaluation sets by name, prepared one after the other.
+    """Prepare the evaluation sets, one after another, and return them by name.
 
     Args:
-        sets: rows; or several sets of rows by name.
-        prepare_set: what makes one of them ready.
+        sets: the rows of one set, which gets the name "", or several sets by name, or
+            None for no set.
+        prepare_set: the function that prepares the rows of one set.
 
     Raises:
-        ValueError: a set is a stream or cannot be prepared, or a name cannot be used.
+        ValueError: a set is a stream or cannot be prepared, or a name cannot be part
+            of a metric's name.
     """
     named = eval_sets.by_name(sets)
     if "" not in named and named and (problem := eval_sets.find_problem(named)):
@@ -233,7 +236,7 @@ def _prepare_held(
 
 
 def prepare_options(run: RunConfig) -> PrepareOptions:
-    """How this configuration wants its rows prepared."""
+    """Collect the options of this configuration that concern preparing rows."""
     packing = "bfd_split" if run.training_type == "from_scratch" else "bfd"
     by_column = run.curriculum.enabled and run.curriculum.column
     return PrepareOptions(

@@ -1,4 +1,4 @@
-"""What one asks of a loaded model outside a training: sums over a batch, and texts."""
+"""Use a loaded model outside a training run: score batches and generate texts."""
 
 import abc
 import functools
@@ -17,7 +17,10 @@ from jaxtrain.types import Batch, Metrics, PairBatch, Params
 
 
 class Inference(abc.ABC):
-    """Scores and texts of a decoder; `models.load.LoadedModel` has its weights."""
+    """Scoring and generation with a decoder.
+
+    `models.load.LoadedModel` is the implementation that holds the weights.
+    """
 
     decoder: Decoder
     tokenizer: Any
@@ -27,10 +30,10 @@ class Inference(abc.ABC):
     @property
     @abc.abstractmethod
     def params(self) -> Params:
-        """The weights, on the device or where they are offloaded to."""
+        """The weights, in device memory or in the host memory they are offloaded to."""
 
     def on_device(self, params: Params) -> Params:
-        """The same weights in device memory, where they rest in host memory."""
+        """Return the weights in device memory, copying them if they are offloaded."""
         if not self.plan.offload_params:
             return params
         layouts = sharding.layouts_of(params)
@@ -38,16 +41,16 @@ class Inference(abc.ABC):
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """The tokens that end a text: the tokenizer's, and those of the model."""
+        """Ids of the tokens that end a text, from the tokenizer and from the model."""
         ids = {self.tokenizer.eos_token_id, *as_ids(self.decoder.config.eos_token_id)}
         return tuple(sorted(ids.union(self.generation.eos_ids) - {None}))
 
     def make_generator(
         self, max_new_tokens: int | None = None, **options: Any
     ) -> Generator:
-        """`generate.make_generate` for this model, with its end tokens; made once.
+        """Call `generate.make_generate` for this model, and remember the result.
 
-        A setting that is None or absent is as generation_config.json has it.
+        A setting that is None or absent takes its value from generation_config.json.
         """
         given = tuple(sorted({"max_new_tokens": max_new_tokens, **options}.items()))
         if given not in self._generators:
@@ -62,9 +65,9 @@ class Inference(abc.ABC):
     def score(self, batch: Batch | PairBatch | Mapping[str, Any]) -> Metrics:
         """Sums of loss (nats), accuracy and entropy over one batch of numpy [B, T].
 
-        The chosen side of pairs is scored. A mapping has arrays by the names of
-        `types.Batch`'s fields. B is filled up with empty rows to a multiple of the
-        data-parallel devices.
+        Of a `PairBatch`, the chosen completions are scored. A mapping holds arrays
+        under the names of the fields of `types.Batch`. If B is not a multiple of the
+        number of data-parallel devices, empty rows are added.
         """
         if isinstance(batch, Mapping):
             names = [n for n in Batch.__dataclass_fields__ if n in batch]
@@ -87,13 +90,15 @@ class Inference(abc.ABC):
         batch_size: int = 8,
         seed: int = 0,
     ) -> list[str]:
-        """Continue strings or conversations; one text each. See `generate_texts`.
+        """Continue each string or conversation with one text. See `generate_texts`.
 
-        A setting that is None is as the model's generation_config.json has it; without
-        one, 64 new tokens at most, each the most likely one.
+        A setting that is None takes its value from the model's generation_config.json.
+        Without that file, up to 64 new tokens are generated, and each is the most
+        likely one.
 
         Raises:
-            ValueError: the weights went into a training, or a setting is out of range.
+            ValueError: the weights were handed to a training run, or a setting is out
+                of range.
         """
         return generate_texts(
             self.make_generator(
@@ -123,9 +128,11 @@ class Inference(abc.ABC):
 def unpacked_rows(
     documents: Sequence[tuple[Sequence[int], int]], shape: tuple[int, int]
 ) -> Batch:
-    """Rows of one document each, padded to `shape`, as numpy arrays.
+    """Put each document in a row of its own, padded to `shape` [B, T]; numpy arrays.
 
-    Each document is its token ids and the first position whose prediction counts.
+    Args:
+        documents: token ids, and the index of the first prediction that counts. With
+            index i the loss starts at the prediction of token i + 1 from tokens 0 to i.
     """
     tokens, targets, segment_ids, positions = np.zeros((4, *shape), np.int32)
     loss_mask = np.zeros(shape, np.float32)

@@ -168,7 +168,7 @@ def _encoder_config(model: str | None) -> dict[str, Any]:
     config = pathlib.Path(model) / "config.json"
     if not config.is_file():
         raise ValueError(
-            f"bertscore_model={model!r} is no Hugging Face directory: it has no "
+            f"bertscore_model={model!r} is not a Hugging Face directory: it has no "
             "config.json"
         )
     return dict(json.loads(config.read_text()))

@@ -97,7 +97,7 @@ class LoraConfig:
                 whole = key == "target_modules"  # PEFT takes it as it is
                 if reason := why_none(pattern, whole=whole):
                     raise ValueError(
-                        f"lora.{key} = {shown(pattern)} is no regular expression"
+                        f"lora.{key} = {shown(pattern)} is not a regular expression"
                         f" ({reason}): escape what is meant literally"
                     )
 

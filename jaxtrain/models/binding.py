@@ -1,10 +1,11 @@
-"""Flax NNX at arm's length: a module is a static definition and a plain dict.
+"""Use Flax NNX modules through static definitions and plain dicts of weights.
 
-A definition is made once, from shapes alone, without device or mesh. Within a trace
-`bind` fills it with the arrays at hand, so all else deals with plain dicts and with
-jax's own transformations only. In these dicts, and in the targets of adapters, modules
-go by the names that the family's published weights have for them
-(`Family.module_names`); only modules themselves know ours.
+A definition is made once from shapes alone and needs no device or mesh. Within a trace
+`bind` fills it with the arrays at hand. So all other code works with plain dicts and
+with jax's own transformations, and never with NNX state. The keys of these dicts, and
+the targets of adapters, are the module names of the family's published weights
+(`Family.module_names`). Only the module classes use our own names, and the functions
+here translate between the two.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ Path = tuple[Any, ...]
 
 
 def init_module(module: Any, options: Options, key: Key[Array, ""]) -> Params:
-    """Random weights of a module, as a plain dict."""
+    """Initialize a module with random weights and return these as a plain dict."""
     state = nnx.state(module(_own_targets(options), nnx.Rngs(params=key)))
     made = nnx.to_pure_dict(state)
     if not options.config.family.module_names:
@@ -35,7 +36,7 @@ def init_module(module: Any, options: Options, key: Key[Array, ""]) -> Params:
 
 @functools.lru_cache(maxsize=256)
 def _definition(module: Any, options: Options) -> tuple[Any, Any]:
-    """The static graph of a module, and its variables as shapes with metadata."""
+    """The static graph of a module, and the shapes and metadata of its variables."""
     abstract = nnx.eval_shape(
         lambda: module(options, nnx.Rngs(params=jax.random.key(0)))
     )
@@ -43,10 +44,10 @@ def _definition(module: Any, options: Options) -> tuple[Any, Any]:
 
 
 def bind(module: Any, options: Options, params: Params) -> Any:
-    """The module with these weights; for use within a trace.
+    """Return the module with these weights, for use within a trace.
 
     Raises:
-        ValueError: `params` lacks a weight or has one too many; it names them.
+        ValueError: weights are missing or unexpected; the message names them.
     """
     graph, abstract = _definition(module, _own_targets(options))
     config = options.config
@@ -68,7 +69,7 @@ def bind(module: Any, options: Options, params: Params) -> Any:
 
 
 def axes_of(module: Any, options: Options, leading: LogicalAxes = ()) -> Params:
-    """The logical axes of a module's weights, `leading` before each."""
+    """The logical axes of each weight of a module, with `leading` put before them."""
     _, state = _definition(module, _own_targets(options))
     return nest(
         {
@@ -80,14 +81,14 @@ def axes_of(module: Any, options: Options, leading: LogicalAxes = ()) -> Params:
 
 
 def paths_with(leaf: str, tree: Params) -> frozenset[str]:
-    """Paths of all modules in this tree that have such a leaf."""
+    """Paths of all modules in this tree that have a leaf named `leaf`."""
     return frozenset(
         ".".join(map(str, path[:-1])) for path in flatten(tree) if path[-1] == leaf
     )
 
 
 def _published(path: Path, config: ModelConfig) -> Path:
-    """The path in published weights of a leaf that stands here in a module."""
+    """Translate a leaf's path in our modules to its path in published weights."""
     names = config.family.module_names
     if not names:
         return path
@@ -96,7 +97,7 @@ def _published(path: Path, config: ModelConfig) -> Path:
 
 
 def _own_targets(options: Options) -> Options:
-    """The same with adapters' targets by our own names for modules."""
+    """Return the options with the targets of adapters under our own module names."""
     lora, names = options.lora, options.config.family.module_names
     if lora is None or not names:
         return options

@@ -1,4 +1,4 @@
-"""Running a decoder one step at a time, with a cache of what its mixers keep."""
+"""Run a decoder one step at a time, with a cache of what each layer keeps."""
 
 import dataclasses
 import functools
@@ -22,10 +22,12 @@ Cache = dict[str, Any]
 
 
 def init_cache(options: Options, batch: int, max_len: int) -> Cache:
-    """An empty cache: room for `max_len` tokens in each row.
+    """Return an empty cache with room for `max_len` tokens in each row.
 
-    "layers" has what mixers keep, stacked as the layers' weights are; the other arrays
-    say which tokens stand where.
+    "layers" holds what each layer keeps of earlier tokens (keys and values, or the
+    state of a recurrent layer), stacked in the same way as the layers' weights. The
+    other entries give the position and the segment of the token in each place of a row,
+    and the number of places that are in use.
     """
 
     def init_stack(stack: Stack) -> dict[str, Array]:
@@ -108,14 +110,17 @@ def decode(
 
 
 class _Written(dict[str, Array]):
-    """A stack's cache into which a layer has written; the keys and values it read."""
+    """A stack's cache after a layer has written to it.
+
+    `read` holds the keys and values that the layer then attended to.
+    """
 
     read: tuple[Array, Array] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class _Step:
-    """Tokens that are appended to a cache, from `start` on."""
+    """The tokens of one call, which are appended to a cache at index `start`."""
 
     options: Options
     cache: Cache
@@ -126,8 +131,10 @@ class _Step:
     def inputs_of_layer(
         self, kind: LayerKind
     ) -> Callable[[Array, Array, Mapping[str, Array]], LayerInputs]:
-        """A function from a layer's number, its place in the stack and the stack's
-        cache to what the layer is given."""
+        """Return a function that makes the inputs of a layer of this kind.
+
+        It takes the layer's number, its place in the stack and the stack's cache.
+        """
         if not kind.attends:
 
             def with_state(
@@ -172,7 +179,7 @@ def _attend_to_cache(
     start: Array,
     allowed: Array,
 ) -> Attend:
-    """Write this layer's keys and values at `start`; read all that is allowed."""
+    """Write this layer's keys and values at `start`, then attend where allowed."""
 
     def attend(
         q: Array, k: Array, v: Array, sinks: Array | None = None
@@ -203,7 +210,7 @@ def _attend_to_cache(
 def _attend_to_shared(
     config: ModelConfig, allowed: Array, q: Array, keys: Array, values: Array
 ) -> tuple[Array, _Written]:
-    """Read all that is allowed of what an earlier layer wrote."""
+    """Attend to the keys and values of an earlier layer, where allowed."""
     scale, softcap = config.attention_scale, config.attn_logit_softcapping
     context = attend_block(q, keys, values, allowed, softcap=softcap, scale=scale)
     return context, _Written()
@@ -216,10 +223,10 @@ def _readable(
     segment_ids: Int32[Array, "B T"],
     window: int | None,
 ) -> Array:
-    """Which places of the cache each new token reads: a mask [B T S].
+    """Which places of the cache each new token may attend to: a mask [B T S].
 
-    The window counts positions, not places: padding between a prompt and what follows
-    it takes places.
+    The window is measured in positions and not in places, because padding between a
+    prompt and its continuation takes up places.
     """
     place = jnp.arange(cache["positions"].shape[1])
     own_place = start + jnp.arange(positions.shape[1])

@@ -431,8 +431,8 @@ def refused_options(options: Mapping[str, Any], family: Family) -> list[str]:
 def _wrong_layers(config: ModelConfig) -> Iterator[str]:
     if config.num_attention_heads % config.num_key_value_heads:
         yield (
-            f"model.num_attention_heads = {config.num_attention_heads} is no multiple"
-            f" of num_key_value_heads = {config.num_key_value_heads}"
+            f"model.num_attention_heads = {config.num_attention_heads} is not a"
+            f" multiple of num_key_value_heads = {config.num_key_value_heads}"
         )
     width = config.num_attention_heads * config.head_dim
     if config.hidden_act not in _ACTIVATIONS:

@@ -1,24 +1,26 @@
-"""Experts split over devices (`mesh.expert`): what travels, weights or tokens.
+"""Experts that are split over devices (`mesh.expert`), and how tokens reach them.
 
-Along the mesh axis `expert`, X devices hold E / X experts each and have rows of their
-own: N tokens, of which K experts each get a copy. Everything here runs within a
-`shard_map`, on one device's part. Three exchanges bring copies and experts together,
-and all give the sums of one device:
+Along the mesh axis `expert`, each of X devices holds E / X experts and has rows of its
+own with N tokens. A copy of each token goes to K experts. Everything here runs within a
+`shard_map`, on one device's part. There are three ways to bring copies and experts
+together, and all give the same result as a single device:
 
 - "weights": every device gathers the weights of all experts, for one layer at a time,
   and multiplies its own tokens by them.
-- "tokens": every device gathers the tokens of all X, multiplies the copies that are
-  meant for its own experts, and the parts of each token's sum are added up on the way
-  back to the token's device (a reduce-scatter).
-- "copies": an all-to-all takes each copy to its expert's device, a second one takes the
-  result back, where a token's K results are added up.
+- "tokens": every device gathers the tokens of all X devices and multiplies the copies
+  that are meant for its own experts. A reduce-scatter adds up the parts of each token's
+  sum and returns it to the token's device.
+- "copies": an all-to-all sends each copy to its expert's device, and a second one sends
+  the result back, where the K results of each token are added up.
 
-Which is cheapest follows from shapes: see `choose_exchange`. Arrays have fixed sizes,
-so the last two need a bound on how many copies meet on a device. It is `room` times an
-even share, in "copies" for each pair of devices, in "tokens" for each device, and there
-twice that share at least; `room` = X is always enough, and more is never taken. Where
-more copies come in some layer and step, all devices run that layer by gathering its
-weights instead: no token is ever dropped, and no result depends on `room`.
+The shapes decide which is cheapest: see `choose_exchange`. Arrays have fixed sizes, so
+"tokens" and "copies" need a bound on the copies that a device receives. If all experts
+were equally popular, N K copies would arrive at each device, N K / X of them from each
+other device. For "copies" the bound is `room` times N K / X per pair of devices; for
+"tokens" it is max(2, `room`) times N K per device. `room` = X is always enough, and a
+larger value changes nothing. If more copies than that arrive in some layer and step,
+all devices run this layer by gathering its weights. So no token is ever dropped, and no
+result depends on `room`.
 """
 
 import dataclasses
@@ -40,7 +42,7 @@ AXIS = "expert"
 _MEMORY_OVER_LINKS = 5  # how much faster
 Exchange = Literal["auto", "weights", "tokens", "copies"]
 # (x [B T D], weights [B T K], experts [B T K], *stacks [E ...]) -> [B T D], such as
-# `moe.apply_experts`. A copy for expert E, which is none, must add nothing.
+# `moe.apply_experts`. A copy for expert number E, which does not exist, adds nothing.
 ApplyExperts = Callable[..., Array]
 
 
@@ -58,7 +60,7 @@ class ExpertSpread:
     axes_of: Callable[[tuple[int, ...], LogicalAxes], tuple[str, ...]]
 
     def spread(self, apply: ApplyExperts, x: Float[Array, "B T D"]) -> ApplyExperts:
-        """`apply` for one device's own part of rows like x, with its own experts."""
+        """Return `apply` for use on one device's part of x, with its own experts."""
         split = self.axes_of(x.shape, ("batch", "sequence", None))
         if AXIS not in split:
             return functools.partial(_apply_to_shared_rows, apply)
@@ -66,10 +68,10 @@ class ExpertSpread:
 
 
 class _Sizes(NamedTuple):
-    """The numbers of one device from which an exchange's costs and buffers follow.
+    """The sizes on one device that determine an exchange's cost and buffers.
 
-    `tokens`: those that it has, N. `copies`: experts that a token is sent to, K.
-    `experts`: those that it holds. `devices`: X. `room`: see the module.
+    `tokens`: its tokens, N. `copies`: number of experts per token, K. `experts`: the
+    experts that it holds, E / X. `devices`: X. `room`: see the module.
     """
 
     tokens: int
@@ -80,18 +82,18 @@ class _Sizes(NamedTuple):
 
     @property
     def most(self) -> int:
-        """Copies that one device's tokens can send to another at most."""
+        """The most copies that one device can send to another."""
         return self.tokens * min(self.copies, self.experts)
 
     @property
     def rows(self) -> int:
-        """Rows that a device multiplies at most, under "tokens"."""
+        """With "tokens": the most copies that a device multiplies."""
         even = self.tokens * self.copies
         return min(self.devices * self.most, math.ceil(max(2.0, self.room) * even))
 
     @property
     def slots(self) -> int:
-        """Copies that a device can send to each other one, under "copies"."""
+        """With "copies": room for the copies from one device to another."""
         even = self.tokens * self.copies / self.devices
         return min(self.most, math.ceil(self.room * even))
 
@@ -99,18 +101,19 @@ class _Sizes(NamedTuple):
 def choose_exchange(
     wanted: Exchange, sizes: _Sizes, row_bytes: int, weight_bytes: int
 ) -> tuple[Exchange, Mapping[str, int]]:
-    """The cheapest exchange, if `wanted` is "auto", and each one's cost.
+    """Choose the cheapest exchange if `wanted` is "auto"; also return all costs.
 
-    The cost is bytes that arrive at a device in one pass through one layer, and a fifth
-    of those that the exchange writes to and reads from its memory, which is about as
-    much faster (4.5 times on a TPU v5e, 5 on a v5p, 7 on an H100). The weights come
-    once, tokens come and go: gathered tokens are then picked copy by copy of all X
-    devices, exchanged copies six times put in another order. Backwards it is the same:
-    gradients take the way of what they belong to.
+    A cost is the number of bytes that arrive at a device in one forward pass through
+    one layer, plus a fifth of the bytes that the exchange reads from and writes to
+    device memory, which is about five times faster than the links (4.5 times on a TPU
+    v5e, 5 on a v5p, 7 on an H100). Weights travel once, tokens there and back. Gathered
+    tokens are then read once for each copy of all X devices, and exchanged copies are
+    reordered six times. The backward pass costs the same again, because each gradient
+    travels the way of the array that it belongs to.
 
     Args:
-        row_bytes: of one token's activation.
-        weight_bytes: of the experts that one device holds.
+        row_bytes: size of one token's activation.
+        weight_bytes: size of the experts that one device holds.
     """
     devices, others = sizes.devices, sizes.devices - 1
     copies = devices * sizes.tokens * sizes.copies
@@ -152,7 +155,7 @@ def _log_choice(
 def _apply_to_shared_rows(
     apply: ApplyExperts, x: Array, weights: Array, experts: Array, *stacks: Array
 ) -> Array:
-    """Where all X devices have the same rows, as in generation of few texts."""
+    """Apply experts when all X devices have the same rows, as in generating texts."""
     own = _own_experts(experts, stacks[0].shape[0])
     return jax.lax.psum(apply(x, weights, own, *stacks), AXIS)
 
@@ -192,9 +195,9 @@ def _apply_to_own_rows(
     if is_enough:
         return travel(x, weights, experts, *stacks)
 
-    # Each branch of a conditional would save what it needs for the backward pass, and
-    # the other fill up that room: so nothing is saved, and the branch runs again. In
-    # that run too no gathered weights may be saved.
+    # Both branches of a conditional return the same arrays, so each would have to save
+    # what the other needs for its backward pass. So nothing is saved, and the branch
+    # runs again; in that second run, too, the gathered weights must not be saved.
     remat = functools.partial(jax.checkpoint, prevent_cse=False)
 
     @remat
@@ -208,7 +211,7 @@ def _apply_to_own_rows(
 def _most_copies(
     experts: Array, sizes: _Sizes, exchange: Exchange, split: tuple[str, ...]
 ) -> Array:
-    """The most copies that have to fit, of all devices: each has the same answer."""
+    """The most copies that must fit anywhere; the same number on every device."""
     devices = jnp.arange(sizes.devices)
     sent = (experts.reshape(-1, 1) // sizes.experts == devices).sum(axis=0)
     if exchange == "tokens":
@@ -272,7 +275,7 @@ def _by_copies(
 
 
 def _own_experts(experts: Array, count: int) -> Array:
-    """Numbers among this device's `count` experts; `count` for those of others."""
+    """Renumber experts from the first of this device; `count` for all others."""
     own = experts - jax.lax.axis_index(AXIS) * count
     return jnp.where((own >= 0) & (own < count), own, count)
 
@@ -281,10 +284,10 @@ def _own_experts(experts: Array, count: int) -> Array:
 
 
 class _Packed(NamedTuple):
-    """Copies of tokens in slots: `copies` of them, and slots that may stay empty.
+    """Which copy of a token is in each of S slots, and which slot each of M copies has.
 
-    `copy_of_slot` is the number of copies where a slot is empty, and `slot_of_copy` the
-    number of slots where a copy has none.
+    `copy_of_slot` is M for an empty slot, and `slot_of_copy` is S for a copy without a
+    slot.
     """
 
     copy_of_slot: Int[Array, "S"]
@@ -294,11 +297,12 @@ class _Packed(NamedTuple):
 def _pack(
     chosen: Int[Array, "M"], places: Int[Array, "M"], count: int, slots: int
 ) -> _Packed:
-    """Copies in order of their experts, in `slots` for each of `count` places.
+    """Assign copies, sorted by expert, to `slots` slots for each of `count` places.
 
     Args:
-        chosen: each copy's expert.
-        places: where that expert is, in ascending order; from `count` on, nowhere here.
+        chosen: the expert of each copy.
+        places: the place of that expert, which ascends with the expert's number;
+            `count` or more if it is not among them.
     """
     total = chosen.shape[0]
     order = jnp.argsort(chosen, stable=True)
@@ -322,7 +326,7 @@ def _apply_packed(
     own: Int[Array, "N K"],
     *stacks: Array,
 ) -> Float[Array, "N D"]:
-    """Give `apply` the copies in their slots as tokens of one expert each.
+    """Call `apply` on the copies in their slots, as tokens with one expert each.
 
     The result is the sum over each token's copies that have a slot.
     """
@@ -342,15 +346,15 @@ def _rows_at(x: Array, index: Array, fill: float = 0) -> Array:
     return x.at[index].get(mode="fill", fill_value=fill)
 
 
-# Each of these two is the other's transpose, so that neither pass needs a scatter that
-# adds: slow, and on GPUs in no certain order.
+# Each of these two is the other's transpose. So neither pass needs a scatter-add, which
+# is slow, and on GPUs adds in no fixed order.
 
 
 @jax.custom_vjp
 def _pick(
     x: Float[Array, "N D"], index: Int[Array, "S"], inverse: Int[Array, "N K"]
 ) -> Float[Array, "S D"]:
-    """Rows x[index], 0 where the index is N. `inverse`: where each row went, or S."""
+    """Rows x[index], or 0 where the index is N. `inverse`: a row's places, or S."""
     del inverse
     return _rows_at(x, index)
 
@@ -359,7 +363,7 @@ def _pick(
 def _total(
     y: Float[Array, "S D"], inverse: Int[Array, "N K"], index: Int[Array, "S"]
 ) -> Float[Array, "N D"]:
-    """The sum of each row's y[inverse], in float32: they may be many."""
+    """The sum of each row's y[inverse], in float32 because it may have many terms."""
     del index
     return _rows_at(y, inverse).sum(axis=1, dtype=jnp.float32).astype(y.dtype)
 

@@ -136,7 +136,7 @@ def read_generation_config(directory: str | pathlib.Path | None) -> GenerationCo
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else error
         raise ValueError(
-            f"{file} is no JSON ({reason}): download it again, or delete it, and"
+            f"{file} is not JSON ({reason}): download it again, or delete it, and"
             " generation takes its own defaults"
         ) from error
     if not isinstance(values, dict):

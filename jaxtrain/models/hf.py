@@ -86,7 +86,7 @@ def resolve_model_path(name: str, revision: str | None = None) -> pathlib.Path:
         return directory
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ValueError(
-            f"model path {shown(name)} is no directory; check the spelling"
+            f"model path {shown(name)} is not a directory; check the spelling"
         )
     import huggingface_hub  # needed only for names of the hub
 

@@ -142,16 +142,16 @@ def _read_header(file: AnyFile) -> tuple[dict[str, Any], int]:
         header = {k: v for k, v in json.loads(text).items() if k != "__metadata__"}
     except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(
-            f"{file} is cut off in its header or is no safetensors file: {_AGAIN}"
+            f"{file} is cut off in its header or is not a safetensors file: {_AGAIN}"
         ) from error
     try:
         wanted = start + _check_places(header)
     except ValueError as error:
         raise ValueError(f"{file}: {error}: {_AGAIN}") from None
     if size != wanted:
-        state = "is cut off" if size < wanted else "has bytes too many"
+        state = "is cut off" if size < wanted else "is too long"
         raise ValueError(
-            f"{file} {state}: {size} bytes, but its header speaks of {wanted}: {_AGAIN}"
+            f"{file} {state}: {size} bytes, but its header says {wanted}: {_AGAIN}"
         )
     return header, start
 

@@ -1,10 +1,9 @@
-"""The tensors of a Hugging Face directory, by the names and in the form that we load.
+"""The tensors of a Hugging Face directory, under uniform names and in a uniform form.
 
-Checkpoints of one model differ in how they name and keep its tensors: without the
-"model." in front, the shared embedding under the head's name only, experts stacked
-(hf_experts.py), or in float8 or MXFP4 with scales beside them (hf_float8.py,
-hf_mxfp4.py). `open_tensors` shows them all in one form. Nothing is read before a slice
-of it is asked for.
+Checkpoints of the same model differ in how they name and store its tensors: they may
+lack the prefix "model.", hold a shared embedding under the head's name only, stack the
+experts (hf_experts.py), or use float8 or MXFP4 with scales (hf_float8.py, hf_mxfp4.py).
+`open_tensors` hides these differences. Nothing is read until a tensor is indexed.
 """
 
 import concurrent.futures
@@ -33,10 +32,10 @@ _WITHOUT_PREFIX = re.compile(r"(layers\.\d+|embed_tokens|norm)\..+")
 
 
 class Tensors(dict[str, Any]):
-    """Tensors by name, each a slice of its file that is read when indexed.
+    """Tensors by name; each is read from its file when it is indexed.
 
-    `promised`: for the tensors that an index lists, the file that it names.
-    `in_bucket`: whether their files are in a bucket.
+    `promised`: for each tensor that the index file lists, the file that should hold it.
+    `in_bucket`: whether the files are in a bucket.
     """
 
     def __init__(
@@ -51,7 +50,7 @@ class Tensors(dict[str, Any]):
         self.in_bucket = in_bucket
 
     def for_each(self, read: Callable[[_T], None], items: Iterable[_T]) -> None:
-        """Call `read`, which reads a tensor, for each item; in buckets many at once."""
+        """Call `read`, which reads a tensor, for each item; in parallel in a bucket."""
         if not self.in_bucket:
             for item in items:
                 read(item)
@@ -60,7 +59,7 @@ class Tensors(dict[str, Any]):
             list(pool.map(read, items))
 
     def whereabouts(self, name: str) -> str:
-        """For a missing tensor, which file ought to have it; "" where none is named."""
+        """Where a missing tensor should be, for a message; "" if it is unknown."""
         file = self.promised.get(name)
         return f" (the index says it is in {file}: download that again)" if file else ""
 
@@ -69,7 +68,9 @@ class Tensors(dict[str, Any]):
 def open_tensors(
     path: str | os.PathLike[str], config: ModelConfig
 ) -> Iterator[Tensors]:
-    """Every tensor of a directory, named and formed as `hf_names.Leaf` says.
+    """Open all tensors of a directory, under the names and in the form of `hf_names`.
+
+    Use it in a `with` statement; the tensors can be read until it ends.
 
     Raises:
         ValueError: there are no weights, or files are missing or damaged.
@@ -98,7 +99,7 @@ def open_tensors(
 def _renamed(
     tensors: Mapping[str, Any], rename: Callable[[str], str | None]
 ) -> dict[str, Any]:
-    """The same by other names, without those that have none."""
+    """Rename the keys; those that `rename` maps to None are left out."""
     named = ((rename(name), tensor) for name, tensor in tensors.items())
     return {name: tensor for name, tensor in named if name is not None}
 

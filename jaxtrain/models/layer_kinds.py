@@ -1,8 +1,8 @@
-"""Models whose layers are not alike: which kinds of layer they have, and where.
+"""Models with several kinds of layers: which kinds they have, and where.
 
-A family whose layers have the same weights needs nothing of this. Any other names a
-`Variety` in its row of families.py: what the family's config.json says about its kinds,
-read and written here. No jax is imported.
+A family whose layers all have the same weights needs nothing from this module. Any
+other family names a `Variety` in its row of families.py, which reads and writes what
+its config.json says about the kinds of its layers. No jax is imported.
 """
 
 import dataclasses
@@ -22,14 +22,15 @@ LINEAR = "linear_attention"
 
 @dataclasses.dataclass(frozen=True)
 class LayerKind:
-    """What layers have in common that may share a stack.
+    """The properties that layers must have in common to share a stack.
 
-    `mixer`: how tokens see each other, by a name of `decoder_layer.MIXERS`.
-    `layer_type`: their entry of the config's `layer_types`; None where all layers are
-    of one kind, whose windows and rotary embeddings may still differ.
-    `fields`: fields of ModelConfig, each with the value that it has in these layers.
-    `shares`: whether they give their keys and values to later layers, or read those
-    that the last such layer of their type gave.
+    `mixer`: how tokens exchange information, a name in `decoder_layer.MIXERS`.
+    `layer_type`: their entry in the config's `layer_types`; None if all layers are of
+    one kind (their windows and rotary embeddings may still differ).
+    `fields`: fields of ModelConfig that have another value in these layers.
+    `shares`: whether later layers may use the keys and values of these layers
+    ("gives"), or these layers use those of the last earlier layer of their type that
+    gives them ("reads").
     """
 
     mixer: str = "attention"
@@ -40,48 +41,49 @@ class LayerKind:
 
     @property
     def attends(self) -> bool:
-        """Whether its mixer is a kind of attention, with keys and values."""
+        """Whether the mixer is a kind of attention, with keys and values."""
         return self.mixer.endswith("attention")
 
 
-ATTENTION = LayerKind()  # of all layers, where these are alike
+ATTENTION = LayerKind()  # the kind of every layer, if all are alike
 
 
 class Variety(Protocol):
-    """What a config.json says about the kinds of its layers; frozen and hashable."""
+    """A family's options about the kinds of its layers; frozen and hashable."""
 
     layer_types: ClassVar[frozenset[str]]
-    """The entries of `layer_types` that it knows beside full and sliding attention."""
+    """Known entries of `layer_types`, in addition to full and sliding attention."""
 
     @classmethod
     def read(cls, given: Mapping[str, Any]) -> tuple["Variety", dict[str, Any]]:
-        """What the options of a config.json, defaults included, say.
+        """Read the options of a config.json, in which defaults are filled in.
 
         Returns:
-            That, and options to go on with in the place of the given ones: by the names
-            that `ModelConfig` has for them.
+            The variety, and options under the names of `ModelConfig` that replace those
+            that were given.
 
         Raises:
-            ValueError: an option has a value that it cannot have.
+            ValueError: the value of an option is not valid.
         """
 
     def problems(self, config: "ModelConfig") -> Iterator[str]:
-        """A line for each reason why the model can't be."""
+        """Yield one line for each reason why such a model is not possible."""
 
     def kind_of(self, config: "ModelConfig", layer: int) -> LayerKind:
-        """The kind of a layer, by its number; its `layer_type` is filled in later."""
+        """The kind of the layer with this number; `layer_type` is filled in later."""
 
     def to_hf(self, config: "ModelConfig") -> dict[str, Any]:
-        """Its options of a config.json."""
+        """The options as they are written to a config.json."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ShortConvolutions:
     """LFM2: layers of type "conv" mix tokens by a short causal convolution.
 
-    `taps`: how many tokens a convolution reads, its own included. `bias`: whether it,
-    and the projections before and behind it, have biases. `width_options`: the options
-    that the MLP's width was computed from, as pairs, to be written again.
+    `taps`: how many tokens a convolution reads, including the current one. `bias`:
+    whether the convolution and the projections before and after it have biases.
+    `width_options`: the options from which the MLP's width was computed, as pairs, so
+    that they can be written again.
     """
 
     taps: int = 3
@@ -141,9 +143,10 @@ _LFM2_WIDTH = (
 
 
 def _lfm2_width(options: Mapping[str, Any]) -> int:
-    """The MLP's width: two thirds of what is given, scaled and rounded up, unless off.
+    """Compute the MLP's width: two thirds of the given one, scaled and rounded up.
 
-    Rounding down at each step is transformers'.
+    If the adjustment is switched off, the width is returned as it is. As transformers
+    does, the intermediate results are rounded down.
     """
     width = options["intermediate_size"]
     adjusts, multiplier, multiple = (options[name] for name in _LFM2_WIDTH)
@@ -164,9 +167,9 @@ def _lfm2_width(options: Mapping[str, Any]) -> int:
 class DeltaNets:
     """Qwen3.5: layers of type "linear_attention" are Gated DeltaNets.
 
-    Of these, `taps`: how many tokens a convolution reads, its own included; `key_heads`
-    of width `key_width`, each shared by as many of `value_heads` of width
-    `value_width`.
+    `taps`: how many tokens their convolution reads, including the current one. They
+    have `key_heads` of width `key_width`, and `value_heads` of width `value_width`,
+    of which equally many share each key head.
     """
 
     taps: int = 4
@@ -178,7 +181,7 @@ class DeltaNets:
 
     @property
     def mixed_width(self) -> int:
-        """Features of queries, keys and values, which the convolution mixes."""
+        """The total width of queries, keys and values, which the convolution reads."""
         keys = self.key_heads * self.key_width
         return 2 * keys + self.value_heads * self.value_width
 
@@ -208,8 +211,8 @@ class DeltaNets:
                 return
         if self.value_heads % self.key_heads:
             yield (
-                f"model.linear_num_value_heads = {self.value_heads} is no multiple of"
-                f" linear_num_key_heads = {self.key_heads}"
+                f"model.linear_num_value_heads = {self.value_heads} is not a multiple"
+                f" of linear_num_key_heads = {self.key_heads}"
             )
         if config.hidden_act != "silu":
             yield (
@@ -222,7 +225,7 @@ class DeltaNets:
         return LayerKind("delta_net" if is_linear else "attention")
 
     def to_hf(self, config: "ModelConfig") -> dict[str, Any]:
-        # Said outside too: 0.25 is what counts where nothing is said.
+        # Written at the top level too: without it transformers would assume 0.25.
         factor = config.rope.partial_rotary_factor
         sizes = {key: getattr(self, field) for field, key in _DELTA_NET_KEYS.items()}
         return {"partial_rotary_factor": factor, **sizes}
@@ -239,14 +242,16 @@ _DELTA_NET_KEYS: Mapping[str, str] = {
 
 @dataclasses.dataclass(frozen=True)
 class Gemma4Layers:
-    """Gemma 4: full layers have heads of their own width; the last read others' keys.
+    """Gemma 4: full-attention layers differ in size, and the last layers share keys.
 
-    `global_head_dim` and `global_kv_heads` are those of full layers, whose values are
-    their keys before the norm if `keys_are_values`. The last `readers` layers have no
-    keys and values but those of the last layer before of their type, and an MLP twice
-    as wide if `wide_readers`. Each layer is given `per_layer_width` features of each
-    token, of a vocabulary of `per_layer_vocab`; 0: none. `images_read_ahead` is of no
-    effect on text.
+    `global_head_dim` and `global_kv_heads` are the sizes of full-attention layers. If
+    `keys_are_values`, their values are the keys before the key norm. The last `readers`
+    layers compute no keys and values of their own: they use those of the nearest
+    earlier layer of their type that does. If `wide_readers`, their MLP is twice as
+    wide. Each layer also gets a per-layer embedding of each token, of width
+    `per_layer_width` (0: none), from a vocabulary of `per_layer_vocab` tokens.
+    `images_read_ahead`: image tokens attend to each other in both directions; it is
+    kept for export and has no effect on text.
     """
 
     global_head_dim: int = 512
@@ -264,7 +269,7 @@ class Gemma4Layers:
         layers, types = given["num_hidden_layers"], given.get("layer_types")
         if types is None:
             types = [FULL if i % 6 == 0 else SLIDING for i in range(1, layers + 1)]
-        # transformers makes it so, whatever is given.
+        # transformers makes the last layer a full one, whatever is given.
         types = [*types[:-1], FULL]
         ropes = given.get("rope_parameters")
         if ropes is None:
@@ -341,7 +346,7 @@ class Gemma4Layers:
         if self.readers:
             reads = layer >= config.num_hidden_layers - self.readers
             shares = "reads" if reads else "gives"
-            # The layer by itself is a model without readers.
+            # Considered alone, such a layer is a model without readers.
             fields["variety"] = dataclasses.replace(self, readers=0)
             if reads and self.wide_readers:
                 fields["intermediate_size"] = 2 * config.intermediate_size
@@ -364,10 +369,10 @@ class Gemma4Layers:
 def _full_sizes(
     given: Mapping[str, Any], types: Sequence[str]
 ) -> tuple[int, int | None]:
-    """The width of full layers' heads, and how many have keys, if that is special.
+    """The head width of full-attention layers, and their key heads if they differ.
 
-    transformers writes them as `per_layer_config`, {"05": {"head_dim": 512}}, in the
-    place of the published keys.
+    transformers writes them as `per_layer_config`, {"05": {"head_dim": 512}}, instead
+    of the keys in published files.
     """
     by_layer = given.get("per_layer_config")
     if by_layer is None:
@@ -395,9 +400,10 @@ def _full_sizes(
 class LatentHeads:
     """DeepSeek: queries, keys and values are expanded from narrow vectors.
 
-    `query_rank` and `key_rank` are the narrow widths; queries without one are projected
-    at once. Of a head's query and key, `turned_width` features turn with the position,
-    by pairs of neighbours if `is_interleaved`, and `unturned_width` do not.
+    `query_rank` and `key_rank` are the narrow widths; if `query_rank` is None, queries
+    are projected directly. Rotary embeddings apply to `turned_width` features of a
+    head's query and key, in pairs of neighbours if `is_interleaved`, and not to the
+    other `unturned_width` features.
     """
 
     query_rank: int | None
@@ -486,15 +492,16 @@ def kinds_of(config: "ModelConfig") -> tuple[LayerKind, ...]:
 
 @functools.lru_cache(maxsize=256)
 def segments_of(config: "ModelConfig") -> tuple[Segment, ...]:
-    """The segments that its layers are cut into; one, where they are alike."""
+    """The segments into which its layers are divided; one if all layers are alike."""
     return plan_segments(kinds_of(config))
 
 
 @functools.lru_cache(maxsize=256)
 def config_of_kind(config: "ModelConfig", kind: LayerKind) -> "ModelConfig":
-    """The model of this kind of layers alone: what their modules read sizes from.
+    """The configuration from which layers of this kind read their sizes.
 
-    `config` itself where all layers are of one kind, apart from the kind's `fields`.
+    It describes a model that has only this kind of layers. If all layers of the model
+    are of one kind, it is `config` with the kind's `fields`.
     """
     changed = dict(kind.fields)
     if kind.layer_type is not None:

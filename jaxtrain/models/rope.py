@@ -1,11 +1,11 @@
 """Rotary position embeddings (arXiv:2104.09864) and their context extensions.
 
-A pair of features at frequency f turns by the angle f * position. The extensions slow
-frequencies down by `factor`: all alike ("linear", arXiv:2306.15595), only the slow
-ones ("llama3", arXiv:2407.21783), by a ramp between two rotation counts ("yarn",
-arXiv:2309.00071), each by its own searched factor ("longrope", arXiv:2402.13753), or by
-a base that grows with a document longer than the model was trained for ("dynamic",
-arXiv:2309.00071, section 3.3).
+A pair of features with frequency f is rotated by the angle f * position. The extensions
+divide frequencies by a factor: all frequencies ("linear", arXiv:2306.15595), only the
+low ones ("llama3", arXiv:2407.21783), more for lower ones, by a ramp between two
+rotation counts ("yarn", arXiv:2309.00071), or each by its own searched factor
+("longrope", arXiv:2402.13753). "dynamic" (arXiv:2309.00071, section 3.3) increases the
+base for documents that are longer than those the model was trained on.
 """
 
 import dataclasses
@@ -57,11 +57,12 @@ KINDS_BY_LENGTH = frozenset({"longrope", "dynamic"})
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
-    """One rotary embedding. `kind` says which of the parameters count.
+    """The parameters of one rotary embedding. `kind` decides which of them are used.
 
-    `theta` is the base of the frequencies theta ** (-2 i / rotary width);
-    `partial_rotary_factor` the share of a head's width that turns. Queries at position
-    p are multiplied by 1 + `llama_4_scaling_beta` log(1 + floor(p / trained length)).
+    `theta` is the base of the frequencies theta ** (-2 i / rotary width), and
+    `partial_rotary_factor` the share of a head's width that is rotated. Queries at
+    position p are multiplied by
+    1 + `llama_4_scaling_beta` log(1 + floor(p / trained length)).
     """
 
     kind: str = "default"
@@ -173,15 +174,15 @@ class RopeConfig:
 
     @property
     def score_factor(self) -> float:
-        """What DeepSeek's models multiply query-key products by, beside their scale."""
+        """An additional factor on the attention scores of DeepSeek's models."""
         if self.factor is None or not self.mscale_all_dim:
             return 1.0
         return _yarn_scale(self.factor, self.mscale_all_dim) ** 2
 
     def rotary_width(self, head_dim: int) -> int:
-        """How many features of a head turn; the others pass unchanged.
+        """How many features of a head are rotated; the others stay unchanged.
 
-        Under proportional all count as turning, most of them by an angle of 0.
+        For "proportional" all features are counted, though most rotate by 0.
         """
         if self.kind == "proportional":
             return head_dim
@@ -211,7 +212,7 @@ class RopeConfig:
                 )
 
     def _has_frequencies(self, head_dim: int) -> bool:
-        """Whether angles can be computed by these parameters, in float32."""
+        """Whether these parameters give angles that are finite in float32."""
         lists = (self.short_factor, self.long_factor)
         if any(
             each is not None and len(each) != self.rotary_width(head_dim) // 2
@@ -226,7 +227,7 @@ class RopeConfig:
         return bool(np.isfinite(frequencies).all()) and math.isfinite(scale)
 
 
-# What layers have that turn nothing: every angle is 0.
+# For layers without positions: every angle is 0.
 UNTURNED = RopeConfig("none")
 
 
@@ -239,9 +240,9 @@ def kind_of(parameters: Mapping[str, Any], family: Family) -> Any:
 
 
 def unread_parameters(parameters: Mapping[str, Any], family: Family) -> list[str]:
-    """The keys among rope parameters that their kind does not read, in order.
+    """The rope parameters that their kind does not read, in order.
 
-    None where the kind is not known here, which `RopeConfig.from_hf` refuses.
+    The list is empty for an unknown kind, which `RopeConfig.from_hf` refuses.
     """
     kind = kind_of(parameters, family)
     if not isinstance(kind, str) or kind not in _PARAMETERS:
@@ -296,7 +297,7 @@ def _is_valid(name: str, value: Any) -> bool:
 def _find_parameters(
     options: Mapping[str, Any], family: Family, layer_type: str
 ) -> tuple[dict[str, Any], float]:
-    """The rope parameters of these layers and the base that holds if they name none."""
+    """The rope parameters of these layers, and the base to use if they give none."""
     parameters = options.get("rope_parameters") or {}
     nested = isinstance(parameters.get(layer_type), Mapping)
     if nested and family.local_rope == "none":
@@ -318,7 +319,7 @@ def _find_parameters(
 
 
 def _given_theta(options: Mapping[str, Any], key: str, default: float) -> float:
-    """A base that stands outside of the rope parameters."""
+    """A base that is given outside the rope parameters."""
     theta = options.get(key)
     if theta is not None and not _is_valid("rope_theta", theta):
         raise ValueError(f"{key} = {shown(theta)}: must be a finite number, at least 1")
@@ -328,9 +329,10 @@ def _given_theta(options: Mapping[str, Any], key: str, default: float) -> float:
 def inverse_frequencies(
     rope: RopeConfig, head_dim: int
 ) -> tuple[Float[np.ndarray, "sets half"], float]:
-    """Radians a position for each pair of features, and the factor on cos and sin.
+    """Radians per position for each pair of features, and the factor on cos and sin.
 
-    One row; longrope has two: within and beyond the trained length.
+    The frequencies have one row; those of longrope have two, one for documents up to
+    the trained length and one for longer documents.
     """
     width = rope.rotary_width(head_dim)
     base = rope.theta ** (-np.arange(0, width, 2, dtype=np.float64) / width)
@@ -359,7 +361,7 @@ def _given(value: Any) -> Any:
 
 
 def _llama3(rope: RopeConfig, base: np.ndarray) -> np.ndarray:
-    """Keep fast frequencies, divide slow ones by `factor`, interpolate between."""
+    """Keep high frequencies, divide low ones by `factor`, interpolate in between."""
     low, high = _given(rope.low_freq_factor), _given(rope.high_freq_factor)
     turns = _given(rope.original_max_position_embeddings) * base / (2 * math.pi)
     share_kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
@@ -406,9 +408,9 @@ def _longrope_scale(rope: RopeConfig) -> float:
 
 
 class Rotary(NamedTuple):
-    """How queries and keys turn, in float32: the cosine and sine of every angle.
+    """The cosine and sine of every rotary angle, in float32.
 
-    `query_scale` multiplies the queries of each token, where their model scales them.
+    `query_scale`: factors on each token's query, for models that scale queries.
     """
 
     cos: Float[Array, "*layers B T half"]
@@ -422,7 +424,7 @@ def make_rotary(
     positions: Int32[Array, "B T"],
     segment_ids: Int32[Array, "B T"],
 ) -> Rotary:
-    """How tokens at these positions of their documents turn."""
+    """Make the rotary embedding of tokens at these positions in their documents."""
     tables = rotary_tables(rope, head_dim, positions, segment_ids)
     beta = rope.llama_4_scaling_beta
     if beta is None:
@@ -437,10 +439,10 @@ def rotary_tables(
     positions: Int32[Array, "B T"],
     segment_ids: Int32[Array, "B T"],
 ) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
-    """Cosines and sines of every angle, float32.
+    """The cosines and sines of every angle, in float32.
 
-    Under longrope a document's own length chooses between the two sets of factors;
-    under dynamic it raises the base.
+    For "longrope" the length of a document chooses between the two sets of factors; for
+    "dynamic" it increases the base.
     """
     if rope.kind == "dynamic":
         return _dynamic_tables(rope, head_dim, positions, segment_ids)

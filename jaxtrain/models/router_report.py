@@ -1,8 +1,8 @@
-"""What a run reports of a mixture's routers, and the loss on their logits' size.
+"""Statistics of the routers in a mixture of experts, and the router z-loss.
 
 The router z-loss (ST-MoE, arXiv:2202.08906, equation 5) is the mean of log^2 Z over
-tokens and layers, Z the denominator of the router's softmax. It keeps logits small,
-where their rounding changes choices least.
+tokens and layers, where Z is the denominator of the router's softmax. It keeps the
+logits small, so that their rounding rarely changes which experts are chosen.
 """
 
 import dataclasses
@@ -28,15 +28,16 @@ Z_LOSS = "router_z_loss"
 
 
 def summarize(load: RouterLoad) -> dict[str, Array]:
-    """A mixture's routers in few numbers, all but the z-loss without a gradient.
+    """Summarize the routers; only the z-loss has a gradient.
 
-    `router_load`: tokens of the most popular expert over those of the mean one, layers
-    averaged; 1 where all have as many, E / K at worst. `router_entropy`: of the
-    routers' probabilities, in nats, over tokens and layers; log E where they have no
-    preference. `router_dropped`: 0, as each expert takes whatever it is sent.
+    `router_load`: tokens of the most popular expert divided by the mean over experts,
+    averaged over layers; 1 if all get the same number, E / K at worst.
+    `router_entropy`: the entropy of the routers' probabilities in nats, averaged over
+    tokens and layers; log E if they have no preference. `router_dropped`: always 0,
+    because experts take every token that is sent to them.
 
     Args:
-        load: of every layer, stacked on the first axis.
+        load: the loads of all layers, stacked on the first axis.
     """
     assert load.entropy is not None and load.squares is not None  # measured together
     tokens = jnp.maximum(load.tokens.sum(), 1)
@@ -52,13 +53,17 @@ def summarize(load: RouterLoad) -> dict[str, Array]:
 def with_report(
     objective: Objective, score: Score, z_loss_weight: float | None
 ) -> tuple[Objective, Score]:
-    """The objective with the router z-loss and `summarize`'s metrics; the score for it.
+    """Wrap an objective so that it adds the router z-loss and `summarize`'s metrics.
 
-    As the load-balancing loss is, they are each micro-batch's own, and averaged as the
-    micro-batches' losses are.
+    Each micro-batch computes them over its own tokens, as it does the load-balancing
+    loss, and they are averaged over micro-batches with the weights of the losses.
 
     Args:
-        z_loss_weight: None and 0 report the z-loss and leave the loss as it is.
+        score: the score function of the objective.
+        z_loss_weight: None or 0 reports the z-loss without adding it to the loss.
+
+    Returns:
+        The wrapped objective, and the score function that it needs.
     """
 
     def reporting(
@@ -87,5 +92,5 @@ def with_report(
 
 
 def _without(scored: TokenLogProbs) -> TokenLogProbs:
-    """An objective must not see what is not one number per token."""
+    """Remove the router's statistics: objectives see only numbers per token."""
     return dataclasses.replace(scored, router=None)

@@ -43,13 +43,13 @@ from jaxtrain.models.stacks import LAYERS
 from jaxtrain.types import Batch, Params, TokenLogProbs
 
 _policies = jax.checkpoint_policies
-# What a layer keeps for the backward pass; all else is computed again. "full" keeps
-# only the layer's input, "offload" that in pinned host memory, "dots" every matrix
-# product ("dots_no_batch" not those of attention), "save_attention" what attention
-# gave, "minimal" that, its inputs and the MLP's, and under fp8 the codes of what
-# products read. Our kernels name what their own backward passes need
-# "attention_residuals", so that they need not run again; cuDNN and the XLA path do run
-# again.
+# What a layer keeps for the backward pass; everything else is computed again. "full"
+# keeps only the layer's input, and "offload" keeps it in pinned host memory. "dots"
+# keeps every matrix product, "dots_no_batch" all but those of attention.
+# "save_attention" keeps the output of attention. "minimal" keeps that, the inputs of
+# attention, the MLP's gate and up projections, and under fp8 the codes that products
+# read. Our kernels name what their own backward passes need "attention_residuals", so
+# that they need not run again; cuDNN and the XLA path do run again.
 REMAT_POLICIES: Mapping[str, Callable[..., bool] | None] = {
     "none": None,
     "full": _policies.nothing_saveable,
@@ -74,21 +74,22 @@ REMAT_POLICIES: Mapping[str, Callable[..., bool] | None] = {
 class Decoder(Options):
     """A decoder-only language model: static and hashable; it holds no arrays.
 
-    `params` is everywhere the nested dict that `init` makes and `load_params` reads. A
+    `params` is always the nested dict that `init` makes and `load_params` reads. A
     module applies an adapter only if `params` has its `lora_a` and `lora_b`, so the
-    same decoder without these leaves is the base model. So with kernels: with
-    `quantization` `init` makes codes in their place, and either serves.
+    same decoder without these leaves is the base model. Kernels work in the same way:
+    with `quantization`, `init` makes quantized codes in their place, and a decoder
+    accepts either.
 
     `compute_dtype` is the type of activations and matrix products; norms, rotary
     angles, softmax and logits are float32. `param_dtype` is the type `init` makes.
-    `remat` names one of REMAT_POLICIES, `attention` an implementation of the kernel,
-    `loss_chunk` how many tokens' logits the loss head holds at once, None by the width.
-    `scan_layers`: compile one layer for all of them, not each on its own.
-    `packed=False` promises that each row is one document with its padding behind it:
-    causality alone then keeps padding out, and attention needs no segments.
+    `remat` names one of REMAT_POLICIES and `attention` an implementation of the kernel.
+    `loss_chunk`: how many tokens' logits are in memory at once; None chooses by width.
+    `scan_layers`: compile one layer and scan over all, instead of compiling each.
+    `packed=False` promises that each row is one document with its padding behind it.
+    Causality alone then masks the padding, and attention needs no segments.
     `neftune_alpha`: strength of the noise on embeddings, if there is a `dropout_key`.
-    `constrain` pins an activation's layout by its logical axes, `map_shards` runs a
-    function of rows on each device's own, `layout` is how kernels' arrays are split.
+    `constrain` fixes an activation's layout by its logical axes, `map_shards` runs a
+    function on each device's own rows, `layout` tells how kernels' arrays are split.
 
     Raises:
         ValueError: an option is unknown, or an adapter's target is no module.
@@ -114,7 +115,7 @@ class Decoder(Options):
             _check_adapters(self.lora, known | _mixture_targets(self._options))
 
     def describe(self) -> str:
-        """What the numbers depend on beside the weights, as one line."""
+        """Everything besides the weights that affects the results, as one line."""
         words = [repr(self.config), self.compute_dtype]
         if self.lora is not None:
             ranks = sorted(
@@ -150,19 +151,19 @@ class Decoder(Options):
         }
 
     def abstract_params(self) -> Params:
-        """Shapes and types of `init`'s tree; needs no device."""
+        """The tree of `init` as shapes and types, without using a device."""
         return jax.eval_shape(lambda: self.init(jax.random.key(0)))
 
     def linear_kernels(self) -> frozenset[str]:
-        """The modules of layers that `quantization` acts on, such as "mlp.up_proj".
+        """Paths of the modules that `quantization` acts on, such as "mlp.up_proj".
 
-        Where layers differ, the stack's name stands before.
+        In a model with several kinds of layers the name of the stack comes first.
         """
         plain = dataclasses.replace(self._options, lora=None, quantization=None)
         return paths_with("kernel", _layer_axes(plain))
 
     def logical_axes(self) -> Params:
-        """The same tree with the name of each axis, or None, as leaves.
+        """The tree of `params` with a tuple of axis names (or None) as each leaf.
 
         Names: "layers", "embed", "vocab", "heads", "kv_heads", "mlp", "experts",
         "lora_rank".
@@ -184,15 +185,16 @@ class Decoder(Options):
         prompt_ids: Int32[Array, "B T"] | None = None,
         dropout_key: Key[Array, ""] | None = None,
     ) -> Float[Array, "B T D"]:
-        """What the unembedding reads: the last layer's output, normalized.
+        """The output of the last layer after the final norm, which the head reads.
 
-        A token reads those before it, and itself, that have its own segment id, in
-        index order, and those of the segment that its `prompt_ids` name. Segment 0 is
-        padding; its outputs mean nothing. Adapters drop inputs only if given a
-        `dropout_key`.
+        A token attends to itself and to earlier tokens of the row that have its segment
+        id, and to earlier tokens of the segment that its `prompt_ids` entry names.
+        Segment 0 is padding, whose outputs are meaningless. Adapters apply dropout to
+        their inputs only if a `dropout_key` is given.
 
         Raises:
-            ValueError: `prompt_ids`, and a layer's window or rope forbids them.
+            ValueError: `prompt_ids` were given, and a layer's window or rope does not
+                allow shared prompts.
         """
         return self._hidden_states_and_load(
             params, tokens, positions, segment_ids, prompt_ids, dropout_key
@@ -207,7 +209,7 @@ class Decoder(Options):
         prompt_ids: Array | None,
         dropout_key: Array | None,
     ) -> tuple[Array, RouterLoad | None]:
-        """`hidden_states`, and the load of each layer's router, where there is one."""
+        """`hidden_states`, and the load of each layer's router, if it has one."""
         reason = self.why_no_shared_prompts()
         if prompt_ids is not None and reason:
             raise ValueError(f"prompt_ids: {reason}; give each completion a row")
@@ -217,7 +219,7 @@ class Decoder(Options):
         with jax.named_scope("embed"):
             x = ends.embed_tokens(tokens)
             if self.neftune_alpha is not None and dropout_key is not None:
-                # Noise is added before embeddings are multiplied.
+                # The noise is added before the embeddings are scaled.
                 alpha = self.neftune_alpha * self.config.embedding_multiplier
                 x = add_embedding_noise(x, segment_ids, dropout_key, alpha)
             x = self.constrain(x, ("batch", "sequence", "embed"))
@@ -235,14 +237,14 @@ class Decoder(Options):
             return ends.norm(x), join_loads(loads)
 
     def why_no_shared_prompts(self, longest: int = 0) -> str | None:
-        """Why pairs can't share prompts; None where they can.
+        """Return the reason why pairs can't share a prompt, or None if they can.
 
         A window counts places in the row, where the second completion is further from
-        the prompt than its positions say. Some rotary embeddings go by the length of a
-        whole document.
+        the prompt than its positions say. Some rotary embeddings depend on the length
+        of the whole document.
 
         Args:
-            longest: tokens of the longest pair, both completions behind its prompt.
+            longest: tokens of the longest pair, counting its prompt once.
         """
         for stack in parts.stacks(self.config):
             if not stack.kind.attends:
@@ -259,7 +261,7 @@ class Decoder(Options):
         return None
 
     def skips_blocks(self, length: int) -> bool:
-        """Whether attention over packed rows of `length` leaves out what is masked."""
+        """Whether attention over packed rows of `length` skips masked blocks."""
         heads = (self.config.num_attention_heads, self.config.head_dim)
         return skips_blocks(
             jax.ShapeDtypeStruct((1, length, *heads), self.compute_dtype),
@@ -277,7 +279,7 @@ class Decoder(Options):
         positions: Int32[Array, "B T"],
         segment_ids: Int32[Array, "B T"],
     ) -> Float32[Array, "B T V"]:
-        """Scores of every next token, after the final soft cap; for short rows."""
+        """All logits at once, after the final soft cap; only for short rows."""
         hidden = self.hidden_states(params, tokens, positions, segment_ids)
         return head.unembed(self, params, hidden)
 
@@ -294,11 +296,12 @@ class Decoder(Options):
     ) -> TokenLogProbs:
         """Log-probabilities of the batch's targets; never holds B x T x V logits.
 
-        Where the batch names what is `scored`, all else is 0. Only `logps`,
-        `router_loss`, `log_total` and the z-loss in `router` carry a gradient.
+        If the batch has `scored`, only the tokens that it lists are scored, and the
+        results of all others are 0. Only `logps`, `router_loss`, `log_total` and the
+        z-loss in `router` have a gradient.
 
         Raises:
-            ValueError: `with_router_loss` or `with_router`, and the model has none.
+            ValueError: router statistics are asked for, and the model has no router.
         """
         hidden, load = self._hidden_states_and_load(
             params,
@@ -338,7 +341,7 @@ class Decoder(Options):
     # --- one step at a time ------------------------------------------------------
 
     def init_cache(self, batch: int, max_len: int) -> Cache:
-        """An empty cache for `decode`: room for `max_len` tokens in each row."""
+        """Return an empty cache for `decode` with room for `max_len` tokens per row."""
         return init_cache(self._options, batch, max_len)
 
     def decode(
@@ -349,13 +352,13 @@ class Decoder(Options):
         cache: Cache,
         segment_ids: Int32[Array, "B T"] | None = None,
     ) -> tuple[Float32[Array, "B V"], Cache]:
-        """Append T tokens to the cache and score what follows each row's last one.
+        """Append T tokens to the cache and return the logits of each row's next token.
 
-        The first call takes the prompts (T tokens), each further one usually T = 1.
-        Prompts may be padded on either side: `segment_ids` is 1 for real tokens, 0 for
-        padding (all 1 if None), and `positions` count real tokens only. Every call
-        takes T places of each row, so they must sum to `max_len` at most: beyond it
-        the last places are overwritten.
+        The first call takes the prompts, each further call usually one token (T = 1).
+        Prompts may be padded on either side: `segment_ids` is 1 for real tokens and 0
+        for padding (all 1 if None), and `positions` count real tokens only. Every call
+        uses T places of each row, and all calls together may use at most `max_len`;
+        beyond that the last places are overwritten.
 
         Raises:
             ValueError: this call alone has more tokens than the cache has places.
@@ -364,7 +367,7 @@ class Decoder(Options):
 
     @property
     def _options(self) -> Options:
-        """What its modules share, and nothing of how rows run through them."""
+        """The options that its modules need, without those of how a batch is run."""
         shared = [field.name for field in dataclasses.fields(Options)]
         return Options(**{name: getattr(self, name) for name in shared})
 
@@ -380,7 +383,7 @@ def _layer_axes(options: Options) -> Params:
 
 
 def _mixture_targets(options: Options) -> frozenset[str]:
-    """Where adapters of routers and experts may stand, within a layer."""
+    """Paths within a layer where routers and experts can have adapters."""
     plain = dataclasses.replace(options, lora=None, quantization=None)
     found: set[str] = set()
     for experts in paths_with("gate_proj", _layer_axes(plain)):
@@ -390,7 +393,7 @@ def _mixture_targets(options: Options) -> frozenset[str]:
 
 
 class _Rows(NamedTuple):
-    """Whole rows, as `Decoder.hidden_states` is given them."""
+    """The rows that were passed to `Decoder.hidden_states`."""
 
     tokens: Array
     positions: Array
@@ -408,7 +411,7 @@ def _layer_steps(
     }
     counted: Array = rows.segment_ids != 0
     if rows.prompt_ids is not None:
-        # As often as it stands in rows of its own: a shared prompt twice.
+        # A shared prompt counts twice, as it would in two rows without sharing.
         counted = counted * (1.0 + (rows.segment_ids % 3 == 1))
 
     def make_step(stack: parts.Stack, apart: bool) -> parts.LayerStep:

@@ -1,4 +1,4 @@
-"""KTO: learning from single completions with a verdict, desirable or not."""
+"""KTO: learn from single completions that are labeled desirable or undesirable."""
 
 import functools
 
@@ -25,16 +25,17 @@ def kto(
 ) -> tuple[WeightedSum, Metrics]:
     """1 - sigma(beta (rho - z)) where desirable, else 1 - sigma(beta (z - rho)).
 
-    Kahneman-Tversky optimization, arXiv:2402.01306 eq. 7, a mean over real completions;
-    `desirable_weight` and `undesirable_weight` multiply the losses of their rows. The
-    KL term z is max(0, mean rho) over the micro-batch's `mismatched` rows, not
-    differentiated; `apo_zero_unpaired` (TRL's, arXiv:2408.06266) has z = 0, needs none.
+    Kahneman-Tversky optimization, arXiv:2402.01306 eq. 7: a mean over real completions,
+    with rho = log pi - log pi_ref. `desirable_weight` and `undesirable_weight` multiply
+    the losses of their class. The KL term z is max(0, mean rho) over the micro-batch's
+    `mismatched` rows, not differentiated. `apo_zero_unpaired` (TRL's, arXiv:2408.06266)
+    sets z = 0 instead and needs no such rows.
 
-    Metrics as TRL: per-class means of rewards, logps and logits; `rewards/margins`, the
-    difference of the two means of rewards in each micro-batch that has both; `kl` is z.
+    The metrics are TRL's: means of rewards, logps and logits for each class, `kl` (z),
+    and `rewards/margins`, the difference of the mean rewards of both classes.
 
     Raises:
-        ValueError: the mismatched rows, the reference or its sums are missing.
+        ValueError: mismatched rows are missing, or the reference and its sums are.
     """
     ids, mask = batch.example_ids, batch.completions.loss_mask
     whole_rows = real_rows(batch.completions)
@@ -87,7 +88,7 @@ def kto(
 
 
 def _real(rows: Batch, ids: Int32[Array, "B P"] | None) -> Float[Array, "N"]:
-    """1 where an example trains any token; a packed row has several entries."""
+    """1 for each example with a trained token, else 0; packed rows hold several."""
     if ids is None:
         return real_rows(rows)
     return (count_trained(rows, ids) > 0).astype(jnp.float32)

@@ -31,25 +31,25 @@ U = TypeVar("U")
 
 
 class Sides(NamedTuple, Generic[T]):
-    """Something of the chosen and of the rejected completions of pairs."""
+    """A value for the chosen and one for the rejected completions of pairs."""
 
     chosen: T
     rejected: T
 
     def map(self, function: Callable[..., U], *others: "Sides[Any]") -> "Sides[U]":
-        """`function` of each side, and of the same side of `others`."""
+        """Apply `function` to each side, together with the same side of `others`."""
         return Sides(*map(function, self, *others))
 
 
 @dataclasses.dataclass(frozen=True)
 class PairScores:
-    """What a preference loss may know of B pairs.
+    """The inputs of a preference loss, for B pairs.
 
     `logps`: completions' summed log-probs under the policy, `ref_logps` under the
     reference, `logratios` their difference rho. `scores`: f-divergence scores s.
     `tokens`: |y|, at least 1. `chosen_nll`: -log pi per token, averaged over all
-    chosen tokens of the batch. `real`: 1, or 0 for a padding pair, whose loss the
-    caller drops.
+    chosen tokens of the batch. `real`: 1 for a pair and 0 for padding, whose loss the
+    caller ignores.
     """
 
     logps: Sides[PerPair]
@@ -78,7 +78,7 @@ LossFunction = Callable[[PairScores, PreferenceOptions], PerPair]
 
 
 def pair_loss(name: str) -> LossFunction:
-    """The function of a loss that has a row in `PAIR_LOSSES`.
+    """Look up the function of a loss in `PAIR_LOSSES`.
 
     Raises:
         ValueError: this module has no function of that name.
@@ -219,7 +219,7 @@ def bco_pair(pair: PairScores, options: PreferenceOptions) -> PerPair:
 def sppo_hard(pair: PairScores, options: PreferenceOptions) -> PerPair:
     """(rho_c - 1/(2 beta))^2 + (rho_r + 1/(2 beta))^2. arXiv:2405.00675 eq. 4.7.
 
-    With win probabilities of exactly 1 and 0.
+    The win probabilities are taken to be exactly 1 and 0.
     """
     (chosen, rejected), target = pair.logratios, 0.5 / options.beta
     return (chosen - target) ** 2 + (rejected + target) ** 2
@@ -243,8 +243,8 @@ def _match_quantiles(
 ) -> PerPair:
     """AOT: first-order stochastic dominance of `high` over `low`, by sorted pairing.
 
-    Entry i of a sorted array is a quantile and belongs to no pair, so every row gets
-    the mean over quantiles.
+    Entry i of a sorted array is a quantile and does not belong to any one pair, so the
+    loss of every row is the mean over all quantiles.
     """
     # Sorting gathers the real pairs' values at the front; padding goes last and is 0.
     front = jnp.arange(pair.real.shape[0]) < pair.real.sum()
@@ -263,7 +263,7 @@ def aot(pair: PairScores, options: PreferenceOptions) -> PerPair:
     """Smoothed -log sigma(beta d), d: sorted policy minus sorted reference log-ratio.
 
     Paired AOT, arXiv:2406.05882: the distribution over the micro-batch of
-    log pi(y_c) - log pi(y_r) shall dominate the reference's. Every row holds the mean.
+    log pi(y_c) - log pi(y_r) should dominate the reference's; see `_match_quantiles`.
     """
     policy, reference = (x.chosen - x.rejected for x in (pair.logps, pair.ref_logps))
     return _match_quantiles(policy, reference, pair, options)
@@ -272,7 +272,7 @@ def aot(pair: PairScores, options: PreferenceOptions) -> PerPair:
 def aot_unpaired(pair: PairScores, options: PreferenceOptions) -> PerPair:
     """Smoothed -log sigma(beta d), d: sorted rho_c minus sorted rho_r.
 
-    Unpaired AOT, arXiv:2406.05882, within the micro-batch. Every row holds the mean.
+    Unpaired AOT, arXiv:2406.05882, within the micro-batch: every row gets the mean.
     """
     return _match_quantiles(*pair.logratios, pair, options)
 
@@ -291,7 +291,7 @@ def sft(pair: PairScores, options: PreferenceOptions) -> PerPair:
 def log_odds_ratio(chosen_logps: PerPair, rejected_logps: PerPair) -> PerPair:
     """log(odds(y_c) / odds(y_r)), odds(p) = p / (1 - p). ORPO, arXiv:2403.07691.
 
-    Takes log-probs per token. A log-prob of 0, certainty, counts as -2^-24.
+    Takes log-probs per token. A log-prob of 0, with infinite odds, counts as -2^-24.
     """
 
     def log_odds(logps: PerPair) -> PerPair:

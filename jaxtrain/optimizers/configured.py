@@ -87,7 +87,7 @@ def _make_schedule(run: RunConfig, total_steps: int) -> Schedule:
             f" {first}"
         ) from error
     if shape != ():
-        raise ValueError(f"{key} = {name!r}: it gave an array of {shape}, no number")
+        raise ValueError(f"{key} = {name!r}: it gave an array of {shape}, not a number")
     return schedule
 
 

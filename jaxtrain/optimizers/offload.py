@@ -1,10 +1,11 @@
-"""Optimizer updates of state that lies in host memory, a layer at a time.
+"""Update optimizer state that is kept in host memory, one layer at a time.
 
-Fetched all at once, the moments would stand beside the gradients just when memory is
-shortest, and offloading would lower no peak. So a loop over the layers brings in one
-layer's part, updates it and puts it back; what is not of a layer (embeddings, head,
-last norm) goes whole. Every optimizer here treats layers as separate matrices, so the
-numbers are the same.
+If the whole state were fetched at once, the moments and the gradients would be in
+device memory together, at the moment when memory is shortest, and offloading would not
+lower the peak. So a loop fetches the state of one layer, updates it and writes it back.
+Weights outside the layers (embeddings, head, final norm) are updated in one piece. The
+result is the same as that of a whole update, because every optimizer here treats each
+layer's matrices separately.
 """
 
 import dataclasses
@@ -28,8 +29,8 @@ def make_streamed_update(
 ) -> UpdateFn:
     """Build `update(grads, opt_state, params, good) -> (params, opt_state)`.
 
-    `good`: where it is False, all stays as it was; None: always good. What comes back
-    lies where it lay.
+    If `good` is False nothing is changed; None means always apply the update. The
+    results are in the same memory as the arguments.
 
     Args:
         parameters, opt_state: shardings of the trained parameters and of the
@@ -44,7 +45,7 @@ def make_streamed_update(
         def step(
             grads: Params, state: Any, params: Params, layouts: tuple[Any, Any]
         ) -> tuple[Params, Any]:
-            """Update what is given, in its own memory."""
+            """Update these arrays and return them to the memory they came from."""
             on_device = sharding.on_device(layouts)
             params, state = _move((params, state), layouts, on_device)
             return _move(whole(grads, state, params, good), layouts, layouts)
@@ -72,10 +73,10 @@ def _by_layer(
     params: Params,
     layouts: tuple[Any, Any],
 ) -> tuple[Params, Any]:
-    """`step` on each layer's part of stacked trees, one after the other."""
+    """Apply `step` to the slice of each layer of stacked trees, one after another."""
     paths, structure = jax.tree.flatten_with_path((params, state))
     leaves = [leaf for _, leaf in paths]
-    # Step counts and the like belong to no layer: each turn finds the old ones.
+    # Step counts and the like belong to no layer, so each turn must see the old ones.
     is_stacked = [
         any(getattr(key, "key", None) == LAYERS for key in path) for path, _ in paths
     ]
@@ -103,12 +104,15 @@ def _by_layer(
 
 
 def _is_parameters(node: Any) -> bool:
-    """A dict as the parameters', in an optimizer's state or at its top."""
+    """Whether a node of an optimizer state is a dict shaped like the parameters."""
     return isinstance(node, Mapping) and LAYERS in node
 
 
 def _only(tree: Any, root: tuple[str, ...]) -> Any:
-    """The part of every such dict that is of the stack at `root`, or of no layer."""
+    """Reduce each dict of parameters in `tree` to the stack at `root`.
+
+    With an empty `root`, reduce it to the weights that belong to no layer.
+    """
 
     def choose(node: Any) -> Any:
         if not _is_parameters(node):
@@ -121,7 +125,7 @@ def _only(tree: Any, root: tuple[str, ...]) -> Any:
 
 
 def _join(state: Any, parts: list[Any]) -> Any:
-    """Undo `_only` on a state; what belongs to no parameter is the last part's."""
+    """Undo `_only` on a state; other entries, such as counts, come from the last."""
 
     def join(node: Any, *parts: Any) -> Any:
         return functools.reduce(overlay, parts) if _is_parameters(node) else parts[-1]
@@ -130,10 +134,11 @@ def _join(state: Any, parts: list[Any]) -> Any:
 
 
 def _move(tree: Any, stored: Any, to: Any) -> Any:
-    """To other memory, but what is kept on the device and never leaves it.
+    """Move the arrays that are stored in host memory; leave all others in place.
 
     Args:
-        stored, to: shardings of `tree`, between steps and wanted now.
+        stored: shardings of `tree` between steps.
+        to: shardings that are wanted now.
     """
 
     def move(x: Array, kept: Any, wanted: Any) -> Array:
@@ -148,7 +153,7 @@ def offload(
     optimizer: optax.GradientTransformation,
     layouts: TrainState,
 ) -> StepOptions:
-    """Return the options of a step that brings state in host memory to the device.
+    """Return step options that fetch state from host memory where it is needed.
 
     Args:
         layouts: where each leaf of the state is kept, as a tree of shardings.

@@ -132,7 +132,7 @@ def _read(path: pathlib.Path) -> np.ndarray | None:
     path.replace(path.with_name(f"{path.name}.damaged"))
     logger.warning(
         "the difficulties of rows in %s do not match their checksum: they are measured"
-        " anew, and the others are kept in %s.damaged; check the disk",
+        " again, and the old ones were moved to %s.damaged; check the disk",
         *(path, path.name),
     )
     return None

@@ -26,7 +26,7 @@ _ROW_BYTES = 8  # float32 sums of chosen and rejected
 
 
 class SumsCache:
-    """float32[rows, 2] in a folder. One process writes it; all read the result."""
+    """A float32[rows, 2] array in a folder. One process writes it; all read it."""
 
     def __init__(self, directory: pathlib.Path) -> None:
         self.directory = directory
@@ -35,10 +35,10 @@ class SumsCache:
         self._checksums = directory / "checksums.jsonl"
 
     def open(self, identity: Mapping[str, str]) -> int:
-        """Make the folder or check its content; return how many rows can be kept.
+        """Create the folder or check its content; return how many rows can be kept.
 
-        A folder of another identity is renamed to `<name>.stale`, and a damaged one to
-        `<name>.damaged`; an earlier folder of that name is deleted.
+        A folder with another identity is renamed to `<name>.stale`, and a damaged one
+        to `<name>.damaged`; an earlier folder of that name is deleted.
         """
         if self._identity.exists() or self._file.exists():
             try:
@@ -70,7 +70,7 @@ class SumsCache:
             file.write(_line(rows, data))
 
     def flush(self) -> None:
-        """Wait until all of it is on the disk."""
+        """Wait until everything is on the disk."""
         for path in (self._file, self._checksums, self.directory):
             flush(path)
 
@@ -87,10 +87,10 @@ class SumsCache:
             raise _Unusable("damaged", f"identity.json: {error}") from error
         if differing:
             names = " and ".join(differing)
-            raise _Unusable("stale", f"they belong to other {names}")
+            raise _Unusable("stale", f"they were computed for other {names}")
 
     def _sound_rows(self) -> int:
-        """Rows that match their checksums, up to the first batch that is not whole."""
+        """Number of rows that match their checksums, up to an incomplete batch."""
         rows = 0
         if not self._file.is_file() or not self._file.stat().st_size:
             return rows
@@ -132,14 +132,14 @@ class SumsCache:
         self.directory.rename(aside)
         advice = "; check the disk" if found.kind == "damaged" else ""
         logger.warning(
-            "the reference log-probs in %s are %s (%s): they are computed anew, and the"
-            " others are kept in %s%s",
+            "the reference log-probs in %s are %s (%s), so they are computed again; the"
+            " old ones were moved to %s%s",
             self.directory, found.kind, found, aside.name, advice,
         )  # fmt: skip
 
 
 class _Unusable(Exception):
-    """What is kept cannot be used; `kind` is "damaged" or "stale"."""
+    """The cached sums cannot be used; `kind` is "damaged" or "stale"."""
 
     def __init__(self, kind: str, reason: str) -> None:
         super().__init__(reason)

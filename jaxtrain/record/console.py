@@ -219,7 +219,7 @@ def duration(seconds: float) -> str:
         if rounded >= size:
             first, rest = divmod(rounded, size)
             return f"{first:.0f}{unit}{rest // below:02.0f}{below_unit}"
-    raise ValueError(f"{seconds} seconds are no duration")
+    raise ValueError(f"{seconds} seconds is not a duration")
 
 
 def one_line(text: str, columns: int) -> str:

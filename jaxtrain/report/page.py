@@ -1,8 +1,9 @@
-"""One HTML page of one or several runs: `python -m jaxtrain.report WORKDIR...`.
+"""Write an HTML report of one or more runs: `python -m jaxtrain.report WORKDIR...`.
 
-The page stands alone: data, style and script are in it, and it may load nothing else.
-It shows curves, throughput, sample outputs and the configuration; of several runs, each
-curve in one plot and the settings in which they differ.
+The page is a single file that contains its data, style and script, and it loads nothing
+else. It shows curves, throughput, sample outputs and the configuration. A page of
+several runs draws each metric of all runs in one plot and lists the settings in which
+the runs differ.
 """
 
 import json
@@ -21,19 +22,19 @@ _SAMPLE_BYTES_OF_A_PAGE = 1_000_000
 
 
 def read_run(workdir: pathlib.Path, *, runs_of_the_page: int = 1) -> dict[str, Any]:
-    """What `JsonlWriter` left in a work directory, as the page's script wants.
+    """Read what `JsonlWriter` wrote to a work directory, as data for the page's script.
 
-    Curves and samples are thinned out, the more the more runs share the page, and
-    `left_out` says so.
+    Curves and samples are thinned out, more so if more runs share the page, and
+    `left_out` tells the reader.
 
     Raises:
-        ValueError: there are no metrics in it.
+        ValueError: the directory has no metrics.
     """
     path, samples = workdir / "metrics.jsonl", workdir / "samples.jsonl"
     if not path.is_file():
         raise ValueError(
-            f"{workdir} is no work directory of a run: it has no metrics.jsonl. Give"
-            " the --workdir that it was trained with"
+            f"{workdir} is not the work directory of a run: it has no metrics.jsonl."
+            " Give the --workdir with which a run was trained"
         )
     records = _read_lines(path)
     if not records:
@@ -73,7 +74,7 @@ def _left_out(
     samples: int,
     chosen: int,
 ) -> list[str]:
-    """What the page does not show of a run, a sentence each."""
+    """Sentences that tell what the page leaves out of a run."""
     told = []
     longest = max(curves, key=lambda name: len(curves[name]), default="")
     if longest and len(thinned[longest]) < len(curves[longest]):
@@ -92,7 +93,7 @@ def _left_out(
 def summarize(
     records: Sequence[Mapping[str, Any]], config: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The numbers of a run that one compares first; what is not known is left out."""
+    """The numbers of a run that are compared first; unknown ones are left out."""
     training = config.get("training", {})
     summary: dict[str, Any] = {"type": training.get("training_type")}
     summary["steps"] = records[-1].get("step")
@@ -117,7 +118,7 @@ def summarize(
 def _numbers(
     records: Sequence[Mapping[str, Any]], name: str
 ) -> list[tuple[float, int]]:
-    """(value, step) of the records that have a finite number of that name."""
+    """(value, step) of all records that have a finite number of this name."""
     return [
         (record[name], record["step"])
         for record in records
@@ -126,7 +127,7 @@ def _numbers(
 
 
 def make_page(runs: Sequence[Mapping[str, Any]]) -> str:
-    """The HTML page of what `read_run` gave; names are made unique."""
+    """Render runs, as returned by `read_run`, as HTML; their names are made unique."""
     names = [run["name"] for run in runs]
     shown = [
         {
@@ -174,7 +175,7 @@ def write_report(
 
 
 def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-    """Whole JSON lines; a run that still writes may have left half a one."""
+    """Read all complete JSON lines; a run in progress may have written half a line."""
     found = []
     # Not splitlines, for which U+2028 in a text ends a line too.
     for line in path.read_bytes().decode(errors="replace").split("\n"):

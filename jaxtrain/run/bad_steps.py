@@ -135,7 +135,9 @@ class BadSteps:
         path = self._save_batch(step, batch)
         self._skipped_in_a_row += 1
         if getattr(self._settings, key) == "skip":
-            logger.warning("step %d skipped: %s; its batch is %s", step, problem, path)
+            logger.warning(
+                "step %d skipped: %s; its batch is saved as %s", step, problem, path
+            )
             if self._skipped_in_a_row < _MOST_SKIPS_IN_A_ROW:
                 return
             problem += f"; {_MOST_SKIPS_IN_A_ROW} steps in a row were skipped"

@@ -1,8 +1,9 @@
-"""Callbacks: a user's own code at the steps, evaluations and saves of a run.
+"""Callbacks: a user's own code that runs at steps, evaluations and saves.
 
-`training.callbacks` names classes as `module:Class`. An object of each is made, with
-its keyword arguments of `training.function_kwargs`, and asked at three points. It may
-log numbers and stop the run. Nothing of it is traced or compiled.
+`training.callbacks` names classes as `module:Class`. One object of each is made, with
+its keyword arguments from `training.function_kwargs`, and its methods are called at
+three points of a run. A callback may log numbers and stop the run. It is plain Python:
+nothing in it is traced or compiled.
 """
 
 import dataclasses
@@ -23,12 +24,12 @@ _STATE = ("get_state", "set_state")
 
 @dataclasses.dataclass(frozen=True)
 class Moment:
-    """Where a run is when it asks a callback, and what that may answer.
+    """The state of a run at the time of a call, and what a callback may do in reply.
 
     Attributes:
-        step: optimizer steps done.
-        metrics: at a step, the step's own; at an evaluation, all `eval_` metrics; at a
-            save, none.
+        step: the number of optimizer steps that have been taken.
+        metrics: after a step, the metrics of that step; after an evaluation, all
+            `eval_` metrics; at a save, empty.
         directory: the folder of the checkpoints.
     """
 
@@ -39,34 +40,36 @@ class Moment:
     _reasons: list[str]
 
     def log(self, name: str, value: float) -> None:
-        """Put a number into the next record of the log; at an evaluation, into its own.
+        """Add a number to the next record of the log.
 
-        What is logged at the last save of a run has no record to go into.
+        During an evaluation it is added to the evaluation's record. A number logged at
+        the last save of a run is lost, because no record follows.
 
         Raises:
-            ValueError: the run has a metric of that name.
+            ValueError: the run already has a metric of this name.
         """
         if name in self.metrics:
             raise ValueError(f"{name!r} is a metric of the run: log another name")
         self._logged[name] = float(value)
 
     def stop(self, reason: str) -> None:
-        """End the run after this step, as an early stop does: evaluated and saved."""
+        """End the run after this step, with a last evaluation and a checkpoint."""
         self._reasons.append(reason)
 
 
 class Callback(Protocol):
-    """What a class may have; each method is optional, but there must be one.
+    """The methods of a callback. Each is optional, but a class must have at least one.
 
-    All processes of a run have the same callbacks, which see the same numbers. So
-    what decides whether to stop must not depend on the clock or on the process.
+    Every process of a run has the same callbacks, and they see the same numbers. So the
+    decision to stop must not depend on the clock or on the process.
     """
 
     def after_step(self, moment: Moment) -> None:
-        """Called for each step, in order, once its metrics are on the host.
+        """Called for each step, in order, after its metrics have reached the host.
 
-        That is when the step is logged or saved (`training.logging_steps`): waiting for
-        each step would slow the device down.
+        Metrics are fetched only when a step is logged (`training.logging_steps`) or
+        saved, since waiting for every step would slow the device down. So several steps
+        may be reported at once.
         """
 
     def after_evaluation(self, moment: Moment) -> None:
@@ -76,47 +79,47 @@ class Callback(Protocol):
         """Called before the checkpoint of `moment.step` is written."""
 
     def get_state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the callback: JSON values."""
+        """Return the callback's state for a checkpoint, as JSON values."""
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Go on from what `get_state` gave; called before the first step."""
+        """Restore what `get_state` returned; called before the first step."""
 
 
 class Callbacks:
-    """The callbacks of a run, and what they have asked for."""
+    """The callbacks of a run, and the logs and stops that they have asked for."""
 
     def __init__(
         self, callbacks: Mapping[str, Any] | None = None, directory: Path = Path()
     ) -> None:
-        """`callbacks`: by their names in the configuration."""
+        """Keep `callbacks`, given by their names in the configuration."""
         self._callbacks = dict(callbacks or {})
         self._directory = directory
         self._logged: dict[str, float] = {}
-        self.reasons: list[str] = []  # to stop
+        self.reasons: list[str] = []  # reasons to stop
 
     def after_step(self, step: int, sums: Metrics) -> None:
-        """Tell of a step, whose metrics are sums on the host."""
+        """Report a step to all callbacks; `sums` are its metrics, on the host."""
         if self._callbacks:
             self._ask("after_step", step, to_floats(sums))
 
     def after_evaluation(self, step: int, metrics: dict[str, float]) -> None:
-        """Tell of an evaluation; what is logged joins its metrics."""
+        """Report an evaluation; numbers that callbacks log are added to `metrics`."""
         before, self._logged = self._logged, {}
         self._ask("after_evaluation", step, metrics)
         metrics |= self.take_logged()
         self._logged = before
 
     def on_save(self, step: int) -> None:
-        """Tell of a checkpoint that is about to be written."""
+        """Report that a checkpoint is about to be written."""
         self._ask("on_save", step, {})
 
     def take_logged(self) -> dict[str, float]:
-        """The numbers for the next record."""
+        """Return the numbers for the next record, and forget them."""
         taken, self._logged = self._logged, {}
         return taken
 
     def get_state(self) -> dict[str, Any]:
-        """What a checkpoint's record keeps, for JSON; empty without callbacks."""
+        """The state for a checkpoint's record, as JSON; empty without callbacks."""
         if not self._callbacks:
             return {}
         states = {
@@ -128,7 +131,7 @@ class Callbacks:
         return {"states": states, "logged": logged, "reasons": self.reasons}
 
     def set_state(self, saved: Mapping[str, Any]) -> None:
-        """Go on from what `get_state` gave; a callback that is new starts anew."""
+        """Restore what `get_state` returned; new callbacks start without a state."""
         for name, state in saved.get("states", {}).items():
             if name in self._callbacks:
                 self._callbacks[name].set_state(state)
@@ -150,11 +153,11 @@ def make_callbacks(settings: LoopSection, directory: Path) -> Callbacks:
     """Import the classes that the configuration names, and make an object of each.
 
     Args:
-        directory: the folder of the checkpoints.
+        directory: the folder of the checkpoints, which callbacks are told.
 
     Raises:
-        ValueError: a class cannot be imported, takes other arguments, or has no method
-            that a run calls.
+        ValueError: a class cannot be imported, does not take the arguments in
+            `training.function_kwargs`, or has no method that a run calls.
     """
     made = {}
     for path in settings.callbacks:
@@ -168,10 +171,10 @@ def _check_methods(path: str, callback: Any) -> None:
     has = [name for name in (*_POINTS, *_STATE) if name in public]
     if len([name for name in _STATE if name in has]) == 1:
         raise ValueError(
-            f"{_KEY} = {path!r}: it has one of get_state and set_state; add the other,"
-            " so that a run that goes on has the callback as it was"
+            f"{_KEY} = {path!r}: it has only one of get_state and set_state; add the"
+            " other, so that the callback's state is restored when a run resumes"
         )
-    # A method that no run calls was meant for one that it does call.
+    # A public method like these that no run calls is most likely misspelled.
     likely = ("on_", "after_", "before_")
     for name in public:
         if name.startswith(likely) and name not in has:

@@ -76,7 +76,7 @@ def set_up(section: CompilationCacheSection) -> pathlib.Path | None:
         problem = _problem_of_any(folder, problem)
     if problem is not None:
         logger.warning(
-            "compiled programs are not kept: training.compilation_cache.dir ="
+            "compiled programs are not saved: training.compilation_cache.dir ="
             " %s %s; name another folder, or set training.compilation_cache.enabled ="
             " false",
             folder,

@@ -122,9 +122,9 @@ def initialize(environ: MutableMapping[str, str] = os.environ) -> None:
     except RuntimeError as error:
         raise RuntimeError(
             f"{launch.launcher}: the run's processes did not find each other within"
-            f" {timeout} s ({_ADDRESS} = {launch.coordinator_address}). Look whether"
-            " all were started, and whether a firewall lets them reach that port;"
-            f" JAXTRAIN_INIT_TIMEOUT_SECS waits longer. jax: {error}"
+            f" {timeout} s ({_ADDRESS} = {launch.coordinator_address}). Check whether"
+            " all were started, and whether a firewall lets them reach that port, or"
+            f" set JAXTRAIN_INIT_TIMEOUT_SECS to wait longer. jax: {error}"
         ) from error
     logger.info(
         "%s: process %d of %d, %d of %d devices here",
@@ -178,5 +178,5 @@ def count_devices() -> int:
 def _number(environ: Mapping[str, str], name: str, default: str = "") -> int:
     text = environ.get(name, default)
     if not text.isdecimal():
-        raise ValueError(f"{name} = {text!r} is no number: set 0 or more")
+        raise ValueError(f"{name} = {text!r} is not a number: set 0 or more")
     return int(text)

@@ -50,5 +50,5 @@ def _refuses(decoder: Decoder, longest: int) -> bool:
     """Whether the model cannot share the prompts of such pairs; the log says why."""
     why = decoder.why_no_shared_prompts(longest)
     if why is not None:
-        logger.info("data.share_prompts: prompts are not shared, for %s", why)
+        logger.info("data.share_prompts: prompts are not shared, because %s", why)
     return why is not None

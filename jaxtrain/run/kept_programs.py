@@ -249,7 +249,7 @@ def _read(path: pathlib.Path) -> export.Exported | None:
         return None
     digest, rest = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
     if hashlib.blake2b(rest, digest_size=_DIGEST_BYTES).digest() != digest:
-        logger.info("%s is damaged: the step is traced anew", path)
+        logger.info("%s is damaged: the step is traced again", path)
         return None
     told, _, program = rest.partition(b"\n")
     kept = export.deserialize(bytearray(program))

@@ -235,7 +235,7 @@ def _check_wandb(environ: Mapping[str, str]) -> None:
     host = urllib.parse.urlsplit(address).hostname or address
     if not _is_in_netrc(host, environ.get("NETRC")):
         raise ValueError(
-            f"training.report_to has 'wandb', and nobody is logged in to {host}: run"
+            f"training.report_to has 'wandb', but you are not logged in to {host}: run"
             " `wandb login`, set WANDB_API_KEY, or set WANDB_MODE=offline to keep the"
             " record here"
         )

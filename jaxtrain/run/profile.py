@@ -1,4 +1,4 @@
-"""`training.profile`: a trace of some steps, as TensorBoard and xprof read it."""
+"""`training.profile`: trace a range of steps for TensorBoard or xprof."""
 
 import contextlib
 import logging
@@ -15,10 +15,11 @@ logger = logging.getLogger(__name__)
 
 
 def check_profile(settings: ProfileSection, total_steps: int) -> None:
-    """Refuse what this run cannot do, before it starts.
+    """Check the settings against this run, before it starts.
 
     Raises:
-        ValueError: steps after the last one, or a process that there is not.
+        ValueError: steps after the last one of the run, or a process that does not
+            exist.
     """
     if not settings.enabled:
         return
@@ -31,16 +32,17 @@ def check_profile(settings: ProfileSection, total_steps: int) -> None:
     if not all(index < count for index in settings.processes):
         raise ValueError(
             f"training.profile.processes = {settings.processes!r}: this run has"
-            f" {count} process(es); choose from 0 to {count - 1}"
+            f" {count} process(es); choose numbers from 0 to {count - 1}"
         )
 
 
 class StepProfiler:
-    """Traces steps of one process through `jax.profiler`; without any, does nothing.
+    """Traces a range of this process's steps with `jax.profiler`.
 
-    The trace holds these steps and no other: those in flight are waited for before it
-    starts, and its own before it stops. Neither they nor what starting and stopping
-    takes is in the meter's rates.
+    It does nothing if no steps are configured, or none for this process. The trace
+    holds exactly the configured steps: earlier steps that are still running are waited
+    for before it starts, and its own steps before it stops. The meter leaves the traced
+    steps, and the time for starting and stopping, out of its rates.
     """
 
     def __init__(
@@ -51,11 +53,11 @@ class StepProfiler:
         *,
         done: int,
     ) -> None:
-        """Trace what of the steps is still to come.
+        """Prepare to trace those of the configured steps that are still to come.
 
         Args:
             folder: the trace is `plugins/profile/<steps>/<host>.xplane.pb` below it.
-            done: steps that were done before this start of the run.
+            done: number of steps that the run had taken when it started or resumed.
         """
         self._folder, self._meter = folder, meter
         self._steps = range(0)
@@ -66,14 +68,14 @@ class StepProfiler:
         self._steps = range(max(steps.start, done + 1), steps.stop)
         if not self._steps:
             logger.info(
-                "training.profile: nothing to trace, for steps %d to %d were done"
-                " before this start, which goes on from step %d",
+                "training.profile: nothing to trace, because steps %d to %d were done"
+                " before this start, which resumes after step %d",
                 *(steps[0], steps[-1], done),
             )
 
     @contextlib.contextmanager
     def step(self, step: int) -> Iterator[bool]:
-        """Mark what is inside as `step`, if it is traced; says whether it is."""
+        """Mark the block as `step` if it is traced; yields whether it is."""
         if step not in self._steps:
             yield False
             return
@@ -84,12 +86,12 @@ class StepProfiler:
             yield True
 
     def stop_after(self, step: int) -> None:
-        """Write the trace if `step` was the last to trace."""
+        """Write the trace if `step` was the last one to be traced."""
         if self._steps and step == self._steps[-1]:
             self.close()
 
     def close(self) -> None:
-        """Write what was traced, at the latest when the run ends."""
+        """Write the trace, if there is one; called when the run ends."""
         if not self._traced:
             return
         first, last = self._traced[0], self._traced[-1]

@@ -49,8 +49,8 @@ def load_row_metrics(run: RunConfig) -> dict[str, Callable[..., Any]]:
     if run.loop.row_metrics and jax.process_count() > 1:
         raise ValueError(
             f"{_KEY} = {[*run.loop.row_metrics]}: each of {jax.process_count()}"
-            " processes has a part of the rows; unset it, and measure checkpoints with"
-            " `jaxtrain eval` in one process"
+            " processes has only a part of the rows; unset it, and measure checkpoints"
+            " with `jaxtrain eval` in one process"
         )
     keywords = run.loop.function_kwargs
     return {

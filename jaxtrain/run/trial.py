@@ -169,7 +169,7 @@ def _check_best_metric(
         given = run.loop.metric_for_best_model
         hint = did_you_mean(best, known)
         raise ValueError(
-            f"training.metric_for_best_model = {given!r} is no evaluation metric;"
+            f"training.metric_for_best_model = {given!r} is not an evaluation metric;"
             f" {hint}these are: {', '.join(known)}"
         )
 

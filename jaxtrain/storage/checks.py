@@ -98,7 +98,7 @@ def _try(call: Callable[[], Any], address: AnyPath, key: str, verb: str) -> None
             raise _refusal(error, address, key, verb) from error
         raise ValueError(
             f"{key} = {os.fspath(address)!r}: no answer from the bucket within"
-            f" {TIMEOUT_SECS:.0f} s; look at its name and at the network"
+            f" {TIMEOUT_SECS:.0f} s; check its name and the network"
         ) from None
     except Exception as error:
         raise _refusal(error, address, key, verb) from error

@@ -38,7 +38,7 @@ def refuse_escape(address: AnyPath, path: str) -> None:
     """
     if {"..", "."} & {*path.split("/")} or "\\" in path or "//" in path:
         raise ValueError(
-            f"{os.fspath(address)} holds {path!r}, a name that leads out of the"
+            f"{os.fspath(address)} holds {path!r}, a path that leads out of the"
             " folder: remove that file"
         )
 

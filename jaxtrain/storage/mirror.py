@@ -1,8 +1,8 @@
-"""Copies on the local disk of files that are in a bucket.
+"""Local copies of files in a bucket.
 
-A copy lies in a folder that is named by a hash of the address and of the tags of all
-that is copied: so it is never stale, no address leads out of the cache, and what others
-read is never written over. Remove the folder at will.
+Each copy has a folder of its own, named by a hash of the address and of the tags of its
+files. So a copy is never stale, no address leads out of the cache, and a copy that
+another process reads is never overwritten. The folders may be deleted at any time.
 """
 
 import contextlib
@@ -39,11 +39,11 @@ def mirror(
     *,
     stays: Callable[[RemoteFile], bool] = lambda file: False,
 ) -> pathlib.Path:
-    """A local copy of a folder, or of a file; of the same name.
+    """Copy a folder or a file to the local disk, under the same name.
 
     Args:
-        root: where copies are.
-        stays: which files are not copied; `staying` names them.
+        root: the folder of all copies.
+        stays: true of files that are not copied; `staying` lists them afterwards.
 
     Raises:
         ValueError: a file's path leads out of the folder.
@@ -60,7 +60,10 @@ def mirror_files(
     *,
     stays: Callable[[RemoteFile], bool] = lambda file: False,
 ) -> pathlib.Path:
-    """The same of some files of a folder, by their paths below it (`list_files`)."""
+    """As `mirror`, for the given files of a folder, by their paths below it.
+
+    `list_files` returns all files of a folder in this form.
+    """
     at = os.fspath(address).rstrip("/")
     remaining = {path: file for path, file in files.items() if stays(file)}
     copied = {path: file for path, file in files.items() if path not in remaining}
@@ -93,10 +96,11 @@ def mirror_files(
 
 
 def mirror_model(address: AnyPath, root: pathlib.Path) -> pathlib.Path:
-    """A local copy of what a model's folder itself holds, its weights left there.
+    """Copy a model's folder without its subfolders and its weights.
 
     Raises:
-        ValueError, OSError: as of `mirror`; or the address is that of a file.
+        ValueError: the address is that of a file, or as for `mirror`.
+        OSError: as for `mirror`.
     """
     listed = list_files(address)
     if "" in listed:
@@ -112,15 +116,16 @@ def _is_weights(file: RemoteFile) -> bool:
 
 
 def origin(folder: AnyPath, root: pathlib.Path) -> str | None:
-    """The address of what a folder is the copy of; None of any other folder."""
+    """The address that `folder` is a copy of, or None if it is not a copy."""
     note = _read_note(folder, root)
     return None if note is None else str(note["address"])
 
 
 def staying(folder: AnyPath, root: pathlib.Path) -> dict[str, RemoteFile]:
-    """The files that a copy lacks, by their names, as they are in the bucket.
+    """Files that `mirror` left in the bucket when it copied the others to `folder`.
 
-    Empty for a folder that is no copy.
+    The keys are paths below the folder. The result is empty if `folder` was not made
+    by `mirror`.
     """
     note = _read_note(folder, root)
     if note is None:
@@ -132,7 +137,7 @@ def staying(folder: AnyPath, root: pathlib.Path) -> dict[str, RemoteFile]:
 
 
 def _read_note(folder: AnyPath, root: pathlib.Path) -> dict | None:
-    """What is noted of a copy. Of folders elsewhere nothing is believed."""
+    """The note that was stored with a copy; None for folders outside `root`."""
     entry = pathlib.Path(folder).parent
     if entry.parent != root or not (entry / _NOTE).is_file():
         return None
@@ -168,7 +173,7 @@ def _copy(file: RemoteFile, target: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def _locked(path: pathlib.Path) -> Iterator[None]:
-    """One process at a time; the system frees the lock of one that dies."""
+    """Let one process at a time through; the lock of a killed process is released."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -110,8 +110,8 @@ class RemoteFile:
             raise OSError(f"{self.address}: {one_line(error)}") from error
         if found is None:
             raise OSError(
-                f"{self.address} has been replaced or deleted since it was listed: see"
-                " who writes there, and start again"
+                f"{self.address} was replaced or deleted while it was in use: find out"
+                " what writes there, and start again"
             )
         return bytes(found)
 

@@ -181,7 +181,9 @@ def test_damage_and_files_of_another_kind_are_refused_by_name(tmp_path):
     data = path.read_bytes()
     for wrong in (b"", b"{}", data[:-1], data[: len(data) // 2], bytes(len(data))):
         path.write_bytes(wrong)
-        with pytest.raises(ValueError, match=r"a\.array_record is no ArrayRecord file"):
+        with pytest.raises(
+            ValueError, match=r"a\.array_record is not an ArrayRecord file"
+        ):
             load_rows(str(path))
     middle = data.index(b"text 50")
     path.write_bytes(data[:middle] + b"TEXT" + data[middle + 4 :])

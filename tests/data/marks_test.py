@@ -214,7 +214,7 @@ def test_values_that_no_template_can_take_are_bad_rows(bpe):
         for render in (render_with_spans, render_chat):
             with pytest.raises(BadRow, match="nest too deeply"):
                 render(bpe, [user("a"), message], kwargs)
-    with pytest.raises(BadRow, match="tools holds something else"):
+    with pytest.raises(BadRow, match="tools must be a list of JSON objects"):
         render_chat(bpe, TWO, {"tools": ["f"]})
     with pytest.raises(BadRow, match="holds 'add_generation_prompt'"):
         render_chat(bpe, TWO, {"add_generation_prompt": True})

@@ -40,8 +40,8 @@ def test_a_mixture_is_told_from_a_path(train, expected):
         ("a.jsonl:0.7,b.jsonl", "'b.jsonl' has no weight"),
         ("a:0", "positive number"),
         ([{"path": "a", "weight": "x"}], "weight of 'a' is 'x'"),
-        ([{"path": "a", "share": 1}], "no data set of a mixture"),
-        ([{"weight": 1}], "no data set of a mixture"),
+        ([{"path": "a", "share": 1}], "not a data set of a mixture"),
+        ([{"weight": 1}], "not a data set of a mixture"),
     ],
 )
 def test_a_malformed_mixture_is_refused(train, message):

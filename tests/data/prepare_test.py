@@ -284,8 +284,8 @@ def test_rows_without_assistant_tokens_are_named(bpe):
         ({"pad_to": "batch"}, "pad_to='batch'"),
         ({"max_prompt_length": 8}, "preference rows only"),
         ({"objective": "preference"}, "cannot train on plain text"),
-        ({"objective": "preference", "packing": "wrapped"}, "never cut in pieces"),
-        ({"objective": "labeled", "packing": "bfd"}, "are not packed"),
+        ({"objective": "preference", "packing": "wrapped"}, "never split"),
+        ({"objective": "labeled", "packing": "bfd"}, "cannot be packed"),
         ({"objective": "preference", "max_prompt_length": 64}, "between 1 and"),
     ],
 )
@@ -314,7 +314,7 @@ def test_pairs_that_prefer_nothing_are_trained_and_said(bpe, caplog):
     with caplog.at_level(logging.INFO, "jaxtrain"):
         prepared = prepare([PAIRS[0], equal, PAIRS[0]], bpe, options)
     assert len(prepared) == 3 and prepared.stats.equal_pairs == 1
-    assert "1 of 3 pairs have a chosen that equals rejected (row 1)" in caplog.text
+    assert "chosen equals rejected in 1 of 3 pairs (row 1)" in caplog.text
     assert "1 with chosen = rejected" in prepared.stats.describe()
     assert "chosen" not in prepare([PAIRS[0]], bpe, options).stats.describe()
 

@@ -260,7 +260,7 @@ def test_json_means_what_python_takes_it_for():
         (b'[{"a": 1}\n\n{"a": 2}]', "line 3: .*'{' stands where ','"),
         (b'[{"a": 1},\n{"a": oops}]', "line 2: .*row 2: Expecting value"),
         (b'[{"a": 1},\n]', "line 2: .*row 2: Expecting value"),
-        (b'[{"a": 1}]\n{"a": 2}', "line 2: .*something stands behind its end"),
+        (b'[{"a": 1}]\n{"a": 2}', "line 2: .*there is something after its end"),
     ],
 )
 def test_a_broken_array_is_named_by_line(content, message, tmp_path):

@@ -126,7 +126,7 @@ def test_chunks_of_processes_that_die_are_made_here(
     monkeypatch.setattr(workers._Pool, "submit", submit)
     rows = make_rows("preference", 43)
     many = prepare(rows, bpe, options_of("preference"), resources=MANY)
-    assert "one came to an end" in caplog.text and len(only_workers) > 5
+    assert "one died" in caplog.text and len(only_workers) > 5
     alone = prepare(rows, bpe, options_of("preference"))
     assert many.fingerprint == alone.fingerprint
 

@@ -255,7 +255,7 @@ def test_heads_too_wide_are_refused_before_their_angles_are_made(changed, tmp_pa
 )
 @pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
 def test_a_pattern_that_is_none_is_refused_in_an_adapter_too(key, pattern, tmp_path):
-    with pytest.raises(ValueError, match=rf"lora\.{key} = .* no regular expression"):
+    with pytest.raises(ValueError, match=rf"lora\.{key} = .* not a regular expression"):
         LoraConfig(**{key: {pattern: 4}})
     kind = fuzz.Adapter(tmp_path)
     settings = json.loads(kind.valid["adapter_config.json"]) | {key: {pattern: 4}}

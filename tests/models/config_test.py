@@ -162,7 +162,7 @@ def test_qwen_slides_only_where_it_is_told_to() -> None:
             {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
             "for each layer type are not implemented for llama",
         ),
-        ({"num_attention_heads": 3, "num_key_value_heads": 2}, "3 is no multiple"),
+        ({"num_attention_heads": 3, "num_key_value_heads": 2}, "3 is not a multiple"),
         ({"hidden_act": "relu6"}, "hidden_act = 'relu6' is unknown.*silu"),
         ({"num_hidden_layers": 0}, "num_hidden_layers = 0"),
         ({"head_dim": 3}, "head_dim = 3.*even"),

@@ -225,7 +225,10 @@ def test_the_config_is_read_back_and_by_transformers(torch_model):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"linear_num_value_heads": 3}, "3 is no multiple of linear_num_key_heads = 2"),
+        (
+            {"linear_num_value_heads": 3},
+            "3 is not a multiple of linear_num_key_heads = 2",
+        ),
         (
             {"linear_conv_kernel_dim": 0},
             "linear_conv_kernel_dim = 0: must be an integer",

@@ -163,7 +163,7 @@ def test_all_problems_of_a_config_are_reported_at_once(tied) -> None:
     with pytest.raises(ValueError) as caught:
         load_config(tied[0])
     lines = str(caught.value).splitlines()
-    for part in ("attention_dropout", "'spiral'", "3 is no multiple", "'relu6'"):
+    for part in ("attention_dropout", "'spiral'", "3 is not a multiple", "'relu6'"):
         assert sum(part in line for line in lines) == 1
 
 
@@ -311,10 +311,10 @@ DAMAGES = {
         lambda content: content[:100],
         "is cut off in its header",
     ),
-    "longer": (lambda content: content + b"x", "has bytes too many"),
+    "longer": (lambda content: content + b"x", "is too long"),
     "pointer": (lambda content: POINTER, "is a git-lfs pointer.*git lfs pull"),
     "empty": (lambda content: b"", "is empty: download it again"),
-    "a page": (lambda content: b"<!doctype html>", ".* is no safetensors file"),
+    "a page": (lambda content: b"<!doctype html>", ".* is not a safetensors file"),
 }
 
 

@@ -207,7 +207,7 @@ def test_a_model_is_a_directory_or_a_name_that_the_hub_gives(
     import huggingface_hub
 
     assert resolve_model_path(str(tmp_path)) == tmp_path
-    with pytest.raises(ValueError, match="is no directory; check the spelling"):
+    with pytest.raises(ValueError, match="is not a directory; check the spelling"):
         resolve_model_path("./absent")
     asked = {}
 

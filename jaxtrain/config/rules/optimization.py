@@ -161,7 +161,7 @@ def _find_problem(patterns: Any) -> str:
         try:
             re.compile(entry[0])
         except re.error as error:
-            return f"{entry[0]!r} is no regular expression: {error}"
+            return f"{entry[0]!r} is not a regular expression: {error}"
         if entry[1] < 0:
             return f"{entry[1]} is negative; set 0 to freeze, or more"
     if patterns and not any(rate > 0 for _, rate in patterns):

@@ -280,7 +280,10 @@ class PreparedDataset:
     ) -> "PreparedDataset":
         """The same pairs with summed reference log-probs (nats), one a row."""
         if self.objective != "preference":
-            raise ValueError("reference log-probs belong to preference rows only")
+            raise ValueError(
+                "only preference rows have reference log-probs, and these are"
+                f" {self.objective} rows: leave them out"
+            )
         if self.packed:
             raise ValueError(
                 "reference log-probs are one a row, and packed rows hold several "

@@ -64,7 +64,7 @@ def parse_mixture(
         for entry in train:
             if set(entry) - {"path", "weight"} or "path" not in entry:
                 raise ValueError(
-                    f"data.train: {shown(dict(entry))} is no data set of a mixture;"
+                    f"data.train: {shown(dict(entry))} is not a data set of a mixture;"
                     " write {'path': 'a.jsonl', 'weight': 0.7}"
                 )
             named.append((str(entry["path"]), entry.get("weight", 1.0)))

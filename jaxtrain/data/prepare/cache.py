@@ -157,8 +157,8 @@ def _load(entry: pathlib.Path) -> PreparedDataset | None:
     shutil.rmtree(damaged, ignore_errors=True)  # of an earlier time
     os.replace(entry, damaged)
     logger.warning(
-        "the token ids in the cache %s are damaged (%s): they are made anew, and the"
-        " damaged ones are in %s; check the disk",
+        "the token ids in the cache %s are damaged (%s): they are computed again, and"
+        " the damaged ones were moved to %s; check the disk",
         entry, reason, damaged.name,
     )  # fmt: skip
     return None

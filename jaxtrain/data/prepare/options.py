@@ -1,4 +1,4 @@
-"""What `prepare` and the windows of a stream are told: how rows become token rows."""
+"""Options of `prepare` and of a stream's windows: how rows become token rows."""
 
 import dataclasses
 
@@ -19,27 +19,27 @@ class PrepareOptions:
             rows too, each as two completions.
         max_length: longest sequence in tokens; None keeps all (not with packing).
         max_prompt_length: preference rows keep only the end of a longer prompt.
-        packing: None (a document a row), "bfd" (best fit, long documents are cut),
+        packing: None (one document per row), "bfd" (best fit, long documents are cut),
             "bfd_split" (long documents are split), or "wrapped" (TRL's cut stream).
-        completion_only_loss: see `tokenize_examples`, as for the next one.
+        completion_only_loss: see `tokenize_examples`, also for the next one.
         assistant_only_loss: train on assistant turns alone.
-        assistant_marks: which of these turns, and what of them.
+        assistant_marks: which of these turns are trained, and which parts of them.
         on_bad_row: "error" refuses the data set, "skip" leaves bad rows out.
         kind: read the rows as this format, see `detect_format`.
         text_column: the column of text rows.
-        column_map: names of columns that are read, and the file's.
-        pad_to: "longest" row or "max_length"; T is that, rounded up.
+        column_map: pairs of a column that is read and its name in the file.
+        pad_to: "longest" row or "max_length"; T is this length, rounded up.
         pad_to_multiple: T is a multiple of this.
-        batch_size: rows that are tokenized at once.
+        batch_size: number of rows that are tokenized at once.
         difficulty_column: a column of numbers to order a curriculum by.
         share_prompts: a preference row holds its prompt once, then both completions.
             Packed rows hold up to 2 * max_length tokens of such pairs.
         most_pairs: upper limit on the pairs in a packed row (0: no limit).
-        vocab_size: a row with a token id that is not below it is bad; None where the
-            tokenizer has no such id.
+        vocab_size: rows with a token id of this or more are bad; None if the tokenizer
+            has no such id.
 
     Raises:
-        ValueError: options that do not fit one another.
+        ValueError: options contradict one another.
     """
 
     objective: str
@@ -71,12 +71,12 @@ class PrepareOptions:
             )
         if self.objective == "labeled" and packing is not None:
             raise ValueError(
-                f"packing={packing!r}: labeled rows are not packed, use None"
+                f"packing={packing!r}: labeled rows (KTO) cannot be packed; set"
+                " packing=None (data.packing = false)"
             )
         if self.objective == "preference" and packing not in (None, "bfd"):
             raise ValueError(
-                f"packing={packing!r}: a preference pair is never cut in pieces, use "
-                "'bfd'"
+                f"packing={packing!r}: preference pairs are never split; use 'bfd'"
             )
         if self.pad_to not in ("longest", "max_length"):
             raise ValueError(f"pad_to={self.pad_to!r}: use 'longest' or 'max_length'")
@@ -87,12 +87,13 @@ class PrepareOptions:
             )
         if max_length is not None and max_length < 2:
             raise ValueError(
-                f"max_length={max_length}: a target needs at least 2 tokens"
+                f"max_length={max_length}: must be at least 2, because the first token"
+                " of a row is never predicted"
             )
         if self.assistant_marks != ALL_TURNS and not self.assistant_only_loss:
             raise ValueError(
-                f"assistant_marks={self.assistant_marks} choose among what the"
-                " assistant wrote: set assistant_only_loss=True"
+                f"assistant_marks={self.assistant_marks} select among the assistant's"
+                " turns: set assistant_only_loss=True"
             )
         if self.max_prompt_length is not None:
             self._check_prompt_length(self.max_prompt_length)

@@ -1,13 +1,15 @@
-"""Chunks of rows made by several processes, given back in order.
+"""Prepare chunks of rows in several processes, and return them in order.
 
-The other processes run `worker.py` in a fresh interpreter and are told what to do
-through a pipe. They are not forked, which may hang where jax has started threads, and
-do not import the user's main module again, as `multiprocessing` would: a notebook or
-a script without a `__main__` guard works. A chunk depends on its rows alone, so the
-result is the same to the bit, however many processes there are and whoever fails.
+The other processes run `worker.py` in a fresh interpreter and receive their tasks
+through a pipe. They are not forked, because that may hang after jax has started
+threads. Nor do they import the user's main module again, as `multiprocessing` would, so
+a notebook or a script without a `__main__` guard works. A chunk depends on its rows
+alone. So the result is the same to the bit for any number of processes, even if some of
+them fail.
 
-Starting a process costs a second or two. So this process begins alone, sees how fast it
-is, and calls others when the rest would take it longer; it goes on working itself.
+Starting a process takes a second or two. So this process begins alone and measures its
+speed. If the remaining rows would take it longer, it starts others and continues to
+work itself.
 """
 
 import collections
@@ -35,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 _SECS_EACH = 3.0  # work for which one more process is worth its start
 _QUEUED = 2  # chunks that a process has been given, so that it need not wait
-# With more processes than this, giving out and taking in is work enough for this one.
+# With more processes than this, handing out and collecting chunks keeps this one busy.
 _MOST_HELPED = 8
 
 _Future = concurrent.futures.Future[Chunk | None]
@@ -43,12 +45,13 @@ _Future = concurrent.futures.Future[Chunk | None]
 
 @dataclasses.dataclass(frozen=True)
 class Resources:
-    """What preparation may use; the result does not depend on it.
+    """Resources for preparing rows; the result does not depend on them.
 
     Attributes:
-        processes: at most so many take part, this one included.
-        scratch: an existing folder for temporary files; None: the system's.
-        worth_secs: others are called where the rest would take this one longer.
+        processes: the largest number of processes to use, including this one.
+        scratch: an existing folder for temporary files; None uses the system's.
+        worth_secs: other processes are started if the remaining rows would take this
+            one longer than this many seconds.
     """
 
     processes: int = 1
@@ -67,10 +70,10 @@ def usable_cores() -> int:
 
 
 def make_chunks(rows: Any, recipe: Recipe, resources: Resources) -> Iterator[Chunk]:
-    """The chunks of all rows, in order.
+    """Yield the chunks of all rows, in order.
 
     Raises:
-        ValueError: as `make_chunk`.
+        ValueError: as for `make_chunk`.
     """
     size, total = recipe.options.batch_size, len(rows)
     pending: collections.deque[tuple[int, _Future]] = collections.deque()
@@ -82,7 +85,7 @@ def make_chunks(rows: Any, recipe: Recipe, resources: Resources) -> Iterator[Chu
 
     def oldest() -> Chunk:
         first, future = pending.popleft()
-        return future.result() or make(first)  # None: the process that had it is gone
+        return future.result() or make(first)  # None: the process that had it has died
 
     with contextlib.ExitStack() as stack:
         pool: _Pool | None = None
@@ -108,7 +111,7 @@ def make_chunks(rows: Any, recipe: Recipe, resources: Resources) -> Iterator[Chu
 
 
 class _Pool:
-    """Processes that make chunks, and a thread of ours for each, which waits for it."""
+    """Processes that make chunks, and for each a thread here that waits for it."""
 
     def __init__(
         self, count: int, rows: Any, recipe: Recipe, resources: Resources
@@ -149,11 +152,11 @@ class _Pool:
 
     @property
     def is_busy(self) -> bool:
-        """Whether no process would begin soon with what is submitted now."""
+        """Whether a chunk submitted now would have to wait in a queue."""
         return self._given >= _QUEUED * self._ready
 
     def submit(self, first: int, stop: int) -> _Future:
-        """A chunk in the future; None where the process that had it came to an end."""
+        """Submit a chunk; the result is None if the process that had it has died."""
         future: _Future = concurrent.futures.Future()
         own = not _travels(self._rows)
         rows = take_rows(self._rows, first, stop) if own else None
@@ -176,7 +179,7 @@ class _Pool:
         except Exception as error:  # of any library that pickles its objects
             if not self._closed:
                 logger.warning(
-                    "rows are prepared in fewer processes: one did not start: %s: %s",
+                    "rows are prepared by fewer processes: one did not start: %s: %s",
                     type(error).__name__, error,
                 )  # fmt: skip
             return
@@ -204,7 +207,7 @@ class _Pool:
                         self._answer(future, chunk)
 
     def _lose(self, future: _Future, error: Exception) -> None:
-        """Without this process; the last one gives back what is queued."""
+        """Continue without this process; the last one returns the queued chunks."""
         with self._lock:
             self._ready -= 1
             self._answer(future, None)
@@ -214,13 +217,13 @@ class _Pool:
                 self._answer(given[1], None)
             if not self._closed:
                 logger.warning(
-                    "rows are prepared in fewer processes: one came to an end (%s); if"
-                    " memory is short, set data.dataset_num_proc lower",
+                    "rows are prepared by fewer processes: one died (%s); if memory is"
+                    " short, use a smaller data.dataset_num_proc",
                     type(error).__name__,
                 )
 
     def _start(self) -> Any:
-        """A new process that is ready for tasks, as the pipe to it."""
+        """Start a process, and return the pipe to it when it is ready for tasks."""
         ours, theirs = multiprocessing.Pipe()
         program = "from jaxtrain.data.prepare.worker import main; main({})"
         with theirs:
@@ -245,7 +248,7 @@ class _Pool:
 
 
 def _travels(rows: Any) -> bool:
-    """Whether rows go to another process as the names of files, and not as values."""
+    """Whether rows are sent to another process as file names instead of values."""
     if isinstance(rows, list | tuple):
         return False
     return bool(getattr(rows, "cache_files", True))  # of `datasets`: [] in memory

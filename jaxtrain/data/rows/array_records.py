@@ -63,7 +63,7 @@ def _open(file: AnyFile) -> Any:
     reader = _reader(str(path), found.st_size, found.st_mtime_ns)
     if not reader.ok():
         _reader.cache_clear()
-        raise ValueError(f"{file} is no ArrayRecord file, or its end is missing")
+        raise ValueError(f"{file} is not an ArrayRecord file, or its end is missing")
     return reader
 
 

@@ -362,7 +362,7 @@ class _ArrayScanner:
             return False
         self._move(self._at + 1)
         if self.peek():
-            raise self._broken("something stands behind its end")
+            raise self._broken("there is something after its end")
         return True
 
     def take_element(self, number: int) -> bytes:

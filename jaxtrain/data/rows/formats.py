@@ -157,13 +157,13 @@ class RowProblems:
     def report(self, total: int) -> None:
         """Raise ValueError (on_bad_row='error') or log a warning, if any row is bad.
 
-        Log pairs that prefer nothing too.
+        Also log the pairs whose two sides are equal.
         """
         if self.equal_count:
             more = ", ..." if self.equal_count > len(self.equal) else ""
             logger.warning(
-                "%d of %d pairs have a chosen that equals rejected (%s%s): they are "
-                "trained, and prefer nothing",
+                "chosen equals rejected in %d of %d pairs (%s%s): they are trained, but"
+                " express no preference",
                 self.equal_count, total, ", ".join(self.names(self.equal)), more,
             )  # fmt: skip
         if not self.count:
@@ -523,7 +523,7 @@ def _message(item: Any, where: str) -> dict[str, Any]:
 def _check_parts(parts: Sequence[Any], where: str) -> None:
     """Refuse content parts that are no text; `parts.py` has what becomes of text."""
     if not parts:
-        raise BadRow(f"{where} has a content of no parts")
+        raise BadRow(f"{where} has an empty list as its content")
     for number, part in enumerate(parts):
         kind = part.get("type") if isinstance(part, Mapping) else part
         if kind != "text":

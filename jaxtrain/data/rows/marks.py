@@ -68,7 +68,7 @@ def take_training_fields(
                 raise BadRow(f"messages[{index}] has weight {shown(value)}: use 0 or 1")
             said.add(bool(value))
         if len(said) == 2:
-            raise BadRow(f"messages[{index}] has a train and a weight that differ")
+            raise BadRow(f"messages[{index}]: train and weight contradict each other")
         if True in said and message["role"] != "assistant":
             raise BadRow(
                 f"messages[{index}] is to be trained, but it is the"

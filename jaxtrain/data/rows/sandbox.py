@@ -257,7 +257,7 @@ def _check_operands(operator: str, left: Any, right: Any) -> None:
         if operator == "*":
             bits = left.bit_length() + right.bit_length()
         if bits > _MAX_BITS:
-            raise LimitError("it computes with longer numbers than any text needs")
+            raise LimitError("it computes with numbers that are too long")
 
 
 def _check_method(method: Any, args: Sequence[Any]) -> None:

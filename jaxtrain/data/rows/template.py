@@ -1,8 +1,9 @@
-"""Chat rendering by the tokenizer's own template, and which tokens the assistant wrote.
+"""Render chats with the tokenizer's template, and find what the assistant wrote.
 
-A template that marks the assistant's text with `{% generation %}` is believed.
-Otherwise `turns` finds where the assistant's turns stand. `AssistantMarks`, and a
-`train` or `weight` of single messages, say which of these turns are trained.
+If a template marks the assistant's text with `{% generation %}`, these marks are used.
+Otherwise the module `turns` finds the assistant's turns in the rendered text.
+`AssistantMarks`, and `train` or `weight` fields of single messages, select the turns
+that are trained.
 """
 
 import contextlib
@@ -43,14 +44,14 @@ from jaxtrain.data.rows.turns import (
 from jaxtrain.record.safe_text import shown
 
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
-# What apply_chat_template takes beside the template's variables: not a row's to give.
+# Arguments of apply_chat_template that are no template variables; rows can't set them.
 _RESERVED = ("messages", "conversation", "add_generation_prompt")
 _FOR_GENERATION = "continue_final_message"
 
 
 @dataclasses.dataclass(frozen=True)
 class _Template:
-    """A template's text, and the variables it sees beside the messages."""
+    """A template's text, and the variables it gets in addition to the messages."""
 
     text: str
     variables: Mapping[str, Any]
@@ -61,7 +62,7 @@ class _Template:
 
     @property
     def closing(self) -> str:
-        """What it may add after the last turn only."""
+        """Text that the template may add after the last turn only."""
         eos = self.variables.get("eos_token")
         return eos if isinstance(eos, str) else ""
 
@@ -72,7 +73,7 @@ class _Template:
         add_generation_prompt: bool = False,
         spans: list[Span] | None = None,
     ) -> str:
-        """Plain messages as text. Raises BadRow, whatever the template raised."""
+        """Render plain messages. Raises BadRow for any exception in the template."""
         known = {**self.variables, "add_generation_prompt": add_generation_prompt}
         try:
             text = render_template(self.text, messages, known, spans)
@@ -104,11 +105,11 @@ def render_chat(
     *,
     add_generation_prompt: bool = False,
 ) -> str:
-    """The conversation as text.
+    """Render a conversation as text.
 
     Raises:
         BadRow: the template refuses it, or a message of a whole conversation asks not
-            to be trained, which only `render_with_spans` can do.
+            to be trained, which only `render_with_spans` supports.
     """
     template = _template(tokenizer, template_kwargs)
     plain, trained = _read_messages(template, messages)
@@ -151,7 +152,7 @@ def encode_with_assistant_mask(
     """Token ids of a conversation, and a bool mask of those that are trained.
 
     Raises:
-        BadRow: none of them is, or the spans cannot be told.
+        BadRow: no token is trained, or the assistant's turns cannot be located.
     """
     text, spans = render_with_spans(tokenizer, messages, template_kwargs, marks)
     encoded = tokenizer(
@@ -166,13 +167,14 @@ def render_with_spans(
     template_kwargs: Mapping[str, Any],
     marks: AssistantMarks = ALL_TURNS,
 ) -> tuple[str, list[Span]]:
-    """The conversation as text, and the spans of characters that are trained.
+    """Render a conversation, and find the spans of characters that are trained.
 
     The spans are in order and do not overlap.
 
     Raises:
-        BadRow: the template refuses the conversation, or the spans cannot be told.
-        ValueError: preserve_thinking, with a template that marks its own turns.
+        BadRow: the template refuses the conversation, or the assistant's turns cannot
+            be located in its text.
+        ValueError: preserve_thinking is set, and the template marks its own turns.
     """
     template = _template(tokenizer, template_kwargs)
     plain, trained = _read_messages(template, messages)
@@ -202,7 +204,7 @@ def mask_assistant(
     """bool[tokens]: which tokens of a rendered conversation are trained.
 
     Raises:
-        BadRow: none of them is.
+        BadRow: no token is trained.
     """
     mask = mask_tokens(offsets, spans)
     if not mask.any():
@@ -218,9 +220,9 @@ def mask_tokens(
 ) -> np.ndarray:
     """bool[tokens]: which tokens overlap a span of characters.
 
-    The spans are in order and do not overlap. A token also owns the characters since
-    the previous one's end: byte-level tokenizers may leave a leading space out of a
-    token's offsets.
+    The spans must be in order and not overlap. A token also covers the characters
+    between the end of the previous token and its own start, because byte-level
+    tokenizers may leave a leading space out of a token's offsets.
     """
     if not len(offsets) or not len(spans):
         return np.zeros(len(offsets), bool)
@@ -256,7 +258,7 @@ def _template(
         raise BadRow(f"chat_template is {type(text).__name__}, expected a string")
     for key in ("tools", "documents"):
         if not all(isinstance(item, Mapping) for item in variables[key] or ()):
-            raise BadRow(f"{key} holds something else than JSON objects")
+            raise BadRow(f"{key} must be a list of JSON objects")
     with _no_deep_nesting():
         return _Template(
             text, {**tokenizer.special_tokens_map, **plain_data(variables)}
@@ -266,7 +268,7 @@ def _template(
 def _read_messages(
     template: _Template, messages: Messages
 ) -> tuple[list[dict[str, Any]], list[bool | None]]:
-    """What the template sees, and what each message says of its training."""
+    """The messages for the template, and whether each asks to be trained (or not)."""
     own, trained = take_training_fields(messages)
     bare = _Template(template.text, {**template.variables, "tools": None})
     with _no_deep_nesting():
@@ -298,7 +300,7 @@ def _find_turns(template: _Template, messages: Messages) -> tuple[str, list[Span
 
 
 def _turn_shape(template: _Template) -> TurnShape | None:
-    """The template's shape of turns, found once for all rows with these variables."""
+    """How the template writes turns, found once for all rows with these variables."""
     shared = {k: v for k, v in template.variables.items() if k != "tools"}
     try:
         return _shape_of(template.text, json.dumps(shared, sort_keys=True))
@@ -315,14 +317,14 @@ def _shape_of(text: str, variables: str) -> TurnShape | None:
 def _preserve_thinking(
     template: _Template, messages: Messages, text: str, spans: Sequence[Span]
 ) -> tuple[str, list[Span]]:
-    """The text with each turn as the template renders it in last place."""
+    """Replace each assistant turn by what the template renders for it as the last."""
     turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     if not turns:
         return text, list(spans)
     said = [text[start:stop] for start, stop in spans]
-    ends = turns[-1] == len(messages) - 1  # then the last turn is as it shall be
+    ends = turns[-1] == len(messages) - 1  # then the last turn needs no change
     first = messages[: turns[0]]
-    # Most templates write a last turn alike whatever was said before it.
+    # Most templates write the last turn in the same way whatever came before it.
     alike = not ends or _last_turn(template, [*first, messages[-1]]) == said[-1]
     for number, turn in enumerate(turns[:-1] if ends else turns):
         before = first if alike else messages[:turn]
@@ -338,7 +340,7 @@ def _preserve_thinking(
 
 
 def _last_turn(template: _Template, messages: Messages) -> str:
-    """What the template writes of the last turn, the assistant's."""
+    """What the template writes for the last turn, which is the assistant's."""
     text, spans = _find_turns(template, messages)
     start, stop = spans[-1]
     return text[start:stop]

@@ -1,11 +1,11 @@
-"""Rows to token ids and masks, by the rules of TRL 1.16 (SFTTrainer and DPOTrainer).
+"""Turn rows into token ids and masks by the rules of TRL 1.16 (SFTTrainer, DPOTrainer).
 
-Plain rows: the EOS string is appended to a text, a completion, a chosen and a rejected
-unless it already ends so; the tokenizer adds its own special tokens (BOS) once, in
-front. Conversations: the chat template alone decides; nothing is appended, and its
-terminators are trained. A completion starts where the tokens of the prompt alone and of
-prompt + completion part, so tokens that merge across the border belong to the
-completion.
+Plain rows: the EOS string is appended to each text, completion, chosen and rejected
+value that does not end with it already. The tokenizer adds its own special tokens (BOS)
+once, at the front. Conversations: the chat template decides everything; nothing is
+appended, and the end-of-turn tokens that it writes are trained. A completion starts at
+the first token where prompt + completion differs from the prompt alone, so a token that
+spans the border belongs to the completion.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ from jaxtrain.storage.mirror import mirror_model
 
 logger = logging.getLogger(__name__)
 
-# One of them holds the vocabulary.
+# One of these files holds the vocabulary.
 _TOKENIZER_FILES = (
     "tokenizer.json", "*.model", "vocab.*", "tekken.json", "*.tiktoken", "*.bpe",
 )  # fmt: skip
@@ -50,7 +50,7 @@ OnBad = Callable[[int, str], None]  # index in the batch, reason
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One sequence: its token ids, and which of them are trained (bool)."""
+    """One sequence: its token ids, and a bool mask of those that are trained."""
 
     ids: np.ndarray
     trained: np.ndarray
@@ -58,7 +58,7 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """Preference tokens. Prompt and completion are apart, the prompt is shared."""
+    """Token ids of a preference pair: the shared prompt and the two completions."""
 
     prompt: np.ndarray
     chosen: np.ndarray
@@ -74,11 +74,12 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """Load a tokenizer from a folder, a bucket or the hub, ready to train with.
 
-    Args:
-        chat_template: a Jinja template, or the path of one, in place of its own.
+    A tokenizer without a pad token pads with EOS. That is harmless, because every mask
+    is made from lengths and never from ids.
 
-    A tokenizer without a pad token pads with EOS, which is harmless: every mask comes
-    from lengths, never from ids.
+    Args:
+        chat_template: a Jinja template or the path of one, which replaces the
+            tokenizer's own.
 
     Raises:
         ValueError: it cannot be loaded, or it has no EOS token.
@@ -90,7 +91,7 @@ def load_tokenizer(
     if not local and (path_or_name.startswith((".", "/", "~")) or folder.exists()):
         raise ValueError(f"tokenizer {shown(path_or_name)} is not a folder")
     if local and not (trust_remote_code or _holds_tokenizer(folder)):
-        # Of a config.json alone, transformers makes a tokenizer without any token.
+        # From a config.json alone transformers makes a tokenizer without any tokens.
         raise ValueError(
             f"cannot load tokenizer {shown(path_or_name)}: the folder holds no"
             " tokenizer (such as tokenizer.json); set model.tokenizer_name_or_path to"
@@ -168,7 +169,7 @@ def _named_class(folder: pathlib.Path) -> Any | None:
 
 
 def _check_files(folder: pathlib.Path) -> None:
-    """Raise ValueError for what is no file in a folder: a pipe is waited for."""
+    """Raise ValueError if the folder holds a pipe or a device, which would block."""
     for file in folder.iterdir():
         if file.exists() and not (file.is_file() or file.is_dir()):
             raise ValueError(
@@ -203,7 +204,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def highest_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The highest token id that a text can become; ids may have gaps below it."""
+    """The highest token id in the vocabulary; ids below it may be unused."""
     return max(tokenizer.get_vocab().values())
 
 
@@ -219,9 +220,10 @@ def tokenize_examples(
 ) -> list[Example | None]:
     """Tokenize canonical rows for next-token training; None where a row is bad.
 
-    `completion_only_loss`: train on completions alone; None means yes for
-    prompt/completion rows. `assistant_only_loss`: train on assistant turns alone, of
-    which `assistant_marks` may choose. Both given, a token must be in both.
+    `completion_only_loss`: train on completions only; None means yes for
+    prompt/completion rows. `assistant_only_loss`: train on assistant turns only, and of
+    these on the ones that `assistant_marks` selects. If both are set, a token must
+    satisfy both to be trained.
     """
     _check_loss_options(row_format, completion_only_loss, assistant_only_loss)
     if row_format.kind == "tokenized":
@@ -264,8 +266,8 @@ def tokenize_pairs(
 ) -> list[Pair | None]:
     """Tokenize canonical preference rows; None where a row is bad.
 
-    The shared prompt is the shorter of what the prompt's tokens have in common with
-    either side; later prompt tokens are left out.
+    The shared prompt is the part of the prompt's tokens that both sides begin with; any
+    later prompt tokens are left out.
     """
     encoder = _Encoder(tokenizer, row_format.conversational, on_bad)
     pairs: list[Pair | None] = []
@@ -280,7 +282,7 @@ def tokenize_pairs(
 
 
 def truncate_example(example: Example, max_length: int | None) -> Example | None:
-    """The first max_length tokens; None if none of them is trained."""
+    """Keep the first max_length tokens; None if none of them is trained."""
     ids, trained = example.ids[:max_length], example.trained[:max_length]
     return Example(ids, trained) if trained.any() else None
 
@@ -288,11 +290,12 @@ def truncate_example(example: Example, max_length: int | None) -> Example | None
 def truncate_pair(
     pair: Pair, max_length: int | None, max_prompt_length: int | None
 ) -> Pair | None:
-    """Cut a pair to max_length tokens a side; None if the prompt alone fills it.
+    """Cut prompt + completion to max_length tokens, for each side of a pair.
 
-    max_prompt_length keeps the end of the prompt, as TRL did while it had the option
-    (a BOS token at the front is cut too). Then prompt + completion keep their start,
-    which may cut a completion's EOS.
+    First the prompt is cut to its last `max_prompt_length` tokens, as older versions of
+    TRL did; a BOS token at its front is lost. Then each completion is cut at its end,
+    which may remove its EOS. The result is None if the prompt alone takes max_length
+    tokens or more.
     """
     prompt = pair.prompt
     if max_prompt_length is not None:
@@ -308,7 +311,7 @@ def truncate_pair(
 def common_prefix_length(
     left: Sequence[int] | np.ndarray, right: Sequence[int] | np.ndarray
 ) -> int:
-    """How many leading tokens two sequences share."""
+    """The number of leading tokens that two sequences have in common."""
     shorter = min(len(left), len(right))
     differ = np.not_equal(left[:shorter], right[:shorter])
     return int(np.argmax(differ)) if np.any(differ) else shorter
@@ -333,15 +336,15 @@ def _check_loss_options(
 
 
 def _completion(head: np.ndarray, ids: np.ndarray) -> Example:
-    """The example whose prompt alone has the tokens `head`."""
+    """Make the example of `ids`; `head` holds the tokens of its prompt alone."""
     return Example(ids, np.arange(len(ids)) >= common_prefix_length(head, ids))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Encoder:
-    """Rows to tokens, the texts of all of them in one call of the tokenizer.
+    """Encodes rows, with one call of the tokenizer for the texts of all of them.
 
-    `on_bad` is told of the rows that cannot be rendered; for these the result is None.
+    Rows that cannot be rendered are passed to `on_bad`, and their result is None.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -359,7 +362,7 @@ class _Encoder:
     def encode(
         self, rows: Sequence[Row], columns: Sequence[str]
     ) -> list[np.ndarray | None]:
-        """int32 ids of rows' columns behind one another."""
+        """Token ids (int32) of each row's columns, one column after another."""
 
         def render(row: Row) -> str:
             return self._render(row, [row[column] for column in columns])
@@ -369,9 +372,9 @@ class _Encoder:
     def encode_behind_prompts(
         self, rows: Sequence[Row], columns: Sequence[str]
     ) -> list[list[np.ndarray] | None]:
-        """int32 ids of each row's prompt, and of the prompt with each of the columns.
+        """Token ids (int32) of each row's prompt, and of the prompt with each column.
 
-        The prompt's own end where a completion is still to come.
+        The prompt alone is rendered so that a completion can follow it.
         """
 
         def render(row: Row) -> list[str]:
@@ -389,9 +392,9 @@ class _Encoder:
         *,
         masks_prompt: bool,
     ) -> list[Example | None]:
-        """Conversations of which the assistant's tokens are trained.
+        """Encode conversations so that only the assistant's tokens are trained.
 
-        `masks_prompt`: none of the prompt's, either.
+        `masks_prompt`: leave out the assistant's turns in the prompt, too.
         """
         texts = self._texts
 
@@ -424,7 +427,7 @@ class _Encoder:
     def _render(
         self, row: Row, parts: Sequence[Any], *, is_prompt: bool = False
     ) -> str:
-        """The text of columns' values; of a prompt, before its completion begins."""
+        """The text of these values; that of a prompt is open for its completion."""
         *before, last = parts
         if self.conversational:
             return render_chat(
@@ -444,7 +447,10 @@ class _Encoder:
         function: Callable[[Any], Any],
         together: Callable[[list[Any]], Sequence[Any]] = lambda found: found,
     ) -> list[Any]:
-        """`together` of the results of `function`, a result a row; None of bad ones."""
+        """Apply `function` to each row and `together` to the list of all results.
+
+        Returns one result per row, None for bad rows.
+        """
         results: list[Any] = each_row(rows, function, self.on_bad)
         good = [index for index, result in enumerate(results) if result is not None]
         found = together([results[index] for index in good])
@@ -456,7 +462,7 @@ class _Encoder:
 def each_row(
     rows: Sequence[Any], function: Callable[[Any], Any], on_bad: OnBad
 ) -> list[Any]:
-    """`function` of each row; None where there is none or it raises BadRow."""
+    """Apply `function` to each row; None for rows that are None or raise BadRow."""
     found: list[Any] = [None] * len(rows)
     for index, row in enumerate(rows):
         try:

@@ -70,7 +70,7 @@ def _read_mask(value: Any, name: str, length: int) -> np.ndarray:
     if mask.dtype != bool:
         mask = _integers(value, name)
         if not np.isin(mask, (0, 1)).all():
-            raise BadRow(f"{name} holds other numbers than 0 and 1")
+            raise BadRow(f"{name} may hold only 0 and 1")
     _check_length(mask, name, length)
     return mask.astype(bool)
 

@@ -116,7 +116,10 @@ def open_stream(
     elif path.exists():
         files = data_files(path, split)
     elif looks_local(path_or_name):
-        raise ValueError(f"data path {path_or_name!r} does not exist")
+        raise ValueError(
+            f"data path {path_or_name!r} does not exist: check the spelling, and that"
+            " it is relative to the current folder"
+        )
     else:
         rows = load_hub(path_or_name, split, streaming=True)
         return HubSource(path_or_name, rows, max_rows)

@@ -221,8 +221,8 @@ class WindowReader:
         if window.equal and not self._said_equal:
             self._said_equal = True  # how many there are is in the stream's counts
             logger.warning(
-                "pairs have a chosen that equals rejected (%s, ...): they are trained, "
-                "and prefer nothing",
+                "chosen equals rejected in some pairs (%s, ...): they are trained, but"
+                " express no preference",
                 ", ".join(window.equal),
             )
 

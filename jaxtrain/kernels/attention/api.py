@@ -346,7 +346,7 @@ def _check_shapes(
         raise ValueError(f"sinks {sinks.shape} must have shape {(heads,)}: one a head")
     if heads % k.shape[2]:
         raise ValueError(
-            f"{heads} query heads are no multiple of {k.shape[2]} key-value heads"
+            f"{heads} query heads are not a multiple of {k.shape[2]} key-value heads"
         )
     if (mask.causal or mask.segment_ids is not None) and k.shape[1] != length:
         raise ValueError(

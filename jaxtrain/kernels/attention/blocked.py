@@ -1,4 +1,4 @@
-"""What every blocked kernel shares: padding, the schedule, the derivative rule."""
+"""What all blocked attention kernels share: padding, schedule and gradient rule."""
 
 import dataclasses
 import functools
@@ -21,15 +21,15 @@ from jaxtrain.kernels.attention.schedule import (
 
 # Kernels work in base 2: exp2 is the machine's own exponential.
 LOG2_E = math.log2(math.e)
-# Stands for minus infinity where a difference of two of them must not be NaN.
+# Replaces minus infinity, because the difference of two infinities would be NaN.
 NEVER = -1e30
 
 
 class Options(NamedTuple):
-    """What a kernel is compiled for, beside shapes.
+    """Static options of a kernel, in addition to the shapes.
 
-    `offset`: index of the first query among the keys. `has_padding`: ids may be 0, in
-    rows that hold anything, NaN too.
+    `offset`: index of the first query among the keys. `has_padding`: some ids may be 0,
+    and the rows of such tokens may hold any value, including NaN.
     """
 
     causal: bool
@@ -42,7 +42,10 @@ class Options(NamedTuple):
 
 
 class Ids(NamedTuple):
-    """Segment of each query, the prompt's it reads besides (0: none), of each key."""
+    """The segment of each query and of each key.
+
+    `prompts`: the segment of a shared prompt that a query also reads (0: none).
+    """
 
     segments: Int32[Array, "B T"]
     prompts: Int32[Array, "B T"] | None
@@ -51,7 +54,7 @@ class Ids(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Kernels:
-    """One implementation: its two passes and the tiles they work on.
+    """One implementation: its forward and backward pass and the tiles they work on.
 
     `forward(options, q, k, v, ids, schedule) -> (out, lse)`; `backward(options, q, k,
     v, lse, delta, d_out, ids, schedule) -> (dq, dk, dv)`. `lse` and `delta` are
@@ -78,7 +81,7 @@ def attention_blocked(
     schedule: Schedule | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T N V"]:
-    """Attention by `kernels`, rows and heads padded to whole tiles."""
+    """Run attention with `kernels`, after padding rows and heads to whole tiles."""
     length, keys = q.shape[1], k.shape[1]
     has_padding = mask.keys is not None
     if keys != length and mask.key_ids is None:
@@ -108,12 +111,12 @@ def attention_blocked(
         ids,
         schedule,
     )
-    # Rows of padding are zeros here: no key answers their ids.
+    # Rows of padding are zero here, because no key has their ids.
     return out[:, :length, :, : v.shape[3]]
 
 
 def plan(kernels: Kernels, mask: Mask, batch: int, length: int) -> Schedule:
-    """The schedule of a batch, to be shared by the layers that use the same mask."""
+    """Make the schedule of a batch; layers with the same mask can share it."""
     padded = padded_mask(kernels, mask, batch, length)
     assert padded.segment_ids is not None and padded.key_ids is not None
     block_q, block_k = _choose_blocks(kernels, mask, length)
@@ -122,7 +125,7 @@ def plan(kernels: Kernels, mask: Mask, batch: int, length: int) -> Schedule:
 
 
 def padded_mask(kernels: Kernels, mask: Mask, batch: int, length: int) -> Mask:
-    """The mask with explicit segments, its rows filled up to whole blocks."""
+    """Return the mask with explicit segments, padded to whole blocks."""
     block_q, block_k = _choose_blocks(kernels, mask, length)
     segments, prompts, keys = mask.segment_ids, mask.prompt_ids, mask.key_ids
     if segments is None:
@@ -143,7 +146,7 @@ def padded_mask(kernels: Kernels, mask: Mask, batch: int, length: int) -> Mask:
 
 
 def _choose_blocks(kernels: Kernels, mask: Mask, length: int) -> tuple[int, int]:
-    """Of queries, and of keys, which may be more."""
+    """Block sizes for the queries and for the keys; there may be more keys."""
     keys = length if mask.key_ids is None else mask.key_ids.shape[1]
     return kernels.choose_blocks(length)[0], kernels.choose_blocks(keys)[1]
 
@@ -189,11 +192,12 @@ def _attend_forward(
 def _add_sinks(
     out: Float[Array, "B T N V"], lse: Float[Array, "B N T"], sinks: Float[Array, "N"]
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B N T"]]:
-    """What a kernel gives, with one logit a head more in each softmax's denominator.
+    """Add one more logit per head to the softmax denominators of a kernel's result.
 
-    It has no value, so that `out` only shrinks by the share of all other logits. The
-    backward kernels read weights off the new `lse` and so need not know of it. A query
-    without keys keeps its lse, which is beyond any sum.
+    A sink has no value vector, so `out` is only multiplied by the weight that remains
+    for the keys. The backward kernels compute weights from the new `lse` and therefore
+    need not know about sinks. For a query without keys `lse` does not change, because
+    it is larger than any sum.
     """
     logits = sinks.astype(jnp.float32)[:, None] * LOG2_E
     share = jax.nn.sigmoid((lse - logits) / LOG2_E).swapaxes(1, 2)[..., None]
@@ -204,7 +208,7 @@ def _add_sinks(
 def _sink_gradient(
     lse: Float[Array, "B N T"], delta: Float[Array, "B N T"], sinks: Float[Array, "N"]
 ) -> Float[Array, "N"]:
-    """- sum p delta of each head: p is the sink's weight, whose value is 0."""
+    """-sum p delta for each head, where p is the weight of its sink."""
     weights = jnp.exp2(sinks.astype(jnp.float32)[:, None] * LOG2_E - lse)
     return -(weights * delta).sum(axis=(0, 2)).astype(sinks.dtype)
 
@@ -259,13 +263,15 @@ def estimate_cost(
     *,
     products: tuple[int, int],
 ) -> dict[str, int]:
-    """Of one pass, by the names of Pallas's CostEstimate, but for what ids leave out.
+    """Estimate the cost of one pass, as the arguments of Pallas's `CostEstimate`.
+
+    Tiles that only the ids mask out are counted too, since ids are not known yet.
 
     Args:
-        arrays: q, k and v of one device, in any order of axes but for the last.
-        lengths, blocks: of queries and of keys.
-        products: of each tile that is visited, by the kernel: as wide as a key, and as
-            a value.
+        arrays: q, k and v of one device; the last axis is the width of a head.
+        lengths, blocks: number of tokens and size of a block, of queries and of keys.
+        products: how many matrix products the kernel computes for each visited tile:
+            those as wide as a key, and those as wide as a value.
     """
     q, k, v = arrays
 
@@ -283,7 +289,7 @@ def estimate_cost(
 
 
 def scale_scores(options: Options, raw: Array) -> Array:
-    """Raw products q k to logits in units of log 2: scaled, capped."""
+    """Turn raw products q k into scaled and capped logits in units of log 2."""
     if options.softcap is None:
         return raw * (options.scale * LOG2_E)
     bent = jnp.tanh(raw * (options.scale / options.softcap))
@@ -291,9 +297,9 @@ def scale_scores(options: Options, raw: Array) -> Array:
 
 
 def bend_slope(options: Options, logits: Array, slope: Array) -> Array:
-    """d loss / d raw product, but for the factor `scale`, from d loss / d logit.
+    """Turn d loss / d logit into d loss / d raw product, without the factor `scale`.
 
-    The sums over a walk take the factor once, at their end.
+    The caller multiplies its sums by `scale` once, at the end.
     """
     if options.softcap is None:
         return slope

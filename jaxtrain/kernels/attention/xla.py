@@ -1,4 +1,4 @@
-"""Attention through plain XLA in query chunks: every platform, bounded memory."""
+"""Attention in plain XLA, by chunks of queries: any platform, bounded memory."""
 
 import functools
 from collections.abc import Callable
@@ -25,11 +25,12 @@ def attention_xla(
     sinks: Float[Array, "N"] | None = None,
     chunk: int = 512,
 ) -> Float[Array, "B T N V"]:
-    """Attention with the scores of `chunk` queries a row at a time.
+    """Compute attention for `chunk` queries of each row at a time.
 
-    A scan walks over the chunks of each of four parts of a row, and the backward pass
-    computes the scores of a chunk again. Keys beyond the causal or the window bound of
-    a part are left out of its products.
+    A row of more than `chunk` queries is cut into up to four parts, and a scan runs
+    over the chunks of each part. Keys that no query of a part can reach, because of
+    causality or the window, are left out of that part's products. The backward pass
+    computes the scores of each chunk again instead of keeping them.
     """
     (q,) = zero_padding(mask.segment_ids, q)
     k, v = zero_padding(mask.keys, k, v)
@@ -95,7 +96,10 @@ def _scan_chunks(
     starts: tuple[int, int],
     chunk: int,
 ) -> Array:
-    """The chunks of `q`, whose rows start at `starts` (queries, keys), one by one."""
+    """Run `attend` on one chunk of `q` after another.
+
+    `starts`: index of the first query and of the first key in the whole row.
+    """
     batch, length = q.shape[:2]
     count = -(-length // chunk)
 

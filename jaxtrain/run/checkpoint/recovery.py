@@ -58,7 +58,7 @@ def _set_aside(
         kept = checkpoints.set_aside(step)
         told.append(f"step {step} ({error.reason}), kept as {kept}")
     logger.warning(
-        "DAMAGED CHECKPOINT: %s. Training goes on from step %d, the newest sound one",
+        "DAMAGED CHECKPOINT: %s. Training goes on from step %d, the newest intact one",
         *("; ".join(told), sound),
     )
 
