@@ -18,9 +18,11 @@ from jaxtrain.aot import gpus
 from jaxtrain.aot.gpus import describe_gpus
 from jaxtrain.aot.jaxpr_cost import count_flops
 from jaxtrain.aot.report import CHIPS
+from jaxtrain.kernels import delta_rule
 from jaxtrain.kernels.attention import api, hopper
 from jaxtrain.kernels.attention.masks import Extras, Mask
 from jaxtrain.record.throughput import peak_flops
+from tests.runs import tiny_config
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 HAS_PLUGIN = importlib.util.find_spec("jax_cuda13_plugin") is not None
@@ -51,11 +53,23 @@ def test_a_jax_whose_kernels_tell_no_flops_is_refused(monkeypatch):
         describe_gpus("h200:8")
 
 
-def test_attention_for_a_hopper_gpu_that_is_not_here_is_our_kernel():
+@pytest.mark.parametrize(
+    ("capability", "chosen"),
+    [("7.5", "xla"), *((c, "pallas_triton") for c in ("8.0", "8.9", "10.0"))]
+    + [("9.0", "pallas_gpu")],
+)
+def test_attention_for_a_gpu_that_is_not_here_is_our_kernel(capability, chosen):
     q = jax.ShapeDtypeStruct((1, 16384, 2, 64), jnp.bfloat16)  # cuDNN's, were it here
-    for capability, chosen in (("9.0", "pallas_gpu"), ("8.0", "xla")):
+    for mask in (Mask(), Mask(segment_ids=jax.ShapeDtypeStruct((1, 16384), jnp.int32))):
         gpu = types.SimpleNamespace(platform="gpu", compute_capability=capability)
-        assert api._choose(q, Mask(), Extras(), gpu) == chosen
+        assert api._choose(q, mask, Extras(), gpu) == chosen
+
+
+def test_the_delta_rule_for_a_gpu_that_is_not_here_is_our_kernel():
+    rows = jax.ShapeDtypeStruct((1, 256, 4, 128), jnp.bfloat16)
+    for capability, chosen in (("7.5", "xla"), ("8.0", "pallas_triton")):
+        gpu = types.SimpleNamespace(platform="gpu", compute_capability=capability)
+        assert delta_rule.api._choose(rows, rows, gpu) == chosen
 
 
 @pytest.mark.parametrize("kind", [k for k in gpus._KINDS if not k.startswith("h")])
@@ -141,3 +155,16 @@ def test_a_step_compiles_for_sixteen_gpus_with_our_kernel_and_tells_the_network(
     assert re.search(r"all-reduce, hosts +[\d.]+ GB in [1-9]", done.stdout)
     assert "all-gather, hosts" not in done.stdout
     assert "FITS" in done.stdout.splitlines()
+
+
+@needs_plugin
+def test_a_step_for_two_gpus_before_hopper_has_the_kernels_that_a_run_takes_there():
+    config = tiny_config("from_scratch", num_gpus=2, bf16=True)
+    config.data.max_length, config.mesh.fsdp = 256, 2
+    config.model.scan_layers = True
+    sizes = config.model.architecture
+    sizes.hidden_size = 128
+    sizes.num_attention_heads = sizes.num_key_value_heads = 2
+    report = aot.compile_for(config, describe_gpus("l4:2"), "l4:2")
+    assert report.cost.kernels == 3  # forward, dq, and dk with dv, in a scan
+    assert report.fits

@@ -2,6 +2,7 @@
 
 import collections
 import importlib
+import itertools
 import json
 import math
 import pathlib
@@ -13,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from jaxtrain import assets
@@ -229,13 +231,18 @@ def test_slices_are_those_of_safetensors(gs_bucket, tmp_path, reads):
         (slice(2, 5),), (slice(None),), (slice(2, 5), slice(1, 3)),
         (slice(3, 4), slice(2, 5), slice(0, 2)), (slice(3, 3),), (slice(1, 4),),
     ]  # fmt: skip
-    with open_weights(remote) as ours, open_weights(file) as theirs:
-        assert sorted(ours.keys()) == sorted(theirs.keys())
-        for name, whole in tensors.items():
-            mine, other = ours.get_slice(name), theirs.get_slice(name)
+    with (
+        open_weights(remote) as ours,
+        open_weights(file) as on_disk,
+        safe_open(file, framework="numpy") as theirs,
+    ):
+        for opened, name in itertools.product((ours, on_disk), tensors):
+            assert sorted(opened.keys()) == sorted(theirs.keys())
+            whole = tensors[name]
+            mine, other = opened.get_slice(name), theirs.get_slice(name)
             assert mine.get_dtype() == other.get_dtype()
             assert mine.get_shape() == list(other.get_shape())
-            np.testing.assert_array_equal(ours.get_tensor(name), whole)
+            np.testing.assert_array_equal(opened.get_tensor(name), whole)
             for index in indices:
                 if len(index) <= whole.ndim:
                     np.testing.assert_array_equal(mine[index], whole[index])

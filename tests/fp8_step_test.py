@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 from runs import tiny_config, train
 
 from jaxtrain import sharding
@@ -188,10 +189,11 @@ def test_a_step_is_read_before_it_runs():
 
 
 def test_products_bear_the_names_that_are_looked_for():
-    """In a real program, as it is compiled for a CPU."""
+    """In a real program, as it is compiled for a CPU after it was kept on disk."""
     decoder, params, batch = tiny_decoder(fp8=True, scan_layers=False)
     run = jax.jit(jax.grad(lambda params: loss_of(decoder, params, batch)))
-    names = fp8_step._NAME.findall(run.lower(params).compile().as_text())
+    kept = export.deserialize(bytearray(export.export(run)(params).serialize()))
+    names = fp8_step._NAME.findall(jax.jit(kept.call).lower(params).compile().as_text())
     expected = {(m, p) for m in decoder.linear_kernels() for p in PASSES}
     assert set(names) == expected
 

@@ -16,7 +16,13 @@ from jaxtrain import sharding, step
 from jaxtrain.kernels.attention import api
 from jaxtrain.models import Decoder, ModelConfig
 from jaxtrain.objectives import make_objective
-from jaxtrain.run import closures, compilation_cache, kept_programs
+from jaxtrain.run import (
+    closures,
+    compilation_cache,
+    fitted_step,
+    fp8_step,
+    kept_programs,
+)
 from jaxtrain.run.step_programs import StepPrograms
 from jaxtrain.types import Batch, TrainState
 from tests.runs import tiny_config, train
@@ -171,6 +177,38 @@ def test_a_second_run_reads_the_steps_that_the_first_one_traced(tmp_path, monkey
     assert traces == [] and losses[0] == losses[1]
 
 
+def test_steps_that_are_read_or_fitted_to_memory_are_kept_too(keeper, monkeypatch):
+    """Each policy that is tried, and a program is read before it runs as ever."""
+    plan, traces, checked = keeper.plan, count_traces(monkeypatch), []
+    monkeypatch.setattr(fitted_step, "REMATS", ("none", "full"))
+    monkeypatch.setattr(fitted_step, "memory_limit", lambda device: 1)  # fits neither
+    monkeypatch.setattr(
+        fp8_step, "check_products", lambda text, expected: checked.append(text)
+    )
+    batch, expected = make_batch(plan, 12), fp8_step.Expected(frozenset(), 1, 1, 1)
+    found = []
+    for kept in (None, keeper, keeper):
+        jax.clear_caches()
+        traces.clear()
+        checked.clear()
+        state = make_state(plan)
+
+        def make_checked(remat, state=state):
+            return fp8_step.CheckedStep(jit_step(plan, state, remat=remat), expected)
+
+        device = plan.mesh.devices.flat[0]
+        fitted = fitted_step.FittedStep(make_checked, device)
+        programs = StepPrograms(fitted, kept)
+        programs.compile(state, [batch])
+        _, metrics = programs(state, batch)
+        assert len(checked) == 2 and "HloModule" in checked[0]
+        found.append((len(traces), host(metrics)))
+    assert found[0][0] > 0 and found[1][0] > 0 and found[2][0] == 0
+    assert len(files(keeper)) == len(keeper.found) == 2
+    for other in found[1:]:
+        np.testing.assert_array_equal(found[0][1], other[1])
+
+
 def test_another_step_is_another_file(keeper, monkeypatch):
     """What changes the program changes its name; what doesn't, does not."""
     plan = keeper.plan
@@ -194,8 +232,9 @@ def test_another_step_is_another_file(keeper, monkeypatch):
     assert name() == names[0]
 
 
-def test_code_of_ones_own_is_never_kept(keeper):
+def test_code_of_ones_own_is_never_kept_and_the_log_says_so_once(keeper, caplog):
     """No key tells what is in it; it is traced at each start."""
+    caplog.set_level("INFO", "jaxtrain")
     plan = keeper.plan
     state, batch = make_state(plan), make_batch(plan, 12)
     decoder = Decoder(ModelConfig.from_hf(SIZES))
@@ -208,6 +247,9 @@ def test_code_of_ones_own_is_never_kept(keeper):
         closures.describe(jitted.__wrapped__)
     _, metrics = keeper.lower(jitted, state, batch).compile()(state, batch)
     assert np.isfinite(metrics["loss"].total) and files(keeper) == []
+    keeper.lower(jitted, make_state(plan), batch)
+    (line,) = [line for line in caplog.messages if "is not kept" in line]
+    assert line.endswith("own_score")
 
 
 def test_what_was_logged_at_tracing_is_logged_again(keeper, caplog, monkeypatch):

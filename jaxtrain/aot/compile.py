@@ -67,9 +67,12 @@ def _compile_run(
     tokens = sum(rows.tokens.size for rows in rows_of(batch))
     report = functools.partial(Report, topology, len(devices), chip, tokens, run)
     start = time.perf_counter()
-    traced = step.trace(state, batch)
+    with jax.sharding.use_abstract_mesh(model.plan.mesh.abstract_mesh):
+        # By it kernels in Triton are lowered for the GPUs of the mesh.
+        traced = step.trace(state, batch)
+        lowered = traced.lower()
     try:
-        compiled = traced.lower().compile()
+        compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

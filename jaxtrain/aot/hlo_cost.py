@@ -33,7 +33,9 @@ _FREE = {
 # They show the same elements in another order: what is read is what is read of these.
 _VIEWS = {"bitcast", "copy", "reshape", "transpose"}
 
-_KERNEL = re.compile(r'custom_call_target="(?:tpu_custom_call|mosaic_gpu)')
+_KERNEL = re.compile(
+    r'custom_call_target="(?:tpu_custom_call|mosaic_gpu|__gpu\$xla\.gpu\.triton)'
+)
 _COLLECTIVE_BEGINS = 'custom_call_target="AsyncCollectiveStart"'
 _COLLECTIVE_ENDS = 'custom_call_target="AsyncCollectiveDone"'
 

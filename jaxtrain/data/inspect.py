@@ -14,11 +14,11 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import datasets
 import numpy as np
 
 from jaxtrain.cli.command import ConfigParser
@@ -184,7 +184,8 @@ def main(arguments: Sequence[str]) -> int:
     Raises:
         ValueError, OSError: nothing can be said.
     """
-    datasets.disable_progress_bars()
+    # For `datasets`, which is only imported for rows that it has to read.
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     options, run = _read_options(arguments)
     rows = load_training_rows(run)
     named = run.model.name_or_path

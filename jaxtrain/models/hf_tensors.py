@@ -27,6 +27,8 @@ from jaxtrain.storage.reading import READS_AT_ONCE, AnyFile, RemoteFile
 
 _T = TypeVar("_T")
 
+_COPIES = min(8, os.cpu_count() or 1)  # at once, from a file on the disk
+
 # A file of transformers' base class, which has no head, lacks the first part of names.
 _WITHOUT_PREFIX = re.compile(r"(layers\.\d+|embed_tokens|norm)\..+")
 
@@ -50,12 +52,13 @@ class Tensors(dict[str, Any]):
         self.in_bucket = in_bucket
 
     def for_each(self, read: Callable[[_T], None], items: Iterable[_T]) -> None:
-        """Call `read`, which reads a tensor, for each item; in parallel in a bucket."""
-        if not self.in_bucket:
-            for item in items:
-                read(item)
-            return
-        with concurrent.futures.ThreadPoolExecutor(READS_AT_ONCE) as pool:
+        """Call `read`, which copies from a tensor, for each item, several at once.
+
+        The copies are not Python's, so that as many cores as there are share them; in
+        buckets more are asked for than there are cores.
+        """
+        workers = READS_AT_ONCE if self.in_bucket else _COPIES
+        with concurrent.futures.ThreadPoolExecutor(workers) as pool:
             list(pool.map(read, items))
 
     def whereabouts(self, name: str) -> str:

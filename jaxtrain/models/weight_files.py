@@ -1,7 +1,9 @@
 """Reading tensors of safetensors files, on the disk or in a bucket, slice by slice.
 
-Only the rows that are asked for are read from a file in a bucket; a row is what an
-index of a tensor's first axis gives.
+Of a file on the disk a slice is a view of the mapped file, which is read when it is
+copied to where it is wanted: safetensors would make a copy before. Only the rows that
+are asked for are read from a file in a bucket; a row is what an index of a tensor's
+first axis gives.
 """
 
 import contextlib
@@ -36,23 +38,14 @@ def open_weights(file: AnyFile) -> Iterator[Any]:
     if isinstance(file, RemoteFile):
         yield RemoteTensors(file)
         return
-    with contextlib.ExitStack() as stack:
-        with reading(file):
-            opened = stack.enter_context(safe_open(str(file), framework="numpy"))
-        yield opened
+    with reading(file), safe_open(str(file), framework="numpy"):
+        pass  # it looks for damage
+    yield MappedTensors(file)
 
 
-@dataclasses.dataclass(frozen=True)
-class RemoteSlice:
-    """A tensor in a bucket that is read when indexed, like a slice of `safe_open`.
+class _Slice:
+    """What slices tell of their tensor, as a slice of `safe_open` does."""
 
-    `start` is the position of its first byte in the file. An index is one request:
-    it reads the range that it asks for on the first axis with more than one place,
-    and all of the axes after it, as parts of these would need a request each.
-    """
-
-    file: RemoteFile
-    start: int
     kind: str
     shape: tuple[int, ...]
 
@@ -67,6 +60,37 @@ class RemoteSlice:
     def get_shape(self) -> list[int]:
         """The length of each axis."""
         return list(self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class MappedSlice(_Slice):
+    """A tensor in a mapped file, of which an index is a view that can't be written.
+
+    `stored`: its bytes, as uint8.
+    """
+
+    stored: np.ndarray
+    kind: str
+    shape: tuple[int, ...]
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        values = self.stored.view(_TYPES[self.kind]).reshape(self.shape)
+        return np.asarray(values[index])
+
+
+@dataclasses.dataclass(frozen=True)
+class RemoteSlice(_Slice):
+    """A tensor in a bucket that is read when indexed, like a slice of `safe_open`.
+
+    `start` is the position of its first byte in the file. An index is one request:
+    it reads the range that it asks for on the first axis with more than one place,
+    and all of the axes after it, as parts of these would need a request each.
+    """
+
+    file: RemoteFile
+    start: int
+    kind: str
+    shape: tuple[int, ...]
 
     def __getitem__(self, index: Any) -> np.ndarray:
         parts = index if isinstance(index, tuple) else (index,)
@@ -92,23 +116,51 @@ class RemoteSlice:
         return np.asarray(values[(*[slice(None)] * (axis + 1), *rest)])
 
 
-class RemoteTensors:
-    """The tensors of a safetensors file in a bucket, with `safe_open`'s methods."""
+class _Tensors:
+    """The tensors of a safetensors file, with `safe_open`'s methods."""
 
-    def __init__(self, file: RemoteFile) -> None:
-        self._file = file
+    def __init__(self, file: AnyFile) -> None:
         self._header, self._start = read_header(file)
 
     def keys(self) -> list[str]:
         """The names of the tensors."""
         return list(self._header)
 
-    def get_slice(self, name: str) -> RemoteSlice:
+    def get_slice(self, name: str) -> Any:
         """A tensor that is read when it is indexed."""
         entry = self._header[name]
-        start = self._start + entry["data_offsets"][0]
-        return RemoteSlice(self._file, start, entry["dtype"], tuple(entry["shape"]))
+        begin, end = (self._start + offset for offset in entry["data_offsets"])
+        return self._slice(begin, end, entry["dtype"], tuple(entry["shape"]))
 
     def get_tensor(self, name: str) -> np.ndarray:
-        """A whole tensor."""
-        return self.get_slice(name)[...]
+        """A whole tensor, as an array of its own."""
+        return np.array(self.get_slice(name)[...])
+
+    def _slice(self, begin: int, end: int, kind: str, shape: tuple[int, ...]) -> Any:
+        raise NotImplementedError
+
+
+class MappedTensors(_Tensors):
+    """The tensors of a file on the disk."""
+
+    def __init__(self, file: AnyFile) -> None:
+        super().__init__(file)
+        self._bytes = np.asarray(np.memmap(file, np.uint8, "r"))
+
+    def _slice(
+        self, begin: int, end: int, kind: str, shape: tuple[int, ...]
+    ) -> MappedSlice:
+        return MappedSlice(self._bytes[begin:end], kind, shape)
+
+
+class RemoteTensors(_Tensors):
+    """The tensors of a file in a bucket."""
+
+    def __init__(self, file: RemoteFile) -> None:
+        super().__init__(file)
+        self._file = file
+
+    def _slice(
+        self, begin: int, end: int, kind: str, shape: tuple[int, ...]
+    ) -> RemoteSlice:
+        return RemoteSlice(self._file, begin, kind, shape)

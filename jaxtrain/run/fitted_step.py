@@ -15,7 +15,7 @@ from jaxtrain.config.sections import REMATS
 from jaxtrain.models.load import LoadedModel
 from jaxtrain.record.memory import in_words, memory_limit
 from jaxtrain.run.out_of_memory import is_out_of_memory
-from jaxtrain.run.step_programs import shape_of
+from jaxtrain.run.step_programs import lower_anew, shape_of
 
 logger = logging.getLogger(__name__)
 
@@ -50,20 +50,25 @@ class FittedStep:
         Args:
             state, batch: arrays, or their descriptions.
         """
+        return self.lower_by(lower_anew, state, batch)
+
+    def lower_by(self, lower: Callable[..., Any], state: Any, batch: Any) -> Any:
+        """`lower`, where `lower(step, state, batch)` lowers the step of a policy."""
         shape = shape_of(batch)
         if shape not in self._programs:
-            self._programs[shape] = self._choose(state, batch)
+            self._programs[shape] = self._choose(lower, state, batch)
         program = self._programs[shape]
         return types.SimpleNamespace(compile=lambda: program)
 
-    def _choose(self, state: Any, batch: Any) -> Any:
+    def _choose(self, lower: Callable[..., Any], state: Any, batch: Any) -> Any:
         size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(batch))
         largest, policy = self._tried
         # What a smaller batch could not keep, this one cannot either.
         first = policy if size >= largest else 0
         refused = []
         for index, remat in enumerate(REMATS[first:], first):
-            program, needed, free = self._compile(remat, state, batch)
+            lowered = lower(self._make_step(remat), state, batch)
+            program, needed, free = self._compile(remat, lowered)
             fits = needed <= _USABLE * free
             if not (_all_agree(fits) or remat == REMATS[-1]):
                 refused.append(f"{remat} would take {_words(needed)}")
@@ -78,10 +83,8 @@ class FittedStep:
             break
         return program
 
-    def _compile(self, remat: str, state: Any, batch: Any) -> tuple[Any, float, float]:
+    def _compile(self, remat: str, lowered: Any) -> tuple[Any, float, float]:
         """The program of a policy, the bytes that it needs, and those that are free."""
-        step = self._make_step(remat)
-        lowered = step.lower(state, batch)
         limit = memory_limit(self._device)
         free = math.inf if limit is None else float(limit)
         try:

@@ -9,7 +9,7 @@ import collections
 import dataclasses
 import re
 import types
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ import jax
 from jaxtrain.config import RunConfig
 from jaxtrain.kernels.fp8 import FORWARD, OF_INPUT, OF_KERNEL, SCOPE
 from jaxtrain.models.load import LoadedModel
-from jaxtrain.run.step_programs import shape_of
+from jaxtrain.run.step_programs import lower_anew, shape_of
 
 _IN_FP8 = "__cublas$lt$matmul$f8"
 # A product in a program's text: a library's, or one left to the compiler's own kernels.
@@ -132,7 +132,11 @@ class CheckedStep:
 
     def lower(self, state: Any, batch: Any) -> Any:
         """As of a jitted function; `compile()` of what is returned checks as well."""
-        lowered = self._step.lower(state, batch)
+        return self.lower_by(lower_anew, state, batch)
+
+    def lower_by(self, lower: Callable[..., Any], state: Any, batch: Any) -> Any:
+        """`lower`, where `lower(step, state, batch)` lowers the jitted step."""
+        lowered = lower(self._step, state, batch)
 
         def compile_and_check() -> Any:
             program = lowered.compile()

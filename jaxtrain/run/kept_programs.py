@@ -67,18 +67,23 @@ class KeptPrograms:
 
     `folder`: where programs are kept. `plan`: the mesh of the step, of one device.
     `found`: the files of steps that need not be traced, as they are lowered.
+    `refused`: why steps could not be kept; each reason is logged once.
     """
 
     folder: pathlib.Path
     plan: sharding.ShardingPlan
     found: list[pathlib.Path] = dataclasses.field(default_factory=list)
+    refused: list[str] = dataclasses.field(default_factory=list)
 
     def lower(self, train_step: Any, state: TrainState, batch: Any) -> Any:
         """`train_step.lower(state, batch)`, in less time at a second start.
 
         The program has another name than the one of `train_step`, and so another place
-        in jax's cache of compiled programs.
+        in jax's cache of compiled programs. A step that is made of jitted ones
+        (fp8_step.py, fitted_step.py) has `lower_by`, which lowers these by this method.
         """
+        if hasattr(train_step, "lower_by"):
+            return train_step.lower_by(self.lower, state, batch)
         try:
             path = self.folder / f"{_key(train_step, self.plan, state, batch)}{_SUFFIX}"
             kept = _read(path)
@@ -92,8 +97,15 @@ class KeptPrograms:
         except Exception as error:
             # Of jax, of flatbuffers, of the disk: a file that saves seconds is not
             # worth a run.
-            logger.debug("the traced step is not kept: %s", error)
+            self._say_once(error)
             return train_step.lower(state, batch)
+
+    def _say_once(self, error: Exception) -> None:
+        what = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if what not in self.refused:
+            self.refused.append(what)
+            told = "the traced train step is not kept for a next start: %s"
+            logger.info(told, what)
 
     def _keep(
         self, path: pathlib.Path, train_step: Any, state: TrainState, batch: Any

@@ -2,14 +2,12 @@
 
 Beside `checkpoints/` a small file says that a step was saved. A run whose checkpoints
 are gone must not begin again at step 0 as if nothing had been: its records would be
-written over. Nothing here imports jax.
+written over. A command looks before it imports jax, so nothing here does.
 """
 
 import json
 import pathlib
 from typing import Any
-
-import jax
 
 from jaxtrain.run.durable import flush, write_whole
 from jaxtrain.storage.address import is_remote
@@ -32,10 +30,10 @@ def note_saved(ledger: Any, step: int) -> None:
 def flush_records(ledger: Any) -> None:
     """Have the lines of a run's records on the disk before a checkpoint counts.
 
-    The first process does it, where there is a ledger beside them. Records of a bucket
-    are uploaded instead (run/workdir.py).
+    To be called in the first process; it does so where there is a ledger beside them.
+    Records of a bucket are uploaded instead (run/workdir.py).
     """
-    if ledger is not None and not is_remote(ledger) and jax.process_index() == 0:
+    if ledger is not None and not is_remote(ledger):
         for path in ledger.parent.glob("*.jsonl"):
             flush(path)
 

@@ -58,9 +58,8 @@ class StepPrograms:
         logger.info(told, len(batches), plural, secs, traced, earlier)
 
     def _lower(self, state: TrainState, batch: AnyBatch) -> Any:
-        if self._kept is None:
-            return self._train_step.lower(state, batch)
-        return self._kept.lower(self._train_step, state, batch)
+        lower = lower_anew if self._kept is None else self._kept.lower
+        return lower(self._train_step, state, batch)
 
     def compiles(self, batch: AnyBatch) -> bool:
         """Whether the step of a batch compiles first; asked once for each step."""
@@ -80,6 +79,11 @@ class StepPrograms:
 def make_programs(train_step: Any, plan: ShardingPlan) -> StepPrograms:
     """The programs of a jitted train step on this mesh, kept on disk where they can."""
     return StepPrograms(train_step, keep_programs(plan))
+
+
+def lower_anew(train_step: Any, state: Any, batch: Any) -> Any:
+    """Trace and lower a step, whatever was kept of an earlier run."""
+    return train_step.lower(state, batch)
 
 
 def shape_of(batch: Any) -> Hashable:

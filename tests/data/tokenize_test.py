@@ -1,4 +1,6 @@
 import json
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxtrain.data.rows import tokenize
 from jaxtrain.data.rows.encode import TextEncoder
 from jaxtrain.data.rows.formats import detect_format, read_row
 from jaxtrain.data.rows.tokenize import (
@@ -202,3 +205,27 @@ def test_an_unknown_token_that_the_vocabulary_lacks_is_one_line(tmp_path):
     for encode in (encoder.encode, encoder.encode_with_offsets):
         with pytest.raises(ValueError, match="cannot encode a text"):
             encode(["a b"])
+
+
+def test_a_tokenizer_class_comes_without_the_reader_of_gguf_that_imports_torch(
+    monkeypatch,
+):
+    """As transformers 5.17 has it, until something is to be read."""
+    reader = "transformers.modeling_gguf_pytorch_utils"
+    for name in ("torch", reader):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+
+    class Transformers:
+        @property
+        def Tokenizer(self):  # noqa: N802
+            from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+            return load_gguf_checkpoint
+
+    monkeypatch.setattr(tokenize, "transformers", Transformers())
+    load = tokenize._import_class("Tokenizer")
+    assert not {"torch", reader} & sys.modules.keys()
+    module = types.ModuleType(reader)
+    module.load_gguf_checkpoint = lambda path, whole: (path, whole)
+    monkeypatch.setitem(sys.modules, reader, module)
+    assert load("x.gguf", whole=True) == ("x.gguf", True)

@@ -10,10 +10,13 @@ spans the border belongs to the completion.
 
 import dataclasses
 import functools
+import importlib
 import itertools
 import json
 import logging
 import pathlib
+import sys
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -165,7 +168,33 @@ def _named_class(folder: pathlib.Path) -> Any | None:
         name = str(name).removesuffix("Fast")
     if has_code or model_type not in _TAKEN_AT_ITS_WORD.get(name, ()):
         return None
-    return getattr(transformers, name, None)
+    return _import_class(name)
+
+
+def _import_class(name: str) -> Any | None:
+    """A tokenizer class of transformers, without the reader of GGUF files.
+
+    Up to 5.17 transformers imports that reader beside its tokenizers, and PyTorch with
+    it. Here it is imported when something of it is called.
+    """
+    reader = "transformers.modeling_gguf_pytorch_utils"
+    if reader in sys.modules or "torch" in sys.modules:
+        return getattr(transformers, name, None)
+
+    def stand_in(called: str) -> Callable[..., Any]:
+        if called.startswith("_"):
+            raise AttributeError(called)
+        return lambda *args, **options: getattr(
+            importlib.import_module(reader), called
+        )(*args, **options)
+
+    module = types.ModuleType(reader)
+    vars(module)["__getattr__"] = stand_in
+    sys.modules[reader] = module
+    try:
+        return getattr(transformers, name, None)
+    finally:
+        del sys.modules[reader]
 
 
 def _check_files(folder: pathlib.Path) -> None:

@@ -205,8 +205,8 @@ def _choose(
     and what cuDNN refuses, up to a width whose tiles fit every card; that is an
     estimate from a Hopper GPU, where they were measured. For TPUs there is one kernel.
     The XLA path is the last resort; the log says why. The mesh, of which `device` is
-    one, need not be present: then cuDNN and Triton, which ask the GPU that is here,
-    give way to ours.
+    one, need not be present: then cuDNN, which asks the GPU that is here, gives way to
+    ours.
     """
     platform = jax.default_backend() if device is None else device.platform
     absent = platform == "gpu" and jax.default_backend() != "gpu"
@@ -247,7 +247,7 @@ def _why_not_triton(
     refusal = _refuse_pallas_triton(q, mask, extras, device)
     if refusal is not None:
         return refusal
-    if _is_hopper(cudnn.compute_capability()):
+    if _is_hopper(cudnn.compute_capability(device)):
         return "it is slow on Hopper"
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it is slow in {q.dtype.name}"
@@ -271,8 +271,8 @@ def _refuse_pallas_gpu(
 def _refuse_pallas_triton(
     q: Queries, mask: Mask, extras: Extras, device: jax.Device | None
 ) -> str | None:
-    # Its lowering asks the GPU that is here.
-    capability = cudnn.compute_capability()
+    # A GPU that is not here is named to its lowering by `aot`.
+    capability = cudnn.compute_capability(device)
     if capability is None or capability < 8.0:
         return "it needs an NVIDIA GPU of compute capability 8.0 or later"
     if q.shape[-1] > _NARROW_HEAD and capability in _SMALL_SHARED_MEMORY:

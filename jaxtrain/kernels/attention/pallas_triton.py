@@ -20,6 +20,7 @@ from jaxtrain.kernels.attention.blocked import (
     Kernels,
     Options,
     bend_slope,
+    estimate_cost,
     id_rows,
     scale_scores,
 )
@@ -64,6 +65,7 @@ def forward(
             jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
         ],
         compiler_params=_compiler_params(width),
+        cost_estimate=_estimate(options, (q, k, v), products=(1, 1)),
         interpret=options.interpret,
         name="attention_forward",
     )(q, k, v, *id_rows(ids), *_key_lists(schedule))
@@ -184,6 +186,7 @@ def _query_gradient(
         out_specs=specs.query,
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
         compiler_params=_compiler_params(width),
+        cost_estimate=_estimate(options, (q, k, v), products=(2, 1)),
         interpret=options.interpret,
         name="attention_query_gradient",
     )(*inputs, *_key_lists(schedule))
@@ -270,6 +273,7 @@ def _key_gradients(
         out_specs=[key, value],
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v)],
         compiler_params=_compiler_params(width),
+        cost_estimate=_estimate(options, (q, k, v), products=(2, 2)),
         interpret=options.interpret,
         name="attention_key_gradients",
     )(
@@ -373,6 +377,16 @@ def _product(left: Array, right: Array) -> Array:
 
 def _key_lists(schedule: Schedule) -> tuple[Array, Array, Array]:
     return schedule.key_counts, schedule.key_wholes, schedule.key_blocks
+
+
+def _estimate(
+    options: Options, arrays: tuple[Array, Array, Array], *, products: tuple[int, int]
+) -> pl.CostEstimate:
+    """Of q [B T N H], k [B S K H] and v [B S K V] of one device."""
+    lengths = (arrays[0].shape[1], arrays[1].shape[1])
+    blocks = (_BLOCK, _BLOCK)
+    cost = estimate_cost(options, arrays, lengths, blocks, products=products)
+    return pl.CostEstimate(**cost)
 
 
 def _compiler_params(width: int) -> plgpu.CompilerParams:

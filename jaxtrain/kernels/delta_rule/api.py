@@ -60,7 +60,7 @@ def delta_rule(
         initial_state = jnp.zeros((batch, heads, k.shape[3], width), jnp.float32)
     if implementation == "auto":
         implementation = _choose(k, v, _device_of(layout))
-    elif reason := _refusal(implementation, k, v):
+    elif reason := _refusal(implementation, k, v, _device_of(layout)):
         raise NotImplementedError(
             f"delta rule implementation {implementation!r} refuses: {reason}; use"
             " 'auto' or 'xla'"
@@ -195,19 +195,20 @@ def _choose(k: Array, v: Array, device: jax.Device | None) -> str:
         name = "recurrent"
     elif platform in ("tpu", "gpu"):
         name = {"tpu": "pallas_tpu", "gpu": "pallas_triton"}[platform]
-        reason = _refusal(name, k, v)
+        reason = _refusal(name, k, v, device)
         name = "xla" if reason else name
     _log_choice(name, v.shape[2:], k.shape[2:], v.dtype.name, reason)
     return name
 
 
-def _refusal(name: str, k: Array, v: Array) -> str | None:
+def _refusal(name: str, k: Array, v: Array, device: jax.Device | None) -> str | None:
     """Why this implementation cannot serve the call; None where it can."""
     if name == "pallas_tpu" and jax.default_backend() == "gpu":
         return "the backend is 'gpu', not a TPU"
     if name != "pallas_triton":
         return None
-    capability = compute_capability()  # its lowering asks the GPU that is here
+    # A GPU that is not here is named to its lowering by `aot`.
+    capability = compute_capability(device)
     if capability is None or capability < 8.0:
         return "it needs an NVIDIA GPU of compute capability 8.0 or later"
     try:

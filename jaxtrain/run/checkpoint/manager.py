@@ -195,7 +195,8 @@ class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
         raw = {name: leaves.to_raw(leaf) for name, leaf in arrays.items()}
         values = {"record": saved_record.digest(record)}
         self._known_metrics[step] = numbers
-        ledgers.flush_records(self._ledger)
+        if jax.process_index() == 0:
+            ledgers.flush_records(self._ledger)
         self._has_saved = True
         pieces = checksums.on_host(raw)
         is_own = is_on_s3(self.directory)

@@ -44,7 +44,7 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(
         api, "_load_passes", lambda name: INTERPRETED.get(name) or compiled(name)
     )
-    monkeypatch.setattr(api, "compute_capability", lambda: 9.0)
+    monkeypatch.setattr(api, "compute_capability", lambda device: 9.0)
 
 
 def make_inputs(seed=0, length=LENGTH, dtype=np.float64):
@@ -367,7 +367,7 @@ def test_what_cannot_be_is_refused(monkeypatch):
         delta_rule(**inputs, implementation="fast")
     with pytest.raises(ValueError, match="do not fit: q and k need one shape"):
         delta_rule(**inputs | {"q": inputs["q"][:, :2]})
-    monkeypatch.setattr(api, "compute_capability", lambda: None)
+    monkeypatch.setattr(api, "compute_capability", lambda device: None)
     with pytest.raises(NotImplementedError, match="needs an NVIDIA GPU"):
         delta_rule(**inputs, implementation="pallas_triton")
 
