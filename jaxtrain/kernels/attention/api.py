@@ -20,7 +20,8 @@ from jaxtrain.kernels.attention.schedule import Schedule
 from jaxtrain.kernels.attention.xla import attention_xla
 
 _PALLAS = ("pallas_gpu", "pallas_triton", "pallas_tpu")
-IMPLEMENTATIONS = ("auto", "reference", "xla", "cudnn", *_PALLAS)
+_BLOCKED = (*_PALLAS, "xla_blocks")  # leave out blocks that a mask leaves empty
+IMPLEMENTATIONS = ("auto", "reference", "xla", "cudnn", *_BLOCKED)
 # Up to here our Hopper kernels are ahead of cuDNN on plain causal rows, or level.
 _MEASURED_ROW, _NARROW_HEAD = 8192, 128
 # GPUs with 99 KiB of shared memory: A10, RTX 30; L4, L40, RTX 40; RTX 50 and PRO.
@@ -88,7 +89,7 @@ def attention(
         out = attend(q, k, v, mask, schedule, sinks)
     else:
         out = attend_on_shards(attend, layout, q, k, v, mask, schedule, sinks)
-    if implementation in _PALLAS and not _cuts_rows(layout, q.shape[1]):
+    if implementation in _BLOCKED and not _cuts_rows(layout, q.shape[1]):
         return out  # the kernel has named it, with what its backward pass reads
     return checkpoint_name(out, "attention")
 
@@ -142,7 +143,7 @@ def plan_attention(
     if implementation == "auto":
         extras = Extras(softcap, has_sinks, value_width)
         implementation = _choose(q, mask, extras, _device_of(layout))
-    if implementation not in _PALLAS or _cuts_rows(layout, q.shape[1]):
+    if implementation not in _BLOCKED or _cuts_rows(layout, q.shape[1]):
         return None
     return blocked.plan(_load_kernels(implementation), mask, *q.shape[:2])
 
@@ -165,7 +166,7 @@ def skips_blocks(
         mask = Mask(ids, None, True, None)  # type: ignore[arg-type]
         extras = Extras(softcap, has_sinks, value_width)
         implementation = _choose(q, mask, extras, _device_of(layout))
-    return implementation in _PALLAS and not _cuts_rows(layout, q.shape[1])
+    return implementation in _BLOCKED and not _cuts_rows(layout, q.shape[1])
 
 
 def _cuts_rows(layout: Layout | None, length: int) -> bool:

@@ -28,6 +28,7 @@ from jaxtrain.kernels.attention.pallas_tpu import KERNELS as TPU
 from jaxtrain.kernels.attention.pallas_triton import KERNELS as TRITON
 from jaxtrain.kernels.attention.reference import attention_reference
 from jaxtrain.kernels.attention.xla import attention_xla
+from jaxtrain.kernels.attention.xla_blocks import with_blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,10 +73,12 @@ def cudnn_directly(q, k, v, mask, *, softcap, scale, sinks):
     return attention_cudnn(q, k, v, mask, scale=scale)
 
 
+BLOCKS = with_blocks(32)
 CPU = {
     "reference": Implementation(attention_reference),
     "xla": Implementation(attention_xla),
     "xla_chunked": Implementation(functools.partial(attention_xla, chunk=11)),
+    "xla_blocks": Implementation(functools.partial(attention_blocked, BLOCKS)),
     "pallas_tpu": Implementation(interpreted(TPU)),
     "pallas_triton": Implementation(interpreted(TRITON)),
     "pallas_gpu": Implementation(interpreted(HOPPER), dtype=jnp.bfloat16, slow=True),
