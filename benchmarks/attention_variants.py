@@ -1,4 +1,4 @@
-"""Sinks, uneven widths, heads of 256 and 512, tiles in XLA: errors and times on one GPU.
+"""Sinks, uneven widths, wide heads, tiles in plain XLA: errors and times on one GPU.
 
 From the root of the repository:
 
