@@ -24,6 +24,8 @@ _BLOCKED = (*_PALLAS, "xla_blocks")  # leave out blocks that a mask leaves empty
 IMPLEMENTATIONS = ("auto", "reference", "xla", "cudnn", *_BLOCKED)
 # Up to here our Hopper kernels are ahead of cuDNN on plain causal rows, or level.
 _MEASURED_ROW, _NARROW_HEAD = 8192, 128
+# From here on blocks are left out where XLA alone runs; shorter rows have few of them.
+_LEAST_BLOCKED = 512
 # GPUs with 99 KiB of shared memory: A10, RTX 30; L4, L40, RTX 40; RTX 50 and PRO.
 _SMALL_SHARED_MEMORY = (8.6, 8.9, 12.0, 12.1)
 _logger = logging.getLogger(__name__)
@@ -205,7 +207,8 @@ def _choose(
     GPUs cuDNN takes plain rows, and our Triton kernels those with blocks to leave out
     and what cuDNN refuses, up to a width whose tiles fit every card; that is an
     estimate from a Hopper GPU, where they were measured. For TPUs there is one kernel.
-    The XLA path is the last resort; the log says why. The mesh, of which `device` is
+    Where none of these runs, plain XLA leaves out blocks of packed rows, and computes
+    the whole mask of others; the log says why. The mesh, of which `device` is
     one, need not be present: then cuDNN and Triton, which ask the GPU that is here,
     give way to ours.
     """
@@ -230,15 +233,22 @@ def _choose(
     elif by_cudnn is None:
         name = "cudnn"
     else:
-        name = "xla"
+        name = _without_kernels(q, mask)
         if "gpu" in (platform, jax.default_backend()):
             by_hopper = _refuse_pallas_gpu(q, mask, extras, device)
+            slow = "" if name == "xla_blocks" else "which is slow "
             why = (
-                f", which is slow (pallas_gpu: {by_hopper}; cudnn: {by_cudnn};"
+                f", {slow}(pallas_gpu: {by_hopper}; cudnn: {by_cudnn};"
                 f" pallas_triton: {reason})"
             )
     _log_choice(name, q, mask, extras, why)
     return name
+
+
+def _without_kernels(q: Queries, mask: Mask) -> str:
+    """What XLA alone runs: blocks are left out where there are such, and many."""
+    leaves_out = mask.segment_ids is not None
+    return "xla_blocks" if leaves_out and q.shape[1] >= _LEAST_BLOCKED else "xla"
 
 
 def _why_not_triton(

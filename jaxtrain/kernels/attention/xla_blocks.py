@@ -10,10 +10,12 @@ parts are at the same block at once, and what they add needs no order.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
 from jaxtrain.kernels.attention.blocked import (
@@ -25,8 +27,11 @@ from jaxtrain.kernels.attention.blocked import (
     id_rows,
     scale_scores,
 )
-from jaxtrain.kernels.attention.schedule import Schedule
+from jaxtrain.kernels.attention.masks import Mask
+from jaxtrain.kernels.attention.schedule import Schedule, count_visits
 
+Arrays = TypeVar("Arrays")
+Carry = TypeVar("Carry")
 # Scores that one step of a loop holds, at most: 128 MiB of float32.
 _SCORES = 2**25
 # Shares of a batch's blocks that a step takes. Fewer and larger steps would wait for
@@ -57,6 +62,7 @@ class Walk(NamedTuple):
     away: Int32[Array, "B*I J"]
     steps: Int32[Array, ""]
     parts: int
+    most: int  # steps, whatever the documents are
 
 
 class Pairs(NamedTuple):
@@ -73,21 +79,23 @@ class Pairs(NamedTuple):
 def make_walk(
     counts: Int32[Array, "B I"],
     lists: Int32[Array, "B I J"],
-    aways: int,
+    visits: int,
     parts: int,
 ) -> Walk:
     """The walk over lists of which the first `counts` entries each are to be visited.
 
     Args:
-        aways: blocks of a row on the other side.
+        visits: pairs of a row, at most.
         parts: how many pairs a step takes.
     """
-    batch, homes = counts.shape
+    batch, homes, slots = lists.shape
     lengths = counts.reshape(-1)
     starts = jnp.pad(jnp.cumsum(lengths, dtype=jnp.int32), (1, 0))
     steps = jnp.maximum(-(-starts[-1] // parts), lengths.max())
-    away = lists + jnp.arange(batch, dtype=jnp.int32)[:, None, None] * aways
-    return Walk(starts, away.reshape(batch * homes, -1), steps, parts)
+    # A list has a slot for each block of the other side.
+    away = lists + jnp.arange(batch, dtype=jnp.int32)[:, None, None] * slots
+    most = max(-(-batch * visits // parts), slots)
+    return Walk(starts, away.reshape(batch * homes, slots), steps, parts, most)
 
 
 def take_step(walk: Walk, step: Int32[Array, ""]) -> Pairs:
@@ -138,10 +146,9 @@ def forward(
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B N T"]]:
     """Attention and the base-2 log-sum-exp of each query's logits."""
     queries, keys = _cut(q, k, v, ids, schedule)
-    walk = _walk_over_keys(schedule, q.shape[2])
 
-    def visit(step: Array, carry: tuple) -> tuple:
-        home, away, target = take_step(walk, step)
+    def visit(pairs: Pairs, carry: tuple) -> tuple:
+        home, away, target = pairs
         tile, others = _take(queries, home), _take(keys, away)
         out, highest, total = _take(carry, home)
         logits = _logits(options, tile, others)
@@ -154,7 +161,7 @@ def forward(
         values = _multiply("pkgqs,pksv->pkgqv", weights.astype(v.dtype), others.v)
         out = out * fade[..., None] + values
         return jax.tree.map(
-            lambda all_, new: all_.at[target].set(
+            lambda every, new: every.at[target].set(
                 new, mode="drop", unique_indices=True
             ),
             carry,
@@ -168,7 +175,8 @@ def forward(
         jnp.full(stat, NEVER / 2, jnp.float32),
         jnp.zeros(stat, jnp.float32),
     )
-    out, highest, total = jax.lax.fori_loop(0, walk.steps, visit, carry)
+    walk = _walk_over_keys(options, schedule, q.shape[2])
+    out, highest, total = _loop(walk, visit, carry)
     empty = total == 0
     divisor = jnp.where(empty, 1.0, total)
     out = (out / divisor[..., None]).astype(q.dtype)
@@ -213,23 +221,18 @@ def _query_gradient(
     keys: _Keys,
 ) -> Float[Array, "B*I K G Q H"]:
     """Without the factor `scale`, in float32."""
-    kv_heads, group = queries.q.shape[1:3]
-    walk = _walk_over_keys(schedule, kv_heads * group)
 
-    def visit(step: Array, dq: Array) -> Array:
-        home, away, target = take_step(walk, step)
-        tile, weigh, others = (
-            _take(queries, home),
-            _take(weighed, home),
-            _take(keys, away),
-        )
+    def visit(pairs: Pairs, dq: Array) -> Array:
+        home, away, target = pairs
+        tile, weigh = _take(queries, home), _take(weighed, home)
+        others = _take(keys, away)
         allowed = _allowed(options, schedule, (home, away), tile, others)
         _, slope = _differentiate(options, tile, weigh, others, allowed)
         part = _multiply("pkgqs,pksh->pkgqh", slope, others.k)
         return dq.at[target].add(part, mode="drop", unique_indices=True)
 
     dq = jnp.zeros(queries.q.shape, jnp.float32)
-    return jax.lax.fori_loop(0, walk.steps, visit, dq)
+    return _loop(_walk_over_keys(options, schedule, _heads(queries)), visit, dq)
 
 
 def _key_gradients(
@@ -240,32 +243,26 @@ def _key_gradients(
     keys: _Keys,
 ) -> tuple[Float[Array, "B*J K L H"], Float[Array, "B*J K L V"]]:
     """Without the factor `scale` of the first, in float32."""
-    kv_heads, group = queries.q.shape[1:3]
-    walk = _walk_over_queries(schedule, kv_heads * group)
 
-    def visit(step: Array, totals: tuple) -> tuple:
-        home, away, target = take_step(walk, step)
-        tile, weigh, others = (
-            _take(queries, away),
-            _take(weighed, away),
-            _take(keys, home),
-        )
+    def visit(pairs: Pairs, totals: tuple) -> tuple:
+        home, away, target = pairs
+        tile, weigh = _take(queries, away), _take(weighed, away)
+        others = _take(keys, home)
         allowed = _allowed(options, schedule, (away, home), tile, others)
         weights, slope = _differentiate(options, tile, weigh, others, allowed)
-        parts = (
-            _multiply("pkgqs,pkgqh->pksh", slope, tile.q),
-            _multiply("pkgqs,pkgqv->pksv", weights, weigh.d_out),
-        )
-        return jax.tree.map(
-            lambda total, part: total.at[target].add(
-                part, mode="drop", unique_indices=True
-            ),
-            totals,
-            parts,
+        dk, dv = totals
+        dk_part = _multiply("pkgqs,pkgqh->pksh", slope, tile.q)
+        dv_part = _multiply("pkgqs,pkgqv->pksv", weights, weigh.d_out)
+        return (
+            dk.at[target].add(dk_part, mode="drop", unique_indices=True),
+            dv.at[target].add(dv_part, mode="drop", unique_indices=True),
         )
 
-    zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (keys.k, keys.v))
-    return jax.lax.fori_loop(0, walk.steps, visit, zeros)
+    zeros = (
+        jnp.zeros(keys.k.shape, jnp.float32),
+        jnp.zeros(keys.v.shape, jnp.float32),
+    )
+    return _loop(_walk_over_queries(options, schedule, _heads(queries)), visit, zeros)
 
 
 def _differentiate(
@@ -313,18 +310,32 @@ def _allowed(
     return allowed[:, None, None]
 
 
-def _walk_over_keys(schedule: Schedule, heads: int) -> Walk:
+def _walk_over_keys(options: Options, schedule: Schedule, heads: int) -> Walk:
     """Blocks of queries are at home."""
-    aways = schedule.query_counts.shape[1]
-    parts = _count_parts(schedule, schedule.key_counts.size, heads)
-    return make_walk(schedule.key_counts, schedule.key_blocks, aways, parts)
+    return make_walk(
+        schedule.key_counts,
+        schedule.key_blocks,
+        _count_visits(options, schedule),
+        _count_parts(schedule, schedule.key_counts.size, heads),
+    )
 
 
-def _walk_over_queries(schedule: Schedule, heads: int) -> Walk:
+def _walk_over_queries(options: Options, schedule: Schedule, heads: int) -> Walk:
     """Blocks of keys are at home."""
-    aways = schedule.key_counts.shape[1]
-    parts = _count_parts(schedule, schedule.query_counts.size, heads)
-    return make_walk(schedule.query_counts, schedule.query_blocks, aways, parts)
+    return make_walk(
+        schedule.query_counts,
+        schedule.query_blocks,
+        _count_visits(options, schedule),
+        _count_parts(schedule, schedule.query_counts.size, heads),
+    )
+
+
+def _count_visits(options: Options, schedule: Schedule) -> int:
+    """Pairs of a row that causality and the window leave."""
+    rule = Mask(causal=options.causal, window=options.window, offset=options.offset)
+    _, blocks_q, blocks_k = schedule.key_blocks.shape
+    blocks = (schedule.block_q, schedule.block_k)
+    return count_visits(rule, (blocks_q * blocks[0], blocks_k * blocks[1]), blocks)
 
 
 def _count_parts(schedule: Schedule, blocks: int, heads: int) -> int:
@@ -332,12 +343,28 @@ def _count_parts(schedule: Schedule, blocks: int, heads: int) -> int:
     return max(1, min(blocks // _SHARES, fitting))
 
 
+def _loop(walk: Walk, visit: Callable[[Pairs, Carry], Carry], carry: Carry) -> Carry:
+    """`visit` the pairs of every step."""
+
+    def goes_on(state: tuple) -> Array:
+        # The second bound never ends the loop. It tells those who count what a
+        # program computes (jaxtrain.aot) how long the loop may be.
+        return (state[0] < walk.steps) & (state[0] < np.int32(walk.most))
+
+    def advance(state: tuple) -> tuple:
+        step, carry = state
+        return step + 1, visit(take_step(walk, step), carry)
+
+    return jax.lax.while_loop(goes_on, advance, (jnp.int32(0), carry))[1]
+
+
+def _heads(queries: _Queries) -> int:
+    return queries.q.shape[1] * queries.q.shape[2]
+
+
 def _multiply(equation: str, left: Array, right: Array) -> Array:
     """The product, accumulated in float32."""
     return jnp.einsum(equation, left, right, preferred_element_type=jnp.float32)
-
-
-Arrays = TypeVar("Arrays")
 
 
 def _take(arrays: Arrays, blocks: Int32[Array, "P"]) -> Arrays:
@@ -356,8 +383,8 @@ def _cut(
         segments.reshape(-1, block_q),
         prompts.reshape(-1, block_q),
     )
-    blocks = (_cut_queries(x, block_k, k.shape[2])[:, :, 0] for x in (k, v))
-    return queries, _Keys(*blocks, key_ids.reshape(-1, block_k))
+    cut_k, cut_v = (_cut_queries(x, block_k, k.shape[2])[:, :, 0] for x in (k, v))
+    return queries, _Keys(cut_k, cut_v, key_ids.reshape(-1, block_k))
 
 
 def _cut_queries(
