@@ -202,25 +202,20 @@ def _choose(
     """The fastest implementation measured on this platform that serves the call.
 
     On Hopper our kernels win where documents leave blocks out, are ahead or level on
-    plain rows as far as was measured, and serve soft caps, sinks and values narrower
-    than keys; cuDNN takes longer plain rows (benchmarks/RESULTS.md). On other NVIDIA
-    GPUs cuDNN takes plain rows, and our Triton kernels those with blocks to leave out
-    and what cuDNN refuses, up to a width whose tiles fit every card; that is an
-    estimate from a Hopper GPU, where they were measured. For TPUs there is one kernel.
-    Where none of these runs, plain XLA leaves out blocks of packed rows, and computes
-    the whole mask of others; the log says why. The mesh, of which `device` is
-    one, need not be present: then cuDNN and Triton, which ask the GPU that is here,
-    give way to ours.
+    plain rows as far as was measured, and serve soft caps, sinks, values narrower than
+    keys and heads of up to 256; cuDNN takes longer plain rows of narrow heads
+    (benchmarks/RESULTS.md). On other NVIDIA GPUs cuDNN takes plain rows, and our Triton
+    kernels those with blocks to leave out and what cuDNN refuses, up to a width whose
+    tiles fit every card; that is an estimate from a Hopper GPU, where they were
+    measured. For TPUs there is one kernel. Where none of these runs, plain XLA leaves
+    out blocks of packed rows and computes the whole mask of others; the log says why.
+    The mesh, of which `device` is one, need not be present: then cuDNN and Triton,
+    which ask the GPU that is here, give way to ours.
     """
     platform = jax.default_backend() if device is None else device.platform
-    absent = platform == "gpu" and jax.default_backend() != "gpu"
-    measured = q.shape[1] <= _MEASURED_ROW and q.shape[3] <= _NARROW_HEAD
     by_cudnn = cudnn.refusal(q, mask, extras, device)
     packed = mask.segment_ids is not None
-    # Wide heads in plain rows are refused too; there ours were never timed.
-    narrower = extras.value_width not in (None, q.shape[3])
-    asked_for = extras.softcap is not None or extras.has_sinks or narrower
-    ours = packed or measured or absent or asked_for
+    ours = packed or q.shape[1] <= _MEASURED_ROW or by_cudnn is not None
     why = ""
     if platform == "tpu":
         name = "pallas_tpu"

@@ -66,7 +66,7 @@ def test_hopper_has_its_own_kernels_and_a_t4_none(on):
     on(H100)
     assert choose() == "pallas_gpu"
     assert choose(width=256) == "pallas_gpu"
-    assert choose(packed=False, width=256) == "xla"  # ours were never timed there
+    assert choose(packed=False, width=256) == "pallas_gpu"
     assert choose(packed=False, width=256, softcap=30.0) == "pallas_gpu"
     assert choose(width=512) == choose(dtype=jnp.float32) == "xla_blocks"
     on(T4)
