@@ -32,11 +32,10 @@ from jaxtrain.kernels.attention.schedule import Schedule, count_visits
 
 Arrays = TypeVar("Arrays")
 Carry = TypeVar("Carry")
-# Scores that one step of a loop holds, at most: 128 MiB of float32.
-_SCORES = 2**25
-# Shares of a batch's blocks that a step takes. Fewer and larger steps would wait for
-# the longest list of a block where lists are of very different lengths.
-_SHARES = 4
+# Scores that a step of the loop holds at most: 128 MiB of float32.
+_MOST_SCORES = 2**25
+# So many take a GPU longer than the start of a step's operations does.
+_ENOUGH_SCORES = 2**23
 
 
 def choose_blocks(length: int, block: int | None = None) -> tuple[int, int]:
@@ -346,8 +345,14 @@ def _count_visits(options: Options, schedule: Schedule) -> int:
 
 
 def _count_parts(schedule: Schedule, blocks: int, heads: int) -> int:
-    fitting = _SCORES // (heads * schedule.block_q * schedule.block_k)
-    return max(1, min(blocks // _SHARES, fitting))
+    """How many pairs a step takes, of a batch of so many blocks at home.
+
+    A quarter of the blocks, or up to half where these are too few to be worth a step:
+    the more there are, the sooner all wait for the longest list of a block.
+    """
+    pair = heads * schedule.block_q * schedule.block_k
+    parts = max(blocks // 4, min(blocks // 2, _ENOUGH_SCORES // pair))
+    return max(1, min(parts, _MOST_SCORES // pair))
 
 
 def _loop(walk: Walk, visit: Callable[[Pairs, Carry], Carry], carry: Carry) -> Carry:
