@@ -10,8 +10,9 @@ import numpy as np
 def count_flops(jaxpr: Any) -> float:
     """2 M N K of every `dot_general` and `ragged_dot`, of all devices together.
 
-    Of a conditional the dearest branch counts; a loop of unknown length counts once; a
-    Pallas kernel as it estimates itself, or its body at every grid point.
+    Of a conditional the dearest branch counts; a loop of unknown length counts as often
+    as its condition bounds it by a number, or once; a Pallas kernel as it estimates
+    itself, or its body at every grid point.
     """
     total = 0.0
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
@@ -22,6 +23,9 @@ def count_flops(jaxpr: Any) -> float:
             total += _ragged_dot_flops(equation)
         elif name == "scan":
             total += parameters["length"] * count_flops(parameters["jaxpr"])
+        elif name == "while":
+            steps = _most_steps(parameters["cond_jaxpr"])
+            total += steps * count_flops(parameters["body_jaxpr"])
         elif name == "cond":
             total += max(count_flops(branch) for branch in parameters["branches"])
         elif name == "pallas_call" or parameters.get("cost_estimate") is not None:
@@ -32,6 +36,17 @@ def count_flops(jaxpr: Any) -> float:
         else:
             total += sum(count_flops(inner) for inner in _inner(parameters))
     return total
+
+
+def _most_steps(condition: Any) -> int:
+    """The number below which a loop's condition holds its counter; 1 for none."""
+    bounds = [
+        int(equation.invars[1].val)
+        for equation in condition.jaxpr.eqns
+        # Only a literal has a value.
+        if equation.primitive.name == "lt" and hasattr(equation.invars[1], "val")
+    ]
+    return min(bounds, default=1)
 
 
 def _dot_flops(equation: Any) -> float:

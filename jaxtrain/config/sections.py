@@ -173,10 +173,17 @@ class ModelSection:
     trust_remote_code: bool = False
     """Let a hub repository's own code run to load its tokenizer."""
     attention: Literal[
-        "auto", "reference", "xla", "cudnn", "pallas_gpu", "pallas_triton", "pallas_tpu"
+        "auto",
+        "reference",
+        "xla",
+        "xla_blocks",
+        "cudnn",
+        "pallas_gpu",
+        "pallas_triton",
+        "pallas_tpu",
     ] = "auto"
     """Attention kernel. auto: the fastest measured that takes the shapes; the log says
-    which."""
+    which. xla_blocks runs anywhere and leaves out blocks as the pallas kernels do."""
     param_dtype: Annotated[Dtype, ALL_TRAIN] = "float32"
     """How trained parameters are kept. The compute dtype is training.bf16 / fp16, and
     LoRA's frozen base and DPO's reference are kept in it. Adapters are always

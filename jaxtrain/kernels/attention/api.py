@@ -20,9 +20,12 @@ from jaxtrain.kernels.attention.schedule import Schedule
 from jaxtrain.kernels.attention.xla import attention_xla
 
 _PALLAS = ("pallas_gpu", "pallas_triton", "pallas_tpu")
-IMPLEMENTATIONS = ("auto", "reference", "xla", "cudnn", *_PALLAS)
+_BLOCKED = (*_PALLAS, "xla_blocks")  # leave out blocks that a mask leaves empty
+IMPLEMENTATIONS = ("auto", "reference", "xla", "cudnn", *_BLOCKED)
 # Up to here our Hopper kernels are ahead of cuDNN on plain causal rows, or level.
 _MEASURED_ROW, _NARROW_HEAD = 8192, 128
+# From here on blocks are left out where XLA alone runs; shorter rows have few of them.
+_LEAST_BLOCKED = 512
 # GPUs with 99 KiB of shared memory: A10, RTX 30; L4, L40, RTX 40; RTX 50 and PRO.
 _SMALL_SHARED_MEMORY = (8.6, 8.9, 12.0, 12.1)
 _logger = logging.getLogger(__name__)
@@ -88,7 +91,7 @@ def attention(
         out = attend(q, k, v, mask, schedule, sinks)
     else:
         out = attend_on_shards(attend, layout, q, k, v, mask, schedule, sinks)
-    if implementation in _PALLAS and not _cuts_rows(layout, q.shape[1]):
+    if implementation in _BLOCKED and not _cuts_rows(layout, q.shape[1]):
         return out  # the kernel has named it, with what its backward pass reads
     return checkpoint_name(out, "attention")
 
@@ -142,7 +145,7 @@ def plan_attention(
     if implementation == "auto":
         extras = Extras(softcap, has_sinks, value_width)
         implementation = _choose(q, mask, extras, _device_of(layout))
-    if implementation not in _PALLAS or _cuts_rows(layout, q.shape[1]):
+    if implementation not in _BLOCKED or _cuts_rows(layout, q.shape[1]):
         return None
     return blocked.plan(_load_kernels(implementation), mask, *q.shape[:2])
 
@@ -165,7 +168,7 @@ def skips_blocks(
         mask = Mask(ids, None, True, None)  # type: ignore[arg-type]
         extras = Extras(softcap, has_sinks, value_width)
         implementation = _choose(q, mask, extras, _device_of(layout))
-    return implementation in _PALLAS and not _cuts_rows(layout, q.shape[1])
+    return implementation in _BLOCKED and not _cuts_rows(layout, q.shape[1])
 
 
 def _cuts_rows(layout: Layout | None, length: int) -> bool:
@@ -199,24 +202,20 @@ def _choose(
     """The fastest implementation measured on this platform that serves the call.
 
     On Hopper our kernels win where documents leave blocks out, are ahead or level on
-    plain rows as far as was measured, and serve soft caps, sinks and values narrower
-    than keys; cuDNN takes longer plain rows (benchmarks/RESULTS.md). On other NVIDIA
-    GPUs cuDNN takes plain rows, and our Triton kernels those with blocks to leave out
-    and what cuDNN refuses, up to a width whose tiles fit every card; that is an
-    estimate from a Hopper GPU, where they were measured. For TPUs there is one kernel.
-    The XLA path is the last resort; the log says why. The mesh, of which `device` is
-    one, need not be present: then cuDNN, which asks the GPU that is here, gives way to
-    ours.
+    plain rows as far as was measured, and serve soft caps, sinks, values narrower than
+    keys and heads of up to 256; cuDNN takes longer plain rows of narrow heads
+    (benchmarks/RESULTS.md). On other NVIDIA GPUs cuDNN takes plain rows, and our Triton
+    kernels those with blocks to leave out and what cuDNN refuses, up to a width whose
+    tiles fit every card; that is an estimate from a Hopper GPU, where they were
+    measured. For TPUs there is one kernel. Where none of these runs, plain XLA leaves
+    out blocks of packed rows and computes the whole mask of others; the log says why.
+    The mesh, of which `device` is one, need not be present: then cuDNN, which asks the
+    GPU that is here, gives way to ours.
     """
     platform = jax.default_backend() if device is None else device.platform
-    absent = platform == "gpu" and jax.default_backend() != "gpu"
-    measured = q.shape[1] <= _MEASURED_ROW and q.shape[3] <= _NARROW_HEAD
     by_cudnn = cudnn.refusal(q, mask, extras, device)
     packed = mask.segment_ids is not None
-    # Wide heads in plain rows are refused too; there ours were never timed.
-    narrower = extras.value_width not in (None, q.shape[3])
-    asked_for = extras.softcap is not None or extras.has_sinks or narrower
-    ours = packed or measured or absent or asked_for
+    ours = packed or q.shape[1] <= _MEASURED_ROW or by_cudnn is not None
     why = ""
     if platform == "tpu":
         name = "pallas_tpu"
@@ -229,15 +228,22 @@ def _choose(
     elif by_cudnn is None:
         name = "cudnn"
     else:
-        name = "xla"
+        name = _without_kernels(q, mask)
         if "gpu" in (platform, jax.default_backend()):
             by_hopper = _refuse_pallas_gpu(q, mask, extras, device)
+            slow = "" if name == "xla_blocks" else "which is slow "
             why = (
-                f", which is slow (pallas_gpu: {by_hopper}; cudnn: {by_cudnn};"
+                f", {slow}(pallas_gpu: {by_hopper}; cudnn: {by_cudnn};"
                 f" pallas_triton: {reason})"
             )
     _log_choice(name, q, mask, extras, why)
     return name
+
+
+def _without_kernels(q: Queries, mask: Mask) -> str:
+    """What XLA alone runs: blocks are left out where there are such, and many."""
+    leaves_out = mask.segment_ids is not None
+    return "xla_blocks" if leaves_out and q.shape[1] >= _LEAST_BLOCKED else "xla"
 
 
 def _why_not_triton(

@@ -28,6 +28,8 @@ from jaxtrain.kernels.attention.pallas_tpu import KERNELS as TPU
 from jaxtrain.kernels.attention.pallas_triton import KERNELS as TRITON
 from jaxtrain.kernels.attention.reference import attention_reference
 from jaxtrain.kernels.attention.xla import attention_xla
+from jaxtrain.kernels.attention.xla_blocks import KERNELS as TILES
+from jaxtrain.kernels.attention.xla_blocks import with_blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,10 +74,12 @@ def cudnn_directly(q, k, v, mask, *, softcap, scale, sinks):
     return attention_cudnn(q, k, v, mask, scale=scale)
 
 
+BLOCKS = with_blocks(32)
 CPU = {
     "reference": Implementation(attention_reference),
     "xla": Implementation(attention_xla),
     "xla_chunked": Implementation(functools.partial(attention_xla, chunk=11)),
+    "xla_blocks": Implementation(functools.partial(attention_blocked, BLOCKS)),
     "pallas_tpu": Implementation(interpreted(TPU)),
     "pallas_triton": Implementation(interpreted(TRITON)),
     "pallas_gpu": Implementation(interpreted(HOPPER), dtype=jnp.bfloat16, slow=True),
@@ -86,6 +90,7 @@ GPU = {
     ),
     "pallas_triton": Implementation(through_api("pallas_triton"), jnp.bfloat16),
     "pallas_gpu": Implementation(through_api("pallas_gpu"), jnp.bfloat16),
+    "xla_blocks": Implementation(through_api("xla_blocks"), jnp.bfloat16),
     "auto": Implementation(through_api("auto"), jnp.bfloat16),
 }
 # Below the API, which takes whole rows and cuts them itself.
@@ -103,6 +108,9 @@ GPU_PARTS = {
     ),
     "pallas_gpu": Implementation(
         functools.partial(attention_blocked, HOPPER), jnp.bfloat16
+    ),
+    "xla_blocks": Implementation(
+        functools.partial(attention_blocked, BLOCKS), jnp.bfloat16
     ),
 }
 
@@ -423,7 +431,7 @@ def test_on_gpu_tiles_of_few_programs_equal_float64(programs):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["pallas_triton", "pallas_gpu"])
+@pytest.mark.parametrize("name", ["pallas_triton", "pallas_gpu", "xla_blocks"])
 def test_on_gpu_two_runs_agree_to_the_bit(name):
     case = dataclasses.replace(CASES["shared_prompt"], width=128)
     inputs = make_inputs(case, jnp.bfloat16)
@@ -511,7 +519,7 @@ def compiled_kernel(name):
 
 
 @pytest.mark.parametrize("case", RANDOM_CASES.values(), ids=list(RANDOM_CASES))
-@pytest.mark.parametrize("name", ["pallas_tpu", "pallas_triton"])
+@pytest.mark.parametrize("name", ["pallas_tpu", "pallas_triton", "xla_blocks"])
 @settings(max_examples=8)
 @given(st.integers(0, 2**31))
 def test_kernels_agree_with_float64_for_random_masks(name, case, seed):
@@ -576,9 +584,9 @@ def test_xla_memory_grows_with_the_chunk_not_with_the_row_squared():
     assert compiled.memory_analysis().temp_size_in_bytes < scores
 
 
-@pytest.mark.parametrize("name", ["pallas_tpu", "pallas_triton"])
+@pytest.mark.parametrize("name", ["pallas_tpu", "pallas_triton", "xla_blocks"])
 def test_a_schedule_made_once_gives_the_same_output(name):
-    kernels = {"pallas_tpu": TPU, "pallas_triton": TRITON}[name]
+    kernels = {"pallas_tpu": TPU, "pallas_triton": TRITON, "xla_blocks": TILES}[name]
     case = CASES["shared_prompt"]
     q, k, v, _ = make_inputs(case, jnp.float32)
     mask = case.mask()
