@@ -23,8 +23,28 @@ GIB = 2.0**30
 
 # Elements of all tensors of the published safetensors files, as the hub counts them.
 # Of Gemma 3 4B those of the text model, which is what trains: 4,300,079,472 less its
-# SigLIP encoder (416,866,032) and what projects that (2,950,272).
+# SigLIP encoder (416,866,032) and what projects that (2,950,272). Of Gemma 4 and
+# Qwen3.5 those of the text model too: of Qwen3.5 0.8B, 873,438,784 less 100,592,896 for
+# images and 20,452,864 for the layer that predicts tokens further on. Gemma 4's count
+# its layers' scalars.
 PARAMETERS = {
+    "gemma-2-2b": 2_614_341_888,
+    "gemma-2-9b": 9_241_705_984,
+    "gemma-2-27b": 27_227_128_320,
+    "gemma-4-e2b": 4_628_569_379,
+    "gemma-4-e4b": 7_463_013_418,
+    "gemma-4-31b": 30_697_345_340,
+    "granite-4.0-350m": 352_379_904,
+    "granite-4.0-1b": 1_631_750_144,
+    "lfm2-350m": 354_483_968,
+    "lfm2-700m": 742_489_344,
+    "lfm2-1.2b": 1_170_340_608,
+    "mistral-7b": 7_248_023_552,
+    "qwen3.5-0.8b": 752_393_024,
+    "qwen3.5-2b": 1_881_825_088,
+    "qwen3.5-4b": 4_205_751_296,
+    "qwen3.5-9b": 8_953_803_264,
+    "qwen3.5-27b": 26_895_998_464,
     "gemma-2b": 2_506_172_416,
     "glm-4-9b": 9_400_279_040,
     "granite-3.3-2b": 2_533_539_840,

@@ -150,8 +150,12 @@ LATENT = {
 MIXTURES = {
     "glm4_moe": GROUPED | {"head_dim": 16, "use_qk_norm": True},
     "deepseek_v3": GROUPED | LATENT | {"n_group": 1},
+    "deepseek_v2": GROUPED
+    | LATENT
+    | {"topk_method": "group_limited_greedy", "routed_scaling_factor": 1.5},
     "qwen2_moe": SHARED,
     "qwen3_5_moe_text": OF_KINDS["qwen3_5_text"] | SHARED | {"rms_norm_eps": 1e-2},
+    "qwen3_next": OF_KINDS["qwen3_5_text"] | SHARED | {"rms_norm_eps": 1e-2},
     "gemma4_experts": OF_KINDS["gemma4_text"]
     | {
         "model_type": "gemma4_text",
@@ -383,6 +387,7 @@ def on_request(*values: str) -> Any:
         on_request("gpt_oss", "lora-dpo"),
         on_request("qwen2_moe", "sft"),
         on_request("qwen3_5_moe_text", "sft"),
+        on_request("qwen3_next", "sft"),
     ],
     indirect=["base"],
 )
@@ -426,12 +431,15 @@ def test_a_mixture_of_experts_logs_and_learns_what_trl_does(
                 "qwen3_5_text",
                 "glm4_moe",
                 "deepseek_v3",
+                "deepseek_v2",
             )
             for method in ("sft", "dpo")
         ),
         on_request("gemma4_experts", "sft"),
+        on_request("gemma4_experts", "dpo"),
         on_request("qwen2_moe", "dpo"),
         on_request("qwen3_5_moe_text", "dpo"),
+        on_request("qwen3_next", "dpo"),
     ],
     indirect=["base"],
 )

@@ -27,11 +27,14 @@ from jaxtrain.optimizers.schedules import Schedule
 # --- weight decay and tree paths ---------------------------------------------------
 
 # What transformers' Trainer leaves undecayed, matched against dotted lower-case names.
-_UNDECAYED = re.compile(r"bias|layernorm|rmsnorm|(^|\.)norm($|\.)|_norm($|\.)")
+# A buffer is no parameter there: it never changes (Gemma 4's `layer_scalar`).
+_UNDECAYED = re.compile(
+    r"bias|layernorm|rmsnorm|(^|\.)norm($|\.)|_norm($|\.)|\.buffer$"
+)
 
 
 def decay_mask(params: Any) -> Any:
-    """True where weight decay applies: everywhere but norms and biases.
+    """True where weight decay applies: everywhere but norms, biases and buffers.
 
     Trainer's rule, which decays embeddings and LoRA's matrices too.
     """

@@ -22,8 +22,10 @@ from jaxtrain.models.hf_config import load_config
 from jaxtrain.models.hf_experts import split_fused
 from jaxtrain.models.hf_names import leaves_of
 from jaxtrain.models.quantization import Quantization, quantize_tree
+from jaxtrain.optimizers.optim import decay_mask
 from jaxtrain.tree import flatten
 from jaxtrain.types import Batch, Params
+from tests.models.conftest import FAMILY_OPTIONS
 from tests.moe_test import Stored
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent.parent
@@ -313,6 +315,41 @@ def test_dropout_that_is_not_applied_is_named(tmp_path, caplog) -> None:
     assert "attention_dropout = 0.1, residual_dropout = 0.1, which" in record.message
     # Who trains the export in transformers applies what was applied here.
     assert config.to_hf()["residual_dropout"] == 0.0
+
+
+# Families with parameters, or buffers, that others have not.
+ODD = ("deepseek_v3", "gemma4", "gpt_oss", "lfm2", "qwen3_next")
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.on_request] * (name not in ODD))
+        for name in FAMILY_OPTIONS
+    ],
+)
+def test_what_decays_is_what_decays_in_transformers(name: str) -> None:
+    torch = pytest.importorskip("torch")
+    import transformers
+
+    options = FAMILY_OPTIONS[name]
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(
+            transformers.AutoConfig.for_model(**options)
+        )
+    known = dict(model.named_parameters()).keys() | dict(model.named_buffers()).keys()
+    expected = {*transformers.Trainer.get_decay_parameter_names(None, model)}
+    decoder = Decoder(ModelConfig.from_hf(options))
+    decays = flatten(decay_mask(decoder.abstract_params()))
+    matched = 0
+    for leaf in leaves_of(decoder.config):
+        for tensor in map(leaf.tensor_name, leaf.places):
+            matched += tensor in known
+            # What transformers has in one matrix with others is no norm or bias.
+            decayed = tensor in expected or tensor not in known
+            assert decays[leaf.path] == decayed, tensor
+    assert matched > len(known) / 2
 
 
 def test_no_family_has_a_key_that_it_both_reads_and_passes_over() -> None:

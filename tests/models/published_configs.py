@@ -73,53 +73,13 @@ def _llama3(**options: Any) -> dict[str, Any]:
     )
 
 
-def _lfm2(**options: Any) -> dict[str, Any]:
-    return {
-        "architectures": ["Lfm2ForCausalLM"],
-        "block_auto_adjust_ff_dim": True,
-        "block_dim": 2048,
-        "block_ff_dim": 12288,
-        "block_ffn_dim_multiplier": 1.0,
-        "block_mlp_init_scale": 1.0,
-        "block_multiple_of": 256,
-        "block_norm_eps": 1e-05,
-        "block_out_init_scale": 1.0,
-        "block_use_swiglu": True,
-        "block_use_xavier_init": True,
-        "bos_token_id": 1,
-        "conv_L_cache": 3,
-        "conv_bias": False,
-        "conv_dim": 2048,
-        "conv_dim_out": 2048,
-        "conv_use_xavier_init": True,
-        "eos_token_id": 7,
-        "full_attn_idxs": [2, 5, 8, 10, 12, 14],
-        "hidden_size": 2048,
-        "initializer_range": 0.02,
-        "max_position_embeddings": 128000,
-        "model_type": "lfm2",
-        "norm_eps": 1e-05,
-        "num_attention_heads": 32,
-        "num_heads": 32,
-        "num_hidden_layers": 16,
-        "num_key_value_heads": 8,
-        "pad_token_id": 0,
-        "rope_theta": 1000000.0,
-        "theta": 1000000.0,
-        "torch_dtype": "bfloat16",
-        "transformers_version": "4.54.0.dev0",
-        "use_cache": True,
-        "use_pos_enc": True,
-        "vocab_size": 65536,
-        **options,
-    }
-
-
-def _lfm25(**options: Any) -> dict[str, Any]:
+def _lfm25() -> dict[str, Any]:
     """As transformers 5 writes one: layer_types in place of indices."""
-    old = _lfm2(dtype="bfloat16", transformers_version="5.0.0.dev0", **options)
-    gone = ("full_attn_idxs", "block_ff_dim", "rope_theta", "theta", "torch_dtype")
-    return {key: value for key, value in old.items() if key not in gone} | {
+    gone = ("full_attn_idxs", "block_ff_dim", "rope_theta", "torch_dtype")
+    old = {k: v for k, v in _shape("lfm2-1.2b").items() if k not in gone}
+    return old | {
+        "dtype": "bfloat16",
+        "transformers_version": "5.0.0.dev0",
         "intermediate_size": 12288,
         "layer_types": ["conv", "conv", "full_attention"] * 3
         + ["conv", "full_attention"] * 3
@@ -295,40 +255,6 @@ def _mixtral(**options: Any) -> dict[str, Any]:
     )
 
 
-def _gemma2(**options: Any) -> dict[str, Any]:
-    return {
-        "architectures": ["Gemma2ForCausalLM"],
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "attn_logit_softcapping": 50.0,
-        "bos_token_id": 2,
-        "cache_implementation": "hybrid",
-        "eos_token_id": 1,
-        "final_logit_softcapping": 30.0,
-        "head_dim": 256,
-        "hidden_act": "gelu_pytorch_tanh",
-        "hidden_activation": "gelu_pytorch_tanh",
-        "hidden_size": 2304,
-        "initializer_range": 0.02,
-        "intermediate_size": 9216,
-        "max_position_embeddings": 8192,
-        "model_type": "gemma2",
-        "num_attention_heads": 8,
-        "num_hidden_layers": 26,
-        "num_key_value_heads": 4,
-        "pad_token_id": 0,
-        "query_pre_attn_scalar": 256,
-        "rms_norm_eps": 1e-06,
-        "rope_theta": 10000.0,
-        "sliding_window": 4096,
-        "torch_dtype": "float32",
-        "transformers_version": "4.42.4",
-        "use_cache": True,
-        "vocab_size": 256000,
-        **options,
-    }
-
-
 def _gemma3(**options: Any) -> dict[str, Any]:
     return {
         "architectures": ["Gemma3ForCausalLM"],
@@ -425,148 +351,22 @@ def _shape(name: str) -> dict[str, Any]:
     return json.loads((_SHAPES / name / "config.json").read_text())
 
 
-def _gemma4(**options: Any) -> dict[str, Any]:
-    """The text_config of one."""
-    return {
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "attention_k_eq_v": False,
-        "bos_token_id": 2,
-        "dtype": "bfloat16",
-        "enable_moe_block": False,
-        "eos_token_id": 1,
-        "final_logit_softcapping": 30.0,
-        "global_head_dim": 512,
-        "head_dim": 256,
-        "hidden_activation": "gelu_pytorch_tanh",
-        "hidden_size": 1536,
-        "hidden_size_per_layer_input": 256,
-        "initializer_range": 0.02,
-        "intermediate_size": 6144,
-        "layer_types": (["sliding_attention"] * 4 + ["full_attention"]) * 7,
-        "max_position_embeddings": 131072,
-        "model_type": "gemma4_text",
-        "moe_intermediate_size": None,
-        "num_attention_heads": 8,
-        "num_experts": None,
-        "num_global_key_value_heads": None,
-        "num_hidden_layers": 35,
-        "num_key_value_heads": 1,
-        "num_kv_shared_layers": 20,
-        "pad_token_id": 0,
-        "rms_norm_eps": 1e-06,
-        "rope_parameters": {
-            "full_attention": {
-                "partial_rotary_factor": 0.25,
-                "rope_theta": 1000000.0,
-                "rope_type": "proportional",
-            },
-            "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"},
-        },
-        "sliding_window": 512,
-        "tie_word_embeddings": True,
-        "top_k_experts": None,
-        "use_bidirectional_attention": None,
-        "use_cache": True,
-        "use_double_wide_mlp": True,
-        "vocab_size": 262144,
-        "vocab_size_per_layer_input": 262144,
-        **options,
-    }
-
-
-def _qwen3_5() -> dict[str, Any]:
-    """The text_config of one."""
-    return {
-        "attention_bias": False,
-        "attn_output_gate": True,
-        "eos_token_id": 248044,
-        "full_attention_interval": 4,
-        "head_dim": 256,
-        "hidden_act": "silu",
-        "hidden_size": 4096,
-        "initializer_range": 0.02,
-        "intermediate_size": 12288,
-        "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 8,
-        "linear_conv_kernel_dim": 4,
-        "linear_key_head_dim": 128,
-        "linear_num_key_heads": 16,
-        "linear_num_value_heads": 32,
-        "linear_value_head_dim": 128,
-        "mamba_ssm_dtype": "float32",
-        "max_position_embeddings": 262144,
-        "model_type": "qwen3_5_text",
-        "mtp_num_hidden_layers": 1,
-        "mtp_use_dedicated_embeddings": False,
-        "num_attention_heads": 16,
-        "num_hidden_layers": 32,
-        "num_key_value_heads": 4,
-        "rms_norm_eps": 1e-06,
-        "rope_parameters": {
-            "mrope_interleaved": True,
-            "mrope_section": [11, 11, 10],
-            "partial_rotary_factor": 0.25,
-            "rope_theta": 10000000,
-            "rope_type": "default",
-        },
-        "tie_word_embeddings": False,
-        "vocab_size": 248320,
-    }
-
-
 def _resaved_gemma4() -> dict[str, Any]:
     """As transformers 5.24 writes it anew: sizes of full layers by their numbers."""
-    config = _gemma4(num_kv_shared_layers=0, use_double_wide_mlp=False)
+    config = _shape("gemma-4-e2b")
+    config |= {"num_kv_shared_layers": 0, "use_double_wide_mlp": False}
     del config["global_head_dim"], config["num_global_key_value_heads"]
     return config | {"per_layer_config": {"1": {"head_dim": 32}, "3": {"head_dim": 32}}}
 
 
 PUBLISHED: dict[str, dict[str, Any]] = {
-    "google/gemma-4-E2B": _gemma4(),
-    "google/gemma-4-E4B": _gemma4(
-        hidden_size=2560,
-        intermediate_size=10240,
-        layer_types=(["sliding_attention"] * 5 + ["full_attention"]) * 7,
-        num_hidden_layers=42,
-        num_key_value_heads=2,
-        num_kv_shared_layers=18,
-        use_double_wide_mlp=False,
-    ),
-    "google/gemma-4-31B": _gemma4(
-        attention_k_eq_v=True,
-        hidden_size=5376,
-        hidden_size_per_layer_input=0,
-        intermediate_size=21504,
-        layer_types=(["sliding_attention"] * 5 + ["full_attention"]) * 10,
-        num_attention_heads=32,
-        num_global_key_value_heads=4,
-        num_hidden_layers=60,
-        num_key_value_heads=16,
-        num_kv_shared_layers=0,
-        sliding_window=1024,
-        use_bidirectional_attention="vision",
-        use_double_wide_mlp=False,
-    ),
+    "google/gemma-4-E2B": _shape("gemma-4-e2b"),
+    "google/gemma-4-E4B": _shape("gemma-4-e4b"),
+    "google/gemma-4-31B": _shape("gemma-4-31b"),
     "google/gemma-4-E2B, saved anew": _resaved_gemma4(),
-    "LiquidAI/LFM2-350M": _lfm2(
-        block_dim=1024,
-        block_ff_dim=6656,
-        conv_dim=1024,
-        conv_dim_out=1024,
-        hidden_size=1024,
-        num_attention_heads=16,
-        num_heads=16,
-    ),
-    "LiquidAI/LFM2-700M": _lfm2(
-        block_dim=1536,
-        block_ff_dim=10240,
-        conv_dim=1536,
-        conv_dim_out=1536,
-        hidden_size=1536,
-        num_attention_heads=24,
-        num_heads=24,
-    ),
-    "LiquidAI/LFM2-1.2B": _lfm2(),
+    "LiquidAI/LFM2-350M": _shape("lfm2-350m"),
+    "LiquidAI/LFM2-700M": _shape("lfm2-700m"),
+    "LiquidAI/LFM2-1.2B": _shape("lfm2-1.2b"),
     "LiquidAI/LFM2.5-1.2B-Instruct": _lfm25(),
     "meta-llama/Llama-2-7b-hf": _llama(
         max_position_embeddings=4096,
@@ -658,12 +458,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         rms_norm_eps=1e-06,
     ),
     "mistralai/Mistral-7B-v0.1": _mistral(),
-    "mistralai/Mistral-7B-Instruct-v0.3": _mistral(
-        attention_dropout=0.0,
-        rope_theta=1000000.0,
-        sliding_window=None,
-        vocab_size=32768,
-    ),
+    "mistralai/Mistral-7B-Instruct-v0.3": _shape("mistral-7b"),
     "mistralai/Mistral-Nemo-Instruct-2407": _mistral(
         attention_dropout=0.0,
         head_dim=128,
@@ -791,25 +586,11 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "NousResearch/Nous-Hermes-2-Mixtral-8x7B-DPO": _mixtral(
         _name_or_path="mixtral-hermes", eos_token_id=32000, use_cache=False
     ),
-    "google/gemma-2-2b": _gemma2(),
-    "google/gemma-2-2b-it": _gemma2(eos_token_id=[1, 107], torch_dtype="bfloat16"),
-    "google/gemma-2-9b": _gemma2(
-        hidden_size=3584,
-        num_attention_heads=16,
-        num_hidden_layers=42,
-        num_key_value_heads=8,
-        sliding_window_size=4096,
-    ),
-    "google/gemma-2-27b-it": _gemma2(
-        _attn_implementation="eager",
-        head_dim=128,
-        hidden_size=4608,
-        num_attention_heads=32,
-        num_hidden_layers=46,
-        num_key_value_heads=16,
-        query_pre_attn_scalar=144,
-        use_cache=True,
-    ),
+    "google/gemma-2-2b": _shape("gemma-2-2b"),
+    "google/gemma-2-2b-it": _shape("gemma-2-2b")
+    | {"eos_token_id": [1, 107], "torch_dtype": "bfloat16"},
+    "google/gemma-2-9b": _shape("gemma-2-9b"),
+    "google/gemma-2-27b-it": _shape("gemma-2-27b"),
     "google/gemma-3-1b-pt": _gemma3(eos_token_id=1),
     "google/gemma-3-1b-it": _gemma3(),
     "google/gemma-3-270m-it": _gemma3_270m(),
@@ -876,7 +657,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "ibm-granite/granite-3.3-8b-instruct": _shape("granite-3.3-8b"),
     "ibm-granite/granite-4.0-micro": _shape("granite-4.0-micro"),
     "ByteDance-Seed/Seed-OSS-36B-Instruct": _shape("seed-oss-36b"),
-    "Qwen/Qwen3.5-9B": _qwen3_5(),
+    "Qwen/Qwen3.5-9B": _shape("qwen3.5-9b"),
     "CohereLabs/c4ai-command-r7b-12-2024": _shape("command-r7b"),
     "zai-org/GLM-4.5-Air": _shape("glm-4.5-air"),
     "zai-org/GLM-4.5": _shape("glm-4.5"),
