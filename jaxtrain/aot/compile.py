@@ -87,12 +87,26 @@ def _compile_run(
         + memory.host_output_size_in_bytes
         - memory.host_alias_size_in_bytes
         + memory.host_temp_size_in_bytes,
-        flops=count_flops(traced.jaxpr) / len(devices),
+        flops=_count_flops(run, model, traced, (state, batch)) / len(devices),
         model_flops=per_token * tokens / len(devices),
         cost=analyze(
             compiled.as_text(), device_count=len(devices), per_host=chip.per_host
         ),
     )
+
+
+def _count_flops(
+    run: RunConfig, model: LoadedModel, traced: Any, arguments: tuple[TrainState, Any]
+) -> float:
+    """FLOPs of the traced step, less those of empty slots in experts' buffers."""
+    spread = model.decoder.experts
+    if spread is not None:
+        decoder = dataclasses.replace(
+            model.decoder, experts=dataclasses.replace(spread, even=True)
+        )
+        step, _ = describe_step(run, dataclasses.replace(model, decoder=decoder))
+        traced = step.trace(*arguments)
+    return count_flops(traced.jaxpr)
 
 
 def describe_step(run: RunConfig, model: LoadedModel) -> tuple[Any, TrainState]:

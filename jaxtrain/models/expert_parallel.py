@@ -50,12 +50,15 @@ class ExpertSpread:
 
     `devices`: X. `room`, `exchange`: see the module. `axes_of` tells which mesh axes
     split an activation, by its shape and logical axes (`ShardingPlan.axes_of`).
+    `even`: buffers are an even share, for a program of which only the operations are
+    counted: kernels skip what is empty in larger ones.
     """
 
     devices: int
     room: float
     exchange: Exchange
     axes_of: Callable[[tuple[int, ...], LogicalAxes], tuple[str, ...]]
+    even: bool = False
 
     def spread(self, apply: ApplyExperts, x: Float[Array, "B T D"]) -> ApplyExperts:
         """`apply` for one device's own part of rows like x, with its own experts."""
@@ -69,7 +72,8 @@ class _Sizes(NamedTuple):
     """The numbers of one device from which an exchange's costs and buffers follow.
 
     `tokens`: those that it has, N. `copies`: experts that a token is sent to, K.
-    `experts`: those that it holds. `devices`: X. `room`: see the module.
+    `experts`: those that it holds. `devices`: X. `room`: see the module; `token_room`
+    is that of "tokens".
     """
 
     tokens: int
@@ -77,6 +81,7 @@ class _Sizes(NamedTuple):
     experts: int
     devices: int
     room: float
+    token_room: float = 2.0
 
     @property
     def most(self) -> int:
@@ -87,7 +92,7 @@ class _Sizes(NamedTuple):
     def rows(self) -> int:
         """Rows that a device multiplies at most, under "tokens"."""
         even = self.tokens * self.copies
-        return min(self.devices * self.most, math.ceil(max(2.0, self.room) * even))
+        return min(self.devices * self.most, math.ceil(self.token_room * even))
 
     @property
     def slots(self) -> int:
@@ -172,7 +177,8 @@ def _apply_to_own_rows(
         copies=copies,
         experts=stacks[0].shape[0],
         devices=spread.devices,
-        room=spread.room,
+        room=1.0 if spread.even else spread.room,
+        token_room=1.0 if spread.even else max(2.0, spread.room),
     )
     exchange, costs = choose_exchange(
         spread.exchange,
@@ -180,7 +186,8 @@ def _apply_to_own_rows(
         row_bytes=x.shape[-1] * x.dtype.itemsize,
         weight_bytes=sum(stack.size * stack.dtype.itemsize for stack in stacks),
     )
-    _log_choice(exchange, spread.exchange, sizes, tuple(costs.values()))
+    if not spread.even:
+        _log_choice(exchange, spread.exchange, sizes, tuple(costs.values()))
     by_weights = functools.partial(_by_weights, apply)
     if exchange == "weights":
         return by_weights(x, weights, experts, *stacks)
