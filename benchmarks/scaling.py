@@ -63,6 +63,7 @@ class Case:
     fsdp: int = 0  # 0: by `FSDP`
     expert: int = 1
     chip: str = "v5p"
+    remat: str = "full"
 
     @property
     def topology(self) -> str:
@@ -80,6 +81,7 @@ class Case:
         layout += f"_expert{self.expert}" * (self.expert > 1)
         layout += f"_tensor{self.tensor}" * (self.tensor > 1)
         layout += f"_rows{self.rows}" * (self.rows > 1)
+        layout += f"_{self.remat}" * (self.remat != "full")
         return f"{self.model}_{self.training}_{self.chips}{layout}"
 
     @property
@@ -91,7 +93,7 @@ class Case:
         training = config.training
         training.training_type = self.training
         training.gradient_checkpointing = True
-        training.remat_policy = "minimal" if self.training == "lora" else "full"
+        training.remat_policy = self.remat
         training.deepspeed.zero_stage = 3
         training.per_device_train_batch_size = self.rows
         training.gradient_accumulation_steps = 1
@@ -130,16 +132,19 @@ _EXPERT = {"v5e": 16, "v5p": 8, "h100": 8}
 def make_mixtures() -> list[Case]:
     """Each mixture on each chip, by fsdp alone and with an axis of experts.
 
-    Links and memory of an H100 are slower beside its products, so it gets two rows
-    where they fit.
+    Memory and links of an H100 are slower beside its products than a TPU's: so the 30B
+    has cases of more rows there, and with less computed again under LoRA.
     """
     cases = []
     for (model, training), needed in _NEEDED.items():
         for chip, count in needed.items():
-            rows = 2 if chip == "h100" and (model, training) != ("glm", "lora") else 1
             for expert in (1, _EXPERT[chip]):
                 layout = {"fsdp": count // expert, "expert": expert, "chip": chip}
-                cases.append(Case(model, training, count, rows, **layout))
+                case = Case(model, training, count, **layout)
+                cases.append(case)
+            if (model, chip) == ("qwen3", "h100"):
+                remat = "minimal" if training == "lora" else "full"
+                cases.append(dataclasses.replace(case, rows=2, remat=remat))
     return cases
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtrain import step as steps
+from jaxtrain import step
 from jaxtrain.config import default_config, resolve
 from jaxtrain.models import Decoder, ModelConfig
 from jaxtrain.models.balance import send_excess
@@ -18,6 +18,7 @@ from jaxtrain.models.mixture_options import balances_experts
 from jaxtrain.objectives import make_objective
 from jaxtrain.optimizers import optim
 from jaxtrain.optimizers.balance import with_balancing
+from jaxtrain.record.diagnostics import sum_squares_by_group
 from jaxtrain.tree import flatten
 from jaxtrain.types import BALANCING_BIAS, Batch, PairBatch, TrainState
 from tests.moe_test import SIZES, make_batch
@@ -68,23 +69,47 @@ def test_a_bias_gets_the_excess_and_weights_their_own_gradient():
     np.testing.assert_allclose(of_weights, 2 * weights / 7, rtol=1e-6)
 
 
+def test_neither_the_norm_nor_the_optimizer_sees_the_excess():
+    params = {"layers": {"gate": {BALANCING_BIAS: jnp.ones((2, 3)), "w": jnp.ones(2)}}}
+    excess = jnp.asarray([[8.0, -1e-6, 0.0], [0.0, 0.0, 3e7]])
+    grads = {"layers": {"gate": {BALANCING_BIAS: excess, "w": jnp.asarray([3.0, 4.0])}}}
+    (square,) = sum_squares_by_group(grads, lambda path: "").values()
+    assert square == 25
+    optimizer = optim.make_optimizer("adamw", lambda _: 0.1, weight_decay=0.5)
+    balancing = with_balancing(optimizer, RATE)
+    updates, state = balancing.update(grads, balancing.init(params), params)
+    (moved,) = biases(updates).values()
+    np.testing.assert_allclose(moved, -RATE * np.sign(excess))
+    # As if there had been no gradient; an optimizer of its own leaves that at 0.
+    without = jax.tree.map_with_path(
+        lambda path, x: 0 * x if path[-1].key == BALANCING_BIAS else x, grads
+    )
+    expected, other = optimizer.update(without, optimizer.init(params), params)
+    np.testing.assert_array_equal(
+        updates["layers"]["gate"]["w"], expected["layers"]["gate"]["w"]
+    )
+    jax.tree.map(np.testing.assert_array_equal, state, other)
+
+
 def run_step(decoder: Decoder, params: Any, kind: str, rate: float) -> Any:
     """A step of AdamW, clipped and decayed; of DPO beside another reference."""
     batch, frozen = two_micro_batches(0), {}
     if kind == "preference":
         batch, frozen = PairBatch(batch, two_micro_batches(5)), other_weights(params)
-    optimizer = optim.make_optimizer("adamw", lambda _: 1e-2, weight_decay=0.5)
-    step = steps.make_train_step(
+    optimizer = optim.make_optimizer(
+        "adamw", lambda _: 1e-2, weight_decay=0.5, epsilon=1e-3
+    )
+    train_step = step.make_train_step(
         make_objective(kind),
         decoder.token_log_probs,
         with_balancing(optimizer, rate) if rate else optimizer,
         lambda _: 1e-2,
-        steps.StepOptions(max_grad_norm=1e-3, with_reference=bool(frozen)),
+        step.StepOptions(max_grad_norm=1e-3, with_reference=bool(frozen)),
     )
     state = TrainState(
         jnp.int32(0), params, frozen, optimizer.init(params), jax.random.key(0)
     )
-    return jax.jit(step)(state, batch)
+    return jax.jit(train_step)(state, batch)
 
 
 def two_micro_batches(seed: int) -> Batch:
@@ -129,7 +154,10 @@ def count_tokens(directory: Any, batches: list[Batch]) -> list[np.ndarray]:
 @pytest.mark.torch
 @pytest.mark.parametrize(
     ("family", "kind"),
-    [("deepseek_v3", "next_token"), ("glm4_moe", "preference")],
+    [
+        ("glm4_moe", "next_token"),
+        pytest.param("deepseek_v3", "preference", marks=pytest.mark.on_request),
+    ],
 )
 def test_a_step_moves_each_bias_by_the_sign_of_its_experts_load(family, kind, tmp_path):
     """All micro-batches and both sides count, padding and the reference do not."""
@@ -152,19 +180,24 @@ def test_a_step_moves_each_bias_by_the_sign_of_its_experts_load(family, kind, tm
     state, metrics = run_step(decoder, params, kind, RATE)
     moved = [x for stack in biases(state.trainable).values() for x in stack]
     np.testing.assert_array_equal(moved, np.asarray(expected, np.float32))
-    # Nothing else is touched: neither the norm nor what the optimizer does.
+    if kind == "next_token":
+        return
+    # Nothing else is touched: neither the norm nor what the optimizer does. These are
+    # two programs, whose sums may be rounded in another order.
     plain = Decoder(config, compute_dtype="float32")
     other, other_metrics = run_step(plain, params, kind, 0)
-    assert metrics["grad_norm"].mean() == other_metrics["grad_norm"].mean()
-    for trees in (
-        (state.trainable, other.trainable),
-        (state.opt_state, other.opt_state),
+    of_norm = metrics["grad_norm"].mean(), other_metrics["grad_norm"].mean()
+    np.testing.assert_allclose(*of_norm, rtol=1e-6)
+    assert not any(map(np.any, biases(state.opt_state[0].mu).values()))
+    rest = jax.tree.map_with_path(
+        lambda path, x: 0 * x if path[-1].key == BALANCING_BIAS else x, state.trainable
+    )
+    for ours, theirs in zip(
+        jax.tree.leaves((rest, state.opt_state)),
+        jax.tree.leaves((other.trainable, other.opt_state)),
+        strict=True,
     ):
-        for (path, ours), theirs in zip(
-            jax.tree.leaves_with_path(trees[0]), jax.tree.leaves(trees[1]), strict=True
-        ):
-            is_bias = trees[0] is state.trainable and path[-1].key == BALANCING_BIAS
-            assert is_bias or np.array_equal(ours, theirs), path
+        np.testing.assert_allclose(ours, theirs, atol=1e-6 * np.abs(theirs).max())
 
 
 # --- whole runs -----------------------------------------------------------------------
@@ -187,7 +220,10 @@ def run(base: Any, workdir: Any, mesh: dict[str, int], **training: Any) -> None:
     train(config, workdir, train_dataset=rows)
 
 
-def test_meshes_accumulation_and_a_resumed_run_give_the_same_biases(tmp_path):
+@pytest.mark.parametrize(
+    "parts", [(3,), pytest.param((2, 4), marks=pytest.mark.on_request)]
+)
+def test_meshes_accumulation_and_a_resumed_run_give_the_same_biases(parts, tmp_path):
     """One device and one batch a step; eight devices, two micro-batches, a restart."""
     one, many = tmp_path / "one", tmp_path / "many"
     base = write_base(
@@ -195,11 +231,11 @@ def test_meshes_accumulation_and_a_resumed_run_give_the_same_biases(tmp_path):
         num_attention_heads=4, num_key_value_heads=2, **ROUTED,
     )  # fmt: skip
     rows = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1}
-    run(base, one, {}, **rows, max_steps=4)
+    run(base, one, {}, **rows, max_steps=parts[-1])
     rows = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
     mesh = {"data": 2, "fsdp": 2, "expert": 2}
-    run(base, many, mesh, **rows, max_steps=2)
-    run(base, many, mesh, **rows, max_steps=4)
+    for steps in parts:
+        run(base, many, mesh, **rows, max_steps=steps)
     ours, theirs = weights(many), weights(one)
     names = [name for name in theirs if name.endswith(BALANCING_BIAS)]
     assert names == ["model.layers.1.mlp.gate.e_score_correction_bias"]
