@@ -165,6 +165,7 @@ def test_the_search_shares_out_a_mixtures_experts_and_counts_no_empty_slots(
             model_type="qwen3_moe", num_experts=4, num_experts_per_tok=2,
             moe_intermediate_size=32,
         )  # fmt: skip
+    config.model.expert_exchange = "copies"
     chip = Chip("fake", 1e12, 1e9, 1e12, 1e9, 1e9)
     given = []
 
@@ -185,7 +186,8 @@ def test_the_search_shares_out_a_mixtures_experts_and_counts_no_empty_slots(
     }
     for outcome in outcomes:
         assert outcome.result.run.mesh.sizes == dict(outcome.candidate.mesh)
-    # Buffers have a quarter more rows than are filled, which are not multiplied.
+    # Buffers have more rows than are filled, which are not multiplied, and gathering
+    # the weights of a layer that overflows is no part of a usual step.
     assert results[0].flops == results[1].flops
 
 

@@ -98,7 +98,10 @@ def _compile_run(
 def _count_flops(
     run: RunConfig, model: LoadedModel, traced: Any, arguments: tuple[TrainState, Any]
 ) -> float:
-    """FLOPs of the traced step, less those of empty slots in experts' buffers."""
+    """FLOPs of the traced step; of experts those that they have where none overflows.
+
+    Their buffers have more slots than are filled, and kernels skip the empty ones.
+    """
     spread = model.decoder.experts
     if spread is not None:
         decoder = dataclasses.replace(

@@ -50,8 +50,9 @@ class ExpertSpread:
 
     `devices`: X. `room`, `exchange`: see the module. `axes_of` tells which mesh axes
     split an activation, by its shape and logical axes (`ShardingPlan.axes_of`).
-    `even`: buffers are an even share, for a program of which only the operations are
-    counted: kernels skip what is empty in larger ones.
+    `even`: copies are taken to be shared out evenly, so that buffers of that size never
+    overflow. It is for a program of which only the operations are counted, which are
+    those of a real step: kernels skip empty slots, and hardly any step overflows.
     """
 
     devices: int
@@ -206,6 +207,8 @@ def _apply_to_own_rows(
 
     @remat
     def run(*arrays: Array) -> Array:
+        if spread.even:
+            return travel(*arrays)
         overflows = _most_copies(experts, sizes, exchange, split) > limit
         return jax.lax.cond(overflows, remat(by_weights), travel, *arrays)
 
