@@ -131,8 +131,7 @@ def make_train_step(
         if options.spike_threshold is not None:
             numbers["spike"] = is_spike.astype(jnp.float32)
         if options.group_of is not None:
-            for group, square in squares.items():
-                numbers[f"grad_norm/{group}"] = jnp.sqrt(square)
+            numbers |= {f"grad_norm/{k}": jnp.sqrt(v) for k, v in squares.items()}
         loss_scale = state.loss_scale
         if loss_scale is not None:
             numbers["loss_scale"] = loss_scale.scale

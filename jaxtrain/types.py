@@ -17,6 +17,7 @@ from jaxtrain.batch import Batch, LabeledBatch, PairBatch
 
 LogicalAxes = tuple[str | None, ...]  # a name, or None, for each axis of an array
 Params = dict[str, Any]  # a nested plain dict of arrays, named as in Hugging Face
+BALANCING_BIAS = "e_score_correction_bias"  # a router's: no loss has a gradient by it
 
 for _batch in (Batch, PairBatch, LabeledBatch):
     jax.tree_util.register_dataclass(

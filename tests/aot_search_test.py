@@ -1,6 +1,7 @@
 """The search: what it compiles, what it leaves out, and that it finds the best."""
 
 import dataclasses
+import math
 
 import pytest
 
@@ -107,6 +108,21 @@ def test_every_candidate_uses_all_devices_and_long_rows_may_be_split():
     long = search.make_candidates(32, heads=8, row_tokens=65536, num_slices=2)
     assert {dict(c.mesh)["context"] for c in long} == {1, 2, 4, 8, 16}
     assert {dict(c.mesh)["data"] % 2 for c in long} == {0}
+
+
+def test_experts_are_shared_out_in_every_way_that_divides_them():
+    for experts, allowed in ((24, {1, 2, 4, 8}), (0, {1})):
+        found = search.make_candidates(16, heads=8, row_tokens=1024, experts=experts)
+        sizes = [dict(candidate.mesh) for candidate in found]
+        assert {mesh.get("expert", 1) for mesh in sizes} == allowed
+        for mesh in sizes:
+            assert math.prod(mesh.values()) == 16
+            assert mesh.get("expert") != 1  # as a run's mesh has it
+            assert mesh["tensor"] == 1 or "expert" not in mesh
+    mesh = (("data", 1), ("fsdp", 1), ("expert", 8), ("context", 1), ("tensor", 1))
+    flags = search.as_flags(Candidate(mesh, "none", 1))
+    assert flags["mesh.expert"] == 8
+    assert flags["training.deepspeed.zero_stage"] == 3  # of all that is no expert
 
 
 def test_a_candidate_is_told_as_keys_of_a_configuration():

@@ -156,6 +156,41 @@ def test_the_search_compiles_real_steps_and_the_best_one_fits():
     assert not bounds  # a tiny model is never too large
 
 
+def test_the_search_shares_out_a_mixtures_experts_and_counts_no_empty_slots(
+    monkeypatch,
+):
+    config = tiny_config("from_scratch", num_gpus=None, gradient_accumulation_steps=1)
+    with config.unlocked():
+        config.model.architecture.update(
+            model_type="qwen3_moe", num_experts=4, num_experts_per_tok=2,
+            moe_intermediate_size=32,
+        )  # fmt: skip
+    config.model.expert_exchange = "copies"
+    chip = Chip("fake", 1e12, 1e9, 1e12, 1e9, 1e9)
+    given = []
+
+    def only_two(*arguments, **options):
+        given.append(options["experts"])
+        axes = [{"data": 2, "fsdp": 4}, {"data": 2, "fsdp": 1, "expert": 4}]
+        rest = {"context": 1, "tensor": 1}
+        meshes = [tuple((mesh | rest).items()) for mesh in axes]
+        return [search.Candidate(mesh, "full", 2) for mesh in meshes]
+
+    monkeypatch.setattr(search, "make_candidates", only_two)
+    outcomes, _ = aot.search_settings(config, jax.devices(), "cpu", chip=chip)
+    assert given == [4]
+    results = [outcome.result for outcome in outcomes]
+    assert {dict(result.run.mesh.sizes).get("expert", 1) for result in results} == {
+        1,
+        4,
+    }
+    for outcome in outcomes:
+        assert outcome.result.run.mesh.sizes == dict(outcome.candidate.mesh)
+    # Buffers have more rows than are filled, which are not multiplied, and gathering
+    # the weights of a layer that overflows is no part of a usual step.
+    assert results[0].flops == results[1].flops
+
+
 # --- compiling for a TPU -------------------------------------------------------------
 
 

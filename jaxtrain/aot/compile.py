@@ -90,12 +90,29 @@ def _compile_run(
         + memory.host_output_size_in_bytes
         - memory.host_alias_size_in_bytes
         + memory.host_temp_size_in_bytes,
-        flops=count_flops(traced.jaxpr) / len(devices),
+        flops=_count_flops(run, model, traced, (state, batch)) / len(devices),
         model_flops=per_token * tokens / len(devices),
         cost=analyze(
             compiled.as_text(), device_count=len(devices), per_host=chip.per_host
         ),
     )
+
+
+def _count_flops(
+    run: RunConfig, model: LoadedModel, traced: Any, arguments: tuple[TrainState, Any]
+) -> float:
+    """FLOPs of the traced step; of experts those that they have where none overflows.
+
+    Their buffers have more slots than are filled, and kernels skip the empty ones.
+    """
+    spread = model.decoder.experts
+    if spread is not None:
+        decoder = dataclasses.replace(
+            model.decoder, experts=dataclasses.replace(spread, even=True)
+        )
+        step, _ = describe_step(run, dataclasses.replace(model, decoder=decoder))
+        traced = step.trace(*arguments)
+    return count_flops(traced.jaxpr)
 
 
 def describe_step(run: RunConfig, model: LoadedModel) -> tuple[Any, TrainState]:
@@ -134,6 +151,7 @@ def search_settings(
         heads=model.config.num_attention_heads,
         row_tokens=run.data.max_length,
         num_slices=num_slices,
+        experts=model.config.num_experts,
     )
 
     @functools.cache
@@ -171,7 +189,7 @@ def _with_settings(config: Any, candidate: search.Candidate) -> Any:
     """The config with the candidate's keys in place of its own."""
     config = config.copy_and_resolve_references()
     own = config.training.get(config.training.training_type, {})
-    settings: dict[str, Any] = {"mesh.expert": 1}  # which is not searched
+    settings: dict[str, Any] = {"mesh.expert": 1}  # unless the candidate has it
     settings |= {f"mesh.{axis}": size for axis, size in candidate.mesh}
     settings |= search.as_flags(candidate)
     with config.unlocked():
@@ -211,6 +229,16 @@ def _count_inputs(
     return tokens, inputs
 
 
+def _count_weights(model: LoadedModel) -> tuple[int, int]:
+    """How many weights the model has, and how many of them are experts'."""
+    of_experts = sum(
+        leaf.size
+        for path, leaf in jax.tree.leaves_with_path(model.params)
+        if any(getattr(key, "key", None) == "experts" for key in path)
+    )
+    return model.config.num_params(), of_experts
+
+
 def _least_secs(
     run: RunConfig,
     model: LoadedModel,
@@ -220,8 +248,9 @@ def _least_secs(
 ) -> float:
     """The seconds that a step takes at least.
 
-    Its products run at peak, and its links gather all weights twice. Under tensor
-    parallelism the links also bring four sums of activations a layer.
+    Its products run at peak, and its links gather all weights twice, but of experts
+    only a device's own share, where `expert` gives it one. Under tensor parallelism the
+    links also bring four sums of activations a layer.
     """
     sizes, length = dict(candidate.mesh), run.data.max_length
     flops = build.flops_per_token(run, model.config, length)
@@ -231,8 +260,11 @@ def _least_secs(
     width = jnp.dtype(run.precision.compute_dtype).itemsize
     passes = 2 + needs_reference(run)
     received = 0.0
-    if sizes["fsdp"] > 1:
-        gathered = model.config.num_params() * width / sizes["tensor"]
+    spread = sizes.get("expert", 1)
+    if sizes["fsdp"] * spread > 1:
+        weights, of_experts = _count_weights(model)
+        own = of_experts / spread if sizes["fsdp"] > 1 else 0.0
+        gathered = (weights - of_experts + own) * width / sizes["tensor"]
         received += passes * gathered * run.loop.gradient_accumulation_steps
     if sizes["tensor"] > 1:
         layers = model.config.num_hidden_layers * model.config.hidden_size

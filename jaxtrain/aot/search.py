@@ -8,6 +8,7 @@ alone take, by a smaller candidate that did not fit, by a result that no bound b
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from jaxtrain.aot.report import Report
 from jaxtrain.config.sections import REMATS
 
 ROWS = (1, 2, 4, 8, 16, 32)
-AXES = ("data", "fsdp", "context", "tensor")
+AXES = ("data", "fsdp", "expert", "context", "tensor")
 # Fewer tokens of a row than this are not worth splitting it.
 _FEWEST_TOKENS = 4096
 _MOST_TENSOR = 8
@@ -53,12 +54,19 @@ class Outcome:
 
 
 def make_candidates(
-    device_count: int, *, heads: int, row_tokens: int, num_slices: int = 1
+    device_count: int,
+    *,
+    heads: int,
+    row_tokens: int,
+    num_slices: int = 1,
+    experts: int = 0,
 ) -> list[Candidate]:
     """All settings for so many devices and rows of `row_tokens` tokens.
 
     `tensor` up to 8 and a divisor of the heads; `context` where a device keeps 4096
-    tokens of a row; `data` over the slices, and over parts of them.
+    tokens of a row; `data` over the slices, and over parts of them. Where a model has
+    `experts`, `expert` divides them; `tensor` is then 1, for it would cut experts that
+    are narrow already.
     """
     found = set()
     per_slice = device_count // num_slices
@@ -68,13 +76,22 @@ def make_candidates(
             if heads % tensor or is_short:
                 continue
             left = per_slice // tensor // context
-            for data in (1, 2, 4, left):
-                if left % data == 0:
-                    sizes = (data * num_slices, left // data, context, tensor)
-                    found.add(tuple(zip(AXES, sizes, strict=True)))
+            most = math.gcd(experts, left) if experts and tensor == 1 else 1
+            for expert in _divisors(most, at_most=most):
+                for data in (1, 2, 4, left // expert):
+                    if left // expert % data == 0:
+                        fsdp = left // expert // data
+                        sizes = (data * num_slices, fsdp, expert, context, tensor)
+                        found.add(_as_mesh(sizes))
     return list(
         itertools.starmap(Candidate, itertools.product(sorted(found), REMATS, ROWS))
     )
+
+
+def _as_mesh(sizes: Sequence[int]) -> tuple[tuple[str, int], ...]:
+    """Sizes by axis as `MeshSection.sizes` has them: without an `expert` of 1."""
+    named = zip(AXES, sizes, strict=True)
+    return tuple((axis, size) for axis, size in named if (axis, size) != ("expert", 1))
 
 
 def _divisors(number: int, *, at_most: int) -> list[int]:
@@ -151,9 +168,10 @@ def as_flags(candidate: Candidate) -> dict[str, Any]:
     """The configuration's keys, with the values that make a run use the candidate."""
     sizes = dict(candidate.mesh)
     remat = candidate.remat
+    splits_weights = sizes["fsdp"] > 1 or "expert" in sizes
     return {
         **{f"mesh.{axis}": size for axis, size in sizes.items() if size > 1},
-        "training.deepspeed.zero_stage": 3 if sizes["fsdp"] > 1 else 1,
+        "training.deepspeed.zero_stage": 3 if splits_weights else 1,
         "training.gradient_checkpointing": remat != "none",
         **({} if remat == "none" else {"training.remat_policy": remat}),
         "training.per_device_train_batch_size": candidate.rows,

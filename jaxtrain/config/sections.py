@@ -563,6 +563,13 @@ class LoopSection:
     1e-3), which keeps its logits small: log^2 of the denominator of the router's
     softmax, averaged over tokens and layers (the metric router_z_loss). Unset or 0:
     reported only. Refused for other models."""
+    router_bias_update_rate: NonNegative | None = None
+    """Balance a mixture's experts without a loss (arXiv:2408.15664; DeepSeek-V3,
+    arXiv:2412.19437, with 1e-3): after each step the bias by which a router chooses an
+    expert, and which weighs nothing, rises by this where the expert got fewer tokens
+    than the mean, and falls where it got more. For models whose weights have that bias
+    (e_score_correction_bias: DeepSeek-V3, Kimi K2, GLM-4.5); not under lora, where it
+    is frozen. Unset or 0: it stays as it is."""
     objective: str = "auto"
     """auto (next_token; under dpo: preference); orpo, cpo, simpo or kto, all of
     training_type dpo; or module:function, your own: see jaxtrain.objectives."""

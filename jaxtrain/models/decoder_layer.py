@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key, Shaped
 
 from jaxtrain.models import layers, moe, routers
+from jaxtrain.models.balance import send_excess
 from jaxtrain.models.convolution import ShortConvolution
 from jaxtrain.models.delta_net import GatedDeltaNet
 from jaxtrain.models.expert_adapters import (
@@ -151,6 +152,9 @@ class SparseMlp(nnx.Module):
             logits = self.gate(read, dropout_key)
             probabilities, weights, experts = routers.choose(config, self.gate, logits)
             load = moe.measure_load(probabilities, experts, counted, logits)
+            if self.options.balances_experts:
+                bias = self.gate.e_score_correction_bias[...]
+                weights = send_excess(weights, bias, load.assigned)
         with jax.named_scope("experts"):
             if hasattr(self.experts, "gate_proj"):
                 y = self._run_experts(

@@ -52,12 +52,16 @@ class ExpertSpread:
 
     `devices`: X. `room`, `exchange`: see the module. `axes_of` tells which mesh axes
     split an activation, by its shape and logical axes (`ShardingPlan.axes_of`).
+    `even`: copies are taken to be shared out evenly, so that buffers of that size never
+    overflow. It is for a program of which only the operations are counted, which are
+    those of a real step: kernels skip empty slots, and hardly any step overflows.
     """
 
     devices: int
     room: float
     exchange: Exchange
     axes_of: Callable[[tuple[int, ...], LogicalAxes], tuple[str, ...]]
+    even: bool = False
 
     def spread(self, apply: ApplyExperts, x: Float[Array, "B T D"]) -> ApplyExperts:
         """Return `apply` for use on one device's part of x, with its own experts."""
@@ -71,7 +75,8 @@ class _Sizes(NamedTuple):
     """The sizes on one device that determine an exchange's cost and buffers.
 
     `tokens`: its tokens, N. `copies`: number of experts per token, K. `experts`: the
-    experts that it holds, E / X. `devices`: X. `room`: see the module.
+    experts that it holds, E / X. `devices`: X. `room`: see the module; `token_room` is
+    that of "tokens".
     """
 
     tokens: int
@@ -79,6 +84,7 @@ class _Sizes(NamedTuple):
     experts: int
     devices: int
     room: float
+    token_room: float = 2.0
 
     @property
     def most(self) -> int:
@@ -89,7 +95,7 @@ class _Sizes(NamedTuple):
     def rows(self) -> int:
         """With "tokens": the most copies that a device multiplies."""
         even = self.tokens * self.copies
-        return min(self.devices * self.most, math.ceil(max(2.0, self.room) * even))
+        return min(self.devices * self.most, math.ceil(self.token_room * even))
 
     @property
     def slots(self) -> int:
@@ -175,7 +181,8 @@ def _apply_to_own_rows(
         copies=copies,
         experts=stacks[0].shape[0],
         devices=spread.devices,
-        room=spread.room,
+        room=1.0 if spread.even else spread.room,
+        token_room=1.0 if spread.even else max(2.0, spread.room),
     )
     exchange, costs = choose_exchange(
         spread.exchange,
@@ -183,7 +190,8 @@ def _apply_to_own_rows(
         row_bytes=x.shape[-1] * x.dtype.itemsize,
         weight_bytes=sum(stack.size * stack.dtype.itemsize for stack in stacks),
     )
-    _log_choice(exchange, spread.exchange, sizes, tuple(costs.values()))
+    if not spread.even:
+        _log_choice(exchange, spread.exchange, sizes, tuple(costs.values()))
     by_weights = functools.partial(_by_weights, apply)
     if exchange == "weights":
         return by_weights(x, weights, experts, *stacks)
@@ -202,6 +210,8 @@ def _apply_to_own_rows(
 
     @remat
     def run(*arrays: Array) -> Array:
+        if spread.even:
+            return travel(*arrays)
         overflows = _most_copies(experts, sizes, exchange, split) > limit
         return jax.lax.cond(overflows, remat(by_weights), travel, *arrays)
 

@@ -114,6 +114,8 @@ class Options:
     """What every module of one decoder shares; static.
 
     `fp8`: layers' kernels are multiplied in eight bits (models/fp8.py).
+    `balances_experts`: the backward pass tells routers' biases of the experts' loads
+    (balance.py).
     """
 
     config: ModelConfig
@@ -123,6 +125,7 @@ class Options:
     lora: LoraShape | None = None
     quantization: Quantization | None = None
     fp8: bool = False
+    balances_experts: bool = False
     constrain: Callable[[Array, LogicalAxes], Array] = unconstrained
     map_shards: MapShards = on_one_device
     layout: Layout | None = None

@@ -17,7 +17,7 @@ from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.fingerprint import fingerprint_model
 from jaxtrain.models.generation_config import GenerationConfig
 from jaxtrain.models.layer_kinds import LINEAR
-from jaxtrain.models.mixture_options import router_loss_coefficient, spread_experts
+from jaxtrain.models.mixture_options import decoder_options
 from jaxtrain.models.source import ModelSource, read_sizes, read_source
 from jaxtrain.models.transformer import Decoder
 from jaxtrain.record.memory import in_words, memory_limit, sum_bytes
@@ -259,7 +259,6 @@ def make_decoder(
             " read a row from its start, so no device can begin with a later part of"
             " it; set mesh.context = 1, and split rows or weights instead"
         )
-    router_loss_coefficient(run, config)
     rules = sharding.ACTIVATION_RULES
     quantized = None
     if run.lora is not None:
@@ -277,7 +276,7 @@ def make_decoder(
         neftune_alpha=run.loop.neftune_noise_alpha,
         constrain=plan.constrain,
         map_shards=plan.map_shards,
-        experts=spread_experts(run, config, plan),
+        **decoder_options(run, config, plan),
         quantization=quantized,
         fp8=run.precision.fp8,
         layout=Layout(

@@ -1,6 +1,7 @@
 """What a run asks of a mixture of experts: where experts lie, and routers' losses."""
 
 import math
+from typing import Any
 
 from jaxtrain.config import RunConfig
 from jaxtrain.models import router_report
@@ -8,7 +9,38 @@ from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.expert_parallel import AXIS, ExpertSpread
 from jaxtrain.models.z_loss import Score
 from jaxtrain.sharding import ShardingPlan
-from jaxtrain.types import Objective
+from jaxtrain.types import BALANCING_BIAS, Objective
+
+
+def decoder_options(
+    run: RunConfig, config: ModelConfig, plan: ShardingPlan
+) -> dict[str, Any]:
+    """The decoder's options that are about mixtures of experts.
+
+    Raises:
+        ValueError: the run asks for something that the model does not have.
+    """
+    router_loss_coefficient(run, config)
+    return {
+        "experts": spread_experts(run, config, plan),
+        "balances_experts": balances_experts(run, config),
+    }
+
+
+def balances_experts(run: RunConfig, config: ModelConfig) -> bool:
+    """Whether experts are balanced by biases (balance.py).
+
+    Raises:
+        ValueError: the run asks for it, and the model's routers have no such bias.
+    """
+    rate = run.loop.router_bias_update_rate
+    if rate and not (config.num_experts and config.family.router == "sigmoid"):
+        raise ValueError(
+            f"training.router_bias_update_rate = {rate}: a {config.model_type} has no"
+            f" {BALANCING_BIAS} that it could move, and its files have no place for"
+            " one; unset it, and balance experts by training.router_aux_loss_coef"
+        )
+    return bool(rate)
 
 
 def spread_experts(

@@ -63,8 +63,7 @@ def abstract_state(
     if _keeps_first_adapters(run, model):
         frozen = overlay(frozen, trainable)
     rest = jax.eval_shape(functools.partial(_rest, run))
-    replicated = jax.tree.map(lambda leaf: model.plan.replicated, rest)
-    rest = _laid_out(rest, replicated)
+    rest = jax.tree.map(lambda leaf: leaf.update(sharding=model.plan.replicated), rest)
     return TrainState(trainable=trainable, frozen=frozen, opt_state=opt_state, **rest)
 
 

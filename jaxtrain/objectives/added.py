@@ -56,13 +56,11 @@ def with_router_loss(objective: types.Objective, coefficient: float) -> types.Ob
         """The objective must not see the router's loss, which is not one per token."""
         return lambda rows: dataclasses.replace(score(rows), router_loss=None)
 
-    def objective_alone(
-        policy: types.LogProbsFn, reference: types.LogProbsFn | None, batch: Any
-    ) -> tuple[types.WeightedSum, types.Metrics]:
+    def alone(policy: types.LogProbsFn, reference: Any, batch: Any) -> Any:
         return objective(without(policy), reference and without(reference), batch)
 
     def router_loss(outputs: types.TokenLogProbs, rows: types.Batch) -> jax.Array:
         assert outputs.router_loss is not None  # the score function was told to give it
         return outputs.router_loss
 
-    return with_added_loss(objective_alone, router_loss, coefficient)
+    return with_added_loss(alone, router_loss, coefficient)

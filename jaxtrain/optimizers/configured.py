@@ -10,6 +10,7 @@ from jaxtrain.config import RunConfig
 from jaxtrain.config.own_parts import bind_own
 from jaxtrain.config.sections import WITH_MOMENTS
 from jaxtrain.optimizers import optim, schedules
+from jaxtrain.optimizers.balance import with_balancing
 from jaxtrain.optimizers.ema import with_ema
 from jaxtrain.optimizers.moments import with_compact_moments
 from jaxtrain.optimizers.multipliers import with_multipliers
@@ -44,6 +45,8 @@ def make_optimizer(
             optimizer = with_compact_moments(optimizer, settings.moment_dtype)
     if settings.lr_multipliers:
         optimizer = with_multipliers(optimizer, settings.lr_multipliers)
+    if run.loop.router_bias_update_rate:
+        optimizer = with_balancing(optimizer, run.loop.router_bias_update_rate)
     if settings.ema_decay is not None:
         optimizer = with_ema(optimizer, settings.ema_decay)
     return schedule, optimizer

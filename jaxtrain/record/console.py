@@ -31,6 +31,7 @@ _NAMES = {
     "tokens_per_sec": "tokens/s",
     "grad_norm": "grad_norm",
     "mfu": "mfu",
+    "router_load": "router_load",
     "kl": "kl",
     "samples_per_sec": "samples/s",
     "epoch": "epoch",
@@ -41,7 +42,7 @@ _NAMES = {
 _NOT_ON_CONSOLE = re.compile(
     r"(eval_)?(entropy|mean_token_accuracy|num_tokens|logits/.*|logps/.*"
     r"|rewards/(chosen|rejected)|nll/.*|grad_norm/.*|generated_words|data_wait_share"
-    r"|useful_token_share"
+    r"|useful_token_share|router_(entropy|z_loss|dropped)"
     r"|step_time_.*|host_memory_gib|device_memory_gib)"
 )
 

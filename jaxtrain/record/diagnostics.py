@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from jaxtrain.batch import AnyBatch, PairBatch
-from jaxtrain.types import Params
+from jaxtrain.types import BALANCING_BIAS, Params
 
 # A spread smaller than this share of the mean is rounding, not the batches'.
 _LEAST_SPREAD = 1e-3
@@ -45,8 +45,10 @@ def sum_squares_by_group(grads: Params, group_of: GroupOf) -> dict[str, Array]:
     """Each group's sum of squared gradients; their sum is the squared global norm."""
     sums: dict[str, Array] = {}
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):
-        group = group_of(tuple(str(getattr(key, "key", key)) for key in path))
-        sums[group] = sums.get(group, jnp.float32(0)) + jnp.sum(grad * grad)
+        names = tuple(str(getattr(key, "key", key)) for key in path)
+        if names[-1] != BALANCING_BIAS:  # what stands there is none: models/balance.py
+            group = group_of(names)
+            sums[group] = sums.get(group, jnp.float32(0)) + jnp.sum(grad * grad)
     return sums
 
 

@@ -23,6 +23,7 @@ RULES = (
     loop.check_profile,
     loop.check_own_parts,
     loop.check_z_loss,
+    loop.check_router_bias,
     mesh.resolve_devices,
     mesh.resolve_mesh,
     optimization.check_weights,

@@ -120,6 +120,17 @@ def check_z_loss(run: Resolution) -> None:
         )
 
 
+def check_router_bias(run: Resolution) -> None:
+    """Refuse to move routers' biases beside adapters: they are the frozen base's."""
+    if run.loop.router_bias_update_rate and run.has_adapters:
+        run.problem(
+            "router_bias_update_rate",
+            "adapters leave the base as it is, and their files have no place for its"
+            " biases; unset it, or train all weights",
+            causes=["training.lora.enabled", "training.training_type"],
+        )
+
+
 def _check_run_name(run: Resolution) -> None:
     """Refuse a name that would lead out of `out/`, or that steers a terminal."""
     name = run.loop.run_name or ""
