@@ -54,6 +54,8 @@ class StepOptions:
     each micro-batch first and over micro-batches then, so that a short last one counts
     as much as the others. Empty ones count nowhere.
     `fetch`: bring what the step reads of the state from host to device memory.
+    `prepare`: of weights that train, make what every micro-batch reads, once a step;
+    what it returns puts that into their tree.
     `update`: in place of `make_whole_update`, of state as it is stored.
     """
 
@@ -66,6 +68,7 @@ class StepOptions:
     group_of: GroupOf | None = None
     is_micro_batch_mean: Callable[[str], bool] = lambda name: False
     fetch: Callable[[TrainState], TrainState] = lambda state: state
+    prepare: Callable[[Params], Callable[[Params], Params]] | None = None
     update: UpdateFn | None = None
 
 
@@ -93,6 +96,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         fetched = options.fetch(state)
+        read = (options.prepare or (lambda _: lambda tree: tree))(fetched.trainable)
         key = jax.random.fold_in(state.rng, state.step)
         scale = 1.0 if state.loss_scale is None else state.loss_scale.scale
 
@@ -100,7 +104,7 @@ def make_train_step(
             trainable: Params, micro_batch: Any, index: Array
         ) -> tuple[Array, Metrics]:
             dropout = jax.random.fold_in(key, index) if options.with_dropout else None
-            sums = measure(trainable, fetched.frozen, micro_batch, dropout)
+            sums = measure(read(trainable), fetched.frozen, micro_batch, dropout)
             for name in filter(options.is_micro_batch_mean, sums):
                 sums[name] = _as_one_vote(sums[name])
             return sums["loss"].total * scale, sums
@@ -132,8 +136,7 @@ def make_train_step(
         if options.group_of is not None:
             for group, square in squares.items():
                 numbers[f"grad_norm/{group}"] = jnp.sqrt(square)
-        loss_scale = state.loss_scale
-        if loss_scale is not None:
+        if (loss_scale := state.loss_scale) is not None:
             numbers["loss_scale"] = loss_scale.scale
             loss_scale = loss_scale.update(finite)
         one = jnp.float32(1)
@@ -187,8 +190,7 @@ def _guard(
     if options.spike_threshold is not None:
         assert window is not None  # `init_state` gives one with a threshold
         is_spike, window = detect_spike(window, loss.mean(), options.spike_threshold)
-    skips = options.skip_nonfinite or state.loss_scale is not None
-    good = finite if skips else None
+    good = finite if options.skip_nonfinite or state.loss_scale is not None else None
     if options.skip_spikes:
         good = ~is_spike if good is None else good & ~is_spike
     return good, is_spike, window
@@ -236,16 +238,14 @@ def _sum_gradients(
     """
 
     def micro_step(micro_batch: Any, index: Array) -> tuple[Params, Metrics]:
-        gradient = jax.grad(total, has_aux=True)
-        grads, sums = gradient(trainable, micro_batch, index)
+        grads, sums = jax.grad(total, has_aux=True)(trainable, micro_batch, index)
         return jax.tree.map(lambda g: g.astype(jnp.float32), grads), sums
 
     count = jax.tree.leaves(batch)[0].shape[0]
     first = jax.tree.map(lambda x: x[0], batch)
     if count == 1:
         return micro_step(first, jnp.int32(0))
-    shapes = jax.eval_shape(micro_step, first, jnp.int32(0))
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(micro_step, first, 0))
 
     def body(sums: Any, xs: tuple[Any, Array]) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, sums, micro_step(*xs)), None
@@ -261,7 +261,6 @@ def make_eval_step(
 
     The sums of several batches add up to those of the whole set.
     """
-
     measure = _make_measure(objective, score, options)
 
     def eval_step(state: TrainState, batch: Any) -> Metrics:

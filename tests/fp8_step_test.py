@@ -1,6 +1,7 @@
 """training.fp8: what it refuses, how near its gradients are, and a run of each kind."""
 
 import dataclasses
+import json
 import re
 import types
 
@@ -11,11 +12,13 @@ import pytest
 from runs import tiny_config, train
 
 from jaxtrain import sharding
+from jaxtrain.aot.compile import _abstract_batch, describe_step
+from jaxtrain.aot.hlo_cost import _executions
 from jaxtrain.config import resolve
 from jaxtrain.kernels.fp8 import Weight
 from jaxtrain.models import fp8
 from jaxtrain.models.config import ModelConfig
-from jaxtrain.models.load import make_plan
+from jaxtrain.models.load import load_abstract_model, make_plan
 from jaxtrain.models.transformer import Decoder
 from jaxtrain.run import fp8_step
 from jaxtrain.run.fp8_step import CheckedStep, Expected, check_products
@@ -194,6 +197,26 @@ def test_products_bear_the_names_that_are_looked_for():
     names = fp8_step._NAME.findall(run.lower(params).compile().as_text())
     expected = {(m, p) for m in decoder.linear_kernels() for p in PASSES}
     assert set(names) == expected
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_kernels_are_quantized_once_for_all_micro_batches(kind, tmp_path):
+    """By the program as it is compiled, each cast counted as often as it runs."""
+    (tmp_path / "config.json").write_text(json.dumps(SIZES))
+    config = tiny_config(kind, str(tmp_path), bf16=True, fp8=True)
+    config.training.gradient_accumulation_steps = 3
+    run = resolve(config, device_count=1)
+    model = load_abstract_model(run, jax.devices()[:1]).for_training(packed=False)
+    step, state = describe_step(run, model)
+    text = step.lower(state, _abstract_batch(model, run)).compile().as_text()
+    cast = {"16x96": 0.0, "stacked": 0.0}
+    for instruction, count, _ in _executions(text):
+        if instruction.opcode == "convert" and "f8e4m3fn[" in instruction.shape:
+            dims = re.findall(r"\d+", instruction.shape.split("[")[1].split("]")[0])
+            of_layers = dims[0] == "2" and len(dims) == 3
+            cast["stacked" if of_layers else "16x96"] += count
+    # Of activations it is one in each micro-batch at least, of both layers.
+    assert cast["stacked"] == 7 and cast["16x96"] >= 3 * 2 * 4
 
 
 # --- numbers -----------------------------------------------------------------------
