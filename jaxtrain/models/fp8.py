@@ -24,6 +24,7 @@ from jaxtrain.types import Params
 
 _KEY = "training.fp8 = True"
 _LEAST_CAPABILITY = 8.9  # tensor cores of Ada and Hopper, and what came after them
+_TPUS = ("TPU7x",)  # the matrix units of those before compute in bfloat16
 _SIZE = 16  # of each side of a product; others would be filled up each time
 
 
@@ -99,13 +100,14 @@ def check(config: ModelConfig, device: jax.Device) -> None:
 
 def _check_device(device: jax.Device) -> None:
     """CPUs compute the same, slowly; of others, those that have such products."""
-    if device.platform == "cpu":
+    if device.platform == "cpu" or device.device_kind in _TPUS:
         return
     found = f"{_KEY}: this device is a {device.device_kind}"
     if device.platform != "gpu":
         raise ValueError(
-            f"{found}, for which products in eight bits are not written yet; unset it,"
-            " or train on an NVIDIA GPU of compute capability 8.9 or later"
+            f"{found}, which does not multiply in eight bits; unset it, or train on an"
+            f" NVIDIA GPU of compute capability {_LEAST_CAPABILITY} or later, or on"
+            f" {_TPUS[0]}"
         )
     capability = compute_capability(device)
     if capability is None or capability < _LEAST_CAPABILITY:
