@@ -1,13 +1,14 @@
 """How far the first losses of one batch are from float32's, in bfloat16 and in fp8.
 
     PYTHONPATH=. python benchmarks/fp8_first_steps.py [--rates 3e-3,3e-4] [--steps 6]
+        [--random] [--layers 8] [--bits 2,3,4,5,6]
 
 A small model of random weights takes AdamW's steps on one batch of the embedded text,
-at one rate from the first step on, as train_step.py does. Sides: float32 throughout;
-bfloat16 in three orders of the batch's rows, which change no more than roundings; fp8
-in the same three orders; and layers whose products read numbers of 2 to 6 bits behind
-the point, and gradients of one bit less, in place of fp8's 3 and 2. If fp8 is far for
-no other reason than its bits, it lies on the line of these.
+or of random tokens, at one rate from the first step on, as train_step.py does. Sides:
+float32 throughout; bfloat16 in three orders of the batch's rows, which change no more
+than roundings; fp8 in the same three orders; and layers whose products read numbers of
+2 to 6 bits behind the point, and gradients of one bit less, in place of fp8's 3 and 2.
+If fp8 is far for no other reason than its bits, it lies on the line of these.
 
 Prints for each seed of weights the losses of float32, and for all seeds together each
 side's mean difference from them step by step, the spread among orders, and the cosine
@@ -38,14 +39,12 @@ from jaxtrain.models import Decoder, ModelConfig
 from jaxtrain.types import Batch
 
 ROWS, LENGTH, VOCAB = 8, 128, 2048
-BITS = (2, 3, 4, 5, 6)
 ORDERS = (0, 1, 2)
 CONFIG = {
     "model_type": "qwen2",
     "vocab_size": VOCAB,
     "hidden_size": 128,
     "intermediate_size": 384,
-    "num_hidden_layers": 8,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "tie_word_embeddings": True,
@@ -53,8 +52,8 @@ CONFIG = {
 }
 
 
-def make_batch() -> Batch:
-    """The first rows of the embedded text."""
+def make_batch(*, random: bool) -> Batch:
+    """The first rows of the embedded text, or tokens and targets at random."""
     path = str(assets.asset_path(assets.TOKENIZER) / "tokenizer.json")
     data = assets.asset_path(assets.DATA["next_token"][0])
     with gzip.open(data, "rt") as file:
@@ -64,6 +63,9 @@ def make_batch() -> Batch:
     ones = np.ones((ROWS, LENGTH), np.int32)
     place = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), ones.shape)
     tokens, targets = (x.astype(np.int32) for x in (rows[:, :-1], rows[:, 1:]))
+    if random:
+        draw = np.random.default_rng(0)
+        tokens, targets = draw.integers(0, VOCAB, (2, ROWS, LENGTH), np.int32)
     return Batch(tokens, targets, ones, place, ones.astype(np.float32))
 
 
@@ -88,8 +90,17 @@ def products_of(bits: int | None) -> Iterator[None]:
 class Side:
     """A precision: its loss and gradient, compiled once."""
 
-    def __init__(self, dtype: str, *, fp8: bool = False, bits: int | None = None):
-        config = ModelConfig.from_hf(CONFIG)
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        dtype: str,
+        *,
+        fp8: bool = False,
+        bits: int | None = None,
+    ) -> None:
+        layers = {"num_hidden_layers": options.layers}
+        config = ModelConfig.from_hf(CONFIG | layers)
+        self.batch = make_batch(random=options.random)
         decoder = Decoder(
             config, compute_dtype=dtype, attention="xla", packed=False, fp8=fp8
         )
@@ -103,10 +114,9 @@ class Side:
     def run(self, seed: int, order: int, rate: float, steps: int) -> Any:
         """Losses as steps begin, and the first gradient as one vector."""
         with products_of(self.bits):
-            batch = make_batch()
             drawn = np.random.default_rng(order).permutation(ROWS)
             rows = np.arange(ROWS) if order == 0 else drawn
-            batch = jax.tree.map(lambda x: x[rows], batch)
+            batch = jax.tree.map(lambda x: x[rows], self.batch)
             params = self.init(jax.random.key(seed))
             state, losses, first = optimizer().init(params), [], None
             for _ in range(steps):
@@ -144,11 +154,15 @@ def main() -> None:
     parser.add_argument("--rates", default="3e-3,3e-4")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--random", action="store_true", help="random tokens")
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--bits", default="2,3,4,5,6")
     options = parser.parse_args()
-    exact = Side("float32")
-    sides = {"bf16": Side("bfloat16"), "fp8": Side("bfloat16", fp8=True)}
-    for bits in BITS:
-        sides[f"{bits} bits"] = Side("bfloat16", fp8=True, bits=bits)
+    make = functools.partial(Side, options)
+    exact = make("float32")
+    sides = {"bf16": make("bfloat16"), "fp8": make("bfloat16", fp8=True)}
+    for bits in map(int, options.bits.split(",")):
+        sides[f"{bits} bits"] = make("bfloat16", fp8=True, bits=bits)
     show = functools.partial(np.array2string, precision=4, suppress_small=True)
     for rate in map(float, options.rates.split(",")):
         found = {name: Found() for name in sides}
