@@ -50,8 +50,8 @@ def main() -> None:
         told = [
             line["error"]
             if "error" in line
-            else f"{line['rate']:.0f} {line['unit']}, {line['peak_gib']} GiB, loss"
-            f" {line['loss']}, warm-up {line['warmup_secs']} s"
+            else f"{line['rate']:.0f} {line['unit']}, {line['peak_gib']} GiB, losses"
+            f" {line['losses']}, warm-up {line['warmup_secs']} s"
             for line in (base, fast)
         ]
         print(f"{name} bf16: {told[0]}\n{name} fp8:  {told[1]}", flush=True)

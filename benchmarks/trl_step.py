@@ -64,10 +64,13 @@ def make_model(case: Case, dtype: torch.dtype, attention: str) -> Any:
     if case.quantization:
         raise ValueError("no peer of this case: see train_step.py")
     config = transformers.AutoConfig.for_model(
-        **{"model_type": "qwen2", **SHAPES[case.shape]},
-        max_position_embeddings=32768,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-        tie_word_embeddings=True,
+        **{
+            "model_type": "qwen2",
+            "max_position_embeddings": 32768,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+            "tie_word_embeddings": True,
+            **SHAPES[case.shape],
+        }
     )
     with torch.device(DEVICE):
         model = transformers.AutoModelForCausalLM.from_config(

@@ -48,13 +48,15 @@ _FLAGS = (
 )
 
 
-def make(folder: pathlib.Path, shape: str, rows: int, longest: int, full: bool) -> None:
+def make(folder: pathlib.Path, options: argparse.Namespace) -> None:
     """Write `model`, `tokenizer`, `sft.jsonl` and `dpo.jsonl` into a folder."""
     import tokenizers
     import torch
     import transformers
 
-    sizes = SHAPES[shape]
+    sizes = dict(SHAPES[options.shape])
+    sizes["num_hidden_layers"] = options.layers or sizes["num_hidden_layers"]
+    rows, longest = options.rows, options.length
     config = transformers.Qwen2Config(
         **sizes,
         max_position_embeddings=32768,
@@ -82,7 +84,7 @@ def make(folder: pathlib.Path, shape: str, rows: int, longest: int, full: bool) 
     mean = math.log(300) - 0.8**2 / 2
 
     def draw_lengths() -> np.ndarray:
-        if full:
+        if options.full:
             return np.full(rows, longest)
         drawn = np.exp(random.normal(mean, 0.8, rows)).astype(int)
         return np.clip(drawn, 12, longest - 1)
@@ -241,6 +243,7 @@ def main() -> None:
     parser.add_argument("side", choices=["make", "ours", "trl"])
     parser.add_argument("folder", type=pathlib.Path)
     parser.add_argument("--shape", default="0.5b", choices=sorted(SHAPES))
+    parser.add_argument("--layers", type=int, help="of the model, else the shape's")
     parser.add_argument("--rows", type=int, default=4000)
     parser.add_argument("--task", choices=["sft", "dpo"], default="dpo")
     parser.add_argument("--batch", type=int, default=8)
@@ -257,7 +260,7 @@ def main() -> None:
     options = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if options.side == "make":
-        make(options.folder, options.shape, options.rows, options.length, options.full)
+        make(options.folder, options)
         return
     if options.side == "ours":
         length = "training.num_train_epochs=1"

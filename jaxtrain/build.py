@@ -24,6 +24,7 @@ from jaxtrain import loop, objectives, sharding, step
 from jaxtrain.config import RunConfig
 from jaxtrain.data.batches.dataset import PreparedDataset
 from jaxtrain.models.config import ModelConfig
+from jaxtrain.models.fp8 import quantize_once
 from jaxtrain.models.load import LoadedModel
 from jaxtrain.models.mixture_options import router_loss_coefficient, with_router_report
 from jaxtrain.models.state import init_state, needs_reference
@@ -207,8 +208,7 @@ def bind_loss(run: RunConfig, model: LoadedModel, loss: Loss) -> Scored:
     if loss.auxiliary is not None:
         objective = with_added_loss(objective, *loss.auxiliary)
         added["aux_loss"] = loss.auxiliary[1]
-    router = router_loss_coefficient(run, model.config)
-    if router:
+    if router := router_loss_coefficient(run, model.config):
         objective = with_router_loss(objective, router)
         added["router_aux_loss" if added else "aux_loss"] = router
     score: step.ScoreFn = functools.partial(
@@ -255,6 +255,7 @@ def make_steps(
             diagnostics.parameter_group if run.loop.log_grad_norm_by_group else None
         ),
         is_micro_batch_mean=functools.partial(_is_micro_batch_mean, run.objective_row),
+        prepare=quantize_once if plan.fp8 else None,
     )
     options = offload(options, plan, optimizer, layouts)
     train_step = step.make_train_step(

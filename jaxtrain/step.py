@@ -54,6 +54,8 @@ class StepOptions:
     each micro-batch and then over those in which anything was counted, so that a short
     last one counts as much as the others.
     `fetch`: copies the parameters that the step reads from host to device memory.
+    `prepare`: makes from the trained weights, once a step, what every micro-batch reads;
+    it returns a function that puts this into a tree of them.
     `update`: replaces `make_whole_update`, for state that is kept in host memory.
     """
 
@@ -66,6 +68,7 @@ class StepOptions:
     group_of: GroupOf | None = None
     is_micro_batch_mean: Callable[[str], bool] = lambda name: False
     fetch: Callable[[TrainState], TrainState] = lambda state: state
+    prepare: Callable[[Params], Callable[[Params], Params]] | None = None
     update: UpdateFn | None = None
 
 
@@ -94,6 +97,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         fetched = options.fetch(state)
+        read = (options.prepare or (lambda _: lambda tree: tree))(fetched.trainable)
         key = jax.random.fold_in(state.rng, state.step)
         scale = 1.0 if state.loss_scale is None else state.loss_scale.scale
 
@@ -101,7 +105,7 @@ def make_train_step(
             trainable: Params, micro_batch: Any, index: Array
         ) -> tuple[Array, Metrics]:
             dropout = jax.random.fold_in(key, index) if options.with_dropout else None
-            sums = measure(trainable, fetched.frozen, micro_batch, dropout)
+            sums = measure(read(trainable), fetched.frozen, micro_batch, dropout)
             for name in filter(options.is_micro_batch_mean, sums):
                 sums[name] = _as_one_vote(sums[name])
             return sums["loss"].total * scale, sums
@@ -187,8 +191,7 @@ def _guard(
     if options.spike_threshold is not None:
         assert window is not None  # `init_state` gives one with a threshold
         is_spike, window = detect_spike(window, loss.mean(), options.spike_threshold)
-    skips = options.skip_nonfinite or state.loss_scale is not None
-    good = finite if skips else None
+    good = finite if options.skip_nonfinite or state.loss_scale is not None else None
     if options.skip_spikes:
         good = ~is_spike if good is None else good & ~is_spike
     return good, is_spike, window
@@ -233,16 +236,14 @@ def _sum_gradients(
     """
 
     def micro_step(micro_batch: Any, index: Array) -> tuple[Params, Metrics]:
-        gradient = jax.grad(total, has_aux=True)
-        grads, sums = gradient(trainable, micro_batch, index)
+        grads, sums = jax.grad(total, has_aux=True)(trainable, micro_batch, index)
         return jax.tree.map(lambda g: g.astype(jnp.float32), grads), sums
 
     count = jax.tree.leaves(batch)[0].shape[0]
     first = jax.tree.map(lambda x: x[0], batch)
     if count == 1:
         return micro_step(first, jnp.int32(0))
-    shapes = jax.eval_shape(micro_step, first, jnp.int32(0))
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(micro_step, first, 0))
 
     def body(sums: Any, xs: tuple[Any, Array]) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, sums, micro_step(*xs)), None
@@ -258,7 +259,6 @@ def make_eval_step(
 
     The sums of several batches add up to those of the whole set.
     """
-
     measure = _make_measure(objective, score, options)
 
     def eval_step(state: TrainState, batch: Any) -> Metrics:

@@ -223,6 +223,7 @@ ALLOWED: dict[str, set[str]] = {
         "run.saved_record",
         "storage",
     },
+    "run.fp8_step": {"config", "kernels", "models.load", "run"},
     "run.out_of_memory": {"config", "models.state", "record"},
     "run.trial": {"config.eval_sets", "config", "schema", "types"},
     "run.weights": {
@@ -311,6 +312,7 @@ ALLOWED: dict[str, set[str]] = {
         "record",
         "record.start",
         "run",
+        "run.fp8_step",
         "run.ledger",
         "run.preemption",
         "sharding",
@@ -328,6 +330,7 @@ ALLOWED: dict[str, set[str]] = {
         "models.load",
         "models.state",
         "optimizers",
+        "run.fp8_step",
         "run.out_of_memory",
         "sharding",
         "types",

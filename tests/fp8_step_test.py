@@ -1,6 +1,9 @@
 """training.fp8: what it refuses, how near its gradients are, and a run of each kind."""
 
+import collections
 import dataclasses
+import importlib.util
+import json
 import re
 import types
 
@@ -11,12 +14,16 @@ import pytest
 from jax import export
 from runs import tiny_config, train
 
-from jaxtrain import sharding
+from jaxtrain import aot, sharding
+from jaxtrain.aot.compile import _abstract_batch, describe_step
+from jaxtrain.aot.hlo_cost import _executions
+from jaxtrain.aot.report import CHIPS, Report
 from jaxtrain.config import resolve
+from jaxtrain.kernels import fp8 as kernels_fp8
 from jaxtrain.kernels.fp8 import Weight
 from jaxtrain.models import fp8
 from jaxtrain.models.config import ModelConfig
-from jaxtrain.models.load import make_plan
+from jaxtrain.models.load import load_abstract_model, make_plan
 from jaxtrain.models.transformer import Decoder
 from jaxtrain.run import fp8_step
 from jaxtrain.run.fp8_step import CheckedStep, Expected, check_products
@@ -32,6 +39,9 @@ SIZES = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 4096,
 }
+
+
+SHAPES = ((256, 512), (512, 1024))  # of an input and a kernel
 
 
 def config_of(**changed):
@@ -53,7 +63,7 @@ def device(kind, capability=None, platform="gpu"):
         (device("NVIDIA A100-SXM4-40GB", "8.0"), r"A100-SXM4-40GB of compute .* 8\.0"),
         (device("Tesla T4", "7.5"), r"Tesla T4 of compute capability 7\.5"),
         (device("AMD Instinct MI300X", "gfx942"), "no compute capability"),
-        (device("TPU v5e", platform="tpu"), "TPU v5e, for which .* not written"),
+        (device("TPU v6 lite", platform="tpu"), "TPU v6 lite, which does .* TPU7x"),
     ],
 )
 def test_a_device_that_cannot_is_refused_by_its_name(present, said):
@@ -65,6 +75,7 @@ def test_a_device_that_cannot_is_refused_by_its_name(present, said):
 def test_devices_that_can_are_taken(capability):
     fp8.check(config_of(), device("NVIDIA", capability))
     fp8.check(config_of(), device("cpu", platform="cpu"))
+    fp8.check(config_of(), device("TPU7x", platform="tpu"))
 
 
 def test_models_with_other_products_and_odd_widths_are_refused():
@@ -177,6 +188,61 @@ def test_one_that_lost_its_name_is_missed():
         check_products(text_of(), expected)
 
 
+@pytest.mark.parametrize(
+    ("types", "is_refused"),
+    [(("f8e4m3fn", "f8e5m2"), False), (("bf16", "f8e4m3fn"), True)],
+)
+def test_for_tpus_a_products_operands_tell(types, is_refused):
+    """As XLA prints them: by name, defined above in the same computation."""
+    left, right = types
+    name = "jit(step)/layers/mlp/fp8/mlp.up_proj/forward/dot_general"
+    text = f"""
+%other (p: f8e4m3fn[16,16]) -> f8e4m3fn[16,16] {{
+  %fusion.1 = f8e4m3fn[16,16]{{1,0}} parameter(0)
+}}
+%fused (p: bf16[16,16]) -> f32[16,16] {{
+  %fusion.1 = {left}[16,16]{{1,0:T(8,128)(4,1)}} fusion(%p), kind=kLoop, calls=%c.1
+  %fusion.2 = {right}[16,16]{{1,0}} fusion(%q), kind=kLoop, calls=%c.2
+  ROOT %convolution.1 = f32[16,16]{{1,0}} convolution(%fusion.1, %fusion.2), \
+dim_labels=bf_oi->bf, metadata={{op_name="{name}"}}
+}}"""
+    expected = Expected(frozenset({"mlp.up_proj"}), 1, 0, 0)
+    if not is_refused:
+        check_products(text, expected)
+        return
+    with pytest.raises(ValueError, match=r"up_proj its forward.*in more bits"):
+        check_products(text, expected)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="needs libtpu, the compiler: pip install 'jaxtrain[tpu]'; no TPU",
+)
+@pytest.mark.parametrize(
+    ("topology", "of_codes", "said"),
+    [
+        ("tpu7x:2x2x1", True, None),
+        ("tpu7x:2x2x1", False, "in more bits"),  # what GPUs are given
+    ],
+)
+def test_products_of_codes_are_found_in_a_program_for_tpus(topology, of_codes, said):
+    place = jax.sharding.SingleDeviceSharding(aot.describe_devices(topology)[0])
+    site = kernels_fp8.Site("mlp.up_proj", of_codes=of_codes)
+
+    def loss(x, kernel):
+        weight = fp8.in_fp8(kernel, master=kernel)
+        return jnp.sum(kernels_fp8.project(site, kernels_fp8.share(x), weight) ** 2)
+
+    sizes = (jax.ShapeDtypeStruct(s, jnp.bfloat16, sharding=place) for s in SHAPES)
+    program = jax.jit(jax.grad(loss, (0, 1))).lower(*sizes).compile()
+    expected = Expected(frozenset({"mlp.up_proj"}), 1, 1, 1)
+    if said is None:
+        check_products(program.as_text(), expected)
+        return
+    with pytest.raises(ValueError, match=said):
+        check_products(program.as_text(), expected)
+
+
 def test_a_step_is_read_before_it_runs():
     ran = []
     program = types.SimpleNamespace(as_text=lambda: text_of(forward=IN_BF16))
@@ -196,6 +262,34 @@ def test_products_bear_the_names_that_are_looked_for():
     names = fp8_step._NAME.findall(jax.jit(kept.call).lower(params).compile().as_text())
     expected = {(m, p) for m in decoder.linear_kernels() for p in PASSES}
     assert set(names) == expected
+
+
+def test_kernels_are_quantized_once_for_all_micro_batches(tmp_path):
+    """By the program as it is compiled, each cast counted as often as it runs."""
+    (tmp_path / "config.json").write_text(json.dumps(SIZES))
+    config = tiny_config("dpo", str(tmp_path), bf16=True, fp8=True)
+    config.training.gradient_accumulation_steps = 3
+    config.training.per_device_train_batch_size = 4
+    run = resolve(config, device_count=1)
+    model = load_abstract_model(run, jax.devices()[:1]).for_training(packed=False)
+    step, state = describe_step(run, model)
+    text = step.lower(state, _abstract_batch(model, run)).compile().as_text()
+    casts: collections.Counter[bool] = collections.Counter()
+    for instruction, count, _ in _executions(text):
+        if instruction.opcode == "convert" and "f8e4m3fn[" in instruction.shape:
+            # Kernels of two layers, or activations of four rows.
+            casts[instruction.shape.split("[")[1].startswith("2,")] += int(count)
+    assert casts[True] == 7  # of the policy alone: the reference is kept in codes
+    assert casts[False] >= 3 * 2 * 4
+
+
+@pytest.mark.parametrize(("in_fp8", "secs"), [(False, 1.0), (True, 0.5)])
+def test_a_bound_on_a_steps_time_holds_in_eight_bits(in_fp8, secs):
+    """Dense products of an H100 by NVIDIA's data sheet: 989 TFLOP/s, and 1,979."""
+    run = resolve({"training": {"training_type": "sft", "fp8": in_fp8}}, device_count=1)
+    chip = CHIPS["NVIDIA H100 80GB HBM3"]
+    report = Report("h100:1", 1, chip, 1, run, flops=989e12)
+    assert report.secs["compute"] == pytest.approx(secs, rel=1e-3)
 
 
 # --- numbers -----------------------------------------------------------------------

@@ -24,6 +24,7 @@ from jaxtrain.data.batches.dataset import ROW_MULTIPLE
 from jaxtrain.models.load import LoadedModel, load_abstract_model
 from jaxtrain.models.state import abstract_state, needs_reference
 from jaxtrain.optimizers.configured import make_optimizer
+from jaxtrain.run import fp8_step
 from jaxtrain.sharding import layouts_of
 from jaxtrain.types import Batch, LabeledBatch, PairBatch, TrainState
 
@@ -42,7 +43,7 @@ def compile_for(
         topology: their name in the report.
 
     Raises:
-        ValueError: the config.
+        ValueError: the config; or training.fp8, and a product in more bits.
     """
     run = resolve(config, device_count=len(devices))
     chip = chip or CHIPS[devices[0].device_kind]
@@ -77,6 +78,9 @@ def _compile_run(
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return report(refusal=_first_lines(str(error)))
+    text = compiled.as_text()
+    if run.precision.fp8 and model.plan.platform != "cpu":
+        fp8_step.check_products(text, fp8_step.expected_of(run, model))
     memory = compiled.memory_analysis()
     per_token = build.flops_per_token(run, model.config, run.data.max_length)
     return report(
@@ -92,9 +96,7 @@ def _compile_run(
         + memory.host_temp_size_in_bytes,
         flops=_count_flops(run, model, traced, (state, batch)) / len(devices),
         model_flops=per_token * tokens / len(devices),
-        cost=analyze(
-            compiled.as_text(), device_count=len(devices), per_host=chip.per_host
-        ),
+        cost=analyze(text, device_count=len(devices), per_host=chip.per_host),
     )
 
 

@@ -96,9 +96,13 @@ class Report:
 
     @property
     def secs(self) -> dict[str, float]:
-        """The least time for each resource, were the others free."""
+        """The least time for each resource, were the others free.
+
+        Under training.fp8 products are taken at twice the rate of bfloat16's, the peak
+        of all these chips, though not all are in eight bits.
+        """
         secs = {
-            "compute": self.flops / self.chip.flops,
+            "compute": self.flops / self.chip.flops / (1 + self.run.precision.fp8),
             "memory": self.cost.bytes_accessed / self.chip.memory_rate,
             "links": _total_bytes(self.cost.collectives) / self.chip.link_rate,
         }
@@ -117,7 +121,10 @@ class Report:
 
     @property
     def mfu(self) -> float:
-        """An upper bound on the model FLOPs utilization (arXiv:2204.02311)."""
+        """An upper bound on the model FLOPs utilization (arXiv:2204.02311).
+
+        It is that of bfloat16's peak, as in a run's log, and so may exceed 1 under fp8.
+        """
         return self.model_flops / self.chip.flops / self.step_secs
 
 

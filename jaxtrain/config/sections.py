@@ -464,8 +464,8 @@ class PrecisionSection:
     """Multiply in eight bits what bf16 multiplies in the layers' projections, forward
     and for both gradients; all else stays in bfloat16, and trained weights as they are
     kept. Needs an NVIDIA GPU of compute capability 8.9 or later (L4, RTX 40, H100,
-    H200, B200); a CPU computes the same slowly. LoRA's frozen base and DPO's reference
-    are kept in eight bits, half of their bytes. See docs/fp8.md."""
+    H200, B200) or a TPU7x; a CPU computes the same slowly. LoRA's frozen base and DPO's
+    reference are kept in eight bits, half of their bytes. See docs/fp8.md."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass."""
     remat_policy: Annotated[Literal[

@@ -288,7 +288,8 @@ class Linear(Adapted):
         if weight is not None:
             x = x if isinstance(x, fp8.Shared) else fp8.share(x)
             gather = functools.partial(_gather, self.options, self.axes)
-            return fp8.project(fp8.Site(self.path, gather), x, weight)
+            site = fp8.Site(self.path, gather, of_codes=_is_for_tpus(self.options))
+            return fp8.project(site, x, weight)
         x = x.value if isinstance(x, fp8.Shared) else x
         if hasattr(self, "kernel"):
             return x @ self.kernel[...].astype(self.options.compute_dtype)
@@ -313,6 +314,12 @@ class Linear(Adapted):
 def _gather(options: Options, axes: LogicalAxes, codes: Array) -> Array:
     """A kernel's codes as products read them, whole where rows are split."""
     return options.constrain(codes, axes)
+
+
+def _is_for_tpus(options: Options) -> bool:
+    mesh = None if options.layout is None else options.layout.mesh
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    return bool(device.platform == "tpu")
 
 
 def shared_input(options: Options, x: Array) -> Array | fp8.Shared:

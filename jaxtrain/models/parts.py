@@ -17,7 +17,7 @@ from jaxtrain.kernels.fp8 import Weight
 from jaxtrain.models.binding import bind, paths_with
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.decoder_layer import DecoderLayer
-from jaxtrain.models.fp8 import in_fp8
+from jaxtrain.models.fp8 import cast_master, in_fp8
 from jaxtrain.models.layer_kinds import (
     LayerKind,
     config_of_kind,
@@ -207,8 +207,9 @@ def _scanned(
     """
 
     def cast(path: tuple[Any, ...], leaf: Any) -> Any:
-        is_whole = path[-1].key in _WHOLE or isinstance(leaf, Weight)
-        if is_whole or is_kept(path):
+        if isinstance(leaf, Weight):
+            return cast_master(leaf, options.compute_dtype)
+        if path[-1].key in _WHOLE or is_kept(path):
             return leaf
         own = leaf.astype(options.compute_dtype)
         is_kernel = options.fp8 and path[-1].key == "kernel"

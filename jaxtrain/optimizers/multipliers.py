@@ -129,7 +129,8 @@ def _is_stacked(path: Any) -> bool:
 
 def _names(path: Any, leaf: Any) -> Iterator[str]:
     """The names of the parameters in a leaf: one, or one for each layer."""
-    parts = tuple(str(getattr(each, "key", each)) for each in path)
+    # A kernel in eight bits has parts, which are no names.
+    parts = tuple(str(each.key) for each in path if hasattr(each, "key"))
     root, inner = split_path(parts)
     if not root:
         yield "/".join(parts)

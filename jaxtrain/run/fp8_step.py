@@ -1,8 +1,9 @@
 """`training.fp8`: no train step that multiplies in more bits than it says.
 
-XLA makes products in eight bits of a pattern that it has to find. Where it does not, it
-computes in more bits and says nothing. So every program of the train step is read once
-it is compiled, before it runs.
+For GPUs XLA makes products in eight bits of a pattern that it has to find. Where it
+does not, it computes in more bits and says nothing. So every program of the train step
+is read once it is compiled, before it runs. For TPUs a product of codes is written as
+such, and is found as one of eight-bit operands; there jaxtrain.aot reads it, too.
 """
 
 import collections
@@ -22,8 +23,11 @@ from jaxtrain.run.step_programs import lower_anew, shape_of
 _IN_FP8 = "__cublas$lt$matmul$f8"
 # A product in a program's text: a library's, or one left to the compiler's own kernels.
 _PRODUCT = re.compile(
-    r' (?:custom-call\(.*custom_call_target="(?P<target>[^"]*)"|dot\()'
+    r' (?:custom-call\(.*custom_call_target="(?P<target>[^"]*)"'
+    r"|(?:dot|convolution)\((?P<operands>[^)]*)\))"
 )
+# What is defined in a line, and its type; names are those of one computation.
+_DEFINITION = re.compile(r"^\s+(?:ROOT )?(?P<name>%[\w.\-]+) = (?P<type>\w+)\[")
 _NAME = re.compile(rf'op_name="[^"]*\b{SCOPE}/(?P<module>[^/"]+)/(?P<pass>[^/"]+)/')
 _WORDS = {
     FORWARD: "its forward product",
@@ -57,16 +61,16 @@ class Expected:
 
 
 def check_step(run: RunConfig, model: LoadedModel, step: Any) -> Any:
-    """The jitted step; under training.fp8 on a GPU one that reads its programs first.
+    """The jitted step; under training.fp8 one that reads its programs first.
 
-    Elsewhere the same is computed in more bits, which is no secret.
+    On a CPU the same is computed in more bits, which is no secret.
     """
-    if not run.precision.fp8 or model.plan.platform != "gpu":
+    if not run.precision.fp8 or model.plan.platform == "cpu":
         return step
-    return CheckedStep(step, _expected(run, model))
+    return CheckedStep(step, expected_of(run, model))
 
 
-def _expected(run: RunConfig, model: LoadedModel) -> Expected:
+def expected_of(run: RunConfig, model: LoadedModel) -> Expected:
     """What a run's step must have in eight bits.
 
     The first layer's inputs may have no gradient: beside adapters, or where learning
@@ -92,11 +96,18 @@ def check_products(text: str, expected: Expected) -> None:
         ValueError: it names the first that is missing or computed in more bits.
     """
     found: collections.Counter[tuple[str, str]] = collections.Counter()
+    types: dict[str, str] = {}
     for line in text.splitlines():
+        if defined := _DEFINITION.match(line):
+            types[defined["name"]] = defined["type"]
         product, name = _PRODUCT.search(line), _NAME.search(line)
         if product is None or name is None:
             continue
-        if product["target"] != _IN_FP8:
+        operands = re.findall(r"%[\w.\-]+", product["operands"] or "")
+        of_codes = bool(operands) and all(
+            types.get(operand, "").startswith("f8") for operand in operands
+        )
+        if product["target"] != _IN_FP8 and not of_codes:
             raise _refusal(name["module"], name["pass"], "is computed in more bits")
         found[name["module"], name["pass"]] += 1
     for module, which, count in expected:

@@ -71,13 +71,14 @@ def test_each_layer_has_a_scale_of_its_own():
         )
 
 
-def test_products_are_those_of_the_rounded_values_forward_and_backward():
+@pytest.mark.parametrize("of_codes", [False, True])
+def test_products_are_those_of_the_rounded_values_forward_and_backward(of_codes):
     """Against float64: x and W are rounded to e4m3 once, and dy to e5m2."""
     x, w, dy = draw((2, 8, 32), 0), draw((32, 16), 1), draw((2, 8, 16), 2, 1e-3)
 
     def run(x, w):
         found = fp8.quantize_kernel(jax.lax.stop_gradient(w))._replace(master=w)
-        return fp8.project(fp8.Site(), fp8.share(x), found)
+        return fp8.project(fp8.Site(of_codes=of_codes), fp8.share(x), found)
 
     y, pull = jax.vjp(run, jnp.asarray(x), jnp.asarray(w))
     dx, dw = pull(jnp.asarray(dy))

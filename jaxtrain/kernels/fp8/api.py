@@ -61,11 +61,13 @@ class Site:
     """Which product it is: its name in compiled programs, and where its codes lie.
 
     `gather` takes codes [I O] as they are kept to how products read them, where devices
-    keep a part each.
+    keep a part each. `of_codes`: the codes themselves are multiplied, as XLA's compiler
+    for TPUs wants it, and not the numbers that they stand for.
     """
 
     name: str = "kernel"
     gather: Callable[[Array], Array] = _as_kept
+    of_codes: bool = False
 
 
 def find_scale(x: Float[Array, "*dims"], dtype: DTypeLike) -> Float32[Array, ""]:
@@ -158,8 +160,8 @@ def project(site: Site, x: Shared, weight: Weight) -> Float[Array, "*B O"]:
             (quantized.codes, quantized.unit),
             (codes.T, weight_unit),
             ((last,), (1,)),
-            x.value.dtype,
-            lax.Precision.DEFAULT,
+            (x.value.dtype, lax.Precision.DEFAULT),
+            of_codes=site.of_codes,
         )
 
 
@@ -180,8 +182,8 @@ def _project_backward(site: Site, residuals: Any, dy: Array) -> tuple[Shared, We
             (gradient.codes, gradient.unit),
             (codes, unit),
             ((last,), (1,)),
-            dy.dtype,
-            exact,
+            (dy.dtype, exact),
+            of_codes=site.of_codes,
         )
     dw, tokens = None, tuple(range(1, dy.ndim))
     if master is not None:
@@ -190,8 +192,8 @@ def _project_backward(site: Site, residuals: Any, dy: Array) -> tuple[Shared, We
                 read,
                 (gradient.transposed, gradient.unit),
                 (tokens, tokens),
-                dy.dtype,
-                exact,
+                (dy.dtype, exact),
+                of_codes=site.of_codes,
             ).astype(master.dtype)
     nothing: Any = None  # codes have no gradient
     return Shared(dx, nothing), Weight(dw, nothing, nothing)
@@ -214,15 +216,23 @@ def _multiply(
     left: tuple[Array, Array],
     right: tuple[Array, Array],
     summed: tuple[tuple[int, ...], tuple[int, ...]],
-    dtype: DTypeLike,
-    precision: lax.Precision,
+    result: tuple[DTypeLike, lax.Precision],
+    *,
+    of_codes: bool,
 ) -> Array:
     """The product of two tensors (codes, unit) over the axes `summed` of each.
 
-    It is written as one of numbers in `dtype`, which hold codes times a power of two
-    exactly. XLA's compiler for GPUs makes it a product of the codes (its pattern:
-    convert, multiply by a scalar, dot); others compute it as it stands.
+    It is written as one of numbers in the type of the result, which hold codes times a
+    power of two exactly. XLA's compiler for GPUs makes it a product of the codes (its
+    pattern: convert, multiply by a scalar, dot); that for CPUs computes it as it
+    stands. That for TPUs would, too, and is given a product of the codes.
     """
+    dtype, precision = result
+    if of_codes:
+        product = lax.dot_general(
+            left[0], right[0], (summed, ((), ())), preferred_element_type=jnp.float32
+        )
+        return (product * left[1] * right[1]).astype(dtype)
     a, b = (codes.astype(dtype) * unit.astype(dtype) for codes, unit in (left, right))
     return lax.dot_general(
         a,
