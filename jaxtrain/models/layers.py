@@ -9,8 +9,7 @@ import dataclasses
 import functools
 import math
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +20,6 @@ from jaxtyping import Array, Float, Int32, Key
 
 from jaxtrain.kernels import fp8
 from jaxtrain.kernels.attention.partition import Layout
-from jaxtrain.models import joined
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.expert_parallel import ExpertSpread
 from jaxtrain.models.layer_kinds import ATTENTION, LayerKind
@@ -258,20 +256,17 @@ class Linear(Adapted):
         self,
         x: Float[Array, "B T I"] | fp8.Shared,
         dropout_key: Key[Array, ""] | None = None,
-        ready: Mapping[str, Array] = MappingProxyType({}),
     ) -> Float[Array, "B T O"]:
-        """`ready`: products of x that were taken elsewhere, by the matrix's name."""
         dtype = self.options.compute_dtype
-        y = ready["kernel"] if "kernel" in ready else self._multiply(x)
+        y = self._multiply(x)
         x = x.value if isinstance(x, fp8.Shared) else x
         lora = self.options.lora
         if lora is not None and hasattr(self, "lora_a"):
             with jax.named_scope("lora"):
                 own_key = fold_in_name(dropout_key, self.path)
                 seen = drop_inputs(x, lora.dropout, own_key)
-                low = ready.get("lora_a")
-                low = seen @ self.lora_a[...].astype(dtype) if low is None else low
-                added = low * self.scaling @ self.lora_b[...].astype(dtype)
+                low = seen @ self.lora_a[...].astype(dtype) * self.scaling
+                added = low @ self.lora_b[...].astype(dtype)
                 if not lora.use_dora:
                     y += added
                 elif seen is x:
@@ -283,23 +278,6 @@ class Linear(Adapted):
         if hasattr(self, "bias"):
             y += self.bias[...].astype(dtype)
         return y
-
-    def narrow(self, dropout_key: Key[Array, ""] | None) -> dict[str, Array]:
-        """The matrices that can share a product with those of other projections.
-
-        An adapter's, if it sees all of the input, and a kernel of few columns.
-        """
-        lora, layout = self.options.lora, self.options.layout
-        found = {}
-        if hasattr(self, "lora_a") and (dropout_key is None or not lora.dropout):
-            found["lora_a"] = self.lora_a[...]
-        # Columns that devices share stay apart, for so do these devices' results.
-        whole = layout is None or layout.count(layout.heads) == 1
-        if hasattr(self, "kernel") and self._fp8_weight() is None and whole:
-            kernel = self.kernel[...]
-            if 2 * kernel.shape[1] < kernel.shape[0]:
-                found["kernel"] = kernel
-        return found
 
     def _multiply(self, x: Float[Array, "B T I"] | fp8.Shared) -> Float[Array, "B T O"]:
         """x kernel, in the compute type, or by codes of eight bits."""
@@ -334,34 +312,9 @@ def _gather(options: Options, axes: LogicalAxes, codes: Array) -> Array:
     return options.constrain(codes, axes)
 
 
-def project_all(
-    projections: Sequence[Linear],
-    x: Float[Array, "B T I"],
-    dropout_key: Key[Array, ""] | None,
-) -> list[Array]:
-    """What each projection makes of the same input.
-
-    Under fp8 it is quantized once for them all. Beside adapters, what is narrow is one
-    product (joined.py).
-    """
-    options = projections[0].options
-    read = fp8.share(x) if options.fp8 else x
-    if not any(hasattr(each, "lora_a") for each in projections):
-        return [project(read, dropout_key) for project in projections]
-    narrow = {
-        f"{place}.{name}": matrix
-        for place, each in enumerate(projections)
-        for name, matrix in each.narrow(dropout_key).items()
-    }
-    products = joined.multiply(x, narrow) if len(narrow) > 1 else {}
-    ready: list[dict[str, Array]] = [{} for _ in projections]
-    for path, product in products.items():
-        place, _, name = path.partition(".")
-        ready[int(place)][name] = product
-    return [
-        project(read, dropout_key, own)
-        for project, own in zip(projections, ready, strict=True)
-    ]
+def shared_input(options: Options, x: Array) -> Array | fp8.Shared:
+    """An input that several kernels read: under fp8 quantized once for them all."""
+    return fp8.share(x) if options.fp8 else x
 
 
 def dora_gain(
@@ -529,7 +482,8 @@ class Attention(nnx.Module):
             projected = jnp.split(fused, ends, axis=-1)
         else:
             projections = (self.q_proj, self.k_proj, self.v_proj)
-            projected = project_all(projections, x, dropout_key)
+            read = shared_input(self.options, x)
+            projected = [project(read, dropout_key) for project in projections]
         if config.qk_norm == "width":
             q, k, v = projected
             projected = [self.q_norm(q), self.k_norm(k), v]
@@ -594,7 +548,9 @@ class Mlp(nnx.Module):
         config, constrain = self.options.config, self.options.constrain
         names = config.family.mlp_names
         if config.family.fused == "none":
-            gate, up = project_all((self.gate_proj, self.up_proj), x, dropout_key)
+            read = shared_input(self.options, x)
+            projections = (self.gate_proj, self.up_proj)
+            gate, up = (project(read, dropout_key) for project in projections)
         else:
             fused = getattr(self, names.gate_up)(x, dropout_key)
             gate, up = jnp.split(fused, 2, axis=-1)
