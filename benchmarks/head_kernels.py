@@ -1,7 +1,7 @@
 """The loss head by kernels that keep logits in registers, against XLA's: one H100.
 
     PYTHONPATH=. python benchmarks/head_kernels.py [--tiles]
-    PYTHONPATH=. python benchmarks/head_kernels.py --smoke    # tiny, XLA's alone on CPUs
+    PYTHONPATH=. python benchmarks/head_kernels.py --smoke    # tiny; CPUs: XLA's
 
 Both passes and the forward pass alone, 16,384 tokens in bfloat16, a float32 table, all
 statistics. The errors are the largest against XLA's float32 products of the same
@@ -90,7 +90,7 @@ def time_tiles(shape: tuple[int, int, int]) -> None:
     from jaxtrain.kernels.linear_cross_entropy import hopper
 
     hidden, table, targets, weights = make_inputs(*shape)
-    tokens, width, vocab = shape
+    tokens, width, _ = shape
     table = table.astype(hidden.dtype)
     part = table[:7680]
     log_total = jnp.full((tokens,), 20.0)

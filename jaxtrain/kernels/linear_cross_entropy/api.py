@@ -54,7 +54,19 @@ class _Options(NamedTuple):
     with_collision: bool
     with_log_total: bool = False
     with_direction: bool = False
-    tiles: Any = None  # of the kernels that keep logits in registers, where they serve
+    in_registers: "_InRegisters | None" = None
+
+    @property
+    def of_table(self) -> tuple[int, float]:
+        return self.vocab_axis, self.scale
+
+
+class _InRegisters(NamedTuple):
+    """That kernels keep the logits: by which tiles, by how many slices backward."""
+
+    tiles: Any
+    slices: int
+    width: int
 
 
 class _Direction(NamedTuple):
@@ -110,13 +122,13 @@ def linear_log_probs(
     vocab, tokens = unembedding.shape[vocab_axis], hidden.shape[0]
     if shards < 1 or vocab % shards:
         raise ValueError(f"shards={shards} does not divide a vocabulary of {vocab}")
-    tiles = None
-    if fuse and adapter is None and softcap is None and scale > 0 and shards == 1:
-        tiles = fused.choose_tiles(hidden, vocab, device)
-    if tiles is not None and not with_collision:
+    slices, width = _choose_slices(vocab // shards, -(-tokens // chunk))
+    in_registers = None
+    plain = adapter is None and softcap is None and scale > 0 and not with_collision
+    if fuse and plain and shards == 1:
+        in_registers = _keep_in_registers(hidden, vocab, chunk, device)
+    if in_registers is not None:
         hidden, targets = fused.pad_rows(hidden, targets)
-        chunk *= 3  # a slope of 2 bytes is all that there is of a logit, in place of 6
-    slices, width = _choose_slices(vocab // shards, -(-len(hidden) // chunk))
     options = _Options(
         vocab_axis=vocab_axis,
         scale=scale,
@@ -127,11 +139,23 @@ def linear_log_probs(
         with_stats=with_stats,
         with_collision=with_collision,
         with_log_total=with_log_total,
-        tiles=None if with_collision else tiles,
+        in_registers=in_registers,
     )
     outputs = _linear_log_probs(options, hidden, unembedding, targets, adapter)
-    outputs = tuple(output[:tokens] for output in outputs)
+    if len(hidden) > tokens:
+        outputs = tuple(output[:tokens] for output in outputs)
     return (outputs[:5] if with_collision else outputs[:4]) + outputs[5:]
+
+
+def _keep_in_registers(
+    hidden: Array, vocab: int, chunk: int, device: jax.Device | None
+) -> _InRegisters | None:
+    """How kernels would run this head; None where none serves it."""
+    tiles = fused.choose_tiles(hidden, vocab, device)
+    if tiles is None:
+        return None
+    # Of a logit there is only its slope, of 2 bytes in place of 6.
+    return _InRegisters(tiles, *_choose_slices(vocab, -(-len(hidden) // (3 * chunk))))
 
 
 def _choose_chunk(width: int) -> int:
@@ -184,7 +208,7 @@ def _forward(
 
     `with_direction`: in its place, the direction of each token's log-prob.
     """
-    if options.tiles is not None and not options.with_direction:
+    if options.in_registers is not None and not options.with_direction:
         return _forward_in_registers(options, hidden, unembedding, targets)
     tokens = hidden.shape[0]
     vocab = unembedding.shape[options.vocab_axis]
@@ -264,8 +288,9 @@ def _forward_in_registers(
     options: _Options, hidden: Array, unembedding: Array, targets: Array
 ) -> tuple[tuple[Array, ...], Array]:
     """The same by kernels, over the whole vocabulary at once."""
-    of_table = (options.vocab_axis, options.scale)
-    sums = fused.sum_logits(options.tiles, hidden, unembedding, targets, of_table)
+    assert options.in_registers is not None
+    tiles = options.in_registers.tiles
+    sums = fused.sum_logits(tiles, hidden, unembedding, targets, options.of_table)
     log_total = sums.highest + jnp.log(sums.total)
     logps = sums.target - log_total
     zeros = jnp.zeros_like(logps)
@@ -317,23 +342,25 @@ def _backward_rule(
     if isinstance(gradient, SymbolicZero) or not wants_any:
         return None, None, None, None
     vocab = unembedding.shape[options.vocab_axis]
+    if options.in_registers is not None:
+        tiles, slices, width = options.in_registers
+        options = options._replace(slices=slices, width=width)
     by_column = options._replace(vocab_axis=1)
     by_row = options._replace(vocab_axis=0)
 
-    def in_registers(turn: Array) -> Array:
+    def slopes_in_registers(turn: Array) -> Array:
         start, own = _first(options, vocab, turn)
         share = gradient if of_total is None else gradient - of_total
         slope = fused.describe_slope(
             targets - start, log_total, gradient, share, own - start
         )
         part = _take(options, unembedding, turn).astype(hidden.dtype)
-        of_table = (options.vocab_axis, options.scale)
-        return fused.make_slopes(options.tiles, hidden, part, slope, of_table)
+        return fused.make_slopes(tiles, hidden, part, slope, options.of_table)
 
     def slopes(turn: Array, new: dict[str, Array]) -> Array:
         """Of a slice's logits; writes an adapter's gradients into `new`."""
-        if options.tiles is not None:
-            return in_registers(turn)
+        if options.in_registers is not None:
+            return slopes_in_registers(turn)
         entries, real = _entries(options, vocab, turn)
         logits, chain, plain = _slice_logits(
             options, hidden, unembedding, adapter, turn
