@@ -537,6 +537,8 @@ def _score_targets(
             with_log_total=extras.log_total,
             adapter=adapter,
             shards=layout.count(layout.fitting(layout.vocab, config.vocab_size)),
+            fuse=layout.mesh is None or layout.mesh.size == 1,
+            device=decoder.device,
         )
     scores = [layout.split_tokens(x, targets.shape) for x in outputs]
     log_total = scores.pop() if extras.log_total else None

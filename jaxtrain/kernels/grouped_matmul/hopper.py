@@ -163,7 +163,7 @@ def _count_programs(tiles: Tiles) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Ring:
+class Ring:
     """The buffers of both factors, filled by one warpgroup and read by the others."""
 
     left: Ref
@@ -197,7 +197,7 @@ class _Ring:
         pl.when(turns > first)(lambda: plgpu.barrier_arrive(self.free.at[slot]))
 
 
-def _over_tiles(count: int, take: Callable[[Array, Array], Array]) -> None:
+def over_tiles(count: int, take: Callable[[Array, Array], Array]) -> None:
     """Folds `take(tile, turns so far)` over the tiles of this program.
 
     Tiles are in the order of their length; rounds of programs take them there and
@@ -237,7 +237,7 @@ def _multiply_kernel(
     length, depth = rows_ref.shape
     columns = pl.cdiv(out_ref.shape[1], tiles.columns)
     steps = depth // _DEPTH
-    ring = _Ring(rows_memory, weights_memory, ready, free)
+    ring = Ring(rows_memory, weights_memory, ready, free)
     group = jax.lax.axis_index("group")
 
     def over_groups(take: Callable[..., Any], place: Array, turns: Array) -> Array:
@@ -273,7 +273,7 @@ def _multiply_kernel(
 
             jax.lax.fori_loop(0, own, copy, None)
 
-        _over_tiles(
+        over_tiles(
             pl.cdiv(length, TILE) * columns, functools.partial(over_groups, feed)
         )
 
@@ -316,7 +316,7 @@ def _multiply_kernel(
             _store(total, out_memory.at[group], out_ref.at[own], column)
             return turns
 
-        _over_tiles(pl.cdiv(length, TILE) * columns, take)
+        over_tiles(pl.cdiv(length, TILE) * columns, take)
         plgpu.wait_smem_to_gmem(0)
 
 
@@ -335,7 +335,7 @@ def _rows_kernel(
 ) -> None:
     groups, depth, width = out_ref.shape
     columns, parts = pl.cdiv(width, tiles.columns), pl.cdiv(depth, TILE)
-    ring = _Ring(rows_memory, others_memory, ready, free)
+    ring = Ring(rows_memory, others_memory, ready, free)
     group = jax.lax.axis_index("group")
 
     def locate(place: Array) -> tuple[Array, ...]:
@@ -366,7 +366,7 @@ def _rows_kernel(
             jax.lax.fori_loop(0, own, copy, None)
             return turns + own
 
-        _over_tiles(groups * parts * columns, feed)
+        over_tiles(groups * parts * columns, feed)
 
     @pl.when(group < GROUPS)
     def _compute() -> None:
@@ -398,7 +398,7 @@ def _rows_kernel(
             _store(total, out_memory.at[group], target, column)
             return turns + own
 
-        _over_tiles(groups * parts * columns, take)
+        over_tiles(groups * parts * columns, take)
         plgpu.wait_smem_to_gmem(0)
 
 

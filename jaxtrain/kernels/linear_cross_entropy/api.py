@@ -22,6 +22,8 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int32
 
+from jaxtrain.kernels.linear_cross_entropy import fused
+
 # Fewer entries a slice than this leave a matrix unit idle, and so does a number of
 # them that is no multiple of its tile (measured: 1.4 times the time on an H200).
 _FEWEST_ENTRIES = 512
@@ -52,6 +54,19 @@ class _Options(NamedTuple):
     with_collision: bool
     with_log_total: bool = False
     with_direction: bool = False
+    in_registers: "_InRegisters | None" = None
+
+    @property
+    def of_table(self) -> tuple[int, float]:
+        return self.vocab_axis, self.scale
+
+
+class _InRegisters(NamedTuple):
+    """That kernels keep the logits: by which tiles, by how many slices backward."""
+
+    tiles: Any
+    slices: int
+    width: int
 
 
 class _Direction(NamedTuple):
@@ -78,6 +93,8 @@ def linear_log_probs(
     with_log_total: bool = False,
     adapter: HeadAdapter | None = None,
     shards: int = 1,
+    fuse: bool = False,
+    device: jax.Device | None = None,
 ) -> tuple[Float[Array, "M"], ...]:
     """(logps, entropy, correct, mean_logit) of each token, float32.
 
@@ -94,6 +111,8 @@ def linear_log_probs(
     512, less for narrow models, so that all temporaries are under 1.2 times the inputs.
     `shards`: devices that the vocabulary is split over; a slice takes as many entries
     of each, so that none waits and no table is gathered.
+    `fuse`: take kernels that keep logits in registers, where the GPU that the program
+    is for has some (fused.py) and it is the only one: `device`, or the first local one.
 
     Raises:
         ValueError: shapes or options do not fit together.
@@ -104,6 +123,12 @@ def linear_log_probs(
     if shards < 1 or vocab % shards:
         raise ValueError(f"shards={shards} does not divide a vocabulary of {vocab}")
     slices, width = _choose_slices(vocab // shards, -(-tokens // chunk))
+    in_registers = None
+    plain = adapter is None and softcap is None and scale > 0 and not with_collision
+    if fuse and plain and shards == 1:
+        in_registers = _keep_in_registers(hidden, vocab, chunk, device)
+    if in_registers is not None:
+        hidden, targets = fused.pad_rows(hidden, targets)
     options = _Options(
         vocab_axis=vocab_axis,
         scale=scale,
@@ -114,9 +139,23 @@ def linear_log_probs(
         with_stats=with_stats,
         with_collision=with_collision,
         with_log_total=with_log_total,
+        in_registers=in_registers,
     )
     outputs = _linear_log_probs(options, hidden, unembedding, targets, adapter)
+    if len(hidden) > tokens:
+        outputs = tuple(output[:tokens] for output in outputs)
     return (outputs[:5] if with_collision else outputs[:4]) + outputs[5:]
+
+
+def _keep_in_registers(
+    hidden: Array, vocab: int, chunk: int, device: jax.Device | None
+) -> _InRegisters | None:
+    """How kernels would run this head; None where none serves it."""
+    tiles = fused.choose_tiles(hidden, vocab, device)
+    if tiles is None:
+        return None
+    # Of a logit there is only its slope, of 2 bytes in place of 6.
+    return _InRegisters(tiles, *_choose_slices(vocab, -(-len(hidden) // (3 * chunk))))
 
 
 def _choose_chunk(width: int) -> int:
@@ -169,6 +208,8 @@ def _forward(
 
     `with_direction`: in its place, the direction of each token's log-prob.
     """
+    if options.in_registers is not None and not options.with_direction:
+        return _forward_in_registers(options, hidden, unembedding, targets)
     tokens = hidden.shape[0]
     vocab = unembedding.shape[options.vocab_axis]
 
@@ -243,6 +284,27 @@ def _forward(
     return (logps, entropy, correct, mean_logit, collision, *last), log_total
 
 
+def _forward_in_registers(
+    options: _Options, hidden: Array, unembedding: Array, targets: Array
+) -> tuple[tuple[Array, ...], Array]:
+    """The same by kernels, over the whole vocabulary at once."""
+    assert options.in_registers is not None
+    tiles = options.in_registers.tiles
+    sums = fused.sum_logits(tiles, hidden, unembedding, targets, options.of_table)
+    log_total = sums.highest + jnp.log(sums.total)
+    logps = sums.target - log_total
+    zeros = jnp.zeros_like(logps)
+    stats = (zeros,) * 4
+    if options.with_stats:
+        # The mean of products is the product with the mean.
+        mean = unembedding.astype(hidden.dtype).mean(options.vocab_axis, jnp.float32)
+        mean_logit = hidden.astype(jnp.float32) @ mean * options.scale
+        entropy = log_total - sums.weighted / sums.total
+        stats = (entropy, sums.is_first, mean_logit, zeros)
+    last = (log_total,) if options.with_log_total else ()
+    return (logps, *stats, *last), log_total
+
+
 def _forward_rule(
     options: _Options, hidden: Any, unembedding: Any, targets: Any, adapter: Any
 ) -> tuple[tuple[Array, ...], tuple]:
@@ -280,10 +342,25 @@ def _backward_rule(
     if isinstance(gradient, SymbolicZero) or not wants_any:
         return None, None, None, None
     vocab = unembedding.shape[options.vocab_axis]
+    if options.in_registers is not None:
+        tiles, slices, width = options.in_registers
+        options = options._replace(slices=slices, width=width)
     by_column = options._replace(vocab_axis=1)
     by_row = options._replace(vocab_axis=0)
 
-    def body(turn: Array, carry: dict[str, Array]) -> dict[str, Array]:
+    def slopes_in_registers(turn: Array) -> Array:
+        start, own = _first(options, vocab, turn)
+        share = gradient if of_total is None else gradient - of_total
+        slope = fused.describe_slope(
+            targets - start, log_total, gradient, share, own - start
+        )
+        part = _take(options, unembedding, turn).astype(hidden.dtype)
+        return fused.make_slopes(tiles, hidden, part, slope, options.of_table)
+
+    def slopes(turn: Array, new: dict[str, Array]) -> Array:
+        """Of a slice's logits; writes an adapter's gradients into `new`."""
+        if options.in_registers is not None:
+            return slopes_in_registers(turn)
         entries, real = _entries(options, vocab, turn)
         logits, chain, plain = _slice_logits(
             options, hidden, unembedding, adapter, turn
@@ -294,12 +371,15 @@ def _backward_rule(
         if of_total is not None:
             share = jnp.exp(logits - log_total[:, None])
             slope += jnp.where(real, share * chain, 0.0) * of_total[:, None]
-        new = dict(carry)
         if adapter is not None and adapter.gain is not None:
             own = (slope * plain).sum(axis=0)
-            new["gain"] = _put(by_row, carry["gain"], own, turn)
+            new["gain"] = _put(by_row, new["gain"], own, turn)
             slope *= _take(by_row, adapter.gain, turn)
-        slope = slope.astype(hidden.dtype)
+        return slope.astype(hidden.dtype)
+
+    def body(turn: Array, carry: dict[str, Array]) -> dict[str, Array]:
+        new = dict(carry)
+        slope = slopes(turn, new)
         if adapter is not None:
             up = _take(by_column, adapter.up, turn).astype(hidden.dtype)
             new["low"] = carry["low"] + jnp.matmul(

@@ -1,0 +1,146 @@
+"""The loss head by kernels that keep logits in registers, against XLA's: one H100.
+
+    PYTHONPATH=. python benchmarks/head_kernels.py [--tiles]
+    PYTHONPATH=. python benchmarks/head_kernels.py --smoke    # tiny; CPUs: XLA's
+
+Both passes and the forward pass alone, 16,384 tokens in bfloat16, a float32 table, all
+statistics. The errors are the largest against XLA's float32 products of the same
+numbers, as a share of the largest value. `--tiles` times the two kernels alone, for
+several sizes of tiles.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtrain.kernels.linear_cross_entropy import linear_log_probs
+
+SHAPES = [(16384, 896, 151936), (16384, 2048, 151936)]
+SMOKE = [(512, 64, 640)]
+# Columns, buffers.
+TILES = [(256, 4), (256, 3), (192, 4), (128, 6)]
+
+
+def time_ms(run: Callable[[], Any], calls: int = 5) -> float:
+    """The least of three means of queued calls, after one to warm up."""
+    jax.block_until_ready(run())
+    means = []
+    for _ in range(3):
+        start = time.perf_counter()
+        for _ in range(calls):
+            result = run()
+        jax.block_until_ready(result)
+        means.append((time.perf_counter() - start) / calls * 1e3)
+    return min(means)
+
+
+def make_inputs(tokens: int, width: int, vocab: int) -> tuple[jax.Array, ...]:
+    keys = jax.random.split(jax.random.key(0), 4)
+    return (
+        jax.random.normal(keys[0], (tokens, width), jnp.bfloat16),
+        jax.random.normal(keys[1], (vocab, width), jnp.float32) * 3 * width**-0.5,
+        jax.random.randint(keys[2], (tokens,), 0, vocab, jnp.int32),
+        jax.random.uniform(keys[3], (tokens,), jnp.float32),
+    )
+
+
+def compare(shape: tuple[int, int, int]) -> None:
+    """A line of errors, and a line of times for each way."""
+    inputs = make_inputs(*shape)
+    found = {}
+    for fuse in (False, True):
+
+        def scores(hidden: Any, table: Any, targets: Any, fuse: bool = fuse) -> Any:
+            return linear_log_probs(hidden, table, targets, fuse=fuse)
+
+        def loss(
+            hidden: Any, table: Any, targets: Any, weights: Any, scores: Any = scores
+        ) -> Any:
+            outputs = scores(hidden, table, targets)
+            return (outputs[0] * weights).sum(), outputs
+
+        forward = jax.jit(scores)
+        both = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
+        memory = both.lower(*inputs).compile().memory_analysis()
+        found[fuse] = jax.tree.map(np.asarray, both(*inputs))
+        print(
+            f"{shape} {'registers' if fuse else 'XLA':9s} forward"
+            f" {time_ms(lambda f=forward: f(*inputs[:3])):6.2f} ms, both"  # type: ignore[misc]
+            f" {time_ms(lambda b=both: b(*inputs)):6.2f} ms, temporaries"  # type: ignore[misc]
+            f" {memory.temp_size_in_bytes / 2**30:.2f} GiB",
+            flush=True,
+        )
+    names = ["logps", "entropy", "correct", "mean", "d hidden", "d table"]
+    plain, fused = ([*found[way][0][1], *found[way][1]] for way in (False, True))
+    errors = [
+        np.abs(a.astype(np.float32) - b.astype(np.float32)).max()
+        / np.abs(a.astype(np.float32)).max()
+        for a, b in zip(plain, fused, strict=True)
+    ]
+    print("  errors", *(f"{n} {e:.1e}" for n, e in zip(names, errors, strict=True)))
+
+
+def time_tiles(shape: tuple[int, int, int]) -> None:
+    """The two kernels alone, in TFLOP/s of their product."""
+    from jaxtrain.kernels.linear_cross_entropy import hopper
+
+    hidden, table, targets, weights = make_inputs(*shape)
+    tokens, width, _ = shape
+    table = table.astype(hidden.dtype)
+    part = table[:7680]
+    log_total = jnp.full((tokens,), 20.0)
+    for columns, stages in TILES:
+        tiles = hopper.Tiles(columns=columns, stages=stages)
+        told = []
+        for name, entries, run in (
+            (
+                "sums",
+                table,
+                lambda h, w, tiles=tiles: hopper.sum_logits(
+                    hopper.Head(h, w, 0, 1.0), targets, tiles
+                ),
+            ),
+            (
+                "slopes",
+                part,
+                lambda h, w, tiles=tiles: hopper.make_slopes(
+                    hopper.Head(h, w, 0, 1.0),
+                    hopper.Slope(targets, log_total, weights, weights, jnp.int32(0)),
+                    tiles,
+                ),
+            ),
+            (
+                "XLA's product",
+                part,
+                lambda h, w: jnp.matmul(h, w.T, preferred_element_type=jnp.float32),
+            ),
+        ):
+            jitted = jax.jit(run)
+            try:
+                ms = time_ms(lambda f=jitted, e=entries: f(hidden, e))  # type: ignore[misc]
+                rate = 2 * tokens * width * len(entries) / ms / 1e9
+                told.append(f"{name} {ms:.3f} ms {rate:.0f}")
+            except Exception as error:
+                told.append(f"{name} {str(error).splitlines()[0][:100]}")
+        print(f"  {width}: {columns} columns, {stages} buffers:", "; ".join(told))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes")
+    parser.add_argument("--tiles", action="store_true", help="time the kernels alone")
+    options = parser.parse_args()
+    print(jax.devices()[0].device_kind, "jax", jax.__version__)
+    for shape in SMOKE if options.smoke else SHAPES:
+        compare(shape)
+        if options.tiles:
+            time_tiles(shape)
+
+
+if __name__ == "__main__":
+    main()
