@@ -46,6 +46,11 @@ _FLAGS = (
     "training.save_steps=0",
     "training.save_final_model=false",
 )
+# Metrics of a run's log of which the mean behind the first tenth is told.
+_MEANS = (
+    *("tokens_per_sec", "mfu", "useful_token_share", "data_wait_share"),
+    *("step_time_p50_secs", "device_memory_peak_gib"),
+)
 
 
 def make(folder: pathlib.Path, shape: str, rows: int, longest: int, full: bool) -> None:
@@ -113,7 +118,7 @@ def run_ours(
 ) -> dict[str, Any]:
     """Our command line on these files; `--batch` examples a GPU make a forward pass."""
     task, batch = options.task, options.batch
-    workdir = folder / f"out-{time.time():.0f}"
+    workdir = folder / f"out-{task}-{time.time():.0f}-{os.getpid()}"
     given = {flag.partition("=")[0] for flag in flags}
     ours = [f for f in _FLAGS if f.partition("=")[0] not in given]
     started = time.time()
@@ -144,11 +149,9 @@ def run_ours(
         "steps": records[-1]["step"],
         "start_to_first_record_secs": records[0]["time"] - started,
         "examples_per_sec": batch * options.gpus * steps / seconds,
-        "tokens_per_sec": float(
-            np.mean([r["tokens_per_sec"] for r in behind if "tokens_per_sec" in r])
-        ),
-        "useful_token_share": mean("useful_token_share"),
+        **{name: mean(name) for name in _MEANS if any(name in r for r in behind)},
         "loss": records[-1]["loss"],
+        "workdir": str(workdir),
     }
 
 

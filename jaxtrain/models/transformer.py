@@ -534,6 +534,7 @@ def _score_targets(
             with_log_total=extras.log_total,
             adapter=adapter,
             shards=layout.count(layout.fitting(layout.vocab, config.vocab_size)),
+            token_shards=head.share_tokens(decoder, targets.shape),
         )
     scores = [layout.split_tokens(x, targets.shape) for x in outputs]
     log_total = scores.pop() if extras.log_total else None
