@@ -40,7 +40,8 @@ from step_cases import SHAPES
 
 HERE = pathlib.Path(__file__).resolve().parent
 PREDICTIONS = HERE / "host_scaling.json"
-_PROFILED = 3  # steps, before the last ones
+_PROFILED = 5  # steps, before the last ones
+_TOKENS = 2_600_000  # of the rows that are made, but at least 24 rows
 _SHIPPED = {"8b": "llama-3.1-8b", "30b_a3b": "qwen3-30b-a3b"}
 
 
@@ -103,13 +104,15 @@ class Case:
 
 
 _SHARED = ("data.packing=true", "data.share_prompts=true")
-_DPO: Any = {"task": "dpo", "length": 1024, "full": False, "flags": _SHARED}
+_DPO: Any = {"task": "dpo", "length": 1024, "flags": _SHARED}
 CASES = {
-    "sft_0.5b": Case(
-        "0.5b", "sft", "data", 8, 1024, full=False, checkpointing=False, steps=60
-    ),
+    "sft_0.5b": Case("0.5b", "sft", "data", 8, 2048, checkpointing=False, steps=40),
     "dpo_0.5b": Case(
-        "0.5b", mesh="data", batch=8, checkpointing=False, steps=60, **_DPO
+        "0.5b", mesh="data", batch=8, checkpointing=False, steps=40, **_DPO
+    ),
+    # Texts of real lengths, packed: a step is short, and several shapes are compiled.
+    "sft_0.5b_texts": Case(
+        "0.5b", "sft", "data", 8, 1024, full=False, checkpointing=False, steps=80
     ),
     "sft_3b": Case("3b", "sft", "fsdp", 8, 2048),
     "sft_3b_tensor": Case("3b", "sft", "fsdp_tensor", 8, 2048),
@@ -154,8 +157,8 @@ def make(folder: pathlib.Path, cases: Iterable[str], layers: int | None) -> None
         for link, target in links.items():
             if not (own / link).exists():
                 (own / link).symlink_to(target.resolve())
-        # Enough for the steps on 8 GPUs; of texts of real lengths, many fill a row.
-        rows = case.batch * 8 * case.steps if case.length < 10_000 else 24
+        # Enough for the steps on 8 GPUs, or for some epochs of fewer.
+        rows = min(case.batch * 8 * case.steps, max(24, _TOKENS // case.length))
         form = (rows, case.length, case.full, (case.task,))
         whole_run.make_rows(own, config["vocab_size"], *form)
 
@@ -182,9 +185,11 @@ def run(folder: pathlib.Path, name: str, gpus: int) -> dict[str, Any]:
         shares = trace_share.read(pathlib.Path(found["workdir"]) / "profile").values()
     except ValueError as error:
         return found | {"profile": str(error)}
-    for share in ("exposed", "collective", "idle"):
-        found[share] = max(getattr(each, share) for each in shares)
-    return found
+    worst = {
+        name: max(getattr(each, name) for each in shares)
+        for name in ("exposed", "collective", "idle", "long_gaps", "kernels")
+    }
+    return found | worst | {"profiled_secs": max(each.secs for each in shares)}
 
 
 def run_trl(folder: pathlib.Path, name: str, gpus: int) -> dict[str, Any]:
@@ -258,12 +263,42 @@ def predict(name: str, gpus: int, gpu: str) -> dict[str, Any]:
     return found
 
 
+# What `run` and `trl` print of a result: its name, what to call it, how to write it.
+_SHOWN = (
+    ("tokens_per_sec_per_gpu", "tokens/s a GPU", ",.0f"),
+    ("examples_per_sec", "examples/s", ".2f"),
+    ("mfu", "MFU", ".1%"),
+    ("device_memory_peak_gib", "peak GiB", ".1f"),
+    ("peak_gib", "peak GiB", ".1f"),
+    ("exposed", "exposed", ".1%"),
+    ("collective", "collectives", ".1%"),
+    ("idle", "idle", ".1%"),
+    ("long_gaps", "of it in long gaps", ".1%"),
+    ("data_wait_share", "waits for rows", ".1%"),
+    ("step_time_p50_secs", "secs a step", ".4f"),
+    ("useful_token_share", "useful", ".3f"),
+    ("loss", "loss", ".4f"),
+    ("took_secs", "secs in all", "d"),
+)
+
+
+def describe(line: Mapping[str, Any]) -> str:
+    """A result in one line, its rate first."""
+    told = [
+        f"{line[name]:{form}} {word}"
+        for name, word, form in _SHOWN
+        if line.get(name) is not None
+    ]
+    told.insert(1, f"{line['case']} {line['side']} on {line['gpus']}")
+    return ", ".join(
+        [*told, *(str(line[k]) for k in ("error", "profile") if k in line)]
+    )
+
+
 def note(path: pathlib.Path, line: Mapping[str, Any]) -> None:
-    """Print a line, and add it to a file."""
-    text = json.dumps(line)
-    print(text, flush=True)
+    """Add a line to a file of JSON lines."""
     with path.open("a") as file:
-        print(text, file=file)
+        print(json.dumps(line), file=file)
 
 
 def table(results: list[dict[str, Any]], predictions: list[dict[str, Any]]) -> str:
@@ -346,7 +381,9 @@ def one_line(
     """Run or predict one case on so many GPUs, and note it, or what went wrong."""
     began = time.time()
     if options.what == "predict":
-        note(PREDICTIONS, predict(name, gpus, options.gpu))
+        found = predict(name, gpus, options.gpu)
+        note(PREDICTIONS, found)
+        print(json.dumps(found), flush=True)
         return
     side, measure = ("ours", run) if options.what == "run" else ("trl", run_trl)
     try:
@@ -354,7 +391,9 @@ def one_line(
     except (subprocess.CalledProcessError, ValueError, LookupError) as error:
         found = {"error": str(error)[-300:]}
     line = {"case": name, "side": side, "gpus": gpus}
-    note(results, {**found, **line, "took_secs": round(time.time() - began)})
+    line = {**found, **line, "took_secs": round(time.time() - began)}
+    note(results, line)
+    print(describe(line), flush=True)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,13 @@ also waits for the other GPUs, so what one GPU does late counts on all the other
 
 import argparse
 import dataclasses
+import itertools
 import json
 import pathlib
 from collections.abc import Iterable, Sequence
 
 Span = tuple[float, float]  # begin and end, in nanoseconds
+_LONG_GAP = 1e5  # nanoseconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,13 +24,17 @@ class Shares:
     """Of the time from a GPU's first kernel to its last; seconds, and shares of 1.
 
     `collective`: some collective runs. `exposed`: nothing but collectives runs. `idle`:
-    nothing runs.
+    nothing runs. `long_gaps`: the part of it in gaps of more than 0.1 ms, as where a
+    step or its rows come late; the rest are short ones between kernels, as where the
+    host is slow to launch them. `kernels`: their number.
     """
 
     secs: float
     collective: float
     exposed: float
     idle: float
+    long_gaps: float
+    kernels: int
 
 
 def join(spans: Iterable[Span]) -> list[Span]:
@@ -58,12 +64,16 @@ def divide(kernels: Sequence[tuple[str, float, float]]) -> Shares:
     collectives = [(a, b) for name, a, b in kernels if is_collective(name)]
     others = [(a, b) for name, a, b in kernels if not is_collective(name)]
     whole = max(b for _, _, b in kernels) - min(a for _, a, _ in kernels)
-    busy, computing = length([*collectives, *others]), length(others)
+    spans = join([*collectives, *others])
+    busy, computing = length(spans), length(others)
+    gaps = [later[0] - span[1] for span, later in itertools.pairwise(spans)]
     return Shares(
         secs=whole / 1e9,
         collective=length(collectives) / whole,
         exposed=(busy - computing) / whole,
         idle=1 - busy / whole,
+        long_gaps=sum(gap for gap in gaps if gap > _LONG_GAP) / whole,
+        kernels=len(kernels),
     )
 
 
