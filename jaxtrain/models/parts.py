@@ -210,6 +210,8 @@ def _scanned(
         is_whole = path[-1].key in _WHOLE or isinstance(leaf, Weight)
         if is_whole or is_kept(path):
             return leaf
+        if options.reduces_in_float32 and path[-1].key == "kernel":
+            return leaf  # cast where it is read, so that its gradient is not
         own = leaf.astype(options.compute_dtype)
         is_kernel = options.fp8 and path[-1].key == "kernel"
         return in_fp8(leaf, master=own) if is_kernel else own
