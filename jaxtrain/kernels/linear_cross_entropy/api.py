@@ -47,14 +47,14 @@ class HeadAdapter(NamedTuple):
 
 
 class TokenShards(NamedTuple):
-    """How devices share the tokens: `count` of them, one after another, equal shares.
+    """How devices share the tokens: `number` of them, one after another, equal shares.
 
     `constrain` pins an array's layout by the names of its axes, among them "tokens",
-    of this count. It is given where every device holds the whole unembedding, and its
+    of this number. It is given where every device holds the whole unembedding, and its
     gradient is then added up over devices once. None: slice by slice.
     """
 
-    count: int = 1
+    number: int = 1
     constrain: Callable[[Array, tuple[str, ...]], Array] | None = None
 
 
@@ -131,11 +131,11 @@ def linear_log_probs(
     vocab, tokens = unembedding.shape[vocab_axis], hidden.shape[0]
     if shards < 1 or vocab % shards:
         raise ValueError(f"shards={shards} does not divide a vocabulary of {vocab}")
-    if token_shards.count < 1 or tokens % token_shards.count:
+    if token_shards.number < 1 or tokens % token_shards.number:
         raise ValueError(
-            f"token_shards.count={token_shards.count} does not divide {tokens} tokens"
+            f"token_shards.number={token_shards.number} does not divide {tokens} tokens"
         )
-    own_tokens = tokens // token_shards.count
+    own_tokens = tokens // token_shards.number
     slices, width = _choose_slices(vocab // shards, -(-own_tokens // chunk))
     options = _Options(
         vocab_axis=vocab_axis,
@@ -443,7 +443,7 @@ def _zero_sums(options: _Options, table: Array) -> Array:
     """Zeros for the table's gradient; for that of each device if `sums_apart`."""
     if not options.sums_apart:
         return jnp.zeros_like(table)
-    shape = (options.token_shards.count, *table.shape)
+    shape = (options.token_shards.number, *table.shape)
     return _pin_sums(options, jnp.zeros(shape, table.dtype))
 
 
@@ -459,14 +459,13 @@ def _put_sum(
     options: _Options, table: Array, factors: tuple[Array, Array], turn: Array
 ) -> Array:
     """The table with a slice's sums over tokens written: of factors [M W] and [M D]."""
+    left, right = factors
     if not options.sums_apart:
-        dims: Any = (((0,), (0,)), ((), ()))
-        part = jax.lax.dot_general(*factors, dims, preferred_element_type=jnp.float32)
+        part = jnp.einsum("ma,mb->ab", left, right, preferred_element_type=jnp.float32)
         return _put(options, table, part, turn)
-    count = options.token_shards.count
-    by_device = [x.reshape(count, -1, x.shape[-1]) for x in factors]
-    dims = (((1,), (1,)), ((0,), (0,)))
-    part = jax.lax.dot_general(*by_device, dims, preferred_element_type=jnp.float32)
+    count = options.token_shards.number
+    left, right = (x.reshape(count, -1, x.shape[-1]) for x in factors)
+    part = jnp.einsum("nma,nmb->nab", left, right, preferred_element_type=jnp.float32)
     behind = options._replace(vocab_axis=options.vocab_axis + 1)
     return _pin_sums(options, _put(behind, table, part, turn))
 

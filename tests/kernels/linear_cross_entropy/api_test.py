@@ -372,7 +372,7 @@ def test_devices_that_share_tokens_add_up_the_tables_gradient_once(vocab_axis):
         ({"vocab_axis": 1}, "do not fit"),
         ({"chunk": 0}, "chunk=0"),
         ({"shards": 7}, "shards=7 does not divide a vocabulary of 600"),
-        ({"token_shards": TokenShards(3)}, "token_shards.count=3 does not divide"),
+        ({"token_shards": TokenShards(3)}, "token_shards.number=3 does not divide"),
         ({"softcap": -1.0}, "softcap=-1.0"),
         ({"targets": jnp.zeros(4, jnp.int32)}, "targets"),
     ],
