@@ -9,7 +9,7 @@
 
 `make` writes models of random weights and rows into DIR. `run` starts `jaxtrain train`
 for each case on each number of GPUs (the first ones of CUDA_VISIBLE_DEVICES), with a
-profile of three of its last steps, and notes in DIR/results.jsonl what it found; `trl`
+profile of five of its last steps, and notes in DIR/results.jsonl what it found; `trl`
 does so with TRL under torchrun. `table` prints all that is noted: tokens/s a GPU over
 the steps behind the warm-up, their ratio to the fewest GPUs of the same case, MFU, peak
 memory, the share of the profiled steps in which nothing but collectives ran on a GPU,
@@ -26,6 +26,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import statistics
 import subprocess
 import sys
 import time
@@ -169,7 +170,7 @@ def run(folder: pathlib.Path, name: str, gpus: int) -> dict[str, Any]:
     stop = case.steps - 2
     flags = [
         f"training.max_steps={case.steps}",
-        "training.logging_steps=2",
+        f"training.logging_steps={max(3, case.steps // 4)}",
         f"training.profile.start_step={stop - _PROFILED + 1}",
         f"training.profile.stop_step={stop}",
         *case.keys(gpus),
@@ -180,9 +181,16 @@ def run(folder: pathlib.Path, name: str, gpus: int) -> dict[str, Any]:
     with only_gpus(gpus):
         found = whole_run.run_ours(folder / name, options, flags)
     del found["examples_per_sec"]  # by the clock, and the profile's end is in it
+    workdir = pathlib.Path(found["workdir"])
+    logged = read_lines(workdir / "metrics.jsonl")
+    for name in ("tokens_per_sec", "mfu", "data_wait_share", "step_time_p50_secs"):
+        # The first report is of the warm-up.
+        values = [line[name] for line in logged if name in line][1:]
+        if values:
+            found[name] = statistics.median(values)
     found["tokens_per_sec_per_gpu"] = found["tokens_per_sec"] / gpus
     try:
-        shares = trace_share.read(pathlib.Path(found["workdir"]) / "profile").values()
+        shares = trace_share.read(workdir / "profile").values()
     except ValueError as error:
         return found | {"profile": str(error)}
     worst = {
