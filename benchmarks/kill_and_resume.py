@@ -16,6 +16,7 @@ has a CPU device.
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import json
 import os
@@ -50,7 +51,7 @@ def command(workdir: pathlib.Path, devices: int) -> list[str]:
 
 
 @contextlib.contextmanager
-def started(workdir: pathlib.Path, processes: int) -> Any:
+def started(workdir: pathlib.Path, processes: int, first_gpu: int = 0) -> Any:
     """All processes of a training, each with a device; ended when the block ends."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -60,7 +61,7 @@ def started(workdir: pathlib.Path, processes: int) -> Any:
     for rank in range(processes):
         own = {
             **os.environ,
-            "CUDA_VISIBLE_DEVICES": gpus()[rank] if gpus() else "",
+            "CUDA_VISIBLE_DEVICES": gpus()[first_gpu + rank] if gpus() else "",
             "JAXTRAIN_HEARTBEAT_TIMEOUT_SECS": "15",
         }
         if processes > 1:
@@ -97,13 +98,13 @@ def gpus() -> list[str]:
     return [str(number) for number, _ in enumerate(found.stdout.splitlines())]
 
 
-def finish(workdir: pathlib.Path, processes: int) -> None:
-    """Train to the end.
+def finish(workdir: pathlib.Path, processes: int, first_gpu: int = 0) -> None:
+    """Train to the end, on so many GPUs from the first one on.
 
     Raises:
         RuntimeError: a process failed, with the end of what it said.
     """
-    with started(workdir, processes) as running:
+    with started(workdir, processes, first_gpu) as running:
         for rank, process in enumerate(running):
             if code := process.wait(_LIMIT_SECS):
                 raise RuntimeError(f"exit code {code}: {last_words(workdir, rank)}")
@@ -187,9 +188,14 @@ def check(folder: pathlib.Path, processes: int) -> bool:
     line = {"killed": f"1 of {processes}", "exit_codes": codes, "saved_steps": saved}
     print(json.dumps(line | {"fine": fine, "said": last_words(broken, 0)}), flush=True)
     same, one, again = folder / "same", folder / "one", folder / "again"
-    for workdir, count in ((same, processes), (one, 1), (again, 1)):
+    for workdir in (same, one, again):
         shutil.copytree(broken, workdir)
-        finish(workdir, count)
+    finish(same, processes)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for _ in pool.map(
+            lambda run: finish(run[1], 1, run[0]), enumerate((one, again))
+        ):
+            pass
     for left, right, is_same in (
         (same, whole, True),
         (again, one, True),
