@@ -24,6 +24,7 @@ import pathlib
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ from step_cases import SHAPES
 
 EOS = "</s>"
 LORA_RANK, LORA_ALPHA = 16, 32
-_LORA_FLAGS = (
+LORA_FLAGS = (
     "training.lora.enabled=true",
     f"training.lora.r={LORA_RANK}",
     f"training.lora.lora_alpha={LORA_ALPHA}",
@@ -39,18 +40,23 @@ _LORA_FLAGS = (
     "training.lora.target_modules=all-linear",
     "training.gradient_checkpointing=true",
 )
-_FLAGS = (
+FLAGS = (
     "training.logging_steps=10",
     "training.bf16=true",
     "training.eval_steps=0",
     "training.save_steps=0",
     "training.save_final_model=false",
 )
+_FAMILIES = {"qwen2": "Qwen2", "llama": "Llama", "qwen3_moe": "Qwen3Moe"}
+# Metrics of a run's log of which the mean behind the first tenth is told.
+_MEANS = (
+    *("tokens_per_sec", "mfu", "useful_token_share", "data_wait_share"),
+    *("step_time_p50_secs", "device_memory_peak_gib"),
+)
 
 
 def make(folder: pathlib.Path, options: argparse.Namespace) -> None:
     """Write `model`, `tokenizer`, `sft.jsonl` and `dpo.jsonl` into a folder."""
-    import tokenizers
     import torch
     import transformers
 
@@ -70,16 +76,33 @@ def make(folder: pathlib.Path, options: argparse.Namespace) -> None:
             config, dtype=torch.float32
         )
     model.save_pretrained(folder / "model")
-    words = {f"w{i}": i for i in range(sizes["vocab_size"] - 1)}
-    words[EOS] = sizes["vocab_size"] - 1
+    make_tokenizer(folder / "tokenizer", sizes["vocab_size"])
+    make_rows(folder, sizes["vocab_size"], rows, longest, full)
+
+
+def make_tokenizer(folder: pathlib.Path, vocabulary: int) -> None:
+    """Write a tokenizer of words, w0 and so on; the last entry ends texts."""
+    import tokenizers
+    import transformers
+
+    words = {f"w{i}": i for i in range(vocabulary - 1)}
+    words[EOS] = vocabulary - 1
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token=EOS))
     made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=made, eos_token=EOS, pad_token=EOS
-    ).save_pretrained(
-        folder / "tokenizer"
-    )  # beside a qwen2 it would be read as its own
+    ).save_pretrained(folder)  # beside a qwen2 it would be read as its own
 
+
+def make_rows(
+    folder: pathlib.Path,
+    vocabulary: int,
+    rows: int,
+    longest: int,
+    full: bool,
+    tasks: tuple[str, ...] = ("sft", "dpo"),
+) -> None:
+    """Write TASK.jsonl of each task; `full` rows are as long as the longest."""
     random = np.random.default_rng(0)
     mean = math.log(300) - 0.8**2 / 2
 
@@ -90,24 +113,26 @@ def make(folder: pathlib.Path, options: argparse.Namespace) -> None:
         return np.clip(drawn, 12, longest - 1)
 
     def text(length: int) -> str:
-        drawn = random.integers(0, sizes["vocab_size"] - 1, length)
+        drawn = random.integers(0, vocabulary - 1, length)
         return "".join(f" w{token}" for token in drawn)
 
-    with (folder / "sft.jsonl").open("w") as file:
+    def draw_sft() -> Iterator[dict[str, str]]:
         for length in draw_lengths():
-            row = {
-                "prompt": text(length // 3),
-                "completion": text(length - length // 3),
-            }
-            print(json.dumps(row), file=file)
-    with (folder / "dpo.jsonl").open("w") as file:
+            prompt = length // 3
+            yield {"prompt": text(prompt), "completion": text(length - prompt)}
+
+    def draw_dpo() -> Iterator[dict[str, str]]:
         for chosen, rejected in zip(draw_lengths(), draw_lengths(), strict=True):
             prompt = min(chosen, rejected) // 3
             sides = {"chosen": chosen, "rejected": rejected}
-            row = {"prompt": text(prompt)} | {
+            yield {"prompt": text(prompt)} | {
                 side: text(length - prompt) for side, length in sides.items()
             }
-            print(json.dumps(row), file=file)
+
+    draw = {"sft": draw_sft, "dpo": draw_dpo}
+    for task in tasks:
+        with (folder / f"{task}.jsonl").open("w") as file:
+            file.writelines(json.dumps(row) + "\n" for row in draw[task]())
 
 
 def run_ours(
@@ -115,9 +140,9 @@ def run_ours(
 ) -> dict[str, Any]:
     """Our command line on these files; `--batch` examples a GPU make a forward pass."""
     task, batch = options.task, options.batch
-    workdir = folder / f"out-{time.time():.0f}"
+    workdir = folder / f"out-{task}-{time.time():.0f}-{os.getpid()}"
     given = {flag.partition("=")[0] for flag in flags}
-    ours = [f for f in _FLAGS if f.partition("=")[0] not in given]
+    ours = [f for f in FLAGS if f.partition("=")[0] not in given]
     started = time.time()
     subprocess.run(
         [
@@ -146,12 +171,16 @@ def run_ours(
         "steps": records[-1]["step"],
         "start_to_first_record_secs": records[0]["time"] - started,
         "examples_per_sec": batch * options.gpus * steps / seconds,
-        "tokens_per_sec": float(
-            np.mean([r["tokens_per_sec"] for r in behind if "tokens_per_sec" in r])
-        ),
-        "useful_token_share": mean("useful_token_share"),
+        **{name: mean(name) for name in _MEANS if any(name in r for r in behind)},
         "loss": records[-1]["loss"],
+        "workdir": str(workdir),
     }
+
+
+def _layer_class(model: pathlib.Path) -> str:
+    """What transformers calls a layer of this model."""
+    kind = json.loads((model / "config.json").read_text())["model_type"]
+    return f"{_FAMILIES[kind]}DecoderLayer"
 
 
 def run_trl(folder: pathlib.Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -191,7 +220,7 @@ def run_trl(folder: pathlib.Path, options: argparse.Namespace) -> dict[str, Any]
         settings["fsdp_config"] = {
             "version": 2,
             "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-            "transformer_layer_cls_to_wrap": ["Qwen2DecoderLayer"],
+            "transformer_layer_cls_to_wrap": [_layer_class(folder / "model")],
         }
     kind = {"sft": "SFT", "dpo": "DPO"}[task]
     load = transformers.AutoModelForCausalLM.from_pretrained
@@ -266,7 +295,7 @@ def main() -> None:
         length = "training.num_train_epochs=1"
         if options.max_steps > 0:
             length = f"training.max_steps={options.max_steps}"
-        kind = _LORA_FLAGS if options.lora else ()
+        kind = LORA_FLAGS if options.lora else ()
         saving = ("training.gradient_checkpointing=true",) * options.checkpointing
         flags = [length, *kind, *saving, *options.flag]
         found = run_ours(options.folder, options, flags)

@@ -54,8 +54,8 @@ class StepOptions:
     each micro-batch and then over those in which anything was counted, so that a short
     last one counts as much as the others.
     `fetch`: copies the parameters that the step reads from host to device memory.
-    `prepare`: makes from the trained weights, once a step, what every micro-batch reads;
-    it returns a function that puts this into a tree of them.
+    `prepare`: makes from the trained weights, once a step, what every micro-batch
+    reads; it returns a function that puts this into a tree of them.
     `update`: replaces `make_whole_update`, for state that is kept in host memory.
     """
 

@@ -35,6 +35,7 @@ NOT_RUN = {
     "jaxtrain train qwen3": "needs the hub; tests/recipes_test.py resolves recipes",
     "jaxtrain aot": "minutes of compilation; tests/aot_test.py runs it",
     "PYTHONPATH=. python benchmarks/scaling.py": "an hour of compilation, for TPUs",
+    "PYTHONPATH=. python benchmarks/host_scaling.py": "needs several GPUs",
     "python -m jaxtrain.lm_eval --model=Qwen": "needs the hub",
     "jaxtrain push": "needs the hub; tests/hub_test.py runs it",
     "until jaxtrain": "bash restarts it; tests/preemption_test.py sends the signal",

@@ -215,10 +215,12 @@ def test_sums_that_share_a_channel_count_each_and_scattered_ones_by_all_parts():
     lines = [
         "%a = f32[8,8]{1,0} all-reduce(%x), channel_id=1, to_apply=%add",
         "%b = (f32[8,8]{1,0}, f32[8,8]{1,0}) all-reduce-start(%x, %a), channel_id=1",
+        # As programs for GPUs have it: operands, then results.
+        "%d = ((f32[8,8]{1,0}), f32[8,8]{1,0}) all-reduce-start(%x), channel_id=2",
         "ROOT %c = f32[1,8]{1,0} reduce-scatter(%x), channel_id=1, dimensions={0}",
     ]
     assert analyze(entry(*lines)).collectives == {
-        "all-reduce": (2.0, 3 * MATRIX),
+        "all-reduce": (3.0, 4 * MATRIX),
         "reduce-scatter": (1.0, MATRIX),
     }
 

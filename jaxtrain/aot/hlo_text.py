@@ -60,12 +60,15 @@ class Instruction:
     def results(self) -> list[str]:
         """Shapes of what it gives: that of an asynchronous one names more than that."""
         kind, shape = self.opcode, self.shape.strip()
+        parts = split_tuple(shape)
         if kind == "send":
             return []
-        if kind == "recv" or (kind.endswith("-start") and kind != "all-reduce-start"):
+        # An all-reduce names its results alone; for GPUs of jax 0.12 its operands too,
+        # which are then a tuple of their own.
+        alone = kind == "all-reduce-start" and not parts[0].startswith("(")
+        if kind == "recv" or (kind.endswith("-start") and not alone):
             # (result, operand, ...) of a copy and of a receipt, else (operand, result).
             place = 0 if kind in ("copy-start", "recv") else 1
-            parts = split_tuple(shape)
             shape = parts[min(place, len(parts) - 1)]
         return split_tuple(shape) if shape.startswith("(") else [shape]
 

@@ -466,6 +466,12 @@ class PrecisionSection:
     kept. Needs an NVIDIA GPU of compute capability 8.9 or later (L4, RTX 40, H100,
     H200, B200) or a TPU7x; a CPU computes the same slowly. LoRA's frozen base and DPO's
     reference are kept in eight bits, half of their bytes. See docs/fp8.md."""
+    reduce_dtype: Annotated[
+        Literal["float32"] | None, ALL_TRAIN, Unless("training.fp8")
+    ] = None
+    """Dtype in which devices add up the gradients of the layers' projections. Unset:
+    the compute dtype, to which each device rounds its own first; those of embedding,
+    head and norms are float32 always. float32: twice the bytes over the links."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass."""
     remat_policy: Annotated[Literal[

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Key
 
-from jaxtrain.kernels.linear_cross_entropy.api import HeadAdapter
+from jaxtrain.kernels.attention.partition import Layout
+from jaxtrain.kernels.linear_cross_entropy.api import HeadAdapter, TokenShards
 from jaxtrain.models import layers
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.layers import Options
@@ -21,6 +22,16 @@ def get_unembedding(config: ModelConfig, params: Params) -> tuple[Array, Literal
     if config.tie_word_embeddings:
         return params["embed_tokens"]["embedding"], 0
     return params["lm_head"]["kernel"], 1
+
+
+def share_tokens(options: Options, shape: tuple[int, ...]) -> TokenShards:
+    """How the devices of a mesh share the tokens of rows [B T], for the loss head."""
+    layout = options.layout or Layout()
+    rows = layout.fitting(layout.rows, shape[0])
+    count = layout.count(rows) * layout.token_shards(shape[1])
+    # The other axes that share tokens split the unembedding too.
+    whole = layout.mesh is not None and count == layout.mesh.shape["data"] > 1
+    return TokenShards(count, options.constrain if whole else None)
 
 
 def make_head_adapter(

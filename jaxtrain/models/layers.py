@@ -116,6 +116,8 @@ class Options:
     `fp8`: layers' kernels are multiplied in eight bits (models/fp8.py).
     `balances_experts`: the backward pass tells routers' biases of the experts' loads
     (balance.py).
+    `reduces_in_float32`: gradients of kernels are never rounded to the compute type, so
+    that devices add them up in float32.
     """
 
     config: ModelConfig
@@ -126,6 +128,7 @@ class Options:
     quantization: Quantization | None = None
     fp8: bool = False
     balances_experts: bool = False
+    reduces_in_float32: bool = False
     constrain: Callable[[Array, LogicalAxes], Array] = unconstrained
     map_shards: MapShards = on_one_device
     layout: Layout | None = None
@@ -292,7 +295,10 @@ class Linear(Adapted):
             return fp8.project(site, x, weight)
         x = x.value if isinstance(x, fp8.Shared) else x
         if hasattr(self, "kernel"):
-            return x @ self.kernel[...].astype(self.options.compute_dtype)
+            kernel = self.kernel[...]
+            if self.options.reduces_in_float32:
+                return _project(x, kernel)
+            return x @ kernel.astype(self.options.compute_dtype)
         return multiply(x, self.kernel_codes[...], self.kernel_scales[...])
 
     def _fp8_weight(self) -> fp8.Weight | None:
@@ -309,6 +315,30 @@ class Linear(Adapted):
         if hasattr(self, "kernel"):
             return self.kernel[...]
         return dequantize(self.kernel_codes[...], self.kernel_scales[...])
+
+
+@jax.custom_vjp
+def _project(
+    x: Float[Array, "B T I"], kernel: Float[Array, "I O"]
+) -> Float[Array, "B T O"]:
+    """x kernel in x's type; the kernel's gradient is float32, not rounded to that."""
+    return x @ kernel.astype(x.dtype)
+
+
+def _project_backward(
+    inputs: tuple[Array, Array], gradient: Array
+) -> tuple[Array, Array]:
+    x, kernel = inputs
+    of_kernel = jax.lax.dot_general(
+        x,
+        gradient,
+        (((0, 1), (0, 1)), ((), ())),
+        preferred_element_type=jnp.float32,
+    )
+    return gradient @ kernel.astype(x.dtype).T, of_kernel.astype(kernel.dtype)
+
+
+_project.defvjp(lambda x, kernel: (_project(x, kernel), (x, kernel)), _project_backward)
 
 
 def _gather(options: Options, axes: LogicalAxes, codes: Array) -> Array:

@@ -279,6 +279,7 @@ def make_decoder(
         **decoder_options(run, config, plan),
         quantization=quantized,
         fp8=run.precision.fp8,
+        reduces_in_float32=run.precision.reduce_dtype == "float32",
         layout=Layout(
             plan.mesh,
             rows=plan.batch_axes,

@@ -211,6 +211,8 @@ def _scanned(
             return cast_master(leaf, options.compute_dtype)
         if path[-1].key in _WHOLE or is_kept(path):
             return leaf
+        if options.reduces_in_float32 and path[-1].key == "kernel":
+            return leaf  # cast where it is read, so that its gradient is not
         own = leaf.astype(options.compute_dtype)
         is_kernel = options.fp8 and path[-1].key == "kernel"
         return in_fp8(leaf, master=own) if is_kernel else own

@@ -539,6 +539,7 @@ def _score_targets(
             shards=layout.count(layout.fitting(layout.vocab, config.vocab_size)),
             fuse=layout.mesh is None or layout.mesh.size == 1,
             device=decoder.device,
+            token_shards=head.share_tokens(decoder, targets.shape),
         )
     scores = [layout.split_tokens(x, targets.shape) for x in outputs]
     log_total = scores.pop() if extras.log_total else None

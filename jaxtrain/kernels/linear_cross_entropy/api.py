@@ -5,6 +5,10 @@ of every token for a part of the entries, and is thrown away. The alternative, s
 of tokens, would carry a float32 gradient of the whole unembedding through the loop,
 and add it up over devices in every turn.
 
+Where devices share the tokens, each has its own part of the unembedding's gradient. A
+device that holds the whole unembedding keeps its part until all slices are done, so
+that the parts are added up over the links once, and not slice by slice.
+
 Where the unembedding is frozen, as under LoRA, the backward pass walks over nothing: a
 token's gradient is its cotangent times a direction in the hidden states,
 W[target] - sum_v p_v W_v, whose sum the forward pass takes up beside the softmax's, as
@@ -15,6 +19,7 @@ whose softmax's denominators, are known only at the end.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -43,6 +48,21 @@ class HeadAdapter(NamedTuple):
     gain: Float[Array, "V"] | None = None
 
 
+class TokenShards(NamedTuple):
+    """How devices share the tokens: `number` of them, one after another, equal shares.
+
+    `constrain` pins an array's layout by the names of its axes, among them "tokens",
+    of this number. It is given where every device holds the whole unembedding, and its
+    gradient is then added up over devices once. None: slice by slice.
+    """
+
+    number: int = 1
+    constrain: Callable[[Array, tuple[str, ...]], Array] | None = None
+
+
+_ONE_DEVICE = TokenShards()
+
+
 class _Options(NamedTuple):
     vocab_axis: int
     scale: float
@@ -55,10 +75,16 @@ class _Options(NamedTuple):
     with_log_total: bool = False
     with_direction: bool = False
     in_registers: "_InRegisters | None" = None
+    token_shards: TokenShards = _ONE_DEVICE
 
     @property
     def of_table(self) -> tuple[int, float]:
         return self.vocab_axis, self.scale
+
+    @property
+    def sums_apart(self) -> bool:
+        """Whether each device's part of the table's gradient is kept until the end."""
+        return self.slices > 1 and self.token_shards.constrain is not None
 
 
 class _InRegisters(NamedTuple):
@@ -95,6 +121,7 @@ def linear_log_probs(
     shards: int = 1,
     fuse: bool = False,
     device: jax.Device | None = None,
+    token_shards: TokenShards = _ONE_DEVICE,
 ) -> tuple[Float[Array, "M"], ...]:
     """(logps, entropy, correct, mean_logit) of each token, float32.
 
@@ -107,10 +134,11 @@ def linear_log_probs(
     gradient, to an adapter's parts too.
 
     `vocab_axis` is 0 for an embedding table [V D] (tied), 1 for a kernel [D V].
-    `chunk` bounds memory: no more than about `chunk * V` logits are held at once. None:
-    512, less for narrow models, so that all temporaries are under 1.2 times the inputs.
-    `shards`: devices that the vocabulary is split over; a slice takes as many entries
-    of each, so that none waits and no table is gathered.
+    `chunk` bounds memory: a device holds no more than about `chunk * V` logits at once.
+    None: 512, less for narrow models, so that all temporaries are under 1.2 times the
+    inputs. `shards`: devices that the vocabulary is split over; a slice takes as many
+    entries of each, so that none waits and no table is gathered. `token_shards`: those
+    that the tokens are split over.
     `fuse`: take kernels that keep logits in registers, where the GPU that the program
     is for has some (fused.py) and it is the only one: `device`, or the first local one.
 
@@ -122,7 +150,12 @@ def linear_log_probs(
     vocab, tokens = unembedding.shape[vocab_axis], hidden.shape[0]
     if shards < 1 or vocab % shards:
         raise ValueError(f"shards={shards} does not divide a vocabulary of {vocab}")
-    slices, width = _choose_slices(vocab // shards, -(-tokens // chunk))
+    if token_shards.number < 1 or tokens % token_shards.number:
+        raise ValueError(
+            f"token_shards.number={token_shards.number} does not divide {tokens} tokens"
+        )
+    own_tokens = tokens // token_shards.number
+    slices, width = _choose_slices(vocab // shards, -(-own_tokens // chunk))
     in_registers = None
     plain = adapter is None and softcap is None and scale > 0 and not with_collision
     if fuse and plain and shards == 1:
@@ -140,6 +173,7 @@ def linear_log_probs(
         with_collision=with_collision,
         with_log_total=with_log_total,
         in_registers=in_registers,
+        token_shards=token_shards,
     )
     outputs = _linear_log_probs(options, hidden, unembedding, targets, adapter)
     if len(hidden) > tokens:
@@ -394,20 +428,14 @@ def _backward_rule(
             left, right = (
                 (slope, hidden) if options.vocab_axis == 0 else (hidden, slope)
             )
-            part = jax.lax.dot_general(
-                left,
-                right,
-                (((0,), (0,)), ((), ())),
-                preferred_element_type=jnp.float32,
-            )
-            new["table"] = _put(options, carry["table"], part, turn)
+            new["table"] = _put_sum(options, carry["table"], (left, right), turn)
         return new
 
     carry = {}
     if wants_hidden:
         carry["hidden"] = jnp.zeros(hidden.shape, jnp.float32)
     if wants_table:
-        carry["table"] = jnp.zeros_like(unembedding)
+        carry["table"] = _zero_sums(options, unembedding)
     if adapter is not None:
         carry["low"] = jnp.zeros(adapter.low.shape, jnp.float32)
         carry["up"] = jnp.zeros_like(adapter.up)
@@ -421,7 +449,10 @@ def _backward_rule(
         d_adapter = HeadAdapter(
             end["low"].astype(adapter.low.dtype), end["up"], end.get("gain")
         )
-    return d_hidden, end.get("table"), None, d_adapter
+    d_table = end.get("table")
+    if d_table is not None and options.sums_apart:
+        d_table = d_table.sum(axis=0)
+    return d_hidden, d_table, None, d_adapter
 
 
 _linear_log_probs.defvjp(_forward_rule, _backward_rule, symbolic_zeros=True)
@@ -486,6 +517,37 @@ def _put(options: _Options, table: Array, part: Array, turn: Array) -> Array:
     part = _split(options, part)
     split = jax.lax.dynamic_update_slice_in_dim(split, part, start, axis)
     return _join(options, split)
+
+
+def _zero_sums(options: _Options, table: Array) -> Array:
+    """Zeros for the table's gradient; for that of each device if `sums_apart`."""
+    if not options.sums_apart:
+        return jnp.zeros_like(table)
+    shape = (options.token_shards.number, *table.shape)
+    return _pin_sums(options, jnp.zeros(shape, table.dtype))
+
+
+def _pin_sums(options: _Options, sums: Array) -> Array:
+    """Each device's part of the table's gradient, on that device."""
+    constrain = options.token_shards.constrain
+    assert constrain is not None  # as `sums_apart` says
+    table_axes = ("vocab", "embed") if options.vocab_axis == 0 else ("embed", "vocab")
+    return constrain(sums, ("tokens", *table_axes))
+
+
+def _put_sum(
+    options: _Options, table: Array, factors: tuple[Array, Array], turn: Array
+) -> Array:
+    """The table with a slice's sums over tokens written: of factors [M W] and [M D]."""
+    left, right = factors
+    if not options.sums_apart:
+        part = jnp.einsum("ma,mb->ab", left, right, preferred_element_type=jnp.float32)
+        return _put(options, table, part, turn)
+    count = options.token_shards.number
+    left, right = (x.reshape(count, -1, x.shape[-1]) for x in factors)
+    part = jnp.einsum("nma,nmb->nab", left, right, preferred_element_type=jnp.float32)
+    behind = options._replace(vocab_axis=options.vocab_axis + 1)
+    return _pin_sums(options, _put(behind, table, part, turn))
 
 
 def _split(options: _Options, table: Array) -> Array:

@@ -1,6 +1,7 @@
 """The loss head against float64 numpy, and its memory, sharding and refusals."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxtrain.aot.hlo_cost import analyze
 from jaxtrain.kernels.linear_cross_entropy import linear_log_probs
-from jaxtrain.kernels.linear_cross_entropy.api import HeadAdapter
+from jaxtrain.kernels.linear_cross_entropy.api import HeadAdapter, TokenShards
 
 
 def make_inputs(tokens, width, vocab, seed=0, dtype=jnp.float32):
@@ -333,6 +335,36 @@ def test_a_sharded_head_gives_the_same_values_and_gathers_no_table():
     assert "all-gather" not in program
 
 
+@pytest.mark.parametrize("vocab_axis", [0, 1])
+def test_devices_that_share_tokens_add_up_the_tables_gradient_once(vocab_axis):
+    mesh = Mesh(np.array(jax.devices()[:8]), ("tokens",))
+    hidden, table, targets = make_inputs(256, 16, 4096)
+    layout = NamedSharding(mesh, PartitionSpec("tokens"))
+
+    def constrain(x, axes):
+        spec = PartitionSpec(*(axis if axis == "tokens" else None for axis in axes))
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+    def total(hidden, kernel, shards):
+        options = {"chunk": 8, "vocab_axis": vocab_axis, "token_shards": shards}
+        return linear_log_probs(hidden, kernel, targets, **options)[0].sum()
+
+    kernel = table if vocab_axis == 0 else table.T
+    step = jax.jit(jax.grad(total, (0, 1)), static_argnums=2)
+    sharded = (jax.device_put(hidden, layout), kernel, TokenShards(8, constrain))
+    got = step(*sharded)
+    want = differentiate_in_float64(hidden, table, targets, np.ones(256))
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-4, atol=1e-4)
+    found = got[1] if vocab_axis == 0 else got[1].T
+    np.testing.assert_allclose(found, want[1], rtol=1e-4, atol=1e-4)
+    program = step.lower(*sharded).compile().as_text()
+    # By the whole table's bytes: once over the links. And 256 tokens over 8 devices
+    # are cut like 32 tokens of one, four slices at 8 tokens' logits.
+    assert analyze(program).collectives == {"all-reduce": (1, 4 * table.size)}
+    assert len(set(re.findall(r'known_trip_count":{"n":"(\d+)"', program))) == 1
+    assert 'known_trip_count":{"n":"4"' in program
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -340,6 +372,7 @@ def test_a_sharded_head_gives_the_same_values_and_gathers_no_table():
         ({"vocab_axis": 1}, "do not fit"),
         ({"chunk": 0}, "chunk=0"),
         ({"shards": 7}, "shards=7 does not divide a vocabulary of 600"),
+        ({"token_shards": TokenShards(3)}, "token_shards.number=3 does not divide"),
         ({"softcap": -1.0}, "softcap=-1.0"),
         ({"targets": jnp.zeros(4, jnp.int32)}, "targets"),
     ],
