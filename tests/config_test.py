@@ -233,6 +233,12 @@ def test_a_dict_given_for_a_section_lies_over_its_defaults() -> None:
     assert not run.devices.deepspeed.offload_optimizer
 
 
+def test_a_curriculum_may_end_at_the_length_at_which_it_starts():
+    lengths = {"enabled": True, "start_length": 64, "end_length": 64}
+    run = resolve({"training": {"curriculum": lengths}, "data": {"max_length": 64}})
+    assert run.curriculum.start_length == run.curriculum.end_length
+
+
 def test_a_manager_refuses_a_misspelt_attribute() -> None:
     config = ConfigManager()
     with pytest.raises(AttributeError, match="learning_rat"):
