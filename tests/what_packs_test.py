@@ -22,6 +22,8 @@ COUNT = 20
 DPO, SFT, LORA = "dpo", "sft", "lora"
 PRECOMPUTED = {"training.dpo.precompute_ref_log_probs": True}
 EVALUATED = {"training.eval_steps": 2, "data.eval": "the same"}
+# Long rows need no pretence then; the padded run has the whole mask.
+IN_BLOCKS = {"model.attention": "xla_blocks"}
 LENGTHS = {
     "training.curriculum.enabled": True,
     "training.curriculum.start_length": 24,
@@ -53,7 +55,7 @@ BASES = {
 # name: training type, keys, base, what the log says of a fallback ("": it packs)
 CASES = {
     "sft": (SFT, EVALUATED, "", ""),
-    "dpo": (DPO, EVALUATED, "", ""),
+    "dpo": (DPO, EVALUATED | IN_BLOCKS, "", ""),
     "kto": (DPO, {"training.objective": "kto"}, "", ""),
     "orpo": (DPO, {"training.objective": "orpo"}, "", ""),
     "cpo": (DPO, {"training.objective": "cpo"}, "", ""),
@@ -79,7 +81,7 @@ CASES = {
 }
 
 # As where attention leaves out blocks: rows are long, and the head scores what trains.
-IN_LONG_ROWS = {"sft", "dpo", "kto", "stream", "stream of pairs", "dora", "experts"}
+IN_LONG_ROWS = {"sft", "kto", "stream", "stream of pairs", "dora", "experts"}
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +157,7 @@ def test_a_run_packs_by_default_and_has_the_numbers_of_padded_rows(
         found, packing, useful = run(config, tmp_path / "packed", folder)
     assert packing == "batch"
     assert not fallback or caplog.text.count(fallback) == 1
-    config.data.packing = False
+    config.data.packing, config.model.attention = False, "xla"
     expected, _, useful_if_padded = run(config, tmp_path / "padded", folder)
     # A curriculum has short rows, and too few steps here for as many shapes.
     assert useful > 1.1 * useful_if_padded or "curriculum" in str(keys)

@@ -61,8 +61,8 @@ def attention(
 
     Rows of padding (segment id 0) give zeros, whatever their inputs hold.
 
-    `schedule` is what `plan_attention` gave for the same mask and implementation; the
-    Pallas kernels make their own where it is None.
+    `schedule` is what `plan_attention` gave for the same mask and implementation; those
+    that visit blocks make their own where it is None.
 
     `layout` says how a mesh splits the arrays, where there is one.
 

@@ -19,21 +19,26 @@ from jaxtrain.kernels.attention.masks import Mask
 from jaxtrain.kernels.attention.xla_blocks import make_walk, take_step, with_blocks
 
 
-def walk_of(counts, lists, parts):
-    """`make_walk`, and all its steps as numpy arrays."""
-    walk = make_walk(jnp.asarray(counts), jnp.asarray(lists), lists[0].size, parts)
-    steps = range(int(walk.steps))
-    return walk, [[np.asarray(x) for x in take_step(walk, step)] for step in steps]
+@functools.partial(jax.jit, static_argnums=2)
+def steps_of(counts, lists, parts):
+    """How many steps there are, and the pairs of as many as there may be."""
+    aways = lists.shape[2]
+    walk = make_walk(counts, lists, counts.shape[1] * aways, parts)
+    return walk.steps, jax.vmap(lambda step: take_step(walk, step))(
+        jnp.arange(walk.most, dtype=jnp.int32)
+    )
 
 
-@given(st.integers(0, 2**31), st.integers(1, 9))
+@given(st.integers(0, 2**31), st.sampled_from([1, 3, 8]))
 def test_every_pair_is_visited_once_and_no_two_of_a_step_share_a_home(seed, parts):
     rng = np.random.default_rng(seed)
     batch, homes, aways = 2, 5, 4
     counts = rng.integers(0, aways + 1, (batch, homes), dtype=np.int32)
     counts[rng.random(counts.shape) < 0.3] = 0
     lists = rng.permuted(np.tile(np.arange(aways), (batch, homes, 1)), axis=2)
-    walk, steps = walk_of(counts, lists.astype(np.int32), parts)
+    count, pairs = steps_of(counts, lists.astype(np.int32), parts)
+    assert count <= len(pairs.home)
+    steps = list(zip(*(np.asarray(x[:count]) for x in pairs), strict=True))
     visited = []
     for home, away, target in steps:
         assert len(set(target)) == parts
@@ -48,18 +53,21 @@ def test_every_pair_is_visited_once_and_no_two_of_a_step_share_a_home(seed, part
     assert sorted(visited) == sorted(wanted)
     # No step is for nothing, but where the longest list needs one a pair.
     assert len(steps) == max(-(-len(wanted) // parts), counts.max())
-    assert len(steps) <= walk.most
 
 
 def test_steps_go_by_what_documents_read():
     """Eight documents of two blocks each read 3 pairs each; one of 16 reads 136."""
     kernels = with_blocks(64)
 
+    @jax.jit
+    def count(ids):
+        schedule = plan(kernels, Mask(ids), 1, 1024)
+        lists = (schedule.key_counts, schedule.key_blocks)
+        return make_walk(*lists, visits=136, parts=4).steps
+
     def steps(documents):
         ids = np.repeat(np.arange(1, documents + 1), 1024 // documents)
-        schedule = plan(kernels, Mask(jnp.asarray(ids[None], jnp.int32)), 1, 1024)
-        lists = (schedule.key_counts, schedule.key_blocks)
-        return int(make_walk(*lists, visits=136, parts=4).steps)
+        return count(jnp.asarray(ids[None], jnp.int32))
 
     assert (steps(8), steps(1)) == (24 // 4, 136 // 4)
 
