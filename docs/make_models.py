@@ -83,6 +83,7 @@ _WORDS: Mapping[str, Mapping[Any, str]] = {
         "all": "a window, if given, in every layer",
         "from_layer": "a window, if asked for, from a layer on",
         "pattern": "sliding and full layers in turn",
+        "every_other": "a window, if asked for, in every other layer",
         "unturned": "a window, if asked for, in layers without rotary embedding",
     },
 }
