@@ -83,6 +83,7 @@ _WORDS: Mapping[str, Mapping[Any, str]] = {
         "all": "an optional sliding window in every layer",
         "from_layer": "an optional sliding window from some layer on",
         "pattern": "alternating sliding-window and full-attention layers",
+        "every_other": "an optional sliding window in every other layer",
         "unturned": "an optional window in layers without rotary embedding",
     },
 }

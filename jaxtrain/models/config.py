@@ -531,6 +531,11 @@ def _attention_kinds(
     elif family.window_rule == "from_layer":
         first = given["max_window_layers"]
         layer_types = tuple(SLIDING if i >= first else FULL for i in range(num_layers))
+    elif family.window_rule == "every_other":
+        sliding = range(0, min(given["max_window_layers"], num_layers), 2)
+        layer_types = tuple(
+            SLIDING if i in sliding else FULL for i in range(num_layers)
+        )
     else:
         layer_types = (SLIDING,) * num_layers
     return layer_types, window

@@ -92,8 +92,9 @@ class Family:
     base and leaves out the others' scaling ("unscaled", OLMo 3).
     `window_rule`: which layers slide when `layer_types` is absent: "none", "all" of
     them if a window is given, those "from_layer" max_window_layers on, all but each
-    p-th ("pattern"), or those that do not turn queries and keys ("unturned"); none in a
-    family with `use_sliding_window` unless that is on.
+    p-th ("pattern"), every other one up to max_window_layers ("every_other"), or those
+    that do not turn queries and keys ("unturned"); none in a family with
+    `use_sliding_window` unless that is on.
     `window_pattern`: p, where a config has no `sliding_window_pattern`.
     `attention_sinks`: a learned logit a head takes part in each softmax.
     `expert_width_key`: of a mixture of experts, the config key of an expert's width.
@@ -146,7 +147,9 @@ class Family:
     default_rope_theta: float = 10_000.0
     default_rotary_factor: float = 1.0
     default_rope: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    window_rule: Literal["none", "all", "from_layer", "pattern", "unturned"] = "none"
+    window_rule: Literal[
+        "none", "all", "from_layer", "pattern", "every_other", "unturned"
+    ] = "none"
     window_pattern: int = 0
     attention_sinks: bool = False
     expert_width_key: str | None = None
@@ -918,15 +921,18 @@ FAMILIES: Mapping[str, Family] = {
             "eos_token_id": None,
             "num_experts": 60,
             "num_experts_per_tok": 4,
+            "use_sliding_window": False,
+            "sliding_window": 4096,
+            "max_window_layers": 28,
+            "layer_types": None,
         },
         always_qkv_bias=True,
         o_bias_key=None,
+        window_rule="every_other",
         expert_width_key="moe_intermediate_size",
         shared_expert="shared_expert",
         gated_shared_expert=True,
-        # Of windows, which none of the published models has on.
-        ignored_keys=frozenset({"max_window_layers", "sliding_window", "layer_types"}),
-        must_be={"qkv_bias": (True, None), "use_sliding_window": (False, None)},
+        must_be={"qkv_bias": (True, None)},
     ),
 }
 
@@ -935,6 +941,7 @@ FAMILIES: Mapping[str, Family] = {
 WRAPPERS: Mapping[str, str] = {
     "gemma3": "gemma3_text",
     "gemma4": "gemma4_text",
+    "kimi_k25": "deepseek_v3",
     "mistral3": "mistral",
     "qwen3_5": "qwen3_5_text",
     "qwen3_5_moe": "qwen3_5_moe_text",

@@ -49,16 +49,21 @@ def is_wrapped(path: str | os.PathLike[str] | None) -> bool:
 def text_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """The decoder's part of a config.json; all of it where there is no wrapper."""
     if not is_composite(options):
-        named = options.get("model_type")
-        if isinstance(named, str) and named in OTHER_NAMES:
-            return {**options, "model_type": OTHER_NAMES[named]}
-        return dict(options)
-    text = dict(options["text_config"])
+        return _by_our_name(options)
+    text = _by_our_name(options["text_config"])
     text.setdefault("model_type", WRAPPERS[options["model_type"]])
     # transformers ties by the wrapper's value; where it says nothing, most are tied.
     shared = {name: options[name] for name in _SHARED_KEYS if name in options}
     tied = options["model_type"] not in _UNTIED
     return {**text, "tie_word_embeddings": tied, **shared}
+
+
+def _by_our_name(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a family that transformers has under another name."""
+    named = options.get("model_type")
+    if isinstance(named, str) and named in OTHER_NAMES:
+        return {**options, "model_type": OTHER_NAMES[named]}
+    return dict(options)
 
 
 def text_name(name: str) -> str | None:

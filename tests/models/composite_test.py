@@ -23,6 +23,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 from runs import tiny_config, train
 
 pytestmark = pytest.mark.torch
+SHAPES = pathlib.Path(__file__).parents[2] / "configs" / "shapes"
 TOKENS = np.asarray([[5, 9, 2, 41, 33, 8, 60, 17, 3, 50, 22, 11]])
 TEXT = {
     "hidden_size": 32,
@@ -68,6 +69,27 @@ TEXTS["qwen3_5_moe"] = TEXTS["qwen3_5"] | {
     "num_experts_per_tok": 2,
     "shared_expert_intermediate_size": 24,
 }
+# As published, whose text model has a name of its own and a head of its own.
+TEXTS["kimi_k25"] = {
+    "model_type": "kimi_k2",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "q_lora_rank": 12,
+    "kv_lora_rank": 20,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "n_group": 1,
+    "topk_group": 1,
+}
 KINDS = [
     "gemma3",
     "mistral3",
@@ -76,6 +98,7 @@ KINDS = [
     pytest.param("qwen3_5", marks=pytest.mark.on_request),
     pytest.param("gemma4_moe", marks=pytest.mark.on_request),
     pytest.param("qwen3_5_moe", marks=pytest.mark.on_request),
+    pytest.param("kimi_k25", marks=pytest.mark.on_request),
 ]
 # The wrapper of each text model, where that has not its name.
 WRAPPER_OF = {"ministral3": "mistral3", "gemma4_moe": "gemma4"}
@@ -110,6 +133,15 @@ TOWERS = {
         "patch_size": 4,
         "position_embedding_size": 64,
     },
+}
+TOWERS["kimi_k25"] = {
+    "model_type": "kimi_k25_vision",
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "pos_emb_height": 4,
+    "pos_emb_width": 4,
 }
 TOWERS["qwen3_5_moe"] = TOWERS["qwen3_5"] | {"model_type": "qwen3_5_moe_vision"}
 
@@ -148,7 +180,7 @@ def make_wrapper(directory: pathlib.Path, kind: str, dtype: str, vocab: int) -> 
     wrapper_type = WRAPPER_OF.get(kind, kind)
     if kind == "gemma3":
         others |= {"mm_tokens_per_image": 4}
-    if wrapper_type in ("gemma4", "qwen3_5", "qwen3_5_moe"):
+    if wrapper_type in ("gemma4", "kimi_k25", "qwen3_5", "qwen3_5_moe"):
         others = {"image_token_id": vocab - 1}
     if wrapper_type == "gemma4":
         others |= {"audio_config": None}
@@ -326,6 +358,14 @@ PUBLISHED = {
         "transformers_version": "4.50.0.dev0",
         "vision_config": {"hidden_size": 1024, "model_type": "pixtral"},
         "vision_feature_layer": -1,
+    },
+    # But for its quantization_config, which is refused.
+    "moonshotai/Kimi-K2.5": {
+        "architectures": ["KimiK25ForConditionalGeneration"],
+        "model_type": "kimi_k25",
+        "text_config": json.loads((SHAPES / "kimi-k2" / "config.json").read_text()),
+        "tie_word_embeddings": False,
+        "vision_config": {"model_type": "kimi_k25_vision"},
     },
 }
 

@@ -305,9 +305,12 @@ FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
     "qwen2_moe": _options(
         "qwen2_moe",
         **_SHARED_EXPERT,
-        num_hidden_layers=3,
+        num_hidden_layers=5,
         mlp_only_layers=[1],
         norm_topk_prob=True,
+        use_sliding_window=True,
+        sliding_window=4,
+        max_window_layers=4,
     ),
     "phi3": _options("phi3", sliding_window=6),
     "phi3_longrope": _options(
