@@ -2,6 +2,7 @@
 
     python benchmarks/expert_parallel.py                  # all devices
     python benchmarks/expert_parallel.py --smoke          # tiny shapes, any backend
+    python benchmarks/expert_parallel.py --case lora --layers 48 --exchange tokens
 
 A line of JSON for each way to use the devices: `fsdp` (weights gathered, as without
 `mesh.expert`) and `expert` with each exchange of models/expert_parallel.py. Random
@@ -160,6 +161,7 @@ def run_case(case: Case, exchange: str) -> dict[str, Any]:
         "grad_norm": round(float(metrics["grad_norm"].mean()), 4),
         "peak_gib": round(stats.get("peak_bytes_in_use", 0) / 2**30, 1),
         "warmup_secs": round(warmup_secs, 1),
+        "layers": case.shape["num_hidden_layers"],
         "devices": f"{len(jax.devices())} x {jax.devices()[0].device_kind}",
     }
 
@@ -169,8 +171,12 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--case", help="lora or full; both by default")
     parser.add_argument("--exchange", choices=EXCHANGES, help="all by default")
+    parser.add_argument("--layers", type=int, help="of lora's shape; the 30B has 48")
     options = parser.parse_args()
     for case in cases(options.smoke):
+        if options.layers and case.lora:
+            shape = case.shape | {"num_hidden_layers": options.layers}
+            case = dataclasses.replace(case, shape=shape)
         for exchange in EXCHANGES:
             if options.case not in (None, case.name):
                 continue
@@ -181,6 +187,7 @@ def main() -> None:
             else:  # in its own process, whose peak of memory is its own
                 flags = ["--case", case.name, "--exchange", exchange]
                 flags += ["--smoke"] * options.smoke
+                flags += ["--layers", str(options.layers)] if options.layers else []
                 command = [sys.executable, __file__, *flags]
                 done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
                 if done.returncode:

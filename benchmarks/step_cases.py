@@ -97,6 +97,10 @@ CASES = {
     "dpo_3b": Case("3b", remat=True, **PAIRS),
     "dpo_lora_3b": Case("3b", lora=True, remat=True, **PAIRS),
     "sft_moe_4b": Case("moe_4b", remat=True, rows=4),
+    # As trl_step.py --dtype bfloat16 has it.
+    "sft_moe_4b_bf16": Case(
+        "moe_4b", remat=True, rows=4, param_dtype="bfloat16", moments="bfloat16"
+    ),
     # Ours alone: trl_step.py has no bitsandbytes.
     "lora_3b_nf4": Case("3b", lora=True, quantization="nf4"),
     "lora_3b_int8": Case("3b", lora=True, quantization="int8"),
