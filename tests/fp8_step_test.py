@@ -229,7 +229,9 @@ def test_products_of_codes_are_found_in_a_program_for_tpus(topology, of_codes, s
 
     def loss(x, kernel):
         weight = fp8.in_fp8(kernel, master=kernel)
-        return jnp.sum(kernels_fp8.project(site, kernels_fp8.share(x), weight) ** 2)
+        with jax.named_scope("layers"):  # as a decoder's are, for the names
+            y = kernels_fp8.project(site, kernels_fp8.share(x), weight)
+        return jnp.sum(y**2)
 
     sizes = (jax.ShapeDtypeStruct(s, jnp.bfloat16, sharding=place) for s in SHAPES)
     program = jax.jit(jax.grad(loss, (0, 1))).lower(*sizes).compile()
