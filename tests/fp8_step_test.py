@@ -23,6 +23,7 @@ from jaxtrain.models import fp8
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.load import load_abstract_model, make_plan
 from jaxtrain.models.transformer import Decoder
+from jaxtrain.optimizers.multipliers import without_frozen
 from jaxtrain.run import fp8_step
 from jaxtrain.run.fp8_step import CheckedStep, Expected, check_products
 from jaxtrain.types import Batch
@@ -40,6 +41,7 @@ SIZES = {
 
 
 SHAPES = ((256, 512), (512, 1024))  # of an input and a kernel
+FROZEN = [("layers/0/.*/kernel", 0), (".*", 1)]  # rates by parameter
 
 
 def config_of(**changed):
@@ -340,6 +342,25 @@ def test_gradients_of_a_step_are_near_those_in_bfloat16(remat):
         cosine = float(jnp.vdot(a, b) / jnp.linalg.norm(a) / jnp.linalg.norm(b))
         assert cosine > 0.97, (jax.tree_util.keystr(path), cosine)
         assert abs(float(jnp.linalg.norm(b) / jnp.linalg.norm(a)) - 1) < 0.05
+
+
+def test_kernels_quantized_before_give_the_same_gradients_and_frozen_ones_none():
+    decoder, params, batch = tiny_decoder(fp8=True, compute_dtype="float32")
+    score = without_frozen(decoder.token_log_probs, FROZEN)
+
+    def gradient(params, read):
+        def loss(params):
+            return -jnp.mean(score(read(params), batch).logps)
+
+        return jax.grad(loss)(params)["layers"]
+
+    once = jax.jit(lambda params: gradient(params, fp8.quantize_once(params)))(params)
+    each = jax.jit(lambda params: gradient(params, lambda tree: tree))(params)
+    for (path, a), b in zip(
+        jax.tree.leaves_with_path(once), jax.tree.leaves(each), strict=True
+    ):
+        assert np.any(a[0]) == (path[-1].key != "kernel") and np.any(a[1])
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
 
 
 def test_a_reference_in_codes_scores_as_the_policy_that_it_is_a_copy_of():
