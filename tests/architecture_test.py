@@ -186,7 +186,6 @@ ALLOWED: dict[str, set[str]] = {
         "data.batches",
         "data.stream",
         "evaluation",
-        "kernels",
         "lora",
         "models",
         "models.load",
