@@ -79,7 +79,7 @@ def compare(shape: tuple[int, int, int]) -> None:
     plain, fused = ([*found[way][0][1], *found[way][1]] for way in (False, True))
     errors = [
         np.abs(a.astype(np.float32) - b.astype(np.float32)).max()
-        / np.abs(a.astype(np.float32)).max()
+        / max(np.abs(a.astype(np.float32)).max(), 1e-6)
         for a, b in zip(plain, fused, strict=True)
     ]
     print("  errors", *(f"{n} {e:.1e}" for n, e in zip(names, errors, strict=True)))

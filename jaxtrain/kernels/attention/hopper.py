@@ -9,7 +9,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +43,13 @@ PER_COLUMN = plgpu.Layout.WGMMA.reduce(0)
 
 # Plain rows up to here, and packed ones, are short walks: benchmarks/RESULTS.md.
 _SHORT_ROW = 2048
+
+
+class Interpretable(Protocol):
+    """What says whether a kernel is interpreted, in any kernel's options."""
+
+    @property
+    def interpret(self) -> bool: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,12 +223,12 @@ def wait_for_slot(barriers: Ref, turn: Array, slot: Array | int, stages: int) ->
     pl.when(turn >= stages)(lambda: plgpu.barrier_wait(barriers.at[slot]))
 
 
-def constant(options: Options, shape: tuple, value: float, layout: Any) -> Array:
+def constant(options: Interpretable, shape: tuple, value: float, layout: Any) -> Array:
     """A float32 array in registers."""
     return place(options, jnp.full(shape, value, jnp.float32), layout)
 
 
-def place(options: Options, x: Array, layout: Any) -> Array:
+def place(options: Interpretable, x: Array, layout: Any) -> Array:
     """`x` in the given register layout; the interpreter has none."""
     return x if options.interpret else plgpu.layout_cast(x, layout)
 
@@ -236,7 +243,7 @@ def over_columns(x: Array, shape: tuple) -> Array:
     return jax.lax.broadcast_in_dim(x, shape, [1])
 
 
-def iota(options: Options, shape: tuple, axis: int) -> Array:
+def iota(options: Interpretable, shape: tuple, axis: int) -> Array:
     """Row or column number of each entry of a tile."""
     if options.interpret:
         return jax.lax.broadcasted_iota(jnp.int32, shape, axis)

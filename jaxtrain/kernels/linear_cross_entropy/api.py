@@ -332,7 +332,9 @@ def _forward_in_registers(
     if options.with_stats:
         # The mean of products is the product with the mean.
         mean = unembedding.astype(hidden.dtype).mean(options.vocab_axis, jnp.float32)
-        mean_logit = hidden.astype(jnp.float32) @ mean * options.scale
+        exact = jax.lax.Precision.HIGHEST  # GPUs round factors to TF32 otherwise
+        mean_logit = jnp.matmul(hidden.astype(jnp.float32), mean, precision=exact)
+        mean_logit *= options.scale
         entropy = log_total - sums.weighted / sums.total
         stats = (entropy, sums.is_first, mean_logit, zeros)
     last = (log_total,) if options.with_log_total else ()

@@ -4,6 +4,7 @@ The interpreter runs barriers, copies and products; what only a GPU shows is tim
 compared by benchmarks/head_kernels.py.
 """
 
+import dataclasses
 import functools
 import types
 
@@ -13,7 +14,10 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jaxtrain import aot
+from jaxtrain.config import default_config, resolve
 from jaxtrain.kernels.linear_cross_entropy import fused, hopper, linear_log_probs
+from jaxtrain.models.load import load_abstract_model
 
 needs_interpreter = pytest.mark.skipif(
     not hasattr(plgpu, "InterpretGPUParams"),
@@ -139,3 +143,54 @@ def test_what_the_kernels_cannot_do_is_never_asked_of_them(beside, monkeypatch):
     jax.eval_shape(score, hidden, table, jnp.zeros(4, jnp.int32))
     with pytest.raises(AssertionError, match="asked for kernels"):
         linear_log_probs(hidden, table, jnp.zeros(4, jnp.int32), fuse=True)
+
+
+@pytest.mark.parametrize(("scored", "rows"), [(None, 8 * 64), (300, 384)])
+def test_a_runs_own_step_takes_them_for_each_batch_and_in_both_passes(
+    scored, rows, monkeypatch
+):
+    """The step that `build` makes of a config, traced; on several devices it does not.
+
+    `scored`: places that the loss reads, padded to whole tiles of 128 rows.
+    """
+    config = default_config()
+    config.data.max_length = 64
+    config.training.bf16 = True
+    config.training.training_type = "sft"
+    config.training.per_device_train_batch_size = 8
+    asked, taken = [], []
+
+    def choose(hidden, entries, device):
+        asked.append(device)
+        assert fused.refusal(hidden, entries) is None
+        return hopper.Tiles()
+
+    monkeypatch.setattr(fused, "choose_tiles", choose)
+    for name in ("sum_logits", "make_slopes"):
+        own = getattr(fused, name)
+
+        def note(tiles, hidden, *rest, name=name, own=own):
+            taken.append((name, len(hidden)))
+            return own(tiles, hidden, *rest)
+
+        monkeypatch.setattr(fused, name, note)
+
+    def trace(devices):
+        run = resolve(config, device_count=len(devices))
+        model = load_abstract_model(run, devices)
+        step, state = aot.compile.describe_step(run, model)
+        batch = aot.compile._abstract_batch(model, run)
+        if scored:
+            layout = batch.tokens.sharding
+            places = jax.ShapeDtypeStruct((1, 1, scored), jnp.int32, sharding=layout)
+            batch = dataclasses.replace(batch, scored=places)
+        step.trace(state, batch)
+
+    trace(jax.devices()[:1])
+    assert asked[0].platform == jax.devices()[0].platform
+    assert set(taken) == {("sum_logits", rows), ("make_slopes", rows)}
+    if scored is None:
+        taken.clear()
+        config.mesh.data = 2
+        trace(jax.devices()[:2])
+        assert not taken
