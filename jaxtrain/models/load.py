@@ -260,8 +260,7 @@ def make_decoder(
             " it; set mesh.context = 1, and split rows or weights instead"
         )
     router_loss_coefficient(run, config)
-    rules = sharding.ACTIVATION_RULES
-    quantized = None
+    rules, quantized = sharding.ACTIVATION_RULES, None
     if run.lora is not None:
         kind, block = run.lora.quantization, run.lora.quantization_block_size
         experts = run.lora.quantize_experts is not False
