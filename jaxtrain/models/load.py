@@ -286,6 +286,7 @@ def make_decoder(
             heads=rules["heads"],
             tokens=rules["sequence"],
             vocab=rules["vocab"],
+            weights=sharding.PARAMETER_RULES["embed"],
         ),
     )
     if run.lora is None:
