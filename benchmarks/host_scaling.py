@@ -129,6 +129,9 @@ CASES = {
     "lora_8b_128k": Case("8b", "sft", "context", 1, 131072, lora=True, steps=10),
     "lora_30b_a3b": Case("30b_a3b", "sft", "expert", 4, 4096, lora=True, steps=16),
     "smoke": Case("smoke", "sft", "fsdp", 2, 128, full=False, steps=12),
+    "smoke_dpo": Case(
+        "smoke", mesh="data", batch=2, steps=12, **_DPO | {"length": 128}
+    ),
     "smoke_moe": Case("moe_smoke", "sft", "expert", 2, 128, lora=True, steps=12),
 }  # fmt: skip
 

@@ -34,7 +34,6 @@ FP8_OPTIONS: dict[str, str | bool] = {
 }
 
 MeshAxes = tuple[str, ...]
-
 Rules = Mapping[str, MeshAxes]
 
 _SHARED = ("fsdp", "expert", "context")

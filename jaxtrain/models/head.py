@@ -29,9 +29,8 @@ def share_tokens(options: Options, shape: tuple[int, ...]) -> TokenShards:
     layout = options.layout or Layout()
     rows = layout.fitting(layout.rows, shape[0])
     count = layout.count(rows) * layout.token_shards(shape[1])
-    # The other axes that share tokens split the unembedding too.
-    whole = layout.mesh is not None and count == layout.mesh.shape["data"] > 1
-    return TokenShards(count, options.constrain if whole else None)
+    whole = layout.count(layout.weights) == 1  # the unembedding, on each device
+    return TokenShards(count, options.constrain if whole and count > 1 else None)
 
 
 def make_head_adapter(

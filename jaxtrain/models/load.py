@@ -259,8 +259,7 @@ def make_decoder(
             " read a row from its start, so no device can begin with a later part of"
             " it; set mesh.context = 1, and split rows or weights instead"
         )
-    rules = sharding.ACTIVATION_RULES
-    quantized = None
+    rules, quantized = sharding.ACTIVATION_RULES, None
     if run.lora is not None:
         kind, block = run.lora.quantization, run.lora.quantization_block_size
         experts = run.lora.quantize_experts is not False
@@ -286,6 +285,7 @@ def make_decoder(
             heads=rules["heads"],
             tokens=rules["sequence"],
             vocab=rules["vocab"],
+            weights=sharding.PARAMETER_RULES["embed"],
         ),
     )
     if run.lora is None:

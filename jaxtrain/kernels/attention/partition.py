@@ -28,7 +28,8 @@ Axes = tuple[str, ...]
 class Layout:
     """Which axes of a mesh split rows, heads, tokens, vocabulary. None: one device.
 
-    A size that does not divide is kept whole on every device, as activations are.
+    `weights`: those that may split the width of weights. A size that does not divide is
+    kept whole on every device, as activations are.
     """
 
     mesh: Mesh | None = None
@@ -36,6 +37,7 @@ class Layout:
     heads: Axes = ()
     tokens: Axes = ()
     vocab: Axes = ()
+    weights: Axes = ()
 
     def count(self, axes: Axes) -> int:
         """Devices along these axes."""
