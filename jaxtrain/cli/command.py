@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from ml_collections import ConfigDict
 
 from jaxtrain.config import RunConfig, load_config, resolve
-from jaxtrain.config.flags import Flag, override, split_flags
+from jaxtrain.config.flags import Flag, key_ending_in, override, split_flags
 from jaxtrain.config.shipped import config_stem, fit_preset_to_model, is_preset
 from jaxtrain.storage.address import as_path, is_remote
 
@@ -86,9 +86,14 @@ class Parser(argparse.ArgumentParser):
             name, _, _ = unknown[0].partition("=")
             known = [flag for flag in self._option_string_actions if flag[:2] == "--"]
             close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            self.error(f"unknown argument {name}{hint}")
+            near = close[0] if close else self.near_flag(name)
+            self.error(f"unknown argument {name}{near and f'; did you mean {near}?'}")
         return options
+
+    def near_flag(self, name: str) -> str:
+        """A flag that may have been meant by an unknown one; "" if there is none."""
+        del name
+        return ""
 
 
 class ConfigParser(Parser):
@@ -115,6 +120,11 @@ class ConfigParser(Parser):
             help="a local Hugging Face directory or a hub name; sets"
             " model.name_or_path",
         )
+
+    def near_flag(self, name: str) -> str:
+        """The key of the configuration that ends in this name, as a flag."""
+        key = key_ending_in(name.removeprefix("--"))
+        return key and f"--{key}"
 
     def read(
         self, arguments: Sequence[str]

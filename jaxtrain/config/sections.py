@@ -204,13 +204,15 @@ class ModelSection:
     faster on an H100, with 6% less memory, and compiles 36 layers in some 28 s in place
     of 12. Under mesh.fsdp it is 3% faster. Unset: each on its own on GPUs, for up to 48
     layers that are neither offloaded nor quantized; one for all elsewhere."""
-    expert_exchange: Literal["auto", "weights", "tokens", "copies"] = "auto"
+    expert_exchange: Annotated[
+        Literal["auto", "weights", "tokens", "copies"], Unless("mesh.expert", 1)
+    ] = "auto"
     """Under mesh.expert, how a mixture's tokens and experts come together. weights: all
     experts are gathered for each layer. tokens: a device gathers the tokens of all
     mesh.expert devices and applies its own experts. copies: each token goes to the
     devices of its experts, by all-to-all. auto: whichever moves the fewest bytes; the
     log says which. All give the same numbers."""
-    expert_room: Positive = 1.25
+    expert_room: Annotated[Positive, Unless("mesh.expert", 1)] = 1.25
     """Under tokens and copies, room for so many times an even share of the copies of
     tokens that a device's experts are sent (under tokens twice at least). Where more
     come, that layer gathers weights: no token is dropped. mesh.expert is always
