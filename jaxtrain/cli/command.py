@@ -99,6 +99,8 @@ class Parser(argparse.ArgumentParser):
 class ConfigParser(Parser):
     """The parser of a command that takes a configuration, by position or `--config`."""
 
+    or_data = ""  # " or data file", where a command takes that as well
+
     def __init__(self, name: str, description: str) -> None:
         super().__init__(name, description, epilog=_KEYS)
         self.add_argument(
@@ -139,7 +141,7 @@ class ConfigParser(Parser):
         named = [each for each in (options.config, options.config_flag) if each]
         if len(named) != 1:
             self.error(
-                "no configuration is named"
+                f"no configuration{self.or_data} is named"
                 if not named
                 else f"two configurations are named, {named[0]} and {named[1]}"
             )
