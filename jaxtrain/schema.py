@@ -275,7 +275,9 @@ def _check(
         if entry is None:
             fix = "remove it"
             if len(problems) < _MOST_SUGGESTIONS:  # each takes milliseconds
-                fix = suggest_key(str(name), prefix, schema, root)
+                leaf = "" if isinstance(value, Mapping) else find_leaf(str(name), root)
+                fix = f"did you mean {leaf}?" if leaf and not prefix else ""
+                fix = fix or suggest_key(str(name), prefix, schema, root)
             problems[path] = f"{cut(path)} = {shown(value)}: unknown key; {fix}"
         elif isinstance(entry, Leaf):
             is_unset = value is None and entry.default is None
@@ -298,13 +300,22 @@ def suggest_key(name: str, prefix: str, schema: Schema, root: Schema) -> str:
     close = difflib.get_close_matches(name, schema, n=1, cutoff=0.7)
     if close:
         return f"did you mean {prefix}{close[0]}?"
-    # Shortest path first: the general key before its twins in the blocks.
-    paths = sorted(dotted(root), key=lambda path: path.count("."))
-    leaves = {path.rsplit(".", 1)[-1]: path for path in reversed(paths)}
+    leaves = _leaves(root)
     close = difflib.get_close_matches(name, leaves, n=1, cutoff=0.8)
     if close:
         return f"did you mean {leaves[close[0]]}?"
     return f"the keys here are {_names(schema)}"
+
+
+def find_leaf(name: str, root: Schema) -> str:
+    """The full key whose last part is `name`; "" if there is none."""
+    return _leaves(root).get(name, "")
+
+
+def _leaves(root: Schema) -> dict[str, str]:
+    """The full key of each last part, a general key rather than one in a block."""
+    paths = sorted(dotted(root), key=lambda path: path.count("."))
+    return {path.rsplit(".", 1)[-1]: path for path in reversed(paths)}
 
 
 def _names(schema: Schema) -> str:

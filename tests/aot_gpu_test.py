@@ -49,7 +49,7 @@ def test_a_jax_whose_kernels_tell_no_flops_is_refused(monkeypatch):
     found = types.SimpleNamespace(devices=[])
     monkeypatch.setattr(topologies, "get_topology_desc", lambda **_: found)
     monkeypatch.setattr(hopper, "TELLS_COST", False)
-    with pytest.raises(ValueError, match="no bound would hold; install jax"):
+    with pytest.raises(ValueError, match="the bound would be wrong; install jax"):
         describe_gpus("h200:8")
 
 

@@ -201,7 +201,7 @@ def test_eval_of_a_model_takes_the_rows_kind_and_any_mesh(tmp_path, caplog):
         ([BASE, "--step=2"], "only a run has checkpoints"),
         ([BASE, "--model=x"], "only an adapter or a run has a base"),
         (["{run}/checkpoints/2"], "--step=2"),
-        (["{run}", "--step=7"], "there are 2, 4"),
+        (["{run}", "--step=7"], "choose from 2, 4"),
         (["{run}", "--step=first"], "give a number, best or last"),
         (["{run}", "--config=sft"], "a run has its own"),
         (["{run}", f"--reference={BASE}"], "a run has its own"),

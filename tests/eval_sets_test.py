@@ -51,10 +51,10 @@ def test_a_file_and_a_flag_name_the_same_sets(tmp_path):
     ("sets", "told"),
     [
         ({}, "names no set"),
-        ({"a/b": "x"}, "'a/b' is no name"),
-        ({"..": "x"}, "'..' is no name"),
-        ({"a.b": "x"}, "'a.b' is no name"),
-        ({"": "x"}, "'' is no name"),
+        ({"a/b": "x"}, "'a/b' is not a valid name"),
+        ({"..": "x"}, "'..' is not a valid name"),
+        ({"a.b": "x"}, "'a.b' is not a valid name"),
+        ({"": "x"}, "'' is not a valid name"),
         ({1: "x"}, "not a string or a mapping of names to values"),
         ({"safe": "x", "Safe": "y"}, "told apart"),
         ({"safe": "x", "safe_aux": "y"}, "told apart"),
@@ -198,7 +198,7 @@ def test_a_set_stops_early_and_its_texts_are_generated(tmp_path, caplog):
         ValueError, match=r"not an evaluation metric.*these are: .*eval_los"
     ):
         train(bad, tmp_path / "bad", train_dataset=kinds, eval_dataset=kinds)
-    with pytest.raises(ValueError, match="'a b' is no name"):
+    with pytest.raises(ValueError, match="'a b' is not a valid name"):
         train(good, tmp_path / "bad", train_dataset=kinds, eval_dataset={"a b": kinds})
     assert not (tmp_path / "bad" / "metrics.jsonl").exists()
 

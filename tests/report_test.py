@@ -96,6 +96,8 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
         report.read_run(tmp_path)
     assert run_command(main, [str(tmp_path / "nothing")]) == 2
     assert "nothing is not the work directory" in capsys.readouterr().err
+    assert run_command(main, [str(tmp_path / "metrics.jsonl")]) == 2
+    assert "is a file: name the work directory" in capsys.readouterr().err
 
 
 @given(

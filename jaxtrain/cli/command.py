@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from ml_collections import ConfigDict
 
 from jaxtrain.config import RunConfig, load_config, resolve
-from jaxtrain.config.flags import Flag, override, split_flags
+from jaxtrain.config.flags import Flag, key_ending_in, override, split_flags
 from jaxtrain.config.shipped import config_stem, fit_preset_to_model, is_preset
 from jaxtrain.storage.address import as_path, is_remote
 
@@ -86,13 +86,20 @@ class Parser(argparse.ArgumentParser):
             name, _, _ = unknown[0].partition("=")
             known = [flag for flag in self._option_string_actions if flag[:2] == "--"]
             close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            self.error(f"unknown argument {name}{hint}")
+            near = close[0] if close else self.near_flag(name)
+            self.error(f"unknown argument {name}{near and f'; did you mean {near}?'}")
         return options
+
+    def near_flag(self, name: str) -> str:
+        """A flag that may have been meant by an unknown one; "" if there is none."""
+        del name
+        return ""
 
 
 class ConfigParser(Parser):
     """The parser of a command that takes a configuration, by position or `--config`."""
+
+    or_data = ""  # " or data file", where a command takes that as well
 
     def __init__(self, name: str, description: str) -> None:
         super().__init__(name, description, epilog=_KEYS)
@@ -116,6 +123,11 @@ class ConfigParser(Parser):
             " model.name_or_path",
         )
 
+    def near_flag(self, name: str) -> str:
+        """The key of the configuration that ends in this name, as a flag."""
+        key = key_ending_in(name.removeprefix("--"))
+        return key and f"--{key}"
+
     def read(
         self, arguments: Sequence[str]
     ) -> tuple[argparse.Namespace, ConfigDict, RunConfig]:
@@ -129,7 +141,7 @@ class ConfigParser(Parser):
         named = [each for each in (options.config, options.config_flag) if each]
         if len(named) != 1:
             self.error(
-                "no configuration is named"
+                f"no configuration{self.or_data} is named"
                 if not named
                 else f"two configurations are named, {named[0]} and {named[1]}"
             )

@@ -167,7 +167,8 @@ def _beside(path: Path) -> str:
     if not path.parent.is_dir():
         return ""
     names = sorted(each.name for each in path.parent.iterdir() if each.is_dir())
-    return f"; {path.parent} has {', '.join(names[:8])}" if names else ""
+    more = ", ..." if len(names) > 8 else ""
+    return f"; {path.parent} contains {', '.join(names[:8])}{more}" if names else ""
 
 
 class SourceParser(Parser):

@@ -191,6 +191,11 @@ def _find(key: str) -> Any:
     return entry
 
 
+def key_ending_in(name: str) -> str:
+    """The full key whose last part is `name`; "" if there is none."""
+    return schema.find_leaf(name, SCHEMA)
+
+
 def _names_a_switch(key: str) -> bool:
     try:
         entry = _find(key)

@@ -147,7 +147,7 @@ class ArchitectureSection:
     num_experts_per_tok: PositiveInt | None = None
     """Mixtures of experts: how many of them a token goes to."""
     moe_intermediate_size: PositiveInt | None = None
-    """Mixtures of experts but mixtral and gpt_oss: width of one expert."""
+    """Mixtures of experts except mixtral and gpt_oss: width of one expert."""
     norm_topk_prob: bool | None = None
     """Qwen's mixtures, GLM-4.5, DeepSeek V3: let the weights of a token's experts sum
     to 1."""
@@ -166,8 +166,8 @@ class ModelSection:
     a hub name. "": the model that comes with jaxtrain. from_scratch takes only its
     sizes and its tokenizer; there "" means those of `architecture`."""
     tokenizer_name_or_path: str = ""
-    """Where the tokenizer is, if not with the model; named alike. "" with
-    `architecture`: the one that comes with jaxtrain."""
+    """The tokenizer's directory, bucket address or hub name, if it is not that of the
+    model. "" with `architecture`: the tokenizer that comes with jaxtrain."""
     revision: str | None = None
     """Branch, tag or commit on the hub. Unset: the default branch."""
     trust_remote_code: bool = False
@@ -182,52 +182,54 @@ class ModelSection:
         "pallas_triton",
         "pallas_tpu",
     ] = "auto"
-    """Attention kernel. auto: the fastest measured that takes the shapes; the log says
-    which. xla_blocks runs anywhere and leaves out blocks as the pallas kernels do."""
+    """Attention kernel. auto: the fastest one, by measurements, that supports the
+    shapes; the log says which. xla_blocks runs on every device and skips masked blocks
+    of packed rows, as the pallas kernels do."""
     param_dtype: Annotated[Dtype, ALL_TRAIN] = "float32"
-    """How trained parameters are kept. The compute dtype is training.bf16 / fp16, and
-    LoRA's frozen base and DPO's reference are kept in it. Adapters are always
+    """The type of trained parameters. The compute dtype is set by training.bf16 and
+    fp16, and LoRA's frozen base and DPO's reference are kept in it. Adapters are always
     float32."""
     export_dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None, EXPORTED
     ] = None
-    """How weights are exported. Unset: as they are kept."""
+    """The type of exported weights. Unset: the type in which they are kept."""
     grow_vocabulary: bool = False
-    """Give the model a row of the embedding, and of the head, for each token of the
-    tokenizer that it has none for: the mean of the others, and trained. Under LoRA,
-    name embed_tokens (and lm_head, where that is a matrix of its own) in
-    modules_to_save. False: such tokens are harmless, but a row of data that holds one
-    is a bad row."""
+    """Add a row to the embedding and the head for each token of the tokenizer that has
+    none: the mean of the other rows, which is then trained. With LoRA, name
+    embed_tokens (and lm_head, if it is a separate matrix) in modules_to_save. False: a
+    row of data that holds such a token is a bad row."""
     export_text_only: Annotated[bool, EXPORTED] = False
-    """A text model that was loaded from inside a wrapper (Gemma 3 from 4B on, Mistral
-    Small 3.1, Ministral 3) is exported alone. False: as the original directory with the
-    text model's weights replaced, each in the type that it has there unless
-    export_dtype is set, and all else copied, so that images go on working."""
+    """Export the text model of a model of text and images (Gemma 3 from 4B on, Mistral
+    Small 3.1, Ministral 3) alone. False: export the original directory with the text
+    model's weights replaced, each in the type that it has there unless export_dtype is
+    set; everything else is copied, so that images still work."""
     loss_chunk_tokens: Annotated[PositiveInt | None, TOKENS] = None
-    """Tokens whose logits exist at once in the loss: memory against speed. Unset: 512,
-    less for models narrower than 1280."""
+    """How many tokens' logits the loss computes at once: fewer need less memory and
+    more time. Unset: 512, less for models narrower than 1280."""
     scan_layers: bool | None = None
-    """Compile one layer for all of them, or (false) each on its own, which is 12 to 16%
-    faster on an H100, with 6% less memory, and compiles 36 layers in some 28 s in place
-    of 12. Under mesh.fsdp it is 3% faster. Unset: each on its own on GPUs, for up to 48
-    layers that are neither offloaded nor quantized to int8; one for all elsewhere."""
-    expert_exchange: Literal["auto", "weights", "tokens", "copies"] = "auto"
+    """true: compile one layer and use it for all. false: compile each layer on its own,
+    which is 12 to 16% faster on an H100 (3% with mesh.fsdp) and needs 6% less memory,
+    but compiles 36 layers in about 28 s instead of 12. Unset: false on GPUs, for up to
+    48 layers that are neither offloaded nor quantized to int8; true elsewhere."""
+    expert_exchange: Annotated[
+        Literal["auto", "weights", "tokens", "copies"], Unless("mesh.expert", 1)
+    ] = "auto"
     """Under mesh.expert, how a mixture's tokens and experts come together. weights: all
     experts are gathered for each layer. tokens: a device gathers the tokens of all
     mesh.expert devices and applies its own experts. copies: each token goes to the
     devices of its experts, by all-to-all. auto: whichever moves the fewest bytes; the
     log says which. All give the same numbers."""
-    expert_room: Positive = 1.25
-    """Under tokens and copies, room for so many times an even share of the copies of
-    tokens that a device's experts are sent (under tokens twice at least). Where more
-    come, that layer gathers weights: no token is dropped. mesh.expert is always
-    enough."""
+    expert_room: Annotated[Positive, Unless("mesh.expert", 1)] = 1.25
+    """With tokens and copies: the size of the buffers for copies of tokens, as a
+    multiple of what would arrive if all experts were equally popular (with tokens, at
+    least 2). If more arrive, that layer gathers the weights instead: no token is
+    dropped. The value of mesh.expert is always enough."""
     rope_scaling: dict[str, Any] | None = None
-    """Stretch the context of the model that is loaded, to train on longer rows. As in
+    """Extend the context of the loaded model, to train on longer rows, as in
     config.json: {"rope_type": "yarn", "factor": 4.0,
     "original_max_position_embeddings": 32768}. It replaces the model's own scaling,
-    raises max_position_embeddings to factor times the original length, and goes into
-    the exported config.json. Unset: as the model says."""
+    raises max_position_embeddings to factor times the original length, and is written
+    to the exported config.json. Unset: the model's own scaling."""
     architecture: ArchitectureSection = field(default_factory=ArchitectureSection)
 
 
@@ -243,26 +245,28 @@ class DataSection:
     shares of rows (with packing: of packed rows) in each epoch, which is as long as all
     data sets together; rows repeat, or wait for a later epoch."""
     eval: str | dict[str, Any] = ""
-    """Held-out rows, likewise. "": the embedded ones if `train` is "" too, else
-    `eval_split` of `train`. Several sets by name, {helpful: a.jsonl, safe: b.jsonl}:
-    each is evaluated by itself, and its metrics have its name: eval_helpful_loss."""
+    """Held-out rows, given like `train`. "": the embedded ones if `train` is "" too,
+    else `eval_split` of `train`. Several sets by name, {helpful: a.jsonl, safe:
+    b.jsonl}, are evaluated separately, and their metrics contain the name:
+    eval_helpful_loss."""
     train_split: str = "train"
     """The split of `train` to train on."""
     eval_split: str | None = None
-    """The split to evaluate on. Unset: there is none."""
+    """The split of `train` to evaluate on, if `eval` is "". Unset: none."""
     format: Literal[
         "auto", "text", "prompt_completion", "messages", "preference", "labeled"
     ] = "auto"
-    """What a row holds. auto: as its columns say; labeled: prompt, completion and
+    """What a row contains. auto: the columns decide. labeled: prompt, completion and
     label, for KTO."""
     text_column: Annotated[str, OnlyIf("data.format", ("auto", "text"))] = "text"
     """The column of format text."""
     format_row: Own | None = None
-    """A function of your own that makes of each row, a mapping of its columns, one that
-    `format` reads: see docs/extending.md. It comes before column_map."""
+    """A function of your own that turns each row (a mapping of its columns) into one
+    that `format` reads: see docs/extending.md. It is applied before column_map."""
     column_map: dict[str, Any] | None = None
-    """Columns of other names: {prompt: "Question Text", completion: Answer}, our name
-    first. Holds for every data set of the run, and for evaluation rows."""
+    """Names of columns in the files, by our names: {prompt: "Question Text",
+    completion: Answer}. It applies to every data set of the run, including evaluation
+    rows."""
     max_length: Annotated[int, Bound(2), TOKENS] = DERIVED
     """Length of a row, prompt and completion together. Unset: 1024, or the end of an
     enabled curriculum; under dpo, training.dpo.max_length."""
@@ -276,12 +280,13 @@ class DataSection:
     for an example. What a loss rules out gives way to what it allows; the log says so.
     """
     share_prompts: bool = DERIVED
-    """Preference rows: compute each prompt once, its two completions behind it in one
-    row, each blind to the other. The same numbers with fewer tokens; with packing true
-    a row holds up to 2 * max_length of them. Models whose attention or positions rule
-    it out do without. Unset: with packing batch."""
+    """Preference rows: compute each prompt once, followed by its two completions in the
+    same row, which do not see each other. The results are the same with fewer tokens;
+    with packing true a row holds up to 2 * max_length of them. It is not done for
+    models whose attention or positions do not allow it. Unset: true with packing
+    batch."""
     shuffle: bool = True
-    """Shuffle anew each epoch, from training.seed."""
+    """Shuffle the rows in each epoch, with an order that depends on training.seed."""
     on_bad_row: Literal["error", "skip"] = "error"
     """What to do with a row that is malformed or has nothing to train on."""
     completion_only_loss: Annotated[
@@ -292,8 +297,8 @@ class DataSection:
     """messages: train on assistant turns only. A message's own `train` (true or false)
     or `weight` (0 or 1) chooses single turns."""
     train_on_turns: Literal["all", "last"] = "all"
-    """With assistant_only_loss, the turns that are trained where a message does not
-    say: all, or the last one alone."""
+    """With assistant_only_loss: which turns are trained if a message does not say so
+    itself: all, or only the last one."""
     train_on_thinking: bool = True
     """With assistant_only_loss: train on the blocks of thoughts (`<think>`, `[THINK]`)
     in these turns too."""
@@ -309,10 +314,10 @@ class DataSection:
     max_eval_rows: Annotated[PositiveInt | None, ROWS] = None
     """Evaluate on the first rows only, of each set. Unset: on all."""
     streaming: bool = False
-    """Read training rows as they are needed, never all of them: for data larger than
-    the disk's or the hub's patience. Rows are checked as they come; max_steps must be
-    given; rows are as long as max_length, so pack where you can. Evaluation rows are
-    not streamed."""
+    """Read training rows when they are needed instead of loading all of them, for data
+    larger than the disk. Rows are checked when they are read, and max_steps must be
+    set. Without packing, rows are padded to max_length. Evaluation rows are not
+    streamed."""
     shuffle_buffer_size: Annotated[
         PositiveInt, ROWS, STREAMED, OnlyIf("data.shuffle")
     ] = 10_000
@@ -320,15 +325,15 @@ class DataSection:
     stream_window_rows: Annotated[PositiveInt, ROWS, STREAMED] = 1000
     """Rows tokenized, and packed best-fit, together."""
     cache: bool = True
-    """Keep token ids on disk, by a hash of data, tokenizer and options, and map them
-    into memory: later runs and other processes need not tokenize. Streamed rows are
-    never kept."""
+    """Keep token ids on disk, under a hash of data, tokenizer and options, and map them
+    into memory, so that later runs and other processes need not tokenize again.
+    Streamed rows are not cached."""
     cache_dir: Annotated[str | None, OnlyIf("data.cache")] = None
-    """Where they are kept. Unset: $JAXTRAIN_CACHE, or ~/.cache/jaxtrain."""
+    """The folder of the cache. Unset: $JAXTRAIN_CACHE, or ~/.cache/jaxtrain."""
     dataset_num_proc: PositiveInt | None = None
-    """Processes that tokenize rows before training, where that takes more than some
-    seconds; the result is the same. Unset: one for each core. Of a stream,
-    training.dataloader_num_workers do."""
+    """Processes that tokenize rows before training, if that takes more than a few
+    seconds; the result is the same. Unset: one for each core. Streams use
+    training.dataloader_num_workers instead."""
 
     @property
     def eval_paths(self) -> dict[str, str]:
@@ -373,7 +378,7 @@ class OptimizerSection:
     momentum: FractionBelowOne | None = None
     """sgd (unset: 0) and muon (unset: 0.95)."""
     max_grad_norm: NonNegative = 1.0
-    """The global norm that gradients are clipped to. 0: never."""
+    """Gradients are clipped to this global norm. 0: they are not clipped."""
     lr_multipliers: tuple[tuple[str | float, ...], ...] = ()
     """The learning rate by parameter, times a number: [["embed.*", 0.1],
     ["layers/[0-3]/.*", 0], [".*", 1]]. The first regular expression counts that matches
@@ -542,10 +547,10 @@ class LoopSection:
     run_name: str | None = None
     """Unset: the work directory's name."""
     metric_for_best_model: str = "eval_loss"
-    """Its name as the log has it; `eval_` may be left out. Of several evaluation sets
-    it is a metric of one of them, such as eval_helpful_loss. Unset, it is the first
-    set's loss, and must be set where early_stopping_patience or load_best_model_at_end
-    depend on it."""
+    """The name of the metric as in the log; `eval_` may be left out. If there are
+    several evaluation sets, it is a metric of one of them, such as eval_helpful_loss:
+    by default the first set's loss, but it must be set if early_stopping_patience or
+    load_best_model_at_end use it."""
     greater_is_better: bool = DERIVED
     """Unset: false for a name that ends in loss, perplexity or kl."""
     load_best_model_at_end: Annotated[bool, EXPORTED] = False
@@ -591,8 +596,9 @@ class LoopSection:
     in [-1, 1) times this over sqrt(L D), for L tokens of width D. Rows are then not
     packed. Not under dpo. Unset: none."""
     callbacks: tuple[Own, ...] = ()
-    """Classes of your own, as module:Class, that are asked after steps, evaluations and
-    saves, and may log numbers and stop the run: see docs/extending.md."""
+    """Classes of your own, as module:Class, whose methods are called after steps and
+    evaluations and before saves, and which may log numbers and stop the run: see
+    docs/extending.md."""
     row_metrics: tuple[Own, ...] = ()
     """Functions of your own, as module:function, that get the held-out rows at each
     evaluation, their texts and their log-probs, and return numbers: see
@@ -602,20 +608,20 @@ class LoopSection:
     2.0}}. For callbacks, row_metrics, lr_scheduler_type, optimizer and data.format_row;
     those of an objective are objective_kwargs."""
     step_timeout_secs: NonNegative = 1800.0
-    """Seconds without a finished step, evaluation batch or save after which the process
-    ends with all its stacks: a hang becomes an error. As a run starts and exports, the
-    same of seconds in which a disk does not answer. 0: never."""
+    """If no step, evaluation batch or save finishes for this many seconds, the process
+    ends and prints the stacks of all its threads, so a hang becomes an error. While a
+    run starts and exports, it ends if a disk does not answer for as long. 0: never."""
     on_nonfinite: Annotated[Literal["error", "skip"], Unless("training.fp16")] = "error"
-    """A gradient that is not finite. error: stop and name the step. skip: leave the
-    weights as they were. The batch is saved in bad_batches/. fp16 skips such steps
-    anyway, to find its scale."""
+    """What to do if a gradient is not finite. error: stop and name the step. skip:
+    leave the weights unchanged. In both cases the batch is saved in bad_batches/. fp16
+    always skips such steps, to find its scale."""
     on_spike: Annotated[Literal["error", "skip"], SPIKES] = "error"
     """The same for a spike of the loss."""
     spike_threshold: Positive | None = None
-    """A spike lies this many standard deviations above the mean of the last
-    spike_window losses. Unset: none is looked for."""
+    """A loss is a spike if it is more than this many standard deviations above the mean
+    of the last spike_window losses. Unset: no check for spikes."""
     spike_window: Annotated[int, Bound(2), STEPS, SPIKES] = 50
-    """Losses that a spike is compared with."""
+    """Number of losses that a loss is compared with to find a spike."""
     log_grad_norm_by_group: bool = False
     """Log grad_norm/embed, attention, mlp, norm, head and lora besides grad_norm."""
 

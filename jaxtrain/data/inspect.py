@@ -209,6 +209,7 @@ def _read_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, RunConf
         "Look at data before training: jaxtrain inspect sft, or a file of data:\n"
         "jaxtrain inspect train.jsonl --tokenizer=Qwen/Qwen2.5-0.5B",
     )
+    parser.or_data = " or data file"
     add = parser.add_argument
     add("--tokenizer", help="folder or hub name (default: the model's)")
     add("--rows", type=int, default=3, help="rows to print")

@@ -6,7 +6,12 @@ import pathlib
 from jaxtrain.config import RunConfig, eval_sets
 from jaxtrain.data.batches.mixture import parse_mixture
 from jaxtrain.data.rows.columns import make_column_map
-from jaxtrain.data.rows.folders import first_rows, looks_local
+from jaxtrain.data.rows.folders import (
+    first_rows,
+    is_saved,
+    looks_local,
+    split_files,
+)
 from jaxtrain.data.rows.formats import detect_for
 from jaxtrain.data.rows.jinja import is_template_file, read_template
 from jaxtrain.data.rows.own_format import format_rows
@@ -41,11 +46,22 @@ def check_sources(run: RunConfig) -> None:
             (eval_sets.key_of(name), held_out, split)
             for name, held_out in data.eval_paths.items()
         ]
+    if evaluates and not data.eval:
+        _check_eval_split(run)
+    kinds: set[str] = set()
     for key, name, split in named:
         check_readable(name, key)
         path = pathlib.Path(name).expanduser()
-        if not name or not (path.exists() or looks_local(name)):
-            continue  # embedded, or of the hub
+        if not name:
+            continue  # embedded
+        if not (path.exists() or looks_local(name)):
+            kinds.add("unknown")  # of the hub
+            continue
+        if key == "data.train" and "," in name and not path.exists():
+            raise ValueError(
+                f"data.train = {name!r}: there is no such file; give each of several"
+                " data sets a weight, as in a.jsonl:0.7,b.jsonl:0.3"
+            )
         try:
             if is_remote(name):
                 rows = first_remote_rows(name, split)
@@ -54,16 +70,47 @@ def check_sources(run: RunConfig) -> None:
             if rows and data.format_row:
                 rows = format_rows(rows, data.format_row, run.loop.function_kwargs)
             if rows:
-                detect_for(
+                found = detect_for(
                     run.objective_row.row_kind,
                     rows,
                     kind=data.format,
                     text_column=data.text_column,
                     column_map=column_map,
                 )
+            kinds.add(found.kind if rows else "unknown")
         except (ValueError, OSError) as error:
             reason = getattr(error, "strerror", None) or error
             raise ValueError(f"{key} = {name!r}: {reason}") from error
+    if data.text_column != "text" and kinds and not kinds & {"text", "unknown"}:
+        raise ValueError(
+            f"data.text_column = {data.text_column!r} has no effect, because the format"
+            f" of the rows is {' and '.join(sorted(kinds))}; remove it, or name a"
+            " column of the data and set data.format = 'text'"
+        )
+
+
+def _check_eval_split(run: RunConfig) -> None:
+    """Refuse `data.eval_split` of local training data that have no splits.
+
+    The file or folder would be taken whole, and the training rows be evaluated.
+    """
+    train, split = run.data.train, run.data.eval_split
+    if not (split and isinstance(train, str) and train) or is_remote(train):
+        return
+    path = pathlib.Path(train).expanduser()
+    if not path.exists() or is_saved(path):
+        return  # `datasets` tells of splits
+    try:
+        same = path.is_file() or (
+            split_files(path, split) == split_files(path, run.data.train_split)
+        )
+    except ValueError as error:
+        raise ValueError(f"data.eval_split = {split!r}: {error}") from error
+    if same:
+        raise ValueError(
+            f"data.eval_split = {split!r}: data.train = {train!r} has no splits, so the"
+            " training rows themselves would be evaluated; set data.eval to other rows"
+        )
 
 
 def _check_addresses(run: RunConfig) -> None:

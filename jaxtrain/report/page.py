@@ -31,6 +31,11 @@ def read_run(workdir: pathlib.Path, *, runs_of_the_page: int = 1) -> dict[str, A
         ValueError: the directory has no metrics.
     """
     path, samples = workdir / "metrics.jsonl", workdir / "samples.jsonl"
+    if workdir.is_file():
+        raise ValueError(
+            f"{workdir} is a file: name the work directory of a run, such as"
+            f" {workdir.parent}"
+        )
     if not path.is_file():
         raise ValueError(
             f"{workdir} is not the work directory of a run: it has no metrics.jsonl."

@@ -150,8 +150,8 @@ def choose_checkpoint(
     if step not in (None, "best", "last"):
         if int(step) not in saved:
             raise FileNotFoundError(
-                f"--step={step}: {folder.parent} has no checkpoint of that step; there"
-                f" are {', '.join(map(str, saved))}"
+                f"--step={step}: {folder.parent} has no checkpoint of that step; choose"
+                f" from {', '.join(map(str, saved))}"
             )
         return Checkpoint(folder, int(step))
     best = None

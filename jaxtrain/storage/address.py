@@ -39,8 +39,8 @@ def is_remote(address: AnyPath) -> bool:
         return False
     if scheme not in LIBRARIES:
         raise ValueError(
-            f"{text!r}: addresses of the kind {scheme}:// cannot be used; give"
-            " gs://bucket/folder, s3://bucket/folder or a folder on a disk"
+            f"{text!r}: addresses with {scheme}:// cannot be used; give"
+            " gs://bucket/folder or s3://bucket/folder, or download it and give a path"
         )
     if {"@", ":"} & {*text.partition("://")[2].partition("/")[0]}:
         # Not shown: what stands there may be a secret.

@@ -140,7 +140,7 @@ def test_lines_without_a_row_are_no_duplicates():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "no configuration is named"),
+        ([], "no configuration or data file is named"),
         (["no_such.jsonl"], "does not exist"),
         (["--config=no_such.yaml"], "no_such.yaml"),
     ],

@@ -81,7 +81,7 @@ def test_fields_of_messages_overrule_the_option_and_reach_no_template(
         (assistant("x", weight="1"), "weight '1'"),
         (assistant("x", train="no"), "train 'no': use true or false"),
         (assistant("x", train=1), "train 1"),
-        (assistant("x", train=True, weight=0), "differ"),
+        (assistant("x", train=True, weight=0), "contradict"),
         (user("x") | {"train": True}, "the user's: only assistant turns"),
     ],
 )

@@ -90,7 +90,7 @@ def test_packing_takes_token_rows(small):
         ({"input_ids": [True]}, "expected a list of integers"),
         ({"input_ids": [1, 2], "labels": [1]}, "labels has 1 numbers, input_ids has 2"),
         ({"input_ids": [1, 2], "labels": [-100, 3]}, r"labels\[1\] is 3, but"),
-        ({"input_ids": [1, 2], "completion_mask": [0, 2]}, "other numbers than 0 and"),
+        ({"input_ids": [1, 2], "completion_mask": [0, 2]}, "may hold only 0 and"),
         ({"input_ids": [1], "assistant_masks": None, "labels": "x"}, "labels is 'x'"),
     ],
 )  # fmt: skip

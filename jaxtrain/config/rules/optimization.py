@@ -128,25 +128,26 @@ def resolve_precision(run: Resolution) -> None:
 
 
 def _check_fp8(run: Resolution) -> None:
-    """Refuse what eight bits are not written, or not meant, for."""
+    """Refuse settings that do not work with products in eight bits."""
     if not run.precision.bf16:
         run.problem(
             "fp8",
-            "it stands beside bf16, in which all but the projections is computed; set"
-            f" bf16 = true ({run.origin['bf16']}) and fp16 = false, or unset fp8",
+            "it needs bf16, because everything but the projections is computed in"
+            f" bfloat16; set {run.origin['bf16']} = true and fp16 = false, or unset"
+            " fp8",
             causes=("bf16", "fp16"),
         )
     if run.devices.deepspeed.offload_param:
         run.problem(
             "fp8",
-            "weights in host memory would be brought over, and quantized, by layers; it"
-            " is not written; unset it, or deepspeed.offload_param and cpu_offload",
+            "it is not implemented for weights in host memory; unset it, or"
+            " deepspeed.offload_param and cpu_offload",
             causes=("deepspeed.offload_param", "cpu_offload"),
         )
     if run.is_dpo and run.dpo.sync_ref_model:
         run.problem(
             "fp8",
-            "the reference is kept in eight bits, which small updates would not move;"
+            "the reference is kept in eight bits, in which small updates are lost;"
             " unset it, or training.dpo.sync_ref_model",
             causes=("training.dpo.sync_ref_model",),
         )

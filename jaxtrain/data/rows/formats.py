@@ -172,7 +172,9 @@ class RowProblems:
         more = "; ..." if self.count > len(self.first) else ""
         summary = f"{self.count} of {total} rows cannot be used: {listed}{more}"
         if self.on_bad_row == "error":
-            raise ValueError(f"{summary}. Fix these rows, or set on_bad_row='skip'")
+            raise ValueError(
+                f"{summary}. Fix these rows, or set data.on_bad_row = 'skip'"
+            )
         logger.warning("skipped: %s", summary)
 
 
@@ -251,7 +253,9 @@ def _unknown_format(
     filled = sorted(name for name in names if row.get(name) is not None)
     wanted = "a known format" if kind == "auto" else f"format={shown(kind)}"
     advice = f"rename its columns, or map them, such as {propose_map(_listed(names))}"
-    if there := next(filter(set(names).issuperset, _REQUIRED), None):
+    if len(names) == 1 and (marks := {*";\t|"} & {*names[0]}):
+        advice = f"separate the columns by commas instead of {min(marks)!r}"
+    elif there := next(filter(set(names).issuperset, _REQUIRED), None):
         listed = " and ".join(map(repr, there))
         advice = f"no row among the first {_DETECTED_ROWS} has a value in {listed}"
     elif column_map:

@@ -647,7 +647,7 @@ def test_bad_options_are_refused_by_name(options, words):
 
 def test_shapes_that_do_not_fit_are_refused():
     q, k, v, _ = make_inputs(Case(), jnp.float32)
-    with pytest.raises(ValueError, match="no multiple"):
+    with pytest.raises(ValueError, match="not a multiple"):
         attention(q[:, :, :3], k, v)
     with pytest.raises(ValueError, match="do not fit"):
         attention(q, k, v[:, :, :1])
