@@ -70,7 +70,9 @@ def text_name(name: str) -> str | None:
     """The name of a wrapper's tensor in the decoder; None for those of towers."""
     for prefix in (_OLD, _NEW):
         if name.startswith(prefix):
-            return f"model.{name.removeprefix(prefix)}"
+            # transformers 5.24 saves the layers of Kimi K2.5 as "blocks".
+            rest = name.removeprefix(prefix)
+            return f"model.{rest.replace('blocks.', 'layers.', 1)}"
     return HEAD if name in (HEAD, _OLD_HEAD) else None
 
 

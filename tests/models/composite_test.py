@@ -411,7 +411,8 @@ def as_modules(directory: pathlib.Path, target: pathlib.Path) -> None:
             "model.language_model.model.", "model.language_model."
         )
         .replace("model.language_model.lm_head.", "lm_head.")
-        .replace("model.lm_head.", "lm_head."): tensor
+        .replace("model.lm_head.", "lm_head.")
+        .replace("language_model.blocks.", "language_model.layers."): tensor
         for name, tensor in tensors_of(directory).items()
     }
     # And with a stored copy of an embedding that is the head.
@@ -587,9 +588,9 @@ def test_a_step_at_learning_rate_zero_exports_what_was_loaded(
     stored = tensors_of(source)
     if text_only:
         stored = {
-            name.replace("model.language_model.", "model.").removeprefix(
-                "language_model."
-            ): tensor
+            name.replace("model.language_model.", "model.")
+            .removeprefix("language_model.")
+            .replace("model.blocks.", "model.layers."): tensor
             for name, tensor in stored.items()
             if "language_model." in name or name == "lm_head.weight"
         }
