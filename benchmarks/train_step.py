@@ -26,6 +26,7 @@ from step_cases import SHAPES, WARMUP, Case, get_case, make_parser, run_cases
 
 from jaxtrain import lora
 from jaxtrain.data.batches.shared_prompt import share_prompts
+from jaxtrain.kernels.linear_cross_entropy import fused
 from jaxtrain.models import Decoder, ModelConfig, fp8
 from jaxtrain.models.quantization import Quantization
 from jaxtrain.objectives import make_objective
@@ -189,6 +190,8 @@ def run_case(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Time the steps after those to warm up."""
     case = find_case(name, options)
     config = model_config(case.shape)
+    if options.xla_head:
+        fused.choose_tiles = lambda *_: None  # type: ignore[assignment]
     step, state, batch = make_step(name, options)
     start = time.perf_counter()
     losses = []
@@ -226,6 +229,7 @@ def run_case(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "document": options.document,
         "response": options.response,
         "fp8": options.fp8,
+        "xla_head": options.xla_head,
         "moments": options.moments or case.moments,
         "device": device.device_kind,
         "versions": {"jax": jax.__version__},
@@ -248,6 +252,9 @@ def main() -> None:
     parser.add_argument("--response", type=int, help="tokens of each, in pairs")
     parser.add_argument("--moments", choices=MOMENT_DTYPES)
     parser.add_argument("--fp8", action="store_true", help="training.fp8")
+    parser.add_argument(
+        "--xla_head", action="store_true", help="no kernels of ours in the loss head"
+    )
     parser.add_argument("--peer", help="lines that trl_step.py printed")
     run_cases(__file__, parser.parse_args(), run_case)
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxtrain import aot
+from jaxtrain.aot import compile as aot
 from jaxtrain.config import default_config, resolve
 from jaxtrain.kernels.linear_cross_entropy import fused, hopper, linear_log_probs
 from jaxtrain.models.load import load_abstract_model
@@ -178,8 +178,8 @@ def test_a_runs_own_step_takes_them_for_each_batch_and_in_both_passes(
     def trace(devices):
         run = resolve(config, device_count=len(devices))
         model = load_abstract_model(run, devices)
-        step, state = aot.compile.describe_step(run, model)
-        batch = aot.compile._abstract_batch(model, run)
+        step, state = aot.describe_step(run, model)
+        batch = aot._abstract_batch(model, run)
         if scored:
             layout = batch.tokens.sharding
             places = jax.ShapeDtypeStruct((1, 1, scored), jnp.int32, sharding=layout)
