@@ -956,5 +956,5 @@ def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ValueError, match="/gone: there is no such directory"):
         load_adapter(tmp_path / "gone", make_tree())
     save_example(tmp_path / "adapter")
-    with pytest.raises(ValueError, match="work directory of a run: give .*/adapter$"):
+    with pytest.raises(ValueError, match=r"work directory of a run: give .*/adapter$"):
         load_adapter(tmp_path, make_tree())
