@@ -298,6 +298,7 @@ def _check(
 def suggest_key(name: str, prefix: str, schema: Schema, root: Schema) -> str:
     """A near name in this section, else in any section; else every name here."""
     close = difflib.get_close_matches(name, schema, n=1, cutoff=0.7)
+    close = close or [known for known in schema if known.endswith(f"_{name}")]
     if close:
         return f"did you mean {prefix}{close[0]}?"
     leaves = _leaves(root)

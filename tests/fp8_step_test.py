@@ -102,11 +102,11 @@ def test_models_with_other_products_and_odd_widths_are_refused():
         ({"fp8": True, "fp16": True}, r"training\.fp8.*it needs bf16"),
         (
             {"training_type": "lora", "lora": {"quantization": "nf4"}, "fp8": True},
-            r"training\.lora\.quantization = 'nf4'.*set both of them, or neither",
+            r"training\.lora\.quantization = 'nf4'.*change one of the two",
         ),
         (
             {"training_type": "lora", "lora": {"quantization": "fp8"}},
-            r"training\.lora\.quantization = 'fp8'.*set both of them, or neither",
+            r"training\.lora\.quantization = 'fp8'.*change one of the two",
         ),
         (
             {

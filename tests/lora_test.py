@@ -953,3 +953,8 @@ def test_embeddings_untied_by_peft_are_refused(tmp_path):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"has no adapter_config\.json"):
         load_adapter(tmp_path, make_tree())
+    with pytest.raises(ValueError, match="/gone: there is no such directory"):
+        load_adapter(tmp_path / "gone", make_tree())
+    save_example(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"work directory of a run: give .*/adapter$"):
+        load_adapter(tmp_path, make_tree())

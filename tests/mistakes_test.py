@@ -147,6 +147,7 @@ MISTAKES = [
     m(f"{TRAIN} --training.max_steps=few", "--training.max_steps=few", "an integer"),
     m(f"{TRAIN} --training.dpo.beta=0.3", "training_type is sft", "remove the flag"),
     m(f"{TRAIN} --learning_rate=1", "did you mean --training.learning_rate?"),
+    m("train lora --training.lora.alpha=1", "did you mean training.lora.lora_alpha?"),
     m(f"{TRAIN} --model.expert_exchange=tokens", "model.expert_exchange",
       "mesh.expert is 1"),
     m(f"{TRAIN} --training.fp8=true", "training.fp8", "needs bf16", "bf16 = true"),

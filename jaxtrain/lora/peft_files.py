@@ -341,6 +341,14 @@ def settings_from(section: Any, model_type: str, layers: int) -> LoraConfig:
 
 
 def _read_config(path: pathlib.Path) -> dict[str, Any]:
+    if not path.is_dir():
+        raise ValueError(f"adapter {path}: there is no such directory; check the path")
+    if (path / "adapter" / CONFIG_FILE).is_file() and not (
+        path / CONFIG_FILE
+    ).is_file():
+        raise ValueError(
+            f"adapter {path} is the work directory of a run: give {path / 'adapter'}"
+        )
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (path / name).is_file():
             raise ValueError(

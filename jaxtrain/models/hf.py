@@ -83,6 +83,13 @@ def resolve_model_path(name: str, revision: str | None = None) -> pathlib.Path:
         return fetch_model(name)
     directory = pathlib.Path(name).expanduser()
     if directory.is_dir():
+        exported = directory / "model"
+        has_weights = any(directory.glob("*.safetensors"))
+        if (exported / "config.json").is_file() and not has_weights:
+            raise ValueError(
+                f"model {shown(name)} is the work directory of a run: give the model"
+                f" that it exported, {exported}"
+            )
         return directory
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ValueError(

@@ -144,9 +144,9 @@ def check_fits(described: Params, plan: sharding.ShardingPlan) -> None:
     needed, _ = sum_bytes(described)
     if limit is not None and needed > limit:
         raise ValueError(
-            f"the weights alone need {in_words(needed)} a device; the device has"
-            f" {in_words(limit)}: choose a smaller model (config.model), split it over"
-            " more devices (config.mesh.fsdp), or quantize a frozen base"
+            f"the weights alone need {in_words(needed)} a device, which has"
+            f" {in_words(limit)}: choose a smaller model (model.name_or_path), split it"
+            " over more devices (mesh.fsdp), or quantize a frozen base"
             " (training.lora.quantization)"
         )
 
@@ -251,7 +251,7 @@ def make_decoder(
         raise ValueError(
             f"max_length = {wanted} exceeds the model's max_position_embeddings ="
             f" {limit}: shorten it, or stretch the model's context by"
-            " config.model.rope_scaling"
+            " model.rope_scaling"
         )
     if plan.mesh.shape["context"] > 1 and LINEAR in config.layer_types:
         raise ValueError(

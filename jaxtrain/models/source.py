@@ -127,7 +127,7 @@ def _own_sizes(run: RunConfig, tokenizer: Any) -> ModelConfig:
     try:
         return ModelConfig.from_hf(options)
     except ValueError as error:
-        raise ValueError(f"config.model.architecture: {error}") from error
+        raise ValueError(f"model.architecture: {error}") from error
 
 
 def _stretch(run: RunConfig, config: ModelConfig) -> ModelConfig:
@@ -137,9 +137,9 @@ def _stretch(run: RunConfig, config: ModelConfig) -> ModelConfig:
     try:
         config = config.with_rope_scaling(run.model.rope_scaling)
     except ValueError as error:
-        raise ValueError(f"config.model.rope_scaling: {error}") from error
+        raise ValueError(f"model.rope_scaling: {error}") from error
     logger.info(
-        "config.model.rope_scaling: rows may have %d tokens. The exported config.json"
+        "model.rope_scaling: rows may have %d tokens. The exported config.json"
         " says how; an adapter needs a base whose config.json says the same",
         config.longest_text,
     )

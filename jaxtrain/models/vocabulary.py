@@ -51,8 +51,8 @@ def fit_vocabulary(run: RunConfig, config: ModelConfig, tokenizer: Any) -> Model
     if run.training_type == "from_scratch":
         raise ValueError(
             f"the tokenizer has {needed} tokens, but the model's vocab_size ="
-            f" {config.vocab_size}: set config.model.architecture.vocab_size to at"
-            " least that, or set config.model.grow_vocabulary"
+            f" {config.vocab_size}: set model.architecture.vocab_size to at"
+            " least that, or set model.grow_vocabulary"
         )
     logger.warning(
         "the tokenizer has tokens up to %d, but the model's vocab_size = %d: a row of"

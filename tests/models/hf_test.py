@@ -201,6 +201,15 @@ def test_directories_without_weights_or_config_are_refused(saved, tmp_path) -> N
         load_config(tmp_path)
 
 
+def test_a_work_directory_is_not_a_model_but_holds_one(saved, tmp_path) -> None:
+    shutil.copytree(saved[0], tmp_path / "model")
+    with pytest.raises(ValueError, match=r"work directory of a run: .*/model$"):
+        resolve_model_path(str(tmp_path))
+    # A model may have a folder of that name.
+    shutil.copytree(saved[0], tmp_path, dirs_exist_ok=True)
+    assert resolve_model_path(str(tmp_path)) == tmp_path
+
+
 def test_a_model_is_a_directory_or_a_name_that_the_hub_gives(
     tmp_path, monkeypatch
 ) -> None:

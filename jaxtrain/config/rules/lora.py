@@ -62,8 +62,8 @@ def _resolve_quantization(run: Resolution) -> None:
     if run.precision.fp8 != (kind == "fp8"):
         run.problem(
             key,
-            "training.fp8 multiplies the frozen base by codes of its own, fp8, and"
-            " nothing else does; set both of them, or neither",
+            "training.fp8 needs the quantization fp8 (or none that is named), and the"
+            " quantization fp8 needs training.fp8; change one of the two",
             value=kind,
             causes=("training.fp8",),
         )

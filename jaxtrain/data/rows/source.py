@@ -54,7 +54,10 @@ def load_rows(
     if path.exists():
         rows = _load_local(path, split)
     elif looks_local(path_or_name):
-        raise ValueError(f"data path {shown(path_or_name)} does not exist")
+        raise ValueError(
+            f"data path {shown(path_or_name)} does not exist: check the spelling, and"
+            " that it is relative to the current folder"
+        )
     else:
         rows = load_hub(path_or_name, split)
     if isinstance(rows, FileRows):
