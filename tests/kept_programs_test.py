@@ -249,7 +249,7 @@ def test_code_of_ones_own_is_never_kept_and_the_log_says_so_once(keeper, caplog)
     assert np.isfinite(metrics["loss"].total) and files(keeper) == []
     keeper.lower(jitted, make_state(plan), batch)
     (line,) = [line for line in caplog.messages if "is not kept" in line]
-    assert line.endswith("own_score")
+    assert "own_score, whose code no key can tell" in line
 
 
 def test_what_was_logged_at_tracing_is_logged_again(keeper, caplog, monkeypatch):
@@ -342,9 +342,16 @@ def test_what_was_not_used_for_longest_goes(tmp_path, monkeypatch):
     assert [path.name for path in sorted(tmp_path.glob("*"))] == ["2.step", "3.step"]
 
 
-def test_several_devices_and_no_cache_keep_nothing(tmp_path, monkeypatch):
+def test_several_devices_and_no_cache_keep_nothing(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", "jaxtrain")
     monkeypatch.setattr(compilation_cache, "_in_use", None)
-    assert kept_programs.keep_programs(make_plan()) is None
+    assert kept_programs.keep_programs(make_plan()) is None and not caplog.messages
     monkeypatch.setattr(compilation_cache, "_in_use", str(tmp_path))
     two = sharding.ShardingPlan(sharding.make_mesh({"data": 2}, jax.devices()[:2]))
     assert kept_programs.keep_programs(two) is None
+    offloads = sharding.ShardingPlan(make_plan().mesh, offload_optimizer=True)
+    assert kept_programs.keep_programs(offloads) is None
+    assert [line.partition(": ")[2] for line in caplog.messages] == [
+        "it is for several devices",
+        "its state is offloaded",
+    ]
