@@ -78,14 +78,14 @@ def main() -> None:
     options = parser.parse_args()
     with timed("import jaxtrain.main"):
         from jaxtrain import main as command
-    from jaxtrain.run import distributed
-
-    time_calls(distributed, "initialize")
-    initializing = distributed.initializing
+    importing = command.imports.importing
 
     @contextlib.contextmanager
-    def initializing_in_parts() -> Iterator[None]:
-        with timed("devices and imports"), initializing(), timed("imports"):
+    def importing_in_parts() -> Iterator[None]:
+        with timed("devices and imports"), importing():
+            with timed("import jax"):
+                from jaxtrain.run import distributed
+            time_calls(distributed, "initialize")
             yield
         for module, names in _PARTS.items():
             for name in names.split():
@@ -94,7 +94,7 @@ def main() -> None:
 
         StepPrograms.compile = leave
 
-    distributed.initializing = initializing_in_parts
+    command.imports.importing = importing_in_parts
     with tempfile.TemporaryDirectory() as workdir:
         command.main(
             [
