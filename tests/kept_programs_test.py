@@ -194,7 +194,9 @@ def test_steps_that_are_read_or_fitted_to_memory_are_kept_too(keeper, monkeypatc
         state = make_state(plan)
 
         def make_checked(remat, state=state):
-            return fp8_step.CheckedStep(jit_step(plan, state, remat=remat), expected)
+            return fp8_step.CheckedStep(
+                jit_step(plan, state, remat=remat, fp8=True), expected
+            )
 
         device = plan.mesh.devices.flat[0]
         fitted = fitted_step.FittedStep(make_checked, device)
