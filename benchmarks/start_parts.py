@@ -15,9 +15,9 @@ BEGAN = time.perf_counter()
 import argparse  # noqa: E402
 import contextlib  # noqa: E402
 import functools  # noqa: E402
-import importlib  # noqa: E402
 import os  # noqa: E402
 import pathlib  # noqa: E402
+import pkgutil  # noqa: E402
 import sys  # noqa: E402
 import tempfile  # noqa: E402
 from collections.abc import Iterator  # noqa: E402
@@ -33,7 +33,7 @@ _PARTS = {
     "models.source": "load_run_tokenizer fit_vocabulary align_special_tokens",
     "data.loading": "load_training_rows prepare_rows",
     "build": "fit_to_model make_feed init_state make_steps announce",
-    "build.writers": "make_writers",
+    "build:writers": "make_writers",
     "loop": "restore",
 }
 
@@ -78,27 +78,23 @@ def main() -> None:
     options = parser.parse_args()
     with timed("import jaxtrain.main"):
         from jaxtrain import main as command
-    from jaxtrain.run import distributed
-
-    time_calls(distributed, "initialize")
-    initializing = distributed.initializing
+    importing = command.imports.importing
 
     @contextlib.contextmanager
-    def initializing_in_parts() -> Iterator[None]:
-        with timed("devices and imports"), initializing():
-            with timed("imports"):
-                yield
-                importlib.import_module("jaxtrain.trainer")
+    def importing_in_parts() -> Iterator[None]:
+        with timed("devices and imports"), importing():
+            with timed("import jax"):
+                from jaxtrain.run import distributed
+            time_calls(distributed, "initialize")
+            yield
         for module, names in _PARTS.items():
             for name in names.split():
-                path, _, attribute = module.partition(".writers")
-                found = importlib.import_module(f"jaxtrain.{path}")
-                time_calls(found.writers if module != path else found, name)
+                time_calls(pkgutil.resolve_name(f"jaxtrain.{module}"), name)
         from jaxtrain.run.step_programs import StepPrograms
 
         StepPrograms.compile = leave
 
-    distributed.initializing = initializing_in_parts
+    command.imports.importing = importing_in_parts
     with tempfile.TemporaryDirectory() as workdir:
         command.main(
             [

@@ -12,7 +12,7 @@ from jaxtrain.cli.command import ConfigParser, Once, default_workdir
 from jaxtrain.cli.ending import Interrupted, run_command
 from jaxtrain.data import sources
 from jaxtrain.record import logs
-from jaxtrain.run import interrupts, lock, preflight
+from jaxtrain.run import imports, interrupts, lock, preflight
 from jaxtrain.run.buffer import as_home
 
 
@@ -48,10 +48,11 @@ def main(arguments: Sequence[str]) -> None:
     logs.show_progress()
     interrupts.leave_on_sigterm()
     # Only now: what is wrong with a flag or a path need not wait for jax.
-    from jaxtrain.run import distributed
+    with imports.importing():
+        from jaxtrain.run import distributed
 
-    with distributed.initializing():
-        from jaxtrain import trainer
+        with distributed.initializing():
+            from jaxtrain import trainer
     try:
         orchestrator = trainer.TrainingOrchestrator(config, workdir=workdir)
         orchestrator.prepare()

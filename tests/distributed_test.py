@@ -128,6 +128,23 @@ def test_devices_are_opened_beside_imports_but_others_are_joined_before(
     assert order == (expected[::-1] if environ else expected)
 
 
+@pytest.mark.parametrize("full", [False, True])
+def test_memory_is_reserved_beside_the_imports_on_the_first_device(monkeypatch, full):
+    """Where there is none, that is not told here."""
+    placed = []
+
+    def put(value, device):
+        placed.append(device)
+        if full:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no memory")
+        return value
+
+    monkeypatch.setattr(jax, "device_put", put)
+    with distributed.initializing({}):
+        pass
+    assert placed == jax.local_devices()[:1]
+
+
 def test_a_device_that_is_not_there_is_told_behind_the_imports(monkeypatch):
     def refuse(environ):
         raise ValueError("no such device")

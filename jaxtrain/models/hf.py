@@ -201,7 +201,10 @@ def load_params(
                 continue
             kind = NUMPY_TYPES[stored] if keep else jnp.dtype(dtype)
             kind = np.dtype(np.float32) if leaf.stays_float32 else kind
-            loaded[leaf.path] = _load_leaf(leaf, tensors, targets[leaf.path], kind)
+            whole = _load_leaf(leaf, tensors, targets[leaf.path], kind)
+            # One after another: what is on its way to a GPU has a copy in pinned memory
+            # of the host, which takes time to get and is used again for the next.
+            loaded[leaf.path] = jax.block_until_ready(whole)
     return nest(loaded)
 
 

@@ -9,6 +9,7 @@ first axis gives.
 import contextlib
 import dataclasses
 import math
+import pathlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -143,7 +144,7 @@ class _Tensors:
 class MappedTensors(_Tensors):
     """The tensors of a file on the disk."""
 
-    def __init__(self, file: AnyFile) -> None:
+    def __init__(self, file: pathlib.Path) -> None:
         super().__init__(file)
         self._bytes = np.asarray(np.memmap(file, np.uint8, "r"))
 

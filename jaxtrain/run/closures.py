@@ -93,7 +93,7 @@ def _open(value: Any) -> tuple[str, Iterator[Any]]:
     if dataclasses.is_dataclass(value):
         fields = dataclasses.fields(value)
         return label, (getattr(value, field.name) for field in fields)
-    raise UnknownCode(f"an object of {label}")
+    raise UnknownCode(f"it reaches an object of {label}")
 
 
 def _open_function(function: types.FunctionType) -> tuple[str, Iterator[Any]]:
@@ -112,7 +112,7 @@ def _name_of(value: Any) -> str:
     module = getattr(value, "__module__", None) or "builtins"
     name = f"{module}.{getattr(value, '__qualname__', value)}"
     if module.partition(".")[0] not in KNOWN_PACKAGES:
-        raise UnknownCode(name)
+        raise UnknownCode(f"it reaches {name}, whose code no key can tell")
     return name
 
 
@@ -123,6 +123,6 @@ def _array(value: Any) -> str:
         value = jax.random.key_data(value)
     host = np.asarray(value)
     if host.dtype == object:
-        raise UnknownCode("an array of objects")
+        raise UnknownCode("it reaches an array of objects")
     digest = hashlib.blake2b(host.tobytes(), digest_size=16).hexdigest()
     return f"array {host.dtype} {host.shape} {digest}"

@@ -140,8 +140,9 @@ def initialize(environ: MutableMapping[str, str] = os.environ) -> None:
 def initializing(environ: MutableMapping[str, str] = os.environ) -> Iterator[None]:
     """`initialize` while the block runs, which is to import modules.
 
-    Opening a GPU takes seconds that are not Python's. A run of several processes is
-    joined before the block, since modules must not open devices before that.
+    Opening a GPU takes seconds that are not Python's, and so does its first array, for
+    which it reserves its memory. A run of several processes is joined before the block,
+    since modules must not open devices before that.
 
     Raises:
         ValueError, RuntimeError: see `initialize`, behind the block.
@@ -151,9 +152,17 @@ def initializing(environ: MutableMapping[str, str] = os.environ) -> Iterator[Non
         yield
         return
     with concurrent.futures.ThreadPoolExecutor(1) as beside:
-        initialized = beside.submit(initialize, environ)
+        initialized = beside.submit(_open_devices, environ)
         yield
         initialized.result()
+
+
+def _open_devices(environ: MutableMapping[str, str]) -> None:
+    """`initialize`, and a first array on the first device: others may be left alone."""
+    initialize(environ)
+    # Whoever needs the memory says best that there is none.
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        jax.block_until_ready(jax.device_put(0.0, jax.local_devices()[0]))
 
 
 def count_devices() -> int:

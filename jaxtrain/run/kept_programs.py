@@ -58,6 +58,7 @@ _LIBRARIES = (
     "jax", "jaxlib", "flax", "optax", "numpy", "jax-cuda12-plugin", "jax-cuda13-plugin",
     "nvidia-cudnn-cu12", "nvidia-cudnn-cu13",
 )  # fmt: skip
+_NOT_KEPT = "the traced train step is not kept for a next start: %s"
 _PACKAGE = pathlib.Path(__file__).resolve().parents[1]
 
 
@@ -101,11 +102,10 @@ class KeptPrograms:
             return train_step.lower(state, batch)
 
     def _say_once(self, error: Exception) -> None:
-        what = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if what not in self.refused:
-            self.refused.append(what)
-            told = "the traced train step is not kept for a next start: %s"
-            logger.info(told, what)
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if why not in self.refused:
+            self.refused.append(why)
+            logger.info(_NOT_KEPT, why)
 
     def _keep(
         self, path: pathlib.Path, train_step: Any, state: TrainState, batch: Any
@@ -148,8 +148,13 @@ def keep_programs(plan: sharding.ShardingPlan) -> KeptPrograms | None:
     if importlib.util.find_spec("flatbuffers") is None:
         return None  # jax.export writes its files with it
     folder = compilation_cache.folder_in_use()
-    offloads = plan.offload_optimizer or plan.offload_params
-    if folder is None or plan.mesh.size > 1 or jax.process_count() > 1 or offloads:
+    if folder is None:
+        return None  # no compiled program is either
+    if plan.mesh.size > 1 or jax.process_count() > 1:
+        logger.info(_NOT_KEPT, "it is for several devices")
+        return None
+    if plan.offload_optimizer or plan.offload_params:
+        logger.info(_NOT_KEPT, "its state is offloaded")
         return None
     return KeptPrograms(folder / _FOLDER, plan)
 

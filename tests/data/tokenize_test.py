@@ -217,7 +217,7 @@ def test_a_tokenizer_class_comes_without_the_reader_of_gguf_that_imports_torch(
 
     class Transformers:
         @property
-        def Tokenizer(self):  # noqa: N802
+        def Tokenizer(self):
             from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
             return load_gguf_checkpoint

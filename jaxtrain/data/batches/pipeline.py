@@ -13,7 +13,6 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import grain
 import numpy as np
 from absl import flags
 
@@ -214,6 +213,8 @@ class RowOrder:
 
     def _draw(self, num_rows: int, seed: int, places: np.ndarray) -> np.ndarray:
         """The row numbers at some places in the sequence of all epochs."""
+        import grain  # not above: it imports jax, which a look at data does not need
+
         order = grain.MapDataset.range(num_rows)
         if self.shuffle:
             order = order.shuffle(seed=seed)  # `repeat` reseeds every epoch
@@ -428,6 +429,8 @@ class BatchIterator(Iterator[AnyBatch]):
             self._folder = None
 
     def _open(self) -> Iterator[AnyBatch]:
+        import grain
+
         reader, ahead = self.reader, self._reading.prefetch
         workers = self._reading.num_workers
         if workers:
