@@ -77,7 +77,7 @@ def make(folder: pathlib.Path, options: argparse.Namespace) -> None:
         )
     model.save_pretrained(folder / "model")
     make_tokenizer(folder / "tokenizer", sizes["vocab_size"])
-    make_rows(folder, sizes["vocab_size"], rows, longest, full)
+    make_rows(folder, sizes["vocab_size"], rows, longest, options.full)
 
 
 def make_tokenizer(folder: pathlib.Path, vocabulary: int) -> None:
@@ -107,7 +107,7 @@ def make_rows(
     mean = math.log(300) - 0.8**2 / 2
 
     def draw_lengths() -> np.ndarray:
-        if options.full:
+        if full:
             return np.full(rows, longest)
         drawn = np.exp(random.normal(mean, 0.8, rows)).astype(int)
         return np.clip(drawn, 12, longest - 1)
