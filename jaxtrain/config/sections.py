@@ -210,7 +210,8 @@ class ModelSection:
     """true: compile one layer and use it for all. false: compile each layer on its own,
     which is 12 to 16% faster on an H100 (3% with mesh.fsdp) and needs 6% less memory,
     but compiles 36 layers in about 28 s instead of 12. Unset: false on GPUs, for up to
-    48 layers that are neither offloaded nor quantized to int8; true elsewhere."""
+    48 layers that are neither offloaded nor quantized to int8, and in fp8 on one GPU
+    only; true elsewhere."""
     expert_exchange: Annotated[
         Literal["auto", "weights", "tokens", "copies"], Unless("mesh.expert", 1)
     ] = "auto"

@@ -223,13 +223,15 @@ def _unrolls_layers(
 ) -> bool:
     """Whether to compile each layer on its own: only where that was measured faster.
 
-    On a GPU this avoids copying in and out of stacked buffers. Weights in int8, and
-    those that are offloaded layer by layer, were only measured in a scan.
+    On a GPU this avoids copying in and out of stacked buffers. Weights in int8, those
+    that are offloaded layer by layer, and fp8 on several devices, which compiles slowly
+    otherwise, were only measured in a scan.
     """
     if run.model.scan_layers is not None:
         return not run.model.scan_layers
     by_layers = (
         plan.mesh.shape["expert"] > 1
+        or (run.precision.fp8 and plan.mesh.size > 1)
         or plan.offload_params
         or run.precision.remat == "offload"
         or (run.lora is not None and run.lora.quantization == "int8")

@@ -5,6 +5,7 @@ import pytest
 
 from jaxtrain import sharding
 from jaxtrain.config import resolve
+from jaxtrain.models import fp8
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.load import make_decoder, make_plan
 
@@ -67,6 +68,13 @@ def test_on_gpus_each_layer_is_compiled_on_its_own_by_cublas():
 def test_what_was_measured_in_a_scan_stays_there(given):
     _, plan = plan_of(**given)
     assert not plan.unrolled and plan.compiler_options is None
+
+
+@pytest.mark.usefixtures("gpu")
+def test_fp8_is_unrolled_on_one_device_alone(monkeypatch):
+    monkeypatch.setattr(fp8, "check", lambda *_: None)
+    assert plan_of(training={"fp8": True})[1].unrolled
+    assert not plan_of(devices=2, fsdp=2, training={"fp8": True})[1].unrolled
 
 
 @pytest.mark.usefixtures("gpu")
