@@ -54,17 +54,23 @@ def test_a_jax_whose_kernels_tell_no_flops_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("capability", "chosen"),
+    ("capability", "in_plain_rows", "in_packed_rows"),
     [
-        ("7.5", "xla"), ("8.0", "pallas_triton"), ("8.9", "pallas_triton"),
-        ("9.0", "pallas_gpu"), ("10.0", "pallas_triton"),
+        ("7.5", "xla", "xla_blocks"),
+        ("8.0", "pallas_triton", "pallas_triton"),
+        ("8.9", "pallas_triton", "pallas_triton"),
+        ("9.0", "pallas_gpu", "pallas_gpu"),
+        ("10.0", "pallas_triton", "pallas_triton"),
     ],
-)  # fmt: skip
-def test_attention_for_a_gpu_that_is_not_here_is_our_kernel(capability, chosen):
+)
+def test_attention_for_a_gpu_that_is_not_here_is_our_kernel(
+    capability, in_plain_rows, in_packed_rows
+):
     q = jax.ShapeDtypeStruct((1, 16384, 2, 64), jnp.bfloat16)  # cuDNN's, were it here
-    for mask in (Mask(), Mask(segment_ids=jax.ShapeDtypeStruct((1, 16384), jnp.int32))):
-        gpu = types.SimpleNamespace(platform="gpu", compute_capability=capability)
-        assert api._choose(q, mask, Extras(), gpu) == chosen
+    gpu = types.SimpleNamespace(platform="gpu", compute_capability=capability)
+    assert api._choose(q, Mask(), Extras(), gpu) == in_plain_rows
+    packed = Mask(segment_ids=jax.ShapeDtypeStruct((1, 16384), jnp.int32))
+    assert api._choose(q, packed, Extras(), gpu) == in_packed_rows
 
 
 def test_the_delta_rule_for_a_gpu_that_is_not_here_is_our_kernel():
