@@ -10,9 +10,9 @@ import numpy as np
 def count_flops(jaxpr: Any) -> float:
     """2 M N K of every `dot_general` and `ragged_dot`, of all devices together.
 
-    Of a conditional the dearest branch counts; a loop of unknown length counts as often
-    as its condition bounds it by a number, or once; a Pallas kernel as it estimates
-    itself, or its body at every grid point.
+    A conditional counts as its most expensive branch. A loop of unknown length counts
+    as often as a number in its condition allows, or once. A Pallas kernel counts as its
+    own estimate says, or as its body at every grid point.
     """
     total = 0.0
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:

@@ -111,7 +111,7 @@ def prepare_rows(
 ) -> PreparedDataset | StreamDataset:
     """Check and tokenize raw rows for this run's objective, and log a summary.
 
-    Of a stream only the format is determined here; its rows are checked as they arrive.
+    For a stream this determines only the format; its rows are checked as they arrive.
 
     Args:
         vocab_size: size of the model's vocabulary; rows with higher token ids are bad.

@@ -65,7 +65,7 @@ class Inference(abc.ABC):
     def score(self, batch: Batch | PairBatch | Mapping[str, Any]) -> Metrics:
         """Sums of loss (nats), accuracy and entropy over one batch of numpy [B, T].
 
-        Of a `PairBatch`, the chosen completions are scored. A mapping holds arrays
+        For a `PairBatch` this scores the chosen completions. A mapping holds arrays
         under the names of the fields of `types.Batch`. If B is not a multiple of the
         number of data-parallel devices, empty rows are added.
         """

@@ -1,9 +1,9 @@
 """Reading tensors of safetensors files, on the disk or in a bucket, slice by slice.
 
-Of a file on the disk a slice is a view of the mapped file, which is read when it is
-copied to where it is wanted: safetensors would make a copy before. Only the rows that
-are asked for are read from a file in a bucket; a row is what an index of a tensor's
-first axis gives.
+A file on the disk is mapped into memory, and a slice is a view of it, so that bytes are
+read only when they are copied to their destination; safetensors would copy them once
+more. From a file in a bucket only the requested rows are read; a row is what an index
+into a tensor's first axis gives.
 """
 
 import contextlib

@@ -22,9 +22,6 @@ def with_balancing(
         rate: what a bias moves by in a step; scores are between 0 and 1.
     """
 
-    def init(params: Any) -> Any:
-        return optimizer.init(params)
-
     def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         others = jax.tree.map_with_path(
             lambda path, g: jnp.zeros_like(g) if _is_bias(path) else g, grads
@@ -36,7 +33,7 @@ def with_balancing(
             grads,
         ), state
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformation(optimizer.init, update)
 
 
 def _is_bias(path: Any) -> bool:

@@ -146,6 +146,19 @@ def vector_memory(shape: tuple[int, ...], dtype: DTypeLike) -> Any:
     return plgpu.SMEM(shape, dtype)
 
 
+def make_interpreter(wanted: bool) -> Any:
+    """What `plgpu.kernel` takes to interpret a kernel on a CPU; None to compile it.
+
+    Raises:
+        NotImplementedError: this jax cannot interpret such kernels.
+    """
+    if not wanted:
+        return None
+    if not hasattr(plgpu, "InterpretGPUParams"):
+        raise NotImplementedError("this jax has no interpreter for Mosaic GPU")
+    return plgpu.InterpretGPUParams()
+
+
 def call(
     options: Options,
     body: Callable[..., None],
@@ -161,11 +174,6 @@ def call(
     a key and as a value, for which `jaxpr_cost` counts it, where this jax has a place
     for that.
     """
-    interpret = None
-    if options.interpret:
-        if not hasattr(plgpu, "InterpretGPUParams"):
-            raise NotImplementedError("this jax has no interpreter for Mosaic GPU")
-        interpret = plgpu.InterpretGPUParams()
     make = functools.partial(
         plgpu.kernel,
         body,
@@ -176,7 +184,7 @@ def call(
         num_threads=GROUPS + 1,
         thread_name="group",
         compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=interpret,
+        interpret=make_interpreter(options.interpret),
     )
     if not TELLS_COST:
         return make()

@@ -318,22 +318,25 @@ def _allowed(
 
 def _walk_over_keys(options: Options, schedule: Schedule, heads: int) -> Walk:
     """Blocks of queries are at home."""
-    return make_walk(
-        schedule.key_counts,
-        schedule.key_blocks,
-        _count_visits(options, schedule),
-        _count_parts(schedule, schedule.key_counts.size, heads),
+    return _make_walk(
+        options, schedule, (schedule.key_counts, schedule.key_blocks), heads
     )
 
 
 def _walk_over_queries(options: Options, schedule: Schedule, heads: int) -> Walk:
     """Blocks of keys are at home."""
-    return make_walk(
-        schedule.query_counts,
-        schedule.query_blocks,
-        _count_visits(options, schedule),
-        _count_parts(schedule, schedule.query_counts.size, heads),
+    return _make_walk(
+        options, schedule, (schedule.query_counts, schedule.query_blocks), heads
     )
+
+
+def _make_walk(
+    options: Options, schedule: Schedule, visited: tuple[Array, Array], heads: int
+) -> Walk:
+    """`visited`: how many blocks each block at home sees, and which."""
+    counts, blocks = visited
+    parts = _count_parts(schedule, counts.size, heads)
+    return make_walk(counts, blocks, _count_visits(options, schedule), parts)
 
 
 def _count_visits(options: Options, schedule: Schedule) -> int:

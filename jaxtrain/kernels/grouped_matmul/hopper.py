@@ -123,11 +123,6 @@ def _call(
 
     `work`: how many numbers it reads and writes, and multiplications.
     """
-    interpret = None
-    if tiles.interpret:
-        if not hasattr(plgpu, "InterpretGPUParams"):
-            raise NotImplementedError("this jax has no interpreter for Mosaic GPU")
-        interpret = plgpu.InterpretGPUParams()
     dtype = out_type.dtype
     scratch = [
         *(hopper.matrix_memory(shape, dtype) for shape in memory),
@@ -151,7 +146,7 @@ def _call(
         grid_names=("programs",),
         num_threads=GROUPS + 1,
         thread_name="group",
-        interpret=interpret,
+        interpret=hopper.make_interpreter(tiles.interpret),
         **extra,
     )
 

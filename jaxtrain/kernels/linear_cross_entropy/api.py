@@ -394,7 +394,7 @@ def _backward_rule(
         return fused.make_slopes(tiles, hidden, part, slope, options.of_table)
 
     def slopes(turn: Array, new: dict[str, Array]) -> Array:
-        """Of a slice's logits; writes an adapter's gradients into `new`."""
+        """The slopes of a slice's logits; puts an adapter's gradients into `new`."""
         if options.in_registers is not None:
             return slopes_in_registers(turn)
         entries, real = _entries(options, vocab, turn)

@@ -167,11 +167,6 @@ def _call(
     scratch: list,
 ) -> Callable[..., Any]:
     """The compiled kernel; behind its own scratch come the rings and their barriers."""
-    interpret = None
-    if tiles.interpret:
-        if not hasattr(plgpu, "InterpretGPUParams"):
-            raise NotImplementedError("this jax has no interpreter for Mosaic GPU")
-        interpret = plgpu.InterpretGPUParams()
     dtype, (rows, width) = head.hidden.dtype, head.hidden.shape
     block = (tiles.columns, DEPTH) if head.vocab_axis == 0 else (DEPTH, tiles.columns)
     scratch = [
@@ -198,7 +193,7 @@ def _call(
         num_threads=GROUPS + 1,
         thread_name="group",
         compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=interpret,
+        interpret=hopper.make_interpreter(tiles.interpret),
         **extra,
     )
 
