@@ -28,11 +28,10 @@ os.environ["XLA_FLAGS"] = (
 import jax
 import jax.numpy as jnp
 from step_cases import SHAPES, Case, make_parser
-from train_step import find_case, make_step, model_config
+from train_step import add_step_arguments, find_case, make_step, model_config
 
 from jaxtrain.aot.hlo_text import Instruction, parse
 from jaxtrain.aot.report import CHIPS, Chip
-from jaxtrain.optimizers.moments import MOMENT_DTYPES
 
 PRODUCTS = "products"
 NOTHING = ("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while")
@@ -199,7 +198,7 @@ def run_case(name: str, options: argparse.Namespace) -> None:
         entry = alike[part, re.sub(r"[.\d]+$", "", op), scope_of(known)]
         entry[0] += total / options.steps
         entry[1] += calls / options.steps
-    least = floors(case, chip, options.moments)
+    least = floors(case, chip, options.moments or case.moments)
     print(
         f"\n{name} on {device.device_kind}, jax {jax.__version__}: {secs * 1e3:.1f} ms"
     )
@@ -219,13 +218,10 @@ def run_case(name: str, options: argparse.Namespace) -> None:
 def main() -> None:
     parser = make_parser(__doc__, attention="auto")
     parser.set_defaults(cases="sft_0.5b", steps=5)
-    parser.add_argument("--chunk", type=int, help="loss_chunk_tokens")
-    parser.add_argument("--unroll", action="store_true", help="scan_layers = False")
-    parser.add_argument("--moments", choices=MOMENT_DTYPES, default="float32")
+    add_step_arguments(parser)
     parser.add_argument(
         "--largest", type=int, default=30, help="kinds of kernels to list"
     )
-    parser.set_defaults(document=None, response=None)
     options = parser.parse_args()
     for name in options.cases.split(","):
         run_case(name, options)

@@ -105,6 +105,8 @@ def read_peer(path: str | None) -> dict[str, Any]:
 
 def make_step(name: str, options: argparse.Namespace) -> tuple[Any, TrainState, Any]:
     """The jitted step of a case, its first state and a batch on the device."""
+    if options.xla_head:
+        fused.choose_tiles = lambda *_: None  # type: ignore[assignment]
     shared = name.endswith(SHARED)
     case = find_case(name, options)
     config = model_config(case.shape)
@@ -190,8 +192,6 @@ def run_case(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Time the steps after those to warm up."""
     case = find_case(name, options)
     config = model_config(case.shape)
-    if options.xla_head:
-        fused.choose_tiles = lambda *_: None  # type: ignore[assignment]
     step, state, batch = make_step(name, options)
     start = time.perf_counter()
     losses = []
@@ -242,8 +242,8 @@ def run_case(name: str, options: argparse.Namespace) -> dict[str, Any]:
     return row
 
 
-def main() -> None:
-    parser = make_parser(__doc__, attention="auto")
+def add_step_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `make_step` reads beside the arguments of every benchmark."""
     parser.add_argument("--chunk", type=int, help="loss_chunk_tokens")
     parser.add_argument("--unroll", action="store_true", help="scan_layers = False")
     parser.add_argument(
@@ -255,6 +255,11 @@ def main() -> None:
     parser.add_argument(
         "--xla_head", action="store_true", help="no kernels of ours in the loss head"
     )
+
+
+def main() -> None:
+    parser = make_parser(__doc__, attention="auto")
+    add_step_arguments(parser)
     parser.add_argument("--peer", help="lines that trl_step.py printed")
     run_cases(__file__, parser.parse_args(), run_case)
 
