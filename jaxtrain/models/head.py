@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Float32, Key
 
 from jaxtrain.kernels.attention.partition import Layout
 from jaxtrain.kernels.linear_cross_entropy.api import HeadAdapter, TokenShards
+from jaxtrain.kernels.linear_cross_entropy.partition import serves
 from jaxtrain.models import layers
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.layers import Options
@@ -31,6 +32,19 @@ def share_tokens(options: Options, shape: tuple[int, ...]) -> TokenShards:
     count = layout.count(rows) * layout.token_shards(shape[1])
     whole = layout.count(layout.weights) == 1  # the unembedding, on each device
     return TokenShards(count, options.constrain if whole and count > 1 else None)
+
+
+def is_on_shards(options: Options, hidden: Float[Array, "B T D"]) -> bool:
+    """Whether kernels score each device's own tokens, of several devices.
+
+    A head with an adapter or a cap is none of theirs, and a frozen one needs no table
+    of logits' slopes (kernels/linear_cross_entropy).
+    """
+    config, layout = options.config, options.layout
+    if layout is None or layout.mesh is None or layout.mesh.size == 1:
+        return False
+    plain = options.lora is None and config.final_logit_softcapping is None
+    return plain and serves(layout, hidden, config.vocab_size, options.device)
 
 
 def make_head_adapter(

@@ -23,6 +23,7 @@ from jaxtrain.kernels.attention.partition import Layout
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.expert_parallel import ExpertSpread
 from jaxtrain.models.layer_kinds import ATTENTION, LayerKind
+from jaxtrain.models.lookup import look_up
 from jaxtrain.models.quantization import (
     Quantization,
     dequantize,
@@ -614,7 +615,7 @@ class Embedding(Adapted):
 
     def __call__(self, tokens: Int32[Array, "B T"]) -> Float[Array, "B T D"]:
         config, dtype = self.options.config, self.options.compute_dtype
-        x = jnp.take(self.embedding[...], tokens, axis=0).astype(dtype)
+        x = look_up(self.options.layout, self.embedding[...], tokens, dtype)
         lora = self.options.lora
         if lora is not None and hasattr(self, "lora_a"):
             with jax.named_scope("lora"):

@@ -20,6 +20,7 @@ from jaxtrain.kernels.attention.partition import Layout
 from jaxtrain.kernels.delta_rule import delta_rule
 from jaxtrain.kernels.fp8 import RESIDUALS
 from jaxtrain.kernels.linear_cross_entropy.api import linear_log_probs
+from jaxtrain.kernels.linear_cross_entropy.partition import score_on_shards
 from jaxtrain.models import head, parts, router_report
 from jaxtrain.models.binding import axes_of, init_module, paths_with
 from jaxtrain.models.cache import Cache, decode, init_cache
@@ -525,22 +526,29 @@ def _score_targets(
         if adapter is not None:
             low = adapter.low.reshape(*hidden.shape[:2], -1)
             adapter = adapter._replace(low=layout.join_tokens(low))
-        outputs = linear_log_probs(
-            decoder.constrain(layout.join_tokens(hidden), ("tokens", "embed")),
-            table,
-            layout.join_tokens(targets),
+        score = functools.partial(
+            linear_log_probs,
             vocab_axis=vocab_axis,
             scale=config.logit_multiplier,
             softcap=config.final_logit_softcapping,
             chunk=decoder.loss_chunk,
             with_collision=extras.collision,
             with_log_total=extras.log_total,
-            adapter=adapter,
-            shards=layout.count(layout.fitting(layout.vocab, config.vocab_size)),
-            fuse=layout.mesh is None or layout.mesh.size == 1,
             device=decoder.device,
-            token_shards=head.share_tokens(decoder, targets.shape),
         )
+        if not extras.collision and head.is_on_shards(decoder, hidden):
+            score = functools.partial(score, fuse=True)
+            outputs = score_on_shards(score, layout, hidden, table, targets, vocab_axis)
+        else:
+            outputs = score(
+                decoder.constrain(layout.join_tokens(hidden), ("tokens", "embed")),
+                table,
+                layout.join_tokens(targets),
+                adapter=adapter,
+                shards=layout.count(layout.fitting(layout.vocab, config.vocab_size)),
+                fuse=layout.mesh is None or layout.mesh.size == 1,
+                token_shards=head.share_tokens(decoder, targets.shape),
+            )
     scores = [layout.split_tokens(x, targets.shape) for x in outputs]
     log_total = scores.pop() if extras.log_total else None
     return dataclasses.replace(TokenLogProbs(*scores), log_total=log_total)

@@ -7,7 +7,9 @@ and add it up over devices in every turn.
 
 Where devices share the tokens, each has its own part of the unembedding's gradient. A
 device that holds the whole unembedding keeps its part until all slices are done, so
-that the parts are added up over the links once, and not slice by slice.
+that the parts are added up over the links once, and not slice by slice. Within a
+`shard_map` (partition.py) a device brings the whole unembedding together, in the type
+of the hidden states, and scatters what it has added up of its gradient, in float32.
 
 Where the unembedding is frozen, as under LoRA, the backward pass walks over nothing: a
 token's gradient is its cotangent times a direction in the hidden states,
@@ -76,6 +78,7 @@ class _Options(NamedTuple):
     with_direction: bool = False
     in_registers: "_InRegisters | None" = None
     token_shards: TokenShards = _ONE_DEVICE
+    width_axes: tuple[str, ...] = ()
 
     @property
     def of_table(self) -> tuple[int, float]:
@@ -122,6 +125,7 @@ def linear_log_probs(
     fuse: bool = False,
     device: jax.Device | None = None,
     token_shards: TokenShards = _ONE_DEVICE,
+    width_axes: tuple[str, ...] = (),
 ) -> tuple[Float[Array, "M"], ...]:
     """(logps, entropy, correct, mean_logit) of each token, float32.
 
@@ -140,13 +144,16 @@ def linear_log_probs(
     entries of each, so that none waits and no table is gathered. `token_shards`: those
     that the tokens are split over.
     `fuse`: take kernels that keep logits in registers, where the GPU that the program
-    is for has some (fused.py) and it is the only one: `device`, or the first local one.
+    is for has some (fused.py): `device`, or the first local one. A program for several
+    devices has to call this within a `shard_map` then. There `width_axes` are the
+    mesh's axes that split the unembedding's width, of which each device gives its part.
 
     Raises:
         ValueError: shapes or options do not fit together.
     """
     chunk = _choose_chunk(hidden.shape[-1]) if chunk is None else chunk
-    _check(hidden, unembedding, targets, vocab_axis, softcap, chunk)
+    parts = math.prod(map(jax.lax.axis_size, width_axes))
+    _check(hidden, unembedding, targets, (vocab_axis, parts), softcap, chunk)
     vocab, tokens = unembedding.shape[vocab_axis], hidden.shape[0]
     if shards < 1 or vocab % shards:
         raise ValueError(f"shards={shards} does not divide a vocabulary of {vocab}")
@@ -174,6 +181,7 @@ def linear_log_probs(
         with_log_total=with_log_total,
         in_registers=in_registers,
         token_shards=token_shards,
+        width_axes=width_axes,
     )
     outputs = _linear_log_probs(options, hidden, unembedding, targets, adapter)
     if len(hidden) > tokens:
@@ -228,7 +236,28 @@ def _linear_log_probs(
     targets: Array,
     adapter: HeadAdapter | None,
 ) -> tuple[Array, ...]:
-    return _forward(options, hidden, unembedding, targets, adapter)[0]
+    whole = _gather(options, unembedding, hidden.dtype)
+    return _forward(options, hidden, whole, targets, adapter)[0]
+
+
+def _gather(options: _Options, part: Array, dtype: jnp.dtype) -> Array:
+    """The whole unembedding of all devices' parts of its width."""
+    if not options.width_axes:
+        return part
+    axis = 1 - options.vocab_axis
+    return jax.lax.all_gather(
+        part.astype(dtype), options.width_axes, axis=axis, tiled=True
+    )
+
+
+def _scatter(options: _Options, gradient: Array) -> Array:
+    """A device's part of the unembedding's gradient, summed over devices."""
+    if not options.width_axes:
+        return gradient
+    axis = 1 - options.vocab_axis
+    return jax.lax.psum_scatter(
+        gradient, options.width_axes, scatter_dimension=axis, tiled=True
+    )
 
 
 def _forward(
@@ -238,7 +267,7 @@ def _forward(
     targets: Array,
     adapter: HeadAdapter | None,
 ) -> tuple[tuple[Array, ...], Array]:
-    """The outputs, and the log of the softmax's denominator.
+    """The outputs, and the log of the softmax's denominator; the table is whole.
 
     `with_direction`: in its place, the direction of each token's log-prob.
     """
@@ -346,7 +375,8 @@ def _forward_rule(
 ) -> tuple[tuple[Array, ...], tuple]:
     """The outputs and what the backward pass needs; notes which inputs it serves."""
     wanted = (hidden.perturbed or None, unembedding.perturbed or None)
-    inputs = (hidden.value, unembedding.value, targets.value)
+    table = _gather(options, unembedding.value, hidden.value.dtype)
+    inputs = (hidden.value, table, targets.value)
     added = adapter and HeadAdapter(*(leaf and leaf.value for leaf in adapter))
     only_hidden = hidden.perturbed and not unembedding.perturbed and adapter is None
     if only_hidden and options.shards == 1 and not options.with_log_total:
@@ -357,7 +387,9 @@ def _forward_rule(
     outputs, log_total = _forward(options, *inputs, added)
     # None and True differ in tree structure, so they stay static.
     flags = tuple(None if flag is None else () for flag in wanted)
-    return outputs, (*inputs, added, log_total, flags)
+    # The gradient is summed in the type of the part, whatever the whole one has.
+    like = jnp.zeros((0,), unembedding.value.dtype) if options.width_axes else table
+    return outputs, (*inputs, added, log_total, like, flags)
 
 
 def _backward_rule(
@@ -369,7 +401,7 @@ def _backward_rule(
         if isinstance(cotangents[0], SymbolicZero):
             return None, None, None, None
         return (rows * cotangents[0][:, None]).astype(like.dtype), None, None, None
-    hidden, unembedding, targets, adapter, log_total, flags = residuals
+    hidden, unembedding, targets, adapter, log_total, like, flags = residuals
     wants_hidden, wants_table = (flag is not None for flag in flags)
     gradient, of_total = cotangents[0], None
     if options.with_log_total:
@@ -437,7 +469,7 @@ def _backward_rule(
     if wants_hidden:
         carry["hidden"] = jnp.zeros(hidden.shape, jnp.float32)
     if wants_table:
-        carry["table"] = _zero_sums(options, unembedding)
+        carry["table"] = _zero_sums(options, unembedding, like.dtype)
     if adapter is not None:
         carry["low"] = jnp.zeros(adapter.low.shape, jnp.float32)
         carry["up"] = jnp.zeros_like(adapter.up)
@@ -454,6 +486,8 @@ def _backward_rule(
     d_table = end.get("table")
     if d_table is not None and options.sums_apart:
         d_table = d_table.sum(axis=0)
+    if d_table is not None:
+        d_table = _scatter(options, d_table)
     return d_hidden, d_table, None, d_adapter
 
 
@@ -521,12 +555,12 @@ def _put(options: _Options, table: Array, part: Array, turn: Array) -> Array:
     return _join(options, split)
 
 
-def _zero_sums(options: _Options, table: Array) -> Array:
+def _zero_sums(options: _Options, table: Array, dtype: jnp.dtype) -> Array:
     """Zeros for the table's gradient; for that of each device if `sums_apart`."""
     if not options.sums_apart:
-        return jnp.zeros_like(table)
+        return jnp.zeros(table.shape, dtype)
     shape = (options.token_shards.number, *table.shape)
-    return _pin_sums(options, jnp.zeros(shape, table.dtype))
+    return _pin_sums(options, jnp.zeros(shape, dtype))
 
 
 def _pin_sums(options: _Options, sums: Array) -> Array:
@@ -610,13 +644,18 @@ def _check(
     hidden: Array,
     unembedding: Array,
     targets: Array,
-    vocab_axis: int,
+    of_table: tuple[int, int],
     softcap: float | None,
     chunk: int,
 ) -> None:
+    """`of_table`: its axis of the vocabulary, and how many parts its width has."""
+    vocab_axis, parts = of_table
     if vocab_axis not in (0, 1):
         raise ValueError(f"vocab_axis={vocab_axis} must be 0 ([V D]) or 1 ([D V])")
-    if hidden.ndim != 2 or unembedding.shape[1 - vocab_axis] != hidden.shape[-1]:
+    if (
+        hidden.ndim != 2
+        or unembedding.shape[1 - vocab_axis] * parts != (hidden.shape[-1])
+    ):
         raise ValueError(
             f"hidden {hidden.shape} and unembedding {unembedding.shape} do not fit "
             f"with vocab_axis={vocab_axis}: flatten hidden to [M D], check the flag"

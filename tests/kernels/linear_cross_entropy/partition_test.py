@@ -1,0 +1,105 @@
+"""The head's kernels on a mesh: each device's tokens, a table in parts.
+
+The kernels are hopper_test.py's; XLA stands in for them here.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxtrain.aot.hlo_cost import analyze
+from jaxtrain.kernels.attention.partition import Layout
+from jaxtrain.kernels.linear_cross_entropy import fused, linear_log_probs, partition
+
+ROWS, LENGTH, WIDTH, VOCAB = 8, 16, 32, 192
+
+
+def make_layout(data, fsdp, context=1):
+    devices = np.array(jax.devices()[: data * fsdp * context])
+    mesh = Mesh(devices.reshape(data, fsdp, context, 1), (*"dfc", "t"))
+    return Layout(mesh, rows=("d", "f"), tokens=("c",), vocab=("t",), weights=("f",))
+
+
+def make_inputs(dtype=jnp.float32):
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(rng.normal(size=(ROWS, LENGTH, WIDTH)), dtype)
+    table = jnp.asarray(rng.normal(size=(VOCAB, WIDTH)), jnp.float32)
+    targets = jnp.asarray(rng.integers(0, VOCAB, (ROWS, LENGTH)), jnp.int32)
+    weights = jnp.asarray(rng.normal(size=(ROWS, LENGTH)), jnp.float32)
+    return hidden, table, targets, weights
+
+
+def make_steps(layout, vocab_axis, targets, weights, chunk=None):
+    """Values and gradients on the mesh, and of the same head in one piece."""
+    score = functools.partial(linear_log_probs, vocab_axis=vocab_axis, chunk=chunk)
+
+    def on_shards(hidden, table):
+        scores = partition.score_on_shards(
+            functools.partial(score, fuse=True),
+            layout,
+            hidden,
+            table,
+            targets,
+            vocab_axis,
+        )
+        logps, *rest = (layout.split_tokens(x, targets.shape) for x in scores)
+        return (logps * weights).sum(), rest
+
+    def whole(hidden, table):
+        scores = score(hidden.reshape(-1, WIDTH), table, targets.reshape(-1))
+        logps, *rest = (x.reshape(targets.shape) for x in scores)
+        return (logps * weights).sum(), rest
+
+    return (
+        jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
+        for loss in (on_shards, whole)
+    )
+
+
+@pytest.mark.parametrize("vocab_axis", [0, 1])
+@pytest.mark.parametrize("sizes", [(2, 1), (1, 4), (2, 2, 2), (1, 3)])
+def test_a_mesh_scores_as_one_device_and_so_are_its_gradients(sizes, vocab_axis):
+    """Over three devices neither rows nor the table's width can be divided."""
+    layout = make_layout(*sizes)
+    hidden, table, targets, weights = make_inputs()
+    table = table if vocab_axis == 0 else table.T
+    steps = make_steps(layout, vocab_axis, targets, weights)
+    found, wanted = (step(hidden, table) for step in steps)
+    # Sums of float32 in another order.
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-5),
+                 found, wanted)  # fmt: skip
+
+
+def test_parts_travel_in_the_compute_type_and_their_gradient_in_float32():
+    """Both once, each device's 24 tokens in slices: a scatter over fsdp, then a sum."""
+    layout = make_layout(2, 2)
+    hidden, table, targets, weights = make_inputs(jnp.bfloat16)
+    step, _ = make_steps(layout, 0, targets, weights, chunk=8)
+    placed = jax.device_put(table, NamedSharding(layout.mesh, PartitionSpec(None, "f")))
+    program = step.lower(hidden, placed).compile().as_text()
+    collectives = analyze(program).collectives
+    assert collectives["reduce-scatter"][1] == 4 * table.size
+    assert f"bf16[{VOCAB},{WIDTH}]" in program
+    (_, _), gradients = step(hidden, placed)
+    assert gradients[1].dtype == jnp.float32
+
+
+def test_only_a_table_that_is_worth_its_memory_is_brought_together(monkeypatch):
+    asked = []
+
+    def choose(hidden, vocab, device):
+        asked.append(hidden.shape)
+        return "tiles"
+
+    monkeypatch.setattr(fused, "choose_tiles", choose)
+    hidden = jax.ShapeDtypeStruct((8, 4096, 4096), jnp.bfloat16)
+    assert partition.serves(make_layout(2, 2), hidden, 128256, None)
+    assert asked == [(8 * 4096 // 4, 4096)]  # the tokens of one device
+    wide = jax.ShapeDtypeStruct((8, 4096, 8192), jnp.bfloat16)
+    assert not partition.serves(make_layout(2, 2), wide, 128256, None)
+    mesh = Mesh(np.array(jax.devices()[:2]), ("t",))
+    assert not partition.serves(Layout(mesh, vocab=("t",)), hidden, 128256, None)
