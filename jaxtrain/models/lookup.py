@@ -60,11 +60,12 @@ def _backward(
     layout: Layout, dtype: str, kept: tuple[Array, Array], gradient: Array
 ) -> tuple[Array, None]:
     table, tokens = kept
-    assert layout.mesh is not None  # else nothing is exchanged
+    mesh = layout.mesh
+    assert mesh is not None  # else nothing is exchanged
 
     def pin(x: Array, *axes: tuple[str, ...] | None) -> Array:
         spec = PartitionSpec(*axes)
-        return jax.lax.with_sharding_constraint(x, NamedSharding(layout.mesh, spec))
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
     width = _width(layout, table) or None
     gradient = pin(gradient, None, None, width).astype(table.dtype)

@@ -26,20 +26,24 @@ _logger = logging.getLogger(__name__)
 
 
 def choose_tiles(
-    hidden: Float[Array, "M D"], entries: int, device: jax.Device | None
+    hidden: Float[Array, "M D"] | jax.ShapeDtypeStruct,
+    entries: int,
+    device: jax.Device | None,
 ) -> "Tiles | None":
     """How the kernels cut this head's logits; None where XLA computes them.
 
     `device` is one that the program is for, where it is not the first local one.
     """
-    if int(compute_capability(device) or 0) != 9 or len(hidden) < _MANY_ROWS:
+    if int(compute_capability(device) or 0) != 9 or hidden.shape[0] < _MANY_ROWS:
         return None
     reason = refusal(hidden, entries)
     _log_choice(hidden.shape[1], entries, reason)
     return None if reason else _kernels().Tiles()
 
 
-def refusal(hidden: Float[Array, "M D"], entries: int) -> str | None:
+def refusal(
+    hidden: Float[Array, "M D"] | jax.ShapeDtypeStruct, entries: int
+) -> str | None:
     """Why the kernels cannot serve these shapes and types; None where they can."""
     if hidden.dtype not in (jnp.bfloat16, jnp.float16):
         return f"they take bfloat16 or float16, not {hidden.dtype.name}"
