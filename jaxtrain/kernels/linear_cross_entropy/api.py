@@ -57,7 +57,6 @@ def linear_log_probs(
     scale: float = 1.0,
     softcap: float | None = None,
     chunk: int | None = None,
-    with_stats: bool = True,
     with_collision: bool = False,
     with_log_total: bool = False,
     adapter: HeadAdapter | None = None,
@@ -72,9 +71,9 @@ def linear_log_probs(
     `scale`, then `softcap * tanh(logits / softcap)`. `logps`: log softmax at the
     target (nats); `entropy`: of the softmax (nats); `correct`: 1 where the first argmax
     is the target; `mean_logit`: over the vocabulary. `with_collision` appends
-    log sum_v p_v^2, and `with_log_total` the log of the softmax's denominator. Without
-    `with_stats` all but `logps` are zeros. Only `logps` and that last one carry a
-    gradient, to an adapter's parts too.
+    log sum_v p_v^2, and `with_log_total` the log of the softmax's denominator. Only
+    `logps` and that last one carry a gradient, to an adapter's parts too. XLA leaves
+    out what of this is not used.
 
     `vocab_axis` is 0 for an embedding table [V D] (tied), 1 for a kernel [D V].
     `chunk` bounds memory: a device holds no more than about `chunk * V` logits at once.
@@ -112,7 +111,6 @@ def linear_log_probs(
         shards=shards,
         slices=count,
         width=width,
-        with_stats=with_stats,
         with_collision=with_collision,
         with_log_total=with_log_total,
         in_registers=in_registers,
@@ -163,11 +161,10 @@ def _forward(options: Options, inputs: _Inputs) -> tuple[tuple[Array, ...], Arra
     end = slices.walk(options.slices, add, start)
     log_total = end["max"] + jnp.log(end["sum"])
     logps = end["target"] - log_total
-    entropy = correct = mean_logit = collision = start["sum"]  # zeros
-    if options.with_stats:
-        entropy = log_total - end["weighted"] / end["sum"]
-        correct = (end["best"] == targets).astype(jnp.float32)
-        mean_logit = end["plain"] / vocab
+    entropy = log_total - end["weighted"] / end["sum"]
+    correct = (end["best"] == targets).astype(jnp.float32)
+    mean_logit = end["plain"] / vocab
+    collision = start["sum"]  # zeros
     if options.with_collision:
         collision = jnp.log(end["squares"]) - 2 * jnp.log(end["sum"])
     outputs = (logps, entropy, correct, mean_logit, collision)
@@ -184,9 +181,8 @@ def _start(options: Options, hidden: Array, vocab: int) -> Sums:
     """The sums of each token before the first slice."""
     zeros = jnp.zeros((hidden.shape[0],), jnp.float32)
     carry = {"max": jnp.full_like(zeros, _NEVER), "sum": zeros, "target": zeros}
-    if options.with_stats:
-        carry |= {"weighted": zeros, "plain": zeros}
-        carry["best"] = jnp.full(zeros.shape, vocab, jnp.int32)
+    carry |= {"weighted": zeros, "plain": zeros}
+    carry["best"] = jnp.full(zeros.shape, vocab, jnp.int32)
     if options.with_collision:
         carry["squares"] = zeros
     if options.with_direction:
@@ -210,18 +206,17 @@ def _add_slice(options: Options, inputs: _Inputs, turn: Array, carry: Sums) -> S
     new["sum"] = carry["sum"] * fade + weights.sum(axis=-1)
     hit = real & (entries == targets[:, None])
     new["target"] = carry["target"] + jnp.where(hit, logits, 0.0).sum(axis=-1)
-    if options.with_stats:
-        finite = jnp.where(real, logits, 0.0)
-        new["weighted"] = carry["weighted"] * fade + (weights * finite).sum(-1)
-        new["plain"] = carry["plain"] + finite.sum(axis=-1)
-        at_max = real & (logits == slice_max[:, None])
-        first = jnp.where(at_max, entries, vocab).min(axis=-1)
-        tied = jnp.minimum(carry["best"], first)
-        new["best"] = jnp.where(
-            slice_max > carry["max"],
-            first,
-            jnp.where(slice_max == carry["max"], tied, carry["best"]),
-        )
+    finite = jnp.where(real, logits, 0.0)
+    new["weighted"] = carry["weighted"] * fade + (weights * finite).sum(-1)
+    new["plain"] = carry["plain"] + finite.sum(axis=-1)
+    at_max = real & (logits == slice_max[:, None])
+    first = jnp.where(at_max, entries, vocab).min(axis=-1)
+    tied = jnp.minimum(carry["best"], first)
+    new["best"] = jnp.where(
+        slice_max > carry["max"],
+        first,
+        jnp.where(slice_max == carry["max"], tied, carry["best"]),
+    )
     if options.with_collision:
         squares = (weights * weights).sum(axis=-1)
         new["squares"] = carry["squares"] * fade * fade + squares
@@ -249,17 +244,14 @@ def _forward_in_registers(
     log_total = sums.highest + jnp.log(sums.total)
     logps = sums.target - log_total
     zeros = jnp.zeros_like(logps)
-    stats = (zeros,) * 4
-    if options.with_stats:
-        # The mean of products is the product with the mean.
-        mean = unembedding.astype(hidden.dtype).mean(options.vocab_axis, jnp.float32)
-        exact = jax.lax.Precision.HIGHEST  # GPUs round factors to TF32 otherwise
-        mean_logit = jnp.matmul(hidden.astype(jnp.float32), mean, precision=exact)
-        mean_logit *= options.scale
-        entropy = log_total - sums.weighted / sums.total
-        stats = (entropy, sums.is_first, mean_logit, zeros)
+    # The mean of products is the product with the mean.
+    mean = unembedding.astype(hidden.dtype).mean(options.vocab_axis, jnp.float32)
+    exact = jax.lax.Precision.HIGHEST  # GPUs round factors to TF32 otherwise
+    mean_logit = jnp.matmul(hidden.astype(jnp.float32), mean, precision=exact)
+    mean_logit *= options.scale
+    entropy = log_total - sums.weighted / sums.total
     last = (log_total,) if options.with_log_total else ()
-    return (logps, *stats, *last), log_total
+    return (logps, entropy, sums.is_first, mean_logit, zeros, *last), log_total
 
 
 def _forward_rule(

@@ -50,7 +50,6 @@ class Options(NamedTuple):
     shards: int
     slices: int
     width: int
-    with_stats: bool
     with_collision: bool
     with_log_total: bool = False
     with_direction: bool = False
