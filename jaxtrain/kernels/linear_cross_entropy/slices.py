@@ -44,6 +44,12 @@ ONE_DEVICE = TokenShards()
 
 
 class Options(NamedTuple):
+    """What a head computes and how, as static values; see `api.linear_log_probs`.
+
+    `slices`: how many, each of `width` entries of every shard. `with_direction`: the
+    forward pass takes up the direction of each token's log-prob, too.
+    """
+
     vocab_axis: int
     scale: float
     softcap: float | None
@@ -58,6 +64,7 @@ class Options(NamedTuple):
 
     @property
     def of_table(self) -> tuple[int, float]:
+        """The axis of the vocabulary, and the scale of logits."""
         return self.vocab_axis, self.scale
 
     @property
