@@ -128,9 +128,7 @@ def main() -> None:
         inputs = make_inputs(*shape)
 
         def ours(chunk: int) -> Callable:
-            return lambda h, w, t: linear_log_probs(
-                h, w, t, chunk=chunk, with_stats=False
-            )[0]
+            return lambda h, w, t: linear_log_probs(h, w, t, chunk=chunk)[0]
 
         chunks = map(int, arguments.chunks.split(","))
         found = [measure_jax(f"ours, chunk {c}", ours(c), inputs) for c in chunks]

@@ -19,7 +19,8 @@ from jaxtrain.data.batches.pipeline import BatchIterator
 from jaxtrain.data.stream.batches import StreamIterator, join_states
 from jaxtrain.evaluation.sets import evaluate_sets
 from jaxtrain.models.load import LoadedModel
-from jaxtrain.record.throughput import ThroughputMeter, usage
+from jaxtrain.record.throughput import ThroughputMeter
+from jaxtrain.record.usage import usage
 from jaxtrain.run.bad_steps import BadSteps, PendingSteps
 from jaxtrain.run.base_weights import check_base, identify_base
 from jaxtrain.run.callbacks import make_callbacks

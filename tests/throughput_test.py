@@ -10,14 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtrain.record import throughput
+from jaxtrain.record import usage
 from jaxtrain.record.finish_times import FinishTimes
-from jaxtrain.record.throughput import (
-    ThroughputMeter,
-    device_memory,
-    host_memory,
-    peak_flops,
-)
+from jaxtrain.record.throughput import ThroughputMeter, peak_flops
+from jaxtrain.record.usage import device_memory, host_memory
 
 
 class Clock:
@@ -241,24 +237,24 @@ class FakeNvml:
 
 
 def test_gpu_utilization_is_of_the_visible_devices(monkeypatch):
-    monkeypatch.setattr(throughput, "_open_nvml", FakeNvml)
+    monkeypatch.setattr(usage, "_open_nvml", FakeNvml)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert throughput.device_utilization() == {
+    assert usage.device_utilization() == {
         "gpu_utilization": 0.8,
         "gpu_power_watts": 350.0,
     }
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-    assert throughput.device_utilization() == {"gpu_power_watts": 400.0}
+    assert usage.device_utilization() == {"gpu_power_watts": 400.0}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-abc,GPU-gone")
-    assert throughput.device_utilization() == {
+    assert usage.device_utilization() == {
         "gpu_utilization": 0.8,
         "gpu_power_watts": 300.0,
     }
 
 
 def test_without_a_driver_nothing_is_said_of_gpus(monkeypatch):
-    monkeypatch.setattr(throughput, "_open_nvml", lambda: None)
-    assert throughput.device_utilization() == {}
+    monkeypatch.setattr(usage, "_open_nvml", lambda: None)
+    assert usage.device_utilization() == {}
 
 
 class FakeTpuMonitoring:
@@ -275,18 +271,18 @@ class FakeTpuMonitoring:
 
 def test_tpu_utilization_is_the_mean_of_what_libtpu_tells(monkeypatch):
     tpu = types.SimpleNamespace(platform="tpu")
-    monkeypatch.setattr(throughput, "_open_nvml", lambda: None)
+    monkeypatch.setattr(usage, "_open_nvml", lambda: None)
     monitoring = FakeTpuMonitoring(
         tensorcore_util=["40.00", "60.00"], duty_cycle_pct=["90.00", "100.00"]
     )
-    monkeypatch.setattr(throughput, "_open_tpu_monitoring", lambda: monitoring)
-    assert throughput.device_utilization(tpu) == {
+    monkeypatch.setattr(usage, "_open_tpu_monitoring", lambda: monitoring)
+    assert usage.device_utilization(tpu) == {
         "tpu_utilization": 0.5,
         "tpu_duty_cycle": 0.95,
     }
     # Libtpu must not be asked on a machine without TPUs.
-    assert throughput.device_utilization(types.SimpleNamespace(platform="cpu")) == {}
+    assert usage.device_utilization(types.SimpleNamespace(platform="cpu")) == {}
     monitoring.metrics = {"duty_cycle_pct": [], "tensorcore_util": ["n/a"]}
-    assert throughput.device_utilization(tpu) == {}
-    monkeypatch.setattr(throughput, "_open_tpu_monitoring", lambda: None)
-    assert throughput.device_utilization(tpu) == {}
+    assert usage.device_utilization(tpu) == {}
+    monkeypatch.setattr(usage, "_open_tpu_monitoring", lambda: None)
+    assert usage.device_utilization(tpu) == {}

@@ -15,7 +15,7 @@ from jaxtrain.lora.targets import LoraConfig, TreePath
 from jaxtrain.models.hf_files import read_header, reading
 from jaxtrain.models.hf_names import NUMPY_TYPES
 from jaxtrain.models.quantization import CODES
-from jaxtrain.models.stacks import layer_numbers, split_path
+from jaxtrain.models.stacks import LAYERS, layer_numbers, split_path
 from jaxtrain.tree import get as tree_get
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -40,6 +40,14 @@ _LEAVES = {
     "bias": ("bias", ("bias",)),
     "base_layer.bias": ("bias", ("bias",)),
 }
+_TORCH_LEAVES = {
+    "lora_a": "lora_A.weight",
+    "lora_b": "lora_B.weight",
+    "lora_magnitude": "lora_magnitude_vector",
+    "bias": "bias",
+}
+# Beside the embedding, PEFT's adapter has other names and is no module of its own.
+_EMBEDDING_LEAVES = {"lora_a": "lora_embedding_A", "lora_b": "lora_embedding_B"}
 _TENSOR = re.compile(rf"(.+?)\.({'|'.join(map(re.escape, (*_LEAVES, 'weight')))})")
 
 
@@ -58,15 +66,78 @@ def modules_in_wrapper(modules: Collection[str]) -> str:
     return rf"model\.language_model\.(.*\.)?({inner}){head}"
 
 
-def mixture_tensors(
+def target_modules(
+    flat: Mapping[TreePath, Any], mixture: Collection[TreePath]
+) -> list[str]:
+    """What PEFT shall adapt besides the `mixture`, as ends of names.
+
+    A module's last name is unique where layers are alike. Where they differ, others may
+    have it that have no adapter, so each is named in full.
+    """
+    names: set[str] = set()
+    for path in _adapted(flat) - {*mixture}:
+        if len(split_path(path)[0]) < 2:
+            names.add(path[-1])
+            continue
+        full = targets.full_names(path, flat[*path, "lora_a"].shape[0])
+        names |= {name.removeprefix("model.") for name in full}
+    return sorted(names)
+
+
+def _adapted(flat: Mapping[TreePath, Any]) -> set[TreePath]:
+    return {key[:-1] for key in flat if key[-1] == "lora_a"}
+
+
+def to_file(
     flat: Mapping[TreePath, np.ndarray], mixture: Mapping[TreePath, tuple[str, ...]]
 ) -> dict[str, np.ndarray]:
-    """The tensors of adapters of routers and experts, by PEFT's names.
+    """The tensors of adapters and of what trains beside them, by PEFT's names.
 
     Args:
         flat: what trains, by path.
-        mixture: the parameters' names, by where their adapters stand.
+        mixture: the parameters of routers and experts that have adapters, by where
+            these stand.
     """
+    tensors = _mixture_tensors(flat, mixture)
+    adapted = _adapted(flat)
+    for key, value in flat.items():
+        if key[:-1] in mixture and key[-1] in targets.ADAPTER_LEAVES:
+            continue
+        leaf = _TORCH_LEAVES.get(key[-1], "weight")
+        if key[:-1] == targets.EMBEDDING:
+            leaf = _EMBEDDING_LEAVES.get(key[-1], leaf)
+        if key[-1] == "bias" and key[:-1] in adapted:
+            leaf = "base_layer.bias"
+        names = targets.full_names(key[:-1], value.shape[0])
+        layers = value if key[0] == LAYERS else [value]
+        for name, array in zip(names, layers, strict=True):
+            if key[-1] in TRANSPOSED:
+                array = array.T
+            tensors[f"{PREFIX}{name}.{leaf}"] = np.ascontiguousarray(array)
+    return tensors
+
+
+def tie_head(
+    tensors: dict[str, np.ndarray], flat: Mapping[TreePath, Any], *, adapters: bool
+) -> None:
+    """Add to `tensors` those of a head that is the embedding, where this trains.
+
+    `adapters`: whether its adapter is the embedding's, too.
+    """
+    table = f"{PREFIX}model.embed_tokens"
+    if adapters and (*targets.EMBEDDING, "lora_a") in flat:
+        for own, other in ("AB", "BA"):
+            values = tensors[f"{table}.lora_embedding_{other}"]
+            name = f"{PREFIX}lm_head.lora_{own}.weight"
+            tensors[name] = np.ascontiguousarray(values.T)
+    if (*targets.EMBEDDING, "embedding") in flat:
+        tensors[f"{PREFIX}lm_head.weight"] = tensors[f"{table}.weight"].copy()
+
+
+def _mixture_tensors(
+    flat: Mapping[TreePath, np.ndarray], mixture: Mapping[TreePath, tuple[str, ...]]
+) -> dict[str, np.ndarray]:
+    """The tensors of adapters of routers and experts."""
     tensors = {}
     places = {name: path for path, names in mixture.items() for name in names}
     for stem, (name, layer) in parameters.stems_of(mixture.values()).items():

@@ -64,13 +64,31 @@ def decode(
         name: jax.lax.dynamic_update_slice(cache[name], new, (0, start))
         for name, new in (("positions", positions), ("segment_ids", segment_ids))
     }
-    inputs_of_kind = functools.cache(
-        _Step(options, cache, positions, segment_ids, start).inputs_of_layer
+    step = _Step(options, cache, positions, segment_ids, start)
+    ends = parts.bind_ends(options, params)
+    x = ends.embed_tokens(tokens)
+    (x, states), _ = parts.run_layers(
+        options,
+        params,
+        _layer_steps(step, params),
+        ((x, cache["layers"]), parts.init_shared(options, batch, places)),
+        per_layer=ends.embed_for_layers(tokens, x),
     )
+    last = length - 1 - jnp.argmax(segment_ids[:, ::-1] != 0, axis=1)
+    hidden = ends.norm(x[jnp.arange(batch), last][:, None])
+    cache |= {"layers": states, "length": start + length}
+    return head.unembed(options, params, hidden)[:, 0], cache
+
+
+def _layer_steps(
+    step: "_Step", params: Params
+) -> Callable[[parts.Stack, bool], parts.LayerStep]:
+    """What `parts.run_layers` runs layers by: the stream, and the stacks' caches."""
+    inputs_of_kind = functools.cache(step.inputs_of_layer)
 
     def make_step(stack: Stack, apart: bool) -> parts.LayerStep:
         del apart  # nothing is computed again
-        bind_layer = parts.layer_binder(options, params, stack)
+        bind_layer = parts.layer_binder(step.options, params, stack)
         inputs_of_layer = inputs_of_kind(stack.kind)
 
         def run(
@@ -80,7 +98,7 @@ def decode(
             place = (layer - stack.layers.start) // stack.layers.step
             given = inputs_of_layer(layer, place, stack.of(states))
             given = given._replace(shared=shared, per_layer=per_layer)
-            x, kept, _ = bind_layer(weights)(x, given, segment_ids != 0)
+            x, kept, _ = bind_layer(weights)(x, given, step.segment_ids != 0)
             if isinstance(kept, HandedOn):
                 kept, shared = kept.kept, {**shared, **kept.shared}
             if not isinstance(kept, _Written):
@@ -94,19 +112,7 @@ def decode(
 
         return run
 
-    ends = parts.bind_ends(options, params)
-    x = ends.embed_tokens(tokens)
-    (x, states), _ = parts.run_layers(
-        options,
-        params,
-        make_step,
-        ((x, cache["layers"]), parts.init_shared(options, batch, places)),
-        per_layer=ends.embed_for_layers(tokens, x),
-    )
-    last = length - 1 - jnp.argmax(segment_ids[:, ::-1] != 0, axis=1)
-    hidden = ends.norm(x[jnp.arange(batch), last][:, None])
-    cache |= {"layers": states, "length": start + length}
-    return head.unembed(options, params, hidden)[:, 0], cache
+    return make_step
 
 
 class _Written(dict[str, Array]):
@@ -167,9 +173,22 @@ class _Step:
         return with_attention
 
     def _readable(self, window: int | None) -> Array:
-        return _readable(
-            self.cache, self.start, self.positions, self.segment_ids, window
-        )
+        """Which places of the cache each new token may attend to: a mask [B T S].
+
+        The window is measured in positions and not in places, because padding between a
+        prompt and its continuation takes up places.
+        """
+        written = self.cache["positions"]
+        place = jnp.arange(written.shape[1])
+        own_place = self.start + jnp.arange(self.positions.shape[1])
+        own_segment = self.segment_ids[:, :, None]
+        segment = self.cache["segment_ids"][:, None]
+        allowed = (segment == own_segment) & (segment != 0)
+        allowed &= place <= own_place[:, None]
+        if window is not None:
+            distance = self.positions[:, :, None] - written[:, None]
+            allowed &= distance < window
+        return allowed
 
 
 def _attend_to_cache(
@@ -194,12 +213,10 @@ def _attend_to_cache(
             jax.lax.dynamic_index_in_dim(written[name], place, keepdims=False)
             for name in KEYS_VALUES
         )
-        options: dict[str, Any] = {
-            "softcap": config.attn_logit_softcapping,
-            "scale": config.attention_scale,
-            "sinks": sinks,
-        }
-        context = attend_block(q, keys, values, allowed, **options)
+        scale, softcap = config.attention_scale, config.attn_logit_softcapping
+        context = attend_block(
+            q, keys, values, allowed, softcap=softcap, scale=scale, sinks=sinks
+        )
         kept = _Written(written)
         kept.read = keys, values
         return context, kept
@@ -214,26 +231,3 @@ def _attend_to_shared(
     scale, softcap = config.attention_scale, config.attn_logit_softcapping
     context = attend_block(q, keys, values, allowed, softcap=softcap, scale=scale)
     return context, _Written()
-
-
-def _readable(
-    cache: Cache,
-    start: Int32[Array, ""],
-    positions: Int32[Array, "B T"],
-    segment_ids: Int32[Array, "B T"],
-    window: int | None,
-) -> Array:
-    """Which places of the cache each new token may attend to: a mask [B T S].
-
-    The window is measured in positions and not in places, because padding between a
-    prompt and its continuation takes up places.
-    """
-    place = jnp.arange(cache["positions"].shape[1])
-    own_place = start + jnp.arange(positions.shape[1])
-    own_segment, segment = segment_ids[:, :, None], cache["segment_ids"][:, None]
-    allowed = (segment == own_segment) & (segment != 0)
-    allowed &= place <= own_place[:, None]
-    if window is not None:
-        distance = positions[:, :, None] - cache["positions"][:, None]
-        allowed &= distance < window
-    return allowed

@@ -5,7 +5,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -56,42 +56,28 @@ def save_pretrained(
         ValueError: `params` are not the weights of `config`, adapters included: merge
             them first.
     """
-    leaves = leaves_of(config)
-    flat = flatten(params)
+    leaves, flat = leaves_of(config), flatten(params)
     _check_params(config, leaves, flat)
-    directory, writes = pathlib.Path(path), jax.process_index() == 0
-    if writes:
-        _make_directory(directory)
+    files = _Files(pathlib.Path(path))
     shards = _plan_shards(leaves, flat, dtype, max_shard_bytes)
-    weight_map: dict[str, str] = {}
-    total_bytes = 0
     for number, shard in enumerate(shards, start=1):
         file_name = WEIGHTS
         if len(shards) > 1:
             file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {}
-        for leaf, place in shard:
-            tensor = _fetch_tensor(leaf, flat[leaf.path], place, dtype, writes)
-            if tensor is not None:
-                tensors[leaf.tensor_name(place)] = tensor
+        tensors = _fetch_tensors(shard, flat, dtype, files.writes)
         tensors = join_fused(tensors, joined=are_joined(config.model_type))
-        if writes:
-            save_file(tensors, str(directory / file_name), metadata={"format": "pt"})
-            weight_map |= dict.fromkeys(tensors, file_name)
-            total_bytes += sum(tensor.nbytes for tensor in tensors.values())
-    if writes:
-        if len(shards) > 1:
-            index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-            _write_json(directory / WEIGHTS_INDEX, index)
-        stored = dtype or str(flat[("embed_tokens", "embedding")].dtype)
-        _write_json(directory / "config.json", {**config.to_hf(), "dtype": stored})
-        # The token ids that generation starts, stops and pads with.
-        given = {
-            name: value
-            for name, value in config.to_hf().items()
-            if name.endswith("_token_id") and value is not None
-        }
-        _write_json(directory / "generation_config.json", given)
+        files.add_weights(file_name, tensors)
+    if len(shards) > 1:
+        files.add_index()
+    stored = dtype or str(flat[("embed_tokens", "embedding")].dtype)
+    files.add_json("config.json", {**config.to_hf(), "dtype": stored})
+    # The token ids that generation starts, stops and pads with.
+    given = {
+        name: value
+        for name, value in config.to_hf().items()
+        if name.endswith("_token_id") and value is not None
+    }
+    files.add_json("generation_config.json", given)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("save_pretrained")
 
@@ -117,13 +103,9 @@ def save_in_wrapper(
     Raises:
         ValueError: `params` are not the weights of `config`.
     """
-    leaves = leaves_of(config)
-    flat = flatten(params)
+    leaves, flat = leaves_of(config), flatten(params)
     _check_params(config, leaves, flat)
-    origin, directory = pathlib.Path(source), pathlib.Path(path)
-    writes = jax.process_index() == 0
-    if writes:
-        _make_directory(directory)
+    origin, files = pathlib.Path(source), _Files(pathlib.Path(path))
     joined = hf_composite.has_joined_experts(origin)
     places: dict[str, list[tuple[Leaf, Place]]] = {}
     for leaf in leaves:
@@ -131,53 +113,69 @@ def save_in_wrapper(
             whole = stored_name(leaf.tensor_name(at), joined=joined)
             places.setdefault(whole, []).append((leaf, at))
     plan = hf_composite.plan_files(origin, places)
-    weight_map: dict[str, str] = {}
-    total_bytes = 0
     for file, names in plan:
         tensors = {}
         with open_weights(file) as opened:
             stored = set(opened.keys())
             for name, own in names.items():
                 if own is None:
-                    if writes:
+                    if files.writes:
                         tensors[name] = opened.get_tensor(name)
                     continue
                 kind = dtype
                 if dtype is None and name in stored:
                     kind = NUMPY_TYPES[opened.get_slice(name).get_dtype()].name
-                parts = {
-                    leaf.tensor_name(place): _fetch_tensor(
-                        leaf, flat[leaf.path], place, kind, writes
-                    )
-                    for leaf, place in places[own]
-                }
-                if writes:
-                    fetched = {k: v for k, v in parts.items() if v is not None}
-                    tensors[name] = join_fused(fetched, joined=joined)[own]
-        if writes:
-            save_file(tensors, str(directory / file.name), metadata={"format": "pt"})
-            weight_map |= dict.fromkeys(tensors, file.name)
-            total_bytes += sum(tensor.nbytes for tensor in tensors.values())
-    if writes:
-        if (origin / WEIGHTS_INDEX).is_file() and plan[0][0].name != WEIGHTS:
-            index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-            _write_json(directory / WEIGHTS_INDEX, index)
-        before, after = load_config(origin).to_hf(), config.to_hf()
-        changed = {k: v for k, v in after.items() if v != before.get(k)}
-        if changed:
-            content = hf_composite.wrapped_config(origin, changed)
-            _write_json(directory / "config.json", content)
-        hf_composite.copy_others(origin, directory)
+                parts = _fetch_tensors(places[own], flat, kind, files.writes)
+                if files.writes:
+                    tensors[name] = join_fused(parts, joined=joined)[own]
+        files.add_weights(file.name, tensors)
+    if (origin / WEIGHTS_INDEX).is_file() and plan[0][0].name != WEIGHTS:
+        files.add_index()
+    before, after = load_config(origin).to_hf(), config.to_hf()
+    changed = {k: v for k, v in after.items() if v != before.get(k)}
+    if changed:
+        files.add_json("config.json", hf_composite.wrapped_config(origin, changed))
+    if files.writes:
+        hf_composite.copy_others(origin, files.directory)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("save_in_wrapper")
 
 
-def _make_directory(directory: pathlib.Path) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
-    # A shard of an earlier export would be read in place of what is written now.
-    for file in directory.iterdir():
-        if _OWN_WEIGHTS.fullmatch(file.name) or file.name == "config.json":
-            file.unlink()
+class _Files:
+    """The files of an exported directory; process 0 writes them."""
+
+    def __init__(self, directory: pathlib.Path) -> None:
+        """Make the directory, without the weights of an earlier export."""
+        self.directory, self.writes = directory, jax.process_index() == 0
+        self._weight_map: dict[str, str] = {}
+        self._total_bytes = 0
+        if not self.writes:
+            return
+        directory.mkdir(parents=True, exist_ok=True)
+        # A shard of an earlier export would be read in place of what is written now.
+        for file in directory.iterdir():
+            if _OWN_WEIGHTS.fullmatch(file.name) or file.name == "config.json":
+                file.unlink()
+
+    def add_weights(self, name: str, tensors: Mapping[str, np.ndarray]) -> None:
+        """Write a file of tensors, and note it for the index."""
+        if self.writes:
+            file = str(self.directory / name)
+            save_file(dict(tensors), file, metadata={"format": "pt"})
+            self._weight_map |= dict.fromkeys(tensors, name)
+            self._total_bytes += sum(tensor.nbytes for tensor in tensors.values())
+
+    def add_index(self) -> None:
+        """Write which file holds which tensor."""
+        sizes = {"total_size": self._total_bytes}
+        index = {"metadata": sizes, "weight_map": self._weight_map}
+        self.add_json(WEIGHTS_INDEX, index)
+
+    def add_json(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write a file of JSON."""
+        if self.writes:
+            text = json.dumps(content, indent=2) + "\n"
+            (self.directory / name).write_text(text)
 
 
 def _check_params(
@@ -234,20 +232,26 @@ def _plan_shards(
 _take = jax.jit(functools.partial(jax.lax.dynamic_index_in_dim, keepdims=False))
 
 
-def _fetch_tensor(
-    leaf: Leaf, array: Any, place: Place, dtype: str | None, writes: bool
-) -> np.ndarray | None:
-    """One tensor in host memory, where it is to be written; a collective call."""
-    for number in place:
-        on_host = isinstance(array, np.ndarray)
-        array = array[number] if on_host else _take(array, number)
-    values = to_host(array)
-    if not writes:
-        return None
-    values = values.T if leaf.transposed else values
-    dtype = "float32" if leaf.stays_float32 else dtype
-    return np.ascontiguousarray(values.astype(jnp.dtype(dtype or values.dtype)))
+def _fetch_tensors(
+    tensors: Sequence[tuple[Leaf, Place]],
+    flat: Mapping[Path, Any],
+    dtype: str | None,
+    writes: bool,
+) -> dict[str, np.ndarray]:
+    """Tensors by name, in host memory where they are to be written.
 
-
-def _write_json(file: pathlib.Path, content: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n")
+    A collective call; where nothing is written, the result is empty.
+    """
+    found = {}
+    for leaf, place in tensors:
+        array = flat[leaf.path]
+        for number in place:
+            on_host = isinstance(array, np.ndarray)
+            array = array[number] if on_host else _take(array, number)
+        values = to_host(array)
+        if writes:
+            values = values.T if leaf.transposed else values
+            kind = "float32" if leaf.stays_float32 else dtype
+            values = values.astype(jnp.dtype(kind or values.dtype))
+            found[leaf.tensor_name(place)] = np.ascontiguousarray(values)
+    return found

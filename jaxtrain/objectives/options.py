@@ -262,7 +262,7 @@ class ObjectiveRow:
     row_kind: RowKind
     has_reference: bool = False
     micro_batch_means: bool = True
-    packs: bool = False
+    packs: bool = True
     scores_prompts: bool = False
 
     @property
@@ -275,16 +275,12 @@ class ObjectiveRow:
 
 
 OBJECTIVES: dict[str, ObjectiveRow] = {
-    "next_token": ObjectiveRow(
-        Options, "next_token", micro_batch_means=False, packs=True
-    ),
-    "preference": ObjectiveRow(
-        PreferenceOptions, "preference", has_reference=True, packs=True
-    ),
-    "orpo": ObjectiveRow(OrpoOptions, "preference", packs=True, scores_prompts=True),
-    "cpo": ObjectiveRow(CpoOptions, "preference", packs=True),
-    "simpo": ObjectiveRow(SimpoOptions, "preference", packs=True),
-    "kto": ObjectiveRow(KtoOptions, "labeled", has_reference=True, packs=True),
+    "next_token": ObjectiveRow(Options, "next_token", micro_batch_means=False),
+    "preference": ObjectiveRow(PreferenceOptions, "preference", has_reference=True),
+    "orpo": ObjectiveRow(OrpoOptions, "preference", scores_prompts=True),
+    "cpo": ObjectiveRow(CpoOptions, "preference"),
+    "simpo": ObjectiveRow(SimpoOptions, "preference"),
+    "kto": ObjectiveRow(KtoOptions, "labeled", has_reference=True),
 }
 
 

@@ -1,6 +1,5 @@
 """The optimizer and the learning-rate schedule that a configuration asks for."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,8 +13,7 @@ from jaxtrain.optimizers.balance import with_balancing
 from jaxtrain.optimizers.ema import with_ema
 from jaxtrain.optimizers.moments import with_compact_moments
 from jaxtrain.optimizers.multipliers import with_multipliers
-
-Schedule = Callable[[Any], jax.Array]
+from jaxtrain.optimizers.schedules import Schedule
 
 
 def make_optimizer(

@@ -117,7 +117,7 @@ def make_writers(
     names = [report_to] if isinstance(report_to, str) else list(report_to)
     known = ("tensorboard", "wandb", "jsonl", "none")
     for name in names:
-        if name not in known and ":" not in name:
+        if name not in known and not _is_own(name):
             raise ValueError(f"report_to has {name!r}: choose from {', '.join(known)}")
     if process_index != 0:
         return Writers([])

@@ -7,7 +7,7 @@ the base that they were trained beside and no other, and so do a reference's rew
 import logging
 
 from jaxtrain.config import RunConfig
-from jaxtrain.lora.peft_files import adapter_folder
+from jaxtrain.lora.peft_config import adapter_folder
 from jaxtrain.lora.peft_tensors import WEIGHTS_FILE
 from jaxtrain.models.fingerprint import fingerprint_files
 from jaxtrain.models.load import LoadedModel

@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import math
 import types
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from jaxtrain.config.sections import REMATS
 from jaxtrain.models.load import LoadedModel
 from jaxtrain.record.memory import in_words, memory_limit
 from jaxtrain.run.out_of_memory import is_out_of_memory
-from jaxtrain.run.step_programs import lower_anew, shape_of
+from jaxtrain.run.step_programs import OwnPrograms, shape_of
 
 logger = logging.getLogger(__name__)
 
@@ -23,11 +23,10 @@ logger = logging.getLogger(__name__)
 _USABLE = 0.97
 
 
-class FittedStep:
+class FittedStep(OwnPrograms):
     """A train step that is compiled by the fastest policy that fits, for each shape.
 
-    It is called, and compiled ahead by `lower(state, batch).compile()`, as a jitted
-    step is. Processes agree: one that has less memory decides for all.
+    Processes agree: one that has less memory decides for all.
     """
 
     def __init__(self, make_step: Callable[[str], Any], device: Any) -> None:
@@ -37,23 +36,15 @@ class FittedStep:
             make_step: the jitted step by one of `REMATS`.
             device: a `jax.Device` whose memory it has to fit.
         """
+        super().__init__()
         self._make_step, self._device = make_step, device
-        self._programs: dict[Hashable, Any] = {}
         self._tried = (0, 0)  # the largest batch so far, and the policy it took
 
-    def __call__(self, state: Any, batch: Any) -> Any:
-        return self.lower(state, batch).compile()(state, batch)
-
-    def lower(self, state: Any, batch: Any) -> Any:
+    def lower_by(self, lower: Callable[..., Any], state: Any, batch: Any) -> Any:
         """Choose for a batch of this shape; `compile()` of what is returned gives it.
 
-        Args:
-            state, batch: arrays, or their descriptions.
+        `lower(step, state, batch)` lowers the step of a policy.
         """
-        return self.lower_by(lower_anew, state, batch)
-
-    def lower_by(self, lower: Callable[..., Any], state: Any, batch: Any) -> Any:
-        """`lower`, where `lower(step, state, batch)` lowers the step of a policy."""
         shape = shape_of(batch)
         if shape not in self._programs:
             self._programs[shape] = self._choose(lower, state, batch)

@@ -10,7 +10,7 @@ import collections
 import dataclasses
 import re
 import types
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ import jax
 from jaxtrain.config import RunConfig
 from jaxtrain.kernels.fp8 import FORWARD, OF_INPUT, OF_KERNEL, SCOPE
 from jaxtrain.models.load import LoadedModel
-from jaxtrain.run.step_programs import lower_anew, shape_of
+from jaxtrain.run.step_programs import OwnPrograms
 
 _IN_FP8 = "__cublas$lt$matmul$f8"
 # A product in a program's text: a library's, or one left to the compiler's own kernels.
@@ -124,29 +124,15 @@ def _refusal(module: str, which: str, what: str) -> ValueError:
     )
 
 
-class CheckedStep:
-    """A jitted train step whose programs are read before they first run.
-
-    It is called, and compiled ahead by `lower(state, batch).compile()`, as a jitted
-    step is.
-    """
+class CheckedStep(OwnPrograms):
+    """A jitted train step whose programs are read before they first run."""
 
     def __init__(self, step: Any, expected: Expected) -> None:
+        super().__init__()
         self._step, self._expected = step, expected
-        self._programs: dict[Hashable, Any] = {}
-
-    def __call__(self, state: Any, batch: Any) -> Any:
-        shape = shape_of(batch)
-        if shape not in self._programs:
-            self._programs[shape] = self.lower(state, batch).compile()
-        return self._programs[shape](state, batch)
-
-    def lower(self, state: Any, batch: Any) -> Any:
-        """As of a jitted function; `compile()` of what is returned checks as well."""
-        return self.lower_by(lower_anew, state, batch)
 
     def lower_by(self, lower: Callable[..., Any], state: Any, batch: Any) -> Any:
-        """`lower`, where `lower(step, state, batch)` lowers the jitted step."""
+        """Lower the step; `compile()` of what is returned checks as well."""
         lowered = lower(self._step, state, batch)
 
         def compile_and_check() -> Any:

@@ -1,10 +1,11 @@
 """The compiled programs of a run's train step, one for each shape of its batches."""
 
+import abc
 import concurrent.futures
 import logging
 import os
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
@@ -79,6 +80,31 @@ class StepPrograms:
 def make_programs(train_step: Any, plan: ShardingPlan) -> StepPrograms:
     """The programs of a jitted train step on this mesh, kept on disk where they can."""
     return StepPrograms(train_step, keep_programs(plan))
+
+
+class OwnPrograms(abc.ABC):
+    """A train step that makes its programs of jitted steps, one for each shape.
+
+    It is called, and compiled ahead by `lower(state, batch).compile()`, as a jitted
+    step is.
+    """
+
+    def __init__(self) -> None:
+        self._programs: dict[Hashable, Any] = {}
+
+    def __call__(self, state: Any, batch: Any) -> Any:
+        shape = shape_of(batch)
+        if shape not in self._programs:
+            self._programs[shape] = self.lower(state, batch).compile()
+        return self._programs[shape](state, batch)
+
+    def lower(self, state: Any, batch: Any) -> Any:
+        """As of a jitted function; `state` and `batch`: arrays, or descriptions."""
+        return self.lower_by(lower_anew, state, batch)
+
+    @abc.abstractmethod
+    def lower_by(self, lower: Callable[..., Any], state: Any, batch: Any) -> Any:
+        """`lower`, where `lower(step, state, batch)` lowers one of the jitted steps."""
 
 
 def lower_anew(train_step: Any, state: Any, batch: Any) -> Any:

@@ -5,8 +5,9 @@ from hypothesis import strategies as st
 
 from jaxtrain.data.rows.formats import BadRow
 from jaxtrain.data.rows.template import (
-    encode_with_assistant_mask,
+    mask_assistant,
     mask_tokens,
+    render_with_spans,
     require_chat_template,
 )
 from jaxtrain.data.rows.turns import find_spans_by_beginnings
@@ -33,6 +34,12 @@ def talk(*contents, system=None):
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
     return messages
+
+
+def encode_with_assistant_mask(tokenizer, messages, template_kwargs):
+    text, spans = render_with_spans(tokenizer, messages, template_kwargs)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    return encoded["input_ids"], mask_assistant(encoded["offset_mapping"], spans)
 
 
 def trained_text(tokenizer, messages):

@@ -615,7 +615,8 @@ class Adapter(Folder):
         }
 
     def attempt(self, rng: random.Random) -> None:
-        from jaxtrain.lora.peft_files import load_adapter, read_settings
+        from jaxtrain.lora.peft_config import read_settings
+        from jaxtrain.lora.peft_files import load_adapter
 
         path = self.spoil(rng)
         read_settings(path)

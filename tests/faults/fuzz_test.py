@@ -25,7 +25,8 @@ from jaxtrain.data.rows.folders import first_rows
 from jaxtrain.data.rows.source import load_rows
 from jaxtrain.data.rows.tokenize import load_tokenizer
 from jaxtrain.lora import LoraConfig
-from jaxtrain.lora.peft_files import load_adapter, read_settings
+from jaxtrain.lora.peft_config import read_settings
+from jaxtrain.lora.peft_files import load_adapter
 from jaxtrain.models import hf_config
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.generation_config import read_generation_config

@@ -143,24 +143,6 @@ def turn_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return next((number for number in ids if number in special), None)
 
 
-def encode_with_assistant_mask(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Messages,
-    template_kwargs: Mapping[str, Any],
-    marks: AssistantMarks = ALL_TURNS,
-) -> tuple[list[int], np.ndarray]:
-    """Token ids of a conversation, and a bool mask of those that are trained.
-
-    Raises:
-        BadRow: no token is trained, or the assistant's turns cannot be located.
-    """
-    text, spans = render_with_spans(tokenizer, messages, template_kwargs, marks)
-    encoded = tokenizer(
-        text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-    )
-    return encoded["input_ids"], mask_assistant(encoded["offset_mapping"], spans)
-
-
 def render_with_spans(
     tokenizer: PreTrainedTokenizerBase,
     messages: Messages,

@@ -52,14 +52,27 @@ class Ids(NamedTuple):
     keys: Int32[Array, "B S"]
 
 
+class Saved(NamedTuple):
+    """What a backward pass reads beside the ids and the schedule.
+
+    `lse`: the base-2 log of the softmax's denominator, -NEVER for a query without keys.
+    `delta`: the sum of out * d_out over V, the width of values.
+    """
+
+    q: Float[Array, "B T N H"]
+    k: Float[Array, "B S K H"]
+    v: Float[Array, "B S K V"]
+    lse: Float[Array, "B N T"]
+    delta: Float[Array, "B N T"]
+    d_out: Float[Array, "B T N V"]
+
+
 @dataclasses.dataclass(frozen=True)
 class Kernels:
     """One implementation: its forward and backward pass and the tiles they work on.
 
-    `forward(options, q, k, v, ids, schedule) -> (out, lse)`; `backward(options, q, k,
-    v, lse, delta, d_out, ids, schedule) -> (dq, dk, dv)`. `lse` and `delta` are
-    [B N T]: the base-2 log of the softmax's denominator (-NEVER for a query without
-    keys) and the sum of out * d_out over V, the width of values.
+    `forward(options, q, k, v, ids, schedule) -> (out, lse)`, the latter as in `Saved`;
+    `backward(options, saved, ids, schedule) -> (dq, dk, dv)`.
     """
 
     forward: Callable[..., tuple[Array, Array]]
@@ -232,9 +245,8 @@ def _attend_backward(
     if options.has_padding:  # which may send back NaN, and 0 * NaN would leak it
         (d_out,) = zero_padding(ids.segments, d_out)
     delta = jnp.einsum("BTNH,BTNH->BNT", out, d_out, preferred_element_type=jnp.float32)
-    dq, dk, dv = _run_backward(
-        kernels, options, q, k, v, lse, delta, d_out, ids, schedule
-    )
+    saved = Saved(q, k, v, lse, delta, d_out)
+    dq, dk, dv = _run_backward(kernels, options, saved, ids, schedule)
     d_sinks = None if sinks is None else _sink_gradient(lse, delta, sinks)
     return dq, dk, dv, d_sinks, None, None
 

@@ -12,12 +12,13 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from jaxtrain.kernels.attention import hopper, hopper_keys
 from jaxtrain.kernels.attention.blocked import (
     Ids,
     Options,
+    Saved,
     bend_slope,
     id_rows,
     scale_scores,
@@ -32,19 +33,15 @@ _ENOUGH_PROGRAMS = 512
 
 def backward(
     options: Options,
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K V"],
-    lse: Float[Array, "B N T"],
-    delta: Float[Array, "B N T"],
-    d_out: Float[Array, "B T N V"],
+    saved: Saved,
     ids: Ids,
     schedule: Schedule,
     tiles: hopper.Tiles | None = None,
 ) -> tuple[Array, Array, Array]:
     """Gradients of q, k and v."""
     hopper.check_schedule(schedule)
-    tiles = tiles or hopper.choose_tiles(options, q, v)
+    tiles = tiles or hopper.choose_tiles(options, saved.q, saved.v)
+    q, k, v, lse, delta, d_out = saved
     inputs = (q, k, v, d_out.astype(q.dtype), lse, delta, *id_rows(ids))
     dq = _query_gradient(options, tiles, inputs, schedule)
     if tiles.joint_dkv:

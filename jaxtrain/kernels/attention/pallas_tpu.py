@@ -19,6 +19,7 @@ from jaxtrain.kernels.attention.blocked import (
     Ids,
     Kernels,
     Options,
+    Saved,
     bend_slope,
     estimate_cost,
     id_rows,
@@ -45,46 +46,16 @@ def forward(
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B N T"]]:
     """Attention and the base-2 log-sum-exp of each query's logits."""
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-    batch, heads, length, width = q.shape
-    value_width = v.shape[3]
-    group = heads // k.shape[1]
-    block_q, block_k = schedule.block_q, schedule.block_k
-    slots = schedule.key_blocks.shape[2]
-
-    def key_block(b: Array, i: Array, j: Array, lists: tuple) -> Array:
-        return lists[2][(b * (length // block_q) + i) * slots + j]
-
-    def at_query(b: Array, n: Array, i: Array, j: Array, *lists: Array) -> tuple:
-        return b, n, i, 0
-
-    def at_key(b: Array, n: Array, i: Array, j: Array, *lists: Array) -> tuple:
-        return b, jax.lax.div(n, group), key_block(b, i, j, lists), 0
-
-    def at_query_row(b: Array, n: Array, i: Array, j: Array, *lists: Array) -> tuple:
-        return b, 0, i
-
-    def at_key_column(b: Array, n: Array, i: Array, j: Array, *lists: Array) -> tuple:
-        return b, key_block(b, i, j, lists), 0
-
+    batch, heads, length, _ = q.shape
+    value_width, block_q = v.shape[3], schedule.block_q
+    specs = _QuerySpecs(q, k, v, schedule)
     out, lse = pl.pallas_call(
-        functools.partial(_forward_kernel, options, slots),
+        functools.partial(_forward_kernel, options, specs.grid[-1]),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
-            grid=(batch, heads, length // block_q, slots),
-            in_specs=[
-                pl.BlockSpec((None, None, block_q, width), at_query),
-                pl.BlockSpec((None, None, block_k, width), at_key),
-                pl.BlockSpec((None, None, block_k, value_width), at_key),
-                pl.BlockSpec((None, 1, block_q), at_query_row),
-                pl.BlockSpec((None, 1, block_q), at_query_row),
-                pl.BlockSpec((None, block_k, 1), at_key_column),
-            ],
-            out_specs=[
-                pl.BlockSpec((None, None, block_q, value_width), at_query),
-                pl.BlockSpec(
-                    (None, None, 1, block_q), lambda b, n, i, j, *lists: (b, n, 0, i)
-                ),
-            ],
+            grid=specs.grid,
+            in_specs=[specs.query, specs.keys, specs.values, *specs.ids],
+            out_specs=[specs.out, specs.stat],
             scratch_shapes=[
                 pltpu.VMEM((1, block_q), jnp.float32),
                 pltpu.VMEM((1, block_q), jnp.float32),
@@ -99,16 +70,45 @@ def forward(
         cost_estimate=_estimate(options, (q, k, v), schedule, products=(1, 1)),
         interpret=options.interpret,
         name="attention_forward",
-    )(
-        schedule.key_counts.reshape(-1),
-        schedule.key_wholes.reshape(-1),
-        schedule.key_blocks.reshape(-1),
-        q,
-        k,
-        v,
-        *_rows_and_column(ids),
-    )
+    )(*_key_lists(schedule), q, k, v, *_rows_and_column(ids))
     return out.swapaxes(1, 2), lse[:, :, 0]
+
+
+class _QuerySpecs:
+    """Block specs of a program (b, n, i, j): entry j of the list of query block i."""
+
+    def __init__(self, q: Array, k: Array, v: Array, schedule: Schedule) -> None:
+        batch, heads, length, _ = q.shape
+        group = heads // k.shape[1]
+        block_q, block_k = schedule.block_q, schedule.block_k
+        rows, slots = length // block_q, schedule.key_blocks.shape[2]
+        self.grid = (batch, heads, rows, slots)
+
+        def key_block(b: Array, i: Array, j: Array, lists: tuple) -> Array:
+            return lists[2][(b * rows + i) * slots + j]
+
+        def of_query(width: int) -> pl.BlockSpec:
+            return pl.BlockSpec(
+                (None, None, block_q, width), lambda b, n, i, j, *lists: (b, n, i, 0)
+            )
+
+        def of_keys(width: int) -> pl.BlockSpec:
+            def at(b: Array, n: Array, i: Array, j: Array, *lists: Array) -> tuple:
+                return b, jax.lax.div(n, group), key_block(b, i, j, lists), 0
+
+            return pl.BlockSpec((None, None, block_k, width), at)
+
+        self.query, self.out = of_query(k.shape[3]), of_query(v.shape[3])
+        self.keys, self.values = of_keys(k.shape[3]), of_keys(v.shape[3])
+        self.stat = pl.BlockSpec(
+            (None, None, 1, block_q), lambda b, n, i, j, *lists: (b, n, 0, i)
+        )
+        row = pl.BlockSpec((None, 1, block_q), lambda b, n, i, j, *lists: (b, 0, i))
+        column = pl.BlockSpec(
+            (None, block_k, 1),
+            lambda b, n, i, j, *lists: (b, key_block(b, i, j, lists), 0),
+        )
+        self.ids = (row, row, column)
 
 
 def _forward_kernel(
@@ -168,18 +168,11 @@ def _forward_kernel(
 
 
 def backward(
-    options: Options,
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K V"],
-    lse: Float[Array, "B N T"],
-    delta: Float[Array, "B N T"],
-    d_out: Float[Array, "B T N V"],
-    ids: Ids,
-    schedule: Schedule,
+    options: Options, saved: Saved, ids: Ids, schedule: Schedule
 ) -> tuple[Array, Array, Array]:
     """Gradients of q (walking over keys) and of k and v (walking over queries)."""
-    q, k, v, d_out = (x.swapaxes(1, 2) for x in (q, k, v, d_out))
+    *by_token, lse, delta, d_out = saved
+    q, k, v, d_out = (x.swapaxes(1, 2) for x in (*by_token, d_out))
     inputs = (q, k, v, d_out, lse[:, :, None], delta[:, :, None])
     dq = _query_gradient(options, inputs, ids, schedule)
     dk, dv = _key_gradients(options, inputs, ids, schedule)
@@ -190,61 +183,30 @@ def _query_gradient(
     options: Options, inputs: tuple[Array, ...], ids: Ids, schedule: Schedule
 ) -> Array:
     q, k, v = inputs[:3]
-    batch, heads, length, width = q.shape
-    value_width = v.shape[3]
-    group = heads // k.shape[1]
-    block_q, block_k = schedule.block_q, schedule.block_k
-    slots = schedule.key_blocks.shape[2]
-
-    def key_block(b: Array, i: Array, j: Array, lists: tuple) -> Array:
-        return lists[2][(b * (length // block_q) + i) * slots + j]
-
-    def at_query(b: Array, n: Array, i: Array, j: Array, *lists: Array) -> tuple:
-        return b, n, i, 0
-
-    def at_key(b: Array, n: Array, i: Array, j: Array, *lists: Array) -> tuple:
-        return b, jax.lax.div(n, group), key_block(b, i, j, lists), 0
-
-    def at_stat(b: Array, n: Array, i: Array, j: Array, *lists: Array) -> tuple:
-        return b, n, 0, i
-
-    def at_query_row(b: Array, n: Array, i: Array, j: Array, *lists: Array) -> tuple:
-        return b, 0, i
-
-    def at_key_column(b: Array, n: Array, i: Array, j: Array, *lists: Array) -> tuple:
-        return b, key_block(b, i, j, lists), 0
-
+    specs = _QuerySpecs(q, k, v, schedule)
     return pl.pallas_call(
-        functools.partial(_query_gradient_kernel, options, slots),
+        functools.partial(_query_gradient_kernel, options, specs.grid[-1]),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
-            grid=(batch, heads, length // block_q, slots),
+            grid=specs.grid,
             in_specs=[
-                pl.BlockSpec((None, None, block_q, width), at_query),
-                pl.BlockSpec((None, None, block_k, width), at_key),
-                pl.BlockSpec((None, None, block_k, value_width), at_key),
-                pl.BlockSpec((None, None, block_q, value_width), at_query),
-                pl.BlockSpec((None, None, 1, block_q), at_stat),
-                pl.BlockSpec((None, None, 1, block_q), at_stat),
-                pl.BlockSpec((None, 1, block_q), at_query_row),
-                pl.BlockSpec((None, 1, block_q), at_query_row),
-                pl.BlockSpec((None, block_k, 1), at_key_column),
+                specs.query,
+                specs.keys,
+                specs.values,
+                specs.out,
+                specs.stat,
+                specs.stat,
+                *specs.ids,
             ],
-            out_specs=pl.BlockSpec((None, None, block_q, width), at_query),
-            scratch_shapes=[pltpu.VMEM((block_q, width), jnp.float32)],
+            out_specs=specs.query,
+            scratch_shapes=[pltpu.VMEM((schedule.block_q, q.shape[3]), jnp.float32)],
         ),
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
         compiler_params=_compiler_params(parallel=3, sequential=1),
         cost_estimate=_estimate(options, (q, k, v), schedule, products=(2, 1)),
         interpret=options.interpret,
         name="attention_query_gradient",
-    )(
-        schedule.key_counts.reshape(-1),
-        schedule.key_wholes.reshape(-1),
-        schedule.key_blocks.reshape(-1),
-        *inputs,
-        *_rows_and_column(ids),
-    )
+    )(*_key_lists(schedule), *inputs, *_rows_and_column(ids))
 
 
 def _query_gradient_kernel(
@@ -481,6 +443,12 @@ def _rows_and_column(ids: Ids) -> tuple[Array, Array, Array]:
     """Query and prompt ids as rows [B 1 T], key ids as columns [B T 1]."""
     queries, prompts, keys = id_rows(ids)
     return queries[:, None], prompts[:, None], keys[:, :, None]
+
+
+def _key_lists(schedule: Schedule) -> tuple[Array, ...]:
+    """The lists of key blocks, each of one axis, as scalar memory holds them."""
+    lists = (schedule.key_counts, schedule.key_wholes, schedule.key_blocks)
+    return tuple(each.reshape(-1) for each in lists)
 
 
 def _estimate(

@@ -19,6 +19,7 @@ from jaxtrain.kernels.attention.blocked import (
     Ids,
     Kernels,
     Options,
+    Saved,
     bend_slope,
     estimate_cost,
     id_rows,
@@ -148,17 +149,10 @@ def _forward_kernel(
 
 
 def backward(
-    options: Options,
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K V"],
-    lse: Float[Array, "B N T"],
-    delta: Float[Array, "B N T"],
-    d_out: Float[Array, "B T N V"],
-    ids: Ids,
-    schedule: Schedule,
+    options: Options, saved: Saved, ids: Ids, schedule: Schedule
 ) -> tuple[Array, Array, Array]:
     """Gradients of q (walking over keys) and of k and v (walking over queries)."""
+    q, k, v, lse, delta, d_out = saved
     inputs = (q, k, v, d_out.astype(q.dtype), lse, delta, *id_rows(ids))
     dk, dv = _key_gradients(options, inputs, schedule)
     return _query_gradient(options, inputs, schedule), dk, dv

@@ -23,6 +23,7 @@ from jaxtrain.kernels.attention.blocked import (
     Ids,
     Kernels,
     Options,
+    Saved,
     bend_slope,
     id_rows,
     scale_scores,
@@ -192,17 +193,10 @@ def forward(
 
 
 def backward(
-    options: Options,
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K V"],
-    lse: Float[Array, "B N T"],
-    delta: Float[Array, "B N T"],
-    d_out: Float[Array, "B T N V"],
-    ids: Ids,
-    schedule: Schedule,
+    options: Options, saved: Saved, ids: Ids, schedule: Schedule
 ) -> tuple[Array, Array, Array]:
     """Gradients of q (walking over keys) and of k and v (walking over queries)."""
+    q, k, v, lse, delta, d_out = saved
     queries, keys = _cut(q, k, v, ids, schedule)
 
     def cut(x: Array) -> Array:
