@@ -40,10 +40,10 @@ if [ "${1:-}" = fast ]; then
 fi
 "$VENV/bin/ruff" format --check .
 "$VENV/bin/ruff" check .
-# Beside the tests, for mypy takes a minute of one core.
+# Beside the tests and behind them, for mypy takes a minute of one core.
 types=
 if [ "${TYPES:=1}" = 1 ]; then
-    "$VENV/bin/mypy" &
+    nice "$VENV/bin/mypy" &
     types=$!
 fi
 status=0

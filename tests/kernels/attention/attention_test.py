@@ -81,7 +81,7 @@ CPU = {
     "xla": Implementation(attention_xla),
     "xla_chunked": Implementation(
         functools.partial(attention_xla, chunk=11),
-        chosen=("packed_softcap", "shared_prompt", "part", "sinks_part", "wide_keys"),
+        chosen=("shared_prompt", "part", "part_all_to_all", "sinks_part", "wide_keys"),
     ),
     "xla_blocks": Implementation(
         functools.partial(attention_blocked, BLOCKS),
