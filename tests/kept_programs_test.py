@@ -129,7 +129,7 @@ def files(keeper):
 
 def test_a_second_start_traces_nothing_and_steps_alike(keeper, monkeypatch):
     plan, traces = keeper.plan, count_traces(monkeypatch)
-    batches = [make_batch(plan, 12)]
+    batches = [make_batch(plan, length) for length in (12, 24)]
     # As jax does it by itself, then twice with what is kept.
     found = []
     for kept in (None, keeper, keeper):
@@ -141,7 +141,7 @@ def test_a_second_start_traces_nothing_and_steps_alike(keeper, monkeypatch):
         count = len(traces)
         leaf = state.trainable["embed_tokens"]["embedding"]
         metrics = []
-        for batch in batches * 3:
+        for batch in (*batches, *batches):
             state, numbers = programs(state, batch)
             metrics.append(numbers)
         assert leaf.is_deleted()  # the state is donated
@@ -150,7 +150,7 @@ def test_a_second_start_traces_nothing_and_steps_alike(keeper, monkeypatch):
         assert layouts == sharding.layouts_of(make_state(plan))
     plainly, first, second = found
     assert plainly[0] > 0 and first[0] > 0 and second[0] == 0
-    assert len(files(keeper)) == 1
+    assert len(files(keeper)) == 2
     for other in (first, second):
         assert other[3] == plainly[3]
         for one, same in zip(plainly[1] + plainly[2], other[1] + other[2], strict=True):
