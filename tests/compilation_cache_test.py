@@ -245,7 +245,6 @@ def start(workdir: pathlib.Path, cache: pathlib.Path) -> subprocess.Popen:
         "--config.training.save_steps=0",
         "--config.training.logging_steps=1",
         "--config.data.max_train_rows=16",
-        "--config.data.max_eval_rows=4",
         "--config.data.packing=False",  # one shape of rows is enough here
         "--config.training.per_device_train_batch_size=2",
         "--config.training.dpo.max_length=64",
