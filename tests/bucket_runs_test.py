@@ -1,5 +1,6 @@
 """Whole runs whose work directory is in a bucket."""
 
+import asyncio
 import json
 import os
 import pathlib
@@ -7,13 +8,14 @@ import random
 import shutil
 import subprocess
 import sys
+import types
 import urllib.parse
 
 import pytest
 
 import jaxtrain
 from jaxtrain.loop import Loop
-from jaxtrain.storage import folders
+from jaxtrain.storage import errors, folders
 from jaxtrain.storage.address import as_path
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
@@ -161,7 +163,7 @@ def test_a_bucket_that_is_lost_ends_the_run_and_names_the_last_step():
     assert "Traceback" not in told.stderr
 
 
-def test_a_slow_and_faulty_bucket_changes_nothing(tmp_path):
+def test_a_slow_and_faulty_bucket_changes_nothing(tmp_path, monkeypatch):
     """Some requests get 429 or 503, a cut connection or a late reply."""
     skip_unless_installed("gs")
     draws = random.Random(3)
@@ -170,6 +172,11 @@ def test_a_slow_and_faulty_bucket_changes_nothing(tmp_path):
     def harm(*_):
         return draws.choice(faults) if draws.random() < 0.04 else None
 
+    # The libraries wait before they ask again, for seconds each time.
+    retry = pytest.importorskip("gcsfs.retry")
+    quick = types.SimpleNamespace(sleep=lambda _: asyncio.sleep(0.01))
+    monkeypatch.setattr(retry, "asyncio", quick)
+    monkeypatch.setattr(errors, "_FIRST_WAIT_SECS", 0.01)
     expected = checkpoint_runs.train(config_of("sft"), tmp_path / "disk")
     with (
         Proxy(endpoint_of("gs"), harm) as proxy,

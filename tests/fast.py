@@ -187,10 +187,32 @@ AGAIN = ("kernels/", "main_test.py", "aot_test.py")
 # And of both, what takes long and uses nothing that others there do not: variants in
 # plain jax, each kind of layer trained, each family's decoding.
 NOT_AGAIN = (
-    "kernels/attention/attention_test.py::test_output_and_gradients_equal_float64"
-    "[xla_chunked",
     "kernels/attention/attention_test.py::test_nan_in_padding_reaches_no_output_and_no"
     "_gradient[xla_chunked",
+    *(
+        "kernels/attention/attention_test.py::test_output_and_gradients_equal_float64"
+        f"[{case}"
+        for case in (
+            # Of kernels, what other cases have together with more.
+            *(
+                f"{kernel}-{mask}"
+                for kernel in ("pallas_tpu", "pallas_triton")
+                for mask in ("all_to_all", "causal", "packed_window", "window")
+            ),
+            "reference",
+            "xla-",
+            "xla_chunked",
+        )
+    ),
+    "kernels/attention/attention_test.py::test_xla_agrees",
+    "kernels/attention/partition_test.py::test_values_and_gradients_are_those_of_one"
+    "_device[four",
+    "kernels/attention/schedule_test.py::test_random_ids",
+    *(
+        "kernels/linear_cross_entropy/api_test.py::test_outputs_and_gradients_equal"
+        f"_float64[{slices}"
+        for slices in ("1000-1", "9-1")
+    ),
     "models/layer_kinds_test.py",
     "models/transformer_test.py::test_greedy_decoding_equals_the_argmax",
 )

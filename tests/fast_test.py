@@ -46,17 +46,40 @@ def test_a_modules_tests_are_found_by_its_name(capsys):
     assert capsys.readouterr().out.splitlines()[0] == "tests/data/columns_test.py"
 
 
-def test_there_are_many_and_none_is_long(request):
+@pytest.fixture
+def collected(request) -> list[pytest.Item]:
+    """The tests of a run of all, or of all with some marker."""
     options, source = request.config.option, request.config.args_source
     is_whole = source is pytest.Config.ArgsSource.TESTPATHS
     if not is_whole or options.ignore or options.keyword or options.deselect:
         pytest.skip("only some tests were collected: run pytest without file names")
-    items = [item for item in request.session.items if item.get_closest_marker("fast")]
+    return request.session.items
+
+
+def test_there_are_many_and_none_is_long(collected):
+    items = [item for item in collected if item.get_closest_marker("fast")]
     assert len(items) >= 1500
     names = {item.name for item in items}
     assert "test_every_module_belongs_to_a_unit" in names
     long = {"test_resume_after_sigkill_is_bit_exact[lora]"}
     assert not names & long
+
+
+def test_what_runs_on_request_or_once_exists(collected, request):
+    """After a test is renamed its entry names nothing, and the test runs always."""
+    if request.config.option.markexpr:
+        pytest.skip("only tests with some marker were collected")
+    plugins = request.config.pluginmanager.get_plugins()
+    (thorough,) = (p.THOROUGH for p in plugins if hasattr(p, "THOROUGH"))
+    names = [item.nodeid.removeprefix("tests/") for item in collected]
+    files = {name.partition("::")[0] for name in names}  # without those that skip
+    unknown = [
+        beginning
+        for beginning in (*thorough, *fast.NOT_AGAIN)
+        if beginning.partition("::")[0] in files
+        and not any(name.startswith(beginning) for name in names)
+    ]
+    assert unknown == []
 
 
 def test_what_is_left_out_exists():

@@ -296,6 +296,7 @@ SHORT = (
     " --training.save_final_model=false --training.per_device_train_batch_size=1"
     " --data.max_train_rows=32 --data.max_length=32 --training.report_to=jsonl"
     " --model.architecture.num_hidden_layers=1 --model.architecture.hidden_size=32"
+    " --training.num_gpus=1 --data.max_eval_rows=4"  # half of the time
 )
 CHANGED = [  # a later command's other flag, and what its refusal says
     ("--training.resume_from_checkpoint=never", "use a new workdir, or 'auto'"),

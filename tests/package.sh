@@ -30,7 +30,9 @@ checkout=$PWD
 mkdir "$folder/empty"
 cd "$folder/empty"
 "$PYTHON" -m venv .venv
-.venv/bin/pip install --quiet "$folder"/dist/*.whl
+# As in run.sh: an import compiles what it needs.
+unset PYTHONDONTWRITEBYTECODE
+.venv/bin/pip install --quiet --no-compile "$folder"/dist/*.whl
 # No torch, and nothing of the checkout.
 .venv/bin/python -c "
 import importlib.util, jaxtrain

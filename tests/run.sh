@@ -4,6 +4,7 @@
 #   bash tests/run.sh fast [pytest arguments]     the tests for every day, minutes
 # PYTHON: interpreter (python3). VENV: environment to make or reuse (.venv).
 # PEERS=0: without torch, transformers' models, peft and trl; their parity tests skip.
+# DOCS=0: without what builds the docs as a site; the tests of the site skip.
 # TPU=1: with libtpu (200 MB), which compiles for TPUs that are not here.
 # JAXTRAIN_TEST_ALL=1: the longest tests too (10 minutes more), and with libtpu.
 # TYPES=0: without mypy, as where another run checks the types.
@@ -14,19 +15,22 @@ cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-python3}
 VENV=${VENV:-.venv}
-EXTRAS=docs,metrics,test
+EXTRAS=metrics,test
 # Else every process that a test starts compiles all modules of the package anew.
 unset PYTHONDONTWRITEBYTECODE
+if [ "${DOCS:=1}" = 1 ]; then EXTRAS+=,docs; fi
 if [ "${PEERS:=1}" = 1 ]; then EXTRAS+=,peers; fi
 if [ -n "${TPU:-}${JAXTRAIN_TEST_ALL:-}" ]; then EXTRAS+=,tpu; fi
 
 if [ "${STEP:=all}" != check ]; then
     "$PYTHON" -m venv "$VENV"
+    # Of 20,000 modules the tests import a quarter. To compile all takes pip a minute;
+    # what is not compiled yet, the first import compiles.
     if [ "$PEERS" = 1 ]; then
         # First and by exact version: other requests for torch pull gigabytes of CUDA.
-        "$VENV/bin/pip" install --quiet torch==2.13.0
+        "$VENV/bin/pip" install --quiet --no-compile torch==2.13.0
     fi
-    "$VENV/bin/pip" install --quiet -e ".[$EXTRAS]"
+    "$VENV/bin/pip" install --quiet --no-compile -e ".[$EXTRAS]"
 fi
 if [ "$STEP" = install ]; then exit; fi
 
@@ -36,10 +40,10 @@ if [ "${1:-}" = fast ]; then
 fi
 "$VENV/bin/ruff" format --check .
 "$VENV/bin/ruff" check .
-# Beside the tests, for mypy takes a minute of one core.
+# Beside the tests and behind them, for mypy takes a minute of one core.
 types=
 if [ "${TYPES:=1}" = 1 ]; then
-    "$VENV/bin/mypy" &
+    nice "$VENV/bin/mypy" &
     types=$!
 fi
 status=0

@@ -79,7 +79,10 @@ BLOCKS = with_blocks(32)
 CPU = {
     "reference": Implementation(attention_reference),
     "xla": Implementation(attention_xla),
-    "xla_chunked": Implementation(functools.partial(attention_xla, chunk=11)),
+    "xla_chunked": Implementation(
+        functools.partial(attention_xla, chunk=11),
+        chosen=("shared_prompt", "part", "part_all_to_all", "sinks_part", "wide_keys"),
+    ),
     "xla_blocks": Implementation(
         functools.partial(attention_blocked, BLOCKS),
         chosen=("all_to_all", "packed_softcap", "shared_prompt", "wide_keys"),
