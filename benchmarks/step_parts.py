@@ -78,7 +78,8 @@ def floors(case: Case, chip: Chip, moments: str) -> dict[str, float]:
     """Seconds that each part takes at the least, by its FLOPs and its bytes.
 
     Products of 2 M N K FLOPs for each of forward and both gradients (one, where the
-    weights are frozen); activations are bfloat16, master weights and gradients float32.
+    weights are frozen); activations are bfloat16, master weights and gradients of the
+    weights' type.
     """
     shape: dict[str, Any] = SHAPES[case.shape]
     config = model_config(case.shape)
@@ -102,6 +103,8 @@ def floors(case: Case, chip: Chip, moments: str) -> dict[str, float]:
     attention = inside * (3.5 + (1 if case.pairs else 0)) * layers / chip.flops
     trained = 0.0 if case.lora else config.num_params()
     of_moment = jnp.dtype(moments).itemsize
+    of_weight = jnp.dtype(case.param_dtype).itemsize
+    cast = 6 if of_weight > 2 else 0  # of master weights, read and written
     per_layer = config.head_dim * (2 * heads + 2 * kv)
     experts = shape.get("num_experts_per_tok", 0) * shape.get(
         "moe_intermediate_size", 0
@@ -128,8 +131,10 @@ def floors(case: Case, chip: Chip, moments: str) -> dict[str, float]:
         "norms, rope, residuals": stream(12 * width + 2 * per_layer),
         # The gradient read twice, for its norm and for the update; the weight and both
         # moments read and written.
-        "optimizer and clipping": trained * (16 + 4 * of_moment) / chip.memory_rate,
-        "copies and casts": trained * 6 / chip.memory_rate,
+        "optimizer and clipping": (
+            trained * 4 * (of_weight + of_moment) / chip.memory_rate
+        ),
+        "copies and casts": trained * cast / chip.memory_rate,
     }
 
 
@@ -199,7 +204,7 @@ def run_case(name: str, options: argparse.Namespace) -> None:
         entry = alike[part, re.sub(r"[.\d]+$", "", op), scope_of(known)]
         entry[0] += total / options.steps
         entry[1] += calls / options.steps
-    least = floors(case, chip, options.moments)
+    least = floors(case, chip, options.moments or case.moments)
     print(
         f"\n{name} on {device.device_kind}, jax {jax.__version__}: {secs * 1e3:.1f} ms"
     )
@@ -221,11 +226,11 @@ def main() -> None:
     parser.set_defaults(cases="sft_0.5b", steps=5)
     parser.add_argument("--chunk", type=int, help="loss_chunk_tokens")
     parser.add_argument("--unroll", action="store_true", help="scan_layers = False")
-    parser.add_argument("--moments", choices=MOMENT_DTYPES, default="float32")
+    parser.add_argument("--moments", choices=MOMENT_DTYPES)
     parser.add_argument(
         "--largest", type=int, default=30, help="kinds of kernels to list"
     )
-    parser.set_defaults(document=None, response=None)
+    parser.set_defaults(document=None, response=None, fp8=False)
     options = parser.parse_args()
     for name in options.cases.split(","):
         run_case(name, options)
