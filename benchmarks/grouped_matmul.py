@@ -92,7 +92,9 @@ def check(shape: Shape, sizes: np.ndarray, interpret: bool) -> None:
         tiles = dataclasses.replace(tiles, columns=128, stages=2, leaving=64)
     kernels = hopper.make_kernels(tiles, tiles, tiles)
     groups = jnp.asarray(sizes)
-    got = run_all(lambda *x: multiply_groups(kernels, *x), arrays, groups)
+    got = run_all(
+        lambda x, w, s: multiply_groups(kernels, x, (w,), s)[0], arrays, groups
+    )
     if not interpret:
         theirs = run_all(
             lambda *x: grouped_matmul(*x, implementation="xla"), arrays, groups
@@ -145,10 +147,10 @@ def kernel_of(product: str, tiles: hopper.Tiles) -> Callable[..., Any]:
 
     def run(rows: Any, weights: Any, d_out: Any, plan: Plan) -> Any:
         if product == "forward":
-            return hopper.multiply(rows, weights, plan, tiles)
+            return hopper.multiply(rows, (weights,), plan, tiles)
         if product == "d_rows":
-            return hopper.multiply(d_out, weights, plan, tiles, transposed=True)
-        return hopper.multiply_rows(rows, d_out, plan, tiles)
+            return hopper.multiply_transposed((d_out,), (weights,), plan, tiles)
+        return hopper.multiply_rows(rows, (d_out,), plan, tiles)
 
     return run
 

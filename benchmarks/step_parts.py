@@ -77,7 +77,8 @@ def floors(case: Case, chip: Chip, moments: str) -> dict[str, float]:
     """Seconds that each part takes at the least, by its FLOPs and its bytes.
 
     Products of 2 M N K FLOPs for each of forward and both gradients (one, where the
-    weights are frozen); activations are bfloat16, master weights and gradients float32.
+    weights are frozen); activations are bfloat16, master weights and gradients of the
+    weights' type.
     """
     shape: dict[str, Any] = SHAPES[case.shape]
     config = model_config(case.shape)
@@ -101,6 +102,8 @@ def floors(case: Case, chip: Chip, moments: str) -> dict[str, float]:
     attention = inside * (3.5 + (1 if case.pairs else 0)) * layers / chip.flops
     trained = 0.0 if case.lora else config.num_params()
     of_moment = jnp.dtype(moments).itemsize
+    of_weight = jnp.dtype(case.param_dtype).itemsize
+    cast = 6 if of_weight > 2 else 0  # of master weights, read and written
     per_layer = config.head_dim * (2 * heads + 2 * kv)
     experts = shape.get("num_experts_per_tok", 0) * shape.get(
         "moe_intermediate_size", 0
@@ -127,8 +130,10 @@ def floors(case: Case, chip: Chip, moments: str) -> dict[str, float]:
         "norms, rope, residuals": stream(12 * width + 2 * per_layer),
         # The gradient read twice, for its norm and for the update; the weight and both
         # moments read and written.
-        "optimizer and clipping": trained * (16 + 4 * of_moment) / chip.memory_rate,
-        "copies and casts": trained * 6 / chip.memory_rate,
+        "optimizer and clipping": (
+            trained * 4 * (of_weight + of_moment) / chip.memory_rate
+        ),
+        "copies and casts": trained * cast / chip.memory_rate,
     }
 
 

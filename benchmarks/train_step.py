@@ -8,7 +8,9 @@ Each case is the step that `jaxtrain.trainer` runs: bfloat16 compute, float32 ma
 weights, AdamW, on random weights of Qwen2.5's shapes and rows without padding.
 `--peer` sets the peer's rate and memory beside ours: measure both on one machine.
 `dpo_0.5b_shared` and its like hold each prompt once (data.share_prompts).
-One line of JSON a case, each in its own process; where a case fails, its error.
+One line of JSON a case, each in its own process; where a case fails, its error. Lines
+with a "stage" come before it, so that a run that is cut off has told how far it came:
+what making the weights, tracing and compiling took, and the memory by the compiler.
 """
 
 import argparse
@@ -188,16 +190,44 @@ def find_case(name: str, options: argparse.Namespace) -> Case:
     return case
 
 
+def tell(name: str, stage: str, start: float, **found: float) -> None:
+    """A line of what is done so far, and the seconds that it took."""
+    secs = round(time.perf_counter() - start, 1)
+    line = {"case": name, "stage": stage, "secs": secs, **found}
+    print(json.dumps(line), flush=True)
+
+
+def compile_step(name: str, step: Any, arguments: tuple[TrainState, Any]) -> Any:
+    """The compiled step; each stage is told of."""
+    start = time.perf_counter()
+    lowered = step.lower(*arguments)
+    tell(name, "lowered", start)
+    start = time.perf_counter()
+    compiled = lowered.compile()
+    memory = compiled.memory_analysis()
+    gib = {
+        "state_gib": round(memory.argument_size_in_bytes / 2**30, 1),
+        "temporary_gib": round(memory.temp_size_in_bytes / 2**30, 1),
+    }
+    tell(name, "compiled", start, **gib)
+    return compiled
+
+
 def run_case(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Time the steps after those to warm up."""
     case = find_case(name, options)
     config = model_config(case.shape)
-    step, state, batch = make_step(name, options)
     start = time.perf_counter()
+    step, state, batch = make_step(name, options)
+    jax.block_until_ready(state)
+    tell(name, "state made", start)
+    start = time.perf_counter()
+    step = compile_step(name, step, (state, batch))
     losses = []
     for _ in range(WARMUP):
         state, metrics = step(state, batch)
         losses.append(round(float(metrics["loss"].mean()), 4))
+        tell(name, "step", start, loss=losses[-1])
     warmup_secs = time.perf_counter() - start
     times = []
     for _ in range(options.steps):

@@ -15,11 +15,16 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32, Int, Int32, Shaped
 
-from jaxtrain.kernels.grouped_matmul import choose_implementation, grouped_matmul
+from jaxtrain.kernels.grouped_matmul import (
+    choose_implementation,
+    grouped_matmul,
+    grouped_matmuls,
+)
 from jaxtrain.models.expert_adapters import join_factors
 
-# What experts' products are called where checkpoint policies choose what is kept.
-PRODUCTS = ("mlp_gate", "mlp_up", "mlp_down")
+# What experts' products are called where checkpoint policies choose what is kept. The
+# last one is not among them: no backward pass reads it.
+PRODUCTS = ("mlp_gate", "mlp_up")
 
 
 @jax.tree_util.register_dataclass
@@ -119,6 +124,10 @@ def apply_experts(
 
     Every token is independent of the others, and the result is a sum over F; so rows
     and F may each be split over devices, with every expert's slice at hand.
+
+    Weights are multiplied to what down_k reads, which is narrower than what it gives;
+    and so their gradient needs no result of down_k, which would have to be computed
+    again where little is kept for the backward pass.
     """
     tokens = x.reshape(-1, x.shape[-1])
     chosen = experts.reshape(-1)
@@ -131,11 +140,13 @@ def apply_experts(
     multiply = functools.partial(
         grouped_matmul, sizes=sizes, implementation=implementation, device=device
     )
-    if implementation == "xla":
-        gate, up = multiply(rows, gate_proj), multiply(rows, up_proj)
-    else:  # a kernel reads and writes rows once for both
-        both = multiply(rows, jnp.concatenate([gate_proj, up_proj], axis=2))
-        gate, up = jnp.split(both, 2, axis=1)
+    gate, up = grouped_matmuls(
+        rows,
+        (gate_proj, up_proj),
+        sizes,
+        implementation=implementation,
+        device=device,
+    )
     inwards, outwards, biases = join_factors(others, scalings)
     if inwards is not None:
         gate, up = inwards.add((gate, up), rows, multiply)
@@ -143,12 +154,15 @@ def apply_experts(
         own = jax.nn.one_hot(chosen[order], gate_proj.shape[0], dtype=rows.dtype)
         gate, up = (y + _pick(own, b) for y, b in zip((gate, up), biases, strict=True))
     gate, up = checkpoint_name(gate, PRODUCTS[0]), checkpoint_name(up, PRODUCTS[1])
-    inner = jax.checkpoint(combine, prevent_cse=False)(gate, up)
+
+    def weigh(gate: Array, up: Array, shares: Array) -> Array:
+        return combine(gate, up) * shares[:, None].astype(gate.dtype)
+
+    shares = weights.reshape(-1)[order]
+    inner = jax.checkpoint(weigh, prevent_cse=False)(gate, up, shares)
     outputs = multiply(inner, down_proj)
     if outwards is not None:
         (outputs,) = outwards.add((outputs,), inner, multiply)
-    outputs = checkpoint_name(outputs, PRODUCTS[2])
-    outputs *= weights.reshape(-1)[order, None].astype(outputs.dtype)
     return _collect(outputs, order, places, copies).reshape(x.shape)
 
 

@@ -4,6 +4,12 @@ from jaxtrain.kernels.grouped_matmul.api import (
     IMPLEMENTATIONS,
     choose_implementation,
     grouped_matmul,
+    grouped_matmuls,
 )
 
-__all__ = ["IMPLEMENTATIONS", "choose_implementation", "grouped_matmul"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "choose_implementation",
+    "grouped_matmul",
+    "grouped_matmuls",
+]

@@ -39,16 +39,33 @@ def grouped_matmul(
         ValueError: shapes or types do not fit together, or the name is unknown.
         NotImplementedError: the named implementation cannot serve this call.
     """
-    _check(rows, weights, sizes, implementation)
+    (out,) = grouped_matmuls(
+        rows, (weights,), sizes, implementation=implementation, device=device
+    )
+    return out
+
+
+def grouped_matmuls(
+    rows: Float[Array, "M D"],
+    weights: tuple[Float[Array, "E D F"], ...],
+    sizes: Int32[Array, "E"],
+    *,
+    implementation: str = "auto",
+    device: jax.Device | None = None,
+) -> tuple[Float[Array, "M F"], ...]:
+    """`grouped_matmul` of the same rows with several weights of one shape, together."""
+    for each in weights:
+        _check(rows, each, sizes, implementation)
     if implementation == "auto":
-        implementation = choose_implementation(rows, weights, device)
+        implementation = choose_implementation(rows, weights[0], device)
     elif implementation == "pallas_gpu" and (reason := _refusal(rows, device)):
         raise NotImplementedError(
             f"grouped product implementation 'pallas_gpu' refuses: {reason}; use 'auto'"
             " or 'xla'"
         )
     if implementation == "xla":
-        return _ragged_dot(rows, weights, sizes, _platform(device))
+        platform = _platform(device)
+        return tuple(_ragged_dot(rows, each, sizes, platform) for each in weights)
     return multiply_groups(_load_kernels(), rows, weights, sizes)
 
 
@@ -66,8 +83,10 @@ def _ragged_dot(rows: Array, weights: Array, sizes: Array, platform: str) -> Arr
 class Kernels(NamedTuple):
     """The three products of a backend, and what sizes must be multiples of.
 
-    `multiply(rows, weights, plan)`, `multiply_transposed(d_out, weights, plan)` by the
-    transposed matrices, `multiply_rows(rows, d_out, plan)` over each group's rows.
+    `multiply(rows, weights, plan)` gives a result for each of several weights of one
+    shape, `multiply_transposed(d_outs, weights, plan)` the sum of those by the
+    transposed matrices, `multiply_rows(rows, d_outs, plan)` one for each of `d_outs`,
+    over each group's rows.
     """
 
     multiply: Any
@@ -80,35 +99,40 @@ class Kernels(NamedTuple):
 def multiply_groups(
     kernels: Kernels,
     rows: Float[Array, "M D"],
-    weights: Float[Array, "E D F"],
+    weights: tuple[Float[Array, "E D F"], ...],
     sizes: Int32[Array, "E"],
-) -> Float[Array, "M F"]:
-    """The product by these kernels, with their derivatives."""
-    length, width = len(rows), weights.shape[2]
-    rows = _fill(rows, (kernels.row_multiple, kernels.width_multiple))
-    weights = _fill(weights, (1, kernels.width_multiple, kernels.width_multiple))
+) -> tuple[Float[Array, "M F"], ...]:
+    """The products by these kernels, with their derivatives."""
+    length, width = len(rows), weights[0].shape[2]
+    by = kernels.width_multiple
+    rows = _fill(rows, (kernels.row_multiple, by))
+    weights = tuple(_fill(each, (1, by, by)) for each in weights)
     plan = make_plan(sizes, len(rows))
-    return _multiply(kernels, rows, weights, plan)[:length, :width]
+    outs = _multiply(kernels, rows, weights, plan)
+    return tuple(out[:length, :width] for out in outs)
+
+
+Arrays = tuple[Array, ...]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _multiply(kernels: Kernels, rows: Array, weights: Array, plan: Plan) -> Array:
-    out: Array = kernels.multiply(rows, weights, plan)
-    return out
+def _multiply(kernels: Kernels, rows: Array, weights: Arrays, plan: Plan) -> Arrays:
+    outs: Arrays = kernels.multiply(rows, weights, plan)
+    return outs
 
 
 def _multiply_forward(
-    kernels: Kernels, rows: Array, weights: Array, plan: Plan
-) -> tuple[Array, tuple[Array, Array, Plan]]:
+    kernels: Kernels, rows: Array, weights: Arrays, plan: Plan
+) -> tuple[Arrays, tuple[Array, Arrays, Plan]]:
     return _multiply(kernels, rows, weights, plan), (rows, weights, plan)
 
 
 def _multiply_backward(
-    kernels: Kernels, kept: tuple[Array, Array, Plan], d_out: Array
-) -> tuple[Array, Array, None]:
+    kernels: Kernels, kept: tuple[Array, Arrays, Plan], d_outs: Arrays
+) -> tuple[Array, Arrays, None]:
     rows, weights, plan = kept
-    d_rows = kernels.multiply_transposed(d_out, weights, plan)
-    d_weights = kernels.multiply_rows(rows, d_out, plan)
+    d_rows = kernels.multiply_transposed(d_outs, weights, plan)
+    d_weights = kernels.multiply_rows(rows, d_outs, plan)
     return d_rows, d_weights, None
 
 

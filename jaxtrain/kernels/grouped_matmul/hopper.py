@@ -5,11 +5,15 @@ One warpgroup copies blocks of both factors into a ring of buffers in shared mem
 TMA; two compute, each 64 rows of the tile, by wgmma in float32. A tile of rows that
 several groups share is summed over these groups, the other groups' rows set to zero in
 shared memory: so each tile is written once, and rows behind all groups become zeros.
+
+Matrices of one shape that the same rows meet, as gate's and up's, are given together:
+their tiles are taken as if they stood side by side, and none is copied for that.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -49,7 +53,7 @@ def make_kernels(
     """The three products by tiles of these sizes."""
     return Kernels(
         functools.partial(multiply, tiles=forward or Tiles()),
-        functools.partial(multiply, tiles=transposed or Tiles(), transposed=True),
+        functools.partial(multiply_transposed, tiles=transposed or Tiles()),
         functools.partial(multiply_rows, tiles=of_rows or Tiles()),
         row_multiple=TILE,
         width_multiple=_DEPTH,
@@ -58,48 +62,72 @@ def make_kernels(
 
 def multiply(
     rows: Float[Array, "M D"],
-    weights: Float[Array, "E D F"],
+    weights: Sequence[Float[Array, "E D F"]],
     plan: Plan,
     tiles: Tiles,
-    *,
-    transposed: bool = False,
-) -> Float[Array, "M F"]:
-    """Each row times its group's matrix, or where `transposed` [E F D] times its own.
+) -> tuple[Float[Array, "M F"], ...]:
+    """Each row times its group's matrix, of each of the weights.
 
     Rows behind all groups give zeros, whatever they hold.
     """
-    length, depth = rows.shape
-    width = weights.shape[1 if transposed else 2]
+    (length, depth), width = rows.shape, weights[0].shape[2]
     tiles = _fit(tiles, width)
-    shape = (tiles.columns, _DEPTH) if transposed else (_DEPTH, tiles.columns)
     kernel = _call(
-        functools.partial(_multiply_kernel, tiles, transposed),
+        functools.partial(_multiply_kernel, tiles, len(weights), False),
         tiles,
-        jax.ShapeDtypeStruct((length, width), rows.dtype),
-        [(tiles.stages, GROUPS, ROWS, _DEPTH), (tiles.stages, *shape)],
-        (rows.size + weights.size + length * width, length * depth * width),
+        [jax.ShapeDtypeStruct((length, width), rows.dtype)] * len(weights),
+        [(tiles.stages, GROUPS, ROWS, _DEPTH), (tiles.stages, _DEPTH, tiles.columns)],
+        ([rows, *weights], length * depth * width * len(weights)),
     )
-    return kernel(rows, weights, plan.bounds, plan.firsts, plan.counts, plan.tiles)
+    return tuple(kernel(rows, *weights, *_places(plan)))
+
+
+def multiply_transposed(
+    d_outs: Sequence[Float[Array, "M F"]],
+    weights: Sequence[Float[Array, "E D F"]],
+    plan: Plan,
+    tiles: Tiles,
+) -> Float[Array, "M D"]:
+    """The sum over both sequences of each row times its group's transposed matrix."""
+    (length, depth), width = d_outs[0].shape, weights[0].shape[1]
+    tiles = _fit(tiles, width)
+    kernel = _call(
+        functools.partial(_multiply_kernel, tiles, len(weights), True),
+        tiles,
+        [jax.ShapeDtypeStruct((length, width), d_outs[0].dtype)],
+        [(tiles.stages, GROUPS, ROWS, _DEPTH), (tiles.stages, tiles.columns, _DEPTH)],
+        ([*d_outs, *weights], length * depth * width * len(weights)),
+    )
+    (d_rows,) = kernel(*d_outs, *weights, *_places(plan))
+    return d_rows
+
+
+def _places(plan: Plan) -> tuple[Array, ...]:
+    """What the kernel that multiplies reads of the plan."""
+    return plan.bounds, plan.firsts, plan.counts, plan.tiles
 
 
 def multiply_rows(
     rows: Float[Array, "M D"],
-    others: Float[Array, "M F"],
+    others: Sequence[Float[Array, "M F"]],
     plan: Plan,
     tiles: Tiles,
-) -> Float[Array, "E D F"]:
-    """The sum over each group's rows of row x other row; zeros for an empty group."""
+) -> tuple[Float[Array, "E D F"], ...]:
+    """The sum over each group's rows of row x other row, for each of the others.
+
+    Zeros for an empty group.
+    """
     length, depth = rows.shape
-    width, groups = others.shape[1], len(plan.groups)
+    width, groups = others[0].shape[1], len(plan.groups)
     tiles = _fit(tiles, width)
     kernel = _call(
-        functools.partial(_rows_kernel, tiles),
+        functools.partial(_rows_kernel, tiles, len(others)),
         tiles,
-        jax.ShapeDtypeStruct((groups, depth, width), rows.dtype),
+        [jax.ShapeDtypeStruct((groups, depth, width), rows.dtype)] * len(others),
         [(tiles.stages, GROUPS, _DEPTH, ROWS), (tiles.stages, _DEPTH, tiles.columns)],
-        (rows.size + others.size + groups * depth * width, length * depth * width),
+        ([rows, *others], length * depth * width * len(others)),
     )
-    return kernel(rows, others, plan.bounds, plan.groups)
+    return tuple(kernel(rows, *others, plan.bounds, plan.groups))
 
 
 def _fit(tiles: Tiles, width: int) -> Tiles:
@@ -115,15 +143,15 @@ def _fit(tiles: Tiles, width: int) -> Tiles:
 def _call(
     body: Callable[..., None],
     tiles: Tiles,
-    out_type: jax.ShapeDtypeStruct,
+    out_types: list[jax.ShapeDtypeStruct],
     memory: list[tuple[int, ...]],
-    work: tuple[int, int],
-) -> Callable[..., Array]:
+    work: tuple[list[Array], int],
+) -> Callable[..., Sequence[Array]]:
     """The compiled kernel; `memory` has the shapes of the two rings.
 
-    `work`: how many numbers it reads and writes, and multiplications.
+    `work`: the factors, and how many numbers are multiplied.
     """
-    dtype = out_type.dtype
+    dtype = out_types[0].dtype
     scratch = [
         *(hopper.matrix_memory(shape, dtype) for shape in memory),
         hopper.matrix_memory((GROUPS, ROWS, tiles.leaving), dtype),
@@ -132,7 +160,9 @@ def _call(
     ]
     extra: dict[str, Any] = {}
     if hopper.TELLS_COST:
-        numbers, products = work
+        factors, products = work
+        numbers = sum(x.size for x in factors)
+        numbers += sum(math.prod(x.shape) for x in out_types)
         extra["cost_estimate"] = pl.CostEstimate(
             flops=2 * products,
             bytes_accessed=numbers * dtype.itemsize,
@@ -140,7 +170,7 @@ def _call(
         )
     return plgpu.kernel(
         body,
-        out_type=out_type,
+        out_type=out_types,
         scratch_types=scratch,
         grid=(_count_programs(tiles),),
         grid_names=("programs",),
@@ -170,14 +200,32 @@ class Ring:
     def stages(self) -> int:
         return self.left.shape[0]
 
-    def fill(self, turn: Array, lefts: Callable[[int], Ref], right: Ref) -> None:
+    def fill(self, turn: Array, left: Callable[[int], Ref], right: Ref) -> None:
         """Copies each group's block of the left factor, and one of the right."""
+        self.fill_from(turn, turn, [left], [right])
+
+    def fill_from(
+        self,
+        turn: Array,
+        choice: Array,
+        lefts: Sequence[Callable[[int], Ref]],
+        rights: Sequence[Ref],
+    ) -> None:
+        """The same where a factor has several arrays, of which `choice` tells one."""
         slot = hopper.remainder(turn, self.stages)
         hopper.wait_for_slot(self.free, turn, slot, self.stages)
         ready = self.ready.at[slot]
-        for group in range(GROUPS):
-            plgpu.copy_gmem_to_smem(lefts(group), self.left.at[slot, group], ready)
-        plgpu.copy_gmem_to_smem(right, self.right.at[slot], ready)
+
+        def copy_left(blocks: Callable[[int], Ref]) -> None:
+            for group in range(GROUPS):
+                plgpu.copy_gmem_to_smem(blocks(group), self.left.at[slot, group], ready)
+
+        choose(choice, lefts, copy_left)
+        choose(
+            choice,
+            rights,
+            lambda block: plgpu.copy_gmem_to_smem(block, self.right.at[slot], ready),
+        )
 
     def release_before(self, turn: Array, first: Array) -> None:
         """Gives the buffers of the turn before back, if it was of the same tile."""
@@ -190,6 +238,15 @@ class Ring:
         plgpu.wgmma_wait(0)
         slot = hopper.remainder(turns + self.stages - 1, self.stages)
         pl.when(turns > first)(lambda: plgpu.barrier_arrive(self.free.at[slot]))
+
+
+def choose(choice: Array, options: Sequence[Any], take: Callable[[Any], None]) -> None:
+    """`take` of that of the options; of the only one, whatever the choice."""
+    if len(options) == 1:
+        take(options[0])
+        return
+    for number, option in enumerate(options):
+        pl.when(choice == number)(functools.partial(take, option))
 
 
 def over_tiles(count: int, take: Callable[[Array, Array], Array]) -> None:
@@ -213,32 +270,25 @@ def over_tiles(count: int, take: Callable[[Array, Array], Array]) -> None:
     jax.lax.fori_loop(0, own, visit, jnp.int32(0))
 
 
-def _multiply_kernel(
-    tiles: Tiles,
-    transposed: bool,
-    rows_ref: Ref,
-    weights_ref: Ref,
-    bounds_ref: Ref,
-    firsts_ref: Ref,
-    counts_ref: Ref,
-    order_ref: Ref,
-    out_ref: Ref,
-    rows_memory: Ref,
-    weights_memory: Ref,
-    out_memory: Ref,
-    ready: Ref,
-    free: Ref,
-) -> None:
-    length, depth = rows_ref.shape
-    columns = pl.cdiv(out_ref.shape[1], tiles.columns)
-    steps = depth // _DEPTH
+def _multiply_kernel(tiles: Tiles, many: int, transposed: bool, *refs: Ref) -> None:
+    """`many` matrices give each a result of its own, or where `transposed` a sum."""
+    across, along = (1, many) if transposed else (many, 1)
+    rows_refs, weights_refs = refs[:along], refs[along : along + many]
+    bounds_ref, firsts_ref, counts_ref, order_ref = refs[along + many :][:4]
+    out_refs = refs[along + many + 4 :][:across]
+    rows_memory, weights_memory, out_memory, ready, free = refs[-5:]
+    (length, depth), width = rows_refs[0].shape, out_refs[0].shape[1]
+    part = pl.cdiv(width, tiles.columns)
+    columns = part * across
+    part_steps = depth // _DEPTH
+    steps = part_steps * along
     ring = Ring(rows_memory, weights_memory, ready, free)
     group = jax.lax.axis_index("group")
 
     def over_groups(take: Callable[..., Any], place: Array, turns: Array) -> Array:
         """Folds `take(tile, column, expert, turns)` over what meets a tile."""
         tile = order_ref[hopper.divide(place, columns)]
-        column = hopper.remainder(place, columns) * tiles.columns
+        column = hopper.remainder(place, columns)
         first = firsts_ref[tile]
 
         def visit(expert: Array, turns: Array) -> Array:
@@ -256,14 +306,21 @@ def _multiply_kernel(
         def feed(
             row: Array, column: Array, expert: Array, turns: Array, own: Array
         ) -> None:
+            outer = pl.ds(hopper.remainder(column, part) * tiles.columns, tiles.columns)
+
             def copy(step: Array, _: None) -> None:
-                inner = pl.ds(step * _DEPTH, _DEPTH)
-                outer = pl.ds(column, tiles.columns)
+                inner = pl.ds(hopper.remainder(step, part_steps) * _DEPTH, _DEPTH)
                 block = (outer, inner) if transposed else (inner, outer)
-                ring.fill(
+
+                def of_rows(ref: Ref) -> Callable[[int], Ref]:
+                    return lambda i: ref.at[pl.ds(row + i * ROWS, ROWS), inner]
+
+                counted = (step, part_steps) if transposed else (column, part)
+                ring.fill_from(
                     turns + step,
-                    lambda i: rows_ref.at[pl.ds(row + i * ROWS, ROWS), inner],
-                    weights_ref.at[expert, *block],
+                    hopper.divide(*counted),
+                    [of_rows(ref) for ref in rows_refs],
+                    [ref.at[expert, *block] for ref in weights_refs],
                 )
 
             jax.lax.fori_loop(0, own, copy, None)
@@ -307,35 +364,29 @@ def _multiply_kernel(
             total, turns = pl.run_scoped(sum_up, plgpu.ACC(shape, jnp.float32))
             tile = order_ref[hopper.divide(place, columns)]
             own = pl.ds(tile * TILE + group * ROWS, ROWS)
-            column = hopper.remainder(place, columns) * tiles.columns
-            _store(total, out_memory.at[group], out_ref.at[own], column)
+            column = hopper.remainder(place, columns)
+            targets = [ref.at[own] for ref in out_refs]
+            _store(tiles, total, out_memory.at[group], targets, (column, part))
             return turns
 
         over_tiles(pl.cdiv(length, TILE) * columns, take)
         plgpu.wait_smem_to_gmem(0)
 
 
-def _rows_kernel(
-    tiles: Tiles,
-    rows_ref: Ref,
-    others_ref: Ref,
-    bounds_ref: Ref,
-    order_ref: Ref,
-    out_ref: Ref,
-    rows_memory: Ref,
-    others_memory: Ref,
-    out_memory: Ref,
-    ready: Ref,
-    free: Ref,
-) -> None:
-    groups, depth, width = out_ref.shape
-    columns, parts = pl.cdiv(width, tiles.columns), pl.cdiv(depth, TILE)
+def _rows_kernel(tiles: Tiles, many: int, rows_ref: Ref, *refs: Ref) -> None:
+    """`many` arrays of other rows give each a result of its own."""
+    others_refs, (bounds_ref, order_ref) = refs[:many], refs[many : many + 2]
+    out_refs = refs[many + 2 : many + 2 + many]
+    rows_memory, others_memory, out_memory, ready, free = refs[-5:]
+    groups, depth, width = out_refs[0].shape
+    part, parts = pl.cdiv(width, tiles.columns), pl.cdiv(depth, TILE)
+    columns = part * many
     ring = Ring(rows_memory, others_memory, ready, free)
     group = jax.lax.axis_index("group")
 
     def locate(place: Array) -> tuple[Array, ...]:
-        """The expert of a tile, its first row and column, its blocks of rows."""
-        column = hopper.remainder(place, columns) * tiles.columns
+        """The expert of a tile, its first row, its column, its blocks of rows."""
+        column = hopper.remainder(place, columns)
         place = hopper.divide(place, columns)
         expert = order_ref[hopper.divide(place, parts)]
         start, end = bounds_ref[expert], bounds_ref[expert + 1]
@@ -349,13 +400,15 @@ def _rows_kernel(
 
         def feed(place: Array, turns: Array) -> Array:
             _, row, column, first, own = locate(place)
+            outer = pl.ds(hopper.remainder(column, part) * tiles.columns, tiles.columns)
 
             def copy(step: Array, _: None) -> None:
                 inner = pl.ds((first + step) * _DEPTH, _DEPTH)
-                ring.fill(
+                ring.fill_from(
                     turns + step,
-                    lambda i: rows_ref.at[inner, pl.ds(row + i * ROWS, ROWS)],
-                    others_ref.at[inner, pl.ds(column, tiles.columns)],
+                    hopper.divide(column, part),
+                    [lambda i: rows_ref.at[inner, pl.ds(row + i * ROWS, ROWS)]],
+                    [ref.at[inner, outer] for ref in others_refs],
                 )
 
             jax.lax.fori_loop(0, own, copy, None)
@@ -389,8 +442,9 @@ def _rows_kernel(
 
             shape = (ROWS, tiles.columns)
             total = pl.run_scoped(sum_up, plgpu.ACC(shape, jnp.float32))
-            target = out_ref.at[expert, pl.ds(row + group * ROWS, ROWS)]
-            _store(total, out_memory.at[group], target, column)
+            own_rows = pl.ds(row + group * ROWS, ROWS)
+            targets = [ref.at[expert, own_rows] for ref in out_refs]
+            _store(tiles, total, out_memory.at[group], targets, (column, part))
             return turns + own
 
         over_tiles(groups * parts * columns, take)
@@ -408,11 +462,27 @@ def _keep(tiles: Tiles, block: Ref, start: Array, end: Array) -> None:
     plgpu.commit_smem()
 
 
-def _store(total: Array, memory: Ref, target: Ref, column: Array) -> None:
-    """Sends a tile's sums to the target's columns, in as many parts as it takes."""
+def _store(
+    tiles: Tiles,
+    total: Array,
+    memory: Ref,
+    targets: Sequence[Ref],
+    place: tuple[Array, int],
+) -> None:
+    """Sends a tile's sums to a target's columns, in as many parts as it takes.
+
+    `place`: the tile's column, counted over all targets, and tiles of one target.
+    """
+    column, part = place
+    choice, start = hopper.divide(column, part), hopper.remainder(column, part)
     leaving = memory.shape[1]
     for first in range(0, total.shape[1], leaving):
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         memory[...] = total[:, first : first + leaving].astype(memory.dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(memory, target.at[:, pl.ds(column + first, leaving)])
+        columns = pl.ds(start * tiles.columns + first, leaving)
+
+        def send(target: Ref, columns: Any = columns) -> None:
+            plgpu.copy_smem_to_gmem(memory, target.at[:, columns])
+
+        choose(choice, targets, send)

@@ -67,9 +67,14 @@ def check(multiply, arrays, sizes=SIZES):
 
 def interpreted(columns, **options):
     tiles = hopper.Tiles(columns=columns, leaving=64, interpret=True, **options)
-    return functools.partial(
-        api.multiply_groups, hopper.make_kernels(tiles, tiles, tiles)
-    )
+    return alone(hopper.make_kernels(tiles, tiles, tiles))
+
+
+def alone(kernels):
+    """The product with one matrix a group."""
+    return lambda rows, weights, sizes: api.multiply_groups(
+        kernels, rows, (weights,), sizes
+    )[0]
 
 
 @pytest.fixture
@@ -88,6 +93,31 @@ def test_hopper_kernels_take_sizes_that_tiles_do_not_divide():
     """Widths of low-rank factors, and rows that are no multiple of anything."""
     arrays = make_arrays(rows=131, sizes=(5, 126), depth=24, width=8)
     check(interpreted(64, stages=2), arrays, (5, 126))
+
+
+@pytest.mark.usefixtures("interpreter")
+def test_hopper_kernels_take_two_matrices_of_a_group_together():
+    """As gate and up: widths are no multiple of a tile's, and d_rows is one sum."""
+    rows, gate, d_gate = make_arrays(width=192)
+    up, d_up = jnp.flip(gate, 1), jnp.flip(d_gate, 1)
+    tiles = hopper.Tiles(columns=128, stages=3, leaving=64, interpret=True)
+    kernels = hopper.make_kernels(tiles, tiles, tiles)
+    sizes = jnp.asarray(SIZES, jnp.int32)
+    outs, transpose = jax.vjp(
+        lambda rows, *both: api.multiply_groups(kernels, rows, both, sizes),
+        rows,
+        gate,
+        up,
+    )
+    d_rows, *d_weights = transpose((d_gate, d_up))
+    wants = [expected(rows, *each, SIZES) for each in ((gate, d_gate), (up, d_up))]
+    want_rows = wants[0][1] + wants[1][1]
+    pairs = [(d_rows, want_rows)]
+    pairs += [(out, want[0]) for out, want in zip(outs, wants, strict=True)]
+    pairs += [(x, want[2]) for x, want in zip(d_weights, wants, strict=True)]
+    for got, want in pairs:
+        limit = 2.0**-8 * np.abs(want) + 1e-5 * np.abs(want).max()
+        assert (np.abs(np.asarray(got, np.float64) - want) <= limit).all()
 
 
 def test_xla_equals_float64():
@@ -126,21 +156,24 @@ def memberships(length, plan):
     return is_own.astype(jnp.float32)
 
 
-def plain(rows, weights, plan, *, letters="edf,md->mf"):
+def plain(rows, weights, plan):
     """A kernel's contract in plain jax: it is told of groups by the plan alone."""
-    matrices, others = letters.split(",")
     own = memberships(len(rows), plan)
-    return jnp.einsum(f"me,{matrices},{others}", own, weights, rows)
+    return tuple(jnp.einsum("me,edf,md->mf", own, each, rows) for each in weights)
+
+
+def plain_transposed(d_outs, weights, plan):
+    own = memberships(len(d_outs[0]), plan)
+    pairs = zip(d_outs, weights, strict=True)
+    return sum(jnp.einsum("me,edf,mf->md", own, each, d_out) for d_out, each in pairs)
 
 
 def plain_rows(rows, others, plan):
     own = memberships(len(rows), plan)
-    return jnp.einsum("me,md,mf->edf", own, rows, others)
+    return tuple(jnp.einsum("me,md,mf->edf", own, rows, each) for each in others)
 
 
-PLAIN = api.Kernels(
-    plain, functools.partial(plain, letters="edf,mf->md"), plain_rows, 8, 64
-)
+PLAIN = api.Kernels(plain, plain_transposed, plain_rows, 8, 64)
 
 
 def test_gradients_on_a_mesh_are_those_of_one_device():
@@ -150,7 +183,7 @@ def test_gradients_on_a_mesh_are_those_of_one_device():
     rows, weights, d_out = make_arrays(128, (1, 1), 16, 8, jnp.float32)
     split, whole = PartitionSpec("data"), PartitionSpec()
     multiply = jax.shard_map(
-        lambda x, w, s: api.multiply_groups(PLAIN, x, w, s[0]),
+        lambda x, w, s: alone(PLAIN)(x, w, s[0]),
         mesh=mesh,
         in_specs=(split, whole, split),
         out_specs=split,
@@ -233,8 +266,7 @@ def test_the_plan_names_all_groups_of_a_tile_and_the_longest_work_first(sizes):
 
 def test_hopper_kernels_lower_for_cuda():
     arrays = make_arrays(depth=2048, width=1024)
-    multiply = functools.partial(api.multiply_groups, hopper.make_kernels())
-    step = jax.jit(functools.partial(run, multiply, sizes=SIZES))
+    step = jax.jit(functools.partial(run, alone(hopper.make_kernels()), sizes=SIZES))
     program = step.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
     assert program.count("custom_call @mosaic_gpu") == 3
 
