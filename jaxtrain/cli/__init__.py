@@ -43,6 +43,8 @@ def _dispatch(arguments: list[str]) -> int | None:
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {close[0]}?" if close else "see jaxtrain --help"
+        if name in ("sft", "dpo", "lora", "from_scratch"):  # `trl sft` as it is typed
+            hint = f"write `jaxtrain train {name}`"
         raise ValueError(
             f"jaxtrain has no command {name!r}; {hint} (there are"
             f" {', '.join(COMMANDS)})"

@@ -24,6 +24,18 @@ _FOR_TINY_MODELS = (
 _FOR_SHORT_ROWS = (
     "training.max_steps", "data.max_length", "training.dpo.max_length",
 )  # fmt: skip
+# What TRL's commands train that is no configuration here.
+_ELSEWHERE = (
+    "{} is not implemented; jaxtrain trains by next-token and preference losses"
+)
+_METHODS = {
+    name: f"write `jaxtrain train dpo --training.objective={name}`"
+    for name in ("kto", "orpo", "cpo", "simpo")
+} | {
+    name: _ELSEWHERE.format(name.upper())
+    + ", and there are from_scratch, sft, lora, dpo"
+    for name in ("grpo", "ppo", "rloo", "reward", "prm", "gkd", "online_dpo")
+}
 _TINY_BYTES = 100e6  # of weights in a directory; those of SmolLM2 135M are 270 MB
 
 
@@ -70,6 +82,8 @@ def shipped_config(name: str) -> Path:
     """
     found = shipped_configs()
     if name not in found:
+        if name in _METHODS:
+            raise ValueError(f"config = {name!r}: {_METHODS[name]}")
         close = difflib.get_close_matches(name, found, n=3)
         hint = f"did you mean {' or '.join(close)}? There are" if close else "there are"
         presets = [each for each, path in found.items() if path.suffix == ".py"]
