@@ -63,12 +63,6 @@ def fit_vocabulary(run: RunConfig, config: ModelConfig, tokenizer: Any) -> Model
     return config
 
 
-def with_rows(decoder: Decoder, rows: int) -> Decoder:
-    """The same decoder with another number of rows in its vocabulary."""
-    config = dataclasses.replace(decoder.config, vocab_size=rows)
-    return dataclasses.replace(decoder, config=config)
-
-
 def check_new_rows_train(base: Decoder, stored_rows: int, lora: LoraConfig) -> None:
     """Refuse adapters beside new rows that would stay as they start.
 

@@ -19,6 +19,7 @@ from typing import Any, Literal
 from jaxtrain.data.rows.columns import (
     ColumnMap,
     check_columns,
+    check_unread,
     propose_map,
     rename,
 )
@@ -221,6 +222,12 @@ def detect_format(
     if not found:
         raise _unknown_format(readable[0], names, kind, column_map)
     ((row_format, _),) = found.most_common(1)
+    for row in readable:
+        check_unread(
+            rename(row, column_map),
+            row_format.columns,
+            finds_prompt=row_format.implicit_prompt and not row_format.conversational,
+        )
     return dataclasses.replace(row_format, column_map=column_map)
 
 
@@ -496,7 +503,12 @@ def _messages(value: Any, column: str) -> list[dict[str, Any]]:
     if isinstance(value, Mapping):  # ShareGPT preference files hold one message
         value = [value]
     if not isinstance(value, list) or not value:
-        raise BadRow(f"{column} is {shown(value)}, expected a non-empty message list")
+        hint = ""
+        if isinstance(value, str) and value.lstrip().startswith("["):
+            hint = " and not its text: keep conversations in jsonl or parquet, not csv"
+        raise BadRow(
+            f"{column} is {shown(value)}, expected a non-empty message list{hint}"
+        )
     return [_message(item, f"{column}[{i}]") for i, item in enumerate(value)]
 
 
