@@ -83,6 +83,7 @@ def test_a_dotted_flag_is_answered_like_a_key():
         ("train kto", "jaxtrain train dpo --training.objective=kto"),
         ("train grpo", "GRPO is not implemented"),
         ("dpo", "write `jaxtrain train dpo`"),
+        ("merge out/run", "model/ is merged"),
     ],
 )
 def test_commands_of_trl_are_answered(command, fix, capsys):
@@ -100,6 +101,20 @@ def test_an_idle_option_of_the_loss_is_told_once():
             resolve_flags(default_config(), flags)
         (line,) = caught.value.problems
         assert "loss_type ['ipo'] does not read it" in line
+
+
+def test_modules_with_commas_are_a_list_and_a_pattern_stays_one():
+    for text, wanted in [
+        ("q_proj,v_proj", ("q_proj", "v_proj")),
+        ("q_proj, v_proj,", ("q_proj", "v_proj")),
+        ("all-linear", "all-linear"),
+        (r".*\.(q|v){1,2}_proj", r".*\.(q|v){1,2}_proj"),
+    ]:
+        flags, _ = split_flags(
+            ["--training.training_type=lora", f"--training.lora.target_modules={text}"]
+        )
+        _, run = resolve_flags(default_config(), flags)
+        assert run.lora is not None and run.lora.target_modules == wanted
 
 
 def test_one_number_is_a_list_of_one():

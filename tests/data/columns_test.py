@@ -9,7 +9,9 @@ from jaxtrain.cli.ending import run_command
 from jaxtrain.config import ConfigError, default_config, resolve
 from jaxtrain.config.flags import Flag, resolve_flags
 from jaxtrain.data import inspect, loading, sources
+from jaxtrain.data.rows.folders import first_rows
 from jaxtrain.data.rows.formats import BadRow, detect_format, read_row
+from jaxtrain.data.rows.jinja import read_template
 from jaxtrain.data.rows.tokenize import load_tokenizer
 
 ROWS = [{"Question Text": f"q{n}", "Answer": f" a{n}", "n": n} for n in range(4)]
@@ -184,3 +186,19 @@ def test_a_conversation_in_a_cell_is_refused_with_the_reason():
     cell = json.dumps([{"role": "user", "content": "a"}])
     with pytest.raises(BadRow, match="jsonl or parquet, not csv"):
         read_row({"messages": cell}, detect_format([{"messages": cell}]))
+
+
+def test_rows_below_a_name_are_refused_with_it():
+    with pytest.raises(ValueError, match="the list in 'data', write that list alone"):
+        detect_format([{"version": "1", "data": [{"messages": []}]}])
+
+
+def test_a_pattern_for_a_path_is_told_to_be_none(tmp_path):
+    with pytest.raises(ValueError, match="a path is no pattern: name the folder"):
+        first_rows(tmp_path / "*.jsonl", "train")
+
+
+@pytest.mark.parametrize("template", ["chatml", "chatml.txt", "owner/model"])
+def test_a_chat_template_that_is_constant_is_refused(template):
+    with pytest.raises(ValueError, match=r"neither \{\{ nor \{%"):
+        read_template(template)

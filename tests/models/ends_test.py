@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxtrain.lora import load_adapter
+from jaxtrain.models.ends import add_head
 from jaxtrain.models.load import load_model, make_decoder
 from jaxtrain.tree import overlay
 
@@ -58,3 +59,17 @@ def test_what_modules_to_save_unties_acts_as_in_peft(saved, tmp_path):
     assert not config.tie_word_embeddings
     head, table = params["lm_head"]["kernel"], params["embed_tokens"]["embedding"]
     assert np.abs(head.T - table).max() > 0.1  # two matrices, which differ
+
+
+def test_a_head_is_added_once_and_only_where_it_is_wanted():
+    table = jnp.arange(6.0).reshape(3, 2)
+    there = {"embed_tokens": {"embedding": table}}
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    wanted = {
+        "embed_tokens": {"embedding": jax.ShapeDtypeStruct((3, 2), "f4", sharding=one)},
+        "lm_head": {"kernel": jax.ShapeDtypeStruct((2, 3), "f4", sharding=one)},
+    }
+    added = add_head(there, wanted)
+    np.testing.assert_array_equal(added["lm_head"]["kernel"], table.T)
+    assert add_head(there, {"embed_tokens": wanted["embed_tokens"]}) is there
+    assert add_head(added, wanted) is added

@@ -65,6 +65,8 @@ _REQUIRED = (
 _UNFORESEEN = (
     ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError,
 )  # fmt: skip
+# What a JSON file may call the list of its rows.
+_WRAPPERS = ("data", "rows", "examples", "instances", "records", "items", "train")
 _ACCEPTED = (
     "'text', 'prompt' + 'completion' (with 'label' for KTO), 'messages', 'chosen' + "
     "'rejected' (with or without 'prompt'), Alpaca's 'instruction' + 'output', "
@@ -265,6 +267,8 @@ def _unknown_format(
     elif there := next(filter(set(names).issuperset, _REQUIRED), None):
         listed = " and ".join(map(repr, there))
         advice = f"no row among the first {_DETECTED_ROWS} has a value in {listed}"
+    elif wrapper := next((n for n in _WRAPPERS if _is_rows(row.get(n))), None):
+        advice = f"if its rows are the list in {wrapper!r}, write that list alone"
     elif column_map:
         advice = (
             f"data.column_map = {shown(dict(column_map))} does not make one of them"
@@ -273,6 +277,11 @@ def _unknown_format(
         f"columns {_listed(names)} (filled in the first row: {_listed(filled)}) are not"
         f" {wanted}: give {_ACCEPTED}; {advice}"
     )
+
+
+def _is_rows(value: Any) -> bool:
+    """Whether a value is a list of mappings, as the rows of a file are."""
+    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
 
 
 def detect_for(
