@@ -236,3 +236,28 @@ def test_bad_rows_are_reported_together():
         problems.report(10)
     with pytest.raises(ValueError, match="on_bad_row='ignore'"):
         RowProblems("ignore")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": [USER], "completion": [REPLY]},
+        {"prompt": [USER], "completion": [REPLY], "label": True},
+        {"prompt": [USER], "chosen": [REPLY], "rejected": [OTHER]},
+        {"chosen": [USER, REPLY], "rejected": [USER, OTHER]},
+    ],
+)
+def test_a_system_column_is_the_first_message_of_every_conversation(row):
+    found = detect_format([row])
+    message = {"role": "system", "content": "Be kind."}
+    read = read_row(row | {"system": "Be kind."}, found)
+    assert read["prompt"] == [message, USER]
+    assert read_row(row | {"system": ""}, found)["prompt"] == [USER]
+
+
+def test_a_system_column_beside_plain_text_is_said_to_be_unread(caplog):
+    row = {"prompt": "a", "completion": "b"}
+    detect_format([row | {"system": None}])
+    assert not caplog.records
+    detect_format([row | {"system": "Be kind."}])
+    assert "column 'system' is not read" in caplog.text

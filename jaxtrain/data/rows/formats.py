@@ -224,6 +224,11 @@ def detect_format(
     if not found:
         raise _unknown_format(readable[0], names, kind, column_map)
     ((row_format, _),) = found.most_common(1)
+    if not row_format.conversational and any(row.get("system") for row in readable):
+        logger.warning(
+            "column 'system' is not read, because these rows are no conversations: make"
+            " their prompts lists of messages, or write the text into them"
+        )
     for row in readable:
         check_unread(
             rename(row, column_map),
@@ -387,6 +392,8 @@ def _read_row(row: Row, row_format: RowFormat) -> dict[str, Any]:
         value: Callable[[Any, str], Any]
         value = _messages if row_format.conversational else _plain
         read = {name: value(row.get(name), name) for name in names}
+        if row_format.conversational:
+            read["prompt"] = _attach_system(read["prompt"], row)
         if row_format.kind == "labeled":
             read["label"] = _label(row.get("label"))
     else:
@@ -458,8 +465,8 @@ def _read_preference(row: Row, row_format: RowFormat) -> dict[str, Any]:
         if row_format.conversational and isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
         prompt = value(prompt, column)
-        if row_format.conversational:
-            prompt = _attach_system(prompt, row)
+    if row_format.conversational:
+        prompt = _attach_system(prompt, row)
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
