@@ -11,7 +11,12 @@ from ml_collections import ConfigDict
 
 from jaxtrain.config import RunConfig, load_config, peer_keys, resolve
 from jaxtrain.config.flags import Flag, key_ending_in, override, split_flags
-from jaxtrain.config.shipped import config_stem, fit_preset_to_model, is_preset
+from jaxtrain.config.shipped import (
+    config_stem,
+    fit_preset_to_model,
+    give_way,
+    is_preset,
+)
 from jaxtrain.storage.address import as_path, is_remote
 
 logger = logging.getLogger(__name__)
@@ -157,8 +162,10 @@ class ConfigParser(Parser):
             flags.append(Flag("model.name_or_path", options.model))
         config = load_config(options.config)
         keys = override(config, flags)
-        if is_preset(options.config) and (line := fit_preset_to_model(config, keys)):
-            logger.warning("%s", line)
+        if is_preset(options.config):
+            give_way(config, keys)
+            if line := fit_preset_to_model(config, keys):
+                logger.warning("%s", line)
         return options, config, resolve(config, flags=keys)
 
 
