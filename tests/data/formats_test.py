@@ -7,6 +7,7 @@ from jaxtrain.data.rows.formats import (
     BadRow,
     RowProblems,
     UnreadableRow,
+    detect_for,
     detect_format,
     extract_prompt,
     read_row,
@@ -261,3 +262,13 @@ def test_a_system_column_beside_plain_text_is_said_to_be_unread(caplog):
     assert not caplog.records
     detect_format([row | {"system": "Be kind."}])
     assert "column 'system' is not read" in caplog.text
+
+
+def test_sft_takes_the_messages_of_a_preference_set():
+    """UltraFeedback has both, and was refused for its pairs."""
+    sides = {"chosen": [USER, REPLY], "rejected": [USER, OTHER]}
+    row = {"prompt": "hi", **sides, "messages": [USER, REPLY], "score_chosen": 8.5}
+    assert detect_for("next_token", [row]).kind == "messages"
+    assert detect_for("preference", [row]).kind == "preference"
+    with pytest.raises(ValueError, match="cannot train on conversational preference"):
+        detect_for("next_token", [{"prompt": "hi", **sides}])

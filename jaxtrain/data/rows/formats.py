@@ -9,7 +9,9 @@ conversations.
 """
 
 import collections
+import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import logging
@@ -47,7 +49,7 @@ ROLE_ALIASES = {
 }
 # The rows that objectives train on -> the kinds of format that these are read from.
 TRAINS_ON: Mapping[str, tuple[Kind, ...]] = {
-    "next_token": ("text", "prompt_completion", "messages", "tokenized"),
+    "next_token": ("tokenized", "prompt_completion", "messages", "text"),
     "preference": ("preference",),
     "labeled": ("labeled", "preference"),
 }
@@ -311,9 +313,12 @@ def detect_for(
     columns = rename(dict.fromkeys(names), column_map)
     if objective == "labeled" and kind == "auto" and "label" in columns:
         kind = "labeled"  # "auto" reads such rows as prompt and completion
-    row_format = detect_format(
-        rows, kind=kind, text_column=text_column, column_map=column_map
+    detect = functools.partial(
+        detect_format, rows, text_column=text_column, column_map=column_map
     )
+    row_format = detect(kind=kind)
+    if row_format.kind not in TRAINS_ON[objective] and kind == "auto":
+        row_format = _other_format(detect, TRAINS_ON[objective]) or row_format
     if row_format.kind not in TRAINS_ON[objective]:
         raise ValueError(
             f"the {objective} objective cannot train on {row_format.describe()}: "
@@ -322,6 +327,19 @@ def detect_for(
             "text, prompt/completion, messages or input_ids"
         )
     return row_format
+
+
+def _other_format(
+    detect: Callable[..., RowFormat], kinds: Sequence[Kind]
+) -> RowFormat | None:
+    """A less specific format of rows with columns for several, if it is of these kinds.
+
+    Preference sets such as UltraFeedback have `messages` beside, to fine-tune on first.
+    """
+    for kind in kinds:
+        with contextlib.suppress(ValueError):
+            return detect(kind=kind)
+    return None
 
 
 def _possible_formats(
