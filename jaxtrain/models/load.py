@@ -108,15 +108,13 @@ def load_model(run: RunConfig) -> LoadedModel:
         logger.info(told, config.model_type, size, bucket.shown(directory))
         if run.lora is not None:
             settings = lora_config(run, config)
-            rows = source.stored.vocab_size
-            vocabulary.check_new_rows_train(base, rows, settings)
+            vocabulary.check_new_rows_train(base, source.stored, settings)
         stored = ends.as_stored(decoder, source.stored)
         stored, layouts = _describe_weights(run, stored, plan)
         params = hf.load_params(
             directory, stored, sharding.layouts_of(layouts), dtype=_base_dtype(run)
         )
-        params = vocabulary.add_rows(params, described)
-        params = ends.add_head(params, described)
+        params = ends.add_head(vocabulary.add_rows(params, described), described)
         fingerprint = fingerprint_model(directory)
     if decoder.quantization is not None:
         logger.info(
