@@ -36,7 +36,9 @@ def our_logits(base: pathlib.Path, adapter: pathlib.Path):
 
 @pytest.mark.torch
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("saved", [["embed_tokens"], ["embed_tokens", "lm_head"]])
+@pytest.mark.parametrize(
+    "saved", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]]
+)
 def test_what_modules_to_save_unties_acts_as_in_peft(saved, tmp_path):
     torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
