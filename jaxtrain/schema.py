@@ -181,6 +181,8 @@ class Leaf:
 DERIVED: Any = None
 
 Schema: TypeAlias = dict[str, Any]  # of Leaf, or of Schema for a section
+# An unknown name, the prefix of the section it stands in, and that section -> a fix.
+Suggest: TypeAlias = Callable[[str, str, Schema], str]
 
 
 def schema_of(section: type) -> Schema:
@@ -219,26 +221,37 @@ def to_config_dict(schema: Schema) -> ConfigDict:
     return ConfigDict(nest({path: stored(leaf) for path, leaf in leaves}))
 
 
-def overlay(config: ConfigDict, schema: Schema, given: Mapping[str, Any]) -> list[str]:
-    """Set on `config` what `given` holds; return a line for each key it can't set."""
+def overlay(
+    config: ConfigDict,
+    schema: Schema,
+    given: Mapping[str, Any],
+    suggest: Suggest | None = None,
+) -> list[str]:
+    """Set on `config` what `given` holds; return a line for each key it can't set.
+
+    Args:
+        suggest: what to do about a key that is unknown; by default a near name.
+    """
     problems: dict[str, str] = {}
-    for path, value in _check(schema, given, "", problems, schema):
+    suggest = suggest or near_name(schema)
+    for path, value in _check(schema, given, "", problems, suggest):
         if value is not None:
             get(config, path[:-1])[path[-1]] = value
     return list(problems.values())
 
 
 def merge(
-    schema: Schema, given: Mapping[str, Any]
+    schema: Schema, given: Mapping[str, Any], suggest: Suggest | None = None
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Checked values of every key, defaults where unset; and the refused keys.
 
     Each refused key has a line that describes its problem. It keeps its default, so
-    that later checks still run.
+    that later checks still run. `suggest` is that of `overlay`.
     """
     problems: dict[str, str] = {}
     values = defaults(schema)
-    for path, value in _check(schema, given, "", problems, schema):
+    suggest = suggest or near_name(schema)
+    for path, value in _check(schema, given, "", problems, suggest):
         get(values, path[:-1])[path[-1]] = value
     return values, problems
 
@@ -266,18 +279,16 @@ def _check(
     given: Mapping[str, Any],
     prefix: str,
     problems: dict[str, str],
-    root: Schema,
+    suggest: Suggest,
 ) -> Iterator[tuple[tuple[str, ...], Any]]:
     """Yield (path, converted value) of each good key; describe the others."""
     for name, value in given.items():
         path = f"{prefix}{name}"
         entry = schema.get(name)
         if entry is None:
-            fix = "remove it"
+            fix = "docs/configuration.md has all keys"
             if len(problems) < _MOST_SUGGESTIONS:  # each takes milliseconds
-                leaf = "" if isinstance(value, Mapping) else find_leaf(str(name), root)
-                fix = f"did you mean {leaf}?" if leaf and not prefix else ""
-                fix = fix or suggest_key(str(name), prefix, schema, root)
+                fix = suggest(str(name), prefix, schema)
             problems[path] = f"{cut(path)} = {shown(value)}: unknown key; {fix}"
         elif isinstance(entry, Leaf):
             is_unset = value is None and entry.default is None
@@ -286,7 +297,7 @@ def _check(
             except ValueError as error:
                 problems[path] = f"{path} = {shown(value)}: {error}"
         elif isinstance(value, Mapping):
-            for below, converted in _check(entry, value, f"{path}.", problems, root):
+            for below, converted in _check(entry, value, f"{path}.", problems, suggest):
                 yield (name, *below), converted
         elif value is not None:  # an empty YAML section reads as null: nothing set
             problems[path] = (
@@ -295,8 +306,19 @@ def _check(
             )
 
 
+def near_name(root: Schema) -> Suggest:
+    """The suggestion of `suggest_key`, for `overlay` and `merge`."""
+    return lambda name, prefix, section: suggest_key(name, prefix, section, root)
+
+
 def suggest_key(name: str, prefix: str, schema: Schema, root: Schema) -> str:
-    """A near name in this section, else in any section; else every name here."""
+    """A near name in this section, else in any section; else every name here.
+
+    Outside of all sections the key of this very name, in whichever section, is nearer
+    than a section of another name.
+    """
+    if not prefix and (leaf := find_leaf(name, root)):
+        return f"did you mean {leaf}?"
     close = difflib.get_close_matches(name, schema, n=1, cutoff=0.7)
     close = close or [known for known in schema if known.endswith(f"_{name}")]
     if close:
@@ -331,8 +353,9 @@ def _names(schema: Schema) -> str:
 def convert(value: Any, hint: Any) -> Any:
     """`value` as the annotation wants it, or ValueError "problem; fix".
 
-    Takes an int for a float, a whole float for an int, a list for a tuple, and a
-    comma-separated text for a tuple of texts. Never a text for a number or a bool.
+    Takes an int for a float, a whole float for an int, a list for a tuple, a single
+    number for a tuple of numbers, and a comma-separated text for a tuple of texts.
+    Never a text for a number or a bool.
     """
     if _fits := _convert(value, hint):
         return _fits[0]
@@ -442,6 +465,8 @@ def _is_plain(tree: Any, depth: int = 20) -> bool:
 def _convert_items(value: Any, hint: Any) -> tuple[Any] | None:
     if isinstance(value, str):
         value = [item.strip() for item in value.split(",") if item.strip()]
+    elif type(value) in (int, float) and hint in (int, float):
+        value = [value]
     if not isinstance(value, Sequence):
         return None
     items = [_convert(item, hint) for item in value]

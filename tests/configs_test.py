@@ -9,7 +9,15 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import pytest
 from ml_collections import ConfigDict
 
-from jaxtrain.config import default_config, diff, load_config, resolve, sections
+from jaxtrain.cli.command import ConfigParser
+from jaxtrain.config import (
+    default_config,
+    diff,
+    load_config,
+    resolve,
+    sections,
+    shipped,
+)
 from jaxtrain.config.flags import resolve_flags, split_flags
 
 CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
@@ -179,3 +187,39 @@ def test_a_yaml_problem_reaches_the_command_line(tmp_path: pathlib.Path) -> None
     path.write_text("training: {lerning_rate: 1e-6}\n")
     with pytest.raises(Exception, match=r"did you mean training\.learning_rate\?"):
         load(f"{CONFIGS / 'from_yaml.py'}:{path}")
+
+
+@pytest.mark.parametrize(
+    ("flags", "limit"),
+    [
+        ("", 96),
+        ("--data.max_length=64", None),
+        ("--training.dpo.max_length=96", None),
+        ("--training.objective=kto", None),
+        ("--training.objective=orpo", 96),
+        ("--training.dpo.max_length=64 --training.dpo.max_prompt_length=32", 32),
+    ],
+)
+def test_a_presets_limit_of_prompts_gives_way_to_flags(flags, limit):
+    """It was refused, beside a length or a loss that somebody asked for."""
+    _, _, run = ConfigParser("train", "").read(["dpo", *flags.split()])
+    assert run.dpo is not None and run.dpo.max_prompt_length == limit
+
+
+@pytest.mark.parametrize("objective", ["kto", "my_losses:focal", "cpo"])
+def test_a_presets_metric_gives_way_to_a_loss_that_lacks_it(objective):
+    """`train dpo --training.objective=kto`, as the tutorial says it, was refused."""
+    flag = f"--training.objective={objective}"
+    _, _, run = ConfigParser("train", "").read(["dpo", flag])
+    has_it = objective == "cpo"
+    assert (run.loop.metric_for_best_model == "eval_rewards/accuracies") == has_it
+    metric = "--training.metric_for_best_model=eval_loss"
+    _, _, run = ConfigParser("train", "").read(["dpo", flag, metric])
+    assert run.loop.metric_for_best_model == "eval_loss"
+
+
+def test_a_presets_limit_of_prompts_is_named_beside_a_real_model():
+    config = load("dpo")
+    config.model.name_or_path = "owner/model"
+    told = shipped.fit_preset_to_model(config, ())
+    assert "training.dpo.max_prompt_length = 96 were kept" in told

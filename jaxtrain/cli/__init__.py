@@ -27,6 +27,21 @@ COMMANDS = {
 }
 
 
+# What elsewhere is a command -> what it is here.
+_INSTEAD = {
+    **{name: f"write `jaxtrain train {name}`" for name in ("sft", "dpo", "lora")},
+    "finetune": "write `jaxtrain train`",
+    "resume": "the `jaxtrain train` that began the run resumes it",
+    "merge": "a run's model/ is merged, and `jaxtrain export` merges a checkpoint",
+    "convert": "write `jaxtrain export`",
+    "quantize": "training.lora.quantization quantizes a frozen base; exports are whole",
+    "test": "write `jaxtrain eval`",
+    "infer": "write `jaxtrain generate`",
+    "predict": "write `jaxtrain generate`",
+    "serve": "exports load in vLLM and transformers; `jaxtrain chat` is for one person",
+}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command that the arguments name; return its exit code."""
     return run_command(_dispatch, arguments)
@@ -43,6 +58,7 @@ def _dispatch(arguments: list[str]) -> int | None:
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {close[0]}?" if close else "see jaxtrain --help"
+        hint = _INSTEAD.get(name, hint)
         raise ValueError(
             f"jaxtrain has no command {name!r}; {hint} (there are"
             f" {', '.join(COMMANDS)})"

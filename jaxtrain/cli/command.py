@@ -9,9 +9,14 @@ from typing import Any, NoReturn
 
 from ml_collections import ConfigDict
 
-from jaxtrain.config import RunConfig, load_config, resolve
+from jaxtrain.config import RunConfig, load_config, peer_keys, resolve
 from jaxtrain.config.flags import Flag, key_ending_in, override, split_flags
-from jaxtrain.config.shipped import config_stem, fit_preset_to_model, is_preset
+from jaxtrain.config.shipped import (
+    config_stem,
+    fit_preset_to_model,
+    give_way,
+    is_preset,
+)
 from jaxtrain.storage.address import as_path, is_remote
 
 logger = logging.getLogger(__name__)
@@ -83,15 +88,22 @@ class Parser(argparse.ArgumentParser):
         # Intermixed: a positional argument may stand behind flags.
         options, unknown = self.parse_known_intermixed_args(arguments)
         if unknown:
-            name, _, _ = unknown[0].partition("=")
-            known = [flag for flag in self._option_string_actions if flag[:2] == "--"]
-            close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-            near = close[0] if close else self.near_flag(name)
-            self.error(f"unknown argument {name}{near and f'; did you mean {near}?'}")
+            names = [name.partition("=")[0] for name in unknown]
+            flags = [name for name in names if name.startswith("-")] or names
+            told = [f"unknown argument {name}{self._fix(name)}" for name in flags]
+            self.error("; ".join(told))
         return options
 
-    def near_flag(self, name: str) -> str:
-        """A flag that may have been meant by an unknown one; "" if there is none."""
+    def _fix(self, name: str) -> str:
+        """What to do about an unknown argument, with "; " before it, or nothing."""
+        if advice := self.advice(name):
+            return f"; {advice}"
+        known = [flag for flag in self._option_string_actions if flag[:2] == "--"]
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+        return f"; did you mean {close[0]}?" if close else ""
+
+    def advice(self, name: str) -> str:
+        """What takes the place of an unknown flag; "" where that is not known."""
         del name
         return ""
 
@@ -123,10 +135,10 @@ class ConfigParser(Parser):
             " model.name_or_path",
         )
 
-    def near_flag(self, name: str) -> str:
-        """The key of the configuration that ends in this name, as a flag."""
-        key = key_ending_in(name.removeprefix("--"))
-        return key and f"--{key}"
+    def advice(self, name: str) -> str:
+        """The key of the configuration that ends in this name, or that replaces it."""
+        key = key_ending_in(name.removeprefix("--").replace("-", "_"))
+        return f"did you mean --{key}?" if key else peer_keys.advice(name)
 
     def read(
         self, arguments: Sequence[str]
@@ -150,8 +162,10 @@ class ConfigParser(Parser):
             flags.append(Flag("model.name_or_path", options.model))
         config = load_config(options.config)
         keys = override(config, flags)
-        if is_preset(options.config) and (line := fit_preset_to_model(config, keys)):
-            logger.warning("%s", line)
+        if is_preset(options.config):
+            give_way(config, keys)
+            if line := fit_preset_to_model(config, keys):
+                logger.warning("%s", line)
         return options, config, resolve(config, flags=keys)
 
 

@@ -13,6 +13,7 @@ import yaml
 from ml_collections import ConfigDict
 
 from jaxtrain import schema
+from jaxtrain.config import peer_keys
 from jaxtrain.config.renamed import with_current_names
 from jaxtrain.config.rules import ConfigError
 from jaxtrain.config.run import (
@@ -171,7 +172,7 @@ def load_yaml(path: str | os.PathLike[str]) -> ConfigDict:
         )
     config = default_config()
     given = with_current_names(without_provenance(given or {}))
-    problems = schema.overlay(config, SCHEMA, given)
+    problems = schema.overlay(config, SCHEMA, given, peer_keys.suggest)
     if problems:
         # The file will not load, so say all there is to say about it now.
         try:

@@ -13,6 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jaxtrain import schema
+from jaxtrain.config import peer_keys
 from jaxtrain.config.files import parse_value
 from jaxtrain.config.renamed import current_key
 from jaxtrain.config.rules import ConfigError
@@ -103,7 +104,7 @@ def override(config: ConfigDict, flags: Iterable[Flag]) -> frozenset[str]:
                 )
             values[key] = value
     given = nest({tuple(key.split(".")): value for key, value in values.items()})
-    problems += schema.overlay(config, SCHEMA, given)
+    problems += schema.overlay(config, SCHEMA, given, peer_keys.suggest)
     for key, value in values.items():
         if value is None:
             _unset(config, key)
@@ -181,7 +182,7 @@ def _find(key: str) -> Any:
         if not isinstance(entry, dict) or part not in entry:
             prefix = "".join(f"{name}." for name in parts[:number])
             here = entry if isinstance(entry, dict) else SCHEMA
-            fix = schema.suggest_key(part, prefix, here, SCHEMA)
+            fix = peer_keys.suggest(part, prefix, here)
             if not number and not difflib.get_close_matches(
                 part, _SECTIONS, cutoff=0.6
             ):

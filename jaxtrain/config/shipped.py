@@ -13,6 +13,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from jaxtrain.config.sections import SCHEMA
+from jaxtrain.objectives.options import objective_row
 from jaxtrain.tree import get
 
 _TITLE = re.compile(r"# (?P<model>.+): (?P<method>.+), on an? (?P<machine>.+)\.")
@@ -21,9 +22,22 @@ _MEMORY = re.compile(r"# Memory: (?P<memory>.+?), by `jaxtrain aot`")
 _FOR_TINY_MODELS = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "warmup_ratio", "bf16",
 )  # fmt: skip
+_PROMPT_LIMIT = "training.dpo.max_prompt_length"
 _FOR_SHORT_ROWS = (
-    "training.max_steps", "data.max_length", "training.dpo.max_length",
+    "training.max_steps", "data.max_length", "training.dpo.max_length", _PROMPT_LIMIT,
 )  # fmt: skip
+# What TRL's commands train that is no configuration here.
+_ELSEWHERE = (
+    "{} is not implemented; jaxtrain trains by next-token and preference losses"
+)
+_METHODS = {
+    name: f"write `jaxtrain train dpo --training.objective={name}`"
+    for name in ("kto", "orpo", "cpo", "simpo")
+} | {
+    name: _ELSEWHERE.format(name.upper())
+    + ", and there are from_scratch, sft, lora, dpo"
+    for name in ("grpo", "ppo", "rloo", "reward", "prm", "gkd", "online_dpo")
+}
 _TINY_BYTES = 100e6  # of weights in a directory; those of SmolLM2 135M are 270 MB
 
 
@@ -70,6 +84,8 @@ def shipped_config(name: str) -> Path:
     """
     found = shipped_configs()
     if name not in found:
+        if name in _METHODS:
+            raise ValueError(f"config = {name!r}: {_METHODS[name]}")
         close = difflib.get_close_matches(name, found, n=3)
         hint = f"did you mean {' or '.join(close)}? There are" if close else "there are"
         presets = [each for each, path in found.items() if path.suffix == ".py"]
@@ -143,6 +159,33 @@ def fit_preset_to_model(config: ConfigDict, flags: Collection[str]) -> str:
         f" {model}, {', '.join(done)} were replaced by the defaults{stays};"
         " `jaxtrain recipes` lists configurations for real models"
     )
+
+
+def give_way(config: ConfigDict, flags: Collection[str]) -> None:
+    """Reset what the dpo preset sets for its own loss and length, beside other flags.
+
+    A limit of prompts has no place with a length that is no greater, nor with a loss
+    that reads none; and such a loss has other metrics. Nobody asked for these values,
+    so nobody need be told to take them away.
+
+    Args:
+        config: a preset after flags were applied; it is changed in place.
+        flags: full keys that the command line set; these keep their values.
+    """
+    training, dpo, name = (
+        config.training,
+        config.training.dpo,
+        config.training.objective,
+    )
+    row = objective_row(name, on_pairs=True)
+    is_other = row is not None and row.row_kind != "preference"
+    limit, length = dpo.max_prompt_length, dpo.max_length or config.data.max_length
+    has_no_room = limit is not None and length is not None and length <= limit
+    if (is_other or has_no_room) and _PROMPT_LIMIT not in flags:
+        dpo.max_prompt_length = None
+    if (is_other or ":" in name) and "training.metric_for_best_model" not in flags:
+        default = SCHEMA["training"]["metric_for_best_model"].default
+        training.metric_for_best_model = default
 
 
 def _is_tiny(folder: Path) -> bool:

@@ -1,12 +1,13 @@
 """Adapters beside a frozen base: which modules, their values, PEFT's files."""
 
 from jaxtrain.lora.adapters import init_adapters, merge_into_base, trainable_and_frozen
-from jaxtrain.lora.peft_config import settings_from
+from jaxtrain.lora.peft_config import has_own_ends, settings_from
 from jaxtrain.lora.peft_files import load_adapter, save_adapter
 from jaxtrain.lora.targets import LoraConfig, make_shape, resolve_targets
 
 __all__ = [
     "LoraConfig",
+    "has_own_ends",
     "init_adapters",
     "load_adapter",
     "make_shape",

@@ -126,6 +126,21 @@ def read_settings(path: str | pathlib.Path) -> LoraConfig:
     )
 
 
+def has_own_ends(path: str | pathlib.Path) -> bool:
+    """Whether an adapter holds an embedding or a head whole, each apart from the other.
+
+    Raises:
+        ValueError: no such adapter.
+    """
+    path = adapter_folder(path)
+    config = read_config(path)
+    saved = {name.rpartition(".")[2] for name in config.get("modules_to_save") or ()}
+    if config.get("ensure_weight_tying") or not saved & {"embed_tokens", "lm_head"}:
+        return False
+    keys = read_header(path / WEIGHTS_FILE)[0]
+    return any(key.endswith(("embed_tokens.weight", "lm_head.weight")) for key in keys)
+
+
 def _targets_of(names: list[str], chosen: Any) -> tuple[str, ...] | str:
     """What selects these modules and no others: the ends of their names.
 

@@ -12,7 +12,7 @@ from jaxtrain import lora, sharding
 from jaxtrain.config import RunConfig
 from jaxtrain.evaluation.inference import Inference
 from jaxtrain.kernels.attention import Layout
-from jaxtrain.models import bucket, fp8, hf, quantization, vocabulary
+from jaxtrain.models import bucket, ends, fp8, hf, quantization, vocabulary
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.fingerprint import fingerprint_model
 from jaxtrain.models.generation_config import GenerationConfig
@@ -108,13 +108,13 @@ def load_model(run: RunConfig) -> LoadedModel:
         logger.info(told, config.model_type, size, bucket.shown(directory))
         if run.lora is not None:
             settings = lora_config(run, config)
-            vocabulary.check_new_rows_train(base, source.stored_rows, settings)
-        stored = vocabulary.with_rows(decoder, source.stored_rows)
+            vocabulary.check_new_rows_train(base, source.stored, settings)
+        stored = ends.as_stored(decoder, source.stored)
         stored, layouts = _describe_weights(run, stored, plan)
         params = hf.load_params(
             directory, stored, sharding.layouts_of(layouts), dtype=_base_dtype(run)
         )
-        params = vocabulary.add_rows(params, described)
+        params = ends.add_head(vocabulary.add_rows(params, described), described)
         fingerprint = fingerprint_model(directory)
     if decoder.quantization is not None:
         logger.info(

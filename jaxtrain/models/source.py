@@ -14,6 +14,7 @@ from jaxtrain.config import RunConfig
 from jaxtrain.data.loading import load_run_tokenizer
 from jaxtrain.models import bucket, hf
 from jaxtrain.models.config import ModelConfig
+from jaxtrain.models.ends import fit_ends
 from jaxtrain.models.families import FAMILIES
 from jaxtrain.models.generation_config import (
     GenerationConfig,
@@ -30,13 +31,14 @@ class ModelSource:
     """What `run.model` names.
 
     `directory` is the local Hugging Face directory, or None for a model of sizes of our
-    own. `config` is the model as it is trained, and `stored_rows` the rows of the
-    vocabulary that the directory has. `tokenizer` is None where only sizes were asked.
+    own. `config` is the model as it is trained, and `stored` as the directory has it,
+    perhaps with fewer rows in its vocabulary or with a tied head. `tokenizer` is None
+    where only sizes were asked.
     """
 
     directory: str | None
     config: ModelConfig
-    stored_rows: int
+    stored: ModelConfig
     tokenizer: Any = None
     generation: GenerationConfig = dataclasses.field(default_factory=GenerationConfig)
 
@@ -65,11 +67,10 @@ def read_source(run: RunConfig, *, needs_weights: bool = True) -> ModelSource:
                 own_tokenizer=not run.model.tokenizer_name_or_path,
                 weights=looks,
             )
-    config = _stretch(run, config)
-    stored_rows = config.vocab_size
-    config = fit_vocabulary(run, config, tokenizer)
+    stored = _stretch(run, config)
+    config = fit_vocabulary(run, fit_ends(run, stored), tokenizer)
     config, generation = align_special_tokens(config, read_generation(run), tokenizer)
-    return ModelSource(directory, config, stored_rows, tokenizer, generation)
+    return ModelSource(directory, config, stored, tokenizer, generation)
 
 
 def read_sizes(run: RunConfig) -> ModelSource:
@@ -87,10 +88,11 @@ def read_sizes(run: RunConfig) -> ModelSource:
     stored = (
         _own_sizes(run, tokenizer) if directory is None else hf.load_config(directory)
     )
-    config = stored = _stretch(run, stored)
+    stored = _stretch(run, stored)
+    config = fit_ends(run, stored)
     if tokenizer is not None:
         config = fit_vocabulary(run, config, tokenizer)
-    return ModelSource(directory, config, stored.vocab_size)
+    return ModelSource(directory, config, stored)
 
 
 def read_generation(run: RunConfig) -> GenerationConfig:

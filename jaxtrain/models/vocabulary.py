@@ -63,19 +63,16 @@ def fit_vocabulary(run: RunConfig, config: ModelConfig, tokenizer: Any) -> Model
     return config
 
 
-def with_rows(decoder: Decoder, rows: int) -> Decoder:
-    """The same decoder with another number of rows in its vocabulary."""
-    config = dataclasses.replace(decoder.config, vocab_size=rows)
-    return dataclasses.replace(decoder, config=config)
-
-
-def check_new_rows_train(base: Decoder, stored_rows: int, lora: LoraConfig) -> None:
+def check_new_rows_train(base: Decoder, stored: ModelConfig, lora: LoraConfig) -> None:
     """Refuse adapters beside new rows that would stay as they start.
+
+    Args:
+        stored: the model as its directory has it, before it got the new rows.
 
     Raises:
         ValueError: `lora.modules_to_save` names not all matrices that have new rows.
     """
-    added = base.config.vocab_size - stored_rows
+    added = base.config.vocab_size - stored.vocab_size
     if not added:
         return
     tree = base.abstract_params()

@@ -9,7 +9,9 @@ from jaxtrain.cli.ending import run_command
 from jaxtrain.config import ConfigError, default_config, resolve
 from jaxtrain.config.flags import Flag, resolve_flags
 from jaxtrain.data import inspect, loading, sources
-from jaxtrain.data.rows.formats import detect_format, read_row
+from jaxtrain.data.rows.folders import first_rows
+from jaxtrain.data.rows.formats import BadRow, detect_format, read_row
+from jaxtrain.data.rows.jinja import read_template
 from jaxtrain.data.rows.tokenize import load_tokenizer
 
 ROWS = [{"Question Text": f"q{n}", "Answer": f" a{n}", "n": n} for n in range(4)]
@@ -141,3 +143,62 @@ def test_columns_that_are_named_win_over_others():
     assert read(pair, prompt="q", chosen="good", rejected="bad") == {
         "prompt": "a", "chosen": "b", "rejected": "c",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("columns", "proposed"),
+    [
+        (["original_question", "query", "response"], "query, completion: 'response'"),
+        (["label", "prompt", "response_a"], "prompt, completion: 'response_a'"),
+        (["conversation", "source"], "..., completion: ..."),
+        (["context", "instruction", "response"], "output: response, input: context"),
+    ],
+)
+def test_a_proposed_map_takes_the_columns_that_mean_the_text(columns, proposed):
+    with pytest.raises(ValueError, match="column_map") as caught:
+        detect_format([dict.fromkeys(columns, "a")])
+    told = str(caught.value).partition("such as ")[2]
+    assert proposed.replace("'", "") in told.replace("'", "")
+
+
+@pytest.mark.parametrize("column", ["question", "input", "instruction"])
+def test_a_prompt_in_a_column_that_is_not_read_is_refused(column):
+    """Otherwise pairs without their questions are trained, as TRL trains them."""
+    row = {"system": "s", column: "Why?", "chosen": "It is so.", "rejected": "It is."}
+    with pytest.raises(ValueError, match=f"prompt: {column}"):
+        detect_format([row])
+    mapped = detect_format([row], column_map=(("prompt", column),))
+    assert not mapped.implicit_prompt and "prompt" in mapped.columns
+    for more in ({column: ""}, {column: None}, {"chosen": "Why? It is so."}):
+        assert detect_format([row | more]).implicit_prompt
+
+
+@pytest.mark.parametrize("column", ["image", "images"])
+def test_rows_with_images_are_refused_and_empty_columns_are_not(column):
+    row = {"prompt": "What is this?", "completion": " A cat."}
+    with pytest.raises(ValueError, match=f"column '{column}' holds .*only text"):
+        detect_format([row, row | {column: ["a.png"]}])
+    for empty in (None, [], ""):
+        assert detect_format([row | {column: empty}]).kind == "prompt_completion"
+
+
+def test_a_conversation_in_a_cell_is_refused_with_the_reason():
+    cell = json.dumps([{"role": "user", "content": "a"}])
+    with pytest.raises(BadRow, match="jsonl or parquet, not csv"):
+        read_row({"messages": cell}, detect_format([{"messages": cell}]))
+
+
+def test_rows_below_a_name_are_refused_with_it():
+    with pytest.raises(ValueError, match="the list in 'data', write that list alone"):
+        detect_format([{"version": "1", "data": [{"messages": []}]}])
+
+
+def test_a_pattern_for_a_path_is_told_to_be_none(tmp_path):
+    with pytest.raises(ValueError, match="a path is no pattern: name the folder"):
+        first_rows(tmp_path / "*.jsonl", "train")
+
+
+@pytest.mark.parametrize("template", ["chatml", "chatml.txt", "owner/model"])
+def test_a_chat_template_that_is_constant_is_refused(template):
+    with pytest.raises(ValueError, match=r"neither \{\{ nor \{%"):
+        read_template(template)

@@ -7,6 +7,7 @@ from jaxtrain.data.rows.formats import (
     BadRow,
     RowProblems,
     UnreadableRow,
+    detect_for,
     detect_format,
     extract_prompt,
     read_row,
@@ -236,3 +237,38 @@ def test_bad_rows_are_reported_together():
         problems.report(10)
     with pytest.raises(ValueError, match="on_bad_row='ignore'"):
         RowProblems("ignore")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": [USER], "completion": [REPLY]},
+        {"prompt": [USER], "completion": [REPLY], "label": True},
+        {"prompt": [USER], "chosen": [REPLY], "rejected": [OTHER]},
+        {"chosen": [USER, REPLY], "rejected": [USER, OTHER]},
+    ],
+)
+def test_a_system_column_is_the_first_message_of_every_conversation(row):
+    found = detect_format([row])
+    message = {"role": "system", "content": "Be kind."}
+    read = read_row(row | {"system": "Be kind."}, found)
+    assert read["prompt"] == [message, USER]
+    assert read_row(row | {"system": ""}, found)["prompt"] == [USER]
+
+
+def test_a_system_column_beside_plain_text_is_said_to_be_unread(caplog):
+    row = {"prompt": "a", "completion": "b"}
+    detect_format([row | {"system": None}])
+    assert not caplog.records
+    detect_format([row | {"system": "Be kind."}])
+    assert "column 'system' is not read" in caplog.text
+
+
+def test_sft_takes_the_messages_of_a_preference_set():
+    """UltraFeedback has both, and was refused for its pairs."""
+    sides = {"chosen": [USER, REPLY], "rejected": [USER, OTHER]}
+    row = {"prompt": "hi", **sides, "messages": [USER, REPLY], "score_chosen": 8.5}
+    assert detect_for("next_token", [row]).kind == "messages"
+    assert detect_for("preference", [row]).kind == "preference"
+    with pytest.raises(ValueError, match="cannot train on conversational preference"):
+        detect_for("next_token", [{"prompt": "hi", **sides}])

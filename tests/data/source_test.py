@@ -5,6 +5,7 @@ import pickle
 import datasets
 import pytest
 
+from jaxtrain.data.rows import source
 from jaxtrain.data.rows.formats import BadRow, detect_format, read_row
 from jaxtrain.data.rows.indexed import FileRows
 from jaxtrain.data.rows.places import name_rows
@@ -180,3 +181,8 @@ def test_unreadable_folders_are_refused(load, tmp_path):
     (tmp_path / "c.bin").write_text("x")
     with pytest.raises(ValueError, match="no known suffix"):
         load(tmp_path / "c.bin")
+
+
+def test_a_split_that_a_saved_data_set_lacks_names_the_key():
+    with pytest.raises(ValueError, match=r"only \['train_sft'\]: .*data\.train_split"):
+        source._choose_split({"train_sft": ROWS}, "train", "saved")

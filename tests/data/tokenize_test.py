@@ -172,11 +172,12 @@ def test_the_class_is_the_one_that_auto_tokenizer_chooses(
 
 def test_a_chat_template_is_given_as_text_or_file(tmp_path, bpe):
     bpe.save_pretrained(tmp_path / "t")
-    (tmp_path / "t.jinja").write_text("from a file")
+    text = "{{ messages[0].content }} from a file"
+    (tmp_path / "t.jinja").write_text(text)
     folder = str(tmp_path / "t")
-    for given_template in ("from a file", str(tmp_path / "t.jinja")):
+    for given_template in (text, str(tmp_path / "t.jinja")):
         loaded = load_tokenizer(folder, chat_template=given_template)
-        assert loaded.chat_template == "from a file"
+        assert loaded.chat_template == text
     with pytest.raises(ValueError, match="does not exist"):
         load_tokenizer(folder, chat_template="absent.jinja")
 

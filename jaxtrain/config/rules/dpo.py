@@ -121,13 +121,15 @@ def check_dpo(run: Resolution) -> None:
             " lower it, raise max_length, or unset it",
             causes=("training.dpo.max_length", "data.max_length"),
         )
-    for loss in PAIR_LOSSES.values():
-        for key in loss.reads:
-            readers = [name for name, row in PAIR_LOSSES.items() if key in row.reads]
-            if _DPO + key in run.flags and not {*readers} & {*dpo.loss_type}:
-                why = f"loss_type {[*dpo.loss_type]} does not read it"
-                fix = f"add one of {', '.join(readers)} to training.dpo.loss_type"
-                run.note(_DPO + key, why, fix)
+    keys = (key for loss in PAIR_LOSSES.values() for key in loss.reads)
+    for key in dict.fromkeys(keys):
+        readers = [name for name, row in PAIR_LOSSES.items() if key in row.reads]
+        is_default = getattr(dpo, key) == getattr(PreferenceOptions, key)
+        is_idle = is_default and not {*readers} & {*dpo.loss_type}
+        if is_idle and _DPO + key in run.flags:  # else the options refuse it
+            why = f"loss_type {[*dpo.loss_type]} does not read it"
+            fix = f"add one of {', '.join(readers)} to training.dpo.loss_type"
+            run.note(_DPO + key, why, fix)
     if dpo.sync_ref_model and dpo.reference_free:
         text = "reference_free is true: no reference; set it false"
         run.problem("training.dpo.sync_ref_model", text)

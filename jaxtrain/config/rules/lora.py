@@ -1,5 +1,6 @@
 """Rules of adapters, and of the frozen base in few bits."""
 
+import re
 from dataclasses import replace
 
 from jaxtrain.config.rules.resolution import Resolution
@@ -23,7 +24,9 @@ def resolve_lora(run: Resolution) -> None:
             "adapters on random weights learn little: from_scratch trains all;"
             " set it false, or choose training_type sft, lora or dpo",
         )
-    run.lora = replace(lora, enabled=run.has_adapters)
+    run.lora = replace(
+        lora, enabled=run.has_adapters, target_modules=_modules(lora.target_modules)
+    )
     if run.lora.enabled and not (lora.target_modules or lora.target_parameters):
         run.problem(
             "training.lora.target_modules",
@@ -38,6 +41,13 @@ def resolve_lora(run: Resolution) -> None:
             "the reference holds the first adapters, which sync_ref_model moves;"
             " set it to default or gaussian, or sync_ref_model to false",
         )
+
+
+def _modules(chosen: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    """Names with commas between them are a list, as on the command line, no regex."""
+    if isinstance(chosen, str) and re.fullmatch(r"\w+(\s*,\s*\w+)+,?", chosen.strip()):
+        return tuple(name.strip() for name in chosen.split(",") if name.strip())
+    return chosen
 
 
 def _resolve_quantization(run: Resolution) -> None:

@@ -5,7 +5,7 @@ from functools import reduce
 from typing import Any
 
 from jaxtrain import schema
-from jaxtrain.config import sections
+from jaxtrain.config import peer_keys, sections
 from jaxtrain.config.notes import Kind, Note
 from jaxtrain.config.sections import GENERAL_KEYS, SCHEMA, TrainingType
 from jaxtrain.objectives.options import ObjectiveRow, objective_row
@@ -44,7 +44,7 @@ class Resolution:
         device_count: int | None,
         flags: Collection[str] = (),
     ) -> None:
-        self.values, refused = schema.merge(SCHEMA, given)
+        self.values, refused = schema.merge(SCHEMA, given, peer_keys.suggest)
         self.problems = list(refused.values())
         self.refused = set(refused)
         self.notes: list[Note] = []

@@ -1,6 +1,6 @@
 """Columns under the names that jaxtrain reads: `data.column_map`, and its hints."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jaxtrain.record.safe_text import shown
@@ -17,6 +17,10 @@ _LIKELY = {
     "prompt": ("question", "query", "problem", "input", "instruction"),
     "completion": ("answer", "response", "output", "solution", "target"),
 }
+
+# Columns of other things than text, and those where a prompt may stand unread.
+_IMAGES = ("image", "images", "video", "videos", "audio", "audios")
+_PROMPTS = ("question", "query", "problem", "instruction", "input", "context")
 
 ColumnMap = tuple[tuple[str, str], ...]  # (name that is read, the file's name) each
 
@@ -74,16 +78,51 @@ def rename(row: Mapping[str, Any], names: ColumnMap) -> Mapping[str, Any]:
     return kept | {name: row.get(column) for name, column in names}
 
 
+def check_unread(
+    row: Mapping[str, Any], read: Sequence[str], *, finds_prompt: bool
+) -> None:
+    """Refuse a row of which the better part would silently be left out.
+
+    Args:
+        read: the columns that are read.
+        finds_prompt: whether the prompt is what chosen and rejected begin with.
+
+    Raises:
+        ValueError: it has images, or its prompt stands in a column that is not read.
+    """
+    for name in _IMAGES:
+        if name not in read and row.get(name):
+            raise ValueError(
+                f"column {name!r} holds {shown(row[name], 40)}, and only text can be"
+                " trained: take the column out, where the text makes sense without"
+            )
+    if not finds_prompt:
+        return
+    for name in _PROMPTS:
+        text = row.get(name)
+        if not isinstance(text, str) or not text.strip():
+            continue
+        if text.strip() not in str(row.get("chosen")):
+            raise ValueError(
+                f"there is no column 'prompt', and chosen and rejected do not hold the"
+                f" text of column {name!r}: set data.column_map = {{prompt: {name}}},"
+                " or take the column out"
+            )
+
+
 def propose_map(found: Iterable[str]) -> str:
     """Propose a `data.column_map`, as text, for columns with other names."""
     columns, proposed = list(found), {}
+    if {"instruction", "response"} <= {*columns}:  # Alpaca's, but for the names
+        more = ", input: context" if "context" in columns else ""
+        return f"data.column_map = {{output: response{more}}}"
     for name, likely in _LIKELY.items():
-        words = ((column, column.lower()) for column in columns)
-        match = next((c for c, low in words if any(w in low for w in likely)), None)
+        match = next(filter(columns.__contains__, (name, *likely)), None)
+        words = [(column, column.lower()) for column in columns]
+        near = (c for c, low in words if any(word in low for word in likely))
+        match = match or next(near, None)
         if match is not None:
             columns.remove(match)
-            proposed[name] = match
-    for name in _LIKELY:
-        proposed.setdefault(name, columns.pop(0) if columns else "...")
+        proposed[name] = match or "..."
     listed = ", ".join(f"{name}: {shown(proposed[name])}" for name in _LIKELY)
     return f"data.column_map = {{{listed}}}"

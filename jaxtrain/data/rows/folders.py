@@ -36,6 +36,8 @@ def first_rows(path: pathlib.Path, split: str) -> list[Mapping[str, Any]]:
     """
     if not path.exists():
         hint = _nearest(path)
+        if any(mark in path.name for mark in "*?"):
+            hint = "a path is no pattern: name the folder, or the files with weights"
         where = "" if path.is_absolute() else f" in {os.getcwd()}"
         raise ValueError(f"no such file or folder{where}; {hint or 'check the path'}")
     if is_saved(path):

@@ -9,7 +9,9 @@ conversations.
 """
 
 import collections
+import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import logging
@@ -19,6 +21,7 @@ from typing import Any, Literal
 from jaxtrain.data.rows.columns import (
     ColumnMap,
     check_columns,
+    check_unread,
     propose_map,
     rename,
 )
@@ -46,7 +49,7 @@ ROLE_ALIASES = {
 }
 # The rows that objectives train on -> the kinds of format that these are read from.
 TRAINS_ON: Mapping[str, tuple[Kind, ...]] = {
-    "next_token": ("text", "prompt_completion", "messages", "tokenized"),
+    "next_token": ("tokenized", "prompt_completion", "messages", "text"),
     "preference": ("preference",),
     "labeled": ("labeled", "preference"),
 }
@@ -64,6 +67,8 @@ _REQUIRED = (
 _UNFORESEEN = (
     ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError,
 )  # fmt: skip
+# What a JSON file may call the list of its rows.
+_WRAPPERS = ("data", "rows", "examples", "instances", "records", "items", "train")
 _ACCEPTED = (
     "'text', 'prompt' + 'completion' (with 'label' for KTO), 'messages', 'chosen' + "
     "'rejected' (with or without 'prompt'), Alpaca's 'instruction' + 'output', "
@@ -221,6 +226,17 @@ def detect_format(
     if not found:
         raise _unknown_format(readable[0], names, kind, column_map)
     ((row_format, _),) = found.most_common(1)
+    if not row_format.conversational and any(row.get("system") for row in readable):
+        logger.warning(
+            "column 'system' is not read, because these rows are no conversations: make"
+            " their prompts lists of messages, or write the text into them"
+        )
+    for row in readable:
+        check_unread(
+            rename(row, column_map),
+            row_format.columns,
+            finds_prompt=row_format.implicit_prompt and not row_format.conversational,
+        )
     return dataclasses.replace(row_format, column_map=column_map)
 
 
@@ -258,6 +274,8 @@ def _unknown_format(
     elif there := next(filter(set(names).issuperset, _REQUIRED), None):
         listed = " and ".join(map(repr, there))
         advice = f"no row among the first {_DETECTED_ROWS} has a value in {listed}"
+    elif wrapper := next((n for n in _WRAPPERS if _is_rows(row.get(n))), None):
+        advice = f"if its rows are the list in {wrapper!r}, write that list alone"
     elif column_map:
         advice = (
             f"data.column_map = {shown(dict(column_map))} does not make one of them"
@@ -266,6 +284,11 @@ def _unknown_format(
         f"columns {_listed(names)} (filled in the first row: {_listed(filled)}) are not"
         f" {wanted}: give {_ACCEPTED}; {advice}"
     )
+
+
+def _is_rows(value: Any) -> bool:
+    """Whether a value is a list of mappings, as the rows of a file are."""
+    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
 
 
 def detect_for(
@@ -290,9 +313,12 @@ def detect_for(
     columns = rename(dict.fromkeys(names), column_map)
     if objective == "labeled" and kind == "auto" and "label" in columns:
         kind = "labeled"  # "auto" reads such rows as prompt and completion
-    row_format = detect_format(
-        rows, kind=kind, text_column=text_column, column_map=column_map
+    detect = functools.partial(
+        detect_format, rows, text_column=text_column, column_map=column_map
     )
+    row_format = detect(kind=kind)
+    if row_format.kind not in TRAINS_ON[objective] and kind == "auto":
+        row_format = _other_format(detect, TRAINS_ON[objective]) or row_format
     if row_format.kind not in TRAINS_ON[objective]:
         raise ValueError(
             f"the {objective} objective cannot train on {row_format.describe()}: "
@@ -301,6 +327,19 @@ def detect_for(
             "text, prompt/completion, messages or input_ids"
         )
     return row_format
+
+
+def _other_format(
+    detect: Callable[..., RowFormat], kinds: Sequence[Kind]
+) -> RowFormat | None:
+    """A less specific format of rows with columns for several, if it is of these kinds.
+
+    Preference sets such as UltraFeedback have `messages` beside, to fine-tune on first.
+    """
+    for kind in kinds:
+        with contextlib.suppress(ValueError):
+            return detect(kind=kind)
+    return None
 
 
 def _possible_formats(
@@ -371,6 +410,8 @@ def _read_row(row: Row, row_format: RowFormat) -> dict[str, Any]:
         value: Callable[[Any, str], Any]
         value = _messages if row_format.conversational else _plain
         read = {name: value(row.get(name), name) for name in names}
+        if row_format.conversational:
+            read["prompt"] = _attach_system(read["prompt"], row)
         if row_format.kind == "labeled":
             read["label"] = _label(row.get("label"))
     else:
@@ -442,8 +483,8 @@ def _read_preference(row: Row, row_format: RowFormat) -> dict[str, Any]:
         if row_format.conversational and isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
         prompt = value(prompt, column)
-        if row_format.conversational:
-            prompt = _attach_system(prompt, row)
+    if row_format.conversational:
+        prompt = _attach_system(prompt, row)
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
@@ -496,7 +537,12 @@ def _messages(value: Any, column: str) -> list[dict[str, Any]]:
     if isinstance(value, Mapping):  # ShareGPT preference files hold one message
         value = [value]
     if not isinstance(value, list) or not value:
-        raise BadRow(f"{column} is {shown(value)}, expected a non-empty message list")
+        hint = ""
+        if isinstance(value, str) and value.lstrip().startswith("["):
+            hint = " and not its text: keep conversations in jsonl or parquet, not csv"
+        raise BadRow(
+            f"{column} is {shown(value)}, expected a non-empty message list{hint}"
+        )
     return [_message(item, f"{column}[{i}]") for i, item in enumerate(value)]
 
 

@@ -40,6 +40,12 @@ def read_template(template: str) -> str:
             f"chat_template {shown(template)}",
             path.read_text(encoding="utf-8"),
         )
+    if "{{" not in text and "{%" not in text:
+        raise ValueError(
+            f"chat_template {shown(template)} would write the same text for every"
+            " conversation, as it has neither {{ nor {%: give Jinja, or the path of a"
+            " file that ends in .jinja, .jinja2 or .j2"
+        )
     try:
         compile_template(text)
     except Exception as error:  # of Jinja's parser, or of Python's on what it wrote

@@ -133,7 +133,10 @@ def _choose_split(loaded: Any, split: str, origin: str) -> Dataset:
     for alias in split_aliases(split):
         if alias in loaded:
             return loaded[alias]
-    raise ValueError(f"{origin} has no split {shown(split)}, only {sorted(loaded)}")
+    raise ValueError(
+        f"{origin} has no split {shown(split)}, only {sorted(loaded)}: name one of them"
+        " in data.train_split (or data.eval_split)"
+    )
 
 
 def load_hub(hub_name: str, split: str, **options: Any) -> Any:
