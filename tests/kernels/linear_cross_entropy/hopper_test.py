@@ -149,7 +149,7 @@ def test_what_the_kernels_cannot_do_is_never_asked_of_them(beside, monkeypatch):
 def test_a_runs_own_step_takes_them_for_each_batch_and_in_both_passes(
     scored, rows, monkeypatch
 ):
-    """The step that `build` makes of a config, traced; on several devices it does not.
+    """The step that `build` makes of a config, traced; of several devices each does.
 
     `scored`: places that the loss reads, padded to whole tiles of 128 rows.
     """
@@ -191,6 +191,10 @@ def test_a_runs_own_step_takes_them_for_each_batch_and_in_both_passes(
     assert set(taken) == {("sum_logits", rows), ("make_slopes", rows)}
     if scored is None:
         taken.clear()
-        config.mesh.data = 2
+        config.mesh.fsdp = 2
+        trace(jax.devices()[:2])
+        assert set(taken) == {("sum_logits", rows), ("make_slopes", rows)}
+        taken.clear()
+        config.mesh.fsdp, config.mesh.tensor = 1, 2  # which splits the vocabulary
         trace(jax.devices()[:2])
         assert not taken
