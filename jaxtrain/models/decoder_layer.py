@@ -30,6 +30,7 @@ from jaxtrain.models.layers import (
     Mlp,
     Options,
     RMSNorm,
+    Stream,
 )
 from jaxtrain.models.moe import RouterLoad
 from jaxtrain.models.per_layer import LayerEnd
@@ -302,28 +303,31 @@ class DecoderLayer(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "B T D"],
+        stream: Float[Array, "B T D"] | Stream,
         given: LayerInputs,
         counted: Shaped[Array, "B T"],
         dropout_key: Key[Array, ""] | None = None,
-    ) -> tuple[Float[Array, "B T D"], Any, RouterLoad | None]:
+    ) -> tuple[Any, Any, RouterLoad | None]:
         """The stream after this layer, what its mixer keeps, and the router's load.
 
         `counted` says how often a token counts in the load; padding does not. The load
-        is None where there is no router.
+        is None where there is no router. A stream that came as a `Stream` leaves so.
         """
         config, family = self.options.config, self.options.config.family
         names = family.norm_names
         load, residual = None, config.residual_multiplier
         mixer = MIXERS[self.options.kind.mixer]
+        x, pending = stream if isinstance(stream, Stream) else (stream, None)
         with jax.named_scope(self.options.kind.mixer):
-            read = self._normalized(names.before_attention, x)
+            x, read = self._read(names.before_attention, x, pending)
             added, kept = getattr(self, mixer.name)(read, given, dropout_key)
             added = self._normalized(names.after_attention, added)
-            x += layers.multiplied(added, residual)
+            added = layers.multiplied(added, residual)
+            if family.norms == "shared":
+                x += added
         with jax.named_scope("mlp"):
             if family.norms != "shared":
-                read = self._normalized(names.before_mlp, x)
+                x, read = self._read(names.before_mlp, x, added)
             mlp: Mlp | SparseMlp = getattr(self, family.mlp_names.module)
             if isinstance(mlp, SparseMlp):
                 added, load = mlp(read, counted, dropout_key)
@@ -332,11 +336,27 @@ class DecoderLayer(nnx.Module):
             if hasattr(self, "beside"):
                 added, load = self.beside(x, added, counted, dropout_key)
             added = self._normalized(names.after_mlp, added)
-            x += layers.multiplied(added, residual)
+            added = layers.multiplied(added, residual)
+            if isinstance(stream, Stream):
+                return self._pinned(Stream(x, added)), kept, load
+            x += added
         if hasattr(self, "end"):
             with jax.named_scope("end"):
                 x = self.end(x, given.per_layer, dropout_key)
-        return self.options.constrain(x, ("batch", "sequence", "embed")), kept, load
+        return self._pinned(x), kept, load
+
+    def _read(
+        self, name: str | None, x: Array, added: Array | None
+    ) -> tuple[Array, Array]:
+        """x + added, and what is read of it: its norm, or itself where there is none."""
+        if name is not None:
+            return getattr(self, name).of_sum(x, added)
+        total = x if added is None else x + added
+        return total, total
+
+    def _pinned(self, stream: Any) -> Any:
+        axes = ("batch", "sequence", "embed")
+        return jax.tree.map(lambda x: self.options.constrain(x, axes), stream)
 
     def _normalized(self, name: str | None, x: Array) -> Array:
         """x after the norm of this name; x itself where there is none."""

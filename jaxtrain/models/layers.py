@@ -18,7 +18,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int32, Key
 
-from jaxtrain.kernels import fp8
+from jaxtrain.kernels import fp8, norm
 from jaxtrain.kernels.attention.partition import Layout
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.expert_parallel import ExpertSpread
@@ -141,6 +141,15 @@ class Options:
             return None
         return self.layout.mesh.devices.flat[0]
 
+    def norm_tiles(self, x: Array | jax.ShapeDtypeStruct) -> Any:
+        """How kernels cut this stream to normalize it; None where XLA does it.
+
+        Under fp8 a norm belongs to the pass that looks for its largest value.
+        """
+        if self.fp8 or self.config.family.norm_kind != "rms":
+            return None
+        return norm.choose_tiles(x, self.device)
+
 
 @dataclasses.dataclass(frozen=True)
 class LayerOptions(Options):
@@ -165,6 +174,16 @@ class LayerInputs(NamedTuple):
     state: Any = None
     shared: Any = None
     per_layer: Any = None
+
+
+class Stream(NamedTuple):
+    """The stream between layers, and what is still to be added to it.
+
+    The next norm's kernel adds both up as it reads them.
+    """
+
+    x: Float[Array, "B T D"]
+    added: Float[Array, "B T D"]
 
 
 class HandedOn(NamedTuple):
@@ -422,6 +441,23 @@ class RMSNorm(nnx.Module):
         config = self.options.config
         centred = config.family.norm_kind == "layer"
         return normalize(x, scale, self.epsilon, centred=centred)
+
+    def of_sum(
+        self, x: Float[Array, "B T D"], added: Float[Array, "B T D"] | None = None
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
+        """x + added, or x alone, and the norm of it."""
+        tiles = self.options.norm_tiles(x)
+        if tiles is None:
+            total = x if added is None else x + added
+            return total, self(total)
+        return norm.add_and_norm(
+            x,
+            added,
+            self.scale[...].astype(jnp.float32) + self.offset,
+            epsilon=self.epsilon,
+            tiles=tiles,
+            layout=self.options.layout,
+        )
 
 
 def normalize(

@@ -1,7 +1,7 @@
-"""A residual sum with its RMSNorm in one pass each way, in Triton by Pallas.
+"""A residual sum with its RMSNorm in one pass each way, through Pallas' Triton lowering.
 
-A program takes some rows whole, in registers: it reads each number once and writes each
-once. Triton knows only powers of two, so the columns behind the width are masked.
+A program has some rows whole in registers: every number is read once and written once.
+Triton knows only powers of two, so columns behind the width are masked.
 """
 
 import dataclasses
@@ -19,10 +19,10 @@ Ref = Any
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """How rows are cut: `rows` at once by `warps` warps, `turns` times a program.
+    """A program takes `rows` at once by so many warps, and that `turns` times.
 
-    Of the turns the backward pass has as many partial sums fewer of the scale's
-    gradient.
+    Only the backward pass takes turns, and only where the scale is trained: a program
+    gives one partial sum of its gradient.
     """
 
     rows: int = 1
@@ -30,49 +30,52 @@ class Tiles:
     turns: int = 16
     interpret: bool = False
 
+    @classmethod
+    def of_width(cls, width: int) -> "Tiles":
+        """Those that are fast for rows of this width."""
+        return cls(warps=max(4, pl.next_power_of_2(width) // 512))
+
 
 def forward(
     x: Float[Array, "M D"],
-    added: Float[Array, "M D"],
+    added: Float[Array, "M D"] | None,
     scale: Float[Array, "D"],
     epsilon: float,
     tiles: Tiles,
-) -> tuple[Float[Array, "M D"], Float[Array, "M D"]]:
-    """x + added in the type of x, and the norm of that sum as it was rounded."""
-    tile, vector = _specs(x.shape, tiles.rows)
+) -> tuple[Float[Array, "M D"], ...]:
+    """x + added in the type of x and the norm of it; that of x alone without `added`."""
+    terms = [x] if added is None else [x, added]
+    tile, vector = _specs(x.shape[1], tiles.rows)
     like = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    return pl.pallas_call(
-        functools.partial(_forward_kernel, x.shape, epsilon),
+    results: tuple[Array, ...] = pl.pallas_call(
+        functools.partial(_forward_kernel, x.shape, epsilon, len(terms)),
         grid=(pl.cdiv(len(x), tiles.rows),),
-        in_specs=[tile, tile, vector],
-        out_specs=[tile, tile],
-        out_shape=[like, like],
+        in_specs=[vector, *[tile] * len(terms)],
+        out_specs=(tile,) * len(terms),
+        out_shape=(like,) * len(terms),
         compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=1),
-        cost_estimate=_estimate(x, passes=4),
+        cost_estimate=_estimate(x, passes=2 * len(terms)),
         interpret=tiles.interpret,
         name="norm_forward",
-    )(x, added, scale)
+    )(scale, *terms)
+    return results
 
 
 def _forward_kernel(
-    shape: tuple[int, int],
-    epsilon: float,
-    x_ref: Ref,
-    added_ref: Ref,
-    scale_ref: Ref,
-    total_ref: Ref,
-    out_ref: Ref,
+    shape: tuple[int, int], epsilon: float, terms: int, scale_ref: Ref, *refs: Ref
 ) -> None:
-    rows, width = x_ref.shape[0], shape[1]
-    columns = jnp.arange(x_ref.shape[1]) < width
+    x_ref, out_ref = refs[0], refs[-1]
+    rows, block = x_ref.shape
+    columns = jnp.arange(block) < shape[1]
     real = _real(shape, rows, pl.program_id(0) * rows, columns)
     total = plgpu.load(x_ref, mask=real, other=0.0)
-    total += plgpu.load(added_ref, mask=real, other=0.0)
-    plgpu.store(total_ref, total, mask=real)
+    if terms == 2:
+        _, added_ref, total_ref, _ = refs
+        total += plgpu.load(added_ref, mask=real, other=0.0)
+        plgpu.store(total_ref, total, mask=real)
     scale = plgpu.load(scale_ref, mask=columns, other=0.0)
     total = total.astype(jnp.float32)
-    mean_square = (total * total).sum(axis=1) / width
-    factor = jax.lax.rsqrt(mean_square + epsilon)[:, None]
+    factor = _inverse_rms(total, shape[1], epsilon)
     out = (total * factor * scale[None]).astype(out_ref.dtype)
     plgpu.store(out_ref, out, mask=real)
 
@@ -80,38 +83,41 @@ def _forward_kernel(
 def backward(
     total: Float[Array, "M D"],
     scale: Float[Array, "D"],
-    of_total: Float[Array, "M D"],
+    of_total: Float[Array, "M D"] | None,
     of_out: Float[Array, "M D"],
     epsilon: float,
     tiles: Tiles,
     *,
     with_scale: bool,
 ) -> tuple[Float[Array, "M D"], Float[Array, "D"] | None]:
-    """The gradient of the sum, which is that of both terms, and of the scale if asked.
+    """The gradient of the sum, which is that of both terms; and of the scale if asked.
 
-    `of_total` and `of_out` are the gradients of the sum and of its norm.
+    `of_total` and `of_out` are the gradients of the sum, or None for zeros, and of its
+    norm.
     """
+    gradients = [of_out] if of_total is None else [of_out, of_total]
     turns = tiles.turns if with_scale else 1
-    block = tiles.rows * turns
-    tile, vector = _specs(total.shape, block)
-    programs = pl.cdiv(len(total), block)
+    (length, width), block = total.shape, tiles.rows * turns
+    tile, vector = _specs(width, block)
+    programs = pl.cdiv(length, block)
     outputs = [jax.ShapeDtypeStruct(total.shape, total.dtype)]
     out_specs = [tile]
     if with_scale:
-        part = jax.ShapeDtypeStruct((programs, total.shape[1]), jnp.float32)
-        outputs.append(part)
+        outputs.append(jax.ShapeDtypeStruct((programs, width), jnp.float32))
         out_specs.append(pl.BlockSpec((None, *vector.block_shape), lambda i: (i, 0)))
     found = pl.pallas_call(
-        functools.partial(_backward_kernel, total.shape, epsilon, tiles.rows, turns),
+        functools.partial(
+            _backward_kernel, total.shape, epsilon, tiles.rows, len(gradients)
+        ),
         grid=(programs,),
-        in_specs=[tile, tile, tile, vector],
+        in_specs=[vector, tile, *[tile] * len(gradients)],
         out_specs=out_specs,
         out_shape=outputs,
         compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=1),
-        cost_estimate=_estimate(total, passes=4),
+        cost_estimate=_estimate(total, passes=2 + len(gradients)),
         interpret=tiles.interpret,
         name="norm_backward",
-    )(total, of_total, of_out, scale)
+    )(scale, total, *gradients)
     return found[0], found[1].sum(axis=0) if with_scale else None
 
 
@@ -119,54 +125,60 @@ def _backward_kernel(
     shape: tuple[int, int],
     epsilon: float,
     rows: int,
-    turns: int,
-    total_ref: Ref,
-    of_total_ref: Ref,
-    of_out_ref: Ref,
+    gradients: int,
     scale_ref: Ref,
-    out_ref: Ref,
-    *of_scale_ref: Ref,
+    total_ref: Ref,
+    *refs: Ref,
 ) -> None:
-    width, block = shape[1], total_ref.shape[1]
+    width, (height, block) = shape[1], total_ref.shape
+    of_out_ref, *of_total_ref = refs[:gradients]
+    out_ref, *of_scale_ref = refs[gradients:]
     columns = jnp.arange(block) < width
     scale = plgpu.load(scale_ref, mask=columns, other=0.0)[None]
-    first = pl.program_id(0) * (rows * turns)
+    first = pl.program_id(0) * height
 
-    def turn(index: Array, of_scale: Array) -> Array:
+    def turn(index: Any, of_scale: Array) -> Array:
         own = (pl.ds(index * rows, rows), slice(None))
         real = _real(shape, rows, first + index * rows, columns)
 
         def load(ref: Ref) -> Array:
-            x = plgpu.load(ref.at[*own], mask=real, other=0.0)
-            return x.astype(jnp.float32)
+            return plgpu.load(ref.at[*own], mask=real, other=0.0).astype(jnp.float32)
 
         total, of_out = load(total_ref), load(of_out_ref)
-        mean_square = (total * total).sum(axis=1) / width
-        factor = jax.lax.rsqrt(mean_square + epsilon)[:, None]
+        factor = _inverse_rms(total, width, epsilon)
         normal, slope = total * factor, of_out * scale
         pull = (normal * slope).sum(axis=1)[:, None] / width
-        of_total = load(of_total_ref) + (slope - normal * pull) * factor
-        plgpu.store(out_ref.at[*own], of_total.astype(out_ref.dtype), mask=real)
+        found = (slope - normal * pull) * factor
+        for ref in of_total_ref:
+            found += load(ref)
+        plgpu.store(out_ref.at[*own], found.astype(out_ref.dtype), mask=real)
         return of_scale + of_out * normal if of_scale_ref else of_scale
 
     of_scale = jnp.zeros((rows, block), jnp.float32)
-    if not of_scale_ref:
-        turn(jnp.int32(0), of_scale)
-        return
-    of_scale = jax.lax.fori_loop(0, turns, turn, of_scale)
-    plgpu.store(of_scale_ref[0], of_scale.sum(axis=0), mask=columns)
+    turns = height // rows
+    if turns == 1:
+        of_scale = turn(0, of_scale)
+    else:
+        of_scale = jax.lax.fori_loop(0, turns, turn, of_scale)
+    for ref in of_scale_ref:
+        plgpu.store(ref, of_scale.sum(axis=0), mask=columns)
 
 
-def _specs(shape: tuple[int, ...], rows: int) -> tuple[pl.BlockSpec, pl.BlockSpec]:
+def _inverse_rms(x: Array, width: int, epsilon: float) -> Array:
+    """1 / rms of each row [rows, 1]; columns behind the width are zero."""
+    return jax.lax.rsqrt((x * x).sum(axis=1) / width + epsilon)[:, None]
+
+
+def _specs(width: int, rows: int) -> tuple[pl.BlockSpec, pl.BlockSpec]:
     """Blocks of `rows` rows, and of what all rows share."""
-    block = pl.next_power_of_2(shape[1])
+    block = pl.next_power_of_2(width)
     return (
         pl.BlockSpec((rows, block), lambda i: (i, 0)),
         pl.BlockSpec((block,), lambda i: (0,)),
     )
 
 
-def _real(shape: tuple[int, int], rows: int, first: Array, columns: Array) -> Array:
+def _real(shape: tuple[int, int], rows: int, first: Any, columns: Array) -> Array:
     """Which places [rows, block] of the rows from `first` on exist."""
     own = first + jnp.arange(rows)
     return columns[None] & (own < shape[0])[:, None]
