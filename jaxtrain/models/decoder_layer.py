@@ -319,7 +319,7 @@ class DecoderLayer(nnx.Module):
         mixer = MIXERS[self.options.kind.mixer]
         x, pending = stream if isinstance(stream, Stream) else (stream, None)
         with jax.named_scope(self.options.kind.mixer):
-            x, read = self._read(names.before_attention, x, pending)
+            x, read = self._read(names.before_attention, x, pending, self._readers)
             added, kept = getattr(self, mixer.name)(read, given, dropout_key)
             added = self._normalized(names.after_attention, added)
             added = layers.multiplied(added, residual)
@@ -345,14 +345,25 @@ class DecoderLayer(nnx.Module):
                 x = self.end(x, given.per_layer, dropout_key)
         return self._pinned(x), kept, load
 
+    @property
+    def _readers(self) -> int:
+        """How many copies of the norm the mixer takes."""
+        family = self.options.config.family
+        is_split = family.fused != "all" and family.norms != "shared"
+        return 3 if is_split and MIXERS[self.options.kind.mixer] is Attention else 1
+
     def _read(
-        self, name: str | None, x: Array, added: Array | None
-    ) -> tuple[Array, Array]:
-        """x + added, and what is read of it: its norm, or itself where there is none."""
-        if name is not None:
-            return getattr(self, name).of_sum(x, added)
-        total = x if added is None else x + added
-        return total, total
+        self, name: str | None, x: Array, added: Array | None, copies: int = 1
+    ) -> tuple[Array, Any]:
+        """x + added, and what is read of it: its norm, or itself where it has none.
+
+        Copies of a norm are one array, whose gradients the norm's kernel adds up.
+        """
+        if name is None:
+            total = x if added is None else x + added
+            return total, total
+        total, norms = getattr(self, name).of_sum(x, added, copies=copies)
+        return total, norms if copies > 1 else norms[0]
 
     def _pinned(self, stream: Any) -> Any:
         axes = ("batch", "sequence", "embed")

@@ -443,13 +443,17 @@ class RMSNorm(nnx.Module):
         return normalize(x, scale, self.epsilon, centred=centred)
 
     def of_sum(
-        self, x: Float[Array, "B T D"], added: Float[Array, "B T D"] | None = None
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
-        """x + added, or x alone, and the norm of it."""
+        self,
+        x: Float[Array, "B T D"],
+        added: Float[Array, "B T D"] | None = None,
+        *,
+        copies: int = 1,
+    ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B T D"], ...]]:
+        """x + added, or x alone, and the norm of it, once for each that reads it."""
         tiles = self.options.norm_tiles(x)
         if tiles is None:
             total = x if added is None else x + added
-            return total, self(total)
+            return total, (self(total),) * copies
         return norm.add_and_norm(
             x,
             added,
@@ -457,6 +461,7 @@ class RMSNorm(nnx.Module):
             epsilon=self.epsilon,
             tiles=tiles,
             layout=self.options.layout,
+            copies=copies,
         )
 
 
@@ -544,10 +549,13 @@ class Attention(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "B T D"],
+        read: Float[Array, "B T D"] | tuple[Float[Array, "B T D"], ...],
         given: LayerInputs,
         dropout_key: Key[Array, ""] | None,
     ) -> tuple[Float[Array, "B T D"], Any]:
+        """`read` may be copies of one array, one for each projection."""
+        copies: tuple[Any, ...] = read if isinstance(read, tuple) else (read,) * 3
+        x = copies[0]
         config, constrain = self.options.config, self.options.constrain
         rotary, attend = given.rotary, given.attend
         assert rotary is not None
@@ -558,8 +566,12 @@ class Attention(nnx.Module):
             projected = jnp.split(fused, ends, axis=-1)
         else:
             projections = (self.q_proj, self.k_proj, self.v_proj)
-            read = shared_input(self.options, x)
-            projected = [project(read, dropout_key) for project in projections]
+            if self.options.fp8:
+                copies = (fp8.share(x),) * 3
+            projected = [
+                project(copy, dropout_key)
+                for project, copy in zip(projections, copies, strict=True)
+            ]
         if config.qk_norm == "width":
             q, k, v = projected
             projected = [self.q_norm(q), self.k_norm(k), v]

@@ -236,13 +236,13 @@ class Decoder(Options):
             )
         with jax.named_scope("final_norm"):
             stream = x if isinstance(x, Stream) else (x,)
-            return ends.norm.of_sum(*stream)[1], join_loads(loads)
+            return ends.norm.of_sum(*stream)[1][0], join_loads(loads)
 
     def _begin(self, x: Float[Array, "B T D"]) -> Array | Stream:
         """The stream as the first layer reads it.
 
         What a layer adds is left to the next one's kernel, but not where the backward
-        pass keeps what a layer is given, which would then be two arrays in place of one.
+        pass keeps what a layer is given, which would then be two arrays.
         """
         before = self.config.family.norms == "before"
         if self.remat != "none" or not before or self.norm_tiles(x) is None:

@@ -34,6 +34,7 @@ class _Options(NamedTuple):
     epsilon: float
     tiles: "Tiles"
     layout: Layout
+    copies: int
 
 
 def choose_tiles(
@@ -70,26 +71,29 @@ def add_and_norm(
     epsilon: float,
     tiles: "Tiles",
     layout: Layout | None = None,
-) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
+    copies: int = 1,
+) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B T D"], ...]]:
     """x + added, and sum / rms(sum) * scale of that sum as it is rounded, by kernels.
 
     All is computed in float32 and rounded to the type of `x`. Where `added` is None, x
     is the sum. A stream is best read through this alone: the gradients of the sum and
-    of its norm are added up in the same pass. `layout` says how a mesh splits rows and
-    tokens, where there is one.
+    of its norm are added up in the same pass. So are those of several `copies` of the
+    norm, which are one array. `layout` says how a mesh splits rows and tokens, where
+    there is one.
     """
-    return _add_and_norm(
-        _Options(epsilon, tiles, layout or Layout()),
+    total, *norms = _add_and_norm(
+        _Options(epsilon, tiles, layout or Layout(), copies),
         x,
         added,
         scale.astype(jnp.float32),
     )
+    return total, tuple(norms)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _add_and_norm(
     options: _Options, x: Array, added: Array | None, scale: Array
-) -> tuple[Array, Array]:
+) -> tuple[Array, ...]:
     def run(x: Array, added: Array | None, scale: Array) -> tuple[Array, ...]:
         flat = None if added is None else _as_rows(added)
         results = _kernels().forward(
@@ -102,35 +106,38 @@ def _add_and_norm(
     results = _on_shards(options.layout, run, (stream, stream, whole), outputs)(
         x, added, scale
     )
-    return results if added is not None else (x, *results)
+    total = x if added is None else results[0]
+    return total, *[results[-1]] * options.copies
 
 
 def _forward_rule(
     options: _Options, x: Any, added: Any, scale: Any
-) -> tuple[tuple[Array, Array], tuple[Any, ...]]:
+) -> tuple[tuple[Array, ...], tuple[Any, ...]]:
     values = jax.tree.map(lambda argument: argument.value, (x, added, scale))
-    total, out = _add_and_norm(options, *values)
+    outputs = _add_and_norm(options, *values)
     # As trees, for residuals are arrays.
     adds = None if added is None else ()
     trains = () if scale.perturbed else None
-    return (total, out), (total, scale.value, adds, trains)
+    return outputs, (outputs[0], scale.value, adds, trains)
 
 
 def _backward_rule(
-    options: _Options, residuals: tuple[Any, ...], cotangents: tuple[Any, Any]
+    options: _Options, residuals: tuple[Any, ...], cotangents: tuple[Any, ...]
 ) -> tuple[Array | None, Array | None, Array | None]:
     total, scale, adds, trains = residuals
-    of_total, of_out = cotangents
-    if isinstance(of_total, SymbolicZero):
-        of_total = None
-    if isinstance(of_out, SymbolicZero):
+    of_total, *of_out = (None if isinstance(c, SymbolicZero) else c for c in cotangents)
+    of_out = [gradient for gradient in of_out if gradient is not None]
+    if not of_out:
         return of_total, None if adds is None else of_total, None
 
-    def run(total: Array, scale: Array, *gradients: Array | None) -> tuple[Array, ...]:
+    def run(
+        total: Array, scale: Array, of_total: Array | None, of_out: list[Array]
+    ) -> tuple[Array, ...]:
         found, of_scale = _kernels().backward(
             _as_rows(total),
             scale,
-            *(g if g is None else _as_rows(g) for g in gradients),
+            None if of_total is None else _as_rows(of_total),
+            [_as_rows(gradient) for gradient in of_out],
             options.epsilon,
             options.tiles,
             with_scale=trains is not None,

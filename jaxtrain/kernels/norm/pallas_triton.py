@@ -1,4 +1,4 @@
-"""A residual sum with its RMSNorm in one pass each way, through Pallas' Triton lowering.
+"""A residual sum with its RMSNorm in one pass each way, in Triton by Pallas.
 
 A program has some rows whole in registers: every number is read once and written once.
 Triton knows only powers of two, so columns behind the width are masked.
@@ -6,7 +6,8 @@ Triton knows only powers of two, so columns behind the width are masked.
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +44,7 @@ def forward(
     epsilon: float,
     tiles: Tiles,
 ) -> tuple[Float[Array, "M D"], ...]:
-    """x + added in the type of x and the norm of it; that of x alone without `added`."""
+    """x + added in the type of x, and the norm of it; without `added` the norm of x."""
     terms = [x] if added is None else [x, added]
     tile, vector = _specs(x.shape[1], tiles.rows)
     like = jax.ShapeDtypeStruct(x.shape, x.dtype)
@@ -62,7 +63,7 @@ def forward(
 
 
 def _forward_kernel(
-    shape: tuple[int, int], epsilon: float, terms: int, scale_ref: Ref, *refs: Ref
+    shape: tuple[int, ...], epsilon: float, terms: int, scale_ref: Ref, *refs: Ref
 ) -> None:
     x_ref, out_ref = refs[0], refs[-1]
     rows, block = x_ref.shape
@@ -84,7 +85,7 @@ def backward(
     total: Float[Array, "M D"],
     scale: Float[Array, "D"],
     of_total: Float[Array, "M D"] | None,
-    of_out: Float[Array, "M D"],
+    of_out: Sequence[Float[Array, "M D"]],
     epsilon: float,
     tiles: Tiles,
     *,
@@ -92,10 +93,10 @@ def backward(
 ) -> tuple[Float[Array, "M D"], Float[Array, "D"] | None]:
     """The gradient of the sum, which is that of both terms; and of the scale if asked.
 
-    `of_total` and `of_out` are the gradients of the sum, or None for zeros, and of its
-    norm.
+    `of_total` is the gradient of the sum, or None for zeros; those in `of_out` together
+    are that of its norm.
     """
-    gradients = [of_out] if of_total is None else [of_out, of_total]
+    gradients = [*of_out] if of_total is None else [*of_out, of_total]
     turns = tiles.turns if with_scale else 1
     (length, width), block = total.shape, tiles.rows * turns
     tile, vector = _specs(width, block)
@@ -104,10 +105,12 @@ def backward(
     out_specs = [tile]
     if with_scale:
         outputs.append(jax.ShapeDtypeStruct((programs, width), jnp.float32))
-        out_specs.append(pl.BlockSpec((None, *vector.block_shape), lambda i: (i, 0)))
+        part = pl.BlockSpec((None, pl.next_power_of_2(width)), lambda i: (i, 0))
+        out_specs.append(part)
     found = pl.pallas_call(
         functools.partial(
-            _backward_kernel, total.shape, epsilon, tiles.rows, len(gradients)
+            _backward_kernel,
+            _Case(total.shape, epsilon, tiles.rows, len(of_out), len(outputs)),
         ),
         grid=(programs,),
         in_specs=[vector, tile, *[tile] * len(gradients)],
@@ -121,35 +124,38 @@ def backward(
     return found[0], found[1].sum(axis=0) if with_scale else None
 
 
-def _backward_kernel(
-    shape: tuple[int, int],
-    epsilon: float,
-    rows: int,
-    gradients: int,
-    scale_ref: Ref,
-    total_ref: Ref,
-    *refs: Ref,
-) -> None:
-    width, (height, block) = shape[1], total_ref.shape
-    of_out_ref, *of_total_ref = refs[:gradients]
-    out_ref, *of_scale_ref = refs[gradients:]
+class _Case(NamedTuple):
+    """What a backward kernel is told: `norms` and `outputs` count its arrays."""
+
+    shape: tuple[int, ...]
+    epsilon: float
+    rows: int
+    norms: int
+    outputs: int
+
+
+def _backward_kernel(case: _Case, scale_ref: Ref, total_ref: Ref, *refs: Ref) -> None:
+    (_, width), rows, (height, block) = case.shape, case.rows, total_ref.shape
+    of_out_refs = refs[: case.norms]
+    of_total_refs = refs[case.norms : -case.outputs]
+    out_ref, *of_scale_ref = refs[-case.outputs :]
     columns = jnp.arange(block) < width
     scale = plgpu.load(scale_ref, mask=columns, other=0.0)[None]
     first = pl.program_id(0) * height
 
     def turn(index: Any, of_scale: Array) -> Array:
         own = (pl.ds(index * rows, rows), slice(None))
-        real = _real(shape, rows, first + index * rows, columns)
+        real = _real(case.shape, rows, first + index * rows, columns)
 
         def load(ref: Ref) -> Array:
             return plgpu.load(ref.at[*own], mask=real, other=0.0).astype(jnp.float32)
 
-        total, of_out = load(total_ref), load(of_out_ref)
-        factor = _inverse_rms(total, width, epsilon)
+        total, of_out = load(total_ref), sum(map(load, of_out_refs))
+        factor = _inverse_rms(total, width, case.epsilon)
         normal, slope = total * factor, of_out * scale
         pull = (normal * slope).sum(axis=1)[:, None] / width
         found = (slope - normal * pull) * factor
-        for ref in of_total_ref:
+        for ref in of_total_refs:
             found += load(ref)
         plgpu.store(out_ref.at[*own], found.astype(out_ref.dtype), mask=real)
         return of_scale + of_out * normal if of_scale_ref else of_scale
@@ -178,7 +184,7 @@ def _specs(width: int, rows: int) -> tuple[pl.BlockSpec, pl.BlockSpec]:
     )
 
 
-def _real(shape: tuple[int, int], rows: int, first: Any, columns: Array) -> Array:
+def _real(shape: tuple[int, ...], rows: int, first: Any, columns: Array) -> Array:
     """Which places [rows, block] of the rows from `first` on exist."""
     own = first + jnp.arange(rows)
     return columns[None] & (own < shape[0])[:, None]
