@@ -52,8 +52,6 @@ def part_of(instruction: Instruction) -> str:
     if "experts/" in text:
         is_kernel = instruction.kind == "custom-call" and "sort" not in text
         return f"experts, {PRODUCTS if is_kernel or is_product else 'rest'}"
-    if "norm_forward" in text or "norm_backward" in text:
-        return "norms, rope, residuals"
     if instruction.kind == "custom-call" and not is_product:
         return "attention kernel"
     if opcodes <= {"copy", "fusion", "bitcast", "parameter", "transpose", "convert"}:

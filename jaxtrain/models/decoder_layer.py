@@ -30,7 +30,6 @@ from jaxtrain.models.layers import (
     Mlp,
     Options,
     RMSNorm,
-    Stream,
 )
 from jaxtrain.models.moe import RouterLoad
 from jaxtrain.models.per_layer import LayerEnd
@@ -303,31 +302,28 @@ class DecoderLayer(nnx.Module):
 
     def __call__(
         self,
-        stream: Float[Array, "B T D"] | Stream,
+        x: Float[Array, "B T D"],
         given: LayerInputs,
         counted: Shaped[Array, "B T"],
         dropout_key: Key[Array, ""] | None = None,
-    ) -> tuple[Any, Any, RouterLoad | None]:
+    ) -> tuple[Float[Array, "B T D"], Any, RouterLoad | None]:
         """The stream after this layer, what its mixer keeps, and the router's load.
 
         `counted` says how often a token counts in the load; padding does not. The load
-        is None where there is no router. A stream that came as a `Stream` leaves so.
+        is None where there is no router.
         """
         config, family = self.options.config, self.options.config.family
         names = family.norm_names
         load, residual = None, config.residual_multiplier
         mixer = MIXERS[self.options.kind.mixer]
-        x, pending = stream if isinstance(stream, Stream) else (stream, None)
         with jax.named_scope(self.options.kind.mixer):
-            x, read = self._read(names.before_attention, x, pending, self._readers)
+            read = self._normalized(names.before_attention, x)
             added, kept = getattr(self, mixer.name)(read, given, dropout_key)
             added = self._normalized(names.after_attention, added)
-            added = layers.multiplied(added, residual)
-            if family.norms == "shared":
-                x += added
+            x += layers.multiplied(added, residual)
         with jax.named_scope("mlp"):
             if family.norms != "shared":
-                x, read = self._read(names.before_mlp, x, added)
+                read = self._normalized(names.before_mlp, x)
             mlp: Mlp | SparseMlp = getattr(self, family.mlp_names.module)
             if isinstance(mlp, SparseMlp):
                 added, load = mlp(read, counted, dropout_key)
@@ -336,38 +332,11 @@ class DecoderLayer(nnx.Module):
             if hasattr(self, "beside"):
                 added, load = self.beside(x, added, counted, dropout_key)
             added = self._normalized(names.after_mlp, added)
-            added = layers.multiplied(added, residual)
-            if isinstance(stream, Stream):
-                return self._pinned(Stream(x, added)), kept, load
-            x += added
+            x += layers.multiplied(added, residual)
         if hasattr(self, "end"):
             with jax.named_scope("end"):
                 x = self.end(x, given.per_layer, dropout_key)
-        return self._pinned(x), kept, load
-
-    @property
-    def _readers(self) -> int:
-        """How many copies of the norm the mixer takes."""
-        family = self.options.config.family
-        is_split = family.fused != "all" and family.norms != "shared"
-        return 3 if is_split and MIXERS[self.options.kind.mixer] is Attention else 1
-
-    def _read(
-        self, name: str | None, x: Array, added: Array | None, copies: int = 1
-    ) -> tuple[Array, Any]:
-        """x + added, and what is read of it: its norm, or itself where it has none.
-
-        Copies of a norm are one array, whose gradients the norm's kernel adds up.
-        """
-        if name is None:
-            total = x if added is None else x + added
-            return total, total
-        total, norms = getattr(self, name).of_sum(x, added, copies=copies)
-        return total, norms if copies > 1 else norms[0]
-
-    def _pinned(self, stream: Any) -> Any:
-        axes = ("batch", "sequence", "embed")
-        return jax.tree.map(lambda x: self.options.constrain(x, axes), stream)
+        return self.options.constrain(x, ("batch", "sequence", "embed")), kept, load
 
     def _normalized(self, name: str | None, x: Array) -> Array:
         """x after the norm of this name; x itself where there is none."""

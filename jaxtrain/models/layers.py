@@ -18,7 +18,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int32, Key
 
-from jaxtrain.kernels import fp8, norm
+from jaxtrain.kernels import fp8
 from jaxtrain.kernels.attention.partition import Layout
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.expert_parallel import ExpertSpread
@@ -141,15 +141,6 @@ class Options:
             return None
         return self.layout.mesh.devices.flat[0]
 
-    def norm_tiles(self, x: Array | jax.ShapeDtypeStruct) -> Any:
-        """How kernels cut this stream to normalize it; None where XLA does it.
-
-        Under fp8 a norm belongs to the pass that looks for its largest value.
-        """
-        if self.fp8 or self.config.family.norm_kind != "rms":
-            return None
-        return norm.choose_tiles(x, self.device)
-
 
 @dataclasses.dataclass(frozen=True)
 class LayerOptions(Options):
@@ -174,16 +165,6 @@ class LayerInputs(NamedTuple):
     state: Any = None
     shared: Any = None
     per_layer: Any = None
-
-
-class Stream(NamedTuple):
-    """The stream between layers, and what is still to be added to it.
-
-    The next norm's kernel adds both up as it reads them.
-    """
-
-    x: Float[Array, "B T D"]
-    added: Float[Array, "B T D"]
 
 
 class HandedOn(NamedTuple):
@@ -442,28 +423,6 @@ class RMSNorm(nnx.Module):
         centred = config.family.norm_kind == "layer"
         return normalize(x, scale, self.epsilon, centred=centred)
 
-    def of_sum(
-        self,
-        x: Float[Array, "B T D"],
-        added: Float[Array, "B T D"] | None = None,
-        *,
-        copies: int = 1,
-    ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B T D"], ...]]:
-        """x + added, or x alone, and the norm of it, once for each that reads it."""
-        tiles = self.options.norm_tiles(x)
-        if tiles is None:
-            total = x if added is None else x + added
-            return total, (self(total),) * copies
-        return norm.add_and_norm(
-            x,
-            added,
-            self.scale[...].astype(jnp.float32) + self.offset,
-            epsilon=self.epsilon,
-            tiles=tiles,
-            layout=self.options.layout,
-            copies=copies,
-        )
-
 
 def normalize(
     x: Float[Array, "*dims W"],
@@ -549,13 +508,10 @@ class Attention(nnx.Module):
 
     def __call__(
         self,
-        read: Float[Array, "B T D"] | tuple[Float[Array, "B T D"], ...],
+        x: Float[Array, "B T D"],
         given: LayerInputs,
         dropout_key: Key[Array, ""] | None,
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """`read` may be copies of one array, one for each projection."""
-        copies: tuple[Any, ...] = read if isinstance(read, tuple) else (read,) * 3
-        x = copies[0]
         config, constrain = self.options.config, self.options.constrain
         rotary, attend = given.rotary, given.attend
         assert rotary is not None
@@ -566,12 +522,8 @@ class Attention(nnx.Module):
             projected = jnp.split(fused, ends, axis=-1)
         else:
             projections = (self.q_proj, self.k_proj, self.v_proj)
-            if self.options.fp8:
-                copies = (fp8.share(x),) * 3
-            projected = [
-                project(copy, dropout_key)
-                for project, copy in zip(projections, copies, strict=True)
-            ]
+            read = shared_input(self.options, x)
+            projected = [project(read, dropout_key) for project in projections]
         if config.qk_norm == "width":
             q, k, v = projected
             projected = [self.q_norm(q), self.k_norm(k), v]

@@ -33,7 +33,6 @@ from jaxtrain.models.layers import (
     LayerInputs,
     LoraShape,
     Options,
-    Stream,
 )
 from jaxtrain.models.moe import RouterLoad, join_loads, load_balancing_loss
 from jaxtrain.models.noise import add_embedding_noise
@@ -230,24 +229,12 @@ class Decoder(Options):
                 self._options,
                 params,
                 make_step,
-                (self._begin(x), parts.init_shared(self, *tokens.shape)),
+                (x, parts.init_shared(self, *tokens.shape)),
                 per_layer=per_layer,
                 unroll=not self.scan_layers,
             )
         with jax.named_scope("final_norm"):
-            stream = x if isinstance(x, Stream) else (x,)
-            return ends.norm.of_sum(*stream)[1][0], join_loads(loads)
-
-    def _begin(self, x: Float[Array, "B T D"]) -> Array | Stream:
-        """The stream as the first layer reads it.
-
-        What a layer adds is left to the next one's kernel, but not where the backward
-        pass keeps what a layer is given, which would then be two arrays.
-        """
-        before = self.config.family.norms == "before"
-        if self.remat != "none" or not before or self.norm_tiles(x) is None:
-            return x
-        return Stream(x, jnp.zeros_like(x))
+            return ends.norm(x), join_loads(loads)
 
     def why_no_shared_prompts(self, longest: int = 0) -> str | None:
         """Return the reason why pairs can't share a prompt, or None if they can.
