@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -227,6 +227,13 @@ class Adapted(nnx.Module):
         return dora_gain(matrix, a, b, magnitude, self.scaling)
 
 
+class Copies(NamedTuple):
+    """One input twice, for a kernel and for its adapter."""
+
+    x: Float[Array, "B T I"]
+    for_adapter: Float[Array, "B T I"]
+
+
 class Linear(Adapted):
     """y = x kernel + bias, and an adapter's part where it has one.
 
@@ -260,12 +267,13 @@ class Linear(Adapted):
 
     def __call__(
         self,
-        x: Float[Array, "B T I"] | fp8.Shared,
+        x: Float[Array, "B T I"] | fp8.Shared | Copies,
         dropout_key: Key[Array, ""] | None = None,
     ) -> Float[Array, "B T O"]:
         dtype = self.options.compute_dtype
+        x, for_adapter = x if isinstance(x, Copies) else (x, x)
         y = self._multiply(x)
-        x = x.value if isinstance(x, fp8.Shared) else x
+        x = x.value if isinstance(x, fp8.Shared) else for_adapter
         lora = self.options.lora
         if lora is not None and hasattr(self, "lora_a"):
             with jax.named_scope("lora"):
@@ -291,7 +299,9 @@ class Linear(Adapted):
         if weight is not None:
             x = x if isinstance(x, fp8.Shared) else fp8.share(x)
             gather = functools.partial(_gather, self.options, self.axes)
-            site = fp8.Site(self.path, gather, of_codes=_is_for_tpus(self.options))
+            site = fp8.Site(
+                self.path, gather, of_codes=_platform(self.options) == "tpu"
+            )
             return fp8.project(site, x, weight)
         x = x.value if isinstance(x, fp8.Shared) else x
         if hasattr(self, "kernel"):
@@ -346,15 +356,47 @@ def _gather(options: Options, axes: LogicalAxes, codes: Array) -> Array:
     return options.constrain(codes, axes)
 
 
-def _is_for_tpus(options: Options) -> bool:
-    mesh = None if options.layout is None else options.layout.mesh
-    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
-    return bool(device.platform == "tpu")
+def _platform(options: Options) -> str:
+    return (options.device or jax.devices()[0]).platform
 
 
-def shared_input(options: Options, x: Array) -> Array | fp8.Shared:
-    """An input that several kernels read: under fp8 quantized once for them all."""
-    return fp8.share(x) if options.fp8 else x
+def share_input(
+    options: Options, x: Float[Array, "B T I"], readers: Sequence[Linear]
+) -> list[Any]:
+    """x as each of its readers takes it: under fp8 quantized once for them all.
+
+    Elsewhere on GPUs as copies, whose gradients are added up so that no addition is a
+    pass of its own.
+    """
+    if options.fp8:
+        return [fp8.share(x)] * len(readers)
+    if _platform(options) != "gpu":
+        return [x] * len(readers)
+    counts = [1 + hasattr(reader, "lora_a") for reader in readers]
+    copies = iter(fan_out(sum(counts), x))
+    return [
+        next(copies) if count == 1 else Copies(next(copies), next(copies))
+        for count in counts
+    ]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def fan_out(count: int, x: Array) -> tuple[Array, ...]:
+    """x once for each of `count` products that read it.
+
+    XLA makes the sum of a product and another array one call of cuBLAS, but only where
+    it finds the product first, and nothing added to it yet. jax would write the sum so
+    far first: every other addition would read both from memory.
+    """
+    return (x,) * count
+
+
+def _add_products(count: int, _: None, gradients: tuple[Array, ...]) -> tuple[Array]:
+    del count
+    return (functools.reduce(lambda total, product: product + total, gradients),)
+
+
+fan_out.defvjp(lambda count, x: (fan_out(count, x), None), _add_products)
 
 
 def dora_gain(
@@ -522,8 +564,11 @@ class Attention(nnx.Module):
             projected = jnp.split(fused, ends, axis=-1)
         else:
             projections = (self.q_proj, self.k_proj, self.v_proj)
-            read = shared_input(self.options, x)
-            projected = [project(read, dropout_key) for project in projections]
+            inputs = share_input(self.options, x, projections)
+            projected = [
+                project(read, dropout_key)
+                for project, read in zip(projections, inputs, strict=True)
+            ]
         if config.qk_norm == "width":
             q, k, v = projected
             projected = [self.q_norm(q), self.k_norm(k), v]
@@ -588,9 +633,12 @@ class Mlp(nnx.Module):
         config, constrain = self.options.config, self.options.constrain
         names = config.family.mlp_names
         if config.family.fused == "none":
-            read = shared_input(self.options, x)
             projections = (self.gate_proj, self.up_proj)
-            gate, up = (project(read, dropout_key) for project in projections)
+            inputs = share_input(self.options, x, projections)
+            gate, up = (
+                project(read, dropout_key)
+                for project, read in zip(projections, inputs, strict=True)
+            )
         else:
             fused = getattr(self, names.gate_up)(x, dropout_key)
             gate, up = jnp.split(fused, 2, axis=-1)
