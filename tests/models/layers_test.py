@@ -1,5 +1,7 @@
 """Modules against numpy."""
 
+import importlib.util
+import re
 from typing import Any
 
 import jax
@@ -7,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxtrain.aot.gpus import describe_gpus
 from jaxtrain.models import LoraShape, ModelConfig, layers
 from jaxtrain.models.layers import Embedding, Linear, Mlp, Options, RMSNorm, fan_out
 
@@ -93,6 +97,42 @@ def test_on_gpus_gradients_of_one_input_are_added_with_each_product_first() -> N
     products = {line.split()[0] for line in lines if "dot_general" in line}
     added = [line.split()[3].rstrip(",") for line in lines if "stablehlo.add" in line]
     assert len(added) == 2 and set(added) <= products
+
+
+@pytest.mark.on_request
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is None,
+    reason="needs jax's CUDA plugin",
+)
+def test_xla_for_gpus_leaves_no_addition_of_products_to_a_kernel_of_its_own() -> None:
+    """Of q, k and v with adapters, compiled for a GPU that is not here."""
+    mesh = Mesh(np.array(describe_gpus("h100:1")), ("data",))
+
+    def describe(*shape: int) -> jax.ShapeDtypeStruct:
+        whole = NamedSharding(mesh, PartitionSpec())
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=whole)
+
+    def pull(copy: Any, x: Any, kernels: Any, gradients: Any) -> Any:
+        def run(x: Any) -> Any:
+            pairs = zip(copy(len(kernels), x), kernels, strict=True)
+            return [own @ kernel for own, kernel in pairs]
+
+        return jax.vjp(run, x)[1](gradients)[0]
+
+    widths = (2048, 16, 256, 16, 256, 16)
+    x, kernels = describe(8, 2048, 2048), [describe(2048, n) for n in widths]
+    gradients = [describe(8, 2048, n) for n in widths]
+
+    def additions(copy: Any) -> int:
+        step = jax.jit(
+            lambda *given: pull(copy, *given),
+            compiler_options={"xla_gpu_enable_triton_gemm": False},
+        )
+        text = step.trace(x, kernels, gradients).lower().compile().as_text()
+        return len(re.findall(r" fusion\(", text[text.index("\nENTRY") :]))
+
+    assert additions(fan_out) == 0
+    assert additions(lambda count, x: (x,) * count) == 2  # else fan_out is idle
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
