@@ -273,17 +273,18 @@ class Linear(Adapted):
         dtype = self.options.compute_dtype
         x, for_adapter = x if isinstance(x, Copies) else (x, x)
         y = self._multiply(x)
-        x = x.value if isinstance(x, fp8.Shared) else for_adapter
+        if isinstance(for_adapter, fp8.Shared):
+            for_adapter = for_adapter.value
         lora = self.options.lora
         if lora is not None and hasattr(self, "lora_a"):
             with jax.named_scope("lora"):
                 own_key = fold_in_name(dropout_key, self.path)
-                seen = drop_inputs(x, lora.dropout, own_key)
+                seen = drop_inputs(for_adapter, lora.dropout, own_key)
                 low = seen @ self.lora_a[...].astype(dtype) * self.scaling
                 added = low @ self.lora_b[...].astype(dtype)
                 if not lora.use_dora:
                     y += added
-                elif seen is x:
+                elif seen is for_adapter:
                     y = self._dora_gain(self._matrix()).astype(dtype) * (y + added)
                 else:
                     # As in PEFT, the base's change of length sees the dropout too.
