@@ -27,7 +27,7 @@ from step_cases import SHAPES, WARMUP, Case, get_case, make_parser, run_cases
 from jaxtrain import lora
 from jaxtrain.data.batches.shared_prompt import share_prompts
 from jaxtrain.kernels.linear_cross_entropy import fused
-from jaxtrain.models import Decoder, ModelConfig, fp8, layers
+from jaxtrain.models import Decoder, ModelConfig, fp8
 from jaxtrain.models.quantization import Quantization
 from jaxtrain.objectives import make_objective
 from jaxtrain.optimizers import optim
@@ -192,8 +192,6 @@ def run_case(name: str, options: argparse.Namespace) -> dict[str, Any]:
     config = model_config(case.shape)
     if options.xla_head:
         fused.choose_tiles = lambda *_: None  # type: ignore[assignment]
-    if options.plain_sums:
-        layers.fan_out = lambda count, x: (x,) * count  # type: ignore[assignment]
     step, state, batch = make_step(name, options)
     start = time.perf_counter()
     losses = []
@@ -232,7 +230,6 @@ def run_case(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "response": options.response,
         "fp8": options.fp8,
         "xla_head": options.xla_head,
-        "plain_sums": options.plain_sums,
         "moments": options.moments or case.moments,
         "device": device.device_kind,
         "versions": {"jax": jax.__version__},
@@ -257,9 +254,6 @@ def main() -> None:
     parser.add_argument("--fp8", action="store_true", help="training.fp8")
     parser.add_argument(
         "--xla_head", action="store_true", help="no kernels of ours in the loss head"
-    )
-    parser.add_argument(
-        "--plain_sums", action="store_true", help="gradients added up in jax's order"
     )
     parser.add_argument("--peer", help="lines that trl_step.py printed")
     run_cases(__file__, parser.parse_args(), run_case)

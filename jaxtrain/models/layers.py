@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -227,13 +227,6 @@ class Adapted(nnx.Module):
         return dora_gain(matrix, a, b, magnitude, self.scaling)
 
 
-class Copies(NamedTuple):
-    """One input twice, for a kernel and for its adapter."""
-
-    x: Float[Array, "B T I"]
-    for_adapter: Float[Array, "B T I"]
-
-
 class Linear(Adapted):
     """y = x kernel + bias, and an adapter's part where it has one.
 
@@ -267,24 +260,22 @@ class Linear(Adapted):
 
     def __call__(
         self,
-        x: Float[Array, "B T I"] | fp8.Shared | Copies,
+        x: Float[Array, "B T I"] | fp8.Shared,
         dropout_key: Key[Array, ""] | None = None,
     ) -> Float[Array, "B T O"]:
         dtype = self.options.compute_dtype
-        x, for_adapter = x if isinstance(x, Copies) else (x, x)
         y = self._multiply(x)
-        if isinstance(for_adapter, fp8.Shared):
-            for_adapter = for_adapter.value
+        x = x.value if isinstance(x, fp8.Shared) else x
         lora = self.options.lora
         if lora is not None and hasattr(self, "lora_a"):
             with jax.named_scope("lora"):
                 own_key = fold_in_name(dropout_key, self.path)
-                seen = drop_inputs(for_adapter, lora.dropout, own_key)
+                seen = drop_inputs(x, lora.dropout, own_key)
                 low = seen @ self.lora_a[...].astype(dtype) * self.scaling
                 added = low @ self.lora_b[...].astype(dtype)
                 if not lora.use_dora:
                     y += added
-                elif seen is for_adapter:
+                elif seen is x:
                     y = self._dora_gain(self._matrix()).astype(dtype) * (y + added)
                 else:
                     # As in PEFT, the base's change of length sees the dropout too.
@@ -300,9 +291,7 @@ class Linear(Adapted):
         if weight is not None:
             x = x if isinstance(x, fp8.Shared) else fp8.share(x)
             gather = functools.partial(_gather, self.options, self.axes)
-            site = fp8.Site(
-                self.path, gather, of_codes=_platform(self.options) == "tpu"
-            )
+            site = fp8.Site(self.path, gather, of_codes=_is_for_tpus(self.options))
             return fp8.project(site, x, weight)
         x = x.value if isinstance(x, fp8.Shared) else x
         if hasattr(self, "kernel"):
@@ -357,47 +346,15 @@ def _gather(options: Options, axes: LogicalAxes, codes: Array) -> Array:
     return options.constrain(codes, axes)
 
 
-def _platform(options: Options) -> str:
-    return (options.device or jax.devices()[0]).platform
+def _is_for_tpus(options: Options) -> bool:
+    mesh = None if options.layout is None else options.layout.mesh
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    return bool(device.platform == "tpu")
 
 
-def share_input(
-    options: Options, x: Float[Array, "B T I"], readers: Sequence[Linear]
-) -> list[Any]:
-    """x as each of its readers takes it: under fp8 quantized once for them all.
-
-    Elsewhere on GPUs as copies, whose gradients are added up so that no addition is a
-    pass of its own.
-    """
-    if options.fp8:
-        return [fp8.share(x)] * len(readers)
-    if _platform(options) != "gpu":
-        return [x] * len(readers)
-    counts = [1 + hasattr(reader, "lora_a") for reader in readers]
-    copies = iter(fan_out(sum(counts), x))
-    return [
-        next(copies) if count == 1 else Copies(next(copies), next(copies))
-        for count in counts
-    ]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def fan_out(count: int, x: Array) -> tuple[Array, ...]:
-    """x once for each of `count` products that read it.
-
-    XLA makes the sum of a product and another array one call of cuBLAS, but only where
-    it finds the product first, and nothing added to it yet. jax would write the sum so
-    far first: every other addition would read both from memory.
-    """
-    return (x,) * count
-
-
-def _add_products(count: int, _: None, gradients: tuple[Array, ...]) -> tuple[Array]:
-    del count
-    return (functools.reduce(lambda total, product: product + total, gradients),)
-
-
-fan_out.defvjp(lambda count, x: ((x,) * count, None), _add_products)
+def shared_input(options: Options, x: Array) -> Array | fp8.Shared:
+    """An input that several kernels read: under fp8 quantized once for them all."""
+    return fp8.share(x) if options.fp8 else x
 
 
 def dora_gain(
@@ -565,11 +522,8 @@ class Attention(nnx.Module):
             projected = jnp.split(fused, ends, axis=-1)
         else:
             projections = (self.q_proj, self.k_proj, self.v_proj)
-            inputs = share_input(self.options, x, projections)
-            projected = [
-                project(read, dropout_key)
-                for project, read in zip(projections, inputs, strict=True)
-            ]
+            read = shared_input(self.options, x)
+            projected = [project(read, dropout_key) for project in projections]
         if config.qk_norm == "width":
             q, k, v = projected
             projected = [self.q_norm(q), self.k_norm(k), v]
@@ -634,12 +588,9 @@ class Mlp(nnx.Module):
         config, constrain = self.options.config, self.options.constrain
         names = config.family.mlp_names
         if config.family.fused == "none":
+            read = shared_input(self.options, x)
             projections = (self.gate_proj, self.up_proj)
-            inputs = share_input(self.options, x, projections)
-            gate, up = (
-                project(read, dropout_key)
-                for project, read in zip(projections, inputs, strict=True)
-            )
+            gate, up = (project(read, dropout_key) for project in projections)
         else:
             fused = getattr(self, names.gate_up)(x, dropout_key)
             gate, up = jnp.split(fused, 2, axis=-1)

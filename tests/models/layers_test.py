@@ -1,7 +1,5 @@
 """Modules against numpy."""
 
-import importlib.util
-import re
 from typing import Any
 
 import jax
@@ -9,11 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxtrain.aot.gpus import describe_gpus
-from jaxtrain.models import LoraShape, ModelConfig, layers
-from jaxtrain.models.layers import Embedding, Linear, Mlp, Options, RMSNorm, fan_out
+from jaxtrain.models import LoraShape, ModelConfig
+from jaxtrain.models.layers import Embedding, Linear, Mlp, Options, RMSNorm
 
 
 def make_options(model_type: str = "llama", **options: Any) -> Options:
@@ -77,90 +73,3 @@ def test_adapter_dropout_drops_its_share_of_inputs_and_scales_the_rest() -> None
     assert 2900 < seen < 3100
     other = Linear("down", (4000, 2), ("embed", "mlp"), options, nnx.Rngs(0))
     assert not hasattr(other, "lora_a")
-
-
-def test_on_gpus_gradients_of_one_input_are_added_with_each_product_first() -> None:
-    """As cuBLAS can add them: else every other addition is a pass of its own."""
-    x, kernels = random(2, 3, 4), [random(4, n) for n in (4, 6, 8)]
-
-    def run(x: Any) -> Any:
-        copies = fan_out(len(kernels), x)
-        return [copy @ kernel for copy, kernel in zip(copies, kernels, strict=True)]
-
-    def pull(gradients: Any) -> Any:
-        return jax.vjp(run, x)[1](gradients)[0]
-
-    gradients = [random(2, 3, kernel.shape[1]) for kernel in kernels]
-    expected = sum(g @ w.T for g, w in zip(gradients, kernels, strict=True))
-    np.testing.assert_allclose(pull(gradients), expected, rtol=1e-5)
-    lines = jax.jit(pull).lower(gradients).as_text().splitlines()
-    products = {line.split()[0] for line in lines if "dot_general" in line}
-    added = [line.split()[3].rstrip(",") for line in lines if "stablehlo.add" in line]
-    assert len(added) == 2 and set(added) <= products
-
-
-@pytest.mark.on_request
-@pytest.mark.skipif(
-    importlib.util.find_spec("jax_cuda13_plugin") is None,
-    reason="needs jax's CUDA plugin",
-)
-def test_xla_for_gpus_leaves_no_addition_of_products_to_a_kernel_of_its_own() -> None:
-    """Of q, k and v with adapters, compiled for a GPU that is not here."""
-    mesh = Mesh(np.array(describe_gpus("h100:1")), ("data",))
-
-    def describe(*shape: int) -> jax.ShapeDtypeStruct:
-        whole = NamedSharding(mesh, PartitionSpec())
-        return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=whole)
-
-    def pull(copy: Any, x: Any, kernels: Any, gradients: Any) -> Any:
-        def run(x: Any) -> Any:
-            pairs = zip(copy(len(kernels), x), kernels, strict=True)
-            return [own @ kernel for own, kernel in pairs]
-
-        return jax.vjp(run, x)[1](gradients)[0]
-
-    widths = (2048, 16, 256, 16, 256, 16)
-    x, kernels = describe(8, 2048, 2048), [describe(2048, n) for n in widths]
-    gradients = [describe(8, 2048, n) for n in widths]
-
-    def additions(copy: Any) -> int:
-        step = jax.jit(
-            lambda *given: pull(copy, *given),
-            compiler_options={"xla_gpu_enable_triton_gemm": False},
-        )
-        text = step.trace(x, kernels, gradients).lower().compile().as_text()
-        return len(re.findall(r" fusion\(", text[text.index("\nENTRY") :]))
-
-    assert additions(fan_out) == 0
-    assert additions(lambda count, x: (x,) * count) == 2  # else fan_out is idle
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_on_gpus_adapters_read_copies_and_gradients_stay(
-    dropout: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    targets = frozenset({"mlp.gate_proj", "mlp.down_proj"})
-    shape = LoraShape(r=2, scaling=2.0, dropout=dropout, targets=targets)
-    mlp = Mlp(make_options(lora=shape), nnx.Rngs(0), inner=12)
-    mlp.gate_proj.lora_b[...] = random(2, 12)
-    static, weights = nnx.split(mlp)
-    x, key = random(2, 3, 8), jax.random.key(0)
-
-    def pull() -> Any:
-        def loss(weights: Any, x: Any) -> Any:
-            return (nnx.merge(static, weights)(x, key) ** 2).sum()
-
-        return jax.grad(loss, argnums=(0, 1))(weights, x)
-
-    expected, taken = pull(), []
-    monkeypatch.setattr(layers, "_platform", lambda _: "gpu")
-    monkeypatch.setattr(
-        layers, "fan_out", lambda n, x: taken.append(n) or fan_out(n, x)
-    )
-    found = pull()
-    assert taken == [3]  # the kernels of gate and up, and the gate's adapter
-    for result, right in zip(
-        jax.tree.leaves(found), jax.tree.leaves(expected), strict=True
-    ):
-        largest = np.abs(right).max()
-        np.testing.assert_allclose(result, right, rtol=1e-5, atol=1e-6 * largest)
