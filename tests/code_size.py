@@ -17,7 +17,7 @@ PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "jaxtrain"
 # what published models and data files bring along, and what survives damage; then
 # fourteen families, layers of several kinds, and kernels of a recurrence; then mixtures
 # of experts, over devices and under adapters, products in eight bits, and a loss head
-# and attention of kernels of their own where none was; and what TRL's users bring along.
+# and attention of kernels of their own where none was; then what TRL's users bring.
 PACKAGE_BUDGET = 57_200
 # The concerns that one reads to follow a DPO-LoRA run: losses and their options, step,
 # state, adapters, the loop, and what builds them. 4,300 lines are the aim.
