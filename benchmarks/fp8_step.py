@@ -29,11 +29,11 @@ def run_case(name: str, options: argparse.Namespace, *flags: str) -> dict[str, A
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env=environ
     )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if not lines:
-        return {"error": (done.stderr.strip().splitlines() or ["no output"])[-1][:300]}
-    line: dict[str, Any] = json.loads(lines[-1])
-    return line
+    told = [json.loads(x) for x in done.stdout.splitlines() if x.startswith("{")]
+    for line in told:
+        if "rate" in line:  # the others say how far it came
+            return line
+    return {"error": (done.stderr.strip().splitlines() or ["no output"])[-1][:300]}
 
 
 def main() -> None:
@@ -50,7 +50,7 @@ def main() -> None:
         told = [
             line["error"]
             if "error" in line
-            else f"{line['rate']:.0f} {line['unit']}, {line['peak_gib']} GiB, losses"
+            else f"{line['rate']:.4g} {line['unit']}, {line['peak_gib']} GiB, losses"
             f" {line['losses']}, warm-up {line['warmup_secs']} s"
             for line in (base, fast)
         ]
