@@ -133,7 +133,6 @@ THOROUGH = (
     "curriculum_test.py::test_a_resumed_run_takes_its_difficulties",
     "curriculum_test.py::test_the_models_own_loss_puts_easy_rows_first",
     "curriculum_test.py::test_the_step_compiles_at_most_once_a_bucket[from_scratch]",
-    "curriculum_test.py::test_without_a_curriculum_there_is_one_length",
     "data/stream_batches_test.py::test_worker_processes_change_nothing",
     "diagnostics_test.py::test_a_run_that_only_skips_ends",
     "diagnostics_test.py::test_a_spike_is_skipped_or_stops_the_run",
