@@ -28,8 +28,7 @@ def get_unembedding(config: ModelConfig, params: Params) -> tuple[Array, Literal
 def share_tokens(options: Options, shape: tuple[int, ...]) -> TokenShards:
     """How the devices of a mesh share the tokens of rows [B T], for the loss head."""
     layout = options.layout or Layout()
-    rows = layout.fitting(layout.rows, shape[0])
-    count = layout.count(rows) * layout.token_shards(shape[1])
+    count = layout.count(layout.sharing(*shape))
     whole = layout.count(layout.weights) == 1  # the unembedding, on each device
     return TokenShards(count, options.constrain if whole and count > 1 else None)
 

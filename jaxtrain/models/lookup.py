@@ -31,8 +31,7 @@ def look_up(
 def _is_exchanged(layout: Layout, table: Array, tokens: Array, dtype: str) -> bool:
     """Whether devices that would add up tables exchange less as vectors."""
     width = _width(layout, table)
-    rows = layout.fitting(layout.rows, tokens.shape[0])
-    shared = rows + (layout.tokens if layout.token_shards(tokens.shape[1]) > 1 else ())
+    shared = layout.sharing(*tokens.shape)
     if layout.count(tuple(axis for axis in shared if axis not in width)) == 1:
         return False  # none: those that split the width have each vector's own part
     # Each vector comes once. A sum over devices sends and brings a table's numbers.

@@ -60,6 +60,11 @@ class Layout:
             return 1
         return shards
 
+    def sharing(self, batch: int, length: int) -> Axes:
+        """The axes that split the tokens of rows [batch, length]."""
+        rows = self.fitting(self.rows, batch)
+        return rows + (self.tokens if self.token_shards(length) > 1 else ())
+
     def join_tokens(self, x: Array) -> Array:
         """[B T ...] -> [B * T ...], the tokens of one device together."""
         batch, length, *rest = x.shape

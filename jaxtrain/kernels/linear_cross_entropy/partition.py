@@ -31,10 +31,11 @@ def serves(
 
     `device` is one that the program is for, where it is not the first local one.
     """
-    if layout.count(layout.vocab) > 1 or vocab * hidden.shape[-1] * 6 > _LARGEST:
+    rows, length, width = hidden.shape
+    if layout.count(layout.vocab) > 1 or vocab * width * 6 > _LARGEST:
         return False
-    tokens = hidden.shape[0] * hidden.shape[1] // layout.count(_shared(layout, hidden))
-    own = jax.ShapeDtypeStruct((tokens, hidden.shape[-1]), hidden.dtype)
+    tokens = rows * length // layout.count(layout.sharing(rows, length))
+    own = jax.ShapeDtypeStruct((tokens, width), hidden.dtype)
     return fused.choose_tiles(own, vocab, device) is not None
 
 
@@ -52,7 +53,7 @@ def score_on_shards(
     """
     mesh = layout.mesh
     assert mesh is not None  # one device needs none of this
-    tokens = _shared(layout, hidden)
+    tokens = layout.sharing(*hidden.shape[:2])
     width = layout.fitting(
         tuple(axis for axis in layout.weights if mesh.shape[axis] > 1),
         unembedding.shape[1 - vocab_axis],
@@ -73,9 +74,3 @@ def score_on_shards(
         out_specs=of_tokens,
         check_vma=False,  # a kernel does not say over which axes its outputs vary
     )(layout.join_tokens(hidden), unembedding, layout.join_tokens(targets))
-
-
-def _shared(layout: Layout, hidden: Float[Array, "B T D"]) -> tuple[str, ...]:
-    """The axes of the mesh that split the tokens of these rows."""
-    rows = layout.fitting(layout.rows, hidden.shape[0])
-    return rows + (layout.tokens if layout.token_shards(hidden.shape[1]) > 1 else ())
