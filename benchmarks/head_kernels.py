@@ -1,5 +1,8 @@
 """The loss head by kernels that keep logits in registers, against XLA's: one H100.
 
+With slopes made in the backward pass ("two walks"), and with both gradients taken up on
+the way forward ("one walk"); frozen: only the hidden states' gradient is wanted.
+
     PYTHONPATH=. python benchmarks/head_kernels.py [--tiles]
     PYTHONPATH=. python benchmarks/head_kernels.py --smoke    # tiny; CPUs: XLA's
 
@@ -10,6 +13,7 @@ several sizes of tiles.
 """
 
 import argparse
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -49,40 +53,46 @@ def make_inputs(tokens: int, width: int, vocab: int) -> tuple[jax.Array, ...]:
     )
 
 
-def compare(shape: tuple[int, int, int]) -> None:
-    """A line of errors, and a line of times for each way."""
+def compare(shape: tuple[int, int, int], *, trained: bool) -> None:
+    """A line of times for each way, and lines of errors; `trained`: the table is."""
     inputs = make_inputs(*shape)
     found = {}
-    for fuse in (False, True):
-
-        def scores(hidden: Any, table: Any, targets: Any, fuse: bool = fuse) -> Any:
-            return linear_log_probs(hidden, table, targets, fuse=fuse)
+    ways = {"XLA": (False, False), "two walks": (True, False), "one walk": (True, True)}
+    if not trained:
+        del ways["two walks"]  # the kernels' backward pass is then the XLA walk's
+    for way, (fuse, once) in ways.items():
 
         def loss(
-            hidden: Any, table: Any, targets: Any, weights: Any, scores: Any = scores
-        ) -> Any:
-            outputs = scores(hidden, table, targets)
-            return (outputs[0] * weights).sum(), outputs
+            *inputs: Any, fuse: bool = fuse, once: bool = once
+        ) -> tuple[Any, tuple[Any, ...]]:
+            *scored, shares = inputs
+            told = {"shares": shares} if once and trained else {}
+            outputs = linear_log_probs(*scored, fuse=fuse, **told)
+            total = outputs[-1][0] if told else (outputs[0] * shares).sum()
+            return total, outputs[:4]
 
-        forward = jax.jit(scores)
-        both = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
+        forward = jax.jit(functools.partial(linear_log_probs, fuse=fuse))
+        of = (0, 1) if trained else (0,)
+        both = jax.jit(jax.value_and_grad(loss, of, has_aux=True))
         memory = both.lower(*inputs).compile().memory_analysis()
-        found[fuse] = jax.tree.map(np.asarray, both(*inputs))
+        found[way] = jax.tree.map(np.asarray, both(*inputs))
         print(
-            f"{shape} {'registers' if fuse else 'XLA':9s} forward"
+            f"{shape} {'trained' if trained else 'frozen '} {way:9s} forward"
             f" {time_ms(lambda f=forward: f(*inputs[:3])):6.2f} ms, both"  # type: ignore[misc]
             f" {time_ms(lambda b=both: b(*inputs)):6.2f} ms, temporaries"  # type: ignore[misc]
             f" {memory.temp_size_in_bytes / 2**30:.2f} GiB",
             flush=True,
         )
     names = ["logps", "entropy", "correct", "mean", "d hidden", "d table"]
-    plain, fused = ([*found[way][0][1], *found[way][1]] for way in (False, True))
-    errors = [
-        np.abs(a.astype(np.float32) - b.astype(np.float32)).max()
-        / max(np.abs(a.astype(np.float32)).max(), 1e-6)
-        for a, b in zip(plain, fused, strict=True)
-    ]
-    print("  errors", *(f"{n} {e:.1e}" for n, e in zip(names, errors, strict=True)))
+    plain, *others = ([*each[0][1], *each[1]] for each in found.values())
+    for way, other in zip([*found][1:], others, strict=True):
+        errors = [
+            np.abs(a.astype(np.float32) - b.astype(np.float32)).max()
+            / max(np.abs(a.astype(np.float32)).max(), 1e-6)
+            for a, b in zip(plain, other, strict=True)
+        ]
+        told = (f"{n} {e:.1e}" for n, e in zip(names, errors, strict=False))
+        print(f"  errors of {way}:", *told, flush=True)
 
 
 def time_tiles(shape: tuple[int, int, int]) -> None:
@@ -115,6 +125,13 @@ def time_tiles(shape: tuple[int, int, int]) -> None:
                 ),
             ),
             (
+                "weights",
+                part,
+                lambda h, w, tiles=tiles: hopper.weigh_logits(
+                    hopper.Head(h, w, 0, 1.0), targets % len(part), log_total, tiles
+                )[:2],
+            ),
+            (
                 "XLA's product",
                 part,
                 lambda h, w: jnp.matmul(h, w.T, preferred_element_type=jnp.float32),
@@ -137,7 +154,8 @@ def main() -> None:
     options = parser.parse_args()
     print(jax.devices()[0].device_kind, "jax", jax.__version__)
     for shape in SMOKE if options.smoke else SHAPES:
-        compare(shape)
+        for trained in (True, False):
+            compare(shape, trained=trained)
         if options.tiles:
             time_tiles(shape)
 

@@ -150,7 +150,7 @@ def make_step(name: str, options: argparse.Namespace) -> tuple[Any, TrainState, 
     step = plan.jit(
         make_train_step(
             make_objective("preference" if case.pairs else "next_token"),
-            scorer.token_log_probs,
+            functools.partial(scorer.token_log_probs, with_total=not case.pairs),
             optimizer,
             schedule,
             StepOptions(max_grad_norm=1.0, with_reference=case.pairs),

@@ -215,6 +215,9 @@ def bind_loss(run: RunConfig, model: LoadedModel, loss: Loss) -> Scored:
         model.decoder.token_log_probs,
         with_collision=run.dpo is not None and run.dpo.use_weighting,
         with_router_loss=router > 0,
+        # What is added may weigh log-probs otherwise, and so may a loss of one's own.
+        with_total=loss.auxiliary is None
+        and getattr(loss.objective, "func", None) is objectives.next_token,
     )
     score = without_frozen(score, run.optimizer.lr_multipliers)
     objective, score = with_router_report(objective, score, run, model.config, added)

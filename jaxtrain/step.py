@@ -140,8 +140,7 @@ def make_train_step(
         if loss_scale is not None:
             numbers["loss_scale"] = loss_scale.scale
             loss_scale = loss_scale.update(finite)
-        one = jnp.float32(1)
-        metrics |= {name: WeightedSum(value, one) for name, value in numbers.items()}
+        metrics |= {k: WeightedSum(v, jnp.float32(1)) for k, v in numbers.items()}
         new_state = dataclasses.replace(
             state,
             step=state.step + 1,

@@ -58,6 +58,7 @@ class TokenLogProbs:
     others, which are for wrappers around them: `router_loss` tells how unevenly the
     router used the experts over all tokens of the batch (models/moe.py), `log_total` is
     the log of the softmax's denominator, `router` is of models/router_report.py.
+    `total` is sum(loss_mask * logps); where it is given, it alone has the gradient.
     """
 
     logps: Float[Array, "B T"]
@@ -68,6 +69,7 @@ class TokenLogProbs:
     router_loss: Float[Array, ""] | None = None
     log_total: Float[Array, "B T"] | None = None
     router: Any = None
+    total: Float[Array, ""] | None = None
 
 
 LogProbsFn = Callable[[Batch], TokenLogProbs]

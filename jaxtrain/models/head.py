@@ -34,15 +34,17 @@ def share_tokens(options: Options, shape: tuple[int, ...]) -> TokenShards:
 
 
 def is_on_shards(options: Options, hidden: Float[Array, "B T D"]) -> bool:
-    """Whether kernels score each device's own tokens, of several devices.
-
-    A head with an adapter or a cap is none of theirs, and a frozen one needs no table
-    of logits' slopes (kernels/linear_cross_entropy).
-    """
-    config, layout = options.config, options.layout
+    """Whether kernels score each device's own tokens, of several devices."""
+    layout = options.layout
     if layout is None or layout.mesh is None or layout.mesh.size == 1:
         return False
-    plain = options.lora is None and config.final_logit_softcapping is None
+    return has_kernels(options, hidden)
+
+
+def has_kernels(options: Options, hidden: Float[Array, "B T D"]) -> bool:
+    """Whether kernels serve this head; one with an adapter is none of theirs."""
+    config, layout = options.config, options.layout or Layout()
+    plain = config.final_logit_softcapping is None and config.logit_multiplier > 0
     return plain and serves(layout, hidden, config.vocab_size, options.device)
 
 

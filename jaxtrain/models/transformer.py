@@ -294,12 +294,13 @@ class Decoder(Options):
         with_router_loss: bool = False,
         with_router: bool = False,
         with_log_total: bool = False,
+        with_total: bool = False,
     ) -> TokenLogProbs:
         """Log-probabilities of the batch's targets; never holds B x T x V logits.
 
-        If the batch has `scored`, only the tokens that it lists are scored, and the
-        results of all others are 0. Only `logps`, `router_loss`, `log_total` and the
-        z-loss in `router` have a gradient.
+        If the batch has `scored`, only the tokens that it lists are scored; all others
+        give 0. Only `logps`, `router_loss`, `log_total` and `router`'s z-loss have a
+        gradient; `with_total`, where kernels serve, `total` in place of `logps`.
 
         Raises:
             ValueError: router statistics are asked for, and the model has no router.
@@ -318,24 +319,24 @@ class Decoder(Options):
             )
         router_loss = load_balancing_loss(load) if with_router_loss and load else None
         router = router_report.summarize(load) if with_router and load else None
-        targets, chosen = batch.targets, None
+        told, chosen = (hidden, batch.targets, *(batch.loss_mask,) * with_total), None
         if batch.scored is not None:
             groups = len(batch.scored)
-            chosen = make_selection(batch.scored, targets.size // groups)
-            hidden = pick(join_rows(hidden, groups), chosen)
-            targets = pick(join_rows(targets, groups), chosen)
+            chosen = make_selection(batch.scored, batch.targets.size // groups)
+            told = tuple(pick(join_rows(x, groups), chosen) for x in told)
+        hidden, targets, *shares = told
         outputs = _score_targets(
             self,
             params,
             hidden,
             targets,
             dropout_key,
-            _Extras(with_collision, with_log_total),
+            _Extras(with_collision, with_log_total, *shares),
         )
         if chosen is not None:
             shape = batch.targets.shape
             outputs = jax.tree.map(
-                lambda x: put_back(x, chosen).reshape(shape), outputs
+                lambda x: put_back(x, chosen).reshape(shape) if x.ndim else x, outputs
             )
         return dataclasses.replace(outputs, router_loss=router_loss, router=router)
 
@@ -507,6 +508,7 @@ class _Extras(NamedTuple):
 
     collision: bool
     log_total: bool
+    shares: Float[Array, "B T"] | None = None  # of each log-prob in the total
 
 
 def _score_targets(
@@ -536,9 +538,15 @@ def _score_targets(
             with_log_total=extras.log_total,
             device=decoder.device,
         )
-        if not extras.collision and head.is_on_shards(decoder, hidden):
+        plain = adapter is None and not extras.collision
+        shares = extras.shares
+        if not plain or extras.log_total or not head.has_kernels(decoder, hidden):
+            shares = None
+        if plain and head.is_on_shards(decoder, hidden):
             score = functools.partial(score, fuse=True)
-            outputs = score_on_shards(score, layout, hidden, table, targets, vocab_axis)
+            outputs = score_on_shards(
+                score, layout, hidden, table, (targets, shares), vocab_axis
+            )
         else:
             outputs = score(
                 decoder.constrain(layout.join_tokens(hidden), ("tokens", "embed")),
@@ -548,10 +556,14 @@ def _score_targets(
                 shards=layout.count(layout.fitting(layout.vocab, config.vocab_size)),
                 fuse=layout.mesh is None or layout.mesh.size == 1,
                 token_shards=head.share_tokens(decoder, targets.shape),
+                shares=shares if shares is None else layout.join_tokens(shares),
             )
+    total = None
+    if shares is not None:
+        total, outputs = outputs[-1].sum(), jax.lax.stop_gradient(outputs[:-1])
     scores = [layout.split_tokens(x, targets.shape) for x in outputs]
     log_total = scores.pop() if extras.log_total else None
-    return dataclasses.replace(TokenLogProbs(*scores), log_total=log_total)
+    return dataclasses.replace(TokenLogProbs(*scores), log_total=log_total, total=total)
 
 
 def _check_adapters(lora: LoraShape, modules: frozenset[str]) -> None:

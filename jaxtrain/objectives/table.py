@@ -44,6 +44,8 @@ def next_token(
         "entropy": masked_sum(scored.entropy, mask),
         "num_tokens": count_tokens(real_rows(batch), batch),
     }
+    if scored.total is not None:
+        return WeightedSum(-scored.total, mask.sum()), metrics
     return masked_sum(-scored.logps, mask), metrics
 
 

@@ -17,6 +17,10 @@ W[target] - sum_v p_v W_v, whose sum the forward pass takes up beside the softma
 attention takes up values. That is two products with the table in place of three. The
 unembedding's own gradient is no such thing, for it adds up tokens whose cotangents, and
 whose softmax's denominators, are known only at the end.
+
+With kernels that keep logits in registers, a walk over the tokens does so too, and if
+told beforehand what each log-prob counts in the loss, it takes up the unembedding's
+gradient as well (one_walk.py).
 """
 
 import functools
@@ -28,7 +32,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int32
 
-from jaxtrain.kernels.linear_cross_entropy import fused, slices
+from jaxtrain.kernels.linear_cross_entropy import fused, one_walk, slices
 from jaxtrain.kernels.linear_cross_entropy.slices import (
     ONE_DEVICE,
     HeadAdapter,
@@ -68,6 +72,7 @@ def linear_log_probs(
     device: jax.Device | None = None,
     token_shards: TokenShards = ONE_DEVICE,
     width_axes: tuple[str, ...] = (),
+    shares: Float[Array, "M"] | None = None,
 ) -> tuple[Float[Array, "M"], ...]:
     """(logps, entropy, correct, mean_logit) of each token, float32.
 
@@ -89,10 +94,14 @@ def linear_log_probs(
     is for has some (fused.py): `device`, or the first local one. A program for several
     devices has to call this within a `shard_map` then. There `width_axes` are the
     mesh's axes that split the unembedding's width, of which each device gives its part.
+    `shares`: what each log-prob counts in the loss, up to a factor that all have in
+    common. Then the last output is the sum [1] of shares times log-probs, and it alone
+    need carry a gradient: the kernels compute it on the way forward.
 
     Raises:
         ValueError: shapes or options do not fit together.
     """
+    own_chunk = chunk
     chunk = slices.choose_chunk(hidden.shape[-1]) if chunk is None else chunk
     parts = math.prod(map(jax.lax.axis_size, width_axes))
     _check(hidden, unembedding, targets, (vocab_axis, parts), softcap, chunk)
@@ -110,6 +119,7 @@ def linear_log_probs(
     if fuse and plain and shards == 1:
         in_registers = _keep_in_registers(hidden, vocab, chunk, device)
     if in_registers is not None:
+        in_registers = in_registers._replace(chunk=own_chunk)
         hidden, targets = fused.pad_rows(hidden, targets)
     options = Options(
         vocab_axis=vocab_axis,
@@ -124,10 +134,17 @@ def linear_log_probs(
         token_shards=token_shards,
         width_axes=width_axes,
     )
+    if shares is not None and not with_log_total and _walks_once(options, hidden):
+        padded = jnp.pad(shares, (0, len(hidden) - tokens))
+        *scores, total = _weighed(options, hidden, unembedding, targets, padded)
+        return (*(score[:tokens] for score in scores), total)
     outputs = _linear_log_probs(options, hidden, unembedding, targets, adapter)
     if len(hidden) > tokens:
         outputs = tuple(output[:tokens] for output in outputs)
-    return (outputs[:5] if with_collision else outputs[:4]) + outputs[5:]
+    outputs = (outputs[:5] if with_collision else outputs[:4]) + outputs[5:]
+    if shares is not None:
+        outputs += ((outputs[0] * shares).sum()[None],)
+    return outputs
 
 
 def _keep_in_registers(
@@ -141,6 +158,11 @@ def _keep_in_registers(
     return InRegisters(
         tiles, *slices.choose_slices(vocab, -(-len(hidden) // (3 * chunk)))
     )
+
+
+def _walks_once(options: Options, hidden: Array) -> bool:
+    """Whether one walk over the tokens serves: float16 has too few exponents."""
+    return options.in_registers is not None and hidden.dtype == jnp.bfloat16
 
 
 class _Inputs(NamedTuple):
@@ -273,15 +295,34 @@ def _forward_in_registers(
     sums = fused.sum_logits(tiles, hidden, unembedding, targets, options.of_table)
     log_total = sums.highest + jnp.log(sums.total)
     logps = sums.target - log_total
-    zeros = jnp.zeros_like(logps)
-    # The mean of products is the product with the mean.
-    mean = unembedding.astype(hidden.dtype).mean(options.vocab_axis, jnp.float32)
-    exact = jax.lax.Precision.HIGHEST  # GPUs round factors to TF32 otherwise
-    mean_logit = jnp.matmul(hidden.astype(jnp.float32), mean, precision=exact)
-    mean_logit *= options.scale
+    zeros, mean_logit = jnp.zeros_like(logps), _mean_logit(options, hidden, unembedding)
     entropy = log_total - sums.weighted / sums.total
     last = (log_total,) if options.with_log_total else ()
     return (logps, entropy, sums.is_first, mean_logit, zeros, *last), log_total
+
+
+def _mean_logit(options: Options, hidden: Array, table: Array) -> Array:
+    """The mean of products is the product with the mean."""
+    mean = table.astype(hidden.dtype).mean(options.vocab_axis, jnp.float32)
+    exact = jax.lax.Precision.HIGHEST  # GPUs round factors to TF32 otherwise
+    logits = jnp.matmul(hidden.astype(jnp.float32), mean, precision=exact)
+    return logits * options.scale
+
+
+def _walk_once(
+    options: Options, inputs: _Inputs, shares: Array | None, *, trained: bool
+) -> tuple[tuple[Array, ...], one_walk.Found]:
+    """The first four outputs, and the gradients by the hidden states and the table."""
+    hidden, table, targets, _ = inputs
+    assert options.in_registers is not None
+    tiles, _, _, chunk = options.in_registers
+    rows = one_walk.choose_rows(table.shape[options.vocab_axis], chunk, trained=trained)
+    head = one_walk.Head(
+        hidden, table.astype(hidden.dtype), targets, shares, options.of_table
+    )
+    found = one_walk.walk(tiles, head, rows, trained=trained)
+    mean_logit = _mean_logit(options, hidden, table)
+    return (found.logps, found.entropy, found.correct, mean_logit), found
 
 
 def _forward_rule(
@@ -293,8 +334,13 @@ def _forward_rule(
     inputs = _Inputs(hidden.value, table, targets.value, added)
     only_hidden = hidden.perturbed and not unembedding.perturbed and adapter is None
     if only_hidden and options.shards == 1 and not options.with_log_total:
-        options = options._replace(with_direction=True)
-        outputs, direction = _forward(options, inputs)
+        if _walks_once(options, inputs.hidden):
+            outputs, found = _walk_once(options, inputs, None, trained=False)
+            outputs += (jnp.zeros_like(found.logps),)
+            direction = found.hidden
+        else:
+            options = options._replace(with_direction=True)
+            outputs, direction = _forward(options, inputs)
         like = jnp.zeros((0,), hidden.value.dtype)
         return outputs, (_Direction(direction, like),)
     outputs, log_total = _forward(options, inputs)
@@ -323,7 +369,7 @@ def _backward_rule(
     if isinstance(gradient, SymbolicZero) or not wants_any:
         return None, None, None, None
     if options.in_registers is not None:
-        _, count, width = options.in_registers
+        _, count, width, _ = options.in_registers
         options = options._replace(slices=count, width=width)
     gradients = _Gradients(
         *(options, inputs, wanted, like.dtype, log_total, gradient, of_total)
@@ -446,6 +492,43 @@ class _Gradients(NamedTuple):
 
 
 _linear_log_probs.defvjp(_forward_rule, _backward_rule, symbolic_zeros=True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _weighed(
+    options: Options, hidden: Array, unembedding: Array, targets: Array, shares: Array
+) -> tuple[Array, ...]:
+    """The first four outputs, and the sum [1] of shares times log-probs."""
+    outputs = _linear_log_probs(options, hidden, unembedding, targets, None)[:4]
+    return (*outputs, (outputs[0] * shares).sum()[None])
+
+
+def _weighed_forward(
+    options: Options, hidden: Any, unembedding: Any, targets: Any, shares: Any
+) -> tuple[tuple[Array, ...], tuple[Array, Array | None]]:
+    """The outputs and both gradients of the sum."""
+    table = _gather(options, unembedding.value, hidden.value.dtype)
+    inputs = _Inputs(hidden.value, table, targets.value, None)
+    trained = unembedding.perturbed
+    outputs, found = _walk_once(options, inputs, shares.value, trained=trained)
+    of_table = None
+    if found.table is not None:
+        of_table = _scatter(options, found.table).astype(unembedding.value.dtype)
+    total = (found.logps * shares.value).sum()[None]
+    return (*outputs, total), (found.hidden, of_table)
+
+
+def _weighed_backward(
+    options: Options, gradients: tuple[Array, Array | None], cotangents: tuple[Any, ...]
+) -> tuple[Array | None, Array | None, None, None]:
+    of_total, (of_hidden, of_table) = cotangents[4], gradients
+    if isinstance(of_total, SymbolicZero):
+        return None, None, None, None
+    of_hidden = (of_hidden * of_total).astype(of_hidden.dtype)
+    return of_hidden, None if of_table is None else of_table * of_total, None, None
+
+
+_weighed.defvjp(_weighed_forward, _weighed_backward, symbolic_zeros=True)
 
 
 def _as_array(cotangent: Any) -> Array:

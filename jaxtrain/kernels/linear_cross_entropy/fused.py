@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int32
 from jaxtrain.kernels.attention.cudnn import compute_capability
 
 if TYPE_CHECKING:
-    from jaxtrain.kernels.linear_cross_entropy.hopper import Slope, Sums, Tiles
+    from jaxtrain.kernels.linear_cross_entropy.hopper import Slope, Sums, Tiles, Weights
 
 ROW_MULTIPLE = 128
 _WIDTH_MULTIPLE = 64
@@ -64,6 +64,21 @@ def sum_logits(
     head = kernels.Head(hidden, table.astype(hidden.dtype), *of_table)
     sums: Sums = kernels.sum_logits(head, targets, tiles)
     return sums
+
+
+def weigh_logits(
+    tiles: "Tiles",
+    hidden: Float[Array, "M D"],
+    table: Array,
+    targets: Int32[Array, "M"],
+    base: Float[Array, "M"],
+    of_table: tuple[int, float],
+) -> "Weights":
+    """exp(logit - base), with each row's sums over the vocabulary."""
+    kernels = _kernels()
+    head = kernels.Head(hidden, table, *of_table)
+    weights: Weights = kernels.weigh_logits(head, targets, base, tiles)
+    return weights
 
 
 def make_slopes(

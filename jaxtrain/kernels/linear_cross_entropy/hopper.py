@@ -2,7 +2,8 @@
 
 A product of hidden states and the table whose tiles of logits never leave registers:
 forward they become each row's sums of its tile, backward the slopes that both gradients
-are products of. XLA would write all logits in float32 and read them several times.
+are products of; or both at once, the weights of a softmax beside the sums
+(one_walk.py). XLA would write all logits in float32 and read them several times.
 
 As in grouped_matmul/hopper.py a program takes one tile of 128 rows after the other, one
 warpgroup copies, two compute. Blocks of 64 columns are in the vocabulary or outside.
@@ -10,7 +11,7 @@ warpgroup copies, two compute. Blocks of 64 columns are in the vocabulary or out
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +28,8 @@ from jaxtrain.kernels.grouped_matmul.hopper import Ring, over_tiles
 DEPTH = 64  # of a buffer: what the 128-byte swizzle holds of 16-bit numbers
 PART = 64  # columns that are taken at once from a tile, all real or none
 _NEVER = -1e30
+# Weights are at most exp of this: what 151,936 of them add up to is a float32.
+LARGEST_EXPONENT = 75.0
 # Tiles of rows that are taken with one tile of the table, so that both are found in
 # the L2 cache again.
 _TOGETHER = 16
@@ -84,10 +87,6 @@ class Sums(NamedTuple):
 def sum_logits(head: Head, targets: Int32[Array, "M"], tiles: Tiles) -> Sums:
     """What a softmax and its statistics need of each row's logits."""
     rows, parts = len(head.hidden), pl.cdiv(head.entries, tiles.columns)
-    # Which 64 rows have a target in a tile: the others skip looking for it.
-    place = targets // tiles.columns
-    asked = jnp.zeros((rows // ROWS, parts), jnp.int32)
-    asked = asked.at[jnp.arange(rows) // ROWS, place].set(1)
     by_tile = jax.ShapeDtypeStruct((parts, rows), jnp.float32)
     kernel = _call(
         functools.partial(_sums_kernel, tiles, _Grid.of(head, tiles), head.scale),
@@ -100,21 +99,97 @@ def sum_logits(head: Head, targets: Int32[Array, "M"], tiles: Tiles) -> Sums:
             plgpu.Barrier(num_arrivals=1, num_barriers=GROUPS),
         ],
     )
-    inputs = (head.hidden, head.table, targets, asked.reshape(-1))
-    highest, total, weighted, target, earlier = kernel(*inputs)
-
+    asked = _ask_for_targets(targets, parts, tiles)
+    highest, total, weighted, target, earlier = kernel(
+        head.hidden, head.table, targets, asked
+    )
     most = highest.max(axis=0)
     fade = jnp.exp(highest - most)
-    own_target, own_earlier = (
-        jnp.take_along_axis(each, place[None], axis=0)[0] for each in (target, earlier)
-    )
-    is_first = (highest.argmax(axis=0) == place) & (own_target == most)
+    own_target, is_first = _find_targets(tiles, targets, highest, target, earlier)
     return Sums(
         most,
         (total * fade).sum(axis=0),
         (weighted * fade).sum(axis=0),
         own_target,
-        (is_first & (own_earlier == 0.0)).astype(jnp.float32),
+        is_first,
+    )
+
+
+def _ask_for_targets(
+    targets: Int32[Array, "M"], parts: int, tiles: Tiles
+) -> Int32[Array, "P"]:
+    """Which 64 rows have a target in a tile: the others skip looking for it."""
+    rows = len(targets)
+    asked = jnp.zeros((rows // ROWS, parts), jnp.int32)
+    groups = jnp.arange(rows) // ROWS
+    return asked.at[groups, targets // tiles.columns].set(1).reshape(-1)
+
+
+def _find_targets(
+    tiles: Tiles, targets: Int32[Array, "M"], *by_tile: Float[Array, "P M"]
+) -> tuple[Float[Array, "M"], Float[Array, "M"]]:
+    """The target's logit, and whether it is the first highest one, of all tiles.
+
+    `by_tile`: the highest logit, the target's where it is in the tile, and whether an
+    earlier entry of that tile is as high.
+    """
+    highest, target, earlier = by_tile
+    place = targets // tiles.columns
+    own_target, own_earlier = (
+        jnp.take_along_axis(each, place[None], axis=0)[0] for each in (target, earlier)
+    )
+    is_first = (highest.argmax(axis=0) == place) & (own_target == highest.max(axis=0))
+    return own_target, (is_first & (own_earlier == 0.0)).astype(jnp.float32)
+
+
+class Weights(NamedTuple):
+    """exp(logit - base) of all entries, in the type of hidden states, and float32 sums.
+
+    `others` adds up all weights but the target's, `weighted` the logits times their
+    weights; `highest`, `target` and `is_first` are as in `Sums`. A weight is at most
+    exp(LARGEST_EXPONENT): where `highest` is further above the base, it is wrong.
+    """
+
+    weights: Float[Array, "M V"]
+    others: Float[Array, "M"]
+    weighted: Float[Array, "M"]
+    highest: Float[Array, "M"]
+    target: Float[Array, "M"]
+    is_first: Float[Array, "M"]
+
+
+def weigh_logits(
+    head: Head, targets: Int32[Array, "M"], base: Float[Array, "M"], tiles: Tiles
+) -> Weights:
+    """The weights of a softmax before they are divided by their sum."""
+    rows, dtype = len(head.hidden), head.hidden.dtype
+    parts = pl.cdiv(head.entries, tiles.columns)
+    by_tile = jax.ShapeDtypeStruct((parts, rows), jnp.float32)
+    kernel = _call(
+        functools.partial(_weights_kernel, tiles, _Grid.of(head, tiles), head.scale),
+        head,
+        tiles,
+        out_type=(
+            *(by_tile,) * 5,
+            jax.ShapeDtypeStruct((rows, head.entries), dtype),
+        ),
+        scratch=[
+            hopper.vector_memory((GROUPS, ROWS), jnp.int32),
+            hopper.vector_memory((GROUPS, ROWS), jnp.float32),
+            hopper.vector_memory((5, GROUPS, ROWS), jnp.float32),
+            hopper.matrix_memory((GROUPS, ROWS, PART), dtype),
+            plgpu.Barrier(num_arrivals=2, num_barriers=GROUPS),
+        ],
+    )
+    asked = _ask_for_targets(targets, parts, tiles)
+    *by_tile, weights = kernel(head.hidden, head.table, targets, base * LOG2_E, asked)
+    highest, others, weighted, target, earlier = by_tile
+    return Weights(
+        weights,
+        others.sum(axis=0),
+        weighted.sum(axis=0),
+        highest.max(axis=0),
+        *_find_targets(tiles, targets, highest, target, earlier),
     )
 
 
@@ -320,10 +395,7 @@ def _sums_kernel(
 
     def end(logits: Array, row: Array, column: Array) -> None:
         start = column * tiles.columns
-        highest = hopper.constant(tiles, (ROWS,), _NEVER, hopper.PER_ROW)
-        for first in range(0, tiles.columns, PART):
-            part = logits[:, first : first + PART].max(axis=1)
-            highest = jnp.maximum(highest, part + _outside(grid, start + first))
+        highest = _find_highest(tiles, grid, logits, start)
         total = hopper.constant(tiles, (ROWS,), 0.0, hopper.PER_ROW)
         weighted = hopper.constant(tiles, (ROWS,), 0.0, hopper.PER_ROW)
         for first in range(0, tiles.columns, PART):
@@ -339,26 +411,114 @@ def _sums_kernel(
         @pl.when(is_asked == 1)
         def _look_for_targets() -> None:
             place = hopper.place(tiles, targets_memory[group], hopper.PER_ROW) - start
-            target = hopper.constant(tiles, (ROWS,), 0.0, hopper.PER_ROW)
-            earlier = hopper.constant(tiles, (ROWS,), 0.0, hopper.PER_ROW)
-            for first in range(0, tiles.columns, PART):
-                part = logits[:, first : first + PART]
-                own = hopper.over_rows(place - first, part.shape)
-                entry = hopper.iota(tiles, part.shape, 1)
-                target += jnp.where(entry == own, part, 0.0).sum(axis=1)
-                is_top = part == hopper.over_rows(highest, part.shape)
-                before = jnp.where(is_top & (entry < own), 1.0, 0.0)
-                earlier = jnp.maximum(earlier, before.max(axis=1))
+            target, earlier = _look_up(tiles, logits, place, highest)
             sums_memory[3, group] = target * scale
             sums_memory[4, group] = earlier
 
         sums_memory[0, group] = highest * scale
         sums_memory[1, group] = total
         sums_memory[2, group] = weighted * scale
-        plgpu.commit_smem()
-        for number, output in enumerate(outputs):
-            target = output.at[column, pl.ds(row, ROWS)]
-            plgpu.copy_smem_to_gmem(sums_memory.at[number, group], target)
+        _send_sums(sums_memory, outputs, row, column)
+
+    _walk(tiles, grid, (hidden_ref, table_ref, *buffers), begin, end)
+
+
+def _find_highest(tiles: Tiles, grid: _Grid, logits: Array, start: Array) -> Array:
+    """Each row's highest raw logit of a tile whose first column is `start`."""
+    highest = hopper.constant(tiles, (ROWS,), _NEVER, hopper.PER_ROW)
+    for first in range(0, tiles.columns, PART):
+        part = logits[:, first : first + PART].max(axis=1)
+        highest = jnp.maximum(highest, part + _outside(grid, start + first))
+    return highest
+
+
+def _look_up(
+    tiles: Tiles, logits: Array, place: Array, highest: Array
+) -> tuple[Array, Array]:
+    """The raw logit at each row's place, and 1 where an earlier one is the highest."""
+    target = hopper.constant(tiles, (ROWS,), 0.0, hopper.PER_ROW)
+    earlier = hopper.constant(tiles, (ROWS,), 0.0, hopper.PER_ROW)
+    for first in range(0, tiles.columns, PART):
+        part = logits[:, first : first + PART]
+        own = hopper.over_rows(place - first, part.shape)
+        entry = hopper.iota(tiles, part.shape, 1)
+        target += jnp.where(entry == own, part, 0.0).sum(axis=1)
+        is_top = part == hopper.over_rows(highest, part.shape)
+        before = jnp.where(is_top & (entry < own), 1.0, 0.0)
+        earlier = jnp.maximum(earlier, before.max(axis=1))
+    return target, earlier
+
+
+def _send_sums(memory: Ref, outputs: Sequence[Ref], row: Array, column: Array) -> None:
+    """A group's sums of a tile, on their way to where those of all tiles are."""
+    group = jax.lax.axis_index("group")
+    plgpu.commit_smem()
+    for number, output in enumerate(outputs):
+        target = output.at[column, pl.ds(row, ROWS)]
+        plgpu.copy_smem_to_gmem(memory.at[number, group], target)
+
+
+def _weights_kernel(
+    tiles: Tiles, grid: _Grid, scale: float, hidden_ref: Ref, table_ref: Ref, *refs: Ref
+) -> None:
+    targets_ref, base_ref, asked_ref, *outputs, out_ref = refs[:9]
+    targets_memory, base_memory, sums_memory, out_memory, arrived, *buffers = refs[9:]
+    group = jax.lax.axis_index("group")
+    factor = scale * LOG2_E
+
+    def begin(row: Array) -> None:
+        own, ready = pl.ds(row, ROWS), arrived.at[group]
+        plgpu.copy_gmem_to_smem(targets_ref.at[own], targets_memory.at[group], ready)
+        plgpu.copy_gmem_to_smem(base_ref.at[own], base_memory.at[group], ready)
+
+    def weigh(part: Array, base: Array, column: Array) -> Array:
+        shift = hopper.over_rows(base - _outside(grid, column), part.shape)
+        exponents = part * factor - shift
+        return jnp.exp2(jnp.minimum(exponents, LARGEST_EXPONENT * LOG2_E))
+
+    def end(logits: Array, row: Array, column: Array) -> None:
+        start = column * tiles.columns
+        plgpu.barrier_wait(arrived.at[group])
+        base = hopper.place(tiles, base_memory[group], hopper.PER_ROW)
+        total = hopper.constant(tiles, (ROWS,), 0.0, hopper.PER_ROW)
+        weighted = hopper.constant(tiles, (ROWS,), 0.0, hopper.PER_ROW)
+        for first in range(0, tiles.columns, PART):
+            part = logits[:, first : first + PART]
+            weights = weigh(part, base, start + first)
+            total += weights.sum(axis=1)
+            weighted += (weights * part).sum(axis=1)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            out_memory[group] = weights.astype(out_memory.dtype)
+            plgpu.commit_smem()
+            target = out_ref.at[pl.ds(row, ROWS), pl.ds(start + first, PART)]
+            send = functools.partial(
+                plgpu.copy_smem_to_gmem, out_memory.at[group], target
+            )
+            pl.when(start + first < grid.entries)(send)
+        highest = _find_highest(tiles, grid, logits, start)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        sums_memory[1, group] = total
+        is_asked = asked_ref[hopper.divide(row, ROWS) * grid.column_tiles + column]
+
+        @pl.when(is_asked == 1)
+        def _look_for_targets() -> None:
+            place = hopper.place(tiles, targets_memory[group], hopper.PER_ROW) - start
+            target, earlier = _look_up(tiles, logits, place, highest)
+            sums_memory[3, group] = target * scale
+            sums_memory[4, group] = earlier
+            # Before the sum over tiles, of which a target's weight can be nearly all.
+            others = hopper.constant(tiles, (ROWS,), 0.0, hopper.PER_ROW)
+            for first in range(0, tiles.columns, PART):
+                part = logits[:, first : first + PART]
+                own = hopper.over_rows(place - first, part.shape)
+                weights = weigh(part, base, start + first)
+                other = hopper.iota(tiles, part.shape, 1) != own
+                others += jnp.where(other, weights, 0.0).sum(axis=1)
+            sums_memory[1, group] = others
+
+        sums_memory[0, group] = highest * scale
+        sums_memory[2, group] = weighted * scale
+        _send_sums(sums_memory, outputs, row, column)
 
     _walk(tiles, grid, (hidden_ref, table_ref, *buffers), begin, end)
 

@@ -5,7 +5,6 @@ token needs the whole unembedding: where devices split its width, each brings th
 together in the type of the hidden states, and gets its part of the gradient's sum.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Literal
 
@@ -27,12 +26,13 @@ def serves(
     vocab: int,
     device: jax.Device | None,
 ) -> bool:
-    """Whether kernels would score each device's tokens on this mesh.
+    """Whether kernels would score each device's tokens, on this mesh or on one device.
 
     `device` is one that the program is for, where it is not the first local one.
     """
     rows, length, width = hidden.shape
-    if layout.count(layout.vocab) > 1 or vocab * width * 6 > _LARGEST:
+    several = layout.mesh is not None and layout.mesh.size > 1
+    if several and (layout.count(layout.vocab) > 1 or vocab * width * 6 > _LARGEST):
         return False
     tokens = rows * length // layout.count(layout.sharing(rows, length))
     own = jax.ShapeDtypeStruct((tokens, width), hidden.dtype)
@@ -44,12 +44,13 @@ def score_on_shards(
     layout: Layout,
     hidden: Float[Array, "B T D"],
     unembedding: Float[Array, "V D"] | Float[Array, "D V"],
-    targets: Int32[Array, "B T"],
+    told: tuple[Int32[Array, "B T"], Float[Array, "B T"] | None],
     vocab_axis: Literal[0, 1],
 ) -> tuple[Float[Array, "M"], ...]:
     """`score(hidden, unembedding, targets, width_axes=...)` on each device's tokens.
 
-    The results are of the tokens as `layout.join_tokens` joins them.
+    `told`: the targets, and each token's share of the loss if `score` shall know it.
+    The results are of the tokens as `layout.join_tokens` joins them, or of the devices.
     """
     mesh = layout.mesh
     assert mesh is not None  # one device needs none of this
@@ -58,19 +59,25 @@ def score_on_shards(
         tuple(axis for axis in layout.weights if mesh.shape[axis] > 1),
         unembedding.shape[1 - vocab_axis],
     )
+
+    def run(hidden: Array, table: Array, *told: Array) -> tuple[Array, ...]:
+        named = dict(zip(("targets", "shares"), told, strict=False))
+        return score(hidden, table, **named, width_axes=width)
+
+    given = tuple(layout.join_tokens(x) for x in told if x is not None)
     # Axes that a spec does not name cost a sum of gradients, be they of size 1.
     idle = tuple(axis for axis, size in mesh.shape.items() if size == 1)
     tokens += tuple(axis for axis in idle if axis not in tokens)
     of_tokens = PartitionSpec(tokens)
     of_table = (idle or None, width or None)
     return jax.shard_map(
-        functools.partial(score, width_axes=width),
+        run,
         mesh=mesh,
         in_specs=(
             of_tokens,
             PartitionSpec(*of_table[:: 1 - 2 * vocab_axis]),
-            of_tokens,
+            *(of_tokens for _ in given),
         ),
         out_specs=of_tokens,
         check_vma=False,  # a kernel does not say over which axes its outputs vary
-    )(layout.join_tokens(hidden), unembedding, layout.join_tokens(targets))
+    )(layout.join_tokens(hidden), unembedding, *given)

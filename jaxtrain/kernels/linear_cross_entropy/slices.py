@@ -75,11 +75,15 @@ class Options(NamedTuple):
 
 
 class InRegisters(NamedTuple):
-    """That kernels keep the logits: by which tiles, by how many slices backward."""
+    """That kernels keep the logits: by which tiles, by how many slices backward.
+
+    `chunk`: as `linear_log_probs` was given it.
+    """
 
     tiles: Any
     slices: int
     width: int
+    chunk: int | None = None
 
 
 def choose_chunk(width: int) -> int:

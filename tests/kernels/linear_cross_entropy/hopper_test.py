@@ -166,7 +166,7 @@ def test_a_runs_own_step_takes_them_for_each_batch_and_in_both_passes(
         return hopper.Tiles()
 
     monkeypatch.setattr(fused, "choose_tiles", choose)
-    for name in ("sum_logits", "make_slopes"):
+    for name in ("sum_logits", "make_slopes", "weigh_logits"):
         own = getattr(fused, name)
 
         def note(tiles, hidden, *rest, name=name, own=own):
@@ -188,13 +188,17 @@ def test_a_runs_own_step_takes_them_for_each_batch_and_in_both_passes(
 
     trace(jax.devices()[:1])
     assert asked[0].platform == jax.devices()[0].platform
-    assert set(taken) == {("sum_logits", rows), ("make_slopes", rows)}
+    assert set(taken) == {("weigh_logits", rows)}
     if scored is None:
         taken.clear()
         config.mesh.fsdp = 2
         trace(jax.devices()[:2])
-        assert set(taken) == {("sum_logits", rows), ("make_slopes", rows)}
+        assert set(taken) == {("weigh_logits", rows)}
         taken.clear()
         config.mesh.fsdp, config.mesh.tensor = 1, 2  # which splits the vocabulary
         trace(jax.devices()[:2])
         assert not taken
+        config.mesh.tensor = 1
+        config.training.training_type = "dpo"  # whose slopes are known at the end
+        trace(jax.devices()[:1])
+        assert {name for name, _ in taken} == {"sum_logits", "make_slopes"}

@@ -13,7 +13,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtrain.aot.hlo_cost import analyze
 from jaxtrain.kernels.attention.partition import Layout
-from jaxtrain.kernels.linear_cross_entropy import fused, linear_log_probs, partition
+from jaxtrain.kernels.linear_cross_entropy import (
+    fused,
+    hopper,
+    linear_log_probs,
+    partition,
+)
+from tests.plain_kernels import weigh_plainly
 
 ROWS, LENGTH, WIDTH, VOCAB = 8, 16, 32, 192
 
@@ -43,7 +49,7 @@ def make_steps(layout, vocab_axis, targets, weights, chunk=None):
             layout,
             hidden,
             table,
-            targets,
+            (targets, None),
             vocab_axis,
         )
         logps, *rest = (layout.split_tokens(x, targets.shape) for x in scores)
@@ -103,3 +109,39 @@ def test_only_a_table_that_is_worth_its_memory_is_brought_together(monkeypatch):
     assert not partition.serves(make_layout(2, 2), wide, 128256, None)
     mesh = Mesh(np.array(jax.devices()[:2]), ("t",))
     assert not partition.serves(Layout(mesh, vocab=("t",)), hidden, 128256, None)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("sizes", [(2, 2), (1, 4), (2, 2, 2), (1, 3)])
+def test_shares_of_the_loss_sum_up_over_devices(sizes, frozen, monkeypatch):
+    """Each device walks over its tokens once; plain jax stands in for the kernel."""
+    monkeypatch.setattr(fused, "choose_tiles", lambda *_: hopper.Tiles())
+    monkeypatch.setattr(fused, "weigh_logits", weigh_plainly)
+    layout = make_layout(*sizes)
+    hidden, table, targets, shares = make_inputs(jnp.bfloat16)
+
+    def on_shards(hidden, table):
+        score = functools.partial(linear_log_probs, chunk=8, fuse=True)
+        *scores, parts = partition.score_on_shards(
+            score, layout, hidden, table, (targets, shares), 0
+        )
+        return parts.sum(), layout.split_tokens(scores[0], targets.shape)
+
+    def whole(hidden, table):
+        logps, *_ = linear_log_probs(
+            hidden.reshape(-1, WIDTH), table, targets.reshape(-1)
+        )
+        logps = logps.reshape(targets.shape)
+        return (logps * shares).sum(), logps
+
+    of = 0 if frozen else (0, 1)
+    found, wanted = (
+        jax.jit(jax.value_and_grad(loss, of, has_aux=True))(hidden, table)
+        for loss in (on_shards, whole)
+    )
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
+    jax.tree.map(close, found[0], wanted[0])
+    # Slopes are rounded to bfloat16 before one product and after the other.
+    for a, b in zip(*map(jax.tree.leaves, (found[1], wanted[1])), strict=True):
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        np.testing.assert_allclose(a, b, rtol=2**-6, atol=4e-3 * np.abs(b).max())
