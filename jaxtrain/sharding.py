@@ -27,6 +27,12 @@ logger = logging.getLogger(__name__)
 
 BATCH_AXES = ("data", "fsdp", "expert")
 _TRITON_PRODUCTS = "xla_gpu_enable_triton_gemm"
+_LEFT_OUT = "xla_disable_hlo_passes"
+_UNROLLED_OPTIONS: dict[str, str | bool] = {
+    _TRITON_PRODUCTS: False,
+    # They cast the weights of all layers at once, and all copies live until the end.
+    _LEFT_OUT: "slice-sinker,convert-mover",
+}
 # Triton's products convert codes first; and products of one tensor, joined, are bf16.
 FP8_OPTIONS: dict[str, str | bool] = {
     _TRITON_PRODUCTS: False,
@@ -201,7 +207,7 @@ class ShardingPlan:
         each layer: 198 s for 36 unrolled layers of a 3B with LoRA, which then run 3%
         slower than with cuBLAS alone, compiled in 27 s. In a scan Triton's kernels save
         a copy of each layer's weights, so there they stay (benchmarks/RESULTS.md).
-        `XLA_FLAGS` that name the option win.
+        `XLA_FLAGS` that name an option win.
         """
         shape = self.mesh.shape
         gathers = math.prod(shape[a] for a in _SHARED) > 1 and shape["tensor"] == 1
@@ -209,9 +215,9 @@ class ShardingPlan:
             return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
         if self.platform == "gpu" and self.fp8:
             return FP8_OPTIONS
-        unsaid = _TRITON_PRODUCTS not in os.environ.get("XLA_FLAGS", "")
-        if self.platform == "gpu" and self.unrolled and unsaid:
-            return {_TRITON_PRODUCTS: False}
+        if self.platform == "gpu" and self.unrolled:
+            said = os.environ.get("XLA_FLAGS", "")
+            return {k: v for k, v in _UNROLLED_OPTIONS.items() if k not in said}
         return None
 
     @property

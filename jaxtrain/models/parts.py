@@ -155,10 +155,15 @@ def run_layers(
         steps gave beside, stacked over its layers.
     """
     gave: list[Any] = []
+    cast = functools.partial(_cast_weights, options)
     for segment in segments(options.config):
         apart = unroll or len(segment[0].layers) == 1
         steps = [make_step(stack, apart) for stack in segment]
-        layers = tuple(_scanned(options, params, stack, per_layer) for stack in segment)
+        layers = tuple(_scanned(params, stack, per_layer) for stack in segment)
+        # Outside of a loop the copy of a layer's weights ends with its backward pass.
+        early = not apart or options.fp8
+        if early:
+            layers = tuple((cast(layer[0]), *layer[1:]) for layer in layers)
         x, shared = passing
         # What no layer of the segment changes is not passed on from one to the next:
         # the backward pass would keep a copy of it for each.
@@ -166,11 +171,12 @@ def run_layers(
 
         def pattern(
             changing: Any, inputs: Any, steps: Any = steps, fixed: Any = shared,
-            gives: bool = gives,
+            gives: bool = gives, early: bool = early,
         ) -> tuple[Any, Any]:  # fmt: skip
             outputs = []
             passing = changing if gives else (changing, fixed)
-            for step, layer in zip(steps, inputs, strict=True):
+            for step, (own, *rest) in zip(steps, inputs, strict=True):
+                layer = (own if early else cast(own), *rest)
                 passing, output = step(passing, layer)
                 outputs.append(output)
             return passing if gives else passing[0], tuple(outputs)
@@ -197,13 +203,11 @@ def init_shared(
     return shared
 
 
-def _scanned(
-    options: Options, params: Params, stack: Stack, per_layer: Array | None
-) -> tuple[Params, Array, Array | None]:
-    """What the scan runs over: each layer's weights, its number, what it is given.
+def _cast_weights(options: Options, layers: Params) -> Params:
+    """Weights of matrix products in the compute type, of a layer or of a stack.
 
-    Weights of matrix products are cast here, all at once: cast within the scan, a
-    second copy of them would be stacked up for the backward pass.
+    Of a stack all at once: cast within a scan, a second copy of them would be stacked
+    up for the backward pass.
     """
 
     def cast(path: tuple[Any, ...], leaf: Any) -> Any:
@@ -217,9 +221,15 @@ def _scanned(
         is_kernel = options.fp8 and path[-1].key == "kernel"
         return in_fp8(leaf, master=own) if is_kernel else own
 
-    layers = jax.tree_util.tree_map_with_path(
-        cast, stack.of(params[LAYERS]), is_leaf=lambda x: isinstance(x, Weight)
+    return jax.tree_util.tree_map_with_path(
+        cast, layers, is_leaf=lambda x: isinstance(x, Weight)
     )
+
+
+def _scanned(
+    params: Params, stack: Stack, per_layer: Array | None
+) -> tuple[Params, Array, Array | None]:
+    """What the scan runs over: each layer's weights, its number, what it is given."""
     numbers = jnp.arange(len(stack.layers))
     if stack.name is not None:
         numbers = stack.layers.start + stack.layers.step * numbers
@@ -227,7 +237,7 @@ def _scanned(
         per_layer = per_layer[
             stack.layers.start : stack.layers.stop : stack.layers.step
         ]
-    return layers, numbers, per_layer
+    return stack.of(params[LAYERS]), numbers, per_layer
 
 
 def layer_windows(config: ModelConfig, length: int) -> list[int | None]:

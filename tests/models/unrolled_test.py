@@ -48,7 +48,10 @@ def test_elsewhere_one_layer_is_compiled_for_all():
 def test_on_gpus_each_layer_is_compiled_on_its_own_by_cublas():
     run, plan = plan_of(devices=2)
     assert plan.unrolled and plan_of(devices=2, fsdp=2)[1].unrolled
-    assert plan.compiler_options == {"xla_gpu_enable_triton_gemm": False}
+    assert plan.compiler_options == {
+        "xla_gpu_enable_triton_gemm": False,
+        "xla_disable_hlo_passes": "slice-sinker,convert-mover",
+    }
     # XLA reads the options of every platform, so it would refuse a wrong one here too.
     assert plan.jit(lambda x: x + 1)(1) == 2
     assert not make_decoder(run, config_of(), plan).scan_layers
@@ -91,4 +94,6 @@ def test_a_key_unrolls_anywhere():
 @pytest.mark.usefixtures("gpu")
 def test_flags_that_name_the_option_win(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_triton_gemm=true")
-    assert plan_of()[1].compiler_options is None
+    assert [*plan_of()[1].compiler_options] == ["xla_disable_hlo_passes"]
+    monkeypatch.setenv("XLA_FLAGS", "--xla_disable_hlo_passes=dot-merger")
+    assert [*plan_of()[1].compiler_options] == ["xla_gpu_enable_triton_gemm"]
