@@ -14,13 +14,15 @@ import pytest
 from jax.experimental import topologies
 
 from jaxtrain import aot
-from jaxtrain.aot import gpus
+from jaxtrain.aot import compile, gpus
 from jaxtrain.aot.gpus import describe_gpus
 from jaxtrain.aot.jaxpr_cost import count_flops
 from jaxtrain.aot.report import CHIPS
+from jaxtrain.config import resolve
 from jaxtrain.kernels import delta_rule
 from jaxtrain.kernels.attention import api, hopper
 from jaxtrain.kernels.attention.masks import Extras, Mask
+from jaxtrain.models.load import load_abstract_model
 from jaxtrain.record.throughput import peak_flops
 from tests.runs import tiny_config
 
@@ -163,6 +165,23 @@ def test_a_step_compiles_for_sixteen_gpus_with_our_kernel_and_tells_the_network(
     assert re.search(r"all-reduce, hosts +[\d.]+ GB in [1-9]", done.stdout)
     assert "all-gather, hosts" not in done.stdout
     assert "FITS" in done.stdout.splitlines()
+
+
+@needs_plugin
+def test_unrolled_layers_cast_no_wide_stack_at_once():
+    """Its copy would live until the last layer's backward pass."""
+    config = tiny_config("from_scratch", bf16=True, gradient_accumulation_steps=1)
+    sizes = config.model.architecture
+    sizes.hidden_size, sizes.intermediate_size, sizes.num_hidden_layers = 1024, 1536, 3
+    run = resolve(config, device_count=1)
+    model = load_abstract_model(run, describe_gpus("h100:1")).for_training(packed=False)
+    assert model.plan.unrolled
+    step, state = compile.describe_step(run, model)
+    batch = compile._abstract_batch(model, run)
+    with jax.sharding.use_abstract_mesh(model.plan.mesh.abstract_mesh):
+        text = step.trace(state, batch).lower().compile().as_text()
+    assert "f32[3,1024,1536]" in text and "bf16[1,1024,1536]{2,1,0} convert" in text
+    assert "bf16[3,1024,1536]{2,1,0} convert" not in text
 
 
 @needs_plugin

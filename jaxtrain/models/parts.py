@@ -125,6 +125,7 @@ def adapted_options(options: _O, part: Params) -> _O:
     return dataclasses.replace(options, lora=lora, quantization=quantization)
 
 
+_NARROW = 2**20  # numbers of a layer, as norms, biases and adapters have at most
 # One layer as a step of the scan. It is given what passes from layer to layer, of which
 # the second part is what layers hand on to later ones; its weights, its number, and
 # what it alone is given.
@@ -155,15 +156,17 @@ def run_layers(
         steps gave beside, stacked over its layers.
     """
     gave: list[Any] = []
-    cast = functools.partial(_cast_weights, options)
     for segment in segments(options.config):
         apart = unroll or len(segment[0].layers) == 1
         steps = [make_step(stack, apart) for stack in segment]
-        layers = tuple(_scanned(params, stack, per_layer) for stack in segment)
-        # Outside of a loop the copy of a layer's weights ends with its backward pass.
-        early = not apart or options.fp8
-        if early:
-            layers = tuple((cast(layer[0]), *layer[1:]) for layer in layers)
+        # Outside of a loop a copy of one layer's weights is freed behind its backward
+        # pass. Of narrow ones a copy of all is one kernel in place of many.
+        late = apart and not options.fp8
+        cast = functools.partial(_cast_weights, options)
+        layers = tuple(
+            (cast(stack.of(params[LAYERS]), narrow=late), *_given(stack, per_layer))
+            for stack in segment
+        )
         x, shared = passing
         # What no layer of the segment changes is not passed on from one to the next:
         # the backward pass would keep a copy of it for each.
@@ -171,13 +174,12 @@ def run_layers(
 
         def pattern(
             changing: Any, inputs: Any, steps: Any = steps, fixed: Any = shared,
-            gives: bool = gives, early: bool = early,
+            gives: bool = gives, cast: Any = cast if late else lambda own: own,
         ) -> tuple[Any, Any]:  # fmt: skip
             outputs = []
             passing = changing if gives else (changing, fixed)
             for step, (own, *rest) in zip(steps, inputs, strict=True):
-                layer = (own if early else cast(own), *rest)
-                passing, output = step(passing, layer)
+                passing, output = step(passing, (cast(own), *rest))
                 outputs.append(output)
             return passing if gives else passing[0], tuple(outputs)
 
@@ -203,16 +205,18 @@ def init_shared(
     return shared
 
 
-def _cast_weights(options: Options, layers: Params) -> Params:
+def _cast_weights(options: Options, layers: Params, narrow: bool = False) -> Params:
     """Weights of matrix products in the compute type, of a layer or of a stack.
 
     Of a stack all at once: cast within a scan, a second copy of them would be stacked
-    up for the backward pass.
+    up for the backward pass. `narrow`: only those that are narrow, of a stack.
     """
 
     def cast(path: tuple[Any, ...], leaf: Any) -> Any:
         if isinstance(leaf, Weight):
             return cast_master(leaf, options.compute_dtype)
+        if narrow and leaf.size > _NARROW * len(leaf):
+            return leaf
         if path[-1].key in _WHOLE or is_kept(path):
             return leaf
         if options.reduces_in_float32 and path[-1].key == "kernel":
@@ -226,10 +230,8 @@ def _cast_weights(options: Options, layers: Params) -> Params:
     )
 
 
-def _scanned(
-    params: Params, stack: Stack, per_layer: Array | None
-) -> tuple[Params, Array, Array | None]:
-    """What the scan runs over: each layer's weights, its number, what it is given."""
+def _given(stack: Stack, per_layer: Array | None) -> tuple[Array, Array | None]:
+    """What the scan runs over beside weights: a layer's number, what it is given."""
     numbers = jnp.arange(len(stack.layers))
     if stack.name is not None:
         numbers = stack.layers.start + stack.layers.step * numbers
@@ -237,7 +239,7 @@ def _scanned(
         per_layer = per_layer[
             stack.layers.start : stack.layers.stop : stack.layers.step
         ]
-    return stack.of(params[LAYERS]), numbers, per_layer
+    return numbers, per_layer
 
 
 def layer_windows(config: ModelConfig, length: int) -> list[int | None]:

@@ -438,10 +438,20 @@ def _layer_steps(
         policy = REMAT_POLICIES[decoder.remat]
         if policy is None:
             return step
-        # Inside a scan, nothing can be merged with the recomputation.
-        return jax.checkpoint(step, policy=policy, prevent_cse=apart)
+        # Inside a scan, nothing can be merged with the recomputation. Outside, what
+        # keeps it apart would also copy weights out of their stack.
+        kept_apart: Any = (True, (_derives_weights(decoder), True, True))
+        return jax.checkpoint(step, policy=policy, prevent_cse=apart and kept_apart)
 
     return make_step
+
+
+def _derives_weights(options: Options) -> bool:
+    """Whether a layer computes wide arrays of its weights alone, not to be kept."""
+    lora = options.lora
+    return (
+        options.fp8 or options.quantization is not None or bool(lora and lora.use_dora)
+    )
 
 
 def _inputs_over_rows(

@@ -1,13 +1,17 @@
 """When each layer is compiled on its own, and what XLA is told then."""
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 import pytest
 
 from jaxtrain import sharding
 from jaxtrain.config import resolve
-from jaxtrain.models import fp8
+from jaxtrain.models import Decoder, fp8
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.load import make_decoder, make_plan
+from jaxtrain.models.quantization import Quantization
 
 
 def config_of(layers: int = 2) -> ModelConfig:
@@ -97,3 +101,35 @@ def test_flags_that_name_the_option_win(monkeypatch):
     assert [*plan_of()[1].compiler_options] == ["xla_disable_hlo_passes"]
     monkeypatch.setenv("XLA_FLAGS", "--xla_disable_hlo_passes=dot-merger")
     assert [*plan_of()[1].compiler_options] == ["xla_gpu_enable_triton_gemm"]
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_what_is_computed_again_does_not_copy_weights(quantized):
+    """What keeps it from being merged is a barrier; weights behind it are copied.
+
+    Those that a layer makes of codes are kept apart, or all layers' would stay.
+    """
+    sizes = {"hidden_size": 64, "head_dim": 32, "intermediate_size": 192}
+    config = dataclasses.replace(config_of(layers=3), **sizes)
+    decoder = Decoder(
+        config,
+        param_dtype="bfloat16",
+        compute_dtype="bfloat16",
+        remat="full",
+        scan_layers=False,
+        attention="xla",
+        quantization=Quantization("int8") if quantized else None,
+    )
+    params = jax.eval_shape(decoder.init, jax.random.key(0))
+    tokens = jax.ShapeDtypeStruct((1, 16), jnp.int32)
+
+    def loss(embedding, params, tokens):
+        params = {**params, "embed_tokens": {"embedding": embedding}}
+        return decoder.hidden_states(params, tokens, tokens, tokens).sum()
+
+    own = params["embed_tokens"]["embedding"]
+    text = jax.jit(jax.grad(loss)).lower(own, params, tokens).as_text()
+    barriers = [line for line in text.splitlines() if "optimization_barrier" in line]
+    assert barriers
+    assert all("tensor<1x16x64x" in line for line in barriers)  # its input
+    assert all(("tensor<64x192x" in line) == quantized for line in barriers)
