@@ -27,6 +27,7 @@ import numpy as np
 from step_cases import SHAPES, WARMUP, Case, get_case, make_parser, run_cases
 
 from jaxtrain import lora
+from jaxtrain.config.sections import REMATS
 from jaxtrain.data.batches.shared_prompt import share_prompts
 from jaxtrain.kernels.linear_cross_entropy import fused
 from jaxtrain.models import Decoder, ModelConfig, fp8
@@ -120,7 +121,7 @@ def make_step(name: str, options: argparse.Namespace) -> tuple[Any, TrainState, 
         config,
         compute_dtype="bfloat16",
         param_dtype="bfloat16" if case.lora else case.param_dtype,
-        remat="full" if case.remat else "none",
+        remat=options.remat or ("full" if case.remat else "none"),
         attention=options.attention,
         loss_chunk=options.chunk,
         scan_layers=not options.unroll,
@@ -260,6 +261,7 @@ def run_case(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "response": options.response,
         "fp8": options.fp8,
         "xla_head": options.xla_head,
+        "remat": options.remat,
         "moments": options.moments or case.moments,
         "device": device.device_kind,
         "versions": {"jax": jax.__version__},
@@ -280,6 +282,7 @@ def add_step_arguments(parser: argparse.ArgumentParser) -> None:
         "--document", type=int, help="next-token rows of packed documents this long"
     )
     parser.add_argument("--response", type=int, help="tokens of each, in pairs")
+    parser.add_argument("--remat", choices=REMATS, help="in place of the case's own")
     parser.add_argument("--moments", choices=MOMENT_DTYPES)
     parser.add_argument("--fp8", action="store_true", help="training.fp8")
     parser.add_argument(
