@@ -28,6 +28,7 @@ from step_cases import SHAPES, WARMUP, Case, get_case, make_parser, run_cases
 
 from jaxtrain import lora
 from jaxtrain.config.sections import REMATS
+from jaxtrain.data.batches.scoring import with_scored
 from jaxtrain.data.batches.shared_prompt import share_prompts
 from jaxtrain.kernels.linear_cross_entropy import fused
 from jaxtrain.models import Decoder, ModelConfig, fp8
@@ -95,6 +96,12 @@ def make_shared_rows(case: Case) -> Batch:
     return dataclasses.replace(
         apart, segment_ids=ids[0], positions=ids[1], prompt_ids=ids[2]
     )
+
+
+def score_trained(rows: Batch) -> Batch:
+    """The loss head leaves prompts out, as in a run whose pairs are packed."""
+    trained = (rows.loss_mask > 0).sum(-1)
+    return with_scored(rows, int(trained.max()), rows.tokens.shape[-2])
 
 
 def read_peer(path: str | None) -> dict[str, Any]:
@@ -170,9 +177,9 @@ def make_step(name: str, options: argparse.Namespace) -> tuple[Any, TrainState, 
     if not case.pairs:
         batch = make_rows(case, 0, options.document)
     elif shared:
-        batch = share_prompts(make_shared_rows(case))
+        batch = share_prompts(score_trained(make_shared_rows(case)))
     else:
-        batch = PairBatch(make_rows(case, 0), make_rows(case, 1))
+        batch = PairBatch(*(score_trained(make_rows(case, side)) for side in (0, 1)))
     batch = jax.device_put(batch)
     return step, state, batch
 

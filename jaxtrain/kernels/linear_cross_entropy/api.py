@@ -316,7 +316,8 @@ def _walk_once(
     hidden, table, targets, _ = inputs
     assert options.in_registers is not None
     tiles, _, _, chunk = options.in_registers
-    rows = one_walk.choose_rows(table.shape[options.vocab_axis], chunk, trained=trained)
+    vocab = table.shape[options.vocab_axis]
+    rows = one_walk.choose_rows(len(hidden), vocab, chunk, trained=trained)
     head = one_walk.Head(
         hidden, table.astype(hidden.dtype), targets, shares, options.of_table
     )

@@ -61,15 +61,16 @@ class Found(NamedTuple):
     table: Float[Array, "V D"] | Float[Array, "D V"] | None
 
 
-def choose_rows(vocab: int, chunk: int | None, *, trained: bool) -> int:
-    """Tokens of a slice at most; `chunk` as in `linear_log_probs`, None: by the size.
+def choose_rows(tokens: int, vocab: int, chunk: int | None, *, trained: bool) -> int:
+    """Of so many tokens those of a slice, at most.
 
-    Under a frozen table there is no gradient to carry, and half as many do.
+    `chunk`: as in `linear_log_probs`; None: by the sizes. Under a frozen table there is
+    no gradient to carry, and of fewer tokens half as many do.
     """
     if chunk is not None:
         return 3 * chunk  # a weight has 2 bytes, a logit and its slope 6
     rows = min(_MOST_ROWS, _MOST_BYTES // (2 * vocab))
-    return rows if trained else rows // 2
+    return rows if trained else min(rows, max(rows // 2, tokens // 4))
 
 
 def walk(tiles: Any, head: Head, most_rows: int, *, trained: bool) -> Found:

@@ -188,11 +188,14 @@ def test_without_kernels_the_sum_has_the_same_gradient():
         np.testing.assert_array_equal(a, b)
 
 
-def test_slices_are_whole_tiles_within_their_memory():
-    assert one_walk.choose_rows(151936, None, trained=True) == 4096
-    assert one_walk.choose_rows(151936, None, trained=False) == 2048
-    assert one_walk.choose_rows(262144, None, trained=True) == 2560
-    assert one_walk.choose_rows(151936, 256, trained=True) == 768
+def test_slices_are_as_large_as_their_memory_allows():
+    choose = one_walk.choose_rows
+    assert choose(16384, 151936, None, trained=True) == 4096
+    assert choose(16384, 151936, None, trained=False) == 4096
+    assert choose(8192, 151936, None, trained=False) == 2048
+    assert choose(1024, 151936, None, trained=False) == 2048
+    assert choose(16384, 262144, None, trained=True) == 2560
+    assert choose(16384, 151936, 256, trained=True) == 768
 
 
 @pytest.mark.parametrize("scored", [False, True])
