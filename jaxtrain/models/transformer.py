@@ -447,8 +447,13 @@ def _layer_steps(
 
 
 def _derives_weights(options: Options) -> bool:
-    """Whether a layer computes wide arrays of its weights alone, not to be kept."""
-    lora = options.lora
+    """Whether a layer makes wide arrays of its weights alone, not to be kept.
+
+    Weights that devices share are such: kept, each device would hold all of them.
+    """
+    lora, layout = options.lora, options.layout or Layout()
+    if layout.count(layout.weights) > 1:
+        return True
     return (
         options.fp8 or options.quantization is not None or bool(lora and lora.use_dora)
     )

@@ -4,10 +4,13 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from jaxtrain import sharding
 from jaxtrain.config import resolve
+from jaxtrain.kernels.attention.partition import Layout
 from jaxtrain.models import Decoder, fp8
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.load import make_decoder, make_plan
@@ -103,12 +106,14 @@ def test_flags_that_name_the_option_win(monkeypatch):
     assert [*plan_of()[1].compiler_options] == ["xla_gpu_enable_triton_gemm"]
 
 
-@pytest.mark.parametrize("quantized", [False, True])
-def test_what_is_computed_again_does_not_copy_weights(quantized):
+@pytest.mark.parametrize("kind", ["whole", "codes", "split over devices"])
+def test_what_is_computed_again_does_not_copy_weights(kind):
     """What keeps it from being merged is a barrier; weights behind it are copied.
 
-    Those that a layer makes of codes are kept apart, or all layers' would stay.
+    Those that a layer makes of codes, or brings together, are kept apart, or those of
+    all layers would stay.
     """
+    mesh = Mesh(np.array(jax.devices()[:2]), ("f",))
     sizes = {"hidden_size": 64, "head_dim": 32, "intermediate_size": 192}
     config = dataclasses.replace(config_of(layers=3), **sizes)
     decoder = Decoder(
@@ -118,7 +123,8 @@ def test_what_is_computed_again_does_not_copy_weights(quantized):
         remat="full",
         scan_layers=False,
         attention="xla",
-        quantization=Quantization("int8") if quantized else None,
+        quantization=Quantization("int8") if kind == "codes" else None,
+        layout=Layout(mesh, weights=("f",)) if kind.startswith("split") else None,
     )
     params = jax.eval_shape(decoder.init, jax.random.key(0))
     tokens = jax.ShapeDtypeStruct((1, 16), jnp.int32)
@@ -132,4 +138,4 @@ def test_what_is_computed_again_does_not_copy_weights(quantized):
     barriers = [line for line in text.splitlines() if "optimization_barrier" in line]
     assert barriers
     assert all("tensor<1x16x64x" in line for line in barriers)  # its input
-    assert all(("tensor<64x192x" in line) == quantized for line in barriers)
+    assert all(("tensor<64x192x" in x) == (kind != "whole") for x in barriers)
