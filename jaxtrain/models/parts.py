@@ -126,6 +126,7 @@ def adapted_options(options: _O, part: Params) -> _O:
 
 
 _NARROW = 2**20  # numbers of a layer, as norms, biases and adapters have at most
+
 # One layer as a step of the scan. It is given what passes from layer to layer, of which
 # the second part is what layers hand on to later ones; its weights, its number, and
 # what it alone is given.

@@ -451,12 +451,10 @@ def _derives_weights(options: Options) -> bool:
 
     Weights that devices share are such: kept, each device would hold all of them.
     """
-    lora, layout = options.lora, options.layout or Layout()
-    if layout.count(layout.weights) > 1:
-        return True
-    return (
-        options.fp8 or options.quantization is not None or bool(lora and lora.use_dora)
-    )
+    layout = options.layout or Layout()
+    shared = layout.count(layout.weights) > 1
+    with_dora = options.lora is not None and options.lora.use_dora
+    return shared or with_dora or options.fp8 or options.quantization is not None
 
 
 def _inputs_over_rows(
