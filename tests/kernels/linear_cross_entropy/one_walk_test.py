@@ -10,6 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -250,7 +251,11 @@ def test_the_next_token_loss_and_its_gradient_are_those_without(scored, monkeypa
     np.testing.assert_allclose(value, plain[0][0], rtol=1e-4)
     close = functools.partial(np.testing.assert_allclose, rtol=2e-3)
     jax.tree.map(close, numbers, plain[0][1])
-    for a, b in zip(*map(jax.tree.leaves, (gradients, plain[1])), strict=True):
-        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
-        # Layers below round what differs by a rounding of bfloat16 again.
-        np.testing.assert_allclose(a, b, rtol=0, atol=2e-2 * np.abs(b).max())
+    # In bfloat16 either way rounds in every layer: against float32 it is as near.
+    monkeypatch.undo()
+    decoder = dataclasses.replace(decoder, compute_dtype="float32")
+    trees = (gradients, plain[1], run(False)[1])
+    whole = float(optax.global_norm(trees[2]))
+    for a, b, exact in zip(*map(jax.tree.leaves, trees), strict=True):
+        ours, without = (np.linalg.norm(np.float64(x) - exact) for x in (a, b))
+        assert ours < 1.5 * without + 1e-4 * whole
