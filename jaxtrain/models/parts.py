@@ -209,8 +209,9 @@ def init_shared(
 def _cast_weights(options: Options, layers: Params, narrow: bool = False) -> Params:
     """Weights of matrix products in the compute type, of a layer or of a stack.
 
-    Of a stack all at once: cast within a scan, a second copy of them would be stacked
-    up for the backward pass. `narrow`: only those that are narrow, of a stack.
+    A scan is given a whole stack that is cast already: if it cast each layer itself, it
+    would keep a second stack for the backward pass. `narrow`: only cast narrow weights
+    of a stack.
     """
 
     def cast(path: tuple[Any, ...], leaf: Any) -> Any:

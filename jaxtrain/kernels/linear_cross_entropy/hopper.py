@@ -458,6 +458,20 @@ def _send_sums(memory: Ref, outputs: Sequence[Ref], row: Array, column: Array) -
         plgpu.copy_smem_to_gmem(memory.at[number, group], target)
 
 
+def _send_part(
+    grid: _Grid, memory: Ref, out_ref: Ref, part: Array, place: tuple[Array, Array]
+) -> None:
+    """Columns of a group's rows on their way to the result, if they are entries."""
+    row, column = place
+    group = jax.lax.axis_index("group")
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    memory[group] = part.astype(memory.dtype)
+    plgpu.commit_smem()
+    target = out_ref.at[pl.ds(row, ROWS), pl.ds(column, PART)]
+    send = functools.partial(plgpu.copy_smem_to_gmem, memory.at[group], target)
+    pl.when(column < grid.entries)(send)
+
+
 def _weights_kernel(
     tiles: Tiles, grid: _Grid, scale: float, hidden_ref: Ref, table_ref: Ref, *refs: Ref
 ) -> None:
@@ -487,14 +501,7 @@ def _weights_kernel(
             weights = weigh(part, base, start + first)
             total += weights.sum(axis=1)
             weighted += (weights * part).sum(axis=1)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            out_memory[group] = weights.astype(out_memory.dtype)
-            plgpu.commit_smem()
-            target = out_ref.at[pl.ds(row, ROWS), pl.ds(start + first, PART)]
-            send = functools.partial(
-                plgpu.copy_smem_to_gmem, out_memory.at[group], target
-            )
-            pl.when(start + first < grid.entries)(send)
+            _send_part(grid, out_memory, out_ref, weights, (row, start + first))
         highest = _find_highest(tiles, grid, logits, start)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         sums_memory[1, group] = total
@@ -556,14 +563,7 @@ def _slopes_kernel(
             hit = hopper.iota(tiles, part.shape, 1) == own
             slope = jnp.where(hit, at_target, 0.0)
             slope -= weights * hopper.over_rows(share * is_own, part.shape)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            out_memory[group] = slope.astype(out_memory.dtype)
-            plgpu.commit_smem()
-            target = out_ref.at[pl.ds(row, ROWS), pl.ds(start + first, PART)]
-            send = functools.partial(
-                plgpu.copy_smem_to_gmem, out_memory.at[group], target
-            )
-            pl.when(start + first < grid.entries)(send)
+            _send_part(grid, out_memory, out_ref, slope, (row, start + first))
 
     _walk(tiles, grid, (hidden_ref, table_ref, *buffers), begin, end)
 
