@@ -33,6 +33,7 @@ from jaxtrain.data.batches.shared_prompt import share_prompts
 from jaxtrain.kernels.linear_cross_entropy import fused
 from jaxtrain.models import Decoder, ModelConfig, fp8
 from jaxtrain.models.quantization import Quantization
+from jaxtrain.models.transformer import for_reference
 from jaxtrain.objectives import make_objective
 from jaxtrain.optimizers import optim
 from jaxtrain.optimizers.moments import MOMENT_DTYPES, with_compact_moments
@@ -161,7 +162,11 @@ def make_step(name: str, options: argparse.Namespace) -> tuple[Any, TrainState, 
             functools.partial(scorer.token_log_probs, with_total=not case.pairs),
             optimizer,
             schedule,
-            StepOptions(max_grad_norm=1.0, with_reference=case.pairs),
+            StepOptions(
+                max_grad_norm=1.0,
+                with_reference=case.pairs,
+                score_reference=for_reference(scorer).token_log_probs,
+            ),
         ),
         donate_argnums=0,
     )

@@ -28,6 +28,7 @@ from jaxtrain.models.fp8 import quantize_once
 from jaxtrain.models.load import LoadedModel
 from jaxtrain.models.mixture_options import router_loss_coefficient, with_router_report
 from jaxtrain.models.state import init_state, needs_reference
+from jaxtrain.models.transformer import for_reference
 from jaxtrain.models.z_loss import with_z_loss
 from jaxtrain.objectives.added import AddedLoss, with_added_loss, with_router_loss
 from jaxtrain.objectives.options import ObjectiveRow
@@ -67,11 +68,13 @@ class Scored:
     """A loss as the step takes it.
 
     `objective`: the loss and its metrics, everything added. `score`: how the decoder
-    scores tokens for it. `added`: the weights of what was added, by metric.
+    scores tokens for it, `reference` how frozen weights do. `added`: the weights of
+    what was added, by metric.
     """
 
     objective: Objective
     score: step.ScoreFn
+    reference: step.ScoreFn
     added: dict[str, float]
 
 
@@ -223,7 +226,8 @@ def bind_loss(run: RunConfig, model: LoadedModel, loss: Loss) -> Scored:
     objective, score = with_router_report(objective, score, run, model.config, added)
     if weight := run.loop.z_loss_weight:
         added["z_loss"] = weight
-    return Scored(*with_z_loss(objective, score, weight), added)
+    reference = for_reference(model.decoder).token_log_probs
+    return Scored(*with_z_loss(objective, score, weight), reference, added)
 
 
 def make_objective(run: RunConfig) -> Objective:
@@ -249,6 +253,7 @@ def make_steps(
     options = step.StepOptions(
         max_grad_norm=run.optimizer.max_grad_norm,
         with_reference=needs_reference(run),
+        score_reference=scored.reference,
         with_dropout=run.loop.neftune_noise_alpha is not None
         or (run.lora is not None and run.lora.lora_dropout > 0),
         skip_nonfinite=run.loop.on_nonfinite == "skip",

@@ -44,7 +44,8 @@ class StepOptions:
     """What a train step does in addition to computing the gradient of its objective.
 
     `max_grad_norm`: clip the gradient to this global norm; None or 0 does not clip.
-    `with_reference`: pass `state.frozen` to the objective as the reference model.
+    `with_reference`: pass `state.frozen` to the objective as the reference model;
+    `score_reference` is how it scores, None: as the policy does.
     `with_dropout`: pass the policy a dropout key made from `state.rng` and the step.
     `skip_nonfinite`: do not update when the gradient is not finite.
     `spike_threshold`: a loss is a spike if it exceeds the mean of `state.loss_window`
@@ -61,6 +62,7 @@ class StepOptions:
 
     max_grad_norm: float | None = None
     with_reference: bool = False
+    score_reference: ScoreFn | None = None
     with_dropout: bool = False
     skip_nonfinite: bool = False
     spike_threshold: float | None = None
@@ -169,7 +171,8 @@ def _make_measure(
             return score(overlay(frozen, trainable), rows, dropout_key=key)
 
         def reference(rows: Batch) -> TokenLogProbs:
-            return jax.lax.stop_gradient(score(frozen, rows))
+            own = options.score_reference or score
+            return jax.lax.stop_gradient(own(frozen, rows))
 
         second = reference if options.with_reference else None
         loss, metrics = objective(policy, second, batch)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from jaxtrain.kernels.fp8 import Weight
@@ -26,7 +27,7 @@ from jaxtrain.models.layer_kinds import (
 )
 from jaxtrain.models.layers import LayerOptions, Options
 from jaxtrain.models.per_layer import Ends
-from jaxtrain.models.quantization import is_kept, is_quantized
+from jaxtrain.models.quantization import is_kept, is_part, is_quantized
 from jaxtrain.models.rope import Rotary, make_rotary
 from jaxtrain.models.stacks import LAYERS, stack_name
 from jaxtrain.types import Params
@@ -164,10 +165,12 @@ def run_layers(
         # pass. Of narrow ones a copy of all is one kernel in place of many.
         late = apart and not options.fp8
         cast = functools.partial(_cast_weights, options)
+        weights = [cast(stack.of(params[LAYERS]), narrow=late) for stack in segment]
         layers = tuple(
-            (cast(stack.of(params[LAYERS]), narrow=late), *_given(stack, per_layer))
-            for stack in segment
+            (own, np.arange(len(stack.layers)), *_given(stack, per_layer))
+            for stack, own in zip(segment, weights, strict=True)
         )
+        read = functools.partial(_read_layer, cast) if late else lambda _, own, __: own
         x, shared = passing
         # What no layer of the segment changes is not passed on from one to the next:
         # the backward pass would keep a copy of it for each.
@@ -175,17 +178,20 @@ def run_layers(
 
         def pattern(
             changing: Any, inputs: Any, steps: Any = steps, fixed: Any = shared,
-            gives: bool = gives, cast: Any = cast if late else lambda own: own,
+            gives: bool = gives, weights: Any = weights, read: Any = read,
         ) -> tuple[Any, Any]:  # fmt: skip
             outputs = []
             passing = changing if gives else (changing, fixed)
-            for step, (own, *rest) in zip(steps, inputs, strict=True):
-                passing, output = step(passing, (cast(own), *rest))
+            for step, stacked, layer in zip(steps, weights, inputs, strict=True):
+                own, place, *rest = layer
+                passing, output = step(passing, (read(stacked, own, place), *rest))
                 outputs.append(output)
             return passing if gives else passing[0], tuple(outputs)
 
+        # As a call it is lowered once, however often it is repeated.
+        body = jax.jit(pattern) if apart else pattern
         changed, outputs = jax.lax.scan(
-            pattern, passing if gives else x, layers, unroll=apart
+            body, passing if gives else x, layers, unroll=apart
         )
         passing = changed if gives else (changed, shared)
         gave.extend(outputs)
@@ -217,19 +223,62 @@ def _cast_weights(options: Options, layers: Params, narrow: bool = False) -> Par
     def cast(path: tuple[Any, ...], leaf: Any) -> Any:
         if isinstance(leaf, Weight):
             return cast_master(leaf, options.compute_dtype)
-        if narrow and leaf.size > _NARROW * len(leaf):
+        is_kernel = path[-1].key == "kernel"
+        if narrow and (is_kernel or leaf.size > _NARROW * len(leaf)):
             return leaf
         if path[-1].key in _WHOLE or is_kept(path):
             return leaf
-        if options.reduces_in_float32 and path[-1].key == "kernel":
+        if options.reduces_in_float32 and is_kernel:
             return leaf  # cast where it is read, so that its gradient is not
         own = leaf.astype(options.compute_dtype)
-        is_kernel = options.fp8 and path[-1].key == "kernel"
-        return in_fp8(leaf, master=own) if is_kernel else own
+        return in_fp8(leaf, master=own) if options.fp8 and is_kernel else own
 
     return jax.tree_util.tree_map_with_path(
         cast, layers, is_leaf=lambda x: isinstance(x, Weight)
     )
+
+
+def _read_layer(
+    cast: Callable[[Params], Params], stacked: Params, own: Params, place: Array
+) -> Params:
+    """A layer's weights in the compute type, where the layers are not in a loop.
+
+    A kernel that reads one layer of a stack at a place that the compiler knows is
+    compiled again for each layer. So vectors, and matrices that are cast, are read at a
+    number that it cannot know. Other matrices are operands of products as they lie.
+
+    Args:
+        stacked: the weights of all layers of the stack, and `own` those of this one.
+        place: which of them it is.
+    """
+    place = jax.lax.optimization_barrier(place)
+
+    def read(path: tuple[Any, ...], whole: Array, leaf: Array, wanted: Array) -> Array:
+        as_it_lies = wanted.ndim > 1 and wanted.dtype == leaf.dtype
+        if as_it_lies or is_part(path[-1].key):
+            return wanted
+        return _read_at(leaf, jax.lax.stop_gradient(whole), place, wanted.dtype)
+
+    return jax.tree_util.tree_map_with_path(read, stacked, own, cast(own))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _read_at(own: Array, whole: Array, place: Array, dtype: Any) -> Array:
+    """`own` in `dtype`, read as `whole[place]`; the gradient is that of `own`."""
+    return jax.lax.dynamic_index_in_dim(whole, place, keepdims=False).astype(dtype)
+
+
+def _read_at_forward(
+    own: Array, whole: Array, place: Array, dtype: Any
+) -> tuple[Array, Array]:
+    return _read_at(own, whole, place, dtype), jnp.empty(0, own.dtype)
+
+
+def _read_at_backward(dtype: Any, like: Array, gradient: Array) -> tuple[Any, ...]:
+    return gradient.astype(like.dtype), None, None
+
+
+_read_at.defvjp(_read_at_forward, _read_at_backward)
 
 
 def _given(stack: Stack, per_layer: Array | None) -> tuple[Array, Array | None]:

@@ -446,6 +446,17 @@ def _layer_steps(
     return make_step
 
 
+def for_reference(decoder: Decoder) -> Decoder:
+    """The decoder that scores frozen weights: its layers are one loop where they can.
+
+    Without a backward pass a loop reads matrices where they lie, as unrolled layers do,
+    and DPO compiles in three quarters of the time (benchmarks/RESULTS.md).
+    """
+    if _derives_weights(decoder):
+        return decoder
+    return dataclasses.replace(decoder, scan_layers=True)
+
+
 def _derives_weights(options: Options) -> bool:
     """Whether a layer makes wide arrays of its weights alone, not to be kept.
 

@@ -1,6 +1,7 @@
 """When each layer is compiled on its own, and what XLA is told then."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +10,15 @@ import pytest
 from jax.sharding import Mesh
 
 from jaxtrain import sharding
+from jaxtrain.aot.compile import _abstract_batch, describe_step
 from jaxtrain.config import resolve
 from jaxtrain.kernels.attention.partition import Layout
 from jaxtrain.models import Decoder, fp8
 from jaxtrain.models.config import ModelConfig
-from jaxtrain.models.load import make_decoder, make_plan
+from jaxtrain.models.load import load_abstract_model, make_decoder, make_plan
 from jaxtrain.models.quantization import Quantization
+from jaxtrain.models.transformer import for_reference
+from tests.runs import tiny_config
 
 
 def config_of(layers: int = 2) -> ModelConfig:
@@ -136,6 +140,75 @@ def test_what_is_computed_again_does_not_copy_weights(kind):
     own = params["embed_tokens"]["embedding"]
     text = jax.jit(jax.grad(loss)).lower(own, params, tokens).as_text()
     barriers = [line for line in text.splitlines() if "optimization_barrier" in line]
+    barriers = [x for x in barriers if not x.endswith("tensor<i32>")]  # layers' numbers
     assert barriers
     assert all("tensor<1x16x64x" in line for line in barriers)  # its input
     assert all(("tensor<64x192x" in x) == (kind != "whole") for x in barriers)
+
+
+def lower_gradient(layers: int, **options):
+    """The gradient of every weight of unrolled layers, as it is given to XLA."""
+    sizes = {"hidden_size": 64, "head_dim": 32, "intermediate_size": 192}
+    config = dataclasses.replace(config_of(layers), **sizes)
+    decoder = Decoder(
+        config, compute_dtype="bfloat16", scan_layers=False, attention="xla", **options
+    )
+    params = jax.eval_shape(decoder.init, jax.random.key(0))
+    tokens = jax.ShapeDtypeStruct((1, 16), jnp.int32)
+
+    def loss(params, tokens):
+        return decoder.hidden_states(params, tokens, tokens, tokens).sum()
+
+    return jax.jit(jax.grad(loss)).lower(params, tokens)
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_layers_are_calls_of_one_function(remat):
+    few, many = (lower_gradient(n, remat=remat).as_text() for n in (3, 6))
+    assert few.count("dot_general") == many.count("dot_general") > 0
+
+
+def test_no_kernel_reads_a_layer_at_a_place_of_its_own():
+    """XLA compiles one that reads `weights[7]` beside the one for `weights[6]`."""
+    text = lower_gradient(4, remat="full").compile().as_text()
+    layer = r"f32\[1,(?:64|64,64|64,192|192,64)\]"  # in float32, as the stack is
+    assert re.search(rf"{layer}\S* dynamic-slice\(", text)
+    assert not re.search(rf"{layer}\S* slice\(", text)
+
+
+def _equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.tree.leaves(
+            equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
+        ):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from _equations(inner)
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_a_reference_is_scored_in_a_loop_where_that_gathers_no_weights(split):
+    """It costs a step no time there: nothing goes backward through it."""
+    mesh = Mesh(np.array(jax.devices()[:2]), ("f",))
+    layout = Layout(mesh, weights=("f",)) if split else None
+    decoder = Decoder(config_of(), scan_layers=False, layout=layout)
+    assert for_reference(decoder).scan_layers == (not split)
+
+
+def test_the_step_of_a_preference_loss_has_that_loop():
+    config = tiny_config("dpo", bf16=True, gradient_checkpointing=True)
+    config.model.scan_layers = False
+    run = resolve(config, device_count=1)
+    model = load_abstract_model(run, jax.devices()[:1]).for_training(packed=False)
+    step, state = describe_step(run, model)
+    closed = step.trace(state, _abstract_batch(model, run)).jaxpr
+    scans = [
+        equation.params["unroll"]
+        for equation in _equations(closed.jaxpr)
+        if equation.primitive.name == "scan"
+        and "layers" in str(equation.source_info.name_stack)
+    ]
+    # One loop, and the policy's layers forward and backward.
+    layers = model.config.num_hidden_layers
+    assert model.plan.unrolled and sorted(scans) == [1, layers, layers]

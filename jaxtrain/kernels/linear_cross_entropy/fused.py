@@ -60,9 +60,8 @@ def sum_logits(
     of_table: tuple[int, float],
 ) -> "Sums":
     """Each row's sums over the vocabulary; `of_table`: its vocabulary's axis, scale."""
-    kernels = _kernels()
-    head = kernels.Head(hidden, table.astype(hidden.dtype), *of_table)
-    sums: Sums = kernels.sum_logits(head, targets, tiles)
+    table = table.astype(hidden.dtype)
+    sums: Sums = _run("sum_logits", tiles, of_table, (hidden, table), targets)
     return sums
 
 
@@ -75,9 +74,9 @@ def weigh_logits(
     of_table: tuple[int, float],
 ) -> "Weights":
     """exp(logit - base), with each row's sums over the vocabulary."""
-    kernels = _kernels()
-    head = kernels.Head(hidden, table, *of_table)
-    weights: Weights = kernels.weigh_logits(head, targets, base, tiles)
+    weights: Weights = _run(
+        "weigh_logits", tiles, of_table, (hidden, table), targets, base
+    )
     return weights
 
 
@@ -89,10 +88,24 @@ def make_slopes(
     of_table: tuple[int, float],
 ) -> Float[Array, "M W"]:
     """d loss / d logits of a slice `part` of the table, in the type of `hidden`."""
-    kernels = _kernels()
-    head = kernels.Head(hidden, part, *of_table)
-    slopes: Array = kernels.make_slopes(head, slope, tiles)
+    slopes: Array = _run("make_slopes", tiles, of_table, (hidden, part), slope)
     return slopes
+
+
+# A function of its own, as attention's are (blocked.py): a step that scores by two
+# models holds, and compiles, one of each kernel.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _run(
+    name: str,
+    tiles: "Tiles",
+    of_table: tuple[int, float],
+    operands: tuple[Array, Array],
+    *arguments: Any,
+) -> Any:
+    """A function of `hopper`'s, on hidden states and a table."""
+    kernels = _kernels()
+    head = kernels.Head(*operands, *of_table)
+    return getattr(kernels, name)(head, *arguments, tiles)
 
 
 def describe_slope(*parts: Array) -> "Slope":
