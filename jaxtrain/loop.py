@@ -146,6 +146,7 @@ class Loop:
         self._pending = PendingSteps(_STEPS_AHEAD)
         self._bad_steps = BadSteps(self.settings, checkpoints.directory)
         self._has_stepped = self._has_synced = False
+        self._unwritten: tuple[int, dict[str, Any]] | None = None  # the last log
         self._programs = make_programs(parts.train_step, parts.model.plan)
 
     @property
@@ -159,6 +160,7 @@ class Loop:
         """Start to save this step; the loop goes on meanwhile."""
         if self.checkpoints.latest_step() == self.step:
             return
+        self._write_logged()  # a run that goes on from here does not log it again
         with self._meter.paused():
             self._fetch_pending()  # raises before a broken state is saved
             self.progress.callbacks.on_save(self.step)
@@ -187,7 +189,9 @@ class Loop:
             contextlib.closing(self.parts.train_batches),  # whatever ends the run
             contextlib.closing(self._meter),
             contextlib.closing(self._profiler),
+            contextlib.ExitStack() as at_the_end,
         ):
+            at_the_end.callback(self._write_logged)
             return self._run_to_end(preemption)
 
     def _run_to_end(self, preemption: PreemptionWatch) -> dict[str, Any]:
@@ -197,7 +201,7 @@ class Loop:
         batches = self._placed_batches()
         if self.step >= self.parts.total_steps:
             ending = "nothing left"
-            self._say_nothing_is_left()
+            _say_nothing_is_left(self.step, self.parts)
         elif self.progress.is_over(self.parts.total_steps):
             ending, batches = self._stop_early(), iter(())
         else:
@@ -221,15 +225,6 @@ class Loop:
     def _compile_ahead(self) -> None:
         feed, batches = self.parts.feed, self.parts.train_batches.empty_batches()
         self._programs.compile(self.state, [feed.place(each, 1) for each in batches])
-
-    def _say_nothing_is_left(self) -> None:
-        by_steps = self.settings.max_steps > 0
-        logger.info(
-            "nothing left to train: step %d of %d; raise training.%s or use a new"
-            " workdir",
-            *(self.step, self.parts.total_steps),
-            "max_steps" if by_steps else "num_train_epochs",
-        )
 
     def _do_what_is_due(self) -> None:
         """Log, move the reference, evaluate and save, each every so many steps.
@@ -262,6 +257,7 @@ class Loop:
     def _finish(self, ending: str) -> dict[str, Any]:
         settings = self.settings
         self._log_the_rest()
+        self._write_logged()
         if settings.eval_steps != 0 and self.evaluated_step != self.step:
             self.evaluate()
         if settings.save_steps != 0:
@@ -320,6 +316,7 @@ class Loop:
             **_count(batch, self.parts.feed),
             counts=not (compiles or is_profiled),
         )
+        self._write_logged()
         self._meter.wait(ahead=0 if is_first else _STEPS_AHEAD)
         if is_first:
             seconds = time.perf_counter() - started
@@ -341,7 +338,8 @@ class Loop:
             self.log()
 
     def log(self) -> None:
-        """Write the means of the metrics since the last log, and rates."""
+        """Take the means since the last log, and rates, to be written by and by."""
+        self._write_logged()
         self._fetch_pending()
         window, self.progress.window = self.progress.window, MetricWindow()
         record = window.means(**self._measured) if window.steps else {}
@@ -352,8 +350,14 @@ class Loop:
             record["skipped_steps"] = window.skipped
         if window.steps:
             self.progress.logged = record
-        rates = self._meter.report() | {"goodput_share": self.progress.goodput.share()}
-        self.writer.write(self.step, record | rates | usage(jax.local_devices()[0]))
+        self._unwritten = (self.step, record | self._meter.report())
+
+    def _write_logged(self) -> None:
+        """Once the next step runs, where one comes: the devices do not wait for it."""
+        if self._unwritten is not None:
+            (step, record), self._unwritten = self._unwritten, None
+            share = {"goodput_share": self.progress.goodput.share()}
+            self.writer.write(step, record | share | usage(jax.local_devices()[0]))
 
     @property
     def _measured(self) -> dict[str, Any]:
@@ -386,6 +390,7 @@ class Loop:
         sets = self.parts.eval_data.items()
         if not sets:
             return
+        self._write_logged()
         with self._meter.paused():
             self._fetch_pending()
             self.evaluated = evaluate_sets(
@@ -416,6 +421,15 @@ class Loop:
         for batch in self.parts.feed.eval_batches(data):
             self._watchdog.feed()
             yield self.parts.feed.place(batch)
+
+
+def _say_nothing_is_left(step: int, parts: Parts) -> None:
+    by_steps = parts.run.loop.max_steps > 0
+    logger.info(
+        "nothing left to train: step %d of %d; raise training.%s or use a new workdir",
+        *(step, parts.total_steps),
+        "max_steps" if by_steps else "num_train_epochs",
+    )
 
 
 def _next_scales(fetched: list[Metrics], state: TrainState) -> list[float | None]:

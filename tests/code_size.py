@@ -20,7 +20,7 @@ PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "jaxtrain"
 # and attention of kernels of their own where none was; then what TRL's users bring;
 # then a loss head that takes up its gradients on the way forward, and steps whose
 # layers share their kernels when they compile.
-PACKAGE_BUDGET = 57_620
+PACKAGE_BUDGET = 57_640
 # The concerns that one reads to follow a DPO-LoRA run: losses and their options, step,
 # state, adapters, the loop, and what builds them. 4,300 lines are the aim.
 CORE = (
@@ -29,7 +29,7 @@ CORE = (
     "run/feed.py", "objectives", "lora/adapters.py", "lora/targets.py",
     "record/diagnostics.py", "evaluation/held_out.py", "config/mesh_shape.py",
 )  # fmt: skip
-CORE_BUDGET = 4_770
+CORE_BUDGET = 4_790
 LONGEST_CLASS = 300
 # Outside kernels, where a call's shape is the hardware's.
 WIDE = 8

@@ -58,6 +58,9 @@ class Result:
     def __float__(self):
         return float(self.block_until_ready().value)
 
+    def copy_to_host_async(self):
+        pass
+
     # As the future that `FinishTimes.watch` returns.
     def done(self):
         return self.clock.now >= self.ready
@@ -402,6 +405,23 @@ def test_rows_cost_nothing_while_the_device_computes():
         run_loop(world)
         check_records(world, until=20)
         assert world.records[-1][2]["data_wait_share"] == pytest.approx(share, abs=0.09)
+
+
+@pytest.mark.parametrize("logging_steps", [1, 3])
+def test_logs_are_written_while_the_device_computes(logging_steps, monkeypatch):
+    """Writers that take 0.9 s beside steps of 1 s keep no step waiting."""
+
+    def mean(self):
+        raise AssertionError("the host's numbers were sent to the device")
+
+    monkeypatch.setattr(WeightedSum, "mean", mean)
+    world = World(
+        Scenario((1.0,) * 12, (4,) * 12, logging_steps=logging_steps, write_secs=0.9)
+    )
+    run_loop(world)
+    check_records(world, until=12)
+    begun = [start for start, *_ in world.steps[2:]]  # behind the one that compiled
+    assert begun == [finish for _, finish, *_ in world.steps[1:-1]]
 
 
 def test_a_batch_of_a_new_shape_compiles_and_counts_in_no_rate():

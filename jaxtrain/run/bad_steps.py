@@ -9,6 +9,7 @@ import jax
 
 from jaxtrain.batch import AnyBatch
 from jaxtrain.config.sections import LoopSection
+from jaxtrain.evaluation.held_out import to_floats
 from jaxtrain.record.diagnostics import save_batch
 from jaxtrain.run.buffer import beside
 from jaxtrain.types import Metrics
@@ -46,6 +47,8 @@ class PendingSteps:
 
     def add(self, step: int, metrics: Metrics, batch: AnyBatch) -> None:
         """Take a step that was handed to the device."""
+        for number in jax.tree.leaves(metrics):
+            number.copy_to_host_async()  # one by one, later, the devices would wait
         self._steps.append((step, metrics, batch))
         at = len(self._steps) - 2 - self._ahead
         if at >= 0 and not _is_bad(self._steps[at][1]):
@@ -89,7 +92,7 @@ class BadSteps:
         """
         is_nonfinite = bool(sums.pop("nonfinite").total)
         is_spike = "spike" in sums and bool(sums.pop("spike").total)
-        loss = float(sums["loss"].mean())
+        loss = to_floats({"loss": sums["loss"]})["loss"]
         if is_nonfinite and next_scale is not None:
             # Loss scaling finds its scale by such steps: they are no one's mistake.
             scale = float(sums["loss_scale"].total)
