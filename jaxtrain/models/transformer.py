@@ -450,7 +450,7 @@ def for_reference(decoder: Decoder) -> Decoder:
     """The decoder that scores frozen weights: its layers are one loop where they can.
 
     Without a backward pass a loop reads matrices where they lie, as unrolled layers do,
-    and DPO compiles in three quarters of the time (benchmarks/RESULTS.md).
+    is as fast, and compiles sooner (benchmarks/RESULTS.md).
     """
     if _derives_weights(decoder):
         return decoder
