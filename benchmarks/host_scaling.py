@@ -118,8 +118,7 @@ CASES = {
     "sft_3b": Case("3b", "sft", "fsdp", 8, 2048),
     "sft_3b_tensor": Case("3b", "sft", "fsdp_tensor", 8, 2048),
     "sft_3b_auto": Case(
-        "3b", "sft", "fsdp", 8, 2048, checkpointing=True,
-        flags=("training.remat_policy=auto",),
+        "3b", "sft", "fsdp", 8, 2048, flags=("training.remat_policy=auto",)
     ),
     "lora_3b": Case("3b", "sft", "data", 8, 2048, lora=True),
     "dpo_3b": Case("3b", mesh="fsdp", batch=8, **_DPO),

@@ -189,10 +189,11 @@ class Loop:
             contextlib.closing(self.parts.train_batches),  # whatever ends the run
             contextlib.closing(self._meter),
             contextlib.closing(self._profiler),
-            contextlib.ExitStack() as at_the_end,
         ):
-            at_the_end.callback(self._write_logged)
-            return self._run_to_end(preemption)
+            try:
+                return self._run_to_end(preemption)
+            finally:
+                self._write_logged()
 
     def _run_to_end(self, preemption: PreemptionWatch) -> dict[str, Any]:
         if self.settings.eval_on_start and self.step == 0:
@@ -257,7 +258,6 @@ class Loop:
     def _finish(self, ending: str) -> dict[str, Any]:
         settings = self.settings
         self._log_the_rest()
-        self._write_logged()
         if settings.eval_steps != 0 and self.evaluated_step != self.step:
             self.evaluate()
         if settings.save_steps != 0:
@@ -339,7 +339,6 @@ class Loop:
 
     def log(self) -> None:
         """Take the means since the last log, and rates, to be written by and by."""
-        self._write_logged()
         self._fetch_pending()
         window, self.progress.window = self.progress.window, MetricWindow()
         record = window.means(**self._measured) if window.steps else {}

@@ -31,6 +31,7 @@ from jaxtrain.models.quantization import Quantization, quantize_tree
 from jaxtrain.optimizers.multipliers import make_multipliers
 from jaxtrain.run import preflight
 from jaxtrain.tree import overlay, select
+from tests.equations import equations
 from tests.moe_test import FAMILIES, SIZES
 from tests.runs import tiny_config
 
@@ -326,22 +327,11 @@ def test_no_expert_has_a_matrix_of_its_own_adapters_in_the_program():
     shapes = {(4, 32, 48), (4, 48, 32), (4, 32, 96)}
     made = [
         (equation.primitive.name, tuple(out.aval.shape))
-        for equation in _equations(traced.jaxpr)
+        for equation in equations(traced)
         for out in equation.outvars
         if tuple(out.aval.shape) in shapes
     ]
     assert {name for name, _ in made} <= CARRIED, made
-
-
-def _equations(jaxpr: Any) -> Any:
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jax.tree.leaves(
-            equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
-        ):
-            inner = getattr(inner, "jaxpr", inner)
-            if hasattr(inner, "eqns"):
-                yield from _equations(inner)
 
 
 CARRIED = {"convert_element_type", "slice", "split", "pjit", "jit", "squeeze"}

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from jaxtrain.types import Metrics, TrainState
+from jaxtrain.types import Metrics, TrainState, WeightedSum
 
 
 def add_metrics(total: Metrics | None, new: Metrics) -> Metrics:
@@ -19,11 +19,12 @@ def add_metrics(total: Metrics | None, new: Metrics) -> Metrics:
 
 def to_floats(metrics: Metrics) -> dict[str, float]:
     """Divide each sum by its weight, on the host. This waits for the device."""
-    fetched = jax.device_get(metrics)
-    return {
-        name: float(sums.total) / float(sums.weight) if sums.weight else 0.0
-        for name, sums in fetched.items()
-    }
+    return {name: to_float(sums) for name, sums in jax.device_get(metrics).items()}
+
+
+def to_float(sums: WeightedSum) -> float:
+    """`sums.mean()` of numbers on the host, which the device has no part in."""
+    return float(sums.total) / float(sums.weight) if sums.weight else 0.0
 
 
 def evaluate(

@@ -167,7 +167,7 @@ def run_layers(
         cast = functools.partial(_cast_weights, options)
         weights = [cast(stack.of(params[LAYERS]), narrow=late) for stack in segment]
         layers = tuple(
-            (own, np.arange(len(stack.layers)), *_given(stack, per_layer))
+            (own, *_given(stack, per_layer))
             for stack, own in zip(segment, weights, strict=True)
         )
         read = functools.partial(_read_layer, cast) if late else lambda _, own, __: own
@@ -257,32 +257,29 @@ def _read_layer(
         as_it_lies = wanted.ndim > 1 and wanted.dtype == leaf.dtype
         if as_it_lies or is_part(path[-1].key):
             return wanted
-        return _read_at(leaf, jax.lax.stop_gradient(whole), place, wanted.dtype)
+        value = _read_at(leaf, jax.lax.stop_gradient(whole), place)
+        return value.astype(wanted.dtype)
 
     return jax.tree_util.tree_map_with_path(read, stacked, own, cast(own))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _read_at(own: Array, whole: Array, place: Array, dtype: Any) -> Array:
-    """`own` in `dtype`, read as `whole[place]`; the gradient is that of `own`."""
-    return jax.lax.dynamic_index_in_dim(whole, place, keepdims=False).astype(dtype)
+@jax.custom_vjp
+def _read_at(own: Array, whole: Array, place: Array) -> Array:
+    """`own`, read as `whole[place]`; the gradient is that of `own`."""
+    return jax.lax.dynamic_index_in_dim(whole, place, keepdims=False)
 
 
-def _read_at_forward(
-    own: Array, whole: Array, place: Array, dtype: Any
-) -> tuple[Array, Array]:
-    return _read_at(own, whole, place, dtype), jnp.empty(0, own.dtype)
+_read_at.defvjp(lambda *args: (_read_at(*args), None), lambda _, ct: (ct, None, None))
 
 
-def _read_at_backward(dtype: Any, like: Array, gradient: Array) -> tuple[Any, ...]:
-    return gradient.astype(like.dtype), None, None
+def _given(
+    stack: Stack, per_layer: Array | None
+) -> tuple[np.ndarray, Array, Array | None]:
+    """What the scan runs over beside weights.
 
-
-_read_at.defvjp(_read_at_forward, _read_at_backward)
-
-
-def _given(stack: Stack, per_layer: Array | None) -> tuple[Array, Array | None]:
-    """What the scan runs over beside weights: a layer's number, what it is given."""
+    A layer's place in its stack, its number among all layers, and what it is given.
+    """
+    places = np.arange(len(stack.layers))
     numbers = jnp.arange(len(stack.layers))
     if stack.name is not None:
         numbers = stack.layers.start + stack.layers.step * numbers
@@ -290,7 +287,7 @@ def _given(stack: Stack, per_layer: Array | None) -> tuple[Array, Array | None]:
         per_layer = per_layer[
             stack.layers.start : stack.layers.stop : stack.layers.step
         ]
-    return numbers, per_layer
+    return places, numbers, per_layer
 
 
 def layer_windows(config: ModelConfig, length: int) -> list[int | None]:

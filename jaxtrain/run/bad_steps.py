@@ -9,7 +9,7 @@ import jax
 
 from jaxtrain.batch import AnyBatch
 from jaxtrain.config.sections import LoopSection
-from jaxtrain.evaluation.held_out import to_floats
+from jaxtrain.evaluation.held_out import to_float
 from jaxtrain.record.diagnostics import save_batch
 from jaxtrain.run.buffer import beside
 from jaxtrain.types import Metrics
@@ -92,7 +92,7 @@ class BadSteps:
         """
         is_nonfinite = bool(sums.pop("nonfinite").total)
         is_spike = "spike" in sums and bool(sums.pop("spike").total)
-        loss = to_floats({"loss": sums["loss"]})["loss"]
+        loss = to_float(sums["loss"])
         if is_nonfinite and next_scale is not None:
             # Loss scaling finds its scale by such steps: they are no one's mistake.
             scale = float(sums["loss_scale"].total)

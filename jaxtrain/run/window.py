@@ -9,6 +9,7 @@ import numpy as np
 from jaxtrain.evaluation.held_out import (
     add_metrics,
     perplexity,
+    to_float,
     to_floats,
     without_added,
 )
@@ -45,7 +46,7 @@ class MetricWindow:
         """Take a step in: its sums by metric, on the host."""
         sums = {name: _as_float32(x.total, x.weight) for name, x in sums.items()}
         self._total = add_metrics(self._total or None, sums)
-        self._losses += to_floats({"loss": sums["loss"]})["loss"]
+        self._losses += to_float(sums["loss"])
         self._last = {n: x for n, x in sums.items() if n.startswith(_OF_THE_LAST)}
         if np.isfinite(sums[_NORM].total):
             self._norms = {n: x for n, x in sums.items() if n.startswith(_NORM)}

@@ -18,6 +18,7 @@ from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.load import load_abstract_model, make_decoder, make_plan
 from jaxtrain.models.quantization import Quantization
 from jaxtrain.models.transformer import for_reference
+from tests.equations import equations
 from tests.runs import tiny_config
 
 
@@ -34,6 +35,20 @@ def config_of(layers: int = 2) -> ModelConfig:
             "max_position_embeddings": 4096,
         }
     )
+
+
+def unrolled_decoder(layers: int, **options) -> Decoder:
+    """Layers whose matrices differ in shape from what runs through them."""
+    sizes = {"hidden_size": 64, "head_dim": 32, "intermediate_size": 192}
+    config = dataclasses.replace(config_of(layers), **sizes)
+    return Decoder(
+        config, compute_dtype="bfloat16", scan_layers=False, attention="xla", **options
+    )
+
+
+def over_two_devices() -> Layout:
+    """The weights of each layer are split over two devices."""
+    return Layout(Mesh(np.array(jax.devices()[:2]), ("f",)), weights=("f",))
 
 
 def plan_of(layers: int = 2, fsdp: int = 1, devices: int = 1, **sections):
@@ -117,18 +132,12 @@ def test_what_is_computed_again_does_not_copy_weights(kind):
     Those that a layer makes of codes, or brings together, are kept apart, or those of
     all layers would stay.
     """
-    mesh = Mesh(np.array(jax.devices()[:2]), ("f",))
-    sizes = {"hidden_size": 64, "head_dim": 32, "intermediate_size": 192}
-    config = dataclasses.replace(config_of(layers=3), **sizes)
-    decoder = Decoder(
-        config,
+    decoder = unrolled_decoder(
+        layers=3,
         param_dtype="bfloat16",
-        compute_dtype="bfloat16",
         remat="full",
-        scan_layers=False,
-        attention="xla",
         quantization=Quantization("int8") if kind == "codes" else None,
-        layout=Layout(mesh, weights=("f",)) if kind.startswith("split") else None,
+        layout=over_two_devices() if kind.startswith("split") else None,
     )
     params = jax.eval_shape(decoder.init, jax.random.key(0))
     tokens = jax.ShapeDtypeStruct((1, 16), jnp.int32)
@@ -148,11 +157,7 @@ def test_what_is_computed_again_does_not_copy_weights(kind):
 
 def lower_gradient(layers: int, **options):
     """The gradient of every weight of unrolled layers, as it is given to XLA."""
-    sizes = {"hidden_size": 64, "head_dim": 32, "intermediate_size": 192}
-    config = dataclasses.replace(config_of(layers), **sizes)
-    decoder = Decoder(
-        config, compute_dtype="bfloat16", scan_layers=False, attention="xla", **options
-    )
+    decoder = unrolled_decoder(layers, **options)
     params = jax.eval_shape(decoder.init, jax.random.key(0))
     tokens = jax.ShapeDtypeStruct((1, 16), jnp.int32)
 
@@ -176,22 +181,10 @@ def test_no_kernel_reads_a_layer_at_a_place_of_its_own():
     assert not re.search(rf"{layer}\S* slice\(", text)
 
 
-def _equations(jaxpr):
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jax.tree.leaves(
-            equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
-        ):
-            inner = getattr(inner, "jaxpr", inner)
-            if hasattr(inner, "eqns"):
-                yield from _equations(inner)
-
-
 @pytest.mark.parametrize("split", [False, True])
 def test_a_reference_is_scored_in_a_loop_where_that_gathers_no_weights(split):
     """It costs a step no time there: nothing goes backward through it."""
-    mesh = Mesh(np.array(jax.devices()[:2]), ("f",))
-    layout = Layout(mesh, weights=("f",)) if split else None
+    layout = over_two_devices() if split else None
     decoder = Decoder(config_of(), scan_layers=False, layout=layout)
     assert for_reference(decoder).scan_layers == (not split)
 
@@ -202,10 +195,10 @@ def test_the_step_of_a_preference_loss_has_that_loop():
     run = resolve(config, device_count=1)
     model = load_abstract_model(run, jax.devices()[:1]).for_training(packed=False)
     step, state = describe_step(run, model)
-    closed = step.trace(state, _abstract_batch(model, run)).jaxpr
+    traced = step.trace(state, _abstract_batch(model, run))
     scans = [
         equation.params["unroll"]
-        for equation in _equations(closed.jaxpr)
+        for equation in equations(traced.jaxpr)
         if equation.primitive.name == "scan"
         and "layers" in str(equation.source_info.name_stack)
     ]
