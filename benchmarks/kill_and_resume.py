@@ -8,8 +8,10 @@ it is amid its steps. The others have to end with an error. From copies of what 
 
 - as many processes go on, and losses and weights have to be those of the unbroken run,
   bit for bit;
-- one process goes on with one GPU, twice, and both have to agree bit for bit, and with
-  the unbroken run to 1e-4 of each loss (another order of sums).
+- one process goes on with one GPU, twice at once and so with programs compiled twice
+  (`training.full_determinism`), and both have to agree bit for bit; with the unbroken
+  run they have to agree to 1e-4 of each loss on CPUs (another order of sums), and to
+  1e-3 on GPUs: other shapes have other kernels there, which round elsewhere.
 
 A line for each check; exits with 1 if one fails. On a machine without GPUs each process
 has a CPU device.
@@ -34,8 +36,9 @@ import numpy as np
 
 STEPS, KILLED_AT, SAVED_EACH, EXAMPLES = 16, 9, 4, 4
 _LIMIT_SECS = 400.0
-# Endings of what the log says of clocks and machines.
+# Endings of what the log says of clocks and machines, and the beginning.
 _TIMES = ("time", "_per_sec", "_secs", "_share", "_gib", "mfu")
+_OF_GPUS = "gpu_"
 
 
 def command(workdir: pathlib.Path, devices: int) -> list[str]:
@@ -47,6 +50,7 @@ def command(workdir: pathlib.Path, devices: int) -> list[str]:
         *(f"--training.max_steps={STEPS}", "--training.logging_steps=1"),
         *(f"--training.save_steps={SAVED_EACH}", "--training.eval_steps=0"),
         *("--data.max_train_rows=64", "--data.max_length=192", "--data.packing=false"),
+        *(["--training.full_determinism=true"] if devices == 1 else []),
     ]
 
 
@@ -142,7 +146,11 @@ def log_of(workdir: pathlib.Path) -> list[dict[str, Any]]:
         return []
     lines = map(json.loads, path.read_text().rpartition("\n")[0].splitlines())
     return [
-        {name: value for name, value in line.items() if not name.endswith(_TIMES)}
+        {
+            name: value
+            for name, value in line.items()
+            if not name.endswith(_TIMES) and not name.startswith(_OF_GPUS)
+        }
         for line in lines
         if "loss" in line
     ]
@@ -202,7 +210,8 @@ def check(folder: pathlib.Path, processes: int) -> bool:
         (one, whole, False),
     ):
         found = compare(left, right)
-        good = found["steps"] == STEPS and found["largest_loss_difference"] < 1e-4
+        tolerance = 1e-3 if gpus() else 1e-4
+        good = found["steps"] == STEPS and found["largest_loss_difference"] < tolerance
         if is_same:
             good = (
                 found["steps"] == STEPS and found["same_log"] and found["same_weights"]

@@ -39,6 +39,9 @@ FP8_OPTIONS: dict[str, str | bool] = {
     "xla_gpu_dot_merger_threshold_mb": "0",
 }
 
+# Kernels are else chosen by timing them, which is another choice each time.
+_DETERMINISTIC_OPTIONS: dict[str, str | bool] = {"xla_gpu_deterministic_ops": True}
+
 MeshAxes = tuple[str, ...]
 Rules = Mapping[str, MeshAxes]
 
@@ -152,6 +155,7 @@ class ShardingPlan:
     offload_params: bool = False
     unrolled: bool = False
     fp8: bool = False
+    deterministic: bool = False
 
     @property
     def batch_axes(self) -> MeshAxes:
@@ -213,11 +217,12 @@ class ShardingPlan:
         gathers = math.prod(shape[a] for a in _SHARED) > 1 and shape["tensor"] == 1
         if self.platform == "tpu" and gathers:
             return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
-        if self.platform == "gpu" and self.fp8:
-            return FP8_OPTIONS
-        if self.platform == "gpu" and self.unrolled:
+        if self.platform == "gpu":
+            own = _UNROLLED_OPTIONS if self.unrolled else {}
+            own = FP8_OPTIONS if self.fp8 else own
+            own = own | (_DETERMINISTIC_OPTIONS if self.deterministic else {})
             said = os.environ.get("XLA_FLAGS", "")
-            return {k: v for k, v in _UNROLLED_OPTIONS.items() if k not in said}
+            return {k: v for k, v in own.items() if k not in said} or None
         return None
 
     @property

@@ -173,7 +173,6 @@ ADVICE: dict[str, str] = {
     "enable_jit_checkpoint": "remove it: SIGTERM saves a checkpoint",
     "restore_callback_states_from_checkpoint": _ALWAYS,
     "ignore_data_skip": "remove it: a resumed run goes on with the next batch at once",
-    "full_determinism": _ALWAYS,
     "data_seed": "set training.seed",
     "use_cpu": "set the environment's JAX_PLATFORMS=cpu",
     "no_cuda": "set the environment's JAX_PLATFORMS=cpu",

@@ -615,11 +615,12 @@ class Embedding(Adapted):
 
     def __call__(self, tokens: Int32[Array, "B T"]) -> Float[Array, "B T D"]:
         config, dtype = self.options.config, self.options.compute_dtype
-        x = look_up(self.options.layout, self.embedding[...], tokens, dtype)
+        read = functools.partial(look_up, self.options.layout)
+        x = read(self.embedding[...], tokens, dtype)
         lora = self.options.lora
         if lora is not None and hasattr(self, "lora_a"):
             with jax.named_scope("lora"):
-                low = jnp.take(self.lora_a[...], tokens, axis=0).astype(dtype)
+                low = read(self.lora_a[...], tokens, dtype)
                 x += low * self.scaling @ self.lora_b[...].astype(dtype)
                 if lora.use_dora:
                     x *= self._dora_gain(self.embedding[...]).astype(dtype)

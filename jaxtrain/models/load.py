@@ -211,6 +211,7 @@ def make_plan(
         zero_stage=zero.zero_stage,
         offload_optimizer=zero.offload_optimizer,
         offload_params=zero.offload_param,
+        deterministic=run.precision.full_determinism,
     )
     unrolled, in_fp8 = _unrolls_layers(run, config, plan), run.precision.fp8
     if in_fp8:

@@ -22,6 +22,7 @@ from jaxtrain.models.layers import (
     RMSNorm,
     without_quantization,
 )
+from jaxtrain.models.lookup import look_up
 
 
 def per_layer_width(config: ModelConfig) -> int:
@@ -82,7 +83,9 @@ class PerLayerEmbedding(nnx.Module):
         config, dtype = self.options.config, self.options.compute_dtype
         width = per_layer_width(config)
         each = (*tokens.shape, config.num_hidden_layers, width)
-        looked_up = jnp.take(self.table.embedding[...], tokens, axis=0).astype(dtype)
+        looked_up = look_up(
+            self.options.layout, self.table.embedding[...], tokens, dtype
+        )
         looked_up *= jnp.asarray(math.sqrt(width), dtype)
         projected = self.projection(x, dropout_key) * config.hidden_size**-0.5
         both = self.norm(projected.reshape(each)) + looked_up.reshape(each)

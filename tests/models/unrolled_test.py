@@ -125,6 +125,18 @@ def test_flags_that_name_the_option_win(monkeypatch):
     assert [*plan_of()[1].compiler_options] == ["xla_gpu_enable_triton_gemm"]
 
 
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_full_determinism_has_no_kernel_chosen_by_its_time(scan_layers):
+    given = {"model": {"scan_layers": scan_layers}}
+    _, plan = plan_of(**given, training={"full_determinism": True})
+    options = plan.compiler_options
+    assert options["xla_gpu_deterministic_ops"] is True
+    others = {n: v for n, v in options.items() if n != "xla_gpu_deterministic_ops"}
+    assert others == (plan_of(**given)[1].compiler_options or {})
+    assert plan.jit(lambda x: x + 1)(1) == 2
+
+
 @pytest.mark.parametrize("kind", ["whole", "codes", "split over devices"])
 def test_what_is_computed_again_does_not_copy_weights(kind):
     """What keeps it from being merged is a barrier; weights behind it are copied.
