@@ -39,6 +39,9 @@ FP8_OPTIONS: dict[str, str | bool] = {
     "xla_gpu_dot_merger_threshold_mb": "0",
 }
 
+# To hide sums over devices, XLA keeps what layers' gradients are computed of.
+_HIDING = "xla_gpu_enable_latency_hiding_scheduler"
+_UNHIDDEN_OPTIONS: dict[str, str | bool] = {_HIDING: False}
 # Kernels are else chosen by timing them, which is another choice each time.
 _DETERMINISTIC_OPTIONS: dict[str, str | bool] = {"xla_gpu_deterministic_ops": True}
 
@@ -156,6 +159,7 @@ class ShardingPlan:
     unrolled: bool = False
     fp8: bool = False
     deterministic: bool = False
+    adapters: bool = False
 
     @property
     def batch_axes(self) -> MeshAxes:
@@ -211,6 +215,9 @@ class ShardingPlan:
         each layer: 198 s for 36 unrolled layers of a 3B with LoRA, which then run 3%
         slower than with cuBLAS alone, compiled in 27 s. In a scan Triton's kernels save
         a copy of each layer's weights, so there they stay (benchmarks/RESULTS.md).
+
+        Where GPUs exchange gradients of adapters alone, there is nothing to hide, and
+        a schedule that tries to takes two to four times the memory.
         `XLA_FLAGS` that name an option win.
         """
         shape = self.mesh.shape
@@ -219,6 +226,8 @@ class ShardingPlan:
             return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
         if self.platform == "gpu":
             own = _UNROLLED_OPTIONS if self.unrolled else {}
+            if self.unrolled and self.adapters and shape["data"] == self.mesh.size > 1:
+                own = own | _UNHIDDEN_OPTIONS
             own = FP8_OPTIONS if self.fp8 else own
             own = own | (_DETERMINISTIC_OPTIONS if self.deterministic else {})
             said = os.environ.get("XLA_FLAGS", "")

@@ -212,6 +212,7 @@ def make_plan(
         offload_optimizer=zero.offload_optimizer,
         offload_params=zero.offload_param,
         deterministic=run.precision.full_determinism,
+        adapters=run.lora is not None,
     )
     unrolled, in_fp8 = _unrolls_layers(run, config, plan), run.precision.fp8
     if in_fp8:

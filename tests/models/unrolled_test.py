@@ -137,6 +137,21 @@ def test_full_determinism_has_no_kernel_chosen_by_its_time(scan_layers):
     assert plan.jit(lambda x: x + 1)(1) == 2
 
 
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize(
+    ("kind", "fsdp", "hides"),
+    [("lora", 1, False), ("lora", 2, True), ("sft", 1, True)],
+)
+def test_sums_of_adapters_alone_are_not_hidden(kind, fsdp, hides):
+    """It would cost memory: see benchmarks/RESULTS.md."""
+    name = "xla_gpu_enable_latency_hiding_scheduler"
+    training = {"training_type": kind}
+    _, plan = plan_of(devices=2, fsdp=fsdp, training=training)
+    assert plan.compiler_options.get(name, True) is hides
+    assert plan.jit(lambda x: x + 1)(1) == 2
+    assert name not in plan_of(training=training)[1].compiler_options
+
+
 @pytest.mark.parametrize("kind", ["whole", "codes", "split over devices"])
 def test_what_is_computed_again_does_not_copy_weights(kind):
     """What keeps it from being merged is a barrier; weights behind it are copied.
