@@ -13,6 +13,7 @@ vectors are smaller, devices exchange these, and each adds up those of all token
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -115,7 +116,7 @@ def _transposed(table: Array, gradient: Array, tokens: Array) -> Array:
 
 def _sum_exactly(table: Array, gradient: Array, tokens: Array) -> Array:
     vectors = gradient.reshape(-1, gradient.shape[-1])
-    return sum_rows(vectors, tokens.reshape(-1), len(table)).astype(table.dtype)
+    return sum_rows(vectors, tokens.reshape(-1), len(table), table.dtype)
 
 
 def _on_shards(add_up: _AddUp, layout: Layout, axes: tuple[Axes | None, ...]) -> _AddUp:
@@ -132,9 +133,11 @@ def _on_shards(add_up: _AddUp, layout: Layout, axes: tuple[Axes | None, ...]) ->
 
 
 def sum_rows(
-    rows: Float[Array, "N D"], places: Int32[Array, "N"], count: int
-) -> Float32[Array, "V D"]:
+    rows: Float[Array, "N D"], places: Int32[Array, "N"], count: int, dtype: Any
+) -> Float[Array, "V D"]:
     """Rows added up by their places, of which there are `count`, in a certain order.
+
+    In float32; a narrower `dtype` rounds what a chunk has of a place, and the rest.
 
     Sorted by place they are cut into chunks, of which a product with zeros and ones
     adds up what has one place. A place that goes on over several chunks has one sum in
@@ -143,7 +146,7 @@ def sum_rows(
     """
     order = jnp.argsort(places)
     rows, places = (jnp.take(x, order, axis=0, mode="clip") for x in (rows, places))
-    table = jnp.zeros((count, rows.shape[1]), jnp.float32)
+    table = jnp.zeros((count, rows.shape[1]), dtype)
     while True:
         chunks = math.ceil(len(rows) / _CHUNK)
         missing = chunks * _CHUNK - len(rows)
@@ -157,9 +160,8 @@ def sum_rows(
         outside = count + jnp.arange(len(begins))
         flat = places.reshape(-1)
         target = jnp.where(begins & (flat < count), flat, outside)
-        table = table.at[target].add(
-            sums.reshape(len(target), -1), mode="drop", unique_indices=True
-        )
+        added = sums.reshape(len(target), -1).astype(dtype)
+        table = table.at[target].add(added, mode="drop", unique_indices=True)
         if chunks == 1:
             return table
         # What the first place of a chunk has there, where it began in an earlier one.

@@ -55,6 +55,7 @@ def as_on_gpus(monkeypatch):
     monkeypatch.setattr(lookup, "_on_gpu", lambda layout: True)
 
 
+jitted = jax.jit(sum_rows, static_argnums=(2, 3))
 SIZES = [(8, 1), (4, 2), (1, 8), (2, 1), (1, 1)]
 
 
@@ -117,22 +118,23 @@ def test_rows_are_added_up_by_their_places(seed, rows, count, exponent):
     missing = -rows % 140
     values = np.pad(values, ((0, missing), (0, 0))).astype(np.float32)
     places = np.pad(places, (0, missing)).astype(np.int32)
-    found = jax.jit(sum_rows, static_argnums=2)(values, places, count)
+    found = jitted(values, places, count, "float32")
     np.testing.assert_array_equal(found, wanted)
 
 
 def test_a_place_may_go_on_over_more_chunks_than_one_chunk_has_rows():
     rows = np.ones((3 * 128 * 128 + 7, 1), np.float32)
     places = np.repeat([2, 4], [128 * 128 + 5, len(rows) - 128 * 128 - 5])
-    found = jax.jit(sum_rows, static_argnums=2)(rows, places.astype(np.int32), 6)
+    found = jitted(rows, places.astype(np.int32), 6, "float32")
     np.testing.assert_array_equal(found[:, 0], np.bincount(places, minlength=6))
 
 
-def test_sums_of_rounded_vectors_are_of_float32():
-    """As the head's gradient, to which they are added."""
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_sums_of_rounded_vectors_are_of_float32(dtype):
+    """Of 1,000 ones, added up one by one in bfloat16, at most 256 would be left."""
     rows = jnp.full((1000, 2), 1.0, jnp.bfloat16)
-    found = jax.jit(sum_rows, static_argnums=2)(rows, jnp.zeros(1000, jnp.int32), 1)
-    assert found.dtype == jnp.float32
+    found = jitted(rows, jnp.zeros(1000, jnp.int32), 1, dtype)
+    assert found.dtype == dtype
     np.testing.assert_array_equal(found, 1000)
 
 
