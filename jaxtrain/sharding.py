@@ -42,7 +42,8 @@ FP8_OPTIONS: dict[str, str | bool] = {
 # To hide sums over devices, XLA keeps what layers' gradients are computed of.
 _HIDING = "xla_gpu_enable_latency_hiding_scheduler"
 _UNHIDDEN_OPTIONS: dict[str, str | bool] = {_HIDING: False}
-# Kernels are else chosen by timing them, which is another choice each time.
+# Kernels are else chosen by timing them, which is another choice each time, and cuDNN's
+# attention adds up gradients in no certain order.
 _DETERMINISTIC_OPTIONS: dict[str, str | bool] = {"xla_gpu_deterministic_ops": True}
 
 MeshAxes = tuple[str, ...]

@@ -479,9 +479,9 @@ class PrecisionSection:
     the compute dtype, to which each device rounds its own first; those of embedding,
     head and norms are float32 always. float32: twice the bytes over the links."""
     full_determinism: bool = False
-    """On GPUs, choose kernels without timing them, so that a run gives the same bits on
-    any machine with the same GPUs and versions. Without it that holds where compiled
-    programs are found again, as on the same machine, and on CPUs and TPUs."""
+    """On GPUs, choose kernels without timing them, and only such as add up in a certain
+    order, so that a run gives the same bits on any machine with the same GPUs and
+    versions. See docs/reliability.md for what holds without it."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass."""
     remat_policy: Annotated[Literal[

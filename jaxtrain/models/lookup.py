@@ -48,6 +48,8 @@ def _on_gpu(layout: Layout) -> bool:
 
 def _is_exchanged(layout: Layout, table: Array, tokens: Array, dtype: str) -> bool:
     """Whether devices that would add up tables exchange less as vectors."""
+    if layout.mesh is None or layout.mesh.size == 1:
+        return False
     rows, along = _apart(layout, table, tokens)
     if layout.count(rows + along) == 1:
         return False  # none: those that split the width have each vector's own part

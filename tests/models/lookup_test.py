@@ -166,6 +166,18 @@ def test_no_step_for_gpus_adds_up_vectors_in_no_certain_order(
         assert equation.params["unique_indices"] or not vectors, equation
 
 
+def test_a_single_device_has_nothing_to_say_of_odd_lengths(caplog):
+    caplog.set_level("INFO", logger="jaxtrain")
+    tokens = jnp.zeros((3, 5), jnp.int32)
+
+    def loss(table, layout):
+        return look_up(layout, table, tokens, "float32").sum()
+
+    for layout in (None, make_layout(1, 1)):
+        jax.grad(loss)(jnp.ones((4, 2)), layout)
+    assert not caplog.messages
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_gpu_makes_the_same_gradient_each_time(dtype):
