@@ -9,9 +9,8 @@ it is amid its steps. The others have to end with an error. From copies of what 
 - as many processes go on, and losses and weights have to be those of the unbroken run,
   bit for bit;
 - one process goes on with one GPU, twice at once and so with programs compiled twice
-  (`training.full_determinism`), and both have to agree bit for bit; with the unbroken
-  run they have to agree to 1e-4 of each loss on CPUs (another order of sums), and to
-  1e-3 on GPUs: other shapes have other kernels there, which round elsewhere.
+  (`training.full_determinism`), and both have to agree bit for bit, and with
+  the unbroken run to 1e-4 of each loss (another order of sums).
 
 A line for each check; exits with 1 if one fails. On a machine without GPUs each process
 has a CPU device.
@@ -210,8 +209,7 @@ def check(folder: pathlib.Path, processes: int) -> bool:
         (one, whole, False),
     ):
         found = compare(left, right)
-        tolerance = 1e-3 if gpus() else 1e-4
-        good = found["steps"] == STEPS and found["largest_loss_difference"] < tolerance
+        good = found["steps"] == STEPS and found["largest_loss_difference"] < 1e-4
         if is_same:
             good = (
                 found["steps"] == STEPS and found["same_log"] and found["same_weights"]

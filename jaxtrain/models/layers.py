@@ -348,9 +348,7 @@ def _gather(options: Options, axes: LogicalAxes, codes: Array) -> Array:
 
 
 def _is_for_tpus(options: Options) -> bool:
-    mesh = None if options.layout is None else options.layout.mesh
-    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
-    return bool(device.platform == "tpu")
+    return (options.layout or Layout()).platform == "tpu"
 
 
 def shared_input(options: Options, x: Array) -> Array | fp8.Shared:

@@ -41,9 +41,7 @@ def look_up(
 
 
 def _on_gpu(layout: Layout) -> bool:
-    if layout.mesh is None:
-        return jax.default_backend() == "gpu"
-    return bool(layout.mesh.devices.flat[0].platform == "gpu")
+    return layout.platform == "gpu"
 
 
 def _is_exchanged(layout: Layout, table: Array, tokens: Array, dtype: str) -> bool:
@@ -154,21 +152,18 @@ def sum_rows(
         missing = chunks * _CHUNK - len(rows)
         rows = jnp.pad(rows, ((0, missing), (0, 0))).reshape(chunks, _CHUNK, -1)
         places = jnp.pad(places, (0, missing), constant_values=count)
-        begins = places != jnp.roll(places, 1)
-        begins = begins.at[0].set(True).reshape(-1)
-        places = places.reshape(chunks, _CHUNK)
-        sums = _sum_chunks(rows, places)
+        begins = (places != jnp.roll(places, 1)).at[0].set(True)
+        sums = _sum_chunks(rows, places.reshape(chunks, _CHUNK))
         # Each that is left out gets a place of its own, too, behind the table.
-        outside = count + jnp.arange(len(begins))
-        flat = places.reshape(-1)
-        target = jnp.where(begins & (flat < count), flat, outside)
+        outside = count + jnp.arange(len(places))
+        target = jnp.where(begins & (places < count), places, outside)
         added = sums.reshape(len(target), -1).astype(dtype)
         table = table.at[target].add(added, mode="drop", unique_indices=True)
         if chunks == 1:
             return table
         # What the first place of a chunk has there, where it began in an earlier one.
-        goes_on = ~begins.reshape(chunks, _CHUNK)[:, :1]
-        rows, places = jnp.where(goes_on, sums[:, 0], 0), places[:, 0]
+        goes_on = ~begins[::_CHUNK, None]
+        rows, places = jnp.where(goes_on, sums[:, 0], 0), places[::_CHUNK]
 
 
 def _sum_chunks(

@@ -39,6 +39,13 @@ class Layout:
     vocab: Axes = ()
     weights: Axes = ()
 
+    @property
+    def platform(self) -> str:
+        """That of the mesh, whose devices need not be present; else jax's default."""
+        if self.mesh is None:
+            return jax.default_backend()
+        return str(self.mesh.devices.flat[0].platform)
+
     def count(self, axes: Axes) -> int:
         """Devices along these axes."""
         if self.mesh is None:
