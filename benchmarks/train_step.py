@@ -33,6 +33,7 @@ from jaxtrain.data.batches.shared_prompt import share_prompts
 from jaxtrain.kernels.linear_cross_entropy import fused
 from jaxtrain.models import Decoder, ModelConfig, fp8
 from jaxtrain.models.quantization import Quantization
+from jaxtrain.models.recompute_options import room_for_layers
 from jaxtrain.models.transformer import for_reference
 from jaxtrain.objectives import make_objective
 from jaxtrain.optimizers import optim
@@ -130,6 +131,8 @@ def make_step(name: str, options: argparse.Namespace) -> tuple[Any, TrainState, 
         compute_dtype="bfloat16",
         param_dtype="bfloat16" if case.lora else case.param_dtype,
         remat=options.remat or ("full" if case.remat else "none"),
+        remat_layers=options.remat_layers,
+        kept_bytes=0 if case.lora else room_for_layers(config, case.param_dtype),
         attention=options.attention,
         loss_chunk=options.chunk,
         scan_layers=not options.unroll,
@@ -274,6 +277,7 @@ def run_case(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "fp8": options.fp8,
         "xla_head": options.xla_head,
         "remat": options.remat,
+        "remat_layers": options.remat_layers,
         "moments": options.moments or case.moments,
         "device": device.device_kind,
         "versions": {"jax": jax.__version__},
@@ -295,6 +299,7 @@ def add_step_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--response", type=int, help="tokens of each, in pairs")
     parser.add_argument("--remat", choices=REMATS, help="in place of the case's own")
+    parser.add_argument("--remat_layers", type=int, help="how many it acts on")
     parser.add_argument("--moments", choices=MOMENT_DTYPES)
     parser.add_argument("--fp8", action="store_true", help="training.fp8")
     parser.add_argument(

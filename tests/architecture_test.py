@@ -157,6 +157,7 @@ ALLOWED: dict[str, set[str]] = {
         "models.vocabulary",
     },
     "models.mixture_options": {"config", "models", "sharding", "types"},
+    "models.recompute_options": {"config", "models", "sharding"},
     "models.load": {
         "config",
         "evaluation",
@@ -165,6 +166,7 @@ ALLOWED: dict[str, set[str]] = {
         "models",
         "models.ends",
         "models.mixture_options",
+        "models.recompute_options",
         "models.source",
         "models.vocabulary",
         "record",

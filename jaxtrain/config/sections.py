@@ -493,6 +493,22 @@ class PrecisionSection:
     is cheap. auto: the fastest of nothing at all, minimal, save_attention and full that
     fits the device by the compiler's account; it compiles one after the other before
     the first step of each shape of batch, and the log says which it took."""
+    remat_layers: Annotated[
+        NonNegativeInt | None,
+        OnlyIf("training.gradient_checkpointing"),
+        Unless("training.remat_policy", "auto"),
+    ] = None
+    """How many layers, from the first, remat_policy acts on; the later ones compute
+    again only what is cheap, as by minimal. Unset: all; but by full, where layers are
+    unrolled and their weights trained, so few that what the last ones keep takes at
+    most 3/4 of the weights' memory (gradients, which come later, take half of it)."""
+
+    reshard_after_forward: Annotated[
+        bool, OnlyIf("training.gradient_checkpointing")
+    ] = True
+    """Gather the weights that devices share once more in the backward pass. False keeps
+    them whole from the forward pass on: less to send, and each device holds a copy of
+    all layers in the compute dtype. Without gradient_checkpointing they are kept."""
 
     @property
     def compute_dtype(self) -> str:

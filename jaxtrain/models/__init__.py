@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxtrain.models.config import ModelConfig
     from jaxtrain.models.layers import LoraShape
-    from jaxtrain.models.transformer import REMAT_POLICIES, Decoder
+    from jaxtrain.models.recompute import REMAT_POLICIES
+    from jaxtrain.models.transformer import Decoder
 
 __all__ = ["REMAT_POLICIES", "Decoder", "LoraShape", "ModelConfig"]
-_HOMES = {"ModelConfig": "config", "LoraShape": "layers"}
+_HOMES = {"ModelConfig": "config", "LoraShape": "layers", "REMAT_POLICIES": "recompute"}
 
 
 def __getattr__(name: str) -> Any:

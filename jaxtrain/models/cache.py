@@ -82,12 +82,11 @@ def decode(
 
 def _layer_steps(
     step: "_Step", params: Params
-) -> Callable[[parts.Stack, bool], parts.LayerStep]:
+) -> Callable[[parts.Stack], parts.LayerStep]:
     """What `parts.run_layers` runs layers by: the stream, and the stacks' caches."""
     inputs_of_kind = functools.cache(step.inputs_of_layer)
 
-    def make_step(stack: Stack, apart: bool) -> parts.LayerStep:
-        del apart  # nothing is computed again
+    def make_step(stack: Stack) -> parts.LayerStep:
         bind_layer = parts.layer_binder(step.options, params, stack)
         inputs_of_layer = inputs_of_kind(stack.kind)
 

@@ -18,6 +18,7 @@ from jaxtrain.models.fingerprint import fingerprint_model
 from jaxtrain.models.generation_config import GenerationConfig
 from jaxtrain.models.layer_kinds import LINEAR
 from jaxtrain.models.mixture_options import decoder_options
+from jaxtrain.models.recompute_options import remat_options
 from jaxtrain.models.source import ModelSource, read_sizes, read_source
 from jaxtrain.models.transformer import Decoder
 from jaxtrain.record.memory import in_words, memory_limit, sum_bytes
@@ -225,8 +226,8 @@ def _unrolls_layers(
 ) -> bool:
     """Whether to compile each layer on its own: only where that was measured faster.
 
-    On a GPU this avoids copying in and out of stacked buffers. Weights in int8, those
-    that are offloaded layer by layer, and fp8 on several devices, which compiles slowly
+    On a GPU this avoids copying in and out of stacked buffers. Weights that are
+    offloaded layer by layer, and fp8 on several devices, which compiles slowly
     otherwise, were only measured in a scan.
     """
     if run.model.scan_layers is not None:
@@ -236,7 +237,6 @@ def _unrolls_layers(
         or (run.precision.fp8 and plan.mesh.size > 1)
         or plan.offload_params
         or run.precision.remat == "offload"
-        or (run.lora is not None and run.lora.quantization == "int8")
     )
     few = config.num_hidden_layers <= _MOST_UNROLLED
     return plan.platform == "gpu" and few and not by_layers
@@ -272,7 +272,7 @@ def make_decoder(
         config,
         compute_dtype=run.precision.compute_dtype,
         param_dtype=run.model.param_dtype,
-        remat=run.precision.remat,
+        **remat_options(run, config, plan),
         attention=run.model.attention,
         loss_chunk=run.model.loss_chunk_tokens,
         scan_layers=not plan.unrolled,

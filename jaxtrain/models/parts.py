@@ -28,6 +28,7 @@ from jaxtrain.models.layer_kinds import (
 from jaxtrain.models.layers import LayerOptions, Options
 from jaxtrain.models.per_layer import Ends
 from jaxtrain.models.quantization import is_kept, is_part, is_quantized
+from jaxtrain.models.recompute import Recompute, count_kept_bytes
 from jaxtrain.models.rope import Rotary, make_rotary
 from jaxtrain.models.stacks import LAYERS, stack_name
 from jaxtrain.types import Params
@@ -138,20 +139,21 @@ LayerStep = Callable[[Passing, tuple[Params, Array, Any]], tuple[Passing, Any]]
 def run_layers(
     options: Options,
     params: Params,
-    make_step: Callable[[Stack, bool], LayerStep],
+    make_step: Callable[[Stack], LayerStep],
     passing: Passing,
     *,
     per_layer: Float[Array, "L B T P"] | None = None,
     unroll: bool = False,
+    recompute: Recompute = Recompute(),  # noqa: B008  (frozen)
 ) -> tuple[Any, list[Any]]:
     """Run all layers, each segment as one scan over the repeats of its pattern.
 
     Args:
-        make_step: gives the step of a stack's layers, and is told whether the compiler
-            sees each of them by itself, outside of a loop.
+        make_step: gives the step of a stack's layers.
         passing: what the first layer is given.
         per_layer: what each layer is given of its own.
         unroll: compile every layer by itself.
+        recompute: which layers keep what for the backward pass.
 
     Returns:
         The first part of what passes on from the last layer; and of each stack what its
@@ -159,8 +161,8 @@ def run_layers(
     """
     gave: list[Any] = []
     for segment in segments(options.config):
-        apart = unroll or len(segment[0].layers) == 1
-        steps = [make_step(stack, apart) for stack in segment]
+        repeats = len(segment[0].layers)
+        apart = unroll or repeats == 1
         # Outside of a loop a copy of one layer's weights is freed behind its backward
         # pass. Of narrow ones a copy of all is one kernel in place of many.
         late = apart and not options.fp8
@@ -177,25 +179,78 @@ def run_layers(
         gives = any(stack.kind.shares == "gives" for stack in segment)
 
         def pattern(
-            changing: Any, inputs: Any, steps: Any = steps, fixed: Any = shared,
-            gives: bool = gives, weights: Any = weights, read: Any = read,
+            changing: Any, inputs: Any, steps: Any, fixed: Any = shared,
+            gives: bool = gives, weights: Any = weights,
         ) -> tuple[Any, Any]:  # fmt: skip
             outputs = []
             passing = changing if gives else (changing, fixed)
             for step, stacked, layer in zip(steps, weights, inputs, strict=True):
                 own, place, *rest = layer
-                passing, output = step(passing, (read(stacked, own, place), *rest))
+                passing, output = step(passing, ((stacked, own, place), *rest))
                 outputs.append(output)
             return passing if gives else passing[0], tuple(outputs)
 
-        # As a call it is lowered once, however often it is repeated.
-        body = jax.jit(pattern) if apart else pattern
-        changed, outputs = jax.lax.scan(
-            body, passing if gives else x, layers, unroll=apart
-        )
+        changed, outputs = passing if gives else x, []
+        first, period = segment[0].layers.start, len(segment)
+        for part, policy in recompute.cut(first, period, repeats):
+            steps = [
+                recompute.wrap(make_step(stack), read, policy, apart=apart)
+                for stack in segment
+            ]
+            body = functools.partial(pattern, steps=steps)
+            # As a call it is lowered once, however often it is repeated.
+            changed, output = jax.lax.scan(
+                jax.jit(body) if apart else body,
+                changed,
+                _pick(layers, part, repeats),
+                unroll=apart,
+            )
+            outputs.append(output)
         passing = changed if gives else (changed, shared)
-        gave.extend(outputs)
+        gave.extend(_join(outputs))
     return passing[0], gave
+
+
+def kept_by_layers(
+    options: Options,
+    params: Params,
+    make_step: Callable[[Stack], LayerStep],
+    passing: Passing,
+    per_layer: Float[Array, "L B T P"] | None,
+) -> list[tuple[int, int, int, int]]:
+    """Of each segment first layer, period, repeats; and bytes that one repeat keeps."""
+    found = []
+
+    def inputs_of(stack: Stack) -> tuple[Passing, tuple[Params, Array, Any]]:
+        layer = jax.tree.map(lambda leaf: leaf[0], stack.of(params[LAYERS]))
+        own = None if per_layer is None else per_layer[0]
+        number = jnp.int32(stack.layers.start)
+        return passing, (_cast_weights(options, layer), number, own)
+
+    for segment in segments(options.config):
+        kept = sum(
+            count_kept_bytes(
+                make_step(stack), *jax.eval_shape(functools.partial(inputs_of, stack))
+            )
+            for stack in segment
+        )
+        shape = (segment[0].layers.start, len(segment), len(segment[0].layers))
+        found.append((*shape, kept))
+    return found
+
+
+def _pick(layers: Any, part: slice, repeats: int) -> Any:
+    """These repeats of what a segment's layers are given."""
+    if part == slice(0, repeats):
+        return layers
+    return jax.tree.map(lambda leaf: leaf[part], layers)
+
+
+def _join(parts: list[Any]) -> Any:
+    """What a segment's parts gave, as one."""
+    if len(parts) == 1:
+        return parts[0]
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
 
 def init_shared(

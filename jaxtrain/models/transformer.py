@@ -7,8 +7,8 @@ one; unrolled, it runs faster. Flax modules exist only within a trace (binding.p
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,6 @@ from jaxtyping import Array, Float, Float32, Int32, Key
 from jaxtrain.kernels.attention.api import attention, plan_attention, skips_blocks
 from jaxtrain.kernels.attention.partition import Layout
 from jaxtrain.kernels.delta_rule import delta_rule
-from jaxtrain.kernels.fp8 import RESIDUALS
 from jaxtrain.kernels.linear_cross_entropy.api import linear_log_probs
 from jaxtrain.kernels.linear_cross_entropy.partition import score_on_shards
 from jaxtrain.models import head, parts, router_report
@@ -38,37 +37,11 @@ from jaxtrain.models.layers import (
 from jaxtrain.models.moe import RouterLoad, join_loads, load_balancing_loss
 from jaxtrain.models.noise import add_embedding_noise
 from jaxtrain.models.per_layer import Ends
+from jaxtrain.models.recompute import REMAT_POLICIES, Recompute, fit_layers
 from jaxtrain.models.rope import KINDS_BY_LENGTH
 from jaxtrain.models.selection import join_rows, make_selection, pick, put_back
 from jaxtrain.models.stacks import LAYERS
 from jaxtrain.types import Batch, Params, TokenLogProbs
-
-_policies = jax.checkpoint_policies
-# What a layer keeps for the backward pass; everything else is computed again. "full"
-# keeps only the layer's input, and "offload" keeps it in pinned host memory. "dots"
-# keeps every matrix product, "dots_no_batch" all but those of attention.
-# "save_attention" keeps the output of attention. "minimal" keeps that, the inputs of
-# attention, the MLP's gate and up projections, and under fp8 the codes that products
-# read. Our kernels name what their own backward passes need "attention_residuals", so
-# that they need not run again; cuDNN and the XLA path do run again.
-REMAT_POLICIES: Mapping[str, Callable[..., bool] | None] = {
-    "none": None,
-    "full": _policies.nothing_saveable,
-    "auto": _policies.nothing_saveable,  # until run/fitted_step.py has chosen
-    "offload": _policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[], names_which_can_be_offloaded=["layer_input"],
-        offload_src="device", offload_dst="pinned_host",
-    ),
-    "dots": _policies.dots_saveable,
-    "dots_no_batch": _policies.dots_with_no_batch_dims_saveable,
-    "save_attention": _policies.save_only_these_names(
-        "attention", "attention_residuals"
-    ),
-    "minimal": _policies.save_only_these_names(
-        "query", "key", "value", "attention", "attention_residuals", "mlp_gate",
-        "mlp_up", RESIDUALS,
-    ),
-}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,7 +56,11 @@ class Decoder(Options):
 
     `compute_dtype` is the type of activations and matrix products; norms, rotary
     angles, softmax and logits are float32. `param_dtype` is the type `init` makes.
-    `remat` names one of REMAT_POLICIES and `attention` an implementation of the kernel.
+    `remat` names one of REMAT_POLICIES, which acts on the first `remat_layers` layers;
+    unset, "full" leaves out the last ones where layers are not scanned, as far as what
+    these keep takes no more than `kept_bytes`, summed over all devices. `reshards`:
+    weights that devices share are gathered again in the backward pass.
+    `attention` names an implementation of the kernel.
     `loss_chunk`: how many tokens' logits are in memory at once; None chooses by width.
     `scan_layers`: compile one layer and scan over all, instead of compiling each.
     `packed=False` promises that each row is one document with its padding behind it.
@@ -97,6 +74,9 @@ class Decoder(Options):
     """
 
     remat: str = "none"
+    remat_layers: int | None = None
+    kept_bytes: int = 0
+    reshards: bool = True
     attention: str = "auto"
     loss_chunk: int | None = None
     scan_layers: bool = True
@@ -226,16 +206,35 @@ class Decoder(Options):
             x = self.constrain(x, ("batch", "sequence", "embed"))
             per_layer = ends.embed_for_layers(tokens, x, dropout_key)
         with jax.named_scope("layers"):
+            given = (x, parts.init_shared(self, *tokens.shape))
             x, loads = parts.run_layers(
                 self._options,
                 params,
                 make_step,
-                (x, parts.init_shared(self, *tokens.shape)),
+                given,
                 per_layer=per_layer,
                 unroll=not self.scan_layers,
+                recompute=self._choose_layers(params, make_step, given, per_layer),
             )
         with jax.named_scope("final_norm"):
             return ends.norm(x), join_loads(loads)
+
+    def _choose_layers(
+        self,
+        params: Params,
+        make_step: Callable[[parts.Stack], parts.LayerStep],
+        passing: parts.Passing,
+        per_layer: Array | None,
+    ) -> Recompute:
+        """Which layers compute what again, for rows of this shape."""
+        count = self.remat_layers
+        leaves_some = self.remat == "full" and self.kept_bytes and not self.scan_layers
+        if count is None and leaves_some:
+            cost = parts.kept_by_layers(
+                self._options, params, make_step, passing, per_layer
+            )
+            count = fit_layers(cost, self.kept_bytes)
+        return Recompute(self.remat, count, _weights_again(self))
 
     def why_no_shared_prompts(self, longest: int = 0) -> str | None:
         """Return the reason why pairs can't share a prompt, or None if they can.
@@ -405,7 +404,7 @@ class _Rows(NamedTuple):
 
 def _layer_steps(
     decoder: Decoder, params: Params, rows: _Rows, dropout_key: Array | None
-) -> Callable[[parts.Stack, bool], parts.LayerStep]:
+) -> Callable[[parts.Stack], parts.LayerStep]:
     """What `parts.run_layers` runs layers by: the stream, and router loads beside."""
     inputs_of_kind = {
         stack.kind: _inputs_over_rows(decoder, stack.kind, rows)
@@ -416,7 +415,7 @@ def _layer_steps(
         # A shared prompt counts twice, as it would in two rows without sharing.
         counted = counted * (1.0 + (rows.segment_ids % 3 == 1))
 
-    def make_step(stack: parts.Stack, apart: bool) -> parts.LayerStep:
+    def make_step(stack: parts.Stack) -> parts.LayerStep:
         bind_layer = parts.layer_binder(decoder, params, stack)
         inputs_of_layer = inputs_of_kind[stack.kind]
 
@@ -435,13 +434,7 @@ def _layer_steps(
                 shared = {**shared, **kept.shared}
             return (x, shared), load
 
-        policy = REMAT_POLICIES[decoder.remat]
-        if policy is None:
-            return step
-        # Inside a scan, nothing can be merged with the recomputation. Outside, what
-        # keeps it apart would also copy weights out of their stack.
-        kept_apart: Any = (True, (_derives_weights(decoder), True, True))
-        return jax.checkpoint(step, policy=policy, prevent_cse=apart and kept_apart)
+        return step
 
     return make_step
 
@@ -454,18 +447,31 @@ def for_reference(decoder: Decoder) -> Decoder:
     """
     if _derives_weights(decoder):
         return decoder
-    return dataclasses.replace(decoder, scan_layers=True)
+    return dataclasses.replace(decoder, scan_layers=True, remat_layers=None)
 
 
 def _derives_weights(options: Options) -> bool:
-    """Whether a layer makes wide arrays of its weights alone, not to be kept.
+    """Whether a layer makes wide arrays of its weights alone.
 
-    Weights that devices share are such: kept, each device would hold all of them.
+    Weights that devices share are such: whole, each device would hold all of them.
     """
-    layout = options.layout or Layout()
-    shared = layout.count(layout.weights) > 1
     with_dora = options.lora is not None and options.lora.use_dora
-    return shared or with_dora or options.fp8 or options.quantization is not None
+    few_bits = options.fp8 or options.quantization is not None
+    return _shares_weights(options) or with_dora or few_bits
+
+
+def _shares_weights(options: Options) -> bool:
+    layout = options.layout or Layout()
+    return layout.count(layout.weights) > 1
+
+
+def _weights_again(decoder: Decoder) -> Literal["read", "derive", "keep"]:
+    """What `Recompute` does about weights."""
+    if not _derives_weights(decoder):
+        return "read"
+    if _shares_weights(decoder) and not decoder.reshards:
+        return "keep"
+    return "derive"
 
 
 def _inputs_over_rows(

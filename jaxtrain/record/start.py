@@ -250,8 +250,9 @@ def _devices(parts: loop.Parts) -> str:
 
 def _precision(run: RunConfig) -> str:
     text = f"{run.precision.compute_dtype} compute, {run.model.param_dtype} parameters"
-    remat = run.precision.remat
-    return f"{text}; rematerialization {remat if remat != 'none' else 'off'}"
+    remat, layers = run.precision.remat, run.precision.remat_layers
+    text += f"; rematerialization {remat if remat != 'none' else 'off'}"
+    return text if layers is None else f"{text}, of the first {layers} layers"
 
 
 def _memory(parts: loop.Parts) -> str:

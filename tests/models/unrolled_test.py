@@ -89,10 +89,9 @@ def test_on_gpus_each_layer_is_compiled_on_its_own_by_cublas():
     [
         {"layers": 80},
         {"training": {"remat_policy": "offload", "gradient_checkpointing": True}},
-        {"training": {"training_type": "lora", "lora": {"quantization": "int8"}}},
         {"model": {"scan_layers": True}},
     ],
-    ids=["long", "offloaded", "quantized", "as asked for"],
+    ids=["long", "offloaded", "as asked for"],
 )
 def test_what_was_measured_in_a_scan_stays_there(given):
     _, plan = plan_of(**given)
@@ -107,8 +106,9 @@ def test_fp8_is_unrolled_on_one_device_alone(monkeypatch):
 
 
 @pytest.mark.usefixtures("gpu")
-def test_weights_in_nf4_are_unrolled_too():
-    training = {"training_type": "lora", "lora": {"quantization": "nf4"}}
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_quantized_weights_are_unrolled_too(kind):
+    training = {"training_type": "lora", "lora": {"quantization": kind}}
     assert plan_of(training=training)[1].unrolled
 
 
