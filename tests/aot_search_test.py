@@ -133,5 +133,6 @@ def test_a_candidate_is_told_as_keys_of_a_configuration():
         "training.deepspeed.zero_stage": 3,
         "training.gradient_checkpointing": True,
         "training.remat_policy": "full",
+        "training.remat_layers": -1,
         "training.per_device_train_batch_size": 2,
     }

@@ -10,6 +10,7 @@ import pytest
 from runs import records, tiny_config, train
 
 from jaxtrain import aot
+from jaxtrain.aot import compile as aot_compile
 from jaxtrain.aot.report import Chip
 from jaxtrain.config.sections import REMATS
 from jaxtrain.run import fitted_step
@@ -22,8 +23,9 @@ NEEDS = dict(zip(REMATS, (100, 60, 40, 20), strict=True))
 class FakeStep:
     """A jitted step that says what its program takes, and counts compilations."""
 
-    def __init__(self, remat, compiled, exhausts):
+    def __init__(self, remat, compiled, exhausts, needs=NEEDS):
         self.remat, self.compiled, self.exhausts = remat, compiled, exhausts
+        self.needs = needs
 
     def lower(self, state, batch):
         size = batch.size
@@ -37,7 +39,7 @@ class FakeStep:
                 argument_size_in_bytes=200,
                 output_size_in_bytes=150,
                 alias_size_in_bytes=150,
-                temp_size_in_bytes=NEEDS[self.remat] * size,
+                temp_size_in_bytes=self.needs[self.remat] * size,
                 generated_code_size_in_bytes=0,
             )
             return program
@@ -99,6 +101,68 @@ def test_a_compiler_that_runs_out_and_a_device_that_fits_none(caplog):
         step(None, np.zeros(10))
 
 
+LAYERS = 10
+
+
+def make_unrolled(limit, *, exhausts=(), flat=0):
+    """Of the layers behind the `flat` last ones each takes 4 bytes a token."""
+    compiled = []
+    needs = NEEDS | {("full", n): 20 + 4 * max(0, LAYERS - n - flat) for n in range(11)}
+
+    def make_step(remat, layers=-1):
+        name = remat if layers == -1 else (remat, layers)
+        return FakeStep(name, compiled, exhausts, needs)
+
+    device = types.SimpleNamespace(
+        platform="gpu",
+        memory_stats=lambda: {"bytes_limit": limit, "bytes_in_use": 200},
+    )
+    return FittedStep(make_step, device, LAYERS), compiled
+
+
+@pytest.mark.parametrize(
+    ("limit", "taken"),
+    # Of it 97%: 388 (which fits nothing), 407, 577, 776, 805 and 1261 bytes.
+    [
+        (400, "full"), (420, "full"), (595, ("full", 6)),
+        (800, ("full", 1)), (830, "minimal"), (1300, "none"),
+    ],
+)  # fmt: skip
+def test_of_unrolled_layers_as_few_as_must_be_are_computed_again(limit, taken, caplog):
+    step, compiled = make_unrolled(limit)
+    with caplog.at_level(logging.INFO):
+        found = step(None, np.zeros(10))[0]
+    assert found == taken and found == compiled[-1][0]
+    (line,) = caplog.messages[:1]
+    if isinstance(taken, tuple):
+        assert f"took 'full' of the first {taken[1]} layers: " in line
+        least = NEEDS["full"] + 4 * (LAYERS - taken[1])
+        assert 200 + 10 * least <= 0.97 * limit < 200 + 10 * (least + 4)
+    assert "save_attention" not in str(compiled)
+
+
+def test_what_a_straight_line_leaves_and_what_is_not_known():
+    """The peak of four layers is elsewhere; a compiler that ran out told no number."""
+    step, _ = make_unrolled(600, flat=4)
+    remat, layers = step(None, np.zeros(10))[0]
+    assert remat == "full" and layers <= 6
+    step, compiled = make_unrolled(600, exhausts=("none", "minimal"))
+    assert step(None, np.zeros(10))[0] == "full"
+    # What must be more than is there is not taken; what needs least is.
+    step, compiled = make_unrolled(600, exhausts=("none", ("full", 6)))
+    assert step(None, np.zeros(10))[0] == "full"
+    assert compiled[-1][0] == ("full", 6)
+
+
+def test_a_larger_batch_of_unrolled_layers_is_compared_too():
+    step, compiled = make_unrolled(600)
+    step.lower(None, np.zeros(10)).compile()
+    compiled.clear()
+    program = step.lower(None, np.zeros(12)).compile()
+    assert program(None, np.zeros(1))[0] == ("full", 8)
+    assert [remat for remat, _ in compiled] == ["minimal", "full", ("full", 8)]
+
+
 def test_one_process_with_less_memory_decides_for_all(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     answers = iter([0, 1])
@@ -152,3 +216,32 @@ def test_arrays_as_much_as_their_descriptions_choose():
     step, _ = make(1300)
     shape = jax.ShapeDtypeStruct((10,), jnp.float32)
     assert step.lower(None, shape).compile()(None, np.zeros(10))[0] == "none"
+
+
+@pytest.mark.parametrize(
+    ("memory", "layers"),
+    [(330, 1), (300, 2), (260, 4), (200, 7), (180, -1), (100, -1)],
+)
+def test_the_report_of_unrolled_layers_is_of_as_few_as_must_be(
+    monkeypatch, memory, layers
+):
+    """Of eight layers each takes 20 bytes beside 180."""
+
+    def compile_run(run, devices, topology, chip):
+        precision = run.precision
+        again = {-1: 8}.get(precision.remat_layers, precision.remat_layers)
+        kept = {"none": 30, "minimal": 20}.get(precision.remat)
+        needed = 180 + (8 * kept if kept else 20 * (8 - again))
+        return types.SimpleNamespace(
+            run=run, device_bytes=needed, fits=needed <= chip.memory_bytes
+        )
+
+    monkeypatch.setattr(aot_compile, "_compile_run", compile_run)
+    keys = {"gradient_checkpointing": True, "remat_policy": "auto"}
+    config = tiny_config("from_scratch", **keys)
+    config.model.scan_layers, config.model.architecture.num_hidden_layers = False, 8
+    chip = Chip("fake", 1e12, memory, 1e12, 1e9, 1e9)
+    report = aot.compile_for(config, jax.devices()[:1], "cpu", chip=chip)
+    assert report.run.precision.remat == "full"
+    assert report.run.precision.remat_layers == layers
+    assert report.fits == (memory >= 180)

@@ -19,9 +19,10 @@ from jaxtrain.aot.jaxpr_cost import count_flops
 from jaxtrain.aot.report import CHIPS, Chip, Report
 from jaxtrain.batch import rows_of
 from jaxtrain.config import RunConfig, resolve
-from jaxtrain.config.sections import REMATS
+from jaxtrain.config.sections import REMATS, UNROLLED_REMATS
 from jaxtrain.data.batches.dataset import ROW_MULTIPLE
 from jaxtrain.models.load import LoadedModel, load_abstract_model
+from jaxtrain.models.recompute import layers_that_fit
 from jaxtrain.models.state import abstract_state, needs_reference
 from jaxtrain.optimizers.configured import make_optimizer
 from jaxtrain.run import fp8_step
@@ -49,13 +50,25 @@ def compile_for(
     chip = chip or CHIPS[devices[0].device_kind]
     if run.precision.remat != "auto":
         return _compile_run(run, devices, topology, chip)
-    for remat in REMATS:
-        precision = run.precision.with_remat(remat)
+
+    def compile_by(remat: str, layers: int = -1) -> Report:
+        precision = run.precision.with_remat(remat, layers)
         chosen = dataclasses.replace(run, precision=precision)
-        report = _compile_run(chosen, devices, topology, chip)
+        return _compile_run(chosen, devices, topology, chip)
+
+    model = load_abstract_model(run, devices)
+    unrolled, more = model.plan.unrolled, math.inf
+    for remat in UNROLLED_REMATS if unrolled else REMATS:
+        report = compile_by(remat)
         if report.fits:
             break
-    return report
+        more = report.device_bytes
+    if not (unrolled and report.fits and remat == REMATS[-1]):
+        return report
+    count, needs = model.config.num_hidden_layers, (more, report.device_bytes)
+    layers = layers_that_fit(count, *needs, chip.memory_bytes)
+    some = compile_by(remat, layers) if layers < count else report
+    return some if some.fits else report
 
 
 def _compile_run(

@@ -174,6 +174,8 @@ def as_flags(candidate: Candidate) -> dict[str, Any]:
         "training.deepspeed.zero_stage": 3 if splits_weights else 1,
         "training.gradient_checkpointing": remat != "none",
         **({} if remat == "none" else {"training.remat_policy": remat}),
+        # Of all layers: by it policies are in the order of the memory that they take.
+        **({"training.remat_layers": -1} if remat == "full" else {}),
         "training.per_device_train_batch_size": candidate.rows,
     }
 

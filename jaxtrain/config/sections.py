@@ -456,6 +456,8 @@ class ScheduleSection:
 # From the policy that keeps most for the backward pass, and is the fastest, to the one
 # that keeps least: what `auto` and the search of `jaxtrain.aot` choose from.
 REMATS = ("none", "minimal", "save_attention", "full")
+# Of unrolled layers "full" can act on some, which beats "save_attention".
+UNROLLED_REMATS = ("none", "minimal", "full")
 
 
 @dataclass(frozen=True)
@@ -491,18 +493,19 @@ class PrecisionSection:
     from an input in pinned host memory; dots: all but matrix products; dots_no_batch:
     all but products with weights; save_attention: all but attention; minimal: only what
     is cheap. auto: the fastest of nothing at all, minimal, save_attention and full that
-    fits the device by the compiler's account; it compiles one after the other before
-    the first step of each shape of batch, and the log says which it took."""
+    fits the device by the compiler's account, or, where layers are unrolled, full for
+    so few of them that the step fits; it compiles one after the other before the first
+    step of each shape of batch, and the log says which it took."""
     remat_layers: Annotated[
-        NonNegativeInt | None,
+        int | None,
+        Bound(-1),
         OnlyIf("training.gradient_checkpointing"),
         Unless("training.remat_policy", "auto"),
     ] = None
-    """How many layers, from the first, remat_policy acts on; the later ones compute
-    again only what is cheap, as by minimal. Unset: all; but by full, where layers are
-    unrolled and their weights trained, so few that what the last ones keep takes at
-    most 3/4 of the weights' memory (gradients, which come later, take half of it)."""
-
+    """How many layers, from the first, remat_policy acts on (-1: all); the later ones
+    compute again only what is cheap, as by minimal. Unset: all; but by full, where
+    layers are unrolled and their weights trained, so few that what the last ones keep
+    takes at most 3/4 of the weights' memory (gradients, which come later, take 1/2)."""
     reshard_after_forward: Annotated[
         bool, OnlyIf("training.gradient_checkpointing")
     ] = True
@@ -520,11 +523,11 @@ class PrecisionSection:
         """What the backward pass computes again: none, or the policy."""
         return self.remat_policy if self.gradient_checkpointing else "none"
 
-    def with_remat(self, remat: str) -> "PrecisionSection":
-        """These settings with another policy, or "none"."""
+    def with_remat(self, remat: str, layers: int = -1) -> "PrecisionSection":
+        """These settings with another policy of so many layers, or "none"."""
         keeps_all = remat == "none"
         policy = self.remat_policy if keeps_all else remat
-        changed: dict[str, Any] = {"remat_policy": policy}
+        changed: dict[str, Any] = {"remat_policy": policy, "remat_layers": layers}
         return replace(self, gradient_checkpointing=not keeps_all, **changed)
 
 

@@ -7,6 +7,7 @@ gradients take, and its peak of memory is hardly higher.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -127,3 +128,17 @@ def fit_layers(costs: Sequence[tuple[int, int, int, float]], allowed: float) -> 
             return first + (repeats - keeping) * period
         allowed -= cost * repeats
     return 0
+
+
+def layers_that_fit(layers: int, most: float, least: float, room: float) -> int:
+    """How many layers to compute again, so that a step fits `room` bytes.
+
+    Args:
+        most: what it takes if the policy of all is `LATER`, which does not fit;
+            infinite where that is not known.
+        least: what it takes if all are computed again. In between it begins to rise
+            where its peak is no longer elsewhere, so that a straight line lies above.
+    """
+    if not math.isfinite(most):
+        return layers
+    return max(1, min(layers, math.ceil(layers * (most - room) / (most - least))))

@@ -56,10 +56,10 @@ class Decoder(Options):
 
     `compute_dtype` is the type of activations and matrix products; norms, rotary
     angles, softmax and logits are float32. `param_dtype` is the type `init` makes.
-    `remat` names one of REMAT_POLICIES, which acts on the first `remat_layers` layers;
-    unset, "full" leaves out the last ones where layers are not scanned, as far as what
-    these keep takes no more than `kept_bytes`, summed over all devices. `reshards`:
-    weights that devices share are gathered again in the backward pass.
+    `remat` names one of REMAT_POLICIES, which acts on the first `remat_layers` layers
+    (-1: on all). Unset, "full" leaves out the last ones where layers are not scanned,
+    as far as what these keep takes no more than `kept_bytes`, summed over all devices.
+    `reshards`: weights that devices share are gathered again in the backward pass.
     `attention` names an implementation of the kernel.
     `loss_chunk`: how many tokens' logits are in memory at once; None chooses by width.
     `scan_layers`: compile one layer and scan over all, instead of compiling each.
@@ -234,6 +234,7 @@ class Decoder(Options):
                 self._options, params, make_step, passing, per_layer
             )
             count = fit_layers(cost, self.kept_bytes)
+        count = None if count == -1 else count
         return Recompute(self.remat, count, _weights_again(self))
 
     def why_no_shared_prompts(self, longest: int = 0) -> str | None:

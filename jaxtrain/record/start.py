@@ -252,7 +252,9 @@ def _precision(run: RunConfig) -> str:
     text = f"{run.precision.compute_dtype} compute, {run.model.param_dtype} parameters"
     remat, layers = run.precision.remat, run.precision.remat_layers
     text += f"; rematerialization {remat if remat != 'none' else 'off'}"
-    return text if layers is None else f"{text}, of the first {layers} layers"
+    if layers is None:
+        return text
+    return f"{text}, {'all' if layers == -1 else f'the first {layers}'} layers"
 
 
 def _memory(parts: loop.Parts) -> str:

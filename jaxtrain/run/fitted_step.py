@@ -5,14 +5,15 @@ import logging
 import math
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxtrain.config.sections import REMATS
+from jaxtrain.config.sections import REMATS, UNROLLED_REMATS
 from jaxtrain.models.load import LoadedModel
+from jaxtrain.models.recompute import layers_that_fit
 from jaxtrain.record.memory import in_words, memory_limit
 from jaxtrain.run.out_of_memory import is_out_of_memory
 from jaxtrain.run.step_programs import OwnPrograms, shape_of
@@ -23,21 +24,42 @@ logger = logging.getLogger(__name__)
 _USABLE = 0.97
 
 
+class _Compiled(NamedTuple):
+    """The program of a policy, the bytes that it needs, and those that are free."""
+
+    program: Any
+    needed: float
+    free: float
+
+    @property
+    def room(self) -> float:
+        """The bytes that it may take."""
+        return _USABLE * self.free
+
+    @property
+    def fits(self) -> bool:
+        return self.needed <= self.room
+
+
 class FittedStep(OwnPrograms):
     """A train step that is compiled by the fastest policy that fits, for each shape.
 
     Processes agree: one that has less memory decides for all.
     """
 
-    def __init__(self, make_step: Callable[[str], Any], device: Any) -> None:
+    def __init__(
+        self, make_step: Callable[..., Any], device: Any, layers: int | None = None
+    ) -> None:
         """Compile nothing yet.
 
         Args:
-            make_step: the jitted step by one of `REMATS`.
+            make_step: the jitted step by one of `REMATS`, and of how many layers.
             device: a `jax.Device` whose memory it has to fit.
+            layers: how many layers there are, if they are unrolled.
         """
         super().__init__()
-        self._make_step, self._device = make_step, device
+        self._make_step, self._device, self._layers = make_step, device, layers
+        self._policies = REMATS if layers is None else UNROLLED_REMATS
         self._tried = (0, 0)  # the largest batch so far, and the policy it took
 
     def lower_by(self, lower: Callable[..., Any], state: Any, batch: Any) -> Any:
@@ -52,38 +74,47 @@ class FittedStep(OwnPrograms):
         return types.SimpleNamespace(compile=lambda: program)
 
     def _choose(self, lower: Callable[..., Any], state: Any, batch: Any) -> Any:
+        def compile_by(remat: str, **of: int) -> _Compiled:
+            lowered = lower(self._make_step(remat, **of), state, batch)
+            return self._compile(lowered, is_last=remat == REMATS[-1] and not of)
+
         size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(batch))
         largest, policy = self._tried
         # What a smaller batch could not keep, this one cannot either.
         first = policy if size >= largest else 0
-        refused = []
-        for index, remat in enumerate(REMATS[first:], first):
-            lowered = lower(self._make_step(remat), state, batch)
-            program, needed, free = self._compile(remat, lowered)
-            fits = needed <= _USABLE * free
-            if not (_all_agree(fits) or remat == REMATS[-1]):
-                refused.append(f"{remat} would take {_words(needed)}")
-                continue
-            self._tried = max(self._tried, (size, index))
-            told = f"training.remat_policy = auto took {remat!r}: {_words(needed)} of"
-            told += f" {_words(free)} a device by the compiler's account"
-            told += "".join(f"; {line}" for line in refused)
-            logger.info("%s", told)
-            if not fits:
-                logger.warning("no policy fits the device; this one needs least")
-            break
-        return program
+        if self._layers is not None:
+            first = min(first, len(self._policies) - 2)  # two to lie between
+        refused, more, of_layers = [], math.inf, ""
+        for remat in self._policies[first:]:
+            taken = compile_by(remat)
+            fits = _all_agree(taken.fits)
+            if fits or remat == REMATS[-1]:
+                break
+            more = taken.needed
+            refused.append(f"{remat} would take {_words(more)}")
+        self._tried = max(self._tried, (size, self._policies.index(remat)))
+        if fits and remat == REMATS[-1] and self._layers is not None:
+            needs = (more, taken.needed)
+            layers = _most(layers_that_fit(self._layers, *needs, taken.room))
+            some = compile_by(remat, layers=layers) if layers < self._layers else taken
+            if some is not taken and _all_agree(some.fits):
+                taken, of_layers = some, f" of the first {layers} layers"
+        told = f"training.remat_policy = auto took {remat!r}{of_layers}:"
+        told += f" {_words(taken.needed)} of {_words(taken.free)} a device by the"
+        logger.info("%s", "; ".join([f"{told} compiler's account", *refused]))
+        if not fits:
+            logger.warning("no policy fits the device; this one needs least")
+        return taken.program
 
-    def _compile(self, remat: str, lowered: Any) -> tuple[Any, float, float]:
-        """The program of a policy, the bytes that it needs, and those that are free."""
+    def _compile(self, lowered: Any, *, is_last: bool) -> "_Compiled":
         limit = memory_limit(self._device)
         free = math.inf if limit is None else float(limit)
         try:
             program = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            if not is_out_of_memory(error) or remat == REMATS[-1]:
+            if not is_out_of_memory(error) or is_last:
                 raise
-            return None, math.inf, free
+            return _Compiled(None, math.inf, free)
         memory = program.memory_analysis()
         arguments = memory.argument_size_in_bytes
         used = (self._device.memory_stats() or {}).get("bytes_in_use", 0)
@@ -95,7 +126,7 @@ class FittedStep(OwnPrograms):
             + memory.generated_code_size_in_bytes
         )
         # What lies there beside the step's own arguments stays there.
-        return program, float(needed), free - max(0, used - arguments)
+        return _Compiled(program, float(needed), free - max(0, used - arguments))
 
 
 def fit_step(model: LoadedModel, make_step: Callable[[LoadedModel], Any]) -> FittedStep:
@@ -105,11 +136,19 @@ def fit_step(model: LoadedModel, make_step: Callable[[LoadedModel], Any]) -> Fit
         make_step: the jitted step of a model.
     """
 
-    def by_policy(remat: str) -> Any:
-        decoder = dataclasses.replace(model.decoder, remat=remat)
+    def by_policy(remat: str, layers: int = -1) -> Any:
+        decoder = dataclasses.replace(model.decoder, remat=remat, remat_layers=layers)
         return make_step(dataclasses.replace(model, decoder=decoder))
 
-    return FittedStep(by_policy, model.plan.mesh.local_devices[0])
+    layers = model.config.num_hidden_layers if model.plan.unrolled else None
+    return FittedStep(by_policy, model.plan.mesh.local_devices[0], layers)
+
+
+def _most(layers: int) -> int:
+    """The most that any process needs to compute again; a collective call."""
+    if jax.process_count() == 1:
+        return layers
+    return int(np.max(multihost_utils.process_allgather(np.int32(layers))))
 
 
 def _all_agree(fits: bool) -> bool:

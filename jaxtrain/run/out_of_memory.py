@@ -81,6 +81,8 @@ def advise(run: RunConfig) -> list[str]:
         advice.append("training.gradient_checkpointing = True")
     elif run.precision.remat_policy not in ("full", "offload", "auto"):
         advice.append("training.remat_policy = 'full'")
+    elif run.precision.remat == "full" and run.precision.remat_layers != -1:
+        advice.append("training.remat_layers = -1 (compute all layers again)")
     if run.mesh.fsdp == 1 and run.mesh.data > 1:
         advice.append("training.deepspeed.zero_stage = 3 (splits weights over devices)")
     rows = run.loop.per_device_train_batch_size
