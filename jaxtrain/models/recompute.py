@@ -42,6 +42,17 @@ REMAT_POLICIES: Mapping[str, Callable[..., bool] | None] = {
 LATER = "minimal"  # the policy of layers behind those that `Recompute.layers` counts
 
 
+def check_policy(name: str) -> None:
+    """Refuse a policy that there is not.
+
+    Raises:
+        ValueError: with those that there are.
+    """
+    if name not in REMAT_POLICIES:
+        known = ", ".join(REMAT_POLICIES)
+        raise ValueError(f"remat = {name!r} is unknown; use one of {known}")
+
+
 @dataclasses.dataclass(frozen=True)
 class Recompute:
     """The policy of the first `layers` layers (None: of all); later ones' is `LATER`.

@@ -37,7 +37,7 @@ from jaxtrain.models.layers import (
 from jaxtrain.models.moe import RouterLoad, join_loads, load_balancing_loss
 from jaxtrain.models.noise import add_embedding_noise
 from jaxtrain.models.per_layer import Ends
-from jaxtrain.models.recompute import REMAT_POLICIES, Recompute, fit_layers
+from jaxtrain.models.recompute import Recompute, check_policy, fit_layers
 from jaxtrain.models.rope import KINDS_BY_LENGTH
 from jaxtrain.models.selection import join_rows, make_selection, pick, put_back
 from jaxtrain.models.stacks import LAYERS
@@ -56,11 +56,8 @@ class Decoder(Options):
 
     `compute_dtype` is the type of activations and matrix products; norms, rotary
     angles, softmax and logits are float32. `param_dtype` is the type `init` makes.
-    `remat` names one of REMAT_POLICIES, which acts on the first `remat_layers` layers
-    (-1: on all). Unset, "full" leaves out the last ones where layers are not scanned,
-    as far as what these keep takes no more than `kept_bytes`, summed over all devices.
-    `reshards`: weights that devices share are gathered again in the backward pass.
-    `attention` names an implementation of the kernel.
+    `remat` and the three options behind it: see `_choose_layers`. `attention` names an
+    implementation of the kernel.
     `loss_chunk`: how many tokens' logits are in memory at once; None chooses by width.
     `scan_layers`: compile one layer and scan over all, instead of compiling each.
     `packed=False` promises that each row is one document with its padding behind it.
@@ -86,11 +83,7 @@ class Decoder(Options):
     def __post_init__(self) -> None:
         for name in ("compute_dtype", "param_dtype"):
             object.__setattr__(self, name, jnp.dtype(getattr(self, name)).name)
-        if self.remat not in REMAT_POLICIES:
-            raise ValueError(
-                f"remat = {self.remat!r} is unknown; use one of"
-                f" {', '.join(REMAT_POLICIES)}"
-            )
+        check_policy(self.remat)
         if self.lora is not None:
             known = self.linear_kernels() | head.END_TARGETS
             _check_adapters(self.lora, known | _mixture_targets(self._options))
@@ -208,34 +201,13 @@ class Decoder(Options):
         with jax.named_scope("layers"):
             given = (x, parts.init_shared(self, *tokens.shape))
             x, loads = parts.run_layers(
-                self._options,
-                params,
-                make_step,
-                given,
+                *(self._options, params, make_step, given),
                 per_layer=per_layer,
                 unroll=not self.scan_layers,
-                recompute=self._choose_layers(params, make_step, given, per_layer),
+                recompute=_choose_layers(self, params, make_step, given, per_layer),
             )
         with jax.named_scope("final_norm"):
             return ends.norm(x), join_loads(loads)
-
-    def _choose_layers(
-        self,
-        params: Params,
-        make_step: Callable[[parts.Stack], parts.LayerStep],
-        passing: parts.Passing,
-        per_layer: Array | None,
-    ) -> Recompute:
-        """Which layers compute what again, for rows of this shape."""
-        count = self.remat_layers
-        leaves_some = self.remat == "full" and self.kept_bytes and not self.scan_layers
-        if count is None and leaves_some:
-            cost = parts.kept_by_layers(
-                self._options, params, make_step, passing, per_layer
-            )
-            count = fit_layers(cost, self.kept_bytes)
-        count = None if count == -1 else count
-        return Recompute(self.remat, count, _weights_again(self))
 
     def why_no_shared_prompts(self, longest: int = 0) -> str | None:
         """Return the reason why pairs can't share a prompt, or None if they can.
@@ -438,6 +410,27 @@ def _layer_steps(
         return step
 
     return make_step
+
+
+def _choose_layers(
+    decoder: Decoder,
+    params: Params,
+    make_step: Callable[[parts.Stack], parts.LayerStep],
+    *given: Any,
+) -> Recompute:
+    """Which layers compute what again; `given` is what the first one is given.
+
+    `remat` acts on the first `remat_layers` layers (-1: on all). Unset, "full" leaves
+    out the last ones where layers are not scanned, as far as what these keep takes no
+    more than `kept_bytes`, summed over all devices. With `reshards`, weights that
+    devices share are brought together again in the backward pass.
+    """
+    count, unrolled = decoder.remat_layers, not decoder.scan_layers
+    if count is None and decoder.remat == "full" and decoder.kept_bytes and unrolled:
+        costs = parts.kept_by_layers(decoder._options, params, make_step, *given)
+        count = fit_layers(costs, decoder.kept_bytes)
+    count = None if count == -1 else count
+    return Recompute(decoder.remat, count, _weights_again(decoder))
 
 
 def for_reference(decoder: Decoder) -> Decoder:
