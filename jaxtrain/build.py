@@ -137,8 +137,7 @@ def build(
         return check_step(run, model, steps[0]), steps[1]
 
     train_step, eval_step = steps_of(model)
-    if run.precision.remat == "auto":
-        train_step = fit_step(model, lambda model: steps_of(model)[0])
+    train_step = fit_step(model, train_step, lambda model: steps_of(model)[0])
     epoch_steps, epochs_done = feed.epochs(train_data, batches)
     return loop.Parts(
         run=run,

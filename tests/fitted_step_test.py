@@ -14,7 +14,7 @@ from jaxtrain.aot import compile as aot_compile
 from jaxtrain.aot.report import Chip
 from jaxtrain.config.sections import REMATS
 from jaxtrain.run import fitted_step
-from jaxtrain.run.fitted_step import FittedStep
+from jaxtrain.run.fitted_step import FittedStep, SparingStep
 
 # Temporaries of the fake steps, bytes for each token.
 NEEDS = dict(zip(REMATS, (100, 60, 40, 20), strict=True))
@@ -161,6 +161,48 @@ def test_a_larger_batch_of_unrolled_layers_is_compared_too():
     program = step.lower(None, np.zeros(12)).compile()
     assert program(None, np.zeros(1))[0] == ("full", 8)
     assert [remat for remat, _ in compiled] == ["minimal", "full", ("full", 8)]
+
+
+@pytest.mark.parametrize(
+    ("limit", "exhausts", "taken"),
+    [(640, (), "all"), (820, (), "some"), (820, ("some",), "all")],
+)
+def test_what_last_layers_keep_is_left_out_where_it_does_not_fit(
+    limit, exhausts, taken, caplog
+):
+    """Fakes stand for both steps: ten tokens take 200 and 590 bytes, or 200 and 400."""
+    needs, compiled = {"some": 59, "all": 40}, []
+    device = types.SimpleNamespace(memory_stats=lambda: {"bytes_limit": limit})
+    steps = [FakeStep(name, compiled, exhausts, needs) for name in ("some", "all")]
+    step = SparingStep(steps[0], lambda: steps[1], device)
+    with caplog.at_level(logging.INFO):
+        assert step(None, np.zeros(10)) == (taken, 10)
+        assert step(None, np.zeros(10)) == (taken, 10)
+    assert [name for name, _ in compiled] == ["some", "all"][: 1 + (taken == "all")]
+    assert ("all layers compute again" in caplog.text) == (taken == "all")
+
+
+def test_another_error_of_the_compiler_passes():
+    device = types.SimpleNamespace(platform="gpu", memory_stats=lambda: None)
+    broken = types.SimpleNamespace(lower=lambda *_: types.SimpleNamespace(compile=fail))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        SparingStep(broken, lambda: broken, device)(None, np.zeros(3))
+
+
+def fail():
+    raise jax.errors.JaxRuntimeError("INTERNAL: lost")
+
+
+@pytest.mark.parametrize("limit", [2**40, 1])
+def test_a_run_that_leaves_layers_fits_its_device(limit, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(fitted_step, "memory_limit", lambda device: limit)
+    config = tiny_config(
+        "from_scratch", max_steps=2, save_steps=0, gradient_checkpointing=True
+    )
+    config.training.save_final_model, config.model.scan_layers = False, False
+    with caplog.at_level(logging.INFO):
+        train(config, tmp_path / str(limit))
+    assert ("all layers compute again" in caplog.text) == (limit == 1)
 
 
 def test_one_process_with_less_memory_decides_for_all(monkeypatch):

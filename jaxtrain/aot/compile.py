@@ -22,7 +22,7 @@ from jaxtrain.config import RunConfig, resolve
 from jaxtrain.config.sections import REMATS, UNROLLED_REMATS
 from jaxtrain.data.batches.dataset import ROW_MULTIPLE
 from jaxtrain.models.load import LoadedModel, load_abstract_model
-from jaxtrain.models.recompute import layers_that_fit
+from jaxtrain.models.recompute import layers_that_fit, leaves_layers
 from jaxtrain.models.state import abstract_state, needs_reference
 from jaxtrain.optimizers.configured import make_optimizer
 from jaxtrain.run import fp8_step
@@ -48,8 +48,6 @@ def compile_for(
     """
     run = resolve(config, device_count=len(devices))
     chip = chip or CHIPS[devices[0].device_kind]
-    if run.precision.remat != "auto":
-        return _compile_run(run, devices, topology, chip)
 
     def compile_by(remat: str, layers: int = -1) -> Report:
         precision = run.precision.with_remat(remat, layers)
@@ -57,6 +55,11 @@ def compile_for(
         return _compile_run(chosen, devices, topology, chip)
 
     model = load_abstract_model(run, devices)
+    if run.precision.remat != "auto":
+        report = _compile_run(run, devices, topology, chip)
+        if not report.fits and leaves_layers(model.decoder):
+            return compile_by("full")
+        return report
     unrolled, more = model.plan.unrolled, math.inf
     for remat in UNROLLED_REMATS if unrolled else REMATS:
         report = compile_by(remat)

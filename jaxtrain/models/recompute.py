@@ -110,6 +110,12 @@ class Recompute:
         return functools.partial(reading, step=remat(step))
 
 
+def leaves_layers(decoder: Any) -> bool:
+    """Whether a `Decoder` leaves out its last layers by itself, by its `kept_bytes`."""
+    is_set = decoder.remat_layers is not None or decoder.scan_layers
+    return bool(decoder.remat == "full" and decoder.kept_bytes > 0 and not is_set)
+
+
 def count_kept_bytes(step: Callable, *args: Any) -> int:
     """Bytes that `step(*args)` keeps under `LATER` beside its own arguments.
 

@@ -18,15 +18,17 @@ def remat_options(
 ) -> dict[str, Any]:
     """The options of `Decoder` that say so.
 
-    Adapters' gradients are small, so that nothing is kept in their place.
+    Adapters' gradients are small, so that nothing is kept in their place; nor where
+    memory is so short that the optimizer's state is on the host.
     """
     # Of all devices' weights, some of which are copies.
+    is_short = run.lora is not None or plan.offload_optimizer
     copies = plan.mesh.shape["data"] if plan.zero_stage >= 3 else plan.mesh.size
     dtype = run.model.param_dtype
     return {
         "remat": run.precision.remat,
         "remat_layers": run.precision.remat_layers,
-        "kept_bytes": 0 if run.lora else copies * room_for_layers(config, dtype),
+        "kept_bytes": 0 if is_short else copies * room_for_layers(config, dtype),
         "reshards": run.precision.reshard_after_forward,
     }
 

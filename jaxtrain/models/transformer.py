@@ -37,7 +37,12 @@ from jaxtrain.models.layers import (
 from jaxtrain.models.moe import RouterLoad, join_loads, load_balancing_loss
 from jaxtrain.models.noise import add_embedding_noise
 from jaxtrain.models.per_layer import Ends
-from jaxtrain.models.recompute import Recompute, check_policy, fit_layers
+from jaxtrain.models.recompute import (
+    Recompute,
+    check_policy,
+    fit_layers,
+    leaves_layers,
+)
 from jaxtrain.models.rope import KINDS_BY_LENGTH
 from jaxtrain.models.selection import join_rows, make_selection, pick, put_back
 from jaxtrain.models.stacks import LAYERS
@@ -425,8 +430,8 @@ def _choose_layers(
     more than `kept_bytes`, summed over all devices. With `reshards`, weights that
     devices share are brought together again in the backward pass.
     """
-    count, unrolled = decoder.remat_layers, not decoder.scan_layers
-    if count is None and decoder.remat == "full" and decoder.kept_bytes and unrolled:
+    count = decoder.remat_layers
+    if leaves_layers(decoder):
         costs = parts.kept_by_layers(decoder._options, params, make_step, *given)
         count = fit_layers(costs, decoder.kept_bytes)
     count = None if count == -1 else count

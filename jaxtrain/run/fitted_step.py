@@ -1,6 +1,11 @@
-"""`remat_policy: auto`: recompute as little as the devices' memory allows."""
+"""Steps that fit the devices' memory, by the compiler's account before they run.
+
+`remat_policy: auto` computes as little again as fits. What the last layers keep by
+default is left out where it would not fit.
+"""
 
 import dataclasses
+import functools
 import logging
 import math
 import types
@@ -13,7 +18,7 @@ from jax.experimental import multihost_utils
 
 from jaxtrain.config.sections import REMATS, UNROLLED_REMATS
 from jaxtrain.models.load import LoadedModel
-from jaxtrain.models.recompute import layers_that_fit
+from jaxtrain.models.recompute import layers_that_fit, leaves_layers
 from jaxtrain.record.memory import in_words, memory_limit
 from jaxtrain.run.out_of_memory import is_out_of_memory
 from jaxtrain.run.step_programs import OwnPrograms, shape_of
@@ -115,24 +120,67 @@ class FittedStep(OwnPrograms):
             if not is_out_of_memory(error) or is_last:
                 raise
             return _Compiled(None, math.inf, free)
-        memory = program.memory_analysis()
-        arguments = memory.argument_size_in_bytes
+        arguments = program.memory_analysis().argument_size_in_bytes
         used = (self._device.memory_stats() or {}).get("bytes_in_use", 0)
-        needed = (
-            arguments
-            + memory.output_size_in_bytes
-            - memory.alias_size_in_bytes
-            + memory.temp_size_in_bytes
-            + memory.generated_code_size_in_bytes
-        )
         # What lies there beside the step's own arguments stays there.
-        return _Compiled(program, float(needed), free - max(0, used - arguments))
+        free -= max(0, used - arguments)
+        return _Compiled(program, _needed_bytes(program), free)
 
 
-def fit_step(model: LoadedModel, make_step: Callable[[LoadedModel], Any]) -> FittedStep:
-    """The train step of a model by the fastest policy that fits its devices.
+class SparingStep(OwnPrograms):
+    """A train step, or where that would not fit the device another that needs less.
+
+    The device's own memory decides, so that processes on the same devices agree.
+    """
+
+    def __init__(self, step: Any, make_other: Callable[[], Any], device: Any) -> None:
+        """Compile nothing yet; `make_other` makes the jitted step that needs less."""
+        super().__init__()
+        self._step, self._device = step, device
+        self._make_other = functools.cache(make_other)
+
+    def lower_by(self, lower: Callable[..., Any], state: Any, batch: Any) -> Any:
+        """Lower the step; `compile()` of what is returned compares and may go back."""
+        lowered = lower(self._step, state, batch)
+
+        def compile_() -> Any:
+            room = _USABLE * (memory_limit(self._device) or math.inf)
+            try:
+                program = lowered.compile()
+                needed = _needed_bytes(program)
+            except jax.errors.JaxRuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                needed = math.inf
+            if needed <= room:
+                return program
+            told = "training.remat_layers: all layers compute again, for with what the"
+            told += " last ones keep the step would take %s of %s a device"
+            logger.info(told, _words(needed), _words(room / _USABLE))
+            return lower(self._make_other(), state, batch).compile()
+
+        return types.SimpleNamespace(compile=compile_)
+
+
+def _needed_bytes(program: Any) -> float:
+    """What a program takes of a device, its arguments included."""
+    memory = program.memory_analysis()
+    return float(
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.generated_code_size_in_bytes
+    )
+
+
+def fit_step(
+    model: LoadedModel, train_step: Any, make_step: Callable[[LoadedModel], Any]
+) -> Any:
+    """A model's train step, so that it fits its devices where something may be chosen.
 
     Args:
+        train_step: the step of this model as it is.
         make_step: the jitted step of a model.
     """
 
@@ -140,8 +188,13 @@ def fit_step(model: LoadedModel, make_step: Callable[[LoadedModel], Any]) -> Fit
         decoder = dataclasses.replace(model.decoder, remat=remat, remat_layers=layers)
         return make_step(dataclasses.replace(model, decoder=decoder))
 
-    layers = model.config.num_hidden_layers if model.plan.unrolled else None
-    return FittedStep(by_policy, model.plan.mesh.local_devices[0], layers)
+    device = model.plan.mesh.local_devices[0]
+    if model.decoder.remat == "auto":
+        layers = model.config.num_hidden_layers if model.plan.unrolled else None
+        return FittedStep(by_policy, device, layers)
+    if leaves_layers(model.decoder):
+        return SparingStep(train_step, lambda: by_policy("full"), device)
+    return train_step
 
 
 def _most(layers: int) -> int:
