@@ -203,6 +203,8 @@ def run(folder: pathlib.Path, name: str, gpus: int) -> dict[str, Any]:
         name: max(getattr(each, name) for each in shares)
         for name in ("exposed", "collective", "idle", "long_gaps", "kernels")
     }
+    most = max(shares, key=lambda each: each.exposed)
+    worst["exposed_by_kind"] = most.exposed_by_kind
     return found | worst | {"profiled_secs": max(each.secs for each in shares)}
 
 

@@ -6,13 +6,16 @@ Reads the `.xplane.pb` that `training.profile` writes, by jax's own reader. Of e
 it takes the kernels of all streams. A moment in which only kernels of NCCL run is a
 collective that nothing hides; one in which nothing runs is idle. A collective's kernel
 also waits for the other GPUs, so what one GPU does late counts on all the others.
+`exposed_by_kind` divides the first of these among kinds of collectives.
 """
 
 import argparse
+import collections
 import dataclasses
 import itertools
 import json
 import pathlib
+import re
 from collections.abc import Iterable, Sequence
 
 Span = tuple[float, float]  # begin and end, in nanoseconds
@@ -26,7 +29,9 @@ class Shares:
     `collective`: some collective runs. `exposed`: nothing but collectives runs. `idle`:
     nothing runs. `long_gaps`: the part of it in gaps of more than 0.1 ms, as where a
     step or its rows come late; the rest are short ones between kernels, as where the
-    host is slow to launch them. `kernels`: their number.
+    host is slow to launch them. `kernels`: their number. `exposed_by_kind`: the part of
+    each kind of collective in `exposed`, such as "AllGather"; where two kinds run at
+    once, both.
     """
 
     secs: float
@@ -35,6 +40,7 @@ class Shares:
     idle: float
     long_gaps: float
     kernels: int
+    exposed_by_kind: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 def join(spans: Iterable[Span]) -> list[Span]:
@@ -66,6 +72,14 @@ def divide(kernels: Sequence[tuple[str, float, float]]) -> Shares:
     whole = max(b for _, _, b in kernels) - min(a for _, a, _ in kernels)
     spans = join([*collectives, *others])
     busy, computing = length(spans), length(others)
+    by_kind = collections.defaultdict(list)
+    for name, a, b in kernels:
+        if is_collective(name):
+            by_kind[kind_of(name)].append((a, b))
+    exposed = {
+        kind: (length([*own, *others]) - computing) / whole
+        for kind, own in by_kind.items()
+    }
     gaps = [later[0] - span[1] for span, later in itertools.pairwise(spans)]
     return Shares(
         secs=whole / 1e9,
@@ -74,7 +88,14 @@ def divide(kernels: Sequence[tuple[str, float, float]]) -> Shares:
         idle=1 - busy / whole,
         long_gaps=sum(gap for gap in gaps if gap > _LONG_GAP) / whole,
         kernels=len(kernels),
+        exposed_by_kind=exposed,
     )
+
+
+def kind_of(kernel: str) -> str:
+    """The kind of collective that a kernel of NCCL's names: "AllGather", "SendRecv"."""
+    found = re.search(r"nccl\w*?Kernel_([A-Za-z]+)", kernel)
+    return found[1] if found else "other"
 
 
 def is_collective(kernel: str) -> bool:

@@ -18,7 +18,11 @@ def test_a_collective_counts_as_exposed_only_where_nothing_else_runs():
     ms = 1e6
     kernels = [
         ("gemm", 0, 4 * ms),
-        ("ncclDevKernel_AllReduce", 3 * ms, 6 * ms),  # 1 ms hidden, 2 ms not
+        (
+            "ncclDevKernel_AllReduce_Sum_bf16_RING_LL(nccl)",
+            3 * ms,
+            6 * ms,
+        ),  # 1 ms hidden, 2 ms not
         ("fusion", 5 * ms, 5.5 * ms),  # which hides half a ms of these
         ("ncclDevKernel_AllGather", 8 * ms, 10 * ms),  # behind a gap of 2 ms
         ("adam", 10.05 * ms, 20 * ms),  # behind a short one
@@ -27,6 +31,8 @@ def test_a_collective_counts_as_exposed_only_where_nothing_else_runs():
     assert shares.secs == pytest.approx(0.020)
     assert shares.collective == pytest.approx(5 / 20)
     assert shares.exposed == pytest.approx(3.5 / 20)
+    by_kind = {"AllReduce": 1.5 / 20, "AllGather": 2 / 20}
+    assert shares.exposed_by_kind == pytest.approx(by_kind)
     assert shares.idle == pytest.approx(2.05 / 20)
     assert shares.long_gaps == pytest.approx(2 / 20)
     with pytest.raises(ValueError, match="no kernel"):
