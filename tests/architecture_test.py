@@ -158,7 +158,7 @@ ALLOWED: dict[str, set[str]] = {
         "models.vocabulary",
     },
     "models.mixture_options": {"config", "models", "sharding", "types"},
-    "models.recompute": set(),
+    "models.recompute": {"kernels"},
     "models.recompute_options": {"config", "models", "sharding"},
     "models.load": {
         "config",

@@ -54,12 +54,12 @@ def compile_for(
         chosen = dataclasses.replace(run, precision=precision)
         return _compile_run(chosen, devices, topology, chip)
 
-    model = load_abstract_model(run, devices)
     if run.precision.remat != "auto":
         report = _compile_run(run, devices, topology, chip)
-        if not report.fits and leaves_layers(model.decoder):
-            return compile_by("full")
-        return report
+        if report.fits or not leaves_layers(load_abstract_model(run, devices).decoder):
+            return report
+        return compile_by("full")
+    model = load_abstract_model(run, devices)
     unrolled, more = model.plan.unrolled, math.inf
     for remat in UNROLLED_REMATS if unrolled else REMATS:
         report = compile_by(remat)

@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 import jax
 
+from jaxtrain.kernels.fp8 import RESIDUALS
+
 _policies = jax.checkpoint_policies
 # What a layer keeps for the backward pass; everything else is computed again. "full"
 # keeps only the layer's input, and "offload" keeps it in pinned host memory. "dots"
@@ -36,7 +38,7 @@ REMAT_POLICIES: Mapping[str, Callable[..., bool] | None] = {
     ),
     "minimal": _policies.save_only_these_names(
         "query", "key", "value", "attention", "attention_residuals", "mlp_gate",
-        "mlp_up", "fp8_residuals",
+        "mlp_up", RESIDUALS,
     ),
 }  # fmt: skip
 LATER = "minimal"  # the policy of layers behind those that `Recompute.layers` counts

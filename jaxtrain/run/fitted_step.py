@@ -114,17 +114,13 @@ class FittedStep(OwnPrograms):
     def _compile(self, lowered: Any, *, is_last: bool) -> "_Compiled":
         limit = memory_limit(self._device)
         free = math.inf if limit is None else float(limit)
-        try:
-            program = lowered.compile()
-        except jax.errors.JaxRuntimeError as error:
-            if not is_out_of_memory(error) or is_last:
-                raise
-            return _Compiled(None, math.inf, free)
+        program, needed = _compile(lowered, is_last=is_last)
+        if program is None:
+            return _Compiled(None, needed, free)
         arguments = program.memory_analysis().argument_size_in_bytes
         used = (self._device.memory_stats() or {}).get("bytes_in_use", 0)
         # What lies there beside the step's own arguments stays there.
-        free -= max(0, used - arguments)
-        return _Compiled(program, _needed_bytes(program), free)
+        return _Compiled(program, needed, free - max(0, used - arguments))
 
 
 class SparingStep(OwnPrograms):
@@ -145,13 +141,7 @@ class SparingStep(OwnPrograms):
 
         def compile_() -> Any:
             room = _USABLE * (memory_limit(self._device) or math.inf)
-            try:
-                program = lowered.compile()
-                needed = _needed_bytes(program)
-            except jax.errors.JaxRuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                needed = math.inf
+            program, needed = _compile(lowered)
             if needed <= room:
                 return program
             told = "training.remat_layers: all layers compute again, for with what the"
@@ -162,10 +152,19 @@ class SparingStep(OwnPrograms):
         return types.SimpleNamespace(compile=compile_)
 
 
-def _needed_bytes(program: Any) -> float:
-    """What a program takes of a device, its arguments included."""
+def _compile(lowered: Any, *, is_last: bool = False) -> tuple[Any, float]:
+    """A program, and what it takes of a device, its arguments included.
+
+    None and infinity where the compiler runs out of memory, unless it `is_last`.
+    """
+    try:
+        program = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if not is_out_of_memory(error) or is_last:
+            raise
+        return None, math.inf
     memory = program.memory_analysis()
-    return float(
+    return program, float(
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes
         - memory.alias_size_in_bytes

@@ -14,7 +14,7 @@ from jaxtrain.models import Decoder
 from jaxtrain.models.load import make_decoder, make_plan
 from jaxtrain.models.recompute import LATER, Recompute, fit_layers
 from tests.equations import equations
-from tests.models.unrolled_test import config_of, over_two_devices
+from tests.models.unrolled_test import config_of, over_two_devices, unrolled_decoder
 
 LENGTH = 40  # no size of a weight
 ROWS = np.arange(1, 1 + LENGTH, dtype=np.int32)[None] % 16
@@ -130,11 +130,8 @@ def test_layers_are_left_out_from_the_last_as_many_as_fit(shapes, allowed):
 
 def test_no_copy_of_weights_in_the_compute_type_is_kept():
     """Read again in the backward pass, they need not wait for it in memory."""
-    sizes = {"hidden_size": 64, "head_dim": 32, "intermediate_size": 192}
-    config = dataclasses.replace(config_of(3), **sizes)
-    decoder = Decoder(config, compute_dtype="bfloat16", scan_layers=False, remat="full")
+    decoder = unrolled_decoder(3, remat="full")
     params = jax.eval_shape(decoder.init, jax.random.key(0))
-
     kept = [(x.dtype.name, x.shape[-2:]) for x in residuals(decoder, params)]
     assert ("float32", (64, 192)) in kept  # the stack itself
     assert ("bfloat16", (64, 192)) not in kept
@@ -175,15 +172,8 @@ def test_a_run_may_keep_three_quarters_of_trained_weights_and_none_of_frozen_one
 @pytest.mark.parametrize("reshards", [True, False])
 def test_shared_weights_are_gathered_again_unless_they_stay(reshards):
     """What is behind a barrier in the backward pass is made again there."""
-    sizes = {"hidden_size": 64, "head_dim": 32, "intermediate_size": 192}
-    config = dataclasses.replace(config_of(3), **sizes)
-    decoder = Decoder(
-        config,
-        compute_dtype="bfloat16",
-        scan_layers=False,
-        remat="full",
-        layout=over_two_devices(),
-        reshards=reshards,
+    decoder = unrolled_decoder(
+        3, remat="full", layout=over_two_devices(), reshards=reshards
     )
     params = jax.eval_shape(decoder.init, jax.random.key(0))
 
