@@ -107,7 +107,9 @@ def test_modules_with_commas_are_a_list_and_a_pattern_stays_one():
     for text, wanted in [
         ("q_proj,v_proj", ("q_proj", "v_proj")),
         ("q_proj, v_proj,", ("q_proj", "v_proj")),
+        ("q_proj", ("q_proj",)),
         ("all-linear", "all-linear"),
+        ("[all-linear]", "all-linear"),
         (r".*\.(q|v){1,2}_proj", r".*\.(q|v){1,2}_proj"),
     ]:
         flags, _ = split_flags(
@@ -115,6 +117,12 @@ def test_modules_with_commas_are_a_list_and_a_pattern_stays_one():
         )
         _, run = resolve_flags(default_config(), flags)
         assert run.lora is not None and run.lora.target_modules == wanted
+
+
+def test_all_linear_beside_names_is_refused():
+    lora = {"target_modules": ["all-linear", "lm_head"]}
+    problem = told({"training": {"training_type": "lora", "lora": lora}})
+    assert "stands alone" in "".join(problem)
 
 
 def test_one_number_is_a_list_of_one():

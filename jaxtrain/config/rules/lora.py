@@ -7,6 +7,7 @@ from jaxtrain.config.rules.resolution import Resolution
 from jaxtrain.config.sections import Quantization
 
 _TAKEN_FROM_THE_BASE = ("pissa", "olora")
+_ALL = "all-linear"
 
 
 def resolve_lora(run: Resolution) -> None:
@@ -33,6 +34,12 @@ def resolve_lora(run: Resolution) -> None:
             'no module would get an adapter; set "all-linear" or names such as'
             ' ["q_proj", "v_proj"]',
         )
+    chosen = run.lora.target_modules
+    if run.lora.enabled and not isinstance(chosen, str) and _ALL in chosen:
+        run.problem(
+            "training.lora.target_modules",
+            f'"{_ALL}" stands alone; set it without other names, or name all modules',
+        )
     _resolve_quantization(run)
     takes_base = run.lora.enabled and lora.init_lora_weights in _TAKEN_FROM_THE_BASE
     if takes_base and run.is_dpo and run.dpo.sync_ref_model:
@@ -44,10 +51,15 @@ def resolve_lora(run: Resolution) -> None:
 
 
 def _modules(chosen: str | tuple[str, ...]) -> str | tuple[str, ...]:
-    """Names with commas between them are a list, as on the command line, no regex."""
-    if isinstance(chosen, str) and re.fullmatch(r"\w+(\s*,\s*\w+)+,?", chosen.strip()):
+    """Names are a list, one alone or several with commas, as on the command line.
+
+    As a regular expression, which must match a whole name, a word would match nothing:
+    a name is model.layers.0.self_attn.q_proj. A list of "all-linear" alone means it, as
+    in TRL.
+    """
+    if isinstance(chosen, str) and re.fullmatch(r"\w+(\s*,\s*\w+)*,?", chosen.strip()):
         return tuple(name.strip() for name in chosen.split(",") if name.strip())
-    return chosen
+    return _ALL if chosen == (_ALL,) else chosen
 
 
 def _resolve_quantization(run: Resolution) -> None:
