@@ -40,7 +40,7 @@ def thin(points: Sequence[Point], most: int) -> list[Point]:
     """
     if len(points) <= most:
         return list(points)
-    size = math.ceil(2 * len(points) / most)
+    size = math.ceil(len(points) / max(1, most // 2))
     kept = {0, len(points) - 1}
     for first in range(0, len(points), size):
         group = range(first, min(first + size, len(points)))

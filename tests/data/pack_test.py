@@ -16,21 +16,19 @@ def rows_of(lengths, capacity):
 
 
 def best_fit_one_by_one(lengths, capacity):
-    """The definition: the longest first, into the fullest row with room."""
-    rows: list[list[int]] = []
+    """The definition: the longest first, into the fullest row with room.
+
+    Yields each length and the rooms that rows have left when all of it are placed, the
+    smallest first. Of rows with the same room either may be taken: it changes no room.
+    """
     left: list[int] = []
-    for document in sorted(range(len(lengths)), key=lambda d: -lengths[d]):
-        need = lengths[document]
-        fitting = [space for space in left if space >= need]
-        if fitting:
-            row = left.index(min(fitting))
-        else:
-            row = len(rows)
-            rows.append([])
-            left.append(capacity)
-        rows[row].append(document)
-        left[row] -= need
-    return rows
+    for length, equal in itertools.groupby(sorted(lengths, reverse=True)):
+        for _ in equal:
+            space = min((room for room in left if room >= length), default=capacity)
+            if space in left:
+                left.remove(space)
+            left.append(space - length)
+        yield length, sorted(left)
 
 
 def test_documents_fill_rows_best_fit_first():
@@ -46,10 +44,10 @@ def test_a_row_takes_as_many_equal_documents_as_fit():
 @settings(max_examples=60)
 @given(st.lists(st.integers(1, 17), max_size=60))
 def test_packing_is_best_fit_decreasing(lengths):
-    ours, expected = rows_of(lengths, 17), best_fit_one_by_one(lengths, 17)
-    sizes = [[lengths[d] for d in row] for row in ours]
-    # Among rows with equal room either may be taken, so compare what rows hold.
-    assert sorted(sizes) == sorted([lengths[d] for d in row] for row in expected)
+    rows = [[lengths[d] for d in row] for row in rows_of(lengths, 17)]
+    for length, left in best_fit_one_by_one(lengths, 17):
+        placed = [[n for n in row if n >= length] for row in rows]
+        assert sorted(17 - sum(row) for row in placed if row) == left
 
 
 @given(st.lists(st.integers(1, 32), max_size=200))
