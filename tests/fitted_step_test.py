@@ -207,7 +207,7 @@ def test_a_run_that_leaves_layers_fits_its_device(limit, tmp_path, monkeypatch, 
 
 def test_one_process_with_less_memory_decides_for_all(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    answers = iter([0, 1])
+    answers = iter([True, False])  # whether a policy does not fit the other
     monkeypatch.setattr(
         fitted_step.multihost_utils,
         "process_allgather",
@@ -274,8 +274,9 @@ def test_the_report_of_unrolled_layers_is_of_as_few_as_must_be(
         again = {-1: 8}.get(precision.remat_layers, precision.remat_layers)
         kept = {"none": 30, "minimal": 20}.get(precision.remat)
         needed = 180 + (8 * kept if kept else 20 * (8 - again))
+        room = chip.memory_bytes
         return types.SimpleNamespace(
-            run=run, device_bytes=needed, fits=needed <= chip.memory_bytes
+            run=run, needed=needed, room=room, fits=needed <= room
         )
 
     monkeypatch.setattr(aot_compile, "_compile_run", compile_run)

@@ -19,13 +19,13 @@ from jaxtrain.aot.jaxpr_cost import count_flops
 from jaxtrain.aot.report import CHIPS, Chip, Report
 from jaxtrain.batch import rows_of
 from jaxtrain.config import RunConfig, resolve
-from jaxtrain.config.sections import REMATS, UNROLLED_REMATS
 from jaxtrain.data.batches.dataset import ROW_MULTIPLE
 from jaxtrain.models.load import LoadedModel, load_abstract_model
-from jaxtrain.models.recompute import layers_that_fit, leaves_layers
+from jaxtrain.models.recompute import leaves_layers
 from jaxtrain.models.state import abstract_state, needs_reference
 from jaxtrain.optimizers.configured import make_optimizer
 from jaxtrain.run import fp8_step
+from jaxtrain.run.fitted_step import choose_policy
 from jaxtrain.sharding import layouts_of
 from jaxtrain.types import Batch, LabeledBatch, PairBatch, TrainState
 
@@ -60,18 +60,8 @@ def compile_for(
             return report
         return compile_by("full")
     model = load_abstract_model(run, devices)
-    unrolled, more = model.plan.unrolled, math.inf
-    for remat in UNROLLED_REMATS if unrolled else REMATS:
-        report = compile_by(remat)
-        if report.fits:
-            break
-        more = report.device_bytes
-    if not (unrolled and report.fits and remat == REMATS[-1]):
-        return report
-    count, needs = model.config.num_hidden_layers, (more, report.device_bytes)
-    layers = layers_that_fit(count, *needs, chip.memory_bytes)
-    some = compile_by(remat, layers) if layers < count else report
-    return some if some.fits else report
+    layers = model.config.num_hidden_layers if model.plan.unrolled else None
+    return choose_policy(compile_by, layers)[-1].step
 
 
 def _compile_run(

@@ -1,6 +1,7 @@
 """What a compiled step needs of each device, if it fits, what would change that."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 from jaxtrain.aot.hlo_cost import ProgramCost
@@ -91,8 +92,17 @@ class Report:
         return self.argument_bytes + self.temporary_bytes + self.code_bytes
 
     @property
+    def needed(self) -> float:
+        """The same; infinite where the compiler ran out of memory."""
+        return self.device_bytes if self.refusal is None else math.inf
+
+    @property
+    def room(self) -> float:
+        return self.chip.memory_bytes
+
+    @property
     def fits(self) -> bool:
-        return self.refusal is None and self.device_bytes <= self.chip.memory_bytes
+        return self.needed <= self.room
 
     @property
     def secs(self) -> dict[str, float]:

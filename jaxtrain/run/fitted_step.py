@@ -46,11 +46,55 @@ class _Compiled(NamedTuple):
         return self.needed <= self.room
 
 
-class FittedStep(OwnPrograms):
-    """A train step that is compiled by the fastest policy that fits, for each shape.
+class Choice(NamedTuple):
+    """A policy, of how many layers (-1: all), its step, and whether it fits."""
+
+    remat: str
+    layers: int
+    step: Any
+    fits: bool
+
+    def __str__(self) -> str:
+        of = f" of the first {self.layers} layers" if self.layers >= 0 else ""
+        return f"{self.remat!r}{of}"
+
+
+def choose_policy(
+    compile_by: Callable[..., Any], layers: int | None = None, first: int = 0
+) -> list[Choice]:
+    """Compile by one policy after the other until a step fits; the last is the choice.
 
     Processes agree: one that has less memory decides for all.
+
+    Args:
+        compile_by: compiles the step of a policy, and of so many `layers` where not of
+            all. What it returns has the bytes that are `needed` of a device, the `room`
+            that there is, and whether it `fits`.
+        layers: how many layers there are, if they are unrolled: between the last two
+            policies as few of them as must be are computed again.
+        first: the place of the first policy to try.
     """
+    policies = REMATS if layers is None else UNROLLED_REMATS
+    if layers is not None:
+        first = min(first, len(policies) - 2)  # two to lie between
+    choices: list[Choice] = []
+    for remat in policies[first:]:
+        step = compile_by(remat)
+        choices.append(Choice(remat, -1, step, not _most(not step.fits)))
+        if choices[-1].fits:
+            break
+    if layers is None or remat != policies[-1] or not choices[-1].fits:
+        return choices
+    needs = (choices[-2].step.needed, step.needed)
+    count = _most(layers_that_fit(layers, *needs, step.room))
+    if count < layers:
+        some = Choice(remat, count, step := compile_by(remat, layers=count), step.fits)
+        choices += [some] if not _most(not some.fits) else []
+    return choices
+
+
+class FittedStep(OwnPrograms):
+    """A train step that is compiled by the fastest policy that fits, for each shape."""
 
     def __init__(
         self, make_step: Callable[..., Any], device: Any, layers: int | None = None
@@ -86,28 +130,20 @@ class FittedStep(OwnPrograms):
         size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(batch))
         largest, policy = self._tried
         # What a smaller batch could not keep, this one cannot either.
-        first = policy if size >= largest else 0
-        if self._layers is not None:
-            first = min(first, len(self._policies) - 2)  # two to lie between
-        refused, more, of_layers = [], math.inf, ""
-        for remat in self._policies[first:]:
-            taken = compile_by(remat)
-            fits = _all_agree(taken.fits)
-            if fits or remat == REMATS[-1]:
-                break
-            more = taken.needed
-            refused.append(f"{remat} would take {_words(more)}")
-        self._tried = max(self._tried, (size, self._policies.index(remat)))
-        if fits and remat == REMATS[-1] and self._layers is not None:
-            needs = (more, taken.needed)
-            layers = _most(layers_that_fit(self._layers, *needs, taken.room))
-            some = compile_by(remat, layers=layers) if layers < self._layers else taken
-            if some is not taken and _all_agree(some.fits):
-                taken, of_layers = some, f" of the first {layers} layers"
-        told = f"training.remat_policy = auto took {remat!r}{of_layers}:"
-        told += f" {_words(taken.needed)} of {_words(taken.free)} a device by the"
-        logger.info("%s", "; ".join([f"{told} compiler's account", *refused]))
-        if not fits:
+        *others, choice = choose_policy(
+            compile_by, self._layers, policy if size >= largest else 0
+        )
+        self._tried = max(self._tried, (size, self._policies.index(choice.remat)))
+        taken = choice.step
+        told = f"training.remat_policy = auto took {choice}: {_words(taken.needed)} of"
+        told += f" {_words(taken.free)} a device by the compiler's account"
+        refused = [
+            f"{other.remat} would take {_words(other.step.needed)}"
+            for other in others
+            if not other.fits
+        ]
+        logger.info("%s", "; ".join([told, *refused]))
+        if not choice.fits:
             logger.warning("no policy fits the device; this one needs least")
         return taken.program
 
@@ -196,18 +232,11 @@ def fit_step(
     return train_step
 
 
-def _most(layers: int) -> int:
-    """The most that any process needs to compute again; a collective call."""
+def _most(number: int) -> int:
+    """The largest of all processes' numbers; a collective call."""
     if jax.process_count() == 1:
-        return layers
-    return int(np.max(multihost_utils.process_allgather(np.int32(layers))))
-
-
-def _all_agree(fits: bool) -> bool:
-    """Whether it fits every process's devices; a collective call."""
-    if jax.process_count() == 1:
-        return fits
-    return bool(np.min(multihost_utils.process_allgather(np.int32(fits))))
+        return number
+    return int(np.max(multihost_utils.process_allgather(np.int32(number))))
 
 
 def _words(size: float) -> str:

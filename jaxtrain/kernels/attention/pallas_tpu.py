@@ -184,20 +184,13 @@ def _query_gradient(
 ) -> Array:
     q, k, v = inputs[:3]
     specs = _QuerySpecs(q, k, v, schedule)
+    read = [specs.query, specs.keys, specs.values, specs.out]
     return pl.pallas_call(
         functools.partial(_query_gradient_kernel, options, specs.grid[-1]),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=specs.grid,
-            in_specs=[
-                specs.query,
-                specs.keys,
-                specs.values,
-                specs.out,
-                specs.stat,
-                specs.stat,
-                *specs.ids,
-            ],
+            in_specs=[*read, specs.stat, specs.stat, *specs.ids],
             out_specs=specs.query,
             scratch_shapes=[pltpu.VMEM((schedule.block_q, q.shape[3]), jnp.float32)],
         ),
@@ -267,51 +260,39 @@ def _key_gradients(
         return lists[2][(b * (length // block_k) + j) * slots + i]
 
     # g is the query head within the group of key-value head h.
-    def at_query(
-        b: Array, h: Array, j: Array, g: Array, i: Array, *lists: Array
-    ) -> tuple:
-        return b, h * group + g, query_block(b, j, i, lists), 0
+    def of_query(width: int) -> pl.BlockSpec:
+        return pl.BlockSpec(
+            (None, None, block_q, width),
+            lambda b, h, j, g, i, *lists: (
+                b, h * group + g, query_block(b, j, i, lists), 0
+            ),
+        )  # fmt: skip
 
-    def at_key(
-        b: Array, h: Array, j: Array, g: Array, i: Array, *lists: Array
-    ) -> tuple:
-        return b, h, j, 0
+    def of_key(width: int) -> pl.BlockSpec:
+        return pl.BlockSpec(
+            (None, None, block_k, width), lambda b, h, j, g, i, *lists: (b, h, j, 0)
+        )
 
-    def at_stat(
-        b: Array, h: Array, j: Array, g: Array, i: Array, *lists: Array
-    ) -> tuple:
-        return b, h * group + g, 0, query_block(b, j, i, lists)
-
-    def at_query_row(
-        b: Array, h: Array, j: Array, g: Array, i: Array, *lists: Array
-    ) -> tuple:
-        return b, 0, query_block(b, j, i, lists)
-
-    def at_key_column(
-        b: Array, h: Array, j: Array, g: Array, i: Array, *lists: Array
-    ) -> tuple:
-        return b, j, 0
-
+    stat = pl.BlockSpec(
+        (None, None, 1, block_q),
+        lambda b, h, j, g, i, *lists: (
+            b, h * group + g, 0, query_block(b, j, i, lists)
+        ),
+    )  # fmt: skip
+    row = pl.BlockSpec(
+        (None, 1, block_q),
+        lambda b, h, j, g, i, *lists: (b, 0, query_block(b, j, i, lists)),
+    )
+    column = pl.BlockSpec((None, block_k, 1), lambda b, h, j, g, i, *lists: (b, j, 0))
+    key, value = of_key(width), of_key(value_width)
+    read = [of_query(width), key, value, of_query(value_width), stat, stat]
     dk, dv = pl.pallas_call(
         functools.partial(_key_gradients_kernel, options, slots),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(batch, kv_heads, length // block_k, group, slots),
-            in_specs=[
-                pl.BlockSpec((None, None, block_q, width), at_query),
-                pl.BlockSpec((None, None, block_k, width), at_key),
-                pl.BlockSpec((None, None, block_k, value_width), at_key),
-                pl.BlockSpec((None, None, block_q, value_width), at_query),
-                pl.BlockSpec((None, None, 1, block_q), at_stat),
-                pl.BlockSpec((None, None, 1, block_q), at_stat),
-                pl.BlockSpec((None, 1, block_q), at_query_row),
-                pl.BlockSpec((None, 1, block_q), at_query_row),
-                pl.BlockSpec((None, block_k, 1), at_key_column),
-            ],
-            out_specs=[
-                pl.BlockSpec((None, None, block_k, width), at_key),
-                pl.BlockSpec((None, None, block_k, value_width), at_key),
-            ],
+            in_specs=[*read, row, row, column],
+            out_specs=[key, value],
             scratch_shapes=[
                 pltpu.VMEM((block_k, width), jnp.float32),
                 pltpu.VMEM((block_k, value_width), jnp.float32),

@@ -164,19 +164,11 @@ def _query_gradient(
     q, k, v = inputs[:3]
     batch, length, heads, width = q.shape
     specs = _QuerySpecs(k, v, heads // k.shape[2], schedule)
+    read = [specs.query, specs.keys, specs.values, specs.out]
     return pl.pallas_call(
         functools.partial(_query_kernel, options),
         grid=(length // _BLOCK, heads, batch),
-        in_specs=[
-            specs.query,
-            specs.keys,
-            specs.values,
-            specs.out,
-            specs.stat,
-            specs.stat,
-            *specs.ids,
-            *specs.lists,
-        ],
+        in_specs=[*read, specs.stat, specs.stat, *specs.ids, *specs.lists],
         out_specs=specs.query,
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
         compiler_params=_compiler_params(width),
@@ -247,35 +239,19 @@ def _key_gradients(
     key_row = pl.BlockSpec((None, _BLOCK), lambda j, h, b: (b, j))
     count = pl.BlockSpec((None, columns), lambda j, h, b: (b, 0))
     listed = pl.BlockSpec((None, None, slots), lambda j, h, b: (b, j, 0))
+    read = [queries, key, value, d_out]
+    lists = (schedule.query_counts, schedule.query_wholes, schedule.query_blocks)
     dk, dv = pl.pallas_call(
         functools.partial(_key_kernel, options, group),
         grid=(columns, kv_heads, batch),
-        in_specs=[
-            queries,
-            key,
-            value,
-            d_out,
-            stat,
-            stat,
-            row,
-            row,
-            key_row,
-            count,
-            count,
-            listed,
-        ],
+        in_specs=[*read, stat, stat, row, row, key_row, count, count, listed],
         out_specs=[key, value],
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v)],
         compiler_params=_compiler_params(width),
         cost_estimate=_estimate(options, (q, k, v), products=(2, 2)),
         interpret=options.interpret,
         name="attention_key_gradients",
-    )(
-        *inputs,
-        schedule.query_counts,
-        schedule.query_wholes,
-        schedule.query_blocks,
-    )
+    )(*inputs, *lists)
     return dk, dv
 
 
