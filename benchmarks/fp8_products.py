@@ -24,7 +24,7 @@ from fp8_quantize import quantize_both
 from jax import lax
 
 from jaxtrain.kernels.fp8 import api
-from jaxtrain.sharding import FP8_OPTIONS
+from jaxtrain.kernels.xla_options import FP8
 
 # hidden, inner, query and key-value widths
 WIDTHS = {
@@ -49,7 +49,7 @@ def clock(function: Callable[..., Any], *args: Any, calls: int = 20) -> float:
 
 
 def compile_for_gpu(
-    function: Callable[..., Any], *args: Any, options: Any = FP8_OPTIONS
+    function: Callable[..., Any], *args: Any, options: Any = FP8
 ) -> Any:
     on_gpu = jax.default_backend() == "gpu"
     lowered = jax.jit(function).lower(*args)
@@ -237,7 +237,7 @@ def main() -> None:
                     run = functools.partial(both_passes, way, frozen)
                     read, settings = w, {"xla_gpu_enable_triton_gemm": False}
                     if way != "bf16":
-                        settings = FP8_OPTIONS
+                        settings = FP8
                         if frozen:
                             cast = functools.partial(quantize_weight, frozen=True)
                             read = jax.jit(functools.partial(map_values, cast))(w)

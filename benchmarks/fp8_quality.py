@@ -33,12 +33,12 @@ from step_cases import SHAPES
 from train_step import copy_for_reference, model_config
 
 from jaxtrain import assets
+from jaxtrain.kernels.xla_options import FP8
 from jaxtrain.models import Decoder
 from jaxtrain.objectives import make_objective
 from jaxtrain.optimizers import optim
 from jaxtrain.optimizers.schedules import make_schedule
 from jaxtrain.run.fp8_step import CheckedStep, Expected
-from jaxtrain.sharding import FP8_OPTIONS
 from jaxtrain.step import StepOptions, make_eval_step, make_train_step
 from jaxtrain.types import Batch, PairBatch, TrainState
 
@@ -207,7 +207,7 @@ class Trainer:
         kept = StepOptions(max_grad_norm=1.0, with_reference=self.pairs)
         settings: Any = None
         if jax.default_backend() == "gpu":
-            settings = FP8_OPTIONS if fp8 else {"xla_gpu_enable_triton_gemm": False}
+            settings = FP8 if fp8 else {"xla_gpu_enable_triton_gemm": False}
         self.step = jax.jit(
             make_train_step(objective, score, self.optimizer, schedule, kept),
             donate_argnums=0,

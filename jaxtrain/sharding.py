@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import logging
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,30 +20,12 @@ from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtrain.config.mesh_shape import MESH_AXES, resolve_mesh_shape
+from jaxtrain.kernels import xla_options
 from jaxtrain.types import LogicalAxes
 
 logger = logging.getLogger(__name__)
 
 BATCH_AXES = ("data", "fsdp", "expert")
-_TRITON_PRODUCTS = "xla_gpu_enable_triton_gemm"
-_LEFT_OUT = "xla_disable_hlo_passes"
-_UNROLLED_OPTIONS: dict[str, str | bool] = {
-    _TRITON_PRODUCTS: False,
-    # They cast the weights of all layers at once, and all copies live until the end.
-    _LEFT_OUT: "slice-sinker,convert-mover",
-}
-# Triton's products convert codes first; and products of one tensor, joined, are bf16.
-FP8_OPTIONS: dict[str, str | bool] = {
-    _TRITON_PRODUCTS: False,
-    "xla_gpu_dot_merger_threshold_mb": "0",
-}
-
-# To hide sums over devices, XLA keeps what layers' gradients are computed of.
-_HIDING = "xla_gpu_enable_latency_hiding_scheduler"
-_UNHIDDEN_OPTIONS: dict[str, str | bool] = {_HIDING: False}
-# Kernels are else chosen by timing them, which is another choice each time, and cuDNN's
-# attention adds up gradients in no certain order.
-_DETERMINISTIC_OPTIONS: dict[str, str | bool] = {"xla_gpu_deterministic_ops": True}
 
 MeshAxes = tuple[str, ...]
 Rules = Mapping[str, MeshAxes]
@@ -204,35 +185,19 @@ class ShardingPlan:
         return NamedSharding(self.mesh, PartitionSpec())
 
     @property
-    def compiler_options(self) -> dict[str, str | bool] | None:
-        """What XLA has to be told about programs on this mesh, for `jax.jit`.
-
-        For TPUs it would cut a product with weights split over `fsdp` into one for each
-        part, adding all of the result up in device memory each time: at 32 chips eight
-        times the traffic of gathering the weights first (docs/scaling.md). Under tensor
-        parallelism, which that is for, it is left alone.
-
-        For GPUs it would compile and time many kernels of Triton's for each product of
-        each layer: 198 s for 36 unrolled layers of a 3B with LoRA, which then run 3%
-        slower than with cuBLAS alone, compiled in 27 s. In a scan Triton's kernels save
-        a copy of each layer's weights, so there they stay (benchmarks/RESULTS.md).
-
-        Where GPUs exchange gradients of adapters alone, there is nothing to hide, and
-        a schedule that tries to takes two to four times the memory.
-        `XLA_FLAGS` that name an option win.
-        """
+    def compiler_options(self) -> xla_options.Options | None:
+        """What XLA has to be told about programs on this mesh, for `jax.jit`."""
         shape = self.mesh.shape
-        gathers = math.prod(shape[a] for a in _SHARED) > 1 and shape["tensor"] == 1
-        if self.platform == "tpu" and gathers:
-            return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+        if self.platform == "tpu":
+            gathers = math.prod(shape[a] for a in _SHARED) > 1 and shape["tensor"] == 1
+            return xla_options.for_tpus(gathers=gathers)
         if self.platform == "gpu":
-            own = _UNROLLED_OPTIONS if self.unrolled else {}
-            if self.unrolled and self.adapters and shape["data"] == self.mesh.size > 1:
-                own = own | _UNHIDDEN_OPTIONS
-            own = FP8_OPTIONS if self.fp8 else own
-            own = own | (_DETERMINISTIC_OPTIONS if self.deterministic else {})
-            said = os.environ.get("XLA_FLAGS", "")
-            return {k: v for k, v in own.items() if k not in said} or None
+            return xla_options.for_gpus(
+                unrolled=self.unrolled,
+                sums_adapters=self.adapters and shape["data"] == self.mesh.size > 1,
+                fp8=self.fp8,
+                deterministic=self.deterministic,
+            )
         return None
 
     @property

@@ -68,11 +68,7 @@ class TrainingOrchestrator:
             raise TypeError(f"{cls.__name__}.{_NEVER_RUN}")
 
     def __init__(
-        self,
-        config: Any,
-        accelerator: Any = None,
-        *,
-        workdir: Path | None = None,
+        self, config: Any, accelerator: Any = None, *, workdir: Path | None = None
     ) -> None:
         """Take a `ConfigManager`, a `ConfigDict` or a `RunConfig`; start nothing.
 

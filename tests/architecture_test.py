@@ -97,7 +97,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "data.stream": {"batch", "data.batches", "data.prepare", "data.rows", "storage"},
     "types": {"batch"},
-    "sharding": {"config", "types"},
+    "sharding": {"config", "kernels", "types"},
     "assets": set(),
     "kernels": set(),
     "models": {

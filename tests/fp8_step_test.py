@@ -19,6 +19,7 @@ from jaxtrain.aot.jaxpr_cost import _inner
 from jaxtrain.aot.report import CHIPS, Report
 from jaxtrain.config import resolve
 from jaxtrain.kernels import fp8 as kernels_fp8
+from jaxtrain.kernels import xla_options
 from jaxtrain.kernels.fp8 import Weight
 from jaxtrain.models import fp8
 from jaxtrain.models.config import ModelConfig
@@ -136,7 +137,7 @@ def test_the_plan_says_to_the_compiler_what_keeps_products_in_eight_bits(monkeyp
     for training in ({"training_type": "sft"}, {"training_type": "lora"}):
         run = resolve({"training": training | {"fp8": True}}, device_count=1)
         plan = make_plan(run, config_of(), jax.devices()[:1])
-        assert plan.unrolled and plan.compiler_options == sharding.FP8_OPTIONS
+        assert plan.unrolled and plan.compiler_options == xla_options.FP8
         # XLA reads the options of every platform: it would refuse a wrong name.
         assert plan.jit(lambda x: x + 1)(1) == 2
     assert run.lora.quantization == "fp8"

@@ -20,6 +20,7 @@ from jaxtrain.aot.report import CHIPS, Chip, Report
 from jaxtrain.batch import rows_of
 from jaxtrain.config import RunConfig, resolve
 from jaxtrain.data.batches.dataset import ROW_MULTIPLE
+from jaxtrain.kernels import xla_options
 from jaxtrain.models.load import LoadedModel, load_abstract_model
 from jaxtrain.models.recompute import leaves_layers
 from jaxtrain.models.state import abstract_state, needs_reference
@@ -79,7 +80,8 @@ def _compile_run(
         traced = step.trace(state, batch)
         lowered = traced.lower()
     try:
-        compiled = lowered.compile()
+        absent = xla_options.for_absent_gpus() if model.plan.platform == "gpu" else None
+        compiled = lowered.compile(absent)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -109,9 +109,7 @@ def talk(
 
 
 def _take_turn(
-    answer: Callable[[list[Message]], Iterator[str]],
-    messages: list[Message],
-    text: str,
+    answer: Callable[[list[Message]], Iterator[str]], messages: list[Message], text: str
 ) -> list[Message]:
     """The conversation with a question and its answer, or as it was after an error.
 

@@ -2,13 +2,7 @@
 
 from jaxtrain.config.files import ConfigManager, load_config, load_yaml
 from jaxtrain.config.rules import ConfigError
-from jaxtrain.config.run import (
-    RunConfig,
-    default_config,
-    diff,
-    resolve,
-    to_config_dict,
-)
+from jaxtrain.config.run import RunConfig, default_config, diff, resolve, to_config_dict
 from jaxtrain.config.sections import (
     CurriculumSection,
     OptimizerSection,

@@ -16,12 +16,7 @@ from jaxtrain import schema
 from jaxtrain.config import peer_keys
 from jaxtrain.config.renamed import with_current_names
 from jaxtrain.config.rules import ConfigError
-from jaxtrain.config.run import (
-    RunConfig,
-    default_config,
-    resolve,
-    without_provenance,
-)
+from jaxtrain.config.run import RunConfig, default_config, resolve, without_provenance
 from jaxtrain.config.sections import SCHEMA
 from jaxtrain.config.shipped import is_file_name, shipped_config, shipped_configs
 from jaxtrain.config.yaml_loader import RefusedYamlError, YamlLoader

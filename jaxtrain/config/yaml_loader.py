@@ -37,8 +37,7 @@ class YamlLoader(yaml.SafeLoader):
         start: Any = event.start_mark
         if self._depth >= _DEEPEST:
             raise RefusedYamlError(
-                f"more than {_DEEPEST} levels of nested values; nest them less",
-                start,
+                f"more than {_DEEPEST} levels of nested values; nest them less", start
             )
         self._depth += 1
         node: Any = super().compose_node(parent, index)
@@ -46,8 +45,7 @@ class YamlLoader(yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
             if id(node) not in self._sizes:
                 raise RefusedYamlError(
-                    f"*{event.anchor} refers to itself; write the value out",
-                    start,
+                    f"*{event.anchor} refers to itself; write the value out", start
                 )
             return node
         size = 1 + sum(self._sizes[id(child)] for child in _children(node))

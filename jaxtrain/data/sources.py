@@ -6,12 +6,7 @@ import pathlib
 from jaxtrain.config import RunConfig, eval_sets
 from jaxtrain.data.batches.mixture import parse_mixture
 from jaxtrain.data.rows.columns import make_column_map
-from jaxtrain.data.rows.folders import (
-    first_rows,
-    is_saved,
-    looks_local,
-    split_files,
-)
+from jaxtrain.data.rows.folders import first_rows, is_saved, looks_local, split_files
 from jaxtrain.data.rows.formats import detect_for
 from jaxtrain.data.rows.jinja import is_template_file, read_template
 from jaxtrain.data.rows.own_format import format_rows

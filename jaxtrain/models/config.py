@@ -6,13 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxtrain.models.families import FAMILIES, REFUSED_UNLESS, WRAPPERS, Family
-from jaxtrain.models.layer_kinds import (
-    FULL,
-    SLIDING,
-    VARIETIES,
-    LatentHeads,
-    Variety,
-)
+from jaxtrain.models.layer_kinds import FULL, SLIDING, VARIETIES, LatentHeads, Variety
 from jaxtrain.models.mixtures import (
     ANY_EXPERTS,
     Routing,
@@ -111,10 +105,7 @@ class ModelConfig:
             raise ValueError("\n".join(problems))
 
     def _wrong_sizes(self) -> Iterator[str]:
-        names = (
-            *_SIZES_AND_LENGTH,
-            *(_EXPERT_SIZES if has_experts(self) else ()),
-        )
+        names = (*_SIZES_AND_LENGTH, *(_EXPERT_SIZES if has_experts(self) else ()))
         for name in names:
             size, most = getattr(self, name), _MOST.get(name, 2**31 - 1)
             if type(size) is not int or size < 1:

@@ -13,11 +13,7 @@ from jaxtrain.models import layers, moe, routers
 from jaxtrain.models.balance import send_excess
 from jaxtrain.models.convolution import ShortConvolution
 from jaxtrain.models.delta_net import GatedDeltaNet
-from jaxtrain.models.expert_adapters import (
-    NO_ADAPTERS,
-    ExpertAdapters,
-    takes_adapters,
-)
+from jaxtrain.models.expert_adapters import NO_ADAPTERS, ExpertAdapters, takes_adapters
 from jaxtrain.models.gemma4 import Gemma4Attention
 from jaxtrain.models.latent_attention import LatentAttention
 from jaxtrain.models.layer_kinds import Gemma4Layers

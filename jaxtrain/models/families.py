@@ -484,18 +484,11 @@ FAMILIES: Mapping[str, Family] = {
         window_rule="all",
     ),
     "olmo2": Family(
-        architecture="Olmo2ForCausalLM",
-        defaults=_OLMO,
-        norms="after",
-        qk_norm="width",
+        architecture="Olmo2ForCausalLM", defaults=_OLMO, norms="after", qk_norm="width"
     ),
     "olmo3": Family(
         architecture="Olmo3ForCausalLM",
-        defaults=_OLMO
-        | {
-            "sliding_window": 4096,
-            "layer_types": None,
-        },
+        defaults=_OLMO | {"sliding_window": 4096, "layer_types": None},
         norms="after",
         qk_norm="width",
         default_rope_theta=500_000.0,
@@ -533,8 +526,7 @@ FAMILIES: Mapping[str, Family] = {
         ignored_keys=frozenset({"max_window_layers", "pretraining_tp"}),
     ),
     "granite": Family(
-        architecture="GraniteForCausalLM",
-        defaults=_GRANITE | {"mlp_bias": False},
+        architecture="GraniteForCausalLM", defaults=_GRANITE | {"mlp_bias": False}
     ),
     "granitemoehybrid": Family(
         architecture="GraniteMoeHybridForCausalLM",

@@ -52,9 +52,7 @@ class _Scaled:
 
 
 def whole_tensors(
-    stored: Mapping[str, Any],
-    file_of: Mapping[str, AnyFile],
-    block: tuple[int, int],
+    stored: Mapping[str, Any], file_of: Mapping[str, AnyFile], block: tuple[int, int]
 ) -> dict[str, Any]:
     """The tensors of a checkpoint, float8 matrices with their scales multiplied in.
 

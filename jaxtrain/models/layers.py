@@ -331,10 +331,7 @@ def _project_backward(
 ) -> tuple[Array, Array]:
     x, kernel = inputs
     of_kernel = jax.lax.dot_general(
-        x,
-        gradient,
-        (((0, 1), (0, 1)), ((), ())),
-        preferred_element_type=jnp.float32,
+        x, gradient, (((0, 1), (0, 1)), ((), ())), preferred_element_type=jnp.float32
     )
     return gradient @ kernel.astype(x.dtype).T, of_kernel.astype(kernel.dtype)
 

@@ -141,11 +141,7 @@ def apply_experts(
         grouped_matmul, sizes=sizes, implementation=implementation, device=device
     )
     gate, up = grouped_matmuls(
-        rows,
-        (gate_proj, up_proj),
-        sizes,
-        implementation=implementation,
-        device=device,
+        rows, (gate_proj, up_proj), sizes, implementation=implementation, device=device
     )
     inwards, outwards, biases = join_factors(others, scalings)
     if inwards is not None:

@@ -19,12 +19,7 @@ from jaxtrain.models.binding import bind, paths_with
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.decoder_layer import DecoderLayer
 from jaxtrain.models.fp8 import cast_master, in_fp8
-from jaxtrain.models.layer_kinds import (
-    LayerKind,
-    config_of_kind,
-    kinds_of,
-    segments_of,
-)
+from jaxtrain.models.layer_kinds import LayerKind, config_of_kind, kinds_of, segments_of
 from jaxtrain.models.layers import LayerOptions, Options
 from jaxtrain.models.per_layer import Ends
 from jaxtrain.models.quantization import is_kept, is_part, is_quantized

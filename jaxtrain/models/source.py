@@ -16,10 +16,7 @@ from jaxtrain.models import bucket, hf
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.ends import fit_ends
 from jaxtrain.models.families import FAMILIES
-from jaxtrain.models.generation_config import (
-    GenerationConfig,
-    read_generation_config,
-)
+from jaxtrain.models.generation_config import GenerationConfig, read_generation_config
 from jaxtrain.models.special_tokens import align_special_tokens
 from jaxtrain.models.vocabulary import fit_vocabulary
 

@@ -27,22 +27,11 @@ from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.decoder_layer import DecoderLayer
 from jaxtrain.models.expert_adapters import ADAPTERS, PARAMETERS
 from jaxtrain.models.layer_kinds import LayerKind, config_of_kind
-from jaxtrain.models.layers import (
-    Attend,
-    HandedOn,
-    LayerInputs,
-    LoraShape,
-    Options,
-)
+from jaxtrain.models.layers import Attend, HandedOn, LayerInputs, LoraShape, Options
 from jaxtrain.models.moe import RouterLoad, join_loads, load_balancing_loss
 from jaxtrain.models.noise import add_embedding_noise
 from jaxtrain.models.per_layer import Ends
-from jaxtrain.models.recompute import (
-    Recompute,
-    check_policy,
-    fit_layers,
-    leaves_layers,
-)
+from jaxtrain.models.recompute import Recompute, check_policy, fit_layers, leaves_layers
 from jaxtrain.models.rope import KINDS_BY_LENGTH
 from jaxtrain.models.selection import join_rows, make_selection, pick, put_back
 from jaxtrain.models.stacks import LAYERS
@@ -147,10 +136,7 @@ class Decoder(Options):
         Names: "layers", "embed", "vocab", "heads", "kv_heads", "mlp", "experts",
         "lora_rank".
         """
-        return {
-            **axes_of(Ends, self._options),
-            LAYERS: _layer_axes(self._options),
-        }
+        return {**axes_of(Ends, self._options), LAYERS: _layer_axes(self._options)}
 
     # --- whole rows --------------------------------------------------------------
 

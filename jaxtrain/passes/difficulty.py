@@ -16,11 +16,7 @@ from jaxtyping import Array, Float
 
 from jaxtrain.config.sections import CurriculumSection
 from jaxtrain.data.batches.dataset import PreparedDataset
-from jaxtrain.objectives.preference import (
-    count_trained,
-    example_sums,
-    score_pairs,
-)
+from jaxtrain.objectives.preference import count_trained, example_sums, score_pairs
 from jaxtrain.run.durable import write_whole
 from jaxtrain.run.feed import Feed, Prepared
 from jaxtrain.sharding import to_host

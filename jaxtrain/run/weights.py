@@ -13,11 +13,7 @@ import optax
 
 from jaxtrain.config import RunConfig
 from jaxtrain.models import hf
-from jaxtrain.models.load import (
-    LoadedModel,
-    load_abstract_model,
-    load_model,
-)
+from jaxtrain.models.load import LoadedModel, load_abstract_model, load_model
 from jaxtrain.models.source import read_source
 from jaxtrain.models.state import abstract_state, init_state, needs_reference
 from jaxtrain.optimizers.ema import averaged, describe_average

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jaxtrain import sharding
 from jaxtrain.aot.compile import _abstract_batch, describe_step
 from jaxtrain.config import resolve
+from jaxtrain.kernels import xla_options
 from jaxtrain.kernels.attention.partition import Layout
 from jaxtrain.models import Decoder, fp8
 from jaxtrain.models.config import ModelConfig
@@ -123,6 +124,16 @@ def test_flags_that_name_the_option_win(monkeypatch):
     assert [*plan_of()[1].compiler_options] == ["xla_disable_hlo_passes"]
     monkeypatch.setenv("XLA_FLAGS", "--xla_disable_hlo_passes=dot-merger")
     assert [*plan_of()[1].compiler_options] == ["xla_gpu_enable_triton_gemm"]
+
+
+@pytest.mark.usefixtures("gpu")
+def test_an_option_that_xla_no_longer_has_is_left_out_and_said(monkeypatch, caplog):
+    monkeypatch.setitem(xla_options._UNROLLED, "xla_gpu_enable_what_was", True)
+    _, plan = plan_of()
+    assert plan.jit(lambda x: x + 1)(1) == 2
+    assert "xla_gpu_enable_what_was" not in plan.compiler_options
+    (line,) = caplog.messages  # once
+    assert "has no xla_gpu_enable_what_was" in line
 
 
 @pytest.mark.usefixtures("gpu")

@@ -68,10 +68,7 @@ def split_documents(
     document = np.repeat(np.arange(len(lengths)), pieces)
     first = np.repeat(np.cumsum(pieces) - pieces, pieces)
     shift = (np.arange(len(document)) - first) * capacity
-    return (
-        starts[document] + shift,
-        np.minimum(lengths[document] - shift, capacity),
-    )
+    return (starts[document] + shift, np.minimum(lengths[document] - shift, capacity))
 
 
 def wrap_stream(total: int, capacity: int) -> tuple[np.ndarray, np.ndarray]:

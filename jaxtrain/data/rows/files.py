@@ -37,11 +37,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jaxtrain.data.rows.array_records import (
-    count_records,
-    parse_example,
-    read_records,
-)
+from jaxtrain.data.rows.array_records import count_records, parse_example, read_records
 from jaxtrain.data.rows.formats import BadRow, UnreadableRow, refuse_surrogates
 from jaxtrain.record.safe_text import shown
 from jaxtrain.storage.reading import BLOCK as REMOTE_CHUNK

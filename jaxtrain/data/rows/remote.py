@@ -9,12 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxtrain.config.folders import bucket_cache
-from jaxtrain.data.rows.folders import (
-    SAVED,
-    check_formats,
-    choose_split,
-    rows_at_start,
-)
+from jaxtrain.data.rows.folders import SAVED, check_formats, choose_split, rows_at_start
 from jaxtrain.storage.mirror import mirror_files
 from jaxtrain.storage.reading import RemoteFile, list_files
 

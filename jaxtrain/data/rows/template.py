@@ -28,11 +28,7 @@ from jaxtrain.data.rows.marks import (
     take_training_fields,
 )
 from jaxtrain.data.rows.parts import fit_parts
-from jaxtrain.data.rows.sandbox import (
-    plain_data,
-    plain_messages,
-    render_template,
-)
+from jaxtrain.data.rows.sandbox import plain_data, plain_messages, render_template
 from jaxtrain.data.rows.turns import (
     STAND_IN,
     Messages,

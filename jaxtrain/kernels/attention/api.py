@@ -193,12 +193,7 @@ def _load_kernels(name: str) -> blocked.Kernels:
     return module.KERNELS
 
 
-def _choose(
-    q: Queries,
-    mask: Mask,
-    extras: Extras,
-    device: jax.Device | None,
-) -> str:
+def _choose(q: Queries, mask: Mask, extras: Extras, device: jax.Device | None) -> str:
     """The fastest implementation measured on this platform that serves the call.
 
     On Hopper our kernels win where documents leave blocks out, are ahead or level on
@@ -316,13 +311,7 @@ _REFUSALS: dict[str, _Refuse] = {
 }
 
 
-def _log_choice(
-    name: str,
-    q: Queries,
-    mask: Mask,
-    extras: Extras,
-    why: str,
-) -> None:
+def _log_choice(name: str, q: Queries, mask: Mask, extras: Extras, why: str) -> None:
     """One line for each new choice, not one for each layer, trace or shape of rows."""
     packed = mask.segment_ids is not None
     choice = (name, q.shape[2:], q.dtype.name, packed, extras)

@@ -13,11 +13,7 @@ from jaxtyping import Array, Float, Int32
 
 from jaxtrain.kernels.attention.masks import Mask
 from jaxtrain.kernels.attention.reference import zero_padding
-from jaxtrain.kernels.attention.schedule import (
-    Schedule,
-    count_visits,
-    make_schedule,
-)
+from jaxtrain.kernels.attention.schedule import Schedule, count_visits, make_schedule
 
 # Kernels work in base 2: exp2 is the machine's own exponential.
 LOG2_E = math.log2(math.e)

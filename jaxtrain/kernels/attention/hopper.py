@@ -84,12 +84,7 @@ def choose_tiles(options: Options, q: Array, v: Array) -> Tiles:
             return Tiles(dq_step=64, dq_stages=4)
         return Tiles(dq_programs=sys.maxsize)
     if width <= 192 and v.shape[3] <= 128:
-        return Tiles(
-            forward_step=64,
-            forward_stages=3,
-            dq_step=64,
-            joint_dkv=False,
-        )
+        return Tiles(forward_step=64, forward_stages=3, dq_step=64, joint_dkv=False)
     # A step below 64 is no wgmma depth, so one buffer has to do in the backward pass.
     return Tiles(
         forward_step=64,

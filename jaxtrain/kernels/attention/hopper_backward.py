@@ -53,10 +53,7 @@ def backward(
 
 
 def _query_gradient(
-    options: Options,
-    tiles: hopper.Tiles,
-    inputs: tuple[Array, ...],
-    schedule: Schedule,
+    options: Options, tiles: hopper.Tiles, inputs: tuple[Array, ...], schedule: Schedule
 ) -> Array:
     q, k, v, d_out, lse, delta, *ids = inputs
     width, value_width = q.shape[3], v.shape[3]

@@ -13,13 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from jaxtrain.kernels.attention import hopper, hopper_keys
-from jaxtrain.kernels.attention.blocked import (
-    LOG2_E,
-    NEVER,
-    Ids,
-    Options,
-    id_rows,
-)
+from jaxtrain.kernels.attention.blocked import LOG2_E, NEVER, Ids, Options, id_rows
 from jaxtrain.kernels.attention.hopper import FEEDER, GROUPS, ROWS, Ref
 from jaxtrain.kernels.attention.hopper_keys import Tile, Walk
 from jaxtrain.kernels.attention.schedule import Schedule

@@ -83,10 +83,7 @@ class Pairs(NamedTuple):
 
 
 def make_walk(
-    counts: Int32[Array, "B I"],
-    lists: Int32[Array, "B I J"],
-    visits: int,
-    parts: int,
+    counts: Int32[Array, "B I"], lists: Int32[Array, "B I J"], visits: int, parts: int
 ) -> Walk:
     """The walk over lists of which the first `counts` entries each are to be visited.
 
@@ -258,10 +255,7 @@ def _key_gradients(
             dv.at[target].add(dv_part, mode="drop", unique_indices=True),
         )
 
-    zeros = (
-        jnp.zeros(keys.k.shape, jnp.float32),
-        jnp.zeros(keys.v.shape, jnp.float32),
-    )
+    zeros = (jnp.zeros(keys.k.shape, jnp.float32), jnp.zeros(keys.v.shape, jnp.float32))
     return _loop(_walk_over_queries(options, schedule, _heads(queries)), visit, zeros)
 
 

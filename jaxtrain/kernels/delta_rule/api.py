@@ -120,14 +120,7 @@ def _rows(
     log_decay, beta = map(by_chunk, gates)
     resets = by_chunk(restarts.astype(jnp.int32)[..., None])
     q, k, v = map(fill, features)
-    return Chunk(
-        q,
-        k,
-        v,
-        log_decay,
-        beta,
-        jnp.cumsum(resets, axis=-1, dtype=jnp.int32),
-    )
+    return Chunk(q, k, v, log_decay, beta, jnp.cumsum(resets, axis=-1, dtype=jnp.int32))
 
 
 def _restarts(ids: Int32[Array, "B T"]) -> Bool[Array, "B T"]:

@@ -235,9 +235,5 @@ def _multiply(
         return (product * left[1] * right[1]).astype(dtype)
     a, b = (codes.astype(dtype) * unit.astype(dtype) for codes, unit in (left, right))
     return lax.dot_general(
-        a,
-        b,
-        (summed, ((), ())),
-        precision=precision,
-        preferred_element_type=dtype,
+        a, b, (summed, ((), ())), precision=precision, preferred_element_type=dtype
     )

@@ -169,10 +169,7 @@ def weigh_logits(
         functools.partial(_weights_kernel, tiles, _Grid.of(head, tiles), head.scale),
         head,
         tiles,
-        out_type=(
-            *(by_tile,) * 5,
-            jax.ShapeDtypeStruct((rows, head.entries), dtype),
-        ),
+        out_type=(*(by_tile,) * 5, jax.ShapeDtypeStruct((rows, head.entries), dtype)),
         scratch=[
             hopper.vector_memory((GROUPS, ROWS), jnp.int32),
             hopper.vector_memory((GROUPS, ROWS), jnp.float32),
@@ -234,12 +231,7 @@ def make_slopes(head: Head, slope: Slope, tiles: Tiles) -> Float[Array, "M V"]:
 
 
 def _call(
-    body: Callable[..., None],
-    head: Head,
-    tiles: Tiles,
-    *,
-    out_type: Any,
-    scratch: list,
+    body: Callable[..., None], head: Head, tiles: Tiles, *, out_type: Any, scratch: list
 ) -> Callable[..., Any]:
     """The compiled kernel; behind its own scratch come the rings and their barriers."""
     dtype, (rows, width) = head.hidden.dtype, head.hidden.shape

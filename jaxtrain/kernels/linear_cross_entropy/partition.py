@@ -21,10 +21,7 @@ _LARGEST = 4 * 2**30
 
 
 def serves(
-    layout: Layout,
-    hidden: Float[Array, "B T D"],
-    vocab: int,
-    device: jax.Device | None,
+    layout: Layout, hidden: Float[Array, "B T D"], vocab: int, device: jax.Device | None
 ) -> bool:
     """Whether kernels would score each device's tokens, on this mesh or on one device.
 

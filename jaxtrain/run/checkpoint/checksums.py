@@ -64,8 +64,7 @@ def hash_pieces(pieces: Iterable[Piece]) -> dict[str, list[tuple[Bounds, str]]]:
 
 
 def find_damage(
-    leaves: Mapping[str, jax.Array],
-    saved: Mapping[str, Sequence[tuple[Bounds, str]]],
+    leaves: Mapping[str, jax.Array], saved: Mapping[str, Sequence[tuple[Bounds, str]]]
 ) -> str | None:
     """What is wrong with restored leaves; None if they are what was saved.
 

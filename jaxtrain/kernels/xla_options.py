@@ -1,0 +1,89 @@
+"""What XLA is told about programs for a kind of device (benchmarks/RESULTS.md)."""
+
+import functools
+import logging
+import os
+
+import jax
+
+Options = dict[str, str | bool]
+logger = logging.getLogger(__name__)
+
+_TRITON_PRODUCTS = "xla_gpu_enable_triton_gemm"
+_UNROLLED: Options = {
+    # It would compile and time many kernels of Triton's for each product of each layer:
+    # 198 s for 36 unrolled layers of a 3B with LoRA, which then run 3% slower than with
+    # cuBLAS alone, compiled in 27 s. In a scan Triton's kernels save a copy of each
+    # layer's weights, so there they stay.
+    _TRITON_PRODUCTS: False,
+    # They cast the weights of all layers at once, and all copies live until the end.
+    "xla_disable_hlo_passes": "slice-sinker,convert-mover",
+}
+# Triton's products convert codes first; and products of one tensor, joined, are bf16.
+FP8: Options = {_TRITON_PRODUCTS: False, "xla_gpu_dot_merger_threshold_mb": "0"}
+# Where GPUs exchange gradients of adapters alone, there is nothing to hide. A schedule
+# that tries to keeps what gradients are computed of, and takes two to four times the
+# memory.
+_UNHIDDEN: Options = {"xla_gpu_enable_latency_hiding_scheduler": False}
+# Kernels are else chosen by timing them, which is another choice each time, and cuDNN's
+# attention adds up gradients in no certain order.
+_DETERMINISTIC: Options = {"xla_gpu_deterministic_ops": True}
+# Without a device there is nothing to time, but each fusion would still be compiled by
+# every way that there is: 34 s in place of 19 for a DPO step of 36 unrolled layers.
+_ABSENT: Options = {"xla_gpu_experimental_enable_fusion_autotuner": False}
+
+
+def for_gpus(
+    *, unrolled: bool, sums_adapters: bool, fp8: bool, deterministic: bool
+) -> Options | None:
+    """Options of programs for GPUs.
+
+    Args:
+        sums_adapters: all that the GPUs exchange is gradients of adapters.
+    """
+    own = _UNROLLED if unrolled else {}
+    own = own | (_UNHIDDEN if unrolled and sums_adapters else {})
+    own = FP8 if fp8 else own
+    return _acting(own | (_DETERMINISTIC if deterministic else {}))
+
+
+def for_absent_gpus() -> Options | None:
+    """Options, beside those of `for_gpus`, where no GPU is there to time kernels on."""
+    return _acting(_ABSENT)
+
+
+def for_tpus(*, gathers: bool) -> Options | None:
+    """Options of programs for TPUs.
+
+    Where they gather weights, XLA would cut a product with them into one for each part,
+    adding all of the result up in device memory each time: at 32 chips eight times the
+    traffic of gathering the weights first (docs/scaling.md). Under tensor parallelism,
+    which that is for, it is left alone.
+    """
+    return (
+        {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+        if gathers
+        else None
+    )
+
+
+def _acting(options: Options) -> Options | None:
+    """Those that this XLA knows and that `XLA_FLAGS`, which win, do not name."""
+    said = os.environ.get("XLA_FLAGS", "")
+    return {k: v for k, v in options.items() if k not in said and _knows(k, v)} or None
+
+
+@functools.cache
+def _knows(name: str, value: str | bool) -> bool:
+    """Whether this XLA has an option, whose platform need not be that of the devices.
+
+    A version without it compiles as it comes.
+    """
+    try:
+        jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "No such compile option" not in str(error):
+            raise
+        logger.warning("jax %s has no %s: left out", jax.__version__, name)
+        return False
+    return True
