@@ -9,8 +9,9 @@ it is amid its steps. The others have to end with an error. From copies of what 
 - as many processes go on, and losses and weights have to be those of the unbroken run,
   bit for bit;
 - one process goes on with one GPU, twice at once and so with programs compiled twice
-  (`training.full_determinism`), and both have to agree bit for bit, and with
-  the unbroken run to 1e-4 of each loss (another order of sums).
+  (`training.full_determinism`), and both have to agree bit for bit;
+- as many processes and one go on in float32, and have to agree to 1e-4 of each loss.
+  Sums in another order differ by some 1e-6 in float32 (CPUs), by 3e-4 in bfloat16.
 
 A line for each check; exits with 1 if one fails. On a machine without GPUs each process
 has a CPU device.
@@ -40,8 +41,11 @@ _TIMES = ("time", "_per_sec", "_secs", "_share", "_gib", "mfu")
 _OF_GPUS = "gpu_"
 
 
-def command(workdir: pathlib.Path, devices: int) -> list[str]:
-    """The training, of so many devices in all, and the same examples a step."""
+def command(workdir: pathlib.Path, devices: int, exact: bool) -> list[str]:
+    """The training, of so many devices in all, and the same examples a step.
+
+    `exact`: in float32. Else as it comes, in bfloat16.
+    """
     return [
         *(sys.executable, "-m", "jaxtrain", "train", "dpo", f"--workdir={workdir}"),
         f"--mesh.fsdp={devices}",
@@ -50,11 +54,14 @@ def command(workdir: pathlib.Path, devices: int) -> list[str]:
         *(f"--training.save_steps={SAVED_EACH}", "--training.eval_steps=0"),
         *("--data.max_train_rows=64", "--data.max_length=192", "--data.packing=false"),
         *(["--training.full_determinism=true"] if devices == 1 else []),
+        *(["--training.bf16=false"] if exact else []),
     ]
 
 
 @contextlib.contextmanager
-def started(workdir: pathlib.Path, processes: int, first_gpu: int = 0) -> Any:
+def started(
+    workdir: pathlib.Path, processes: int, first_gpu: int = 0, exact: bool = False
+) -> Any:
     """All processes of a training, each with a device; ended when the block ends."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -66,6 +73,7 @@ def started(workdir: pathlib.Path, processes: int, first_gpu: int = 0) -> Any:
             **os.environ,
             "CUDA_VISIBLE_DEVICES": gpus()[first_gpu + rank] if gpus() else "",
             "JAXTRAIN_HEARTBEAT_TIMEOUT_SECS": "15",
+            **({"JAX_DEFAULT_MATMUL_PRECISION": "highest"} if exact else {}),
         }
         if processes > 1:
             own |= {
@@ -76,7 +84,7 @@ def started(workdir: pathlib.Path, processes: int, first_gpu: int = 0) -> Any:
         with workdir.with_suffix(f".{rank}.log").open("a") as log:
             running.append(
                 subprocess.Popen(
-                    command(workdir, processes), env=own, stdout=log, stderr=log
+                    command(workdir, processes, exact), env=own, stdout=log, stderr=log
                 )
             )
     try:
@@ -101,13 +109,15 @@ def gpus() -> list[str]:
     return [str(number) for number, _ in enumerate(found.stdout.splitlines())]
 
 
-def finish(workdir: pathlib.Path, processes: int, first_gpu: int = 0) -> None:
+def finish(
+    workdir: pathlib.Path, processes: int, first_gpu: int = 0, exact: bool = False
+) -> None:
     """Train to the end, on so many GPUs from the first one on.
 
     Raises:
         RuntimeError: a process failed, with the end of what it said.
     """
-    with started(workdir, processes, first_gpu) as running:
+    with started(workdir, processes, first_gpu, exact) as running:
         for rank, process in enumerate(running):
             if code := process.wait(_LIMIT_SECS):
                 raise RuntimeError(f"exit code {code}: {last_words(workdir, rank)}")
@@ -195,9 +205,12 @@ def check(folder: pathlib.Path, processes: int) -> bool:
     line = {"killed": f"1 of {processes}", "exit_codes": codes, "saved_steps": saved}
     print(json.dumps(line | {"fine": fine, "said": last_words(broken, 0)}), flush=True)
     same, one, again = folder / "same", folder / "one", folder / "again"
-    for workdir in (same, one, again):
+    many_exact, one_exact = folder / "many-float32", folder / "one-float32"
+    for workdir in (same, one, again, many_exact, one_exact):
         shutil.copytree(broken, workdir)
     finish(same, processes)
+    finish(many_exact, processes, exact=True)
+    finish(one_exact, 1, exact=True)
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         for _ in pool.map(
             lambda run: finish(run[1], 1, run[0]), enumerate((one, again))
@@ -206,7 +219,7 @@ def check(folder: pathlib.Path, processes: int) -> bool:
     for left, right, is_same in (
         (same, whole, True),
         (again, one, True),
-        (one, whole, False),
+        (one_exact, many_exact, False),
     ):
         found = compare(left, right)
         good = found["steps"] == STEPS and found["largest_loss_difference"] < 1e-4
