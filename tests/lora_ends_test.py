@@ -277,6 +277,32 @@ def test_an_adapter_of_a_resized_embedding_is_refused(tmp_path):
             load_adapter(tmp_path, tree)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_bases_own_embeddings_in_an_adapter_are_left_out(tied, tmp_path):
+    """As PEFT writes them by save_embedding_layers, and by itself after a resize."""
+    tree = make_tree(tied=tied)
+    lora = LoraConfig(r=RANK, target_modules=("q_proj",))
+    adapters = init_adapters(jax.random.key(0), tree, lora)
+    save_adapter(tmp_path, adapters, lora, None, tied_embeddings=tied)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    table = np.asarray(tree["embed_tokens"]["embedding"])
+    head = table if tied else np.asarray(tree["lm_head"]["kernel"]).T
+    names = [
+        f"base_model.model.{name}.weight" for name in ("model.embed_tokens", "lm_head")
+    ]
+    safetensors.numpy.save_file(
+        tensors | dict(zip(names, (table, np.ascontiguousarray(head)), strict=True)),
+        file,
+    )
+    loaded, _ = load_adapter(tmp_path, tree)
+    jax.tree.map(np.testing.assert_array_equal, loaded, adapters)
+    for name in names:
+        safetensors.numpy.save_file(tensors | {name: np.zeros_like(table)}, file)
+        with pytest.raises(ValueError, match="is not that of this base"):
+            load_adapter(tmp_path, tree)
+
+
 def test_tying_that_ties_nothing_is_refused():
     config = tiny_config("lora", lora__ensure_weight_tying=True)
     with pytest.raises(ValueError, match="gives no adapter to an embedding"):

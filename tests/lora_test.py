@@ -931,7 +931,7 @@ Q_PROJ = "base_model.model.model.layers.1.self_attn.q_proj"
                     )
                 }
             ),
-            "holds lm_head.kernel, which its modules_to_save",
+            "its lm_head .* is not that of this base.*or name lm_head in its modules_to",
         ),
     ],
 )
@@ -956,5 +956,7 @@ def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ValueError, match="/gone: there is no such directory"):
         load_adapter(tmp_path / "gone", make_tree())
     save_example(tmp_path / "adapter")
-    with pytest.raises(ValueError, match=r"work directory of a run: give .*/adapter$"):
+    with pytest.raises(
+        ValueError, match=r"has no adapter_config\.json: give .*/adapter$"
+    ):
         load_adapter(tmp_path, make_tree())

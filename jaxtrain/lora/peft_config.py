@@ -173,12 +173,10 @@ def read_config(path: pathlib.Path) -> dict[str, Any]:
     """
     if not path.is_dir():
         raise ValueError(f"adapter {path}: there is no such directory; check the path")
-    if (path / "adapter" / CONFIG_FILE).is_file() and not (
-        path / CONFIG_FILE
-    ).is_file():
-        raise ValueError(
-            f"adapter {path} is the work directory of a run: give {path / 'adapter'}"
-        )
+    inner = sorted(path.glob(f"*/{CONFIG_FILE}"))
+    if inner and not (path / CONFIG_FILE).is_file():  # adapters that have a name
+        found = " or ".join(str(each.parent) for each in inner)
+        raise ValueError(f"adapter {path} has no {CONFIG_FILE}: give {found}")
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (path / name).is_file():
             raise ValueError(

@@ -5,11 +5,12 @@
 stacked and matrices are [in out].
 """
 
+import contextlib
 import dataclasses
 import json
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -26,7 +27,7 @@ from jaxtrain.lora.peft_config import (
     settings_in_file,
 )
 from jaxtrain.lora.peft_tensors import WEIGHTS_FILE
-from jaxtrain.lora.targets import ADAPTER_LEAVES, EMBEDDING, LoraConfig
+from jaxtrain.lora.targets import ADAPTER_LEAVES, EMBEDDING, LoraConfig, TreePath
 from jaxtrain.record.safe_text import shown
 from jaxtrain.sharding import to_host
 from jaxtrain.tree import flatten, nest
@@ -140,8 +141,12 @@ def load_adapter(
     lora = read_settings(path)
     config = read_config(path)
     ties = targets.is_tied(base_tree) and bool(config.get("ensure_weight_tying"))
-    mixture = parameters.select(lora, base_tree)
-    stacks = peft_tensors.read_stacks(path, base_tree, mixture, drop_head=ties)
+    with _of_adapter(path):
+        mixture = parameters.select(lora, base_tree)
+        saved = targets.resolve_modules_to_save(lora, base_tree)
+    stacks = peft_tensors.read_stacks(
+        path, base_tree, mixture, saved=saved, drop_head=ties
+    )
     having = {
         leaf: {key[:-1] for key in stacks if key[-1] == leaf} for leaf in ADAPTER_LEAVES
     }
@@ -155,33 +160,40 @@ def load_adapter(
             f"adapter {path}: use_dora = {lora.use_dora}, but it holds magnitudes of"
             f" {sorted(having['lora_magnitude'])}: save it anew with PEFT"
         )
-    targets.resolve_ranks(lora, base_tree)  # refuses what takes no adapter
+    with _of_adapter(path):
+        targets.resolve_ranks(lora, base_tree)  # refuses what takes no adapter
     trainable = nest(peft_tensors.fit_to_base(path, stacks, base_tree, lora))
-    _check_saved_modules(path, trainable, lora, base_tree, ties=ties)
+    unties = targets.is_tied(base_tree) and not ties
+    _check_saved_modules(path, trainable, saved, unties=unties)
     return trainable, lora
 
 
+@contextlib.contextmanager
+def _of_adapter(path: pathlib.Path) -> Iterator[None]:
+    """What is wrong with an adapter's settings, which are no longer to be chosen."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(
+            f"adapter {path}: {error}. If it was trained so, merge it with PEFT"
+        ) from error
+
+
 def _check_saved_modules(
-    path: pathlib.Path,
-    trainable: Params,
-    lora: LoraConfig,
-    base_tree: Mapping[str, Any],
-    *,
-    ties: bool,
+    path: pathlib.Path, trainable: Params, saved: set[TreePath], *, unties: bool
 ) -> None:
     """Whole weights must be those that modules_to_save names, and tied as ours are."""
     trains_table = "embedding" in trainable.get("embed_tokens", {})
-    if trains_table and targets.is_tied(base_tree) and not ties:
+    if trains_table and unties:
         raise ValueError(
             f"adapter {path}: it trains embed_tokens apart from the head, but here they"
             " are one array: save it with ensure_weight_tying=True, or untie the base"
             " (tie_word_embeddings=False)"
         )
-    saved = targets.resolve_modules_to_save(lora, base_tree)
     for key in flatten(trainable):
         is_whole = key[-1] not in (*ADAPTER_LEAVES, "bias")
         if is_whole and not targets.is_within(key, saved):
             raise ValueError(
                 f"adapter {path}: it holds {'.'.join(key)}, which its modules_to_save"
-                f" = {list(lora.modules_to_save)} does not name: add it there"
+                " does not name: add it there"
             )

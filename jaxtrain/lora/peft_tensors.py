@@ -28,6 +28,8 @@ TRANSPOSED = ("lora_a", "lora_b", "kernel", "weight")
 
 # PEFT adds the base's own matrices to a file that adapts them.
 _BASE_COPIES = ("lm_head.base_layer.weight", "model.embed_tokens.base_layer.weight")
+# So it does by save_embedding_layers, and by itself after a resize.
+_ENDS = {"lm_head.weight": "lm_head", "model.embed_tokens.weight": "embed_tokens"}
 _MATRICES = ("kernel", CODES, "tied")
 # Tensors of a module: our name, and what it must hold one of to have such a tensor.
 _LEAVES = {
@@ -154,12 +156,14 @@ def read_stacks(
     base_tree: Mapping[str, Any],
     mixture: Collection[Parameter],
     *,
+    saved: Collection[TreePath],
     drop_head: bool,
 ) -> dict[TreePath, dict[int, np.ndarray]]:
     """Leaf path -> layer -> array; layer 0 alone outside the layers.
 
     Args:
         mixture: the parameters of routers and experts that the adapter is of.
+        saved: the modules that the adapter trained whole.
         drop_head: ignore the head's tensors, because the head is the embedding.
 
     Raises:
@@ -189,7 +193,7 @@ def read_stacks(
             continue  # PEFT's own duplicates of a saved module's bias
         if drop_head and name.startswith("lm_head."):
             continue  # the embedding again
-        if name in _BASE_COPIES:
+        if name in _BASE_COPIES or (name in _ENDS and (_ENDS[name],) not in saved):
             _check_base_copy(path, name, value, base_tree)
             continue
         match = _TENSOR.fullmatch(name)
@@ -216,7 +220,7 @@ def read_stacks(
 def _check_base_copy(
     path: pathlib.Path, name: str, value: np.ndarray, base_tree: Mapping[str, Any]
 ) -> None:
-    """Refuse an adapter whose embedding is not the base's, as after a resize."""
+    """Refuse an adapter whose embedding or head is not the base's."""
     module = name.removeprefix("model.").split(".")[0]
     tied = module == "lm_head" and targets.is_tied(base_tree)
     leaves = base_tree["embed_tokens" if tied else module]
@@ -230,7 +234,7 @@ def _check_base_copy(
         raise ValueError(
             f"adapter {path}: its {module} {value.shape} is not that of this base: load"
             " the base that the adapter was trained on, with its embeddings resized as"
-            " they were then"
+            f" they were then, or name {module} in its modules_to_save if it trained it"
         )
 
 

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import struct
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -280,6 +281,8 @@ def _why_no_weights(directory: pathlib.Path) -> str:
             " adapter as training.lora.init_from"
         )
     others = [name for name in names if name.endswith(".safetensors")]
+    if len(others) == 1 and re.fullmatch(r"model\.\w+\.safetensors", others[0]):
+        return f"{found}, only the variant {others[0]}: rename it to {WEIGHTS}"
     if others:
         return f"{found}, only {', '.join(others[:3])}: download the index too"
     return f"{found}: download the weights"

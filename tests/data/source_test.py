@@ -100,6 +100,9 @@ def test_rows_stay_in_their_files(name, load, tmp_path):
         ("train.jsonl", "validation.jsonl"),
         ("train-00000-of-00001.jsonl", "test-00000-of-00001.jsonl"),
         ("my_train.jsonl", "my_dev.jsonl"),
+        ("my-train-00000-of-00001.jsonl", "my-dev-00000-of-00001.jsonl"),
+        ("data/train/a.jsonl", "data/test/a.jsonl"),
+        ("default/train/0000.jsonl", "default/validation/0000.jsonl"),
         ("data.jsonl", "eval.jsonl"),
     ],
 )
@@ -110,6 +113,29 @@ def test_a_folder_is_divided_by_split_names(train, held_out, load, tmp_path):
     assert list(load(tmp_path / "data", split="eval")) == ROWS[1:]
     with pytest.raises(ValueError, match="has no split 'dpo'"):
         load(tmp_path / "data", split="dpo")
+
+
+def test_shards_of_several_names_are_splits_of_these_names(load, tmp_path):
+    """As ultrafeedback_binarized has them."""
+    folder = tmp_path / "data"
+    for number, name in enumerate(("train_sft", "train_prefs", "test_prefs")):
+        write(folder / f"{name}-00000-of-00001.jsonl", ROWS[:1] * (number + 1))
+    assert len(load(folder, split="train_prefs")) == 2
+    assert len(load(folder, split="eval")) == 3  # one may be meant
+    with pytest.raises(ValueError, match=r"'train': \['train_prefs', 'train_sft'\]"):
+        load(folder)
+    write(folder / "train-00000-of-00001.jsonl", ROWS[:1] * 4)
+    assert len(load(folder)) == 4
+    # Several data sets in one split's folder are parts of it.
+    write(tmp_path / "both" / "train" / "a-00000-of-00001.jsonl", ROWS[:1])
+    write(tmp_path / "both" / "train" / "b-00000-of-00001.jsonl", ROWS[:1])
+    assert len(load(tmp_path / "both")) == 2
+
+
+def test_an_empty_saved_data_set_is_refused(load, tmp_path):
+    datasets.Dataset.from_list(ROWS).select([]).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match="saved holds no row"):
+        load(tmp_path / "saved")
 
 
 def test_a_folder_without_split_names_is_taken_whole(load, tmp_path):

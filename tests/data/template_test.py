@@ -151,3 +151,15 @@ def test_tokens_overlapping_a_span_are_masked():
     assert mask_tokens(offsets, [(2, 6)]).tolist() == [0, 1, 1, 1, 1, 0]
     assert mask_tokens(offsets, [(1, 2), (6, 8)]).tolist() == [1, 0, 0, 0, 0, 1]
     assert mask_tokens([], [(0, 1)]).tolist() == []
+
+
+def test_a_template_that_ends_no_turn_is_told_once(tokenizer, caplog):
+    """GLM 4.5's: the next turn's role is what ends a turn."""
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    )
+    for _ in range(2):
+        encode_with_assistant_mask(tokenizer, talk("a", "b"), NO_KWARGS)
+    (line,) = [text for text in caplog.messages if "nothing behind" in text]
+    assert "data.chat_template" in line

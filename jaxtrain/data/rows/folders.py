@@ -19,10 +19,12 @@ from jaxtrain.storage.reading import AnyFile
 
 SAVED = ("state.json", "dataset_dict.json")  # by `Dataset.save_to_disk`
 _FIRST_ROWS = 100
+_SHARD = re.compile(r"-\d{5}-of-\d{5}.*")
 SPLITS = {
     "train": ("train", "training"),
     "eval": ("eval", "evaluation", "validation", "valid", "val", "dev", "test"),
 }
+_KNOWN = {alias for aliases in SPLITS.values() for alias in aliases}
 
 
 def first_rows(path: pathlib.Path, split: str) -> list[Mapping[str, Any]]:
@@ -93,13 +95,18 @@ def choose_split(
 ) -> list[pathlib.PurePath]:
     """Which of a folder's files, by their paths below it, are the data of a split.
 
+    Shards of several names, such as train_sft-00000-of-00002.parquet beside
+    train_prefs-00000-of-00001.parquet, are splits of these names, as for `datasets`.
+
     Raises:
-        ValueError: none is.
+        ValueError: none is, or "train" may be either of these.
     """
     named = sorted(name for name in names if reader_of(name))
     files = [n for n in named if not any(part.startswith(".") for part in n.parts)]
     if not files:
         raise ValueError(f"{folder} holds no data file: expected {SUFFIXES}")
+    if own := [file for file in files if _own_name(file) == split]:
+        return own
     by_split: dict[str | None, list[pathlib.PurePath]] = {}
     for file in files:
         by_split.setdefault(_split_of(file), []).append(file)
@@ -107,6 +114,7 @@ def choose_split(
         return by_split[None]
     for alias in split_aliases(split):
         if alias in by_split:
+            _refuse_several(by_split[alias], alias, folder)
             return by_split[alias]
     if split in SPLITS["train"] and None in by_split:
         return by_split[None]  # "data.jsonl" beside "eval.jsonl"
@@ -135,13 +143,36 @@ def check_formats(files: Sequence[AnyFile], folder: str) -> None:
 
 
 def _split_of(file: pathlib.PurePath) -> str | None:
-    """Which split a file's first folder, or its own name, stands for."""
-    known = {alias for aliases in SPLITS.values() for alias in aliases}
-    first_folder = [folder.lower() for folder in file.parts[:-1][:1]]
+    """Which split a file's folders, or its own name, stand for."""
     # "train", "train-00000-of-00002", "my_data_validation"
-    words = re.split("[-_]", file.name.lower().split(".")[0])
-    names = (*first_folder, words[0], words[-1])
-    return next((name for name in names if name in known), None)
+    words = re.split("[-_]", _own_name(file).lower())
+    names = (*_folders(file), words[0], words[-1])
+    return next((name for name in names if name in _KNOWN), None)
+
+
+def _own_name(file: pathlib.PurePath) -> str:
+    """A file's name without its suffixes and the number of a shard."""
+    return _SHARD.sub("", file.name.split(".")[0])
+
+
+def _folders(file: pathlib.PurePath) -> list[str]:
+    return [folder.lower() for folder in file.parts[:-1]]
+
+
+def _refuse_several(
+    files: Sequence[pathlib.PurePath], split: str, folder: str
+) -> None:
+    """Refuse shards of several names that would all be this split.
+
+    Raises:
+        ValueError: names them.
+    """
+    shards = [f for f in files if _SHARD.search(f.name) and split not in _folders(f)]
+    if len(names := sorted({_own_name(file) for file in shards})) > 1:
+        raise ValueError(
+            f"{folder} has several splits that may be {shown(split)}: {names}; name one"
+            " of them in data.train_split (or data.eval_split)"
+        )
 
 
 def split_aliases(split: str) -> tuple[str, ...]:

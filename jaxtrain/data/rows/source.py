@@ -89,13 +89,16 @@ def load_saved(folder: pathlib.Path, split: str) -> Dataset | None:
     """What `save_to_disk` wrote to a folder, or None.
 
     Raises:
-        ValueError: a file in it names others that are elsewhere.
+        ValueError: it is empty, or a file in it names others that are elsewhere.
     """
     if is_saved(folder):
         _check_saved(folder)
         import datasets
 
-        loaded = datasets.load_from_disk(str(folder))
+        try:
+            loaded = datasets.load_from_disk(str(folder))
+        except IndexError as error:  # of no file, nothing can be put together
+            raise ValueError(f"{folder} holds no row, or a split of it none") from error
         return _choose_split(loaded, split, str(folder))
     return None
 

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -36,8 +37,11 @@ from jaxtrain.data.rows.turns import (
     find_assistant_spans,
     find_spans_by_beginnings,
     find_turn_shape,
+    writes_end,
 )
 from jaxtrain.record.safe_text import shown
+
+logger = logging.getLogger(__name__)
 
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Arguments of apply_chat_template that are no template variables; rows can't set them.
@@ -88,9 +92,8 @@ def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
             f"the rows are conversations, but tokenizer {shown(tokenizer.name_or_path)}"
-            " has no chat template: give one with load_tokenizer(...,"
-            " chat_template=path), "
-            "take an instruction-tuned tokenizer, or give plain text rows"
+            " has no chat template: name a file with one in data.chat_template, take an"
+            " instruction-tuned tokenizer, or give plain text rows"
         )
 
 
@@ -289,6 +292,12 @@ def _turn_shape(template: _Template) -> TurnShape | None:
 @functools.lru_cache(maxsize=256)
 def _shape_of(text: str, variables: str) -> TurnShape | None:
     template = _Template(text, {**json.loads(variables), "tools": None})
+    if not writes_end(template.render):
+        logger.warning(
+            "the chat template writes nothing behind an assistant's turn, so that no"
+            " token is trained that ends it; set data.chat_template to one that marks"
+            " turns and their ends with {% generation %}"
+        )
     return find_turn_shape(template.render, template.closing)
 
 

@@ -76,6 +76,16 @@ def find_turn_shape(render: Render, closing: str) -> TurnShape | None:
     return TurnShape(first[0], first[1], last[1], first[2], last[2])
 
 
+def writes_end(render: Render) -> bool:
+    """Whether a template writes something behind the last turn, an assistant's."""
+    user = {"role": "user", "content": "Is it?"}
+    try:
+        text = render([user, {"role": "assistant", "content": STAND_IN}])
+    except BadRow:
+        return True  # not known
+    return not text.endswith(STAND_IN)
+
+
 def find_assistant_spans(
     render: Render, messages: Messages, full: str, shape: TurnShape
 ) -> list[Span] | None:
