@@ -6,6 +6,7 @@ these come the `ConfigDict` that the command line overrides, every check of what
 set, and docs/configuration.md.
 """
 
+import copy
 import dataclasses
 import difflib
 import math
@@ -45,7 +46,7 @@ class Bound:
         if self.high == math.inf:
             return f"{'>' if self.open_low else '>='} {self.low:g}"
         left, right = "(" if self.open_low else "[", ")" if self.open_high else "]"
-        return f"in {left}{self.low:g}, {self.high:g}{right}"
+        return f"in {left}{self.low:.15g}, {self.high:.15g}{right}"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -219,6 +220,21 @@ def to_config_dict(schema: Schema) -> ConfigDict:
 
     leaves = flatten(schema).items()
     return ConfigDict(nest({path: stored(leaf) for path, leaf in leaves}))
+
+
+def copy_config(config: ConfigDict) -> ConfigDict:
+    """A copy whose values share nothing with the config's, references resolved.
+
+    A deep copy would make ConfigDicts of mappings, whose names may have no dots.
+    """
+    fresh = ConfigDict()
+    for name, value in config.items(preserve_field_references=True):
+        if isinstance(value, FieldReference):
+            fresh[name] = FieldReference(None, value.get_type())
+            value = value.get()
+        is_section = isinstance(value, ConfigDict)
+        fresh[name] = copy_config(value) if is_section else copy.deepcopy(value)
+    return fresh.lock() if config.is_locked else fresh
 
 
 def overlay(
@@ -497,7 +513,6 @@ def _allowed_texts(hint: Any) -> list[str]:
 
 def _is_number(text: str) -> bool:
     try:
-        float(text)
+        return math.isfinite(float(text))
     except ValueError:
         return text.lower() in ("true", "false")
-    return True

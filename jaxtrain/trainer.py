@@ -15,7 +15,13 @@ import jax
 from ml_collections import ConfigDict
 
 from jaxtrain import build
-from jaxtrain.config import ConfigManager, RunConfig, resolve, to_config_dict
+from jaxtrain.config import (
+    ConfigManager,
+    RunConfig,
+    copy_config,
+    resolve,
+    to_config_dict,
+)
 from jaxtrain.data import loading, sources
 from jaxtrain.data.batches.dataset import PreparedDataset
 from jaxtrain.data.loading import AnyRows as Rows
@@ -265,7 +271,9 @@ def _pad_rows(config: ConfigDict) -> None:
 def _to_config_dict(config: Any) -> ConfigDict:
     """A copy of what the orchestrator was given, as a ConfigDict."""
     if isinstance(config, ConfigManager):
-        return copy.deepcopy(config.config_dict)
+        return copy_config(config.config_dict)
     if isinstance(config, RunConfig):
         return to_config_dict(config)
-    return copy.deepcopy(config)
+    return (
+        copy_config(config) if isinstance(config, ConfigDict) else copy.deepcopy(config)
+    )

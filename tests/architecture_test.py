@@ -76,7 +76,13 @@ ALLOWED: dict[str, set[str]] = {
         "run.weights",
         "cli.command",
     },
-    "cli.chat": {"cli.generate", "cli.source", "evaluation", "models.load"},
+    "cli.chat": {
+        "cli.generate",
+        "cli.source",
+        "evaluation",
+        "models.load",
+        "record.safe_text",
+    },
     "__main__": {"cli"},
     "batch": set(),
     "data.batches": {"record.safe_text", "batch", "config"},
@@ -129,6 +135,7 @@ ALLOWED: dict[str, set[str]] = {
         "types",
     },
     "evaluation": {
+        "record.safe_text",
         "config.eval_sets",
         "data.batches",
         "models",
@@ -361,6 +368,7 @@ ALLOWED: dict[str, set[str]] = {
         "storage",
     },
     "data.loading": {
+        "record.safe_text",
         "config.eval_sets",
         "assets",
         "config",

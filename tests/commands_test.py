@@ -393,7 +393,18 @@ def test_a_chat_remembers_is_cleared_and_stopped(trained, monkeypatch, capsys):
         yield "be it"
 
     turns = iter(
-        ["one", "stop", "two", "fail", "/what", "/clear", "three", "", "/exit"]
+        [
+            "one",
+            "stop",
+            "two",
+            "fail",
+            "/what",
+            "/clear",
+            "caf\udce9",
+            "three",
+            "",
+            "/exit",
+        ]
     )
     monkeypatch.setattr("builtins.input", lambda prompt: next(turns))
     chat.talk(answer, "be brief")
@@ -408,7 +419,7 @@ def test_a_chat_remembers_is_cleared_and_stopped(trained, monkeypatch, capsys):
     assert [m["role"] for m in asked[1]] == ["system", "user", "assistant", "user"]
     output = capsys.readouterr()
     assert "too long; /clear begins anew" in output.err
-    assert "so be it\n" in output.out
+    assert "so be it\n" in output.out and "not UTF-8" in output.out
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from jaxtrain.config import (
     ConfigError,
     ConfigManager,
     RunConfig,
+    copy_config,
     default_config,
     diff,
     load_config,
@@ -146,6 +147,22 @@ def test_the_documented_high_performance_file_means_what_it_says(
     assert "zero_stage = 3: parameters and optimizer split over devices" in log
     assert "optimizer state and parameters in pinned host memory" in log
     assert "data 1 x fsdp 8 x context 1 x tensor 1" in log
+
+
+def test_a_copy_keeps_names_with_dots_and_shares_nothing() -> None:
+    """In packages and regular expressions; a ConfigDict would refuse them."""
+    config = default_config()
+    config.training.lora.rank_pattern = {r".*\.down_proj": 4}
+    config.training.callbacks = ["package.parts:Stop"]
+    copied = copy_config(config)
+    assert copied.to_dict() == config.to_dict()
+    copied.training.lora.rank_pattern["q_proj"] = 2
+    copied.training.seed = 5
+    assert config.training.lora.rank_pattern == {r".*\.down_proj": 4}
+    assert config.training.seed != 5
+    with pytest.raises(TypeError):
+        copied.training.seed = "five"
+    assert copy_config(config.lock()).is_locked
 
 
 def test_the_documented_memory_efficient_file_means_what_it_says(

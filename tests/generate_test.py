@@ -325,6 +325,14 @@ def test_an_empty_prompt_without_a_first_token_is_refused():
         generate_texts(generate, {}, tokenizer, ["3", ""], key=jax.random.key(0))
 
 
+def test_a_prompt_that_is_no_unicode_text_is_refused():
+    generate = make_generate(CountingDecoder(), max_new_tokens=2)
+    with pytest.raises(ValueError, match="prompt 1 is no Unicode text"):
+        generate_texts(
+            generate, {}, NumberTokenizer(), ["3", "\udce9"], key=jax.random.key(0)
+        )
+
+
 @pytest.mark.torch
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_greedy_equals_transformers_generate(tmp_path, side):

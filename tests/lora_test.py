@@ -931,7 +931,7 @@ Q_PROJ = "base_model.model.model.layers.1.self_attn.q_proj"
                     )
                 }
             ),
-            "its lm_head .* is not that of this base.*or name lm_head in its modules_to",
+            "its lm_head .* is not that of this base.*or name lm_head in its",
         ),
     ],
 )

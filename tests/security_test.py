@@ -99,17 +99,6 @@ def test_weights_in_pickles_are_refused_by_name(name, tmp_path):
     assert "pickle" in str(refused.value) and "safetensors" in str(refused.value)
 
 
-def test_a_variant_is_told_from_a_part_of_several(tmp_path):
-    (tmp_path / "model.fp16.safetensors").write_bytes(b"")
-    with pytest.raises(ValueError, match="only the variant model.fp16.safetensors"):
-        hf_files.find_weights(tmp_path)
-    (tmp_path / "model.fp16.safetensors").rename(
-        tmp_path / "model-00001-of-00002.safetensors"
-    )
-    with pytest.raises(ValueError, match="download the index too"):
-        hf_files.find_weights(tmp_path)
-
-
 def test_no_text_is_run_as_code_or_by_a_shell():
     may_run = {"config/files.py": "spec.loader.exec_module"}  # a config that is Python
     for name, tree in trees():

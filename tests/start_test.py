@@ -83,6 +83,7 @@ def test_the_block_of_a_full_run_tells_what_can_be_counted_by_hand(dpo_parts):
         "16 rows a step = 2 a device x 4 data-parallel x 2 micro-" in entries["batch"]
     )
     (shape,) = dpo_parts.train_batches.reader.packing.shapes
+    assert "of which an epoch has" not in entries["batch"]
     assert "tokens (shared prompts once)" in entries["data"]
     assert "packed by" in entries["data"]
     tokens = dpo_parts.train_data.stats.tokens
@@ -268,3 +269,17 @@ def test_a_commit_is_told_of_a_checkout_alone_and_whether_its_code_differs(tmp_p
 def test_a_command_line_is_told_without_its_secrets(arguments, shown):
     assert provenance.command_line(arguments) == shown
     assert "abc123" not in provenance.command_line(arguments)
+
+
+def test_a_step_of_more_rows_than_there_are_is_told(dpo_parts):
+    """Micro-batches without a row are computed all the same."""
+    few = dataclasses.replace(dpo_parts.run.loop, gradient_accumulation_steps=50)
+    parts = dataclasses.replace(
+        dpo_parts, run=dataclasses.replace(dpo_parts.run, loop=few)
+    )
+    told = block(parts)["batch"]
+    assert (
+        told.startswith("400 rows a step")
+        and f"an epoch has {len(parts.train_data)}" in told
+    )
+    assert "gradient_accumulation_steps lower" in told

@@ -18,7 +18,7 @@ from jaxtrain.aot.hlo_cost import analyze
 from jaxtrain.aot.jaxpr_cost import count_flops
 from jaxtrain.aot.report import CHIPS, Chip, Report
 from jaxtrain.batch import rows_of
-from jaxtrain.config import RunConfig, resolve
+from jaxtrain.config import RunConfig, copy_config, resolve
 from jaxtrain.data.batches.dataset import ROW_MULTIPLE
 from jaxtrain.kernels import xla_options
 from jaxtrain.models.load import LoadedModel, load_abstract_model
@@ -197,7 +197,7 @@ def search_settings(
 
 def _with_settings(config: Any, candidate: search.Candidate) -> Any:
     """The config with the candidate's keys in place of its own."""
-    config = config.copy_and_resolve_references()
+    config = copy_config(config)
     own = config.training.get(config.training.training_type, {})
     settings: dict[str, Any] = {"mesh.expert": 1}  # unless the candidate has it
     settings |= {f"mesh.{axis}": size for axis, size in candidate.mesh}

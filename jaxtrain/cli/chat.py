@@ -16,6 +16,7 @@ from jaxtrain.cli.generate import (
     settle,
 )
 from jaxtrain.cli.source import SourceParser, prepare_devices
+from jaxtrain.record.safe_text import is_unicode
 
 if TYPE_CHECKING:
     from jaxtrain.models.load import LoadedModel
@@ -97,6 +98,9 @@ def talk(
             return
         except KeyboardInterrupt:
             print(f"\n{_HELP}")
+            continue
+        if not is_unicode(text):
+            print("This line is not UTF-8 and was not sent.")
             continue
         if text == "/exit":
             return

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from jaxtrain.record import logs
-from jaxtrain.record.safe_text import escape_controls, mask_text
+from jaxtrain.record.safe_text import escape_controls, is_unicode, mask_text
 from jaxtrain.run import interrupts
 
 MISTAKE, FAULT, INTERRUPTED = 2, 1, 130
@@ -57,6 +57,9 @@ def run_command(
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
+    if wrong := [each for each in given if not is_unicode(each)]:
+        print(f"error: {_safe(ascii(wrong[0]))}: not UTF-8", file=sys.stderr)
+        return MISTAKE
     if sys.excepthook is sys.__excepthook__:
         sys.excepthook = _without_late_callbacks
     if sys.unraisablehook is sys.__unraisablehook__:

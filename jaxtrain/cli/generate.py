@@ -39,6 +39,9 @@ model it exported or, where there is none yet, by its newest checkpoint. How tok
 drawn is, where no flag says it, as the model's generation_config.json has it, and so
 are the tokens that end a text."""
 
+# Generation has attention to a cache of its own, and no loss.
+_IDLE = ("model.attention", "model.loss_chunk_tokens")
+
 
 def main(arguments: Sequence[str]) -> None:
     """Print the texts, and write them where `--output` says.
@@ -67,7 +70,8 @@ def main(arguments: Sequence[str]) -> None:
         parser.error(f"--batch_size={options.batch_size}: give 1 or more")
     prompts = read_prompts(options)
     if not prompts:
-        parser.error("no prompt is given: add one, or --prompts=FILE")
+        empty = "" if options.file is None else f"--prompts={options.file}: "
+        parser.error(f"{empty}no prompt is given: add one, or --prompts=FILE")
     check_sampling(parser, options)
     prepare_devices()
     run, policy = settle(source, options, flags)
@@ -147,7 +151,8 @@ def settle(
             policy = choose_checkpoint(source.run(), source.checkpoints, step)
     config = configure(source, base=options.model, flags=flags)
     keys = override(config, flags)
-    check_acting(keys, (*COMPUTING, "data.chat_template"), "generation")
+    acting = (*COMPUTING, "data.chat_template")
+    check_acting(keys, acting, "generation", but=_IDLE)
     run = resolve(config, device_count=jax.device_count(), flags=keys)
     return without_reference(run), policy
 
@@ -245,8 +250,14 @@ def read_prompts(options: argparse.Namespace) -> list[Prompt]:
 
 def _read_file(name: str) -> Iterator[Prompt]:
     is_input = name == "-"
+    if name.endswith((".csv", ".tsv", ".json", ".parquet", ".arrow", ".gz", ".zst")):
+        raise ValueError(
+            f"--prompts={name}: give a .jsonl file, or one with a prompt on each line"
+        )
     try:
-        text = sys.stdin.read() if is_input else path_argument(name).read_text("utf-8")
+        text = (
+            sys.stdin.read() if is_input else path_argument(name).read_text("utf-8-sig")
+        )
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{name}: not UTF-8 ({error.reason}); save it as UTF-8"

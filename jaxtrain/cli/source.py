@@ -224,17 +224,25 @@ class SourceParser(Parser):
         return options, source, flags
 
 
-def check_acting(keys: Collection[str], acting: Collection[str], command: str) -> None:
+def check_acting(
+    keys: Collection[str],
+    acting: Collection[str],
+    command: str,
+    but: Collection[str] = (),
+) -> None:
     """Refuse flags that set keys which do not act in a command.
 
     Args:
         keys: full keys that flags have set.
         acting: full keys, or sections with all their keys.
+        but: keys of these sections that do not act.
 
     Raises:
         ConfigError: one line for each.
     """
-    idle = [key for key in sorted(keys) if not _acts(_general(key), acting)]
+    idle = [
+        key for key in sorted(keys) if key in but or not _acts(_general(key), acting)
+    ]
     if idle:
         raise ConfigError(
             f"--{key} has no effect on {command}; remove the flag" for key in idle

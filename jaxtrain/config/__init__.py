@@ -8,6 +8,7 @@ from jaxtrain.config.sections import (
     OptimizerSection,
     ScheduleSection,
 )
+from jaxtrain.schema import copy_config
 
 __all__ = [
     "ConfigError",
@@ -16,6 +17,7 @@ __all__ = [
     "OptimizerSection",
     "RunConfig",
     "ScheduleSection",
+    "copy_config",
     "default_config",
     "diff",
     "load_config",

@@ -6,8 +6,8 @@ import itertools
 import logging
 import os
 import pathlib
-from collections.abc import Callable, Mapping
-from typing import TypeAlias, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeAlias, TypeVar
 
 from ml_collections import ConfigDict
 
@@ -44,6 +44,7 @@ from jaxtrain.data.stream.batches import (
     prepare_stream,
 )
 from jaxtrain.data.stream.source import HubSource, head, open_stream
+from jaxtrain.record.safe_text import shown
 
 logger = logging.getLogger(__name__)
 
@@ -127,6 +128,8 @@ def prepare_rows(
             )
         source = HubSource("train_dataset", rows, run.data.max_train_rows)
         rows = StreamRows((source,))
+    elif not isinstance(rows, StreamRows | Mixture):
+        rows = _hold(rows)
     options = prepare_options(run)
     if vocab_size is not None and highest_id(tokenizer) >= vocab_size:
         options = dataclasses.replace(options, vocab_size=vocab_size)
@@ -142,6 +145,23 @@ def prepare_rows(
         )
     sizes = StreamSizes(run.data.stream_window_rows, run.data.shuffle_buffer_size)
     return prepare_stream(rows, tokenizer, options, sizes)
+
+
+def _hold(rows: Any) -> Rows:
+    """Rows that can be read again.
+
+    Raises:
+        ValueError: they are a text, or a mapping such as a DatasetDict or a DataFrame.
+    """
+    if isinstance(rows, str | bytes | os.PathLike):
+        raise ValueError(
+            f"the rows are the text {shown(rows)}: name a file in data.train"
+        )
+    if isinstance(rows, Mapping):
+        raise ValueError(f"the rows are a mapping: give one of {shown([*rows])}")
+    if hasattr(rows, "iloc"):
+        raise ValueError('the rows are a DataFrame: give frame.to_dict("records")')
+    return list(rows) if isinstance(rows, Iterator) else rows
 
 
 def load_run_tokenizer(
@@ -292,7 +312,10 @@ def _load(
     local = pathlib.Path(name).expanduser().exists() or looks_local(name)
     if run.data.streaming and not local:
         return head(open_stream(name, split=split, max_rows=max_rows), max_rows)
-    return load_rows(name, split=split, max_rows=max_rows)
+    rows = load_rows(name, split=split, max_rows=max_rows)
+    if not len(rows):
+        raise ValueError(f"{name} holds no row")
+    return rows
 
 
 def _embedded(run: RunConfig, evaluation: bool) -> os.PathLike[str]:

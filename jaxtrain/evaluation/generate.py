@@ -16,6 +16,7 @@ import jinja2
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Int32, Key
 
+from jaxtrain.record.safe_text import is_unicode
 from jaxtrain.sharding import to_host
 from jaxtrain.types import Params
 
@@ -298,6 +299,7 @@ def encode_prompt(
     if not isinstance(prompt, str) and len(prompt) and isinstance(prompt[0], int):
         return list(prompt)  # type: ignore[arg-type]
     if isinstance(prompt, str):
+        _refuse_surrogates(prompt, index)
         ids = tokenizer(prompt)["input_ids"]
     else:
         try:
@@ -308,6 +310,7 @@ def encode_prompt(
             raise ValueError(
                 f"prompt {index}: the chat template refuses the conversation: {error}"
             ) from error
+        _refuse_surrogates(text, index)
         # The template writes the special tokens itself.
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     first = (tokenizer.bos_token_id, tokenizer.eos_token_id)
@@ -318,6 +321,11 @@ def encode_prompt(
             "token to begin with: give it a text"
         )
     return list(ids)
+
+
+def _refuse_surrogates(text: str, index: int) -> None:
+    if not is_unicode(text):
+        raise ValueError(f"prompt {index} is no Unicode text: save it as UTF-8")
 
 
 def left_pad(

@@ -275,6 +275,12 @@ class ModelConfig:
         Raises:
             ValueError: the kind or one of its parameters is unknown or missing.
         """
+        for name, value in scaling.items():
+            if value is None:
+                raise ValueError(
+                    f"model.rope_scaling: {shown(name)} has no value; write name:"
+                    " value, with a space behind the colon"
+                )
         trained = (
             self.rope.original_max_position_embeddings or self.max_position_embeddings
         )

@@ -28,6 +28,10 @@ logger = logging.getLogger(__name__)
 
 # Compiling takes a time in proportion; longer stacks were not measured unrolled.
 _MOST_UNROLLED = 48
+# What the kernels that a configuration may name run on.
+_PLATFORM_OF = {
+    "cudnn": "gpu", "pallas_gpu": "gpu", "pallas_triton": "gpu", "pallas_tpu": "tpu",
+}  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -262,6 +266,12 @@ def make_decoder(
             f"mesh.context = {plan.mesh.shape['context']}: layers of type {LINEAR!r}"
             " read a row from its start, so no device can begin with a later part of"
             " it; set mesh.context = 1, and split rows or weights instead"
+        )
+    needed = _PLATFORM_OF.get(run.model.attention, plan.platform)
+    if needed != plan.platform:
+        raise ValueError(
+            f"model.attention = {run.model.attention!r}: it needs a {needed.upper()}; "
+            f"these devices are of the kind {plan.platform}: set it to auto or xla"
         )
     rules, quantized = sharding.ACTIVATION_RULES, None
     if run.lora is not None:

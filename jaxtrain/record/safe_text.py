@@ -97,6 +97,11 @@ def mask_text(text: str) -> str:
     return _mask_forms(_SETTING.sub(hide, text))
 
 
+def is_unicode(text: str) -> bool:
+    """Whether UTF-8 can hold a text: not what bytes that are no UTF-8 were read as."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def escape_controls(text: str) -> str:
     r"""A text whose control characters are spelled, as `\x1b`: none steers a terminal.
 

@@ -192,6 +192,10 @@ def _batch(parts: loop.Parts) -> str:
     text += f" x {times} micro-batches" if times > 1 else ""
     most = rows * data.row_length * _sides(data)
     if isinstance(data, PreparedDataset):
+        if rows > len(data):
+            text += f", of which an epoch has {len(data):,}"
+            text += " (set gradient_accumulation_steps lower)" if times > 1 else ""
+        rows = min(rows, len(data))
         held = data.stats.tokens / max(data.stats.packed_rows, 1) * rows
         if shapes := _row_shapes(parts):
             sizes = [f"{n} x {length:,}" for n, length, _ in (shapes[0], shapes[-1])]

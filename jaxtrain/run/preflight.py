@@ -26,12 +26,14 @@ from jaxtrain.storage.checks import check_writable
 # rows. What only may do so is found when the checkpoint is read.
 _DECIDING = (
     "training.optimizer",
+    "training.moment_dtype",
     "training.fp16",
     "training.lora.enabled",
     "training.lora.use_dora",
     "training.gradient_accumulation_steps",
     "training.seed",
     "data.shuffle",
+    "model.param_dtype",
     "model.architecture.hidden_size",
     "model.architecture.intermediate_size",
     "model.architecture.num_hidden_layers",
@@ -134,7 +136,11 @@ def _check_earlier_steps(run: RunConfig, directory: Any) -> None:
         deciding.add("training.lora.r")
     changed = [line for line in diff(saved, run) if line.partition(":")[0] in deciding]
     if saved and (
-        changed := [*filter(_was_known, changed), *_batch_change(saved, run)]
+        changed := [
+            *filter(_was_known, changed),
+            *_batch_change(saved, run),
+            *_average_change(saved, run),
+        ]
     ):
         raise ValueError(
             f"{directory} holds step {steps[-1]} of a run with other settings, which"
@@ -180,7 +186,10 @@ def keep_recorded(config: ConfigDict, workdir: Any) -> bool:
             *above, last = section.split(".")
             with config.unlocked():
                 parent = functools.reduce(lambda tree, name: tree[name], above, config)
-                parent[last] = ConfigDict({**given, **unset})
+                if not isinstance(parent.get(last), ConfigDict):
+                    parent[last] = ConfigDict()
+                for key, value in unset.items():
+                    parent[last][key] = value
             kept = True
     return kept
 
@@ -217,6 +226,15 @@ def _batch_change(saved: Mapping[str, Any], run: RunConfig) -> list[str]:
     if then == now or min(then, now) < 0:
         return []
     return [f"training.{name} times data-parallel devices: {then} -> {now}"]
+
+
+def _average_change(saved: Mapping[str, Any], run: RunConfig) -> list[str]:
+    """Whether there is an average of the weights, where there was none or is none."""
+    name, now = "ema_decay", run.to_dict()["training"]
+    before = saved.get("training") or {}
+    if name not in before or (before[name] is None) == (now[name] is None):
+        return []
+    return [f"training.{name}: {before[name]} -> {now[name]}"]
 
 
 def _check_wandb(environ: Mapping[str, str]) -> None:

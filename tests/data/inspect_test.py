@@ -1,3 +1,4 @@
+import gzip
 import json
 
 import numpy as np
@@ -115,6 +116,10 @@ def test_what_is_no_utf8_is_never_half_read(tmp_path, capsys):
     status, out, err = inspect(capsys, str(path))
     assert (status, out) == (2, "")
     assert "wide.jsonl line 1: the text is UTF-16" in err and "iconv" in err
+    path = tmp_path / "zipped.jsonl"
+    path.write_bytes(gzip.compress(b'{"text": "a"}\n'))
+    status, out, err = inspect(capsys, str(path))
+    assert status == 2 and "let the file's name end in .gz" in err
     path = tmp_path / "latin.jsonl"
     path.write_bytes(b'{"prompt": "a", "completion": "\xe9"}\n' * 2)
     status, out, err = inspect(capsys, str(path))

@@ -1,13 +1,16 @@
 import dataclasses
 import logging
 
+import datasets
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxtrain.config import resolve
 from jaxtrain.data.batches.dataset import DataStats, PreparedDataset, TokenStore
 from jaxtrain.data.batches.pack import pack_best_fit
+from jaxtrain.data.loading import load_run_tokenizer, prepare_rows
 from jaxtrain.data.prepare.options import PrepareOptions
 from jaxtrain.data.prepare.prepare import prepare
 from jaxtrain.record.diagnostics import named_arrays
@@ -328,3 +331,21 @@ def test_a_long_prompt_is_kept_by_its_end(bpe):
     assert length == 8
     assert bpe.decode(batch.tokens[0, :8]).endswith("Where is the sun?")
     assert dataclasses.asdict(pairs.stats)["truncated"] == 1
+
+
+def test_rows_of_a_program_are_read_from_a_generator_and_from_no_mapping():
+    run = resolve({"training": {"training_type": "sft"}}, device_count=1)
+    tokenizer = load_run_tokenizer(run)
+    rows = [{"prompt": "a", "completion": " b"}] * 6
+
+    def prepared(given):
+        return prepare_rows(run, given, tokenizer)
+
+    assert prepared(row for row in rows).stats == prepared(rows).stats
+    with pytest.raises(ValueError, match=r"mapping: give one of \['train'\]"):
+        prepared(datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)}))
+    with pytest.raises(ValueError, match="name a file in data"):
+        prepared("rows.jsonl")
+    frame = datasets.Dataset.from_list(rows).to_pandas()
+    with pytest.raises(ValueError, match=r'frame.to_dict\("records"\)'):
+        prepared(frame)

@@ -17,7 +17,7 @@ from jaxtrain import assets
 from jaxtrain.cli.ending import describe
 from jaxtrain.config import default_config
 from jaxtrain.model_manager import ModelManager
-from jaxtrain.models import Decoder, ModelConfig
+from jaxtrain.models import Decoder, ModelConfig, hf_files
 from jaxtrain.models.families import FAMILIES
 from jaxtrain.models.hf import load_config, load_params, match_weights, save_pretrained
 
@@ -449,3 +449,14 @@ def test_a_loaded_models_context_is_stretched_by_a_key(whole, tmp_path) -> None:
     config.model.rope_scaling = {"rope_type": "yarn"}
     with pytest.raises(ValueError, match=r"model\.rope_scaling.*'rope_type'|fac"):
         ModelManager(config).load_model()
+
+
+def test_a_variant_is_told_from_a_part_of_several(tmp_path):
+    (tmp_path / "model.fp16.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"only the variant model\.fp16"):
+        hf_files.find_weights(tmp_path)
+    (tmp_path / "model.fp16.safetensors").rename(
+        tmp_path / "model-00001-of-00002.safetensors"
+    )
+    with pytest.raises(ValueError, match="download the index too"):
+        hf_files.find_weights(tmp_path)

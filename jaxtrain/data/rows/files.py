@@ -278,6 +278,10 @@ def _decode(line: bytes) -> str:
     try:
         return line.decode()
     except UnicodeDecodeError as error:
+        if line.startswith(b"\x1f\x8b"):
+            raise BadRow(
+                "is compressed by gzip: let the file's name end in .gz"
+            ) from None
         raise BadRow(_not_utf8(error.object[error.start])) from None
 
 

@@ -159,9 +159,7 @@ def _folders(file: pathlib.PurePath) -> list[str]:
     return [folder.lower() for folder in file.parts[:-1]]
 
 
-def _refuse_several(
-    files: Sequence[pathlib.PurePath], split: str, folder: str
-) -> None:
+def _refuse_several(files: Sequence[pathlib.PurePath], split: str, folder: str) -> None:
     """Refuse shards of several names that would all be this split.
 
     Raises:

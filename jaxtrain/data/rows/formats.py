@@ -271,6 +271,8 @@ def _unknown_format(
     advice = f"rename its columns, or map them, such as {propose_map(_listed(names))}"
     if len(names) == 1 and (marks := {*";\t|"} & {*names[0]}):
         advice = f"separate the columns by commas instead of {min(marks)!r}"
+    elif other := next((f.kind for f in _possible_formats(row, names, "text")), None):
+        advice = f"they are {other} rows: set data.format = 'auto'"
     elif there := next(filter(set(names).issuperset, _REQUIRED), None):
         listed = " and ".join(map(repr, there))
         advice = f"no row among the first {_DETECTED_ROWS} has a value in {listed}"
