@@ -126,10 +126,14 @@ def test_shards_of_several_names_are_splits_of_these_names(load, tmp_path):
         load(folder)
     write(folder / "train-00000-of-00001.jsonl", ROWS[:1] * 4)
     assert len(load(folder)) == 4
-    # Several data sets in one split's folder are parts of it.
-    write(tmp_path / "both" / "train" / "a-00000-of-00001.jsonl", ROWS[:1])
-    write(tmp_path / "both" / "train" / "b-00000-of-00001.jsonl", ROWS[:1])
+    # Several data sets in one split's folder are parts of it, as are files by name.
+    for name in ("train", "other"):
+        write(tmp_path / "both" / "train" / f"{name}-00000-of-00001.jsonl", ROWS[:1])
     assert len(load(tmp_path / "both")) == 2
+    for name in ("train", "train_more"):
+        write(tmp_path / "files" / f"{name}.jsonl", ROWS[:1])
+    assert len(load(tmp_path / "files")) == 2
+    assert len(load(tmp_path / "files", split="train_more")) == 1
 
 
 def test_an_empty_saved_data_set_is_refused(load, tmp_path):

@@ -105,7 +105,7 @@ def choose_split(
     files = [n for n in named if not any(part.startswith(".") for part in n.parts)]
     if not files:
         raise ValueError(f"{folder} holds no data file: expected {SUFFIXES}")
-    if own := [file for file in files if _own_name(file) == split]:
+    if own := [file for file in files if _has_own_name(file, split)]:
         return own
     by_split: dict[str | None, list[pathlib.PurePath]] = {}
     for file in files:
@@ -155,6 +155,20 @@ def _own_name(file: pathlib.PurePath) -> str:
     return _SHARD.sub("", file.name.split(".")[0])
 
 
+def _has_own_name(file: pathlib.PurePath, split: str) -> bool:
+    """Whether a file is of a split by its whole name.
+
+    "train" means all files that begin or end so, but of shards those of this name.
+    """
+    is_one = split not in _KNOWN or _is_named_shard(file, split)
+    return is_one and _own_name(file) == split
+
+
+def _is_named_shard(file: pathlib.PurePath, split: str) -> bool:
+    """Whether a shard's own name, and no folder's, says that it is of a split."""
+    return bool(_SHARD.search(file.name)) and split not in _folders(file)
+
+
 def _folders(file: pathlib.PurePath) -> list[str]:
     return [folder.lower() for folder in file.parts[:-1]]
 
@@ -165,8 +179,8 @@ def _refuse_several(files: Sequence[pathlib.PurePath], split: str, folder: str) 
     Raises:
         ValueError: names them.
     """
-    shards = [f for f in files if _SHARD.search(f.name) and split not in _folders(f)]
-    if len(names := sorted({_own_name(file) for file in shards})) > 1:
+    names = sorted({_own_name(f) for f in files if _is_named_shard(f, split)})
+    if len(names) > 1:
         raise ValueError(
             f"{folder} has several splits that may be {shown(split)}: {names}; name one"
             " of them in data.train_split (or data.eval_split)"
