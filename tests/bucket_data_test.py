@@ -4,6 +4,7 @@ import gzip
 import itertools
 import json
 import pathlib
+import shutil
 
 import datasets
 import pyarrow as pa
@@ -63,6 +64,9 @@ def files(tmp_path_factory):
             text = "".join(f"{json.dumps(row)}\n" for row in part[number::2])
             (folder / "splits" / name / f"{number}.jsonl").write_text(text)
     datasets.Dataset.from_list(ROWS).save_to_disk(folder / "saved")
+    (folder / "mixed").mkdir()
+    for name in ("a.jsonl", "a.txt"):
+        shutil.copy(folder / name, folder / "mixed")
     # A star in a name is a star: no path is a pattern.
     (folder / "*.jsonl").write_text(lines)
     return folder
@@ -88,8 +92,10 @@ def test_rows_that_are_held_are_those_of_a_disk(bucket, files, cache):
             assert list(ours) == list(local) and len(ours) > 9, name
     copied = {p.name for p in cache.rglob("*") if p.is_file()}
     assert {"a.jsonl", "a.parquet", "0.jsonl"} <= copied
-    with pytest.raises(ValueError, match=f"{bucket} mixes formats"):
-        load_rows(bucket)
+    # A split's folder is found at any depth.
+    assert list(load_rows(bucket)) == list(load_rows(str(files / "splits")))
+    with pytest.raises(ValueError, match=f"{bucket}/mixed mixes formats"):
+        load_rows(f"{bucket}/mixed")
     with pytest.raises(FileNotFoundError, match="nothing of this name"):
         load_rows(f"{bucket}/a*.jsonl")
 

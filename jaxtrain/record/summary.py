@@ -71,14 +71,17 @@ def format_count(number: float) -> str:
 
 
 def _headline(results: Mapping[str, Any]) -> str:
-    facts = [format_duration(results["wall_secs"])]
+    # The time is of this start, in which nothing was trained.
+    trained = results["ending"] != "nothing left"
+    facts = [format_duration(results["wall_secs"])] if trained else []
     if results["num_tokens"]:
         facts.append(f"{format_count(results['num_tokens'])} tokens")
     if results["median_tokens_per_sec"] is not None:
         rate = format_count(results["median_tokens_per_sec"])
         facts.append(f"median {rate} tokens/s")
     step, total = results["global_step"], results["total_steps"]
-    return f"{_ENDINGS[results['ending']]} step {step} of {total}: {', '.join(facts)}"
+    told = f"{_ENDINGS[results['ending']]} step {step} of {total}"
+    return ": ".join([told, *filter(None, [", ".join(facts)])])
 
 
 def _where_best_is(results: Mapping[str, Any], workdir: Any) -> str:
