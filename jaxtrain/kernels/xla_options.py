@@ -3,6 +3,8 @@
 import functools
 import logging
 import os
+import re
+from typing import Any
 
 import jax
 
@@ -70,20 +72,22 @@ def for_tpus(*, gathers: bool) -> Options | None:
 def _acting(options: Options) -> Options | None:
     """Those that this XLA knows and that `XLA_FLAGS`, which win, do not name."""
     said = os.environ.get("XLA_FLAGS", "")
-    return {k: v for k, v in options.items() if k not in said and _knows(k, v)} or None
+    own = tuple(option for option in options.items() if option[0] not in said)
+    return dict(_known(own)) if own else None
 
 
 @functools.cache
-def _knows(name: str, value: str | bool) -> bool:
-    """Whether this XLA has an option, whose platform need not be that of the devices.
+def _known(options: tuple[tuple[str, str | bool], ...]) -> Any:
+    """The options that this XLA has, whose platform need not be that of the devices.
 
-    A version without it compiles as it comes.
+    A version without one compiles as it comes.
     """
     try:
-        jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
+        jax.jit(lambda: 0, compiler_options=dict(options)).lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        if "No such compile option" not in str(error):
+        missing = re.search("No such compile option: '(.*?)'", str(error))
+        if missing is None:
             raise
-        logger.warning("jax %s has no %s: left out", jax.__version__, name)
-        return False
-    return True
+        logger.warning("jax %s has no %s: left out", jax.__version__, missing[1])
+        return _known(tuple(o for o in options if o[0] != missing[1]))
+    return options

@@ -99,7 +99,11 @@ def mask_text(text: str) -> str:
 
 def is_unicode(text: str) -> bool:
     """Whether UTF-8 can hold a text: not what bytes that are no UTF-8 were read as."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def escape_controls(text: str) -> str:
