@@ -62,11 +62,9 @@ def for_tpus(*, gathers: bool) -> Options | None:
     traffic of gathering the weights first (docs/scaling.md). Under tensor parallelism,
     which that is for, it is left alone.
     """
-    return (
-        {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
-        if gathers
-        else None
-    )
+    if not gathers:
+        return None
+    return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 
 
 def _acting(options: Options) -> Options | None:

@@ -12,6 +12,7 @@ from jaxtrain import lora, sharding
 from jaxtrain.config import RunConfig
 from jaxtrain.evaluation.inference import Inference
 from jaxtrain.kernels.attention import Layout
+from jaxtrain.kernels.attention.api import PLATFORM_OF
 from jaxtrain.models import bucket, ends, fp8, hf, quantization, vocabulary
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.fingerprint import fingerprint_model
@@ -28,10 +29,6 @@ logger = logging.getLogger(__name__)
 
 # Compiling takes a time in proportion; longer stacks were not measured unrolled.
 _MOST_UNROLLED = 48
-# What the kernels that a configuration may name run on.
-_PLATFORM_OF = {
-    "cudnn": "gpu", "pallas_gpu": "gpu", "pallas_triton": "gpu", "pallas_tpu": "tpu",
-}  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -267,7 +264,7 @@ def make_decoder(
             " read a row from its start, so no device can begin with a later part of"
             " it; set mesh.context = 1, and split rows or weights instead"
         )
-    needed = _PLATFORM_OF.get(run.model.attention, plan.platform)
+    needed = PLATFORM_OF.get(run.model.attention, plan.platform)
     if needed != plan.platform:
         raise ValueError(
             f"model.attention = {run.model.attention!r}: it needs a {needed.upper()}; "

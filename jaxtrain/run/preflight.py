@@ -230,11 +230,11 @@ def _batch_change(saved: Mapping[str, Any], run: RunConfig) -> list[str]:
 
 def _average_change(saved: Mapping[str, Any], run: RunConfig) -> list[str]:
     """Whether there is an average of the weights, where there was none or is none."""
-    name, now = "ema_decay", run.to_dict()["training"]
+    name, now = "ema_decay", run.optimizer.ema_decay
     before = saved.get("training") or {}
-    if name not in before or (before[name] is None) == (now[name] is None):
+    if name not in before or (before[name] is None) == (now is None):
         return []
-    return [f"training.{name}: {before[name]} -> {now[name]}"]
+    return [f"training.{name}: {before[name]} -> {now}"]
 
 
 def _check_wandb(environ: Mapping[str, str]) -> None:

@@ -302,6 +302,10 @@ def _refuse_wide_heads(q: Queries, extras: Extras) -> str | None:
     return f"head width {width} is above 256" if width > 256 else None
 
 
+# Of what kind the devices of these are; the others run on any.
+PLATFORM_OF = {
+    "cudnn": "gpu", "pallas_gpu": "gpu", "pallas_triton": "gpu", "pallas_tpu": "tpu",
+}  # fmt: skip
 _Refuse = Callable[[Queries, Mask, Extras, jax.Device | None], str | None]
 _REFUSALS: dict[str, _Refuse] = {
     "cudnn": cudnn.refusal,
