@@ -9,6 +9,7 @@ base for documents that are longer than those the model was trained on.
 """
 
 import dataclasses
+import functools
 import math
 import sys
 from collections.abc import Iterator, Mapping
@@ -490,6 +491,7 @@ def _document_lengths(
     return jax.vmap(row)(positions, segment_ids)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def rotate(
     x: Float[Array, "B T N H"],
     cos: Float[Array, "B T half"],
@@ -501,15 +503,48 @@ def rotate(
     Feature i is paired with feature i + half, or 2 i with 2 i + 1 ("interleaved"), as
     in the published weights. Either way the result has the first features of all pairs
     and then the second ones: queries and keys are only ever multiplied with each other,
-    so what matters is that both have one order.
+    so what matters is that both have one order. Angles get no gradient.
     """
     half = cos.shape[-1]
-    cos, sin = cos[:, :, None], sin[:, :, None]
     places = (slice(half), slice(half, 2 * half))
     if pairs == "interleaved":
         places = (slice(0, 2 * half, 2), slice(1, 2 * half, 2))
-    first, second = (x[..., place].astype(jnp.float32) for place in places)
-    turned = jnp.concatenate(
-        [first * cos - second * sin, second * cos + first * sin], axis=-1
-    ).astype(x.dtype)
+    turned = jnp.concatenate(_turn(x, places, cos, sin), axis=-1).astype(x.dtype)
     return jnp.concatenate([turned, x[..., 2 * half :]], axis=-1)
+
+
+def _turn(
+    x: Array, places: tuple[slice, slice], cos: Array, sin: Array
+) -> tuple[Array, Array]:
+    """The first and the second features of all pairs, turned, in float32."""
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    first, second = (x[..., place].astype(jnp.float32) for place in places)
+    return first * cos - second * sin, second * cos + first * sin
+
+
+def _rotate_forward(
+    x: Array, cos: Array, sin: Array, pairs: Literal["halves", "interleaved"]
+) -> tuple[Array, tuple[Array, Array]]:
+    return rotate(x, cos, sin, pairs), (cos, sin)
+
+
+def _rotate_backward(
+    pairs: Literal["halves", "interleaved"],
+    tables: tuple[Array, Array],
+    gradient: Array,
+) -> tuple[Array, Array, Array]:
+    """Turns back. Derived by jax, it would be a sum of padded halves, which takes GPUs
+    twice the time (benchmarks/RESULTS.md)."""
+    cos, sin = tables
+    half = cos.shape[-1]
+    turned = _turn(gradient, (slice(half), slice(half, 2 * half)), cos, -sin)
+    if pairs == "interleaved":
+        back = jnp.stack(turned, axis=-1).reshape(*gradient.shape[:-1], 2 * half)
+    else:
+        back = jnp.concatenate(turned, axis=-1)
+    rest = gradient[..., 2 * half :]
+    of_x = jnp.concatenate([back.astype(gradient.dtype), rest], axis=-1)
+    return of_x, jnp.zeros_like(cos), jnp.zeros_like(sin)
+
+
+rotate.defvjp(_rotate_forward, _rotate_backward)

@@ -1,5 +1,6 @@
 """Rotary embeddings: frequencies against transformers, rotations against algebra."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -144,6 +145,37 @@ def test_a_pair_turns_by_its_angle_and_the_rest_passes() -> None:
         6,
     ]
     np.testing.assert_allclose(turned, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("pairs", ["halves", "interleaved"])
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_a_gradient_turns_back(pairs: str, share: float) -> None:
+    """As jax derives it, and by one pass over it: sums of padded halves take two."""
+    rng = np.random.default_rng(0)
+    x, gradient = jnp.asarray(rng.standard_normal((2, 2, 5, 3, 16)), jnp.float32)
+    positions = jnp.asarray(rng.integers(0, 1000, (2, 5)))
+    rope = RopeConfig(partial_rotary_factor=share)
+    cos, sin = rotary_tables(rope, 16, positions, jnp.ones_like(positions))
+    turned, turn_back = jax.vjp(lambda x: rotate(x, cos, sin, pairs), x)
+    (ours,) = turn_back(gradient)
+
+    def in_equations(x: jax.Array) -> jax.Array:
+        half = cos.shape[-1]
+        places = slice(half), slice(half, 2 * half)
+        if pairs == "interleaved":
+            places = slice(0, 2 * half, 2), slice(1, 2 * half, 2)
+        first, second = (x[..., place] for place in places)
+        c, s = cos[:, :, None], sin[:, :, None]
+        return jnp.concatenate(
+            [first * c - second * s, second * c + first * s, x[..., 2 * half :]], -1
+        )
+
+    expected, derived = jax.vjp(in_equations, x)
+    np.testing.assert_array_equal(turned, expected)
+    # One rounding of a sum of two products, whichever order it is taken in.
+    np.testing.assert_allclose(ours, derived(gradient)[0], rtol=1e-6, atol=1e-6)
+    program = jax.make_jaxpr(turn_back)(gradient)
+    assert " pad[" not in str(program)
 
 
 def test_longrope_takes_each_documents_own_length() -> None:
