@@ -9,11 +9,12 @@ import dataclasses
 import functools
 import math
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int32, Key
@@ -263,7 +264,9 @@ class Linear(Adapted):
         self,
         x: Float[Array, "B T I"] | fp8.Shared,
         dropout_key: Key[Array, ""] | None = None,
+        low: Float[Array, "B T R"] | None = None,
     ) -> Float[Array, "B T O"]:
+        """`low`: x A, where it was computed elsewhere."""
         dtype = self.options.compute_dtype
         y = self._multiply(x)
         x = x.value if isinstance(x, fp8.Shared) else x
@@ -272,8 +275,8 @@ class Linear(Adapted):
             with jax.named_scope("lora"):
                 own_key = fold_in_name(dropout_key, self.path)
                 seen = drop_inputs(x, lora.dropout, own_key)
-                low = seen @ self.lora_a[...].astype(dtype) * self.scaling
-                added = low @ self.lora_b[...].astype(dtype)
+                low = seen @ self.lora_a[...].astype(dtype) if low is None else low
+                added = low * self.scaling @ self.lora_b[...].astype(dtype)
                 if not lora.use_dora:
                     y += added
                 elif seen is x:
@@ -348,9 +351,40 @@ def _is_for_tpus(options: Options) -> bool:
     return (options.layout or Layout()).platform == "tpu"
 
 
-def shared_input(options: Options, x: Array) -> Array | fp8.Shared:
-    """An input that several kernels read: under fp8 quantized once for them all."""
-    return fp8.share(x) if options.fp8 else x
+def project_all(
+    projections: Sequence[Linear], x: Array, dropout_key: Key[Array, ""] | None
+) -> list[Array]:
+    """What each of the projections makes of the same x [B T I].
+
+    Under fp8 it is quantized once for them all.
+    """
+    read = fp8.share(x) if projections[0].options.fp8 else x
+    lows = _multiply_by_all_a(projections, x, dropout_key)
+    return [
+        project(read, dropout_key, low)
+        for project, low in zip(projections, lows, strict=True)
+    ]
+
+
+def _multiply_by_all_a(
+    projections: Sequence[Linear], x: Array, dropout_key: Key[Array, ""] | None
+) -> list[Array | None]:
+    """x A of each projection's adapter, by one product; None where it is not made here.
+
+    Each alone would have a product of its own for the gradient of x, which writes, and
+    is added to, an array as large as x (benchmarks/RESULTS.md).
+    """
+    lora = projections[0].options.lora
+    adapted = [each for each in projections if hasattr(each, "lora_a")]
+    drops = lora is not None and lora.dropout > 0 and dropout_key is not None
+    if len(adapted) < 2 or drops:
+        return [None] * len(projections)
+    with jax.named_scope("lora"):
+        matrices = [each.lora_a[...].astype(x.dtype) for each in adapted]
+        ends = np.cumsum([matrix.shape[1] for matrix in matrices])[:-1]
+        joint = x @ jnp.concatenate(matrices, axis=1)
+        products = iter(jnp.split(joint, ends, axis=-1))
+    return [next(products) if hasattr(each, "lora_a") else None for each in projections]
 
 
 def dora_gain(
@@ -518,8 +552,7 @@ class Attention(nnx.Module):
             projected = jnp.split(fused, ends, axis=-1)
         else:
             projections = (self.q_proj, self.k_proj, self.v_proj)
-            read = shared_input(self.options, x)
-            projected = [project(read, dropout_key) for project in projections]
+            projected = project_all(projections, x, dropout_key)
         if config.qk_norm == "width":
             q, k, v = projected
             projected = [self.q_norm(q), self.k_norm(k), v]
@@ -584,9 +617,7 @@ class Mlp(nnx.Module):
         config, constrain = self.options.config, self.options.constrain
         names = config.family.mlp_names
         if config.family.fused == "none":
-            read = shared_input(self.options, x)
-            projections = (self.gate_proj, self.up_proj)
-            gate, up = (project(read, dropout_key) for project in projections)
+            gate, up = project_all((self.gate_proj, self.up_proj), x, dropout_key)
         else:
             fused = getattr(self, names.gate_up)(x, dropout_key)
             gate, up = jnp.split(fused, 2, axis=-1)

@@ -9,7 +9,14 @@ import pytest
 from flax import nnx
 
 from jaxtrain.models import LoraShape, ModelConfig
-from jaxtrain.models.layers import Embedding, Linear, Mlp, Options, RMSNorm
+from jaxtrain.models.layers import (
+    Embedding,
+    Linear,
+    Mlp,
+    Options,
+    RMSNorm,
+    project_all,
+)
 
 
 def make_options(model_type: str = "llama", **options: Any) -> Options:
@@ -73,3 +80,61 @@ def test_adapter_dropout_drops_its_share_of_inputs_and_scales_the_rest() -> None
     assert 2900 < seen < 3100
     other = Linear("down", (4000, 2), ("embed", "mlp"), options, nnx.Rngs(0))
     assert not hasattr(other, "lora_a")
+
+
+def make_adapted(dropout: float, targets: list[str]) -> list[Linear]:
+    """Projections of one input of 8 to 6, 4 and 2, their adapters of ranks 2, 3, 2."""
+    lora = LoraShape(2, 0.5, dropout, frozenset(targets), own=(("k", 3, 0.25),))
+    options, rngs = make_options(lora=lora), nnx.Rngs(0)
+    draw = np.random.default_rng(1).standard_normal
+    made = []
+    for path, width in (("q", 6), ("k", 4), ("v", 2)):
+        linear = Linear(path, (8, width), ("embed", "heads"), options, rngs)
+        linear.kernel[...] = jnp.asarray(draw((8, width)), jnp.float32)
+        if path in targets:
+            linear.lora_b[...] = jnp.asarray(
+                draw(linear.lora_b[...].shape), jnp.float32
+            )
+        made.append(linear)
+    return made
+
+
+@pytest.mark.parametrize("targets", ["", "q", "qv", "qkv"])
+def test_adapters_of_one_input_give_what_each_gives_alone(targets: str) -> None:
+    projections = make_adapted(0.0, list(targets))
+    x = random(2, 3, 8)
+    exact = x.astype(np.float64)
+    for linear, y in zip(projections, project_all(projections, x, None), strict=True):
+        expected = exact @ np.asarray(linear.kernel[...], np.float64)
+        if hasattr(linear, "lora_a"):
+            a, b = (
+                np.asarray(w[...], np.float64) for w in (linear.lora_a, linear.lora_b)
+            )
+            expected += exact @ a @ b * linear.scaling
+        # Sums of 8 products in float32.
+        np.testing.assert_allclose(y, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_adapters_of_one_input_share_their_first_product(dropout: float) -> None:
+    """Unless each has dropout of its own; one has rank 2, 3 and 2 in place of 7."""
+    projections = make_adapted(dropout, ["q", "k", "v"])
+    key = jax.random.key(0)
+
+    def total(x: jax.Array) -> jax.Array:
+        return sum(y.sum() for y in project_all(projections, x, key))
+
+    program = str(jax.make_jaxpr(jax.grad(total))(random(2, 3, 8)))
+    of_x = [
+        line for line in program.splitlines() if ":f32[2,3,8] = dot_general" in line
+    ]
+    # The gradient of x: one product for each kernel, and one for all adapters.
+    assert len(of_x) == (6 if dropout else 4)
+
+
+def test_dropout_of_adapters_of_one_input_is_each_ones_own() -> None:
+    projections, key = make_adapted(0.5, ["q", "k", "v"]), jax.random.key(3)
+    x = random(2, 3, 8)
+    together = project_all(projections, x, key)
+    for linear, y in zip(projections, together, strict=True):
+        np.testing.assert_array_equal(y, linear(x, key))
