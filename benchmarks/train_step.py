@@ -31,6 +31,7 @@ from jaxtrain.config.sections import REMATS
 from jaxtrain.data.batches.scoring import with_scored
 from jaxtrain.data.batches.shared_prompt import share_prompts
 from jaxtrain.kernels.linear_cross_entropy import fused
+from jaxtrain.kernels.mosaic_programs import compile_program
 from jaxtrain.models import Decoder, ModelConfig, fp8
 from jaxtrain.models.quantization import Quantization
 from jaxtrain.models.recompute_options import room_for_layers
@@ -219,7 +220,7 @@ def compile_step(name: str, step: Any, arguments: tuple[TrainState, Any]) -> Any
     lowered = step.lower(*arguments)
     tell(name, "lowered", start)
     start = time.perf_counter()
-    compiled = lowered.compile()
+    compiled = compile_program(lowered)
     memory = compiled.memory_analysis()
     gib = {
         "state_gib": round(memory.argument_size_in_bytes / 2**30, 1),

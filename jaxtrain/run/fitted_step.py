@@ -17,6 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxtrain.config.sections import REMATS, UNROLLED_REMATS
+from jaxtrain.kernels.mosaic_programs import compile_program
 from jaxtrain.models.load import LoadedModel
 from jaxtrain.models.recompute import layers_that_fit, leaves_layers
 from jaxtrain.record.memory import in_words, memory_limit
@@ -183,7 +184,7 @@ class SparingStep(OwnPrograms):
             told = "training.remat_layers: all layers compute again, for with what the"
             told += " last ones keep the step would take %s of %s a device"
             logger.info(told, _words(needed), _words(room / _USABLE))
-            return lower(self._make_other(), state, batch).compile()
+            return compile_program(lower(self._make_other(), state, batch))
 
         return types.SimpleNamespace(compile=compile_)
 
@@ -194,7 +195,7 @@ def _compile(lowered: Any, *, is_last: bool = False) -> tuple[Any, float]:
     None and infinity where the compiler runs out of memory, unless it `is_last`.
     """
     try:
-        program = lowered.compile()
+        program = compile_program(lowered)
     except jax.errors.JaxRuntimeError as error:
         if not is_out_of_memory(error) or is_last:
             raise

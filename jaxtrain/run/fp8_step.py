@@ -17,6 +17,7 @@ import jax
 
 from jaxtrain.config import RunConfig
 from jaxtrain.kernels.fp8 import FORWARD, OF_INPUT, OF_KERNEL, SCOPE
+from jaxtrain.kernels.mosaic_programs import compile_program
 from jaxtrain.models.load import LoadedModel
 from jaxtrain.run.step_programs import OwnPrograms
 
@@ -136,7 +137,7 @@ class CheckedStep(OwnPrograms):
         lowered = lower(self._step, state, batch)
 
         def compile_and_check() -> Any:
-            program = lowered.compile()
+            program = compile_program(lowered)
             check_products(program.as_text(), self._expected)
             return program
 

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from jaxtrain.batch import AnyBatch
+from jaxtrain.kernels.mosaic_programs import compile_program
 from jaxtrain.run.kept_programs import KeptPrograms, keep_programs
 from jaxtrain.sharding import ShardingPlan
 from jaxtrain.types import Metrics, TrainState
@@ -42,7 +43,8 @@ class StepPrograms:
         workers = min(len(batches), os.cpu_count() or 1)
         with concurrent.futures.ThreadPoolExecutor(workers) as pool:
             programs = [
-                pool.submit(self._lower(state, batch).compile) for batch in batches
+                pool.submit(compile_program, self._lower(state, batch))
+                for batch in batches
             ]
             traced = time.perf_counter() - started
         for batch, program in zip(batches, programs, strict=True):
@@ -95,7 +97,7 @@ class OwnPrograms(abc.ABC):
     def __call__(self, state: Any, batch: Any) -> Any:
         shape = shape_of(batch)
         if shape not in self._programs:
-            self._programs[shape] = self.lower(state, batch).compile()
+            self._programs[shape] = compile_program(self.lower(state, batch))
         return self._programs[shape](state, batch)
 
     def lower(self, state: Any, batch: Any) -> Any:
