@@ -31,7 +31,6 @@ from jaxtrain.config.sections import REMATS
 from jaxtrain.data.batches.scoring import with_scored
 from jaxtrain.data.batches.shared_prompt import share_prompts
 from jaxtrain.kernels.linear_cross_entropy import fused
-from jaxtrain.kernels.mosaic_programs import compile_program
 from jaxtrain.models import Decoder, ModelConfig, fp8
 from jaxtrain.models.quantization import Quantization
 from jaxtrain.models.recompute_options import room_for_layers
@@ -41,6 +40,8 @@ from jaxtrain.optimizers import optim
 from jaxtrain.optimizers.moments import MOMENT_DTYPES, with_compact_moments
 from jaxtrain.optimizers.schedules import make_schedule
 from jaxtrain.record.throughput import peak_flops
+from jaxtrain.run import collector
+from jaxtrain.run.mosaic_programs import compile_program
 from jaxtrain.sharding import ShardingPlan, make_mesh
 from jaxtrain.step import StepOptions, make_train_step
 from jaxtrain.types import Batch, PairBatch, TrainState
@@ -217,7 +218,8 @@ def tell(name: str, stage: str, start: float, **found: float) -> None:
 def compile_step(name: str, step: Any, arguments: tuple[TrainState, Any]) -> Any:
     """The compiled step; each stage is told of."""
     start = time.perf_counter()
-    lowered = step.lower(*arguments)
+    with collector.paused():
+        lowered = step.lower(*arguments)
     tell(name, "lowered", start)
     start = time.perf_counter()
     compiled = compile_program(lowered)

@@ -12,7 +12,7 @@ from jaxtrain.cli.command import ConfigParser, Once, default_workdir
 from jaxtrain.cli.ending import Interrupted, run_command
 from jaxtrain.data import sources
 from jaxtrain.record import logs
-from jaxtrain.run import imports, interrupts, lock, preflight
+from jaxtrain.run import collector, interrupts, lock, preflight
 from jaxtrain.run.buffer import as_home
 
 
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str]) -> None:
     logs.show_progress()
     interrupts.leave_on_sigterm()
     # Only now: what is wrong with a flag or a path need not wait for jax.
-    with imports.importing():
+    with collector.importing():
         from jaxtrain.run import distributed
 
         with distributed.initializing():

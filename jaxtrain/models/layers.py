@@ -10,11 +10,11 @@ import functools
 import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int32, Key
@@ -264,17 +264,18 @@ class Linear(Adapted):
         self,
         x: Float[Array, "B T I"] | fp8.Shared,
         dropout_key: Key[Array, ""] | None = None,
-        low: Float[Array, "B T R"] | None = None,
+        ready: Mapping[str, Array] = MappingProxyType({}),
     ) -> Float[Array, "B T O"]:
-        """`low`: x A, where it was computed elsewhere."""
+        """`ready`: products of x that were taken elsewhere, by the matrix's name."""
         dtype = self.options.compute_dtype
-        y = self._multiply(x)
+        y = ready["kernel"] if "kernel" in ready else self._multiply(x)
         x = x.value if isinstance(x, fp8.Shared) else x
         lora = self.options.lora
         if lora is not None and hasattr(self, "lora_a"):
             with jax.named_scope("lora"):
                 own_key = fold_in_name(dropout_key, self.path)
                 seen = drop_inputs(x, lora.dropout, own_key)
+                low = ready.get("lora_a")
                 low = seen @ self.lora_a[...].astype(dtype) if low is None else low
                 added = low * self.scaling @ self.lora_b[...].astype(dtype)
                 if not lora.use_dora:
@@ -288,6 +289,24 @@ class Linear(Adapted):
         if hasattr(self, "bias"):
             y += self.bias[...].astype(dtype)
         return y
+
+    def narrow_matrices(self, dropout_key: Key[Array, ""] | None) -> dict[str, Array]:
+        """What may share a product with other modules' beside an adapter, by its name.
+
+        The adapter's A, if it sees all of the input, and a kernel of few columns.
+        """
+        lora, layout = self.options.lora, self.options.layout
+        if lora is None or not hasattr(self, "lora_a"):
+            return {}
+        drops = dropout_key is not None and lora.dropout > 0
+        found = {} if drops else {"lora_a": self.lora_a[...]}
+        # Columns that devices split stay apart, for so do these devices' results.
+        splits = layout is not None and layout.count(layout.heads) > 1
+        if hasattr(self, "kernel") and self._fp8_weight() is None and not splits:
+            kernel = self.kernel[...]
+            if 2 * kernel.shape[1] < kernel.shape[0]:
+                found["kernel"] = kernel
+        return found
 
     def _multiply(self, x: Float[Array, "B T I"] | fp8.Shared) -> Float[Array, "B T O"]:
         """x kernel, in the compute type, or by codes of eight bits."""
@@ -356,35 +375,48 @@ def project_all(
 ) -> list[Array]:
     """What each of the projections makes of the same x [B T I].
 
-    Under fp8 it is quantized once for them all.
+    Under fp8 it is quantized once for them all. What is narrow where there are adapters
+    is multiplied by `multiply_each`.
     """
     read = fp8.share(x) if projections[0].options.fp8 else x
-    lows = _multiply_by_all_a(projections, x, dropout_key)
+    narrow = [each.narrow_matrices(dropout_key) for each in projections]
+    matrices = [matrix for found in narrow for matrix in found.values()]
+    if len(matrices) < 2:
+        return [project(read, dropout_key) for project in projections]
+    products = iter(multiply_each(x, [w.astype(x.dtype) for w in matrices]))
     return [
-        project(read, dropout_key, low)
-        for project, low in zip(projections, lows, strict=True)
+        project(read, dropout_key, {name: next(products) for name in found})
+        for project, found in zip(projections, narrow, strict=True)
     ]
 
 
-def _multiply_by_all_a(
-    projections: Sequence[Linear], x: Array, dropout_key: Key[Array, ""] | None
-) -> list[Array | None]:
-    """x A of each projection's adapter, by one product; None where it is not made here.
+@jax.custom_vjp
+def multiply_each(
+    x: Float[Array, "*B I"], matrices: list[Array]
+) -> list[Float[Array, "*B O"]]:
+    """x W of each matrix W [I O], with one product for the gradient of x.
 
-    Each alone would have a product of its own for the gradient of x, which writes, and
-    is added to, an array as large as x (benchmarks/RESULTS.md).
+    Each alone would have one of its own, and each of these writes, and is added to, an
+    array as large as x, which takes longer than a narrow product (RESULTS.md). The
+    price is a copy of what is narrow.
     """
-    lora = projections[0].options.lora
-    adapted = [each for each in projections if hasattr(each, "lora_a")]
-    drops = lora is not None and lora.dropout > 0 and dropout_key is not None
-    if len(adapted) < 2 or drops:
-        return [None] * len(projections)
-    with jax.named_scope("lora"):
-        matrices = [each.lora_a[...].astype(x.dtype) for each in adapted]
-        ends = np.cumsum([matrix.shape[1] for matrix in matrices])[:-1]
-        joint = x @ jnp.concatenate(matrices, axis=1)
-        products = iter(jnp.split(joint, ends, axis=-1))
-    return [next(products) if hasattr(each, "lora_a") else None for each in projections]
+    return [x @ matrix for matrix in matrices]
+
+
+def _multiply_each_backward(
+    inputs: tuple[Array, list[Array]], gradients: list[Array]
+) -> tuple[Array, list[Array]]:
+    """Gradients of frozen matrices are products apart, which XLA leaves out."""
+    x, matrices = inputs
+    of_x = jnp.concatenate(gradients, -1) @ jnp.concatenate(matrices, -1).T
+    rows = tuple(range(x.ndim - 1))
+    return of_x, [jnp.tensordot(x, each, (rows, rows)) for each in gradients]
+
+
+multiply_each.defvjp(
+    lambda x, matrices: (multiply_each(x, matrices), (x, matrices)),
+    _multiply_each_backward,
+)
 
 
 def dora_gain(

@@ -17,10 +17,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxtrain.config.sections import REMATS, UNROLLED_REMATS
-from jaxtrain.kernels.mosaic_programs import compile_program
 from jaxtrain.models.load import LoadedModel
 from jaxtrain.models.recompute import layers_that_fit, leaves_layers
 from jaxtrain.record.memory import in_words, memory_limit
+from jaxtrain.run.mosaic_programs import compile_program
 from jaxtrain.run.out_of_memory import is_out_of_memory
 from jaxtrain.run.step_programs import OwnPrograms, shape_of
 

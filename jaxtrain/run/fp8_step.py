@@ -17,8 +17,8 @@ import jax
 
 from jaxtrain.config import RunConfig
 from jaxtrain.kernels.fp8 import FORWARD, OF_INPUT, OF_KERNEL, SCOPE
-from jaxtrain.kernels.mosaic_programs import compile_program
 from jaxtrain.models.load import LoadedModel
+from jaxtrain.run.mosaic_programs import compile_program
 from jaxtrain.run.step_programs import OwnPrograms
 
 _IN_FP8 = "__cublas$lt$matmul$f8"

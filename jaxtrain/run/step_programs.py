@@ -11,8 +11,9 @@ from typing import Any
 import jax
 
 from jaxtrain.batch import AnyBatch
-from jaxtrain.kernels.mosaic_programs import compile_program
+from jaxtrain.run import collector
 from jaxtrain.run.kept_programs import KeptPrograms, keep_programs
+from jaxtrain.run.mosaic_programs import compile_program
 from jaxtrain.sharding import ShardingPlan
 from jaxtrain.types import Metrics, TrainState
 
@@ -62,7 +63,8 @@ class StepPrograms:
 
     def _lower(self, state: TrainState, batch: AnyBatch) -> Any:
         lower = lower_anew if self._kept is None else self._kept.lower
-        return lower(self._train_step, state, batch)
+        with collector.paused():
+            return lower(self._train_step, state, batch)
 
     def compiles(self, batch: AnyBatch) -> bool:
         """Whether the step of a batch compiles first; asked once for each step."""

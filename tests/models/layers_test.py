@@ -1,5 +1,6 @@
 """Modules against numpy."""
 
+import functools
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from jaxtrain.models.layers import (
     Mlp,
     Options,
     RMSNorm,
+    multiply_each,
     project_all,
 )
 
@@ -116,8 +118,10 @@ def test_adapters_of_one_input_give_what_each_gives_alone(targets: str) -> None:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_adapters_of_one_input_share_their_first_product(dropout: float) -> None:
-    """Unless each has dropout of its own; one has rank 2, 3 and 2 in place of 7."""
+def test_what_is_narrow_beside_adapters_has_one_product_for_the_gradient(
+    dropout: float,
+) -> None:
+    """An adapter's A, unless it has dropout of its own, and v's kernel of 2 columns."""
     projections = make_adapted(dropout, ["q", "k", "v"])
     key = jax.random.key(0)
 
@@ -128,8 +132,8 @@ def test_adapters_of_one_input_share_their_first_product(dropout: float) -> None
     of_x = [
         line for line in program.splitlines() if ":f32[2,3,8] = dot_general" in line
     ]
-    # The gradient of x: one product for each kernel, and one for all adapters.
-    assert len(of_x) == (6 if dropout else 4)
+    # Of q's and k's kernels, and of all else; or of all three and of each adapter.
+    assert len(of_x) == (6 if dropout else 3)
 
 
 def test_dropout_of_adapters_of_one_input_is_each_ones_own() -> None:
@@ -138,3 +142,21 @@ def test_dropout_of_adapters_of_one_input_is_each_ones_own() -> None:
     together = project_all(projections, x, key)
     for linear, y in zip(projections, together, strict=True):
         np.testing.assert_array_equal(y, linear(x, key))
+
+
+def test_products_of_one_input_and_their_gradients() -> None:
+    draw = np.random.default_rng(0).standard_normal
+    x, matrices = draw((2, 5, 8)), [draw((8, width)) for width in (3, 1, 4)]
+    gradients = [draw((2, 5, width)) for width in (3, 1, 4)]
+    single = jax.tree.map(lambda y: jnp.asarray(y, jnp.float32), (x, matrices))
+    products, backward = jax.vjp(multiply_each, *single)
+    of_x, of_matrices = backward(
+        [jnp.asarray(gradient, jnp.float32) for gradient in gradients]
+    )
+    close = functools.partial(np.testing.assert_allclose, atol=1e-5)  # float32's sums
+    parts = zip(products, matrices, gradients, of_matrices, strict=True)
+    for product, matrix, gradient, of_matrix in parts:
+        close(product, x @ matrix)
+        close(of_matrix, np.einsum("bti,bto->io", x, gradient))
+    pairs = zip(gradients, matrices, strict=True)
+    close(of_x, sum(gradient @ matrix.T for gradient, matrix in pairs))

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxtrain.kernels import mosaic_programs
 from jaxtrain.kernels.attention.blocked import attention_blocked
 from jaxtrain.kernels.attention.masks import Mask
 from jaxtrain.kernels.attention.pallas_gpu import KERNELS
+from jaxtrain.run import mosaic_programs
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,11 @@
-"""Imports without the garbage collector."""
+"""Imports and tracing without the garbage collector."""
 
 import gc
 import sys
 
 import pytest
 
-from jaxtrain.run.imports import importing
+from jaxtrain.run.collector import importing, paused
 
 
 @pytest.fixture
@@ -37,3 +37,12 @@ def test_where_jax_computes_already_nothing_changes(calls, monkeypatch):
     with importing():
         assert calls == [True]
     assert calls == [True]
+
+
+def test_a_pause_ends_where_it_began(calls):
+    with paused(), paused():
+        assert calls[-1] is False
+    assert calls == [True, False, True]
+    with pytest.raises(ValueError), paused():
+        raise ValueError
+    assert calls[-1] is True
