@@ -180,6 +180,8 @@ MISTAKES = [
     m(f"{ROWS} --data.eval_split=test", "eval_split = 'test'", "set data.eval"),
     m(f"{ROWS} --data.text_column=body", "data.text_column = 'body' has no effect",
       "prompt_completion"),
+    m(f"{TRAIN} --data.text_column=body", "data.text_column = 'body' has no effect",
+      "set data.train", late=True),
     m(f"{TRAIN} --data.train=semicolons.csv", "by commas instead of ';'"),
     m(f"{TRAIN} --data.train=https://a.b/c.jsonl", "download it and give a path"),
     m(f"{TRAIN} --data.train=empty.jsonl", "data.train", "it is empty"),

@@ -319,6 +319,12 @@ def _load(
 
 
 def _embedded(run: RunConfig, evaluation: bool) -> os.PathLike[str]:
+    if run.data.text_column != "text":
+        raise ValueError(
+            f"data.text_column = {run.data.text_column!r} has no effect: data.train is"
+            " unset, and the data that come with jaxtrain have no such column; set"
+            " data.train too, or remove it"
+        )
     kind = "next_token" if run.training_type == "from_scratch" else "sft"
     if run.objective_row.row_kind != "next_token":
         kind = "preference"  # for KTO, each as two completions
