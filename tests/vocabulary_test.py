@@ -216,6 +216,19 @@ def test_adapters_that_leave_new_rows_alone_are_refused(untied):
         load.load_model(resolve(config))
 
 
+def test_an_adapter_that_leaves_new_rows_alone_cannot_be_mended_by_a_key(
+    untied, tmp_path
+):
+    """What it trains is written in its own files."""
+    started = config_of(untied, "lora", max_steps=1)
+    train(started, tmp_path / "run", train_dataset=LATE_ROWS[:1] * 4)
+    config = growing(untied, "lora")
+    config.training.lora.init_from = str(tmp_path / "run" / "adapter")
+    with pytest.raises(ValueError, match="merge it into its base") as caught:
+        load.load_model(resolve(config))
+    assert "set training.lora.modules_to_save" not in str(caught.value)
+
+
 def test_rows_grow_over_a_mesh_and_in_a_description(untied):
     import jax
 

@@ -109,8 +109,8 @@ def load_model(run: RunConfig) -> LoadedModel:
         told = "loading %s of %s parameters from %s"
         logger.info(told, config.model_type, size, bucket.shown(directory))
         if run.lora is not None:
-            settings = lora_config(run, config)
-            vocabulary.check_new_rows_train(base, source.stored, settings)
+            settings, start = lora_config(run, config), run.lora.init_from
+            vocabulary.check_new_rows_train(base, source.stored, settings, start)
         stored = ends.as_stored(decoder, source.stored)
         stored, layouts = _describe_weights(run, stored, plan)
         params = hf.load_params(

@@ -63,11 +63,14 @@ def fit_vocabulary(run: RunConfig, config: ModelConfig, tokenizer: Any) -> Model
     return config
 
 
-def check_new_rows_train(base: Decoder, stored: ModelConfig, lora: LoraConfig) -> None:
+def check_new_rows_train(
+    base: Decoder, stored: ModelConfig, lora: LoraConfig, init_from: str
+) -> None:
     """Refuse adapters beside new rows that would stay as they start.
 
     Args:
         stored: the model as its directory has it, before it got the new rows.
+        init_from: the adapter that `lora` is of, if it is not new.
 
     Raises:
         ValueError: `lora.modules_to_save` names not all matrices that have new rows.
@@ -79,10 +82,15 @@ def check_new_rows_train(base: Decoder, stored: ModelConfig, lora: LoraConfig) -
     needed = [EMBEDDING] if is_tied(tree) else [EMBEDDING, HEAD]
     saved = resolve_modules_to_save(lora, tree) if lora.modules_to_save else set()
     if missing := [path[0] for path in needed if path not in saved]:
+        fix = f"set training.lora.modules_to_save = {[path[0] for path in needed]}"
+        if init_from:
+            fix = (
+                f"the adapter {init_from!r} has none of its own there; merge it into"
+                " its base (merge_and_unload in PEFT) and train a new adapter on that"
+            )
         raise ValueError(
             f"model.grow_vocabulary = True adds rows for {added} tokens to"
-            f" {' and '.join(missing)}, which LoRA would not train: set"
-            f" training.lora.modules_to_save = {[path[0] for path in needed]}"
+            f" {' and '.join(missing)}, which LoRA would not train: {fix}"
         )
 
 
