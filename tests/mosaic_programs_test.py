@@ -78,18 +78,28 @@ def test_kernels_of_a_program_from_the_cache_are_not_compiled(monkeypatch):
         [types.SimpleNamespace(lower=tried.set)], monkeypatch, lambda: "program"
     )
     monkeypatch.setattr(mosaic_programs, "_PATIENCE_SECS", 60.0)
+    before = set(threading.enumerate())
     assert mosaic_programs.compile_program(program) == "program"
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and thread.daemon:
-            thread.join(0.2)
+    for thread in set(threading.enumerate()) - before:
+        thread.join(10)  # it has been told, and need not wait for a minute
+        assert not thread.is_alive()
     assert not tried.is_set()
 
 
+def test_one_of_several_processes_compiles_its_program_alone(monkeypatch):
+    """Kernels of its own would be waited for by the others, or wait for them."""
+    tried = threading.Event()
+    kernel = types.SimpleNamespace(lower=tried.set)
+    program = fake([kernel], monkeypatch, lambda: tried.wait(0.5))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert mosaic_programs.compile_program(program) is False
+
+
 def test_a_program_without_kernels_is_compiled_alone():
-    before = threading.active_count()
+    before = set(threading.enumerate())
     program = mosaic_programs.compile_program(jax.jit(lambda x: x + 1).lower(1.0))
     assert float(program(1.0)) == 2.0
-    assert threading.active_count() == before
+    assert not set(threading.enumerate()) - before
 
 
 def test_an_error_of_the_program_is_raised(monkeypatch):

@@ -5,6 +5,9 @@ program that may have 36 layers. It keeps them for the process by a hash of thei
 So each is compiled by itself, as a call with the same text, while the passes run, and
 is there when XLA comes to it (benchmarks/RESULTS.md). Where that fails nothing is
 lost: XLA compiles the kernel as it would have.
+
+Processes of one run share the timing of kernels, and each may wait for the others' part
+of any program. As they need not all begin with a kernel here, they leave this out.
 """
 
 import logging
@@ -57,10 +60,10 @@ def compile_program(lowered: Any) -> Any:
         jax.errors.JaxRuntimeError: as `compile` does.
     """
     ended = threading.Event()
-    kernels = _find_kernels(lowered) if hasattr(lowered, "compiler_ir") else []
-    if kernels:
-        task = threading.Thread(target=_compile_all, args=(kernels, ended), daemon=True)
-        task.start()
+    is_program = hasattr(lowered, "compiler_ir") and jax.process_count() == 1
+    if kernels := _find_kernels(lowered) if is_program else []:
+        # No daemon: the process must not end while XLA compiles.
+        threading.Thread(target=_compile_all, args=(kernels, ended)).start()
     try:
         return lowered.compile()
     finally:
