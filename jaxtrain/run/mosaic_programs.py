@@ -112,9 +112,10 @@ def _walk(operation: Any) -> Iterator[Any]:
 
 def _read(call: str, operation: Any) -> _Kernel:
     told = ir.DictAttr(operation.attributes["mhlo.backend_config"])
+    entries = [told[place] for place in range(len(told))]
     return _Kernel(
         call,
-        {entry.name: _value(entry.attr) for entry in told},
+        {entry.name: _value(entry.attr) for entry in entries},
         [_shape(value.type) for value in operation.operands],
         [_shape(value.type) for value in operation.results],
     )
