@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import json
 import os
 import pathlib
 import re
@@ -13,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtrain import aot, sharding
+from jaxtrain import aot, assets, sharding
 from jaxtrain.aot import search
 from jaxtrain.aot.jaxpr_cost import count_flops
 from jaxtrain.aot.report import Chip
 from jaxtrain.config import resolve
+from jaxtrain.models import layers
 from jaxtrain.models.load import load_abstract_model, load_model
 from jaxtrain.models.state import abstract_state, init_state
 from jaxtrain.optimizers.configured import make_optimizer
@@ -46,6 +48,24 @@ def test_every_kind_of_batch_compiles_ahead_of_time(objective):
     chip = Chip("fake", 1e12, 2**34, 1e12, 1e9, 1e9)
     report = aot.compile_for(config, jax.devices()[:1], "cpu", chip=chip)
     assert report.fits and report.flops > 0
+
+
+def test_what_no_result_needs_does_not_count(monkeypatch, tmp_path):
+    """As gradients of frozen kernels that share a product with adapters."""
+    sizes = json.loads((assets.asset_path(assets.MODEL) / "config.json").read_text())
+    sizes["num_key_value_heads"] = 1  # of 32 columns, 128 rows
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    config = tiny_config("lora", str(tmp_path))
+    config.training.lora.target_modules = ("q_proj", "k_proj", "v_proj")
+    chip = Chip("fake", 1e12, 2**34, 1e12, 1e9, 1e9)
+
+    def count():
+        return aot.compile_for(config, jax.devices()[:1], "cpu", chip=chip).flops
+
+    together = count()
+    monkeypatch.setattr(layers.Linear, "narrow_matrices", lambda *_: {})
+    jax.clear_caches()
+    assert count() == together > 0
 
 
 def test_a_product_counts_twice_its_three_sizes():

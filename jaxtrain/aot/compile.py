@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
+from jax.interpreters import partial_eval
 
 from jaxtrain import build
 from jaxtrain.aot import gpus, search
@@ -122,7 +123,9 @@ def _count_flops(
         )
         step, _ = describe_step(run, dataclasses.replace(model, decoder=decoder))
         traced = step.trace(*arguments)
-    return count_flops(traced.jaxpr)
+    # What nothing needs, as the gradients of frozen weights, is in no compiled program.
+    needed = [True] * len(traced.jaxpr.jaxpr.outvars)
+    return count_flops(partial_eval.dce_jaxpr(traced.jaxpr.jaxpr, needed)[0])
 
 
 def describe_step(run: RunConfig, model: LoadedModel) -> tuple[Any, TrainState]:
