@@ -10,7 +10,7 @@ import pytest
 from jaxtrain.kernels.attention.blocked import attention_blocked
 from jaxtrain.kernels.attention.masks import Mask
 from jaxtrain.kernels.attention.pallas_gpu import KERNELS
-from jaxtrain.run import mosaic_programs
+from jaxtrain.run import mosaic_programs, step_programs
 
 
 @pytest.fixture(scope="module")
@@ -109,3 +109,17 @@ def test_an_error_of_the_program_is_raised(monkeypatch):
     program = fake([], monkeypatch, fail)
     with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
         mosaic_programs.compile_program(program)
+
+
+@pytest.mark.parametrize(("platform", "ahead"), [("gpu", True), ("cpu", False)])
+def test_a_single_shape_is_left_to_the_first_step_where_nothing_is_gained(
+    platform, ahead, monkeypatch
+):
+    monkeypatch.setattr(step_programs, "keep_programs", lambda _: None)
+    step = jax.jit(lambda state, batch: (state + batch, {}))
+    plan = types.SimpleNamespace(platform=platform)
+    programs = step_programs.make_programs(step, plan)
+    state, batch = jnp.ones(3), jnp.ones((1, 3))
+    programs.compile(state, [batch])
+    assert programs.compiles(batch) is not ahead
+    assert programs(state, batch)[0].shape == (1, 3)

@@ -5,7 +5,10 @@ This module imports no jax, because the configuration reads the families' names 
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
+
+# Which features of a head are rotated together (rope.py).
+Pairs: TypeAlias = Literal["halves", "interleaved"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +143,7 @@ class Family:
     always_qkv_bias: bool = False
     o_bias_key: str | None = "attention_bias"
     partial_rotary: bool = False
-    rotary_pairs: Literal["halves", "interleaved"] = "halves"
+    rotary_pairs: Pairs = "halves"
     rotary_layers: Literal["all", "listed", "sliding", "typed"] = "all"
     scales_queries: bool = False
     local_rope: Literal["none", "own_base", "unscaled"] = "none"

@@ -13,14 +13,14 @@ import functools
 import math
 import sys
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
-from jaxtrain.models.families import Family
+from jaxtrain.models.families import Family, Pairs
 from jaxtrain.record.safe_text import shown
 
 _LENGTH = "original_max_position_embeddings"
@@ -496,7 +496,7 @@ def rotate(
     x: Float[Array, "B T N H"],
     cos: Float[Array, "B T half"],
     sin: Float[Array, "B T half"],
-    pairs: Literal["halves", "interleaved"] = "halves",
+    pairs: Pairs = "halves",
 ) -> Float[Array, "B T N H"]:
     """Turn the first 2 * half features of every head, in float32.
 
@@ -523,18 +523,21 @@ def _turn(
 
 
 def _rotate_forward(
-    x: Array, cos: Array, sin: Array, pairs: Literal["halves", "interleaved"]
+    x: Array, cos: Array, sin: Array, pairs: Pairs
 ) -> tuple[Array, tuple[Array, Array]]:
     return rotate(x, cos, sin, pairs), (cos, sin)
 
 
 def _rotate_backward(
-    pairs: Literal["halves", "interleaved"],
+    pairs: Pairs,
     tables: tuple[Array, Array],
     gradient: Array,
 ) -> tuple[Array, Array, Array]:
-    """Turns back. Derived by jax, it would be a sum of padded halves, which takes GPUs
-    twice the time (benchmarks/RESULTS.md)."""
+    """A rotation back.
+
+    As jax derives it, it is a sum of padded halves, which takes GPUs twice the time
+    (benchmarks/RESULTS.md).
+    """
     cos, sin = tables
     half = cos.shape[-1]
     turned = _turn(gradient, (slice(half), slice(half, 2 * half)), cos, -sin)

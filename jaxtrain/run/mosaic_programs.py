@@ -61,8 +61,8 @@ def compile_program(lowered: Any) -> Any:
     """
     ended = threading.Event()
     is_program = hasattr(lowered, "compiler_ir") and jax.process_count() == 1
-    if kernels := _find_kernels(lowered) if is_program else []:
-        # No daemon: the process must not end while XLA compiles.
+    kernels = _find_kernels(lowered) if is_program else []
+    if kernels:  # in no daemon: the process must not end while XLA compiles
         threading.Thread(target=_compile_all, args=(kernels, ended)).start()
     try:
         return lowered.compile()

@@ -24,10 +24,18 @@ class StepPrograms:
     """A jitted train step that compiles known shapes ahead, side by side.
 
     `kept`: what knows steps that an earlier run traced, if anything does.
+    `is_for_gpus`: the step may have kernels that compile beside it.
     """
 
-    def __init__(self, train_step: Any, kept: KeptPrograms | None = None) -> None:
+    def __init__(
+        self,
+        train_step: Any,
+        kept: KeptPrograms | None = None,
+        *,
+        is_for_gpus: bool = False,
+    ) -> None:
         self._train_step, self._kept = train_step, kept
+        self._fewest = 1 if is_for_gpus or kept is not None else 2
         self._compiled: dict[Hashable, Any] = {}
         self._seen: set[Hashable] = set()
 
@@ -36,9 +44,9 @@ class StepPrograms:
 
         They are lowered one after another, since that is Python and threads would only
         wait for one another; XLA compiles the first ones meanwhile. A single shape is
-        left to the first step, which compiles it as well, unless it may be kept.
+        left to the first step, which compiles it as well, where nothing is gained here.
         """
-        if len(batches) < (2 if self._kept is None else 1):
+        if len(batches) < self._fewest:
             return
         started = time.perf_counter()
         workers = min(len(batches), os.cpu_count() or 1)
@@ -83,7 +91,8 @@ class StepPrograms:
 
 def make_programs(train_step: Any, plan: ShardingPlan) -> StepPrograms:
     """The programs of a jitted train step on this mesh, kept on disk where they can."""
-    return StepPrograms(train_step, keep_programs(plan))
+    is_for_gpus = plan.platform == "gpu"
+    return StepPrograms(train_step, keep_programs(plan), is_for_gpus=is_for_gpus)
 
 
 class OwnPrograms(abc.ABC):
