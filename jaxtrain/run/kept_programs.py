@@ -34,7 +34,7 @@ import jax.numpy as jnp
 from jax import export
 
 from jaxtrain import sharding
-from jaxtrain.run import closures, compilation_cache, durable
+from jaxtrain.run import closures, compilation_cache, durable, mosaic_programs
 from jaxtrain.types import TrainState, WeightedSum
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ _MOSAIC = "jax.experimental.pallas.mosaic_gpu"
 # part of the key. Not the one by which jax 0.12 calls Triton's kernels: its runtime is
 # loaded by nothing that is public.
 _CALLS = (
-    "mosaic_gpu", "mosaic_gpu_v2", "__gpu$xla.gpu.triton", "__cudnn$fmhaSoftmax",
+    *mosaic_programs.CALLS, "__gpu$xla.gpu.triton", "__cudnn$fmhaSoftmax",
     "__cudnn$fmhaSoftmaxBackward", "__cudnn$fmhaScaleBiasSoftmax",
     "__cudnn$fmhaScaleBiasSoftmaxBackward",
 )  # fmt: skip

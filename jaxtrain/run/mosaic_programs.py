@@ -20,7 +20,7 @@ from jax.extend.mlir import ir
 
 logger = logging.getLogger(__name__)
 
-_CALLS = ("mosaic_gpu", "mosaic_gpu_v2")
+CALLS = ("mosaic_gpu", "mosaic_gpu_v2")  # what jax calls them, by its version
 _HASH = "kernel_hash"
 _DTYPES = {
     "bf16": "bfloat16", "f16": "float16", "f32": "float32", "f64": "float64",
@@ -91,7 +91,7 @@ def _find_kernels(lowered: Any) -> list[_Kernel]:
         if operation.name != "stablehlo.custom_call":
             continue
         call = ir.StringAttr(operation.attributes["call_target_name"]).value
-        if call not in _CALLS:
+        if call not in CALLS:
             continue
         try:
             kernel = _read(call, operation)

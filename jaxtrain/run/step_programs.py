@@ -108,7 +108,7 @@ class OwnPrograms(abc.ABC):
     def __call__(self, state: Any, batch: Any) -> Any:
         shape = shape_of(batch)
         if shape not in self._programs:
-            self._programs[shape] = compile_program(self.lower(state, batch))
+            self._programs[shape] = self.lower(state, batch).compile()
         return self._programs[shape](state, batch)
 
     def lower(self, state: Any, batch: Any) -> Any:
