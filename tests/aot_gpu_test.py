@@ -167,21 +167,38 @@ def test_a_step_compiles_for_sixteen_gpus_with_our_kernel_and_tells_the_network(
     assert "FITS" in done.stdout.splitlines()
 
 
-@needs_plugin
-def test_unrolled_layers_cast_no_wide_stack_at_once():
-    """Its copy would live until the last layer's backward pass."""
-    config = tiny_config("from_scratch", bf16=True, gradient_accumulation_steps=1)
+def compiled_step(count=1):
+    """The text of a step of three wide layers, whose weights so many H100 share."""
+    keys = {"num_gpus": count, "gradient_accumulation_steps": 1}
+    config = tiny_config("from_scratch", bf16=True, **keys)
+    config.mesh.fsdp = count
     sizes = config.model.architecture
     sizes.hidden_size, sizes.intermediate_size, sizes.num_hidden_layers = 1024, 1536, 3
-    run = resolve(config, device_count=1)
-    model = load_abstract_model(run, describe_gpus("h100:1")).for_training(packed=False)
+    run = resolve(config, device_count=count)
+    devices = describe_gpus(f"h100:{count}")
+    model = load_abstract_model(run, devices).for_training(packed=False)
     assert model.plan.unrolled
     step, state = compile.describe_step(run, model)
     batch = compile._abstract_batch(model, run)
     with jax.sharding.use_abstract_mesh(model.plan.mesh.abstract_mesh):
-        text = step.trace(state, batch).lower().compile().as_text()
+        return step.trace(state, batch).lower().compile().as_text()
+
+
+@needs_plugin
+def test_unrolled_layers_cast_no_wide_stack_at_once():
+    """Its copy would live until the last layer's backward pass."""
+    text = compiled_step()
     assert "f32[3,1024,1536]" in text and "bf16[1,1024,1536]{2,1,0} convert" in text
     assert "bf16[3,1024,1536]{2,1,0} convert" not in text
+
+
+@needs_plugin
+def test_gpus_that_share_weights_update_them_where_they_lie():
+    """XLA transposed the gradients of what is split by columns, and copied the rest."""
+    text = compiled_step(count=2)
+    copied = re.findall(r"= (f32\[[\d,]+\])\S* copy\(", text)
+    assert "f32[3,1536,512]" in text  # the down projections
+    assert not [shape for shape in copied if shape.count(",") > 0], copied
 
 
 @needs_plugin

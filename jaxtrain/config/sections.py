@@ -505,7 +505,8 @@ class PrecisionSection:
     """How many layers, from the first, remat_policy acts on (-1: all); the later ones
     compute again only what is cheap, as by minimal. Unset: all; but by full, where
     layers are unrolled and their weights trained, so few that what the last ones keep
-    takes at most 3/4 of the weights' memory (gradients, which come later, take 1/2)."""
+    takes at most 3/4 of the weights' memory (gradients, which come later, take 1/2);
+    3/2 where devices have parts of the weights."""
     reshard_after_forward: Annotated[
         bool, OnlyIf("training.gradient_checkpointing")
     ] = True

@@ -19,6 +19,7 @@ from jaxtrain.models.binding import bind, paths_with
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.decoder_layer import DecoderLayer
 from jaxtrain.models.fp8 import cast_master, in_fp8
+from jaxtrain.models.gradient_layout import updated_in_place
 from jaxtrain.models.layer_kinds import LayerKind, config_of_kind, kinds_of, segments_of
 from jaxtrain.models.layers import LayerOptions, Options
 from jaxtrain.models.per_layer import Ends
@@ -93,6 +94,7 @@ _O = TypeVar("_O", bound=Options)
 def bind_ends(options: Options, params: Params) -> Ends:
     """The modules on either side of the layers, with these weights."""
     ends = {name: leaf for name, leaf in params.items() if name != LAYERS}
+    ends = updated_in_place(options, ends)
     return bind(Ends, adapted_options(options, ends), ends)
 
 
@@ -167,7 +169,7 @@ def run_layers(
             (own, *_given(stack, per_layer))
             for stack, own in zip(segment, weights, strict=True)
         )
-        read = functools.partial(_read_layer, cast) if late else lambda _, own, __: own
+        read = functools.partial(_read_layer, options, cast if late else None)
         x, shared = passing
         # What no layer of the segment changes is not passed on from one to the next:
         # the backward pass would keep a copy of it for each.
@@ -289,18 +291,26 @@ def _cast_weights(options: Options, layers: Params, narrow: bool = False) -> Par
 
 
 def _read_layer(
-    cast: Callable[[Params], Params], stacked: Params, own: Params, place: Array
+    options: Options,
+    cast: Callable[[Params], Params] | None,
+    stacked: Params,
+    own: Params,
+    place: Array,
 ) -> Params:
-    """A layer's weights in the compute type, where the layers are not in a loop.
+    """A layer's weights in the compute type, which in a loop they have already.
 
-    A kernel that reads one layer of a stack at a place that the compiler knows is
-    compiled again for each layer. So vectors, and matrices that are cast, are read at a
-    number that it cannot know. Other matrices are operands of products as they lie.
+    Outside of one, a kernel that reads one layer of a stack at a place that the
+    compiler knows is compiled again for each layer. So vectors, and matrices that are
+    cast, are read at a number that it cannot know. Other matrices are operands of
+    products as they lie.
 
     Args:
+        cast: None in a loop.
         stacked: the weights of all layers of the stack, and `own` those of this one.
         place: which of them it is.
     """
+    if cast is None:
+        return updated_in_place(options, own)
     place = jax.lax.optimization_barrier(place)
 
     def read(path: tuple[Any, ...], whole: Array, leaf: Array, wanted: Array) -> Array:
@@ -310,7 +320,8 @@ def _read_layer(
         value = _read_at(leaf, jax.lax.stop_gradient(whole), place)
         return value.astype(wanted.dtype)
 
-    return jax.tree_util.tree_map_with_path(read, stacked, own, cast(own))
+    weights = jax.tree_util.tree_map_with_path(read, stacked, own, cast(own))
+    return updated_in_place(options, weights)
 
 
 @jax.custom_vjp

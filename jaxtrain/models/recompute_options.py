@@ -11,6 +11,9 @@ from jaxtrain.sharding import ShardingPlan
 # Of the memory of trained weights, what "full" may keep of the last layers. Gradients,
 # which come later, take half of it (float32 weights, computing in bfloat16).
 _KEPT_SHARE = 0.75
+# The same where devices have parts of weights, gradients and optimizer state: what they
+# keep in common is as much as one device would.
+_KEPT_SHARE_OF_PARTS = 1.5
 
 
 def remat_options(
@@ -21,19 +24,21 @@ def remat_options(
     Adapters' gradients are small, so that nothing is kept in their place; nor where
     memory is so short that the optimizer's state is on the host.
     """
-    # Of all devices' weights, some of which are copies.
     is_short = run.lora is not None or plan.offload_optimizer
-    copies = plan.mesh.shape["data"] if plan.zero_stage >= 3 else plan.mesh.size
-    dtype = run.model.param_dtype
     return {
         "remat": run.precision.remat,
         "remat_layers": run.precision.remat_layers,
-        "kept_bytes": 0 if is_short else copies * room_for_layers(config, dtype),
+        "kept_bytes": 0 if is_short else _room(run, config, plan),
         "reshards": run.precision.reshard_after_forward,
     }
 
 
-def room_for_layers(config: ModelConfig, param_dtype: str) -> int:
-    """Bytes that the last layers may keep beside trained weights of this type."""
-    size = np.dtype(param_dtype).itemsize
-    return int(_KEPT_SHARE * config.num_params() * size)
+def _room(run: RunConfig, config: ModelConfig, plan: ShardingPlan) -> int:
+    """Bytes that the last layers may keep, of all devices together."""
+    shape = plan.mesh.shape
+    copies = shape["data"]
+    if plan.zero_stage < 3:
+        copies = plan.mesh.size // (shape["tensor"] * shape["stage"])
+    share = _KEPT_SHARE if copies == plan.mesh.size else _KEPT_SHARE_OF_PARTS
+    itemsize = np.dtype(run.model.param_dtype).itemsize
+    return int(share * copies * config.num_params() * itemsize)

@@ -26,6 +26,7 @@ from jaxtrain.models.cache import Cache, decode, init_cache
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.decoder_layer import DecoderLayer
 from jaxtrain.models.expert_adapters import ADAPTERS, PARAMETERS
+from jaxtrain.models.gradient_layout import shares_weights
 from jaxtrain.models.layer_kinds import LayerKind, config_of_kind
 from jaxtrain.models.layers import Attend, HandedOn, LayerInputs, LoraShape, Options
 from jaxtrain.models.moe import RouterLoad, join_loads, load_balancing_loss
@@ -442,19 +443,14 @@ def _derives_weights(options: Options) -> bool:
     """
     with_dora = options.lora is not None and options.lora.use_dora
     few_bits = options.fp8 or options.quantization is not None
-    return _shares_weights(options) or with_dora or few_bits
-
-
-def _shares_weights(options: Options) -> bool:
-    layout = options.layout or Layout()
-    return layout.count(layout.weights) > 1
+    return shares_weights(options) or with_dora or few_bits
 
 
 def _weights_again(decoder: Decoder) -> Literal["read", "derive", "keep"]:
     """What `Recompute` does about weights."""
     if not _derives_weights(decoder):
         return "read"
-    if _shares_weights(decoder) and not decoder.reshards:
+    if shares_weights(decoder) and not decoder.reshards:
         return "keep"
     return "derive"
 

@@ -149,14 +149,14 @@ def test_no_copy_of_weights_in_the_compute_type_is_kept():
     assert read.count((1, 64, 192)) == 2 * 2  # gate and up, forward and backward
 
 
-def decoder_of_run(layers=4, **sections):
+def decoder_of_run(layers=4, devices=1, **sections):
     run = resolve(
         {"training": {"training_type": "sft", "gradient_checkpointing": True}}
         | sections,
-        device_count=1,
+        device_count=devices,
     )
     config = config_of(layers)
-    return make_decoder(run, config, make_plan(run, config, jax.devices()[:1]))
+    return make_decoder(run, config, make_plan(run, config, jax.devices()[:devices]))
 
 
 def test_a_run_may_keep_three_quarters_of_trained_weights_and_none_of_frozen_ones():
@@ -167,6 +167,20 @@ def test_a_run_may_keep_three_quarters_of_trained_weights_and_none_of_frozen_one
     assert decoder_of_run(training=lora).kept_bytes == 0
     layers = {"training_type": "sft", "gradient_checkpointing": True, "remat_layers": 3}
     assert decoder_of_run(training=layers).remat_layers == 3
+
+
+@pytest.mark.parametrize(
+    ("mesh", "share"),
+    [
+        ({"data": 4}, 4 * 0.75),
+        ({"fsdp": 4}, 1.5),
+        ({"data": 2, "fsdp": 2}, 2 * 1.5),
+        ({"data": 2, "tensor": 2}, 2 * 1.5),
+    ],
+)
+def test_devices_with_parts_of_weights_keep_twice_as_much_of_each_copy(mesh, share):
+    decoder = decoder_of_run(devices=4, mesh=mesh)
+    assert decoder.kept_bytes == int(share * decoder.config.num_params() * 4)
 
 
 @pytest.mark.parametrize("reshards", [True, False])
