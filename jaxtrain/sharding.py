@@ -194,11 +194,19 @@ class ShardingPlan:
         if self.platform == "gpu":
             return xla_options.for_gpus(
                 unrolled=self.unrolled,
-                sums_adapters=self.adapters and shape["data"] == self.mesh.size > 1,
+                sums_adapters=self.adapters and self._has_whole_weights,
                 fp8=self.fp8,
                 deterministic=self.deterministic,
             )
         return None
+
+    @property
+    def _has_whole_weights(self) -> bool:
+        """Whether there are several devices, and each has all weights."""
+        copies = self.mesh.shape["data"]
+        if self.zero_stage < 3:
+            copies *= self.mesh.shape["context"]
+        return copies == self.mesh.size > 1
 
     @property
     def platform(self) -> str:

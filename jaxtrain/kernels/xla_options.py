@@ -23,9 +23,9 @@ _UNROLLED: Options = {
 }
 # Triton's products convert codes first; and products of one tensor, joined, are bf16.
 FP8: Options = {_TRITON_PRODUCTS: False, "xla_gpu_dot_merger_threshold_mb": "0"}
-# Where GPUs exchange gradients of adapters alone, there is nothing to hide. A schedule
-# that tries to keeps what gradients are computed of, and takes two to four times the
-# memory.
+# Where GPUs exchange gradients of adapters alone, and keys and values of long rows,
+# there is little to hide. A schedule that tries to keeps what gradients are computed
+# of, and takes two to ten times the memory.
 _UNHIDDEN: Options = {"xla_gpu_enable_latency_hiding_scheduler": False}
 # Kernels are else chosen by timing them, which is another choice each time, and cuDNN's
 # attention adds up gradients in no certain order.
@@ -41,7 +41,7 @@ def for_gpus(
     """Options of programs for GPUs.
 
     Args:
-        sums_adapters: all that the GPUs exchange is gradients of adapters.
+        sums_adapters: GPUs exchange no weights, and gradients of adapters alone.
     """
     own = _UNROLLED if unrolled else {}
     own = own | (_UNHIDDEN if unrolled and sums_adapters else {})

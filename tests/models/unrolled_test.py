@@ -150,14 +150,20 @@ def test_full_determinism_has_no_kernel_chosen_by_its_time(scan_layers):
 
 @pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize(
-    ("kind", "fsdp", "hides"),
-    [("lora", 1, False), ("lora", 2, True), ("sft", 1, True)],
+    ("kind", "mesh", "hides"),
+    [
+        ("lora", {"data": 2}, False),
+        ("lora", {"context": 2}, False),
+        ("lora", {"fsdp": 2}, True),
+        ("sft", {"data": 2}, True),
+        ("sft", {"context": 2}, True),
+    ],
 )
-def test_sums_of_adapters_alone_are_not_hidden(kind, fsdp, hides):
+def test_sums_of_adapters_alone_are_not_hidden(kind, mesh, hides):
     """It would cost memory: see benchmarks/RESULTS.md."""
     name = "xla_gpu_enable_latency_hiding_scheduler"
     training = {"training_type": kind}
-    _, plan = plan_of(devices=2, fsdp=fsdp, training=training)
+    _, plan = plan_of(devices=2, mesh=mesh, training=training)
     assert plan.compiler_options.get(name, True) is hides
     assert plan.jit(lambda x: x + 1)(1) == 2
     assert name not in plan_of(training=training)[1].compiler_options

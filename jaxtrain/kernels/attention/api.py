@@ -14,7 +14,11 @@ from jaxtyping import Array, Float, Int32
 
 from jaxtrain.kernels.attention import blocked, cudnn
 from jaxtrain.kernels.attention.masks import Extras, Mask
-from jaxtrain.kernels.attention.partition import Layout, attend_on_shards
+from jaxtrain.kernels.attention.partition import (
+    Layout,
+    attend_on_shards,
+    masks_of_parts,
+)
 from jaxtrain.kernels.attention.reference import attention_reference
 from jaxtrain.kernels.attention.schedule import Schedule
 from jaxtrain.kernels.attention.xla import attention_xla
@@ -46,7 +50,7 @@ def attention(
     scale: float | None = None,
     sinks: Float[Array, "N"] | None = None,
     implementation: str = "auto",
-    schedule: Schedule | None = None,
+    schedule: Schedule | tuple[Schedule, ...] | None = None,
     layout: Layout | None = None,
 ) -> Float[Array, "B T N V"]:
     """Scaled dot-product attention over packed rows (arXiv 1706.03762, GQA 2305.13245).
@@ -87,10 +91,8 @@ def attention(
             f"attention implementation {implementation!r} refuses: {reason}; "
             "use 'auto' or 'xla'"
         )
-    if layout is None:
-        out = attend(q, k, v, mask, schedule, sinks)
-    else:
-        out = attend_on_shards(attend, layout, q, k, v, mask, schedule, sinks)
+    layout = layout or Layout()
+    out = attend_on_shards(attend, layout, q, k, v, mask, schedule, sinks)
     if implementation in _BLOCKED and not _cuts_rows(layout, q.shape[1]):
         return out  # the kernel has named it, with what its backward pass reads
     return checkpoint_name(out, "attention")
@@ -133,21 +135,30 @@ def plan_attention(
     value_width: int | None = None,
     implementation: str = "auto",
     layout: Layout | None = None,
-) -> Schedule | None:
+) -> Schedule | tuple[Schedule, ...] | None:
     """The blocks that the layers of one batch visit, found once for all of them.
 
     The arguments are `attention`'s, but only the shape and type of `q` matter, whether
     there are sinks, and the width of values (None: that of q). None where the
-    implementation visits no blocks, or where the mesh splits rows. Layers with another
-    window need another schedule.
+    implementation visits no blocks. Where the mesh splits rows, one schedule of each
+    part. Layers with another window need another schedule.
     """
     mask = Mask(segment_ids, prompt_ids, causal, window)
     if implementation == "auto":
         extras = Extras(softcap, has_sinks, value_width)
         implementation = _choose(q, mask, extras, _device_of(layout))
-    if implementation not in _BLOCKED or _cuts_rows(layout, q.shape[1]):
+    if implementation not in _BLOCKED:
         return None
-    return blocked.plan(_load_kernels(implementation), mask, *q.shape[:2])
+    (batch, length), kernels = q.shape[:2], _load_kernels(implementation)
+    if layout is None or not _cuts_rows(layout, length):
+        return blocked.plan(kernels, mask, batch, length)
+    masks = masks_of_parts(layout, mask, batch, length)
+    queries = length // len(masks)
+    ends = (mask.offset + queries if causal else length for mask in masks)
+    return tuple(
+        blocked.plan(kernels, part, batch, queries, keys)
+        for part, keys in zip(masks, ends, strict=True)
+    )
 
 
 def skips_blocks(

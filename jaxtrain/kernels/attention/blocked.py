@@ -93,9 +93,7 @@ def attention_blocked(
     """Run attention with `kernels`, after padding rows and heads to whole tiles."""
     length, keys = q.shape[1], k.shape[1]
     has_padding = mask.keys is not None
-    if keys != length and mask.key_ids is None:
-        ones = jnp.ones((q.shape[0], keys), jnp.int32)
-        mask = dataclasses.replace(mask, key_ids=ones)
+    mask = _with_keys(mask, q.shape[0], length, keys)
     padded = padded_mask(kernels, mask, q.shape[0], length)
     if schedule is None:
         schedule = plan(kernels, mask, q.shape[0], length)
@@ -124,13 +122,26 @@ def attention_blocked(
     return out[:, :length, :, : v.shape[3]]
 
 
-def plan(kernels: Kernels, mask: Mask, batch: int, length: int) -> Schedule:
-    """Make the schedule of a batch; layers with the same mask can share it."""
+def plan(
+    kernels: Kernels, mask: Mask, batch: int, length: int, keys: int | None = None
+) -> Schedule:
+    """Make the schedule of a batch; layers with the same mask can share it.
+
+    Of `length` queries, and so many `keys` where these are others.
+    """
+    mask = _with_keys(mask, batch, length, length if keys is None else keys)
     padded = padded_mask(kernels, mask, batch, length)
     assert padded.segment_ids is not None and padded.key_ids is not None
     block_q, block_k = _choose_blocks(kernels, mask, length)
     lengths = (padded.segment_ids.shape[1], padded.key_ids.shape[1])
     return make_schedule(padded, batch, *lengths, block_q=block_q, block_k=block_k)
+
+
+def _with_keys(mask: Mask, batch: int, length: int, keys: int) -> Mask:
+    """The mask, with ids of the keys where there are not as many as queries."""
+    if keys == length or mask.key_ids is not None:
+        return mask
+    return dataclasses.replace(mask, key_ids=jnp.ones((batch, keys), jnp.int32))
 
 
 def padded_mask(kernels: Kernels, mask: Mask, batch: int, length: int) -> Mask:

@@ -23,8 +23,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxtrain.kernels.attention.masks import Mask
+from jaxtrain.kernels.attention.schedule import Schedule
 
 Attend = Callable[..., Float[Array, "B T N H"]]
+Schedules = tuple[Schedule, ...] | None
 
 
 class Ring(NamedTuple):
@@ -34,10 +36,32 @@ class Ring(NamedTuple):
     size: int
 
 
+class _Plan(NamedTuple):
+    """The mask with the ids of the whole row, and the schedule of each of its parts."""
+
+    whole: Mask
+    schedules: Schedules
+
+
 def parts_of(index: int, size: int) -> tuple[int, int]:
     """The even and the odd part of a row that device `index` of `size` attends for."""
     first, last = index, 2 * size - 1 - index
     return (first, last) if index % 2 == 0 else (last, first)
+
+
+def mask_of_part(mask: Mask, part: int, queries: int, keys: int) -> Mask:
+    """The mask of a part's `queries`, and of the keys that it may read.
+
+    `mask` has the ids of the whole row, of all `keys`.
+    """
+    start, stop = part * queries, (part + 1) * queries
+    return dataclasses.replace(
+        mask,
+        segment_ids=_cut(mask.segment_ids, start, stop),
+        prompt_ids=_cut(mask.prompt_ids, start, stop),
+        key_ids=_cut(mask.segment_ids, 0, stop if mask.causal else keys),
+        offset=start,
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -48,15 +72,15 @@ def attend_to_gathered(
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K V"],
     mask: Mask,
-    schedule: None = None,
+    schedules: Schedules = None,
     sinks: Float[Array, "N"] | None = None,
 ) -> Float[Array, "B T N V"]:
     """`attend` of this device's queries to the keys of its row's devices.
 
     Within `shard_map`; T counts the tokens of a device. The backward pass gathers
-    again, so nothing of a whole row is kept.
+    again, so nothing of a whole row is kept. `schedules`: of each part of the row.
     """
-    return _forward(attend, ring, q, k, v, mask, schedule, sinks)[0]
+    return _forward(attend, ring, q, k, v, mask, schedules, sinks)[0]
 
 
 def _forward(
@@ -66,31 +90,31 @@ def _forward(
     k: Array,
     v: Array,
     mask: Mask,
-    schedule: None,
+    schedules: Schedules,
     sinks: Array | None,
 ) -> tuple[Array, tuple]:
     keys, values = _gather(ring, k), _gather(ring, v)
-    queries, whole = _exchange(ring, q), _gather_ids(ring, mask)
+    queries, plan = _exchange(ring, q), _Plan(_gather_ids(ring, mask), schedules)
 
     def on_device(index: int, q: Array, keys: Array, values: Array) -> Array:
-        return _attend_parts(attend, ring, index, q, keys, values, whole, sinks)
+        return _attend_parts(attend, ring, index, q, keys, values, plan, sinks)
 
     out = _switch(ring, on_device, queries, keys, values)
-    return _exchange(ring, out, back=True), (q, k, v, mask, sinks)
+    return _exchange(ring, out, back=True), (q, k, v, mask, schedules, sinks)
 
 
 def _backward(
     attend: Attend, ring: Ring, residuals: tuple, d_out: Array
 ) -> tuple[Array, Array, Array, None, None, Array | None]:
-    q, k, v, mask, sinks = residuals
+    q, k, v, mask, schedules, sinks = residuals
     keys, values = _gather(ring, k), _gather(ring, v)
-    queries, whole = _exchange(ring, q), _gather_ids(ring, mask)
+    queries, plan = _exchange(ring, q), _Plan(_gather_ids(ring, mask), schedules)
 
     def on_device(
         index: int, q: Array, keys: Array, values: Array, d_out: Array
     ) -> tuple[Array, ...]:
         def forward(q: Array, keys: Array, values: Array, sinks: Array | None) -> Array:
-            return _attend_parts(attend, ring, index, q, keys, values, whole, sinks)
+            return _attend_parts(attend, ring, index, q, keys, values, plan, sinks)
 
         return jax.vjp(forward, q, keys, values, sinks)[1](d_out)
 
@@ -124,29 +148,20 @@ def _attend_parts(
     q: Array,
     keys: Array,
     values: Array,
-    mask: Mask,
+    plan: _Plan,
     sinks: Array | None,
 ) -> Array:
-    """The two parts of device `index`, each with the keys up to its own end.
-
-    `mask` has the ids of the whole row.
-    """
+    """The two parts of device `index`, each with the keys up to its own end."""
     length = q.shape[1] // 2
     outputs = []
     for queries, part in zip(
         jnp.split(q, 2, axis=1), parts_of(index, ring.size), strict=True
     ):
-        start, stop = part * length, (part + 1) * length
-        end = stop if mask.causal else keys.shape[1]
-        of_part = dataclasses.replace(
-            mask,
-            segment_ids=_cut(mask.segment_ids, start, stop),
-            prompt_ids=_cut(mask.prompt_ids, start, stop),
-            key_ids=_cut(mask.segment_ids, 0, end),
-            offset=start,
-        )
+        mask = mask_of_part(plan.whole, part, length, keys.shape[1])
+        end = (part + 1) * length if mask.causal else keys.shape[1]
         of_keys = (keys[:, :end], values[:, :end])
-        outputs.append(attend(queries, *of_keys, of_part, None, sinks))
+        schedule = None if plan.schedules is None else plan.schedules[part]
+        outputs.append(attend(queries, *of_keys, mask, schedule, sinks))
     return jnp.concatenate(outputs, axis=1)
 
 

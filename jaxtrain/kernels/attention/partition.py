@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from jaxtrain.kernels.attention import context
@@ -100,6 +100,26 @@ def _log_whole(size: int, axes: Axes) -> None:
     )
 
 
+def masks_of_parts(
+    layout: Layout, mask: Mask, batch: int, length: int
+) -> tuple[Mask, ...]:
+    """The masks of a row's parts, two of each device that shares it (context.py).
+
+    Computed once for all layers, where every device has the ids of its whole rows.
+    """
+    parts = 2 * layout.token_shards(length)
+    rows = PartitionSpec(layout.fitting(layout.rows, batch) or None)
+    ids = (mask.segment_ids, mask.prompt_ids)
+    if layout.mesh is not None:
+        sharding = NamedSharding(layout.mesh, rows)
+        ids = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, sharding), ids)
+    mask = dataclasses.replace(mask, segment_ids=ids[0], prompt_ids=ids[1])
+    return tuple(
+        context.mask_of_part(mask, part, length // parts, length)
+        for part in range(parts)
+    )
+
+
 def attend_on_shards(
     attend: Callable[..., Float[Array, "B T N V"]],
     layout: Layout,
@@ -107,10 +127,13 @@ def attend_on_shards(
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K V"],
     mask: Mask,
-    schedule: Schedule | None = None,
+    schedule: Schedule | tuple[Schedule, ...] | None = None,
     sinks: Float[Array, "N"] | None = None,
 ) -> Float[Array, "B T N V"]:
-    """`attend(q, k, v, mask, schedule, sinks)` on each device for what lies there."""
+    """`attend(q, k, v, mask, schedule, sinks)` on each device for what lies there.
+
+    `schedule`: where the layout cuts rows, one of each part (context.py).
+    """
     if layout.mesh is None or layout.mesh.size == 1:
         return attend(q, k, v, mask, schedule, sinks)
     rows = layout.fitting(layout.rows, q.shape[0])
@@ -122,7 +145,7 @@ def attend_on_shards(
     if copies > 1:
         k, v = (jnp.repeat(x, copies, axis=2) for x in (k, v))
     if shards > 1:
-        if schedule is not None:
+        if isinstance(schedule, Schedule):
             raise ValueError("schedule: it is of whole rows, and the layout cuts them")
         attend = functools.partial(
             context.attend_to_gathered, attend, context.Ring(tokens, shards)

@@ -22,6 +22,7 @@ from jaxtrain.kernels.attention.pallas_tpu import KERNELS
 from jaxtrain.kernels.attention.partition import attend_on_shards
 from jaxtrain.kernels.attention.reference import attention_reference
 from jaxtrain.kernels.attention.xla import attention_xla
+from tests.equations import equations
 
 LENGTH = 96
 
@@ -110,6 +111,47 @@ def test_values_and_gradients_are_those_of_one_device(case):
     np.testing.assert_allclose(value, want_value, rtol=1e-5)
     for got, expected in zip(gradients, want, strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tokens"), [("segments", 4), ("plain", 2), ("bidirectional", 2)]
+)
+def test_a_plan_of_all_parts_serves_every_layer(kind, tokens):
+    layout = make_layout(2, tokens, 1)
+    (q, k, v), segments, prompts = make_inputs(2)
+    ids = {"segment_ids": segments, "prompt_ids": prompts} if kind == "segments" else {}
+    options = {"causal": kind != "bidirectional", "implementation": "xla_blocks"}
+
+    def layers(q, k, v, ids, planned, count=1):
+        given = {**ids, **options, "layout": layout}
+        schedule = plan_attention(q, **given) if planned else None
+        for _ in range(count):
+            q = attention(q, k, v, **given, schedule=schedule)
+        return (q * jnp.cos(q)).sum()
+
+    def gradients(planned):
+        step = jax.jit(jax.value_and_grad(layers, (0, 1, 2)), static_argnums=4)
+        return step(q, k, v, ids, planned)
+
+    def count_sorts(planned):
+        traced = jax.make_jaxpr(lambda *args: layers(*args, planned, 2))(q, k, v, ids)
+        return sum(e.primitive.name == "sort" for e in equations(traced))
+
+    for found, expected in zip(
+        jax.tree.leaves(gradients(True)), jax.tree.leaves(gradients(False)), strict=True
+    ):
+        np.testing.assert_array_equal(found, expected)
+    # Two lists and an order of each part, once; else as many again for each layer.
+    assert count_sorts(True) == 3 * 2 * tokens
+    assert count_sorts(False) == 2 * count_sorts(True)
+
+
+def test_a_schedule_of_whole_rows_is_refused_where_they_are_cut():
+    (q, k, v), segments, _ = make_inputs(2)
+    whole = plan_attention(q, segment_ids=segments, implementation="xla_blocks")
+    with pytest.raises(ValueError, match="it is of whole rows"):
+        attention(q, k, v, segment_ids=segments, implementation="xla_blocks",
+                  schedule=whole, layout=make_layout(1, 2, 1))  # fmt: skip
 
 
 def test_no_row_and_no_head_is_gathered():
