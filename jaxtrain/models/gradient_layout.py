@@ -21,10 +21,11 @@ def updated_in_place(options: Options, weights: Params) -> Params:
 
     XLA adds up the gradient of a matrix whose columns GPUs share column by column. An
     optimizer that reads it so does not write weights and moments where they lie: these
-    are copied (3.6 ms of a step of a 3B on two H200, benchmarks/RESULTS.md).
+    are copied (3.6 ms of a step of a 3B on two H200, benchmarks/RESULTS.md). Products
+    in fp8 make gradients of their own.
     """
-    on_gpus = options.layout is not None and options.layout.platform == "gpu"
-    if not (on_gpus and shares_weights(options)) or options.fp8:
+    layout = options.layout or Layout()
+    if options.fp8 or not shares_weights(options) or layout.platform != "gpu":
         return weights
 
     def lay_out(leaf: Array) -> Array:

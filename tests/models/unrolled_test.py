@@ -61,6 +61,7 @@ def plan_of(layers: int = 2, fsdp: int = 1, devices: int = 1, **sections):
 
 @pytest.fixture
 def gpu(monkeypatch):
+    jax.devices()  # so many as XLA_FLAGS say
     monkeypatch.setattr(sharding.ShardingPlan, "platform", "gpu")
     monkeypatch.delenv("XLA_FLAGS", raising=False)
 

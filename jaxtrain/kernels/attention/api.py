@@ -17,10 +17,10 @@ from jaxtrain.kernels.attention.masks import Extras, Mask
 from jaxtrain.kernels.attention.partition import (
     Layout,
     attend_on_shards,
-    masks_of_parts,
+    parts_of_rows,
 )
 from jaxtrain.kernels.attention.reference import attention_reference
-from jaxtrain.kernels.attention.schedule import Schedule
+from jaxtrain.kernels.attention.schedule import Plan, Schedule
 from jaxtrain.kernels.attention.xla import attention_xla
 
 _PALLAS = ("pallas_gpu", "pallas_triton", "pallas_tpu")
@@ -50,7 +50,7 @@ def attention(
     scale: float | None = None,
     sinks: Float[Array, "N"] | None = None,
     implementation: str = "auto",
-    schedule: Schedule | tuple[Schedule, ...] | None = None,
+    schedule: Plan = None,
     layout: Layout | None = None,
 ) -> Float[Array, "B T N V"]:
     """Scaled dot-product attention over packed rows (arXiv 1706.03762, GQA 2305.13245).
@@ -65,8 +65,8 @@ def attention(
 
     Rows of padding (segment id 0) give zeros, whatever their inputs hold.
 
-    `schedule` is what `plan_attention` gave for the same mask and implementation; those
-    that visit blocks make their own where it is None.
+    `schedule` is what `plan_attention` gave for the same mask, implementation and
+    layout; those that visit blocks make their own where it is None.
 
     `layout` says how a mesh splits the arrays, where there is one.
 
@@ -135,7 +135,7 @@ def plan_attention(
     value_width: int | None = None,
     implementation: str = "auto",
     layout: Layout | None = None,
-) -> Schedule | tuple[Schedule, ...] | None:
+) -> Plan:
     """The blocks that the layers of one batch visit, found once for all of them.
 
     The arguments are `attention`'s, but only the shape and type of `q` matter, whether
@@ -152,12 +152,10 @@ def plan_attention(
     (batch, length), kernels = q.shape[:2], _load_kernels(implementation)
     if layout is None or not _cuts_rows(layout, length):
         return blocked.plan(kernels, mask, batch, length)
-    masks = masks_of_parts(layout, mask, batch, length)
-    queries = length // len(masks)
-    ends = (mask.offset + queries if causal else length for mask in masks)
+    parts = parts_of_rows(layout, mask, batch, length)
+    queries = length // len(parts)
     return tuple(
-        blocked.plan(kernels, part, batch, queries, keys)
-        for part, keys in zip(masks, ends, strict=True)
+        blocked.plan(kernels, own, batch, queries, keys) for own, keys in parts
     )
 
 

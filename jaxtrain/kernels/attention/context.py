@@ -36,10 +36,10 @@ class Ring(NamedTuple):
     size: int
 
 
-class _Plan(NamedTuple):
-    """The mask with the ids of the whole row, and the schedule of each of its parts."""
+class _Row(NamedTuple):
+    """The mask with the ids of a whole row, and the schedule of each of its parts."""
 
-    whole: Mask
+    mask: Mask
     schedules: Schedules
 
 
@@ -49,19 +49,21 @@ def parts_of(index: int, size: int) -> tuple[int, int]:
     return (first, last) if index % 2 == 0 else (last, first)
 
 
-def mask_of_part(mask: Mask, part: int, queries: int, keys: int) -> Mask:
-    """The mask of a part's `queries`, and of the keys that it may read.
+def part_of(mask: Mask, part: int, queries: int, length: int) -> tuple[Mask, int]:
+    """The mask of a part's `queries`, and how many keys it may read, from the first.
 
-    `mask` has the ids of the whole row, of all `keys`.
+    `mask` has the ids of the whole row, of `length` tokens.
     """
     start, stop = part * queries, (part + 1) * queries
-    return dataclasses.replace(
+    keys = stop if mask.causal else length
+    own = dataclasses.replace(
         mask,
         segment_ids=_cut(mask.segment_ids, start, stop),
         prompt_ids=_cut(mask.prompt_ids, start, stop),
-        key_ids=_cut(mask.segment_ids, 0, stop if mask.causal else keys),
+        key_ids=_cut(mask.segment_ids, 0, keys),
         offset=start,
     )
+    return own, keys
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -94,10 +96,10 @@ def _forward(
     sinks: Array | None,
 ) -> tuple[Array, tuple]:
     keys, values = _gather(ring, k), _gather(ring, v)
-    queries, plan = _exchange(ring, q), _Plan(_gather_ids(ring, mask), schedules)
+    queries, row = _exchange(ring, q), _Row(_gather_ids(ring, mask), schedules)
 
     def on_device(index: int, q: Array, keys: Array, values: Array) -> Array:
-        return _attend_parts(attend, ring, index, q, keys, values, plan, sinks)
+        return _attend_parts(attend, ring, index, q, keys, values, row, sinks)
 
     out = _switch(ring, on_device, queries, keys, values)
     return _exchange(ring, out, back=True), (q, k, v, mask, schedules, sinks)
@@ -108,13 +110,13 @@ def _backward(
 ) -> tuple[Array, Array, Array, None, None, Array | None]:
     q, k, v, mask, schedules, sinks = residuals
     keys, values = _gather(ring, k), _gather(ring, v)
-    queries, plan = _exchange(ring, q), _Plan(_gather_ids(ring, mask), schedules)
+    queries, row = _exchange(ring, q), _Row(_gather_ids(ring, mask), schedules)
 
     def on_device(
         index: int, q: Array, keys: Array, values: Array, d_out: Array
     ) -> tuple[Array, ...]:
         def forward(q: Array, keys: Array, values: Array, sinks: Array | None) -> Array:
-            return _attend_parts(attend, ring, index, q, keys, values, plan, sinks)
+            return _attend_parts(attend, ring, index, q, keys, values, row, sinks)
 
         return jax.vjp(forward, q, keys, values, sinks)[1](d_out)
 
@@ -148,7 +150,7 @@ def _attend_parts(
     q: Array,
     keys: Array,
     values: Array,
-    plan: _Plan,
+    row: _Row,
     sinks: Array | None,
 ) -> Array:
     """The two parts of device `index`, each with the keys up to its own end."""
@@ -157,10 +159,9 @@ def _attend_parts(
     for queries, part in zip(
         jnp.split(q, 2, axis=1), parts_of(index, ring.size), strict=True
     ):
-        mask = mask_of_part(plan.whole, part, length, keys.shape[1])
-        end = (part + 1) * length if mask.causal else keys.shape[1]
+        mask, end = part_of(row.mask, part, length, keys.shape[1])
         of_keys = (keys[:, :end], values[:, :end])
-        schedule = None if plan.schedules is None else plan.schedules[part]
+        schedule = None if row.schedules is None else row.schedules[part]
         outputs.append(attend(queries, *of_keys, mask, schedule, sinks))
     return jnp.concatenate(outputs, axis=1)
 

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from jaxtrain.kernels.attention import context
 from jaxtrain.kernels.attention.masks import Mask
-from jaxtrain.kernels.attention.schedule import Schedule
+from jaxtrain.kernels.attention.schedule import Plan, Schedule
 
 _logger = logging.getLogger(__name__)
 Axes = tuple[str, ...]
@@ -100,24 +100,22 @@ def _log_whole(size: int, axes: Axes) -> None:
     )
 
 
-def masks_of_parts(
+def parts_of_rows(
     layout: Layout, mask: Mask, batch: int, length: int
-) -> tuple[Mask, ...]:
-    """The masks of a row's parts, two of each device that shares it (context.py).
+) -> list[tuple[Mask, int]]:
+    """The mask of each part that devices cut rows into, and its number of keys.
 
-    Computed once for all layers, where every device has the ids of its whole rows.
+    Every device is given the ids of its whole rows.
     """
     parts = 2 * layout.token_shards(length)
-    rows = PartitionSpec(layout.fitting(layout.rows, batch) or None)
     ids = (mask.segment_ids, mask.prompt_ids)
     if layout.mesh is not None:
-        sharding = NamedSharding(layout.mesh, rows)
-        ids = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, sharding), ids)
+        rows = PartitionSpec(layout.fitting(layout.rows, batch) or None)
+        whole = NamedSharding(layout.mesh, rows)
+        ids = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, whole), ids)
     mask = dataclasses.replace(mask, segment_ids=ids[0], prompt_ids=ids[1])
-    return tuple(
-        context.mask_of_part(mask, part, length // parts, length)
-        for part in range(parts)
-    )
+    queries = length // parts
+    return [context.part_of(mask, part, queries, length) for part in range(parts)]
 
 
 def attend_on_shards(
@@ -127,13 +125,10 @@ def attend_on_shards(
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K V"],
     mask: Mask,
-    schedule: Schedule | tuple[Schedule, ...] | None = None,
+    schedule: Plan = None,
     sinks: Float[Array, "N"] | None = None,
 ) -> Float[Array, "B T N V"]:
-    """`attend(q, k, v, mask, schedule, sinks)` on each device for what lies there.
-
-    `schedule`: where the layout cuts rows, one of each part (context.py).
-    """
+    """`attend(q, k, v, mask, schedule, sinks)` on each device for what lies there."""
     if layout.mesh is None or layout.mesh.size == 1:
         return attend(q, k, v, mask, schedule, sinks)
     rows = layout.fitting(layout.rows, q.shape[0])

@@ -38,6 +38,10 @@ class Schedule:
     block_k: int = dataclasses.field(metadata={"static": True})
 
 
+# Of whole rows, or of each part where devices share rows (context.py).
+Plan = Schedule | tuple[Schedule, ...] | None
+
+
 def make_schedule(
     mask: Mask,
     batch: int,
