@@ -201,12 +201,18 @@ class ShardingPlan:
         return None
 
     @property
+    def copies(self) -> int:
+        """How often the mesh has all weights, were each expert on all devices."""
+        shape = self.mesh.shape
+        if self.zero_stage >= 3:
+            return shape["data"]
+        return self.mesh.size // (shape["tensor"] * shape["stage"])
+
+    @property
     def _has_whole_weights(self) -> bool:
         """Whether there are several devices, and each has all weights."""
-        copies = self.mesh.shape["data"]
-        if self.zero_stage < 3:
-            copies *= self.mesh.shape["context"]
-        return copies == self.mesh.size > 1
+        has_all_experts = self.mesh.shape["expert"] == 1
+        return has_all_experts and self.copies == self.mesh.size > 1
 
     @property
     def platform(self) -> str:

@@ -35,10 +35,7 @@ def remat_options(
 
 def _room(run: RunConfig, config: ModelConfig, plan: ShardingPlan) -> int:
     """Bytes that the last layers may keep, of all devices together."""
-    shape = plan.mesh.shape
-    copies = shape["data"]
-    if plan.zero_stage < 3:
-        copies = plan.mesh.size // (shape["tensor"] * shape["stage"])
-    share = _KEPT_SHARE if copies == plan.mesh.size else _KEPT_SHARE_OF_PARTS
+    is_whole = plan.copies == plan.mesh.size
+    share = _KEPT_SHARE if is_whole else _KEPT_SHARE_OF_PARTS
     itemsize = np.dtype(run.model.param_dtype).itemsize
-    return int(share * copies * config.num_params() * itemsize)
+    return int(share * plan.copies * config.num_params() * itemsize)

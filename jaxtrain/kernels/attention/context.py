@@ -79,8 +79,9 @@ def attend_to_gathered(
 ) -> Float[Array, "B T N V"]:
     """`attend` of this device's queries to the keys of its row's devices.
 
-    Within `shard_map`; T counts the tokens of a device. The backward pass gathers
-    again, so nothing of a whole row is kept. `schedules`: of each part of the row.
+    Within `shard_map`; T counts the tokens of a device, but the ids of `mask` are of
+    the whole row. The backward pass gathers again, so no keys of a whole row are kept.
+    `schedules`: of each part of the row.
     """
     return _forward(attend, ring, q, k, v, mask, schedules, sinks)[0]
 
@@ -96,7 +97,7 @@ def _forward(
     sinks: Array | None,
 ) -> tuple[Array, tuple]:
     keys, values = _gather(ring, k), _gather(ring, v)
-    queries, row = _exchange(ring, q), _Row(_gather_ids(ring, mask), schedules)
+    queries, row = _exchange(ring, q), _Row(mask, schedules)
 
     def on_device(index: int, q: Array, keys: Array, values: Array) -> Array:
         return _attend_parts(attend, ring, index, q, keys, values, row, sinks)
@@ -110,7 +111,7 @@ def _backward(
 ) -> tuple[Array, Array, Array, None, None, Array | None]:
     q, k, v, mask, schedules, sinks = residuals
     keys, values = _gather(ring, k), _gather(ring, v)
-    queries, row = _exchange(ring, q), _Row(_gather_ids(ring, mask), schedules)
+    queries, row = _exchange(ring, q), _Row(mask, schedules)
 
     def on_device(
         index: int, q: Array, keys: Array, values: Array, d_out: Array
@@ -187,11 +188,3 @@ def _exchange(ring: Ring, x: Array, *, back: bool = False) -> Array:
 def _gather(ring: Ring, x: Array) -> Array:
     """[B T ...] of the whole row."""
     return jax.lax.all_gather(x, ring.axes, axis=1, tiled=True)
-
-
-def _gather_ids(ring: Ring, mask: Mask) -> Mask:
-    segments, prompts = (
-        None if ids is None else _gather(ring, ids)
-        for ids in (mask.segment_ids, mask.prompt_ids)
-    )
-    return dataclasses.replace(mask, segment_ids=segments, prompt_ids=prompts)

@@ -107,13 +107,11 @@ def parts_of_rows(
 
     Every device is given the ids of its whole rows.
     """
+    assert layout.mesh is not None
+    rows = PartitionSpec(layout.fitting(layout.rows, batch) or None)
+    whole = NamedSharding(layout.mesh, rows)
+    mask = jax.tree.map(lambda ids: jax.lax.with_sharding_constraint(ids, whole), mask)
     parts = 2 * layout.token_shards(length)
-    ids = (mask.segment_ids, mask.prompt_ids)
-    if layout.mesh is not None:
-        rows = PartitionSpec(layout.fitting(layout.rows, batch) or None)
-        whole = NamedSharding(layout.mesh, rows)
-        ids = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, whole), ids)
-    mask = dataclasses.replace(mask, segment_ids=ids[0], prompt_ids=ids[1])
     queries = length // parts
     return [context.part_of(mask, part, queries, length) for part in range(parts)]
 
@@ -149,11 +147,8 @@ def attend_on_shards(
     idle = (axis for axis, size in layout.mesh.shape.items() if size == 1)
     rows += tuple(axis for axis in idle if axis not in (*rows, *heads, *tokens))
     of_heads = PartitionSpec(rows or None, tokens or None, heads or None)
-    of_rows = PartitionSpec(rows or None, tokens or None)
-    in_specs = (
-        *(of_heads, of_heads, of_heads, of_rows),
-        *(PartitionSpec(rows or None), PartitionSpec(heads or None)),
-    )
+    of_rows, of_sinks = PartitionSpec(rows or None), PartitionSpec(heads or None)
+    in_specs = (of_heads, of_heads, of_heads, of_rows, of_rows, of_sinks)
     return jax.shard_map(
         attend,
         mesh=layout.mesh,
