@@ -41,7 +41,7 @@ from step_cases import SHAPES
 
 HERE = pathlib.Path(__file__).resolve().parent
 PREDICTIONS = HERE / "host_scaling.json"
-_PROFILED = 5  # steps, before the last ones
+_PROFILED = 5  # steps, before the last ones; of short runs a third
 _TOKENS = 2_600_000  # of the rows that are made, but at least 24 rows
 _SHIPPED = {"8b": "llama-3.1-8b", "30b_a3b": "qwen3-30b-a3b"}
 
@@ -129,7 +129,7 @@ CASES = {
     "sft_8b_tensor": Case("8b", "sft", "fsdp_tensor", 2, 4096, steps=16),
     "lora_8b": Case("8b", "sft", "data", 4, 4096, lora=True, steps=16),
     "dpo_8b": Case("8b", mesh="fsdp", batch=4, steps=16, **_DPO),
-    "lora_8b_128k": Case("8b", "sft", "context", 1, 131072, lora=True, steps=10),
+    "lora_8b_128k": Case("8b", "sft", "context", 1, 131072, lora=True, steps=6),
     "lora_30b_a3b": Case("30b_a3b", "sft", "expert", 4, 4096, lora=True, steps=16),
     "smoke": Case("smoke", "sft", "fsdp", 2, 128, full=False, steps=12),
     "smoke_dpo": Case(
@@ -174,10 +174,11 @@ def run(folder: pathlib.Path, name: str, gpus: int) -> dict[str, Any]:
     """One case by our command line, and the shares of its profiled steps."""
     case = CASES[name]
     stop = case.steps - 2
+    profiled = min(_PROFILED, case.steps // 3)
     flags = [
         f"training.max_steps={case.steps}",
         f"training.logging_steps={max(3, case.steps // 4)}",
-        f"training.profile.start_step={stop - _PROFILED + 1}",
+        f"training.profile.start_step={stop - profiled + 1}",
         f"training.profile.stop_step={stop}",
         *case.keys(gpus),
     ]
