@@ -192,9 +192,10 @@ class ShardingPlan:
             gathers = math.prod(shape[a] for a in _SHARED) > 1 and shape["tensor"] == 1
             return xla_options.for_tpus(gathers=gathers)
         if self.platform == "gpu":
+            what: xla_options.Sums = "adapters" if self.adapters else "weights"
             return xla_options.for_gpus(
                 unrolled=self.unrolled,
-                sums_adapters=self.adapters and self._has_whole_weights,
+                sums=what if self._has_whole_weights else None,
                 fp8=self.fp8,
                 deterministic=self.deterministic,
             )

@@ -1,4 +1,4 @@
-"""`training.reduce_dtype`: in which type gradients of projections meet on a mesh."""
+"""`training.reduce_dtype`: in which type gradients of matrices meet on a mesh."""
 
 import pathlib
 import re
@@ -14,8 +14,10 @@ from runs import tiny_config
 
 from jaxtrain.aot.compile import _abstract_batch, describe_step
 from jaxtrain.config import resolve
+from jaxtrain.kernels.linear_cross_entropy import fused, hopper
 from jaxtrain.models.layers import _project
 from jaxtrain.models.load import load_abstract_model
+from tests.plain_kernels import weigh_plainly
 
 
 def test_a_gradient_in_float32_is_that_of_exact_products_of_rounded_factors():
@@ -35,18 +37,39 @@ def test_a_gradient_in_float32_is_that_of_exact_products_of_rounded_factors():
     assert np.abs(rounded - exact).max() > 100 * np.abs(of_kernel - exact).max()
 
 
+def traced_step(dtype, axis):
+    """The text of a step whose mesh has eight devices along this axis."""
+    config = tiny_config("from_scratch", num_gpus=8, bf16=True, reduce_dtype=dtype)
+    config.mesh[axis] = 8
+    run = resolve(config, device_count=8)
+    model = load_abstract_model(run, jax.devices()[:8])
+    step, state = describe_step(run, model.for_training(packed=False))
+    return step.lower(state, _abstract_batch(model, run)).as_text()
+
+
+@pytest.mark.parametrize("dtype", [None, "float32"])
+@pytest.mark.parametrize(
+    ("axis", "collective", "part"),
+    [("data", "all_reduce", "2048x64"), ("fsdp", "reduce_scatter", "2048x8")],
+)
+def test_devices_add_up_the_gradient_of_the_head_in_that_type(
+    dtype, axis, collective, part, monkeypatch
+):
+    """Where kernels score each device's own tokens; plain jax stands in for them."""
+    monkeypatch.setattr(fused, "choose_tiles", lambda *_: hopper.Tiles())
+    monkeypatch.setattr(fused, "weigh_logits", weigh_plainly)
+    program = traced_step(dtype, axis)
+    pattern = rf"stablehlo.{collective}\"(?:.*\n){{4}}.* -> tensor<{part}x(\w+)>"
+    assert re.findall(pattern, program) == ["f32" if dtype else "bf16"]
+
+
 @pytest.mark.parametrize("dtype", [None, "float32"])
 def test_the_step_of_a_mesh_multiplies_into_that_type(dtype):
     """By the traced program: the partitioner adds up what a product gives.
 
     The kernels of the MLP are 64 x 96 and 96 x 64.
     """
-    config = tiny_config("from_scratch", num_gpus=8, bf16=True, reduce_dtype=dtype)
-    config.mesh.fsdp = 8
-    run = resolve(config, device_count=8)
-    model = load_abstract_model(run, jax.devices()[:8])
-    step, state = describe_step(run, model.for_training(packed=False))
-    program = step.lower(state, _abstract_batch(model, run)).as_text()
+    program = traced_step(dtype, "fsdp")
     found = re.findall(r"dot_general.*-> tensor<(64x96|96x64)x(\w+)>", program)
     types = {kind for _, kind in found}
     assert types == {"f32" if dtype else "bf16"}, found

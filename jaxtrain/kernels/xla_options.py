@@ -4,14 +4,16 @@ import functools
 import logging
 import os
 import re
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
 Options = dict[str, str | bool]
+Sums = Literal["adapters", "weights"]  # whose gradients
 logger = logging.getLogger(__name__)
 
 _TRITON_PRODUCTS = "xla_gpu_enable_triton_gemm"
+_PASSES_OFF = "xla_disable_hlo_passes"
 _UNROLLED: Options = {
     # It would compile and time many kernels of Triton's for each product of each layer:
     # 198 s for 36 unrolled layers of a 3B with LoRA, which then run 3% slower than with
@@ -19,7 +21,7 @@ _UNROLLED: Options = {
     # layer's weights, so there they stay.
     _TRITON_PRODUCTS: False,
     # They cast the weights of all layers at once, and all copies live until the end.
-    "xla_disable_hlo_passes": "slice-sinker,convert-mover",
+    _PASSES_OFF: "slice-sinker,convert-mover",
 }
 # Triton's products convert codes first; and products of one tensor, joined, are bf16.
 FP8: Options = {_TRITON_PRODUCTS: False, "xla_gpu_dot_merger_threshold_mb": "0"}
@@ -27,6 +29,13 @@ FP8: Options = {_TRITON_PRODUCTS: False, "xla_gpu_dot_merger_threshold_mb": "0"}
 # there is little to hide. A schedule that tries to keeps what gradients are computed
 # of, and takes two to ten times the memory.
 _UNHIDDEN: Options = {"xla_gpu_enable_latency_hiding_scheduler": False}
+# Where GPUs add up gradients of all weights, products beside a sum slow down about as
+# much as it takes, so few large sums are better than many of 30 MB; and one of many
+# arrays is not worth copying them into one and out again.
+_LARGE_SUMS: Options = {
+    "xla_gpu_all_reduce_combine_threshold_bytes": "125000000",
+    _PASSES_OFF: f"{_UNROLLED[_PASSES_OFF]},all-reduce-contiguous",
+}
 # Kernels are else chosen by timing them, which is another choice each time, and cuDNN's
 # attention adds up gradients in no certain order.
 _DETERMINISTIC: Options = {"xla_gpu_deterministic_ops": True}
@@ -36,16 +45,19 @@ _ABSENT: Options = {"xla_gpu_experimental_enable_fusion_autotuner": False}
 
 
 def for_gpus(
-    *, unrolled: bool, sums_adapters: bool, fp8: bool, deterministic: bool
+    *, unrolled: bool, sums: Sums | None, fp8: bool, deterministic: bool
 ) -> Options | None:
     """Options of programs for GPUs.
 
     Args:
-        sums_adapters: GPUs exchange no weights, and gradients of adapters alone.
+        sums: whose gradients are added up over GPUs that each have all weights.
     """
-    own = _UNROLLED if unrolled else {}
-    own = own | (_UNHIDDEN if unrolled and sums_adapters else {})
-    own = FP8 if fp8 else own
+    own: Options = {}
+    if fp8:
+        own = FP8
+    elif unrolled:
+        of_sums = {None: {}, "adapters": _UNHIDDEN, "weights": _LARGE_SUMS}
+        own = _UNROLLED | of_sums[sums]
     return _acting(own | (_DETERMINISTIC if deterministic else {}))
 
 

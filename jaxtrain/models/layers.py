@@ -118,8 +118,8 @@ class Options:
     `fp8`: layers' kernels are multiplied in eight bits (models/fp8.py).
     `balances_experts`: the backward pass tells routers' biases of the experts' loads
     (balance.py).
-    `reduces_in_float32`: gradients of kernels are never rounded to the compute type, so
-    that devices add them up in float32.
+    `reduces_in_float32`: gradients of kernels, and of the head, are never rounded to
+    the compute type, so that devices add them up in float32.
     """
 
     config: ModelConfig

@@ -555,6 +555,8 @@ def _score_targets(
             shares = None
         if plain and head.is_on_shards(decoder, hidden):
             score = functools.partial(score, fuse=True)
+            if not decoder.reduces_in_float32:
+                table = table.astype(hidden.dtype)  # so is the sum of its gradients
             outputs = score_on_shards(
                 score, layout, hidden, table, (targets, shares), vocab_axis
             )

@@ -74,12 +74,16 @@ def test_elsewhere_one_layer_is_compiled_for_all():
 
 @pytest.mark.usefixtures("gpu")
 def test_on_gpus_each_layer_is_compiled_on_its_own_by_cublas():
-    run, plan = plan_of(devices=2)
-    assert plan.unrolled and plan_of(devices=2, fsdp=2)[1].unrolled
-    assert plan.compiler_options == {
-        "xla_gpu_enable_triton_gemm": False,
-        "xla_disable_hlo_passes": "slice-sinker,convert-mover",
-    }
+    run, plan = plan_of(devices=2, fsdp=2)
+    assert plan.unrolled and plan_of(devices=2)[1].unrolled
+    assert (
+        plan.compiler_options
+        == plan_of()[1].compiler_options
+        == {
+            "xla_gpu_enable_triton_gemm": False,
+            "xla_disable_hlo_passes": "slice-sinker,convert-mover",
+        }
+    )
     # XLA reads the options of every platform, so it would refuse a wrong one here too.
     assert plan.jit(lambda x: x + 1)(1) == 2
     assert not make_decoder(run, config_of(), plan).scan_layers
@@ -168,6 +172,28 @@ def test_sums_of_adapters_alone_are_not_hidden(kind, mesh, hides):
     assert plan.compiler_options.get(name, True) is hides
     assert plan.jit(lambda x: x + 1)(1) == 2
     assert name not in plan_of(training=training)[1].compiler_options
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize(
+    ("kind", "mesh", "large"),
+    [
+        ("sft", {"data": 2}, True),
+        ("dpo", {"data": 2}, True),
+        ("sft", {"context": 2}, True),
+        ("sft", {"fsdp": 2}, False),
+        ("lora", {"data": 2}, False),
+    ],
+)
+def test_gradients_of_whole_weights_travel_in_large_sums(kind, mesh, large):
+    """And are not copied into one array for it."""
+    _, plan = plan_of(devices=2, mesh=mesh, training={"training_type": kind})
+    options = plan.compiler_options
+    assert ("xla_gpu_all_reduce_combine_threshold_bytes" in options) is large
+    left_out = options["xla_disable_hlo_passes"].split(",")
+    assert ("all-reduce-contiguous" in left_out) is large
+    assert {"slice-sinker", "convert-mover"} < {*left_out, ""}
+    assert plan.jit(lambda x: x + 1)(1) == 2
 
 
 @pytest.mark.parametrize("kind", ["whole", "codes", "split over devices"])

@@ -514,7 +514,7 @@ def _weighed_forward(
     outputs, found = _walk_once(options, inputs, shares.value, trained=trained)
     of_table = None
     if found.table is not None:
-        of_table = _scatter(options, found.table).astype(unembedding.value.dtype)
+        of_table = _scatter(options, found.table.astype(unembedding.value.dtype))
     total = (found.logps * shares.value).sum()[None]
     return (*outputs, total), (found.hidden, of_table)
 
@@ -526,7 +526,9 @@ def _weighed_backward(
     if isinstance(of_total, SymbolicZero):
         return None, None, None, None
     of_hidden = (of_hidden * of_total).astype(of_hidden.dtype)
-    return of_hidden, None if of_table is None else of_table * of_total, None, None
+    if of_table is not None:
+        of_table = (of_table * of_total).astype(of_table.dtype)
+    return of_hidden, of_table, None, None
 
 
 _weighed.defvjp(_weighed_forward, _weighed_backward, symbolic_zeros=True)

@@ -2,7 +2,8 @@
 
 The compiler cannot cut a kernel by itself, so the head stands in a `jax.shard_map`. A
 token needs the whole unembedding: where devices split its width, each brings the parts
-together in the type of the hidden states, and gets its part of the gradient's sum.
+together in the type of the hidden states, and gets its part of the gradient's sum. That
+is added up over devices in the type of the unembedding that is given.
 """
 
 from collections.abc import Callable

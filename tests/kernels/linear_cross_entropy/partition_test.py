@@ -4,6 +4,7 @@ The kernels are hopper_test.py's; XLA stands in for them here.
 """
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -80,7 +81,7 @@ def test_a_mesh_scores_as_one_device_and_so_are_its_gradients(sizes, vocab_axis)
                  found, wanted)  # fmt: skip
 
 
-def test_parts_travel_in_the_compute_type_and_their_gradient_in_float32():
+def test_parts_travel_in_the_compute_type_and_their_gradient_in_the_tables():
     """Both once, each device's 24 tokens in slices: a scatter over fsdp, then a sum."""
     layout = make_layout(2, 2)
     hidden, table, targets, weights = make_inputs(jnp.bfloat16)
@@ -92,6 +93,23 @@ def test_parts_travel_in_the_compute_type_and_their_gradient_in_float32():
     assert f"bf16[{VOCAB},{WIDTH}]" in program
     (_, _), gradients = step(hidden, placed)
     assert gradients[1].dtype == jnp.float32
+    narrow = step.lower(hidden, placed.astype(jnp.bfloat16)).as_text()
+    assert re.findall(r"reduce_scatter(?:.*\n){4}.*x(\w+)>\n", narrow) == ["bf16"]
+
+
+@pytest.mark.parametrize("vocab_axis", [0, 1])
+@pytest.mark.parametrize("sizes", [(4, 1), (1, 4)])
+def test_sums_in_the_compute_type_are_those_of_float32_rounded(sizes, vocab_axis):
+    layout = make_layout(*sizes)
+    hidden, table, targets, weights = make_inputs(jnp.bfloat16)
+    narrow = (table if vocab_axis == 0 else table.T).astype(jnp.bfloat16)
+    step, _ = make_steps(layout, vocab_axis, targets, weights)
+    found, wanted = (step(hidden, x)[1][1] for x in (narrow, narrow.astype(float)))
+    assert (found.dtype, wanted.dtype) == (jnp.bfloat16, jnp.float32)
+    # Each of four devices rounds its own sum to eight bits, and then their sums are.
+    np.testing.assert_allclose(
+        np.float32(found), wanted, rtol=2**-8, atol=2**-8 * np.abs(wanted).max()
+    )
 
 
 def test_only_a_table_that_is_worth_its_memory_is_brought_together(monkeypatch):
