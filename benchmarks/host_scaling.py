@@ -206,6 +206,8 @@ def run(folder: pathlib.Path, name: str, gpus: int) -> dict[str, Any]:
     }
     most = max(shares, key=lambda each: each.exposed)
     worst["exposed_by_kind"] = most.exposed_by_kind
+    # What the others have beyond it may be waiting for the slowest.
+    worst["exposed_least"] = min(each.exposed for each in shares)
     return found | worst | {"profiled_secs": max(each.secs for each in shares)}
 
 
@@ -288,6 +290,7 @@ _SHOWN = (
     ("device_memory_peak_gib", "peak GiB", ".1f"),
     ("peak_gib", "peak GiB", ".1f"),
     ("exposed", "exposed", ".1%"),
+    ("exposed_least", "exposed at least", ".1%"),
     ("collective", "collectives", ".1%"),
     ("idle", "idle", ".1%"),
     ("long_gaps", "of it in long gaps", ".1%"),
