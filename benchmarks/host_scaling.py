@@ -9,11 +9,12 @@
 
 `make` writes models of random weights and rows into DIR. `run` starts `jaxtrain train`
 for each case on each number of GPUs (the first ones of CUDA_VISIBLE_DEVICES), with a
-profile of five of its last steps, and notes in DIR/results.jsonl what it found; `trl`
-does so with TRL under torchrun. `table` prints all that is noted: tokens/s a GPU over
-the steps behind the warm-up, their ratio to the fewest GPUs of the same case, MFU, peak
-memory, the share of the profiled steps in which nothing but collectives ran on a GPU,
-and in which nothing ran (the worst GPU's), and what `jaxtrain aot` predicted.
+profile of five of its last steps, or of a third of all, and notes in DIR/results.jsonl
+what it found; `trl` does so with TRL under torchrun. `table` prints all that is noted:
+tokens/s a GPU over the steps behind the warm-up, their ratio to the fewest GPUs of the
+same case, MFU, peak memory, the share of the profiled steps in which nothing but
+collectives ran on a GPU, and in which nothing ran (the worst GPU's), and what `jaxtrain
+aot` predicted.
 
 `predict` compiles the steps for GPUs that need not be there (jax 0.12 with CUDA's
 plugin), layers scanned, and writes host_scaling.json beside this script. `kill` is

@@ -1,6 +1,8 @@
 """The import rules of the design, read off the syntax trees: who may import whom."""
 
 import ast
+import importlib
+import importlib.util
 import pathlib
 
 import pytest
@@ -566,3 +568,20 @@ def test_the_package_shows_its_plan():
     """At most 13 modules stand beside the folders."""
     flat = [p for p in PACKAGE.glob("*.py") if not p.stem.startswith("__")]
     assert len(flat) <= 13
+
+
+@pytest.mark.parametrize(
+    "path", sorted((PACKAGE.parent / "benchmarks").rglob("*.py")), ids=lambda p: p.name
+)
+def test_benchmarks_import_what_there_is(path):
+    """Most of them run on GPUs alone, where nobody looks each time."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.ImportFrom) or node.level:
+            continue
+        if (node.module or "").split(".")[0] != PACKAGE.name:
+            continue
+        module = importlib.import_module(node.module)
+        for name in (alias.name for alias in node.names):
+            below = f"{node.module}.{name}"
+            is_there = hasattr(module, name) or importlib.util.find_spec(below)
+            assert is_there, f"{path.name}: {node.module} has no {name}"

@@ -8,7 +8,7 @@ import pytest
 
 from jaxtrain.cli import main
 from jaxtrain.config import default_config, resolve
-from jaxtrain.run import hub, preflight
+from jaxtrain.run import export, hub, preflight
 
 TOKEN = "hf_" + "abcd" * 8
 
@@ -137,3 +137,27 @@ def test_a_path_of_this_machine_is_not_published(online, adapter, caplog):
 )
 def test_a_base_has_its_name_on_the_hub_or_none(name, published):
     assert hub.base_name(name) == published
+
+
+@pytest.mark.parametrize(
+    ("directory", "base"),
+    [
+        ("/c/models--a--b/snapshots/12", "a/b"),
+        ("/models/mine", "/models/mine"),
+        (None, None),
+    ],
+)
+def test_an_adapter_names_its_base_as_other_machines_know_it(
+    directory, base, monkeypatch
+):
+    written = []
+    monkeypatch.setattr(export.lora, "save_adapter", lambda *a, **_: written.extend(a))
+    monkeypatch.setattr(export, "write_card", lambda *_, **__: None)
+    settings = types.SimpleNamespace(changes_base=False)
+    monkeypatch.setattr(export, "lora_config", lambda *_: settings)
+    monkeypatch.setattr(export.hf_composite, "is_wrapped", lambda *_: False)
+    config = types.SimpleNamespace(tie_word_embeddings=True)
+    model = types.SimpleNamespace(directory=directory, config=config)
+    state = types.SimpleNamespace(trainable={}, frozen={}, step=1)
+    export._write_adapter("out", model, None, state)
+    assert written == ["out", {}, settings, base]

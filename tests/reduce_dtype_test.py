@@ -37,10 +37,10 @@ def test_a_gradient_in_float32_is_that_of_exact_products_of_rounded_factors():
     assert np.abs(rounded - exact).max() > 100 * np.abs(of_kernel - exact).max()
 
 
-def traced_step(dtype, axis):
+def traced_step(dtype, axis, param_dtype="float32"):
     """The text of a step whose mesh has eight devices along this axis."""
     config = tiny_config("from_scratch", num_gpus=8, bf16=True, reduce_dtype=dtype)
-    config.mesh[axis] = 8
+    config.mesh[axis], config.model.param_dtype = 8, param_dtype
     run = resolve(config, device_count=8)
     model = load_abstract_model(run, jax.devices()[:8])
     step, state = describe_step(run, model.for_training(packed=False))
@@ -48,17 +48,18 @@ def traced_step(dtype, axis):
 
 
 @pytest.mark.parametrize("dtype", [None, "float32"])
+@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("axis", "collective", "part"),
     [("data", "all_reduce", "2048x64"), ("fsdp", "reduce_scatter", "2048x8")],
 )
 def test_devices_add_up_the_gradient_of_the_head_in_that_type(
-    dtype, axis, collective, part, monkeypatch
+    dtype, axis, collective, part, param_dtype, monkeypatch
 ):
     """Where kernels score each device's own tokens; plain jax stands in for them."""
     monkeypatch.setattr(fused, "choose_tiles", lambda *_: hopper.Tiles())
     monkeypatch.setattr(fused, "weigh_logits", weigh_plainly)
-    program = traced_step(dtype, axis)
+    program = traced_step(dtype, axis, param_dtype)
     pattern = rf"stablehlo.{collective}\"(?:.*\n){{4}}.* -> tensor<{part}x(\w+)>"
     assert re.findall(pattern, program) == ["f32" if dtype else "bf16"]
 

@@ -477,10 +477,10 @@ class PrecisionSection:
     reduce_dtype: Annotated[
         Literal["float32"] | None, ALL_TRAIN, Unless("training.fp8")
     ] = None
-    """Dtype in which devices add up the gradients of the layers' projections, and on
-    Hopper GPUs of the head. Unset: the compute dtype, to which each device rounds its
-    own first; those of norms, and of an embedding as a table of inputs, are float32
-    always. float32: twice the bytes over the links."""
+    """Dtype in which devices add up the gradients of the layers' projections, and with
+    bf16 on Hopper GPUs of the head. Unset: the compute dtype, to which each device
+    rounds its own first; those of norms, and of an embedding as a table of inputs, are
+    float32 always. float32: twice the bytes over the links."""
     full_determinism: bool = False
     """On GPUs, choose kernels without timing them, and only such as add up in a certain
     order, so that a run gives the same bits on any machine with the same GPUs and

@@ -10,9 +10,9 @@ from jaxtrain.sharding import ShardingPlan
 
 # Of the memory of trained weights, what "full" may keep of the last layers. Gradients,
 # which come later, take half of it (float32 weights, computing in bfloat16).
-_KEPT_SHARE = 0.75
-# The same where devices have parts of weights, gradients and optimizer state: what they
-# keep in common is as much as one device would.
+KEPT_SHARE = 0.75
+# The same of each copy of the weights where devices have parts of them, by all devices
+# that share it: on two devices each keeps as much as one alone would.
 _KEPT_SHARE_OF_PARTS = 1.5
 
 
@@ -36,6 +36,6 @@ def remat_options(
 def _room(run: RunConfig, config: ModelConfig, plan: ShardingPlan) -> int:
     """Bytes that the last layers may keep, of all devices together."""
     is_whole = plan.copies == plan.mesh.size
-    share = _KEPT_SHARE if is_whole else _KEPT_SHARE_OF_PARTS
+    share = KEPT_SHARE if is_whole else _KEPT_SHARE_OF_PARTS
     itemsize = np.dtype(run.model.param_dtype).itemsize
     return int(share * plan.copies * config.num_params() * itemsize)

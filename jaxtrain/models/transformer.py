@@ -555,8 +555,9 @@ def _score_targets(
             shares = None
         if plain and head.is_on_shards(decoder, hidden):
             score = functools.partial(score, fuse=True)
-            if not decoder.reduces_in_float32:
-                table = table.astype(hidden.dtype)  # so is the sum of its gradients
+            if hidden.dtype == jnp.bfloat16:  # float16's range is too narrow for sums
+                exact = decoder.reduces_in_float32
+                table = table.astype(jnp.float32 if exact else jnp.bfloat16)
             outputs = score_on_shards(
                 score, layout, hidden, table, (targets, shares), vocab_axis
             )

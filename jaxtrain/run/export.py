@@ -162,12 +162,13 @@ def export_adapter(
 def _write_adapter(
     directory: pathlib.Path, model: LoadedModel, run: RunConfig, state: TrainState
 ) -> None:
-    settings = lora_config(run, model.config)
+    settings, base = lora_config(run, model.config), model.directory
     lora.save_adapter(
         directory,
         state.trainable,
         settings,
-        model.directory and bucket.shown(model.directory),
+        # A hub model's folder is this machine's cache, which PEFT need not find.
+        base and (hub.base_name(base) or bucket.shown(base)),
         tied_embeddings=model.config.tie_word_embeddings,
         initial=state.frozen if settings.changes_base else None,
         in_wrapper=hf_composite.is_wrapped(model.directory),

@@ -9,7 +9,7 @@ Where devices share the tokens, each has its own part of the unembedding's gradi
 device that holds the whole unembedding keeps its part until all slices are done, so
 that the parts are added up over the links once, and not slice by slice. Within a
 `shard_map` (partition.py) a device brings the whole unembedding together, in the type
-of the hidden states, and scatters what it has added up of its gradient, in float32.
+of the hidden states, and scatters what it has added up of its gradient, in its own.
 
 Where the unembedding is frozen, as under LoRA, the backward pass walks over nothing: a
 token's gradient is its cotangent times a direction in the hidden states,
