@@ -33,7 +33,7 @@ from jaxtrain.data.batches.shared_prompt import share_prompts
 from jaxtrain.kernels.linear_cross_entropy import fused
 from jaxtrain.models import Decoder, ModelConfig, fp8
 from jaxtrain.models.quantization import Quantization
-from jaxtrain.models.recompute_options import KEPT_SHARE
+from jaxtrain.models.recompute_options import room_for_layers
 from jaxtrain.models.transformer import for_reference
 from jaxtrain.objectives import make_objective
 from jaxtrain.optimizers import optim
@@ -134,7 +134,7 @@ def make_step(name: str, options: argparse.Namespace) -> tuple[Any, TrainState, 
         param_dtype="bfloat16" if case.lora else case.param_dtype,
         remat=options.remat or ("full" if case.remat else "none"),
         remat_layers=options.remat_layers,
-        kept_bytes=0 if case.lora else kept_bytes(config, case.param_dtype),
+        kept_bytes=0 if case.lora else room_for_layers(config, case.param_dtype, 1, 1),
         attention=options.attention,
         loss_chunk=options.chunk,
         scan_layers=not options.unroll,
@@ -192,11 +192,6 @@ def make_step(name: str, options: argparse.Namespace) -> tuple[Any, TrainState, 
         batch = PairBatch(*(score_trained(make_rows(case, side)) for side in (0, 1)))
     batch = jax.device_put(batch)
     return step, state, batch
-
-
-def kept_bytes(config: ModelConfig, dtype: str) -> int:
-    """What the last layers of a model that trains whole on one device may keep."""
-    return int(KEPT_SHARE * config.num_params() * jnp.dtype(dtype).itemsize)
 
 
 def copy_for_reference(in_fp8: bool, params: Any) -> Any:

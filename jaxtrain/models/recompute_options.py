@@ -10,7 +10,7 @@ from jaxtrain.sharding import ShardingPlan
 
 # Of the memory of trained weights, what "full" may keep of the last layers. Gradients,
 # which come later, take half of it (float32 weights, computing in bfloat16).
-KEPT_SHARE = 0.75
+_KEPT_SHARE = 0.75
 # The same of each copy of the weights where devices have parts of them, by all devices
 # that share it: on two devices each keeps as much as one alone would.
 _KEPT_SHARE_OF_PARTS = 1.5
@@ -25,17 +25,16 @@ def remat_options(
     memory is so short that the optimizer's state is on the host.
     """
     is_short = run.lora is not None or plan.offload_optimizer
+    shared = (run.model.param_dtype, plan.copies, plan.mesh.size)
     return {
         "remat": run.precision.remat,
         "remat_layers": run.precision.remat_layers,
-        "kept_bytes": 0 if is_short else _room(run, config, plan),
+        "kept_bytes": 0 if is_short else room_for_layers(config, *shared),
         "reshards": run.precision.reshard_after_forward,
     }
 
 
-def _room(run: RunConfig, config: ModelConfig, plan: ShardingPlan) -> int:
-    """Bytes that the last layers may keep, of all devices together."""
-    is_whole = plan.copies == plan.mesh.size
-    share = KEPT_SHARE if is_whole else _KEPT_SHARE_OF_PARTS
-    itemsize = np.dtype(run.model.param_dtype).itemsize
-    return int(share * plan.copies * config.num_params() * itemsize)
+def room_for_layers(config: ModelConfig, dtype: str, copies: int, devices: int) -> int:
+    """Bytes that last layers may keep on devices with so many copies of all weights."""
+    share = _KEPT_SHARE if copies == devices else _KEPT_SHARE_OF_PARTS
+    return int(share * copies * config.num_params() * np.dtype(dtype).itemsize)

@@ -76,14 +76,11 @@ def test_elsewhere_one_layer_is_compiled_for_all():
 def test_on_gpus_each_layer_is_compiled_on_its_own_by_cublas():
     run, plan = plan_of(devices=2, fsdp=2)
     assert plan.unrolled and plan_of(devices=2)[1].unrolled
-    assert (
-        plan.compiler_options
-        == plan_of()[1].compiler_options
-        == {
-            "xla_gpu_enable_triton_gemm": False,
-            "xla_disable_hlo_passes": "slice-sinker,convert-mover",
-        }
-    )
+    wanted = {
+        "xla_gpu_enable_triton_gemm": False,
+        "xla_disable_hlo_passes": "slice-sinker,convert-mover",
+    }
+    assert plan.compiler_options == plan_of()[1].compiler_options == wanted
     # XLA reads the options of every platform, so it would refuse a wrong one here too.
     assert plan.jit(lambda x: x + 1)(1) == 2
     assert not make_decoder(run, config_of(), plan).scan_layers
@@ -192,7 +189,7 @@ def test_gradients_of_whole_weights_travel_in_large_sums(kind, mesh, large):
     assert ("xla_gpu_all_reduce_combine_threshold_bytes" in options) is large
     left_out = options["xla_disable_hlo_passes"].split(",")
     assert ("all-reduce-contiguous" in left_out) is large
-    assert {"slice-sinker", "convert-mover"} < {*left_out, ""}
+    assert {"slice-sinker", "convert-mover"} <= {*left_out}
     assert plan.jit(lambda x: x + 1)(1) == 2
 
 
