@@ -9,7 +9,8 @@ the way forward ("one walk"); frozen: only the hidden states' gradient is wanted
 Both passes and the forward pass alone, 16,384 tokens in bfloat16, a float32 table, all
 statistics. The errors are the largest against XLA's float32 products of the same
 numbers, as a share of the largest value. `--tiles` times the two kernels alone, for
-several sizes of tiles.
+several sizes of tiles. `--far`: of every hundredth token another logit is 100 nats and
+more above the target's, as of no model that is of use.
 """
 
 import argparse
@@ -53,9 +54,19 @@ def make_inputs(tokens: int, width: int, vocab: int) -> tuple[jax.Array, ...]:
     )
 
 
-def compare(shape: tuple[int, int, int], *, trained: bool) -> None:
+def put_far_off(inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """Every hundredth token has a hidden state that points at another entry."""
+    hidden, table, targets, shares = inputs
+    entries = table[(targets[::100] + 1) % len(table)]
+    norms = jnp.linalg.norm(entries, axis=1, keepdims=True)
+    hidden = hidden.at[::100].set((200 * entries / norms**2).astype(hidden.dtype))
+    return hidden, table, targets, shares
+
+
+def compare(shape: tuple[int, int, int], *, trained: bool, far: bool) -> None:
     """A line of times for each way, and lines of errors; `trained`: the table is."""
     inputs = make_inputs(*shape)
+    inputs = put_far_off(inputs) if far else inputs
     found = {}
     ways = {"XLA": (False, False), "two walks": (True, False), "one walk": (True, True)}
     if not trained:
@@ -150,12 +161,13 @@ def time_tiles(shape: tuple[int, int, int]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="tiny shapes")
+    parser.add_argument("--far", action="store_true", help="some tokens far off")
     parser.add_argument("--tiles", action="store_true", help="time the kernels alone")
     options = parser.parse_args()
     print(jax.devices()[0].device_kind, "jax", jax.__version__)
     for shape in SMOKE if options.smoke else SHAPES:
         for trained in (True, False):
-            compare(shape, trained=trained)
+            compare(shape, trained=trained, far=options.far)
         if options.tiles:
             time_tiles(shape)
 

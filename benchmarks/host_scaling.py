@@ -108,9 +108,9 @@ class Case:
 _SHARED = ("data.packing=true", "data.share_prompts=true")
 _DPO: Any = {"task": "dpo", "length": 1024, "flags": _SHARED}
 CASES = {
-    "sft_0.5b": Case("0.5b", "sft", "data", 8, 2048, checkpointing=False, steps=40),
+    "sft_0.5b": Case("0.5b", "sft", "data", 8, 2048, checkpointing=False, steps=80),
     "dpo_0.5b": Case(
-        "0.5b", mesh="data", batch=8, checkpointing=False, steps=40, **_DPO
+        "0.5b", mesh="data", batch=8, checkpointing=False, steps=80, **_DPO
     ),
     # Texts of real lengths, packed: a step is short, and several shapes are compiled.
     "sft_0.5b_texts": Case(

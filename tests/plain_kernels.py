@@ -10,13 +10,13 @@ def weigh_plainly(tiles, hidden, table, targets, base, of_table):
     vocab_axis, scale = of_table
     table = table if vocab_axis == 0 else table.T
     logits = scale * jnp.matmul(hidden, table.T, preferred_element_type=jnp.float32)
-    exponents = jnp.minimum(logits - base[:, None], hopper.LARGEST_EXPONENT)
-    weights, rows = jnp.exp(exponents), jnp.arange(len(hidden))
+    base = jnp.where(logits.max(1) > base + hopper.FAR, logits.max(1), base)
+    weights, rows = jnp.exp(logits - base[:, None]), jnp.arange(len(hidden))
     return hopper.Weights(
         weights.astype(hidden.dtype),
+        base,
         weights.at[rows, targets].set(0).sum(1),
         (weights * logits).sum(1),
-        logits.max(1),
         logits[rows, targets],
         (logits.argmax(1) == targets).astype(jnp.float32),
     )

@@ -24,12 +24,14 @@ from jaxtrain.kernels.attention import hopper
 from jaxtrain.kernels.attention.blocked import LOG2_E
 from jaxtrain.kernels.attention.hopper import BLOCK, FEEDER, GROUPS, ROWS, Ref
 from jaxtrain.kernels.grouped_matmul.hopper import Ring, over_tiles
+from jaxtrain.kernels.linear_cross_entropy.level import level
 
 DEPTH = 64  # of a buffer: what the 128-byte swizzle holds of 16-bit numbers
 PART = 64  # columns that are taken at once from a tile, all real or none
 _NEVER = -1e30
-# Weights are at most exp of this: what 151,936 of them add up to is a float32.
-LARGEST_EXPONENT = 75.0
+# Nats above the base from which on a tile's weights have its highest logit for theirs:
+# what 151,936 weights of exp(60) add up to is a float32.
+FAR = 60.0
 # Tiles of rows that are taken with one tile of the table, so that both are found in
 # the L2 cache again.
 _TOGETHER = 16
@@ -145,15 +147,15 @@ def _find_targets(
 class Weights(NamedTuple):
     """exp(logit - base) of all entries, in the type of hidden states, and float32 sums.
 
-    `others` adds up all weights but the target's, `weighted` the logits times their
-    weights; `highest`, `target` and `is_first` are as in `Sums`. A weight is at most
-    exp(LARGEST_EXPONENT): where `highest` is further above the base, it is wrong.
+    `base` is the one that was asked for, or the highest logit where that is more than
+    `FAR` above it. `others` adds up all weights but the target's, `weighted` the logits
+    times their weights; `target` and `is_first` are as in `Sums`.
     """
 
     weights: Float[Array, "M V"]
+    base: Float[Array, "M"]
     others: Float[Array, "M"]
     weighted: Float[Array, "M"]
-    highest: Float[Array, "M"]
     target: Float[Array, "M"]
     is_first: Float[Array, "M"]
 
@@ -161,7 +163,12 @@ class Weights(NamedTuple):
 def weigh_logits(
     head: Head, targets: Int32[Array, "M"], base: Float[Array, "M"], tiles: Tiles
 ) -> Weights:
-    """The weights of a softmax before they are divided by their sum."""
+    """The weights of a softmax before they are divided by their sum.
+
+    Each tile of logits chooses its base by itself, so that no logit has to be known
+    before. Where tiles of a row differ, which is rare, `level` mends them behind it: a
+    program that the host need not wait for, as it would have to for a condition.
+    """
     rows, dtype = len(head.hidden), head.hidden.dtype
     parts = pl.cdiv(head.entries, tiles.columns)
     by_tile = jax.ShapeDtypeStruct((parts, rows), jnp.float32)
@@ -169,23 +176,26 @@ def weigh_logits(
         functools.partial(_weights_kernel, tiles, _Grid.of(head, tiles), head.scale),
         head,
         tiles,
-        out_type=(*(by_tile,) * 5, jax.ShapeDtypeStruct((rows, head.entries), dtype)),
+        out_type=(*(by_tile,) * 6, jax.ShapeDtypeStruct((rows, head.entries), dtype)),
         scratch=[
             hopper.vector_memory((GROUPS, ROWS), jnp.int32),
             hopper.vector_memory((GROUPS, ROWS), jnp.float32),
-            hopper.vector_memory((5, GROUPS, ROWS), jnp.float32),
+            hopper.vector_memory((6, GROUPS, ROWS), jnp.float32),
             hopper.matrix_memory((GROUPS, ROWS, PART), dtype),
             plgpu.Barrier(num_arrivals=2, num_barriers=GROUPS),
         ],
     )
     asked = _ask_for_targets(targets, parts, tiles)
-    *by_tile, weights = kernel(head.hidden, head.table, targets, base * LOG2_E, asked)
-    highest, others, weighted, target, earlier = by_tile
+    shift = base * LOG2_E
+    *by_tile, weights = kernel(head.hidden, head.table, targets, shift, asked)
+    highest, others, weighted, target, earlier, shifts = by_tile
+    is_far = shifts.max(axis=0) > shift
+    fade = jnp.exp2(shifts - shifts.max(axis=0))
     return Weights(
-        weights,
-        others.sum(axis=0),
-        weighted.sum(axis=0),
-        highest.max(axis=0),
+        level(weights, fade, is_far, tiles.columns, interpret=tiles.interpret),
+        jnp.where(is_far, highest.max(axis=0), base),
+        (others * fade).sum(axis=0),
+        (weighted * fade).sum(axis=0),
         *_find_targets(tiles, targets, highest, target, earlier),
     )
 
@@ -467,8 +477,8 @@ def _send_part(
 def _weights_kernel(
     tiles: Tiles, grid: _Grid, scale: float, hidden_ref: Ref, table_ref: Ref, *refs: Ref
 ) -> None:
-    targets_ref, base_ref, asked_ref, *outputs, out_ref = refs[:9]
-    targets_memory, base_memory, sums_memory, out_memory, arrived, *buffers = refs[9:]
+    targets_ref, base_ref, asked_ref, *outputs, out_ref = refs[:10]
+    targets_memory, base_memory, sums_memory, out_memory, arrived, *buffers = refs[10:]
     group = jax.lax.axis_index("group")
     factor = scale * LOG2_E
 
@@ -479,13 +489,15 @@ def _weights_kernel(
 
     def weigh(part: Array, base: Array, column: Array) -> Array:
         shift = hopper.over_rows(base - _outside(grid, column), part.shape)
-        exponents = part * factor - shift
-        return jnp.exp2(jnp.minimum(exponents, LARGEST_EXPONENT * LOG2_E))
+        return jnp.exp2(part * factor - shift)
 
     def end(logits: Array, row: Array, column: Array) -> None:
         start = column * tiles.columns
+        highest = _find_highest(tiles, grid, logits, start)
         plgpu.barrier_wait(arrived.at[group])
         base = hopper.place(tiles, base_memory[group], hopper.PER_ROW)
+        is_far = highest * factor > base + FAR * LOG2_E
+        base = jnp.where(is_far, highest * factor, base)
         total = hopper.constant(tiles, (ROWS,), 0.0, hopper.PER_ROW)
         weighted = hopper.constant(tiles, (ROWS,), 0.0, hopper.PER_ROW)
         for first in range(0, tiles.columns, PART):
@@ -494,7 +506,6 @@ def _weights_kernel(
             total += weights.sum(axis=1)
             weighted += (weights * part).sum(axis=1)
             _send_part(grid, out_memory, out_ref, weights, (row, start + first))
-        highest = _find_highest(tiles, grid, logits, start)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         sums_memory[1, group] = total
         is_asked = asked_ref[hopper.divide(row, ROWS) * grid.column_tiles + column]
@@ -517,6 +528,7 @@ def _weights_kernel(
 
         sums_memory[0, group] = highest * scale
         sums_memory[2, group] = weighted * scale
+        sums_memory[5, group] = base
         _send_sums(sums_memory, outputs, row, column)
 
     _walk(tiles, grid, (hidden_ref, table_ref, *buffers), begin, end)

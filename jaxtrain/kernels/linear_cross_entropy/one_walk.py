@@ -11,10 +11,9 @@ That serves where a token's share of the loss is known beforehand, as in the nex
 loss, up to a factor that all tokens have in common; or where the table is frozen, for
 then the share only scales a token's own gradient.
 
-The base is the target's logit. Where a model is so wrong that another logit is more
-than `_FAR` above it, the walk is repeated for these tokens, with their highest logit
-for the base: so every weight is a number, and so is 1 / sum. Once is nearly always
-enough.
+The base is the target's logit. Where a model is so wrong that another logit is far
+above it, the kernel takes the highest one: so every weight is a number, and so is
+1 / sum.
 """
 
 from collections.abc import Callable
@@ -26,7 +25,6 @@ from jaxtyping import Array, Float, Int32
 
 from jaxtrain.kernels.linear_cross_entropy import fused
 
-_FAR = 60.0  # nats; kernels cut off at 75
 # Rows of a slice. More of them carry the table's gradient through memory less often;
 # their weights take 2 bytes for each entry of the vocabulary.
 _MOST_ROWS = 4096
@@ -87,61 +85,40 @@ def walk(tiles: Any, head: Head, most_rows: int, *, trained: bool) -> Found:
     shares = head.shares
     given = (head.hidden, head.targets, *(() if shares is None else (shares,)))
     pieces = tuple(map(cut, given))
-    score = _make_scorer(tiles, head)
-    zeros = jnp.zeros((count, rows), jnp.float32)
     own = jnp.take(head.table, head.targets, axis=head.of_table[0])
     own = own if head.of_table[0] == 0 else own.T
     exact = head.hidden.astype(jnp.float32) * own.astype(jnp.float32)
-    found = {name: zeros for name in ("logps", "log_total", "entropy", "correct")}
-    of_hidden = jnp.float32 if shares is None else head.hidden.dtype
-    start: dict[str, Any] = {
-        "base": cut(exact.sum(-1) * head.of_table[1]),
-        "left": jnp.ones((count, rows), bool),
-        "found": found | {"hidden": jnp.zeros(pieces[0].shape, of_hidden)},
-        "table": jnp.zeros(head.table.shape, jnp.float32) if trained else None,
-    }
-
-    def turn(state: dict[str, Any]) -> dict[str, Any]:
-        def step(table: Any, piece: Any) -> tuple[Any, Any]:
-            return score(table, *piece)
-
-        inputs = (pieces, state["base"], state["left"], state["found"])
-        table, (found, highest) = jax.lax.scan(step, state["table"], inputs)
-        left = state["left"] & (highest > state["base"] + _FAR)
-        base = jnp.where(left, highest, state["base"])
-        return {"base": base, "left": left, "found": found, "table": table}
-
-    end = jax.lax.while_loop(lambda state: state["left"].any(), turn, start)
+    bases = cut(exact.sum(-1) * head.of_table[1])
+    score = _make_scorer(tiles, head)
+    zeros = jnp.zeros(head.table.shape, jnp.float32) if trained else None
+    table, found = jax.lax.scan(
+        lambda table, piece: score(table, *piece), zeros, (pieces, bases)
+    )
     joined = {
         name: x.reshape(count * rows, *x.shape[2:])[:tokens]
-        for name, x in end["found"].items()
+        for name, x in found.items()
     }
-    return Found(**joined, table=end["table"])
+    return Found(**joined, table=table)
 
 
 def _make_scorer(tiles: Any, head: Head) -> Callable[..., Any]:
-    """Build `score(table's sum, tokens, base, left, found)` of a slice of the tokens.
+    """Build `score(table's sum, tokens, base)` of a slice of the tokens.
 
-    It returns the table's sum, None for a frozen one, and, in a pair, what was found
-    and the highest logits. Tokens that are not `left` keep what was found of them.
+    It returns the table's sum, None for a frozen one, and what was found.
     """
     vocab_axis, scale = head.of_table
     dims = (((1,), (vocab_axis,)), ((), ()))
 
     def score(
-        table: Array | None,
-        pieces: tuple[Array, ...],
-        base: Array,
-        left: Array,
-        old: Any,
-    ) -> tuple[Array | None, tuple[dict[str, Array], Array]]:
+        table: Array | None, pieces: tuple[Array, ...], base: Array
+    ) -> tuple[Array | None, dict[str, Array]]:
         hidden, targets, *shares = pieces
         rows = jnp.arange(len(hidden))
         weighed = fused.weigh_logits(
             tiles, hidden, head.table, targets, base, head.of_table
         )
-        total = weighed.others + jnp.exp(weighed.target - base)
-        log_total = base + jnp.log(total)
+        total = weighed.others + jnp.exp(weighed.target - weighed.base)
+        log_total = weighed.base + jnp.log(total)
         # What is less than one at the target: the slope of a log-prob, times -total.
         pulls = weighed.weights.at[rows, targets].set(
             -weighed.others.astype(hidden.dtype),
@@ -154,26 +131,20 @@ def _make_scorer(tiles: Any, head: Head) -> Callable[..., Any]:
         pulled = jax.lax.dot_general(
             pulls, head.table, dims, preferred_element_type=jnp.float32
         )
-        new = {
+        of_hidden = jnp.float32 if head.shares is None else hidden.dtype
+        found = {
             "logps": weighed.target - log_total,
             "log_total": log_total,
             "entropy": log_total - weighed.weighted / total,
             "correct": weighed.is_first,
+            "hidden": (pulled * factor[:, None]).astype(of_hidden),
         }
-        found = {name: jnp.where(left, x, old[name]) for name, x in new.items()}
-        found["hidden"] = jnp.where(
-            left[:, None],
-            (pulled * factor[:, None]).astype(old["hidden"].dtype),
-            old["hidden"],
-        )
         if table is not None:
-            near = left & (weighed.highest <= base + _FAR)
-            factor = jnp.where(near, factor, 0.0)
             scaled = (hidden * factor[:, None]).astype(hidden.dtype)
             pair = (pulls, scaled) if vocab_axis == 0 else (scaled, pulls)
             table += jax.lax.dot_general(
                 *pair, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
             )
-        return table, (found, weighed.highest)
+        return table, found
 
     return score
