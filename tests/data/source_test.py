@@ -115,6 +115,23 @@ def test_a_folder_is_divided_by_split_names(train, held_out, load, tmp_path):
         load(tmp_path / "data", split="dpo")
 
 
+def test_a_held_out_split_that_is_named_is_that_one_alone(load, tmp_path):
+    """Rows for a last test are not what a run is chosen by."""
+    rows = datasets.Dataset.from_list(ROWS)
+    for name in ("test", "val"):
+        write(tmp_path / name / "train.jsonl", ROWS[:1])
+        write(tmp_path / name / f"{name}.jsonl", ROWS[1:])
+        saved = datasets.DatasetDict({"train": rows, name: rows.select([1])})
+        saved.save_to_disk(str(tmp_path / f"saved_{name}"))
+    for other, name in (("validation", "test"), ("dev", "test"), ("test", "val")):
+        for folder in (tmp_path / name, tmp_path / f"saved_{name}"):
+            with pytest.raises(ValueError, match=f"has no split '{other}', only"):
+                load(folder, split=other)
+    for name, same in (("test", "test"), ("val", "validation"), ("val", "eval")):
+        assert list(load(tmp_path / name, split=same)) == ROWS[1:]
+        assert list(load(tmp_path / f"saved_{name}", split=same)) == ROWS[1:]
+
+
 def test_shards_of_several_names_are_splits_of_these_names(load, tmp_path):
     """As ultrafeedback_binarized has them."""
     folder = tmp_path / "data"

@@ -20,11 +20,16 @@ from jaxtrain.storage.reading import AnyFile
 SAVED = ("state.json", "dataset_dict.json")  # by `Dataset.save_to_disk`
 _FIRST_ROWS = 100
 _SHARD = re.compile(r"-\d{5}-of-\d{5}.*")
-SPLITS = {
-    "train": ("train", "training"),
-    "eval": ("eval", "evaluation", "validation", "valid", "val", "dev", "test"),
-}
-_KNOWN = {alias for aliases in SPLITS.values() for alias in aliases}
+_VALIDATION = ("validation", "valid", "val", "dev")
+# The spellings of each split. "eval", which is meant where none is named, is any that
+# is held out; whoever names one must not be given another, as test for validation.
+SPLITS = (
+    ("train", "training"),
+    _VALIDATION,
+    ("test",),
+    ("eval", "evaluation", *_VALIDATION, "test"),
+)
+_KNOWN = {alias for aliases in SPLITS for alias in aliases}
 
 
 def first_rows(path: pathlib.Path, split: str) -> list[Mapping[str, Any]]:
@@ -116,7 +121,7 @@ def choose_split(
         if alias in by_split:
             _refuse_several(by_split[alias], alias, folder)
             return by_split[alias]
-    if split in SPLITS["train"] and None in by_split:
+    if "train" in split_aliases(split) and None in by_split:
         return by_split[None]  # "data.jsonl" beside "eval.jsonl"
     found = sorted(name for name in by_split if name)
     raise ValueError(
@@ -189,7 +194,7 @@ def _refuse_several(files: Sequence[pathlib.PurePath], split: str, folder: str) 
 
 def split_aliases(split: str) -> tuple[str, ...]:
     """Every name that a split goes by, the one asked for first."""
-    aliases = next((names for names in SPLITS.values() if split in names), ())
+    aliases = next((names for names in SPLITS if split in names), ())
     return tuple(dict.fromkeys((split, *aliases)))
 
 
