@@ -48,6 +48,7 @@ def not_a_number(policy, reference, batch):
     loss, metrics = focal(policy, reference, batch)
     return WeightedSum(loss.total * jnp.nan, loss.weight), metrics
 """
+ROW = '{"prompt": "a", "completion": " b"}\n'
 FILES = {
     "bad.yaml": "training:\n  training_type: sft\n max_steps: 1\n",
     "tabs.yaml": "training:\n\tmax_steps: 3\n",
@@ -68,7 +69,7 @@ FILES = {
     "bad_row.jsonl": '{"prompt": "a", "completion": "b"}\n{"prompt": \n',
     "columns.jsonl": '{"question": "a", "answer": "b"}\n',
     "pairs.jsonl": '{"prompt": "a", "chosen": "b", "rejected": "c"}\n',
-    "rows.jsonl": '{"prompt": "a", "completion": " b"}\n' * 4,
+    "rows.jsonl": ROW * 4,
     "semicolons.csv": "prompt;completion\na;b\n",
     "rows.xyz": "x",
     "latin1.txt": b"caf\xe9",
@@ -86,6 +87,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
             (folder / name).write_text(content)
         else:
             (folder / name).write_bytes(content)
+    (folder / "splits").mkdir()
+    for split in ("train", "test"):
+        (folder / "splits" / f"{split}.jsonl").write_text(ROW)
     (folder / "nothing").mkdir()
     (folder / "folder.yaml").mkdir()
     (folder / "adapter").mkdir()
@@ -177,7 +181,15 @@ MISTAKES = [
     m(f"{TRAIN} --data.train=row.jsonl", "data.train = 'row.jsonl'", "'rows.jsonl'?"),
     m(f"{TRAIN} --data.train=./nope", "data.train = './nope'", "check the path"),
     m(f"{TRAIN} --data.train=rows.jsonl,pairs.jsonl", "a weight, as in a.jsonl:0.7"),
-    m(f"{ROWS} --data.eval_split=test", "eval_split = 'test'", "set data.eval"),
+    m(f"{ROWS} --data.eval_split=test", "eval_split = 'test'", "has no splits",
+      "set data.eval"),
+    m(f"{TRAIN} --data.train=splits --data.eval_split=train", "eval_split = 'train'",
+      "trains on that split", "name another"),
+    m(f"{TRAIN} --data.train=splits --data.eval_split=training",
+      "eval_split = 'training'", "data.train_split = 'train' trains on that split"),
+    m(f"{TRAIN} --data.train=owner/rows --data.eval_split=train", "trains on that"),
+    m(f"{TRAIN} --data.train=splits --data.eval_split=validation",
+      "eval_split = 'validation'", "only ['test', 'train']"),
     m(f"{ROWS} --data.text_column=body", "data.text_column = 'body' has no effect",
       "prompt_completion"),
     m(f"{TRAIN} --data.text_column=body", "data.text_column = 'body' has no effect",

@@ -6,7 +6,13 @@ import pathlib
 from jaxtrain.config import RunConfig, eval_sets
 from jaxtrain.data.batches.mixture import parse_mixture
 from jaxtrain.data.rows.columns import make_column_map
-from jaxtrain.data.rows.folders import first_rows, is_saved, looks_local, split_files
+from jaxtrain.data.rows.folders import (
+    first_rows,
+    is_saved,
+    looks_local,
+    split_aliases,
+    split_files,
+)
 from jaxtrain.data.rows.formats import detect_for
 from jaxtrain.data.rows.jinja import is_template_file, read_template
 from jaxtrain.data.rows.own_format import format_rows
@@ -85,26 +91,30 @@ def check_sources(run: RunConfig) -> None:
 
 
 def _check_eval_split(run: RunConfig) -> None:
-    """Refuse `data.eval_split` of local training data that have no splits.
+    """Refuse `data.eval_split` where it would be the rows that are trained on.
 
-    The file or folder would be taken whole, and the training rows be evaluated.
+    It may name their split, or that of a local file or folder that is taken whole.
     """
-    train, split = run.data.train, run.data.eval_split
-    if not (split and isinstance(train, str) and train) or is_remote(train):
+    train, split, trained = run.data.train, run.data.eval_split, run.data.train_split
+    if not (split and isinstance(train, str) and train):
         return
     path = pathlib.Path(train).expanduser()
-    if not path.exists() or is_saved(path):
-        return  # `datasets` tells of splits
-    try:
-        same = path.is_file() or (
-            split_files(path, split) == split_files(path, run.data.train_split)
-        )
-    except ValueError as error:
-        raise ValueError(f"data.eval_split = {split!r}: {error}") from error
+    same = split == trained
+    # Of others, `datasets` or the bucket tells of splits.
+    if not same and not is_remote(train) and path.exists() and not is_saved(path):
+        try:
+            same = path.is_file() or (
+                split_files(path, split) == split_files(path, trained)
+            )
+        except ValueError as error:
+            raise ValueError(f"data.eval_split = {split!r}: {error}") from error
     if same:
+        why = f"data.train = {train!r} has no splits"
+        if split in split_aliases(trained) or trained in split_aliases(split):
+            why = f"data.train_split = {trained!r} trains on that split"
         raise ValueError(
-            f"data.eval_split = {split!r}: data.train = {train!r} has no splits, so the"
-            " training rows themselves would be evaluated; set data.eval to other rows"
+            f"data.eval_split = {split!r}: {why}, so the training rows themselves would"
+            " be evaluated; name another split, or set data.eval to other rows"
         )
 
 
