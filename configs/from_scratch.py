@@ -4,6 +4,9 @@
 
 The sizes are those of `model.architecture` in base.py: about a million parameters, a
 few minutes on two CPU cores, no network. Your own text: `--data.train=FILE`.
+
+`--model=NAME` gives the sizes and the tokenizer of another model, not its weights: to
+go on from these, train `sft`, on plain text too.
 """
 
 from ml_collections import ConfigDict

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from jaxtrain.cli.command import ConfigParser
 from jaxtrain.config import (
+    ConfigError,
     default_config,
     diff,
     load_config,
@@ -216,6 +217,21 @@ def test_a_presets_metric_gives_way_to_a_loss_that_lacks_it(objective):
     metric = "--training.metric_for_best_model=eval_loss"
     _, _, run = ConfigParser("train", "").read(["dpo", flag, metric])
     assert run.loop.metric_for_best_model == "eval_loss"
+
+
+def test_a_presets_sizes_give_way_to_a_model_that_is_named():
+    """No flag unsets them, so `train from_scratch --model=...` was always refused."""
+    command = ["from_scratch", "--model=owner/model", "--data.max_length=8192"]
+    _, config, run = ConfigParser("train", "").read(command)
+    sizes = default_config().model.architecture
+    assert config.model.architecture == sizes != load("from_scratch").model.architecture
+    assert run.training_type == "from_scratch"
+    asked = ["--model.architecture.model_type=qwen3"]
+    with pytest.raises(
+        ConfigError, match=r"model_type = 'qwen3'.*gives the sizes"
+    ) as e:
+        ConfigParser("train", "").read([*command, *asked])
+    assert "head_dim" not in str(e.value)
 
 
 def test_a_presets_limit_of_prompts_is_named_beside_a_real_model():

@@ -162,16 +162,21 @@ def fit_preset_to_model(config: ConfigDict, flags: Collection[str]) -> str:
 
 
 def give_way(config: ConfigDict, flags: Collection[str]) -> None:
-    """Reset what the dpo preset sets for its own loss and length, beside other flags.
+    """Reset what a preset sets for its own model, loss and length, beside other flags.
 
-    A limit of prompts has no place with a length that is no greater, nor with a loss
-    that reads none; and such a loss has other metrics. Nobody asked for these values,
-    so nobody need be told to take them away.
+    A model that is named has sizes of its own. A limit of prompts has no place with a
+    length that is no greater, nor with a loss that reads none; and such a loss has
+    other metrics. Nobody asked for these values, so nobody need be told to take them
+    away.
 
     Args:
         config: a preset after flags were applied; it is changed in place.
         flags: full keys that the command line set; these keep their values.
     """
+    if config.model.name_or_path:
+        for key, leaf in SCHEMA["model"]["architecture"].items():
+            if f"model.architecture.{key}" not in flags:
+                config.model.architecture[key] = leaf.default
     training, dpo, name = (
         config.training,
         config.training.dpo,

@@ -46,9 +46,11 @@ def check_lengths(run: Resolution) -> None:
         run.problem(_END, text, value=end, causes=[key])
     sizes = run.model.architecture
     longest = sizes.max_position_embeddings
-    # How far positions stretch is known with the model; it is checked there.
-    is_stretched = run.model.rope_scaling or sizes.rope_scaling
-    if run.training_type == "from_scratch" and length > longest and not is_stretched:
+    # How far a named model's positions reach, and how far any stretch, is known with
+    # the model; it is checked there.
+    model = run.model
+    is_known_later = model.name_or_path or model.rope_scaling or sizes.rope_scaling
+    if run.training_type == "from_scratch" and length > longest and not is_known_later:
         run.problem(
             key,
             f"beyond model.architecture.max_position_embeddings = {longest}; lower it,"
