@@ -300,9 +300,13 @@ def test_options_that_cannot_hold_are_refused(options, message, bpe):
 def test_nothing_left_to_train_on_is_refused(bpe):
     row = {"prompt": "the sky " * 40, "completion": "b"}
     with pytest.raises(
-        ValueError, match=r"nothing to train on: of 1 rows.*raise max_len"
-    ):
+        ValueError, match=r"nothing to train on: of 1 rows.*raise max_len.*shorten the"
+    ) as e:
         prepare([row], bpe, PrepareOptions(**LM))
+    assert "max_prompt_length" not in str(e.value)  # which acts on pairs alone
+    pair = {"prompt": row["prompt"], "chosen": "b", "rejected": "c"}
+    with pytest.raises(ValueError, match=r"of 1 rows.*, or set max_prompt_length"):
+        prepare([pair], bpe, PrepareOptions("preference", 64))
     bad = {"prompt": 7, "completion": "b"}
     options = PrepareOptions(**(LM | {"on_bad_row": "skip"}))
     with pytest.raises(ValueError, match="of 2 rows 1 are bad and 1 have no trained"):

@@ -89,7 +89,9 @@ def _nothing_left(stats: DataStats, options: PrepareOptions) -> ValueError:
             f"{stats.dropped} have no trained token within "
             f"max_length={options.max_length}"
         )
-        fixes.append("raise max_length, or set max_prompt_length")
+        of_pairs = options.objective == "preference"
+        other = "set max_prompt_length" if of_pairs else "shorten the prompts"
+        fixes.append(f"raise max_length, or {other}")
     if not reasons:
         return ValueError("nothing to train on: there are no rows")
     return ValueError(
