@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 import time
@@ -27,7 +28,7 @@ from jaxtrain.run.callbacks import make_callbacks
 from jaxtrain.run.checkpoint import CheckpointManager, restore_newest
 from jaxtrain.run.feed import Feed, Prepared
 from jaxtrain.run.preemption import Preempted, PreemptionWatch, Watchdog
-from jaxtrain.run.preflight import refuse_never
+from jaxtrain.run.preflight import explain_mismatch, refuse_never
 from jaxtrain.run.profile import StepProfiler
 from jaxtrain.run.progress import BestMetric, Progress
 from jaxtrain.run.step_programs import make_programs
@@ -62,14 +63,14 @@ class Parts:
     sync_reference: Callable[[TrainState], TrainState] | None
     sampler: Callable[[TrainState], tuple[dict[str, float], dict[str, str]]] | None
     added_losses: Mapping[str, float]  # weights of what is added to the objective
-    base_weights: str | None = None  # the fingerprint of what is frozen
+    base_weights: str | None = None  # the fingerprint of what the run starts from
 
     @property
     def total_steps(self) -> int:
         return self.train_batches.num_steps
 
     def where(self, step: int) -> dict[str, Any]:
-        """What a checkpoint's record keeps of the data and the frozen weights."""
+        """What a checkpoint's record keeps of the data and the weights before it."""
         # Batches are read ahead; what counts is what was trained on.
         batches = self.train_batches.get_state(step)
         return {"batches": batches, "base_weights": self.base_weights}
@@ -92,7 +93,7 @@ def restore(parts: Parts, checkpoints: CheckpointManager) -> tuple[Parts, Progre
             does not fit the model, its frozen weights or the data.
     """
     settings, state = parts.run.loop, parts.state
-    base = identify_base(parts.run, parts.model, state)
+    base = identify_base(parts.run, parts.model)
     parts = dataclasses.replace(parts, base_weights=base)
     threshold = settings.early_stopping_threshold
     patience = settings.early_stopping_patience
@@ -103,12 +104,16 @@ def restore(parts: Parts, checkpoints: CheckpointManager) -> tuple[Parts, Progre
         return parts, progress
     if settings.resume_from_checkpoint == "never":
         raise refuse_never(checkpoints.directory, latest)
-    restored = restore_newest(checkpoints, parts.saved(state))
+    explain = functools.partial(explain_mismatch, parts.run, checkpoints.directory)
+    restored = restore_newest(checkpoints, parts.saved(state), explain)
     changes = diff(restored.config, parts.run.to_dict())
     for line in changes:
         logger.warning("resuming with another config: %s", line)
     data_states = [state or {} for state in restored.data_states]
-    check_base(data_states[0].get("base_weights"), base, parts.model.directory)
+    names = ("model.name_or_path:", "model.revision:")
+    # Whole training reads no base again, whatever became of it under the same name.
+    if state.frozen or any(line.startswith(names) for line in changes):
+        check_base(data_states[0].get("base_weights"), base, parts.model.directory)
     parts.train_batches.set_state(join_states([s["batches"] for s in data_states]))
     progress.step = restored.step
     progress.set_state(data_states[0])  # all but the position is the same for all

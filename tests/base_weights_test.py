@@ -4,7 +4,6 @@ import logging
 import pathlib
 import shutil
 import sys
-import types
 from typing import Any
 
 import jax
@@ -99,7 +98,7 @@ def test_a_run_on_replaced_weights_is_refused(kind, tmp_path, caplog):
     config, rows = cut_off_run(kind, base, tmp_path / "run")
     kept = (base / "model.safetensors").rename(tmp_path / "kept")
     shutil.copy(other / "model.safetensors", base)
-    with pytest.raises(ValueError, match="cannot resume: the frozen weights") as caught:
+    with pytest.raises(ValueError, match="cannot resume: the weights") as caught:
         train(config, tmp_path / "run", train_dataset=rows)
     assert str(base) in str(caught.value)
     assert "holds other weights" in use(config, tmp_path / "run", caplog)
@@ -117,13 +116,50 @@ def test_whole_training_needs_its_base_no_more(tmp_path):
     assert train(config, tmp_path / "run", train_dataset=rows)["global_step"] == 4
 
 
+def test_whole_training_is_not_resumed_under_the_name_of_another_model(
+    tmp_path, caplog
+):
+    """It read nothing of that model, and trained on with a warning."""
+    tokenizer = chat_tokenizer()
+    base = write_base(tmp_path / "base", tokenizer)
+    config, rows = cut_off_run("sft", base, tmp_path / "run")
+    other = write_base(tmp_path / "other", tokenizer, seed=1)
+    config.model.name_or_path = str(other)
+    with pytest.raises(ValueError, match="a checkpoint belong to the weights") as e:
+        train(config, tmp_path / "run", train_dataset=rows)
+    assert f"those of {other} have" in str(e.value) and "model.name_or" in str(e.value)
+    assert "holds other weights" not in use(config, tmp_path / "run", caplog)
+    shutil.copytree(base, tmp_path / "moved")
+    config.model.name_or_path = str(tmp_path / "moved")
+    results = train(config, tmp_path / "run", train_dataset=rows)
+    assert results["global_step"] == 4
+
+
+def test_a_model_of_other_sizes_is_refused_by_its_key(tmp_path):
+    """A list of arrays did not say that it is the model that differs."""
+    tokenizer = chat_tokenizer()
+    base = write_base(tmp_path / "base", tokenizer)
+    config, rows = cut_off_run("sft", base, tmp_path / "run")
+    other = write_base(tmp_path / "other", tokenizer, num_hidden_layers=3)
+    config.model.name_or_path = str(other)
+    with pytest.raises(ValueError, match="holds step 2 of a run with other") as caught:
+        train(config, tmp_path / "run", train_dataset=rows)
+    changed = f"model.name_or_path: '{base}' -> '{other}'. Set them back"
+    assert changed in str(caught.value) and "leaves" not in str(caught.value)
+    shutil.rmtree(base)
+    shutil.copytree(other, base)  # no key tells of this
+    config.model.name_or_path = str(base)
+    with pytest.raises(ValueError, match="leaves differ"):
+        train(config, tmp_path / "run", train_dataset=rows)
+
+
 def test_a_checkpoint_without_a_fingerprint_resumes_with_a_note(caplog):
     caplog.set_level(logging.INFO, "jaxtrain")
     base_weights.check_base(None, "ab", "some/base")
     assert "whether some/base has still the same weights is not checked" in caplog.text
     base_weights.check_base(None, None, None)
     base_weights.check_base("ab", "ab", "some/base")
-    with pytest.raises(ValueError, match=r"fingerprint ab when .* have cd"):
+    with pytest.raises(ValueError, match=r"fingerprint ab, .* have cd"):
         base_weights.check_base("ab", "cd", "some/base")
 
 
@@ -137,8 +173,7 @@ def test_the_adapter_of_a_reference_is_a_part_of_it(tmp_path):
     orchestrator = TrainingOrchestrator(config, workdir=tmp_path / "second")
     orchestrator.prepare()
 
-    state = types.SimpleNamespace(frozen={"anything": 1})
-    found = base_weights.identify_base(orchestrator.run, orchestrator.model, state)
+    found = base_weights.identify_base(orchestrator.run, orchestrator.model)
     first, adapter = found.split("+")
     assert first == fingerprint_model(base)
     file = tmp_path / "first" / "adapter" / "adapter_model.safetensors"

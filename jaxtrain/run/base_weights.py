@@ -2,6 +2,7 @@
 
 Under LoRA and DPO the frozen base is loaded again when a run is resumed. Adapters fit
 the base that they were trained beside and no other, and so do a reference's rewards.
+Whole training needs its base no more, so that naming another would do nothing.
 """
 
 import logging
@@ -16,12 +17,12 @@ from jaxtrain.types import TrainState
 logger = logging.getLogger(__name__)
 
 
-def identify_base(run: RunConfig, model: LoadedModel, state: TrainState) -> str | None:
-    """The fingerprint of a state's frozen weights; None if none were read from files.
+def identify_base(run: RunConfig, model: LoadedModel) -> str | None:
+    """The fingerprint of what a run starts from; None if that is not read from files.
 
     The adapter that a DPO run starts from is a part of its reference.
     """
-    if not state.frozen or model.fingerprint is None:
+    if model.fingerprint is None:
         return None
     if run.dpo is None or run.lora is None or not run.lora.init_from:
         return model.fingerprint
@@ -45,15 +46,15 @@ def check_base(saved: str | None, present: str | None, directory: str | None) ->
     if saved is None:
         logger.info(
             "the checkpoint is of an older version, which took no fingerprint of the"
-            " frozen base: whether %s has still the same weights is not checked",
+            " weights: whether %s has still the same weights is not checked",
             directory,
         )
         return
     raise ValueError(
-        f"cannot resume: the frozen weights of {directory} had the fingerprint"
-        f" {saved} when this run began, and have {present} now. Adapters and a"
-        " reference belong to the weights that they began with: put these back, or"
-        " start in a fresh workdir"
+        "cannot resume: the weights that this run began with had the fingerprint"
+        f" {saved}, and those of {directory} have {present}. Adapters, a reference and"
+        " a checkpoint belong to the weights that they began with: put these back, or"
+        " their name in model.name_or_path, or start in a fresh workdir"
     )
 
 
@@ -67,10 +68,10 @@ def warn_of_other_base(
     Args:
         saved: the fingerprint in the checkpoint; None in those of older versions.
     """
-    present = identify_base(run, model, state)
+    present = identify_base(run, model)
     if saved is not None and run.dpo is None:
         saved = saved.partition("+")[0]  # the adapter is the reference's alone
-    if None not in (saved, present) and saved != present:
+    if state.frozen and None not in (saved, present) and saved != present:
         logger.warning(
             "%s holds other weights (fingerprint %s) than the run was trained beside"
             " (%s): its adapters or its reference may not fit them; name the right"

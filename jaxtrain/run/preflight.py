@@ -9,7 +9,7 @@ import netrc
 import os
 import pathlib
 import urllib.parse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -40,6 +40,11 @@ _DECIDING = (
     "model.architecture.num_attention_heads",
     "model.architecture.num_key_value_heads",
 )
+# What else makes other leaves, or does not: that is seen in the checkpoint alone.
+_OF_LEAVES = (
+    "model.name_or_path:", "model.revision:", "model.tokenizer_name_or_path:",
+    "model.architecture.", "training.lora.",
+)  # fmt: skip
 # Defaults that changed, or may: how examples go into rows, what of experts is adapted.
 _KEPT = {
     "data": ("packing", "share_prompts"),
@@ -142,11 +147,21 @@ def _check_earlier_steps(run: RunConfig, directory: Any) -> None:
             *_average_change(saved, run),
         ]
     ):
-        raise ValueError(
-            f"{directory} holds step {steps[-1]} of a run with other settings, which"
-            f" does not fit: {'; '.join(changed)}. Set them back, or use a new"
-            " workdir"
-        )
+        raise _refuse_other(directory, steps[-1], changed)
+
+
+def explain_mismatch(run: RunConfig, directory: Any, step: int) -> ValueError | None:
+    """The error of a checkpoint with other leaves; None if no setting tells why."""
+    saved = _saved_config(directory / str(step))
+    changed = [line for line in diff(saved, run) if line.startswith(_OF_LEAVES)]
+    return _refuse_other(directory, step, changed) if saved and changed else None
+
+
+def _refuse_other(directory: Any, step: int, changed: Sequence[str]) -> ValueError:
+    return ValueError(
+        f"{directory} holds step {step} of a run with other settings, which does not"
+        f" fit: {'; '.join(changed)}. Set them back, or use a new workdir"
+    )
 
 
 def _refuse_lost(run: RunConfig, workdir: Any) -> None:

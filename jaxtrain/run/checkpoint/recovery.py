@@ -1,17 +1,23 @@
 """Resume from the newest checkpoint that is sound."""
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
+from jaxtrain.run.checkpoint.leaves import CheckpointMismatchError
 from jaxtrain.run.checkpoint.manager import CheckpointManager, Restored
 from jaxtrain.run.saved_record import DamagedCheckpointError
 
 logger = logging.getLogger(__name__)
 
 
-def restore_newest(checkpoints: CheckpointManager, state: Any) -> Restored:
+def restore_newest(
+    checkpoints: CheckpointManager,
+    state: Any,
+    explain: Callable[[int], ValueError | None] = lambda _: None,
+) -> Restored:
     """Read the newest sound checkpoint in place of `state`, which is freed.
 
     Damaged ones that are newer are set aside, with one warning. Every process calls
@@ -20,6 +26,7 @@ def restore_newest(checkpoints: CheckpointManager, state: Any) -> Restored:
     Args:
         state: a tree of `jax.Array`s. They are deleted before any array is read, so
             that no device has to hold both; the caller must not use them again.
+        explain: the error of a step with other leaves, where more is known than these.
 
     Raises:
         FileNotFoundError: there is no checkpoint.
@@ -39,6 +46,8 @@ def restore_newest(checkpoints: CheckpointManager, state: Any) -> Restored:
         except DamagedCheckpointError as error:
             damaged[step] = error
             continue
+        except CheckpointMismatchError as error:
+            raise explain(step) or error from None
         _set_aside(checkpoints, damaged, step)
         return restored
     if not damaged:
