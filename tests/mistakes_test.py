@@ -48,6 +48,7 @@ def not_a_number(policy, reference, batch):
     loss, metrics = focal(policy, reference, batch)
     return WeightedSum(loss.total * jnp.nan, loss.weight), metrics
 """
+LONG = "/disk" + "/folder" * 40 + "/metrics.jsonl"
 ROW = '{"prompt": "a", "completion": " b"}\n'
 FILES = {
     "bad.yaml": "training:\n  training_type: sft\n max_steps: 1\n",
@@ -544,6 +545,8 @@ def test_the_metrics_of_our_objectives_are_known_before_training(
     [
         (OSError(errno.ENOSPC, "No space left on device"), 1, "the disk is full"),
         (ValueError("RESOURCE_EXHAUSTED: write: No space left on device"), 1, "full"),
+        (OSError(errno.ENOSPC, "No space left on device", LONG), 1, LONG),
+        (ValueError(f"{LONG}: No space left on device [some.cc:7]"), 1, f"{LONG}: No"),
         (MemoryError(), 1, "no memory left"),
         (TimeoutError("the others did not come"), 1, "did not come"),
         (PermissionError(errno.EACCES, "Permission denied", "out/x"), 2, "out/x: "),

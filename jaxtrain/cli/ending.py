@@ -137,8 +137,12 @@ def describe(error: BaseException) -> tuple[int, str] | None:
     text = str(error).strip()
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED, text or "interrupted"
-    if any(sign in text for sign in _DISK_FULL) or _is_disk_full(error):
-        return FAULT, f"{_FULL} ({_first_line(text):.160})"
+    signs = [sign for sign in _DISK_FULL if sign in text]
+    if signs or _is_disk_full(error):
+        if not isinstance(error, OSError):
+            # A library names the file before the reason, and its own source after it.
+            text = text.partition(signs[0])[0] + signs[0]
+        return FAULT, f"{_FULL} ({_first_line(text)})"
     if isinstance(error, MemoryError):
         return FAULT, "this machine has no memory left: load less data, or stream it"
     if isinstance(error, ConnectionError | TimeoutError):
