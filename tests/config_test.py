@@ -325,7 +325,7 @@ def test_a_yaml_key_given_twice_is_refused(tmp_path: pathlib.Path) -> None:
         load_yaml(path)
 
 
-@pytest.mark.parametrize("text", ["- 1\n", "training: [unclosed", "7"])
+@pytest.mark.parametrize("text", ["- 1\n", "training: [unclosed", "7", "", "---\n"])
 def test_a_file_that_is_no_yaml_mapping_is_refused(
     tmp_path: pathlib.Path, text: str
 ) -> None:
@@ -333,7 +333,7 @@ def test_a_file_that_is_no_yaml_mapping_is_refused(
         load_yaml(write(tmp_path, text))
 
 
-@pytest.mark.parametrize("text", ["", "training:\n", "training: {run_name: null}\n"])
+@pytest.mark.parametrize("text", ["{}", "training:\n", "training: {run_name: null}\n"])
 def test_nothing_set_in_yaml_is_the_default(tmp_path: pathlib.Path, text: str) -> None:
     assert resolve(load_yaml(write(tmp_path, text))) == resolve({})
 

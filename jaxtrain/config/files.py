@@ -152,21 +152,22 @@ def load_yaml(path: str | os.PathLike[str]) -> ConfigDict:
     Numbers are YAML 1.2's, so 5e-5 is one (PyYAML alone reads a text).
 
     Raises:
-        ConfigError: a key that is unknown or given twice, or a value of a wrong type;
-            then every other problem of the file is listed with it.
+        ConfigError: no key, one that is unknown or given twice, or a value of a wrong
+            type; then every other problem of the file is listed with it.
     """
     with open(path, encoding="utf-8") as file:
         try:
             given = yaml.load(file, YamlLoader)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ConfigError(_not_yaml(os.fspath(path), error)) from error
-    if not isinstance(given, Mapping | None):
+    if not isinstance(given, Mapping):
+        found = "it holds no key" if given is None else "not sections of keys"
         raise ConfigError(
-            f"config = {shown(os.fspath(path))}: not sections of keys; write"
-            " 'training:' and keys under it"
+            f"config = {shown(os.fspath(path))}: {found}; write 'training:' and keys"
+            " under it"
         )
     config = default_config()
-    given = with_current_names(without_provenance(given or {}))
+    given = with_current_names(without_provenance(given))
     problems = schema.overlay(config, SCHEMA, given, peer_keys.suggest)
     if problems:
         # The file will not load, so say all there is to say about it now.
