@@ -25,6 +25,8 @@ from jaxtrain.config import resolve
 from jaxtrain.models import load
 from jaxtrain.run import distributed, interrupts, preflight, trial, weights
 from jaxtrain.run.checkpoint import CheckpointManager
+from jaxtrain.run.step_log import StepLog
+from tests.runs import act_at_log, interrupt
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -350,7 +352,7 @@ def test_a_run_that_ends_early_says_why_and_how_to_go_on(
 ) -> None:
     whole = SHORT.format(workdir=tmp_path / "run")
     with inside.context() as patch:
-        patch.setattr(trainer.build.loop.Loop, "log", _raise_at(2, KeyboardInterrupt()))
+        patch.setattr(StepLog, "ask", act_at_log(2, interrupt))
         code, said = run(whole, capfd)
     assert code == ending.INTERRUPTED
     assert "step 1 is saved" in said and "the same command goes on" in said
@@ -608,3 +610,26 @@ def test_an_interrupt_that_a_library_swallows_ends_the_run_all_the_same(
         signal.signal(signal.SIGINT, previous)
     assert code == ending.INTERRUPTED
     assert "interrupted; no step is saved yet" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_an_interrupt_where_python_cannot_raise_shows_no_traceback(
+    error: type[BaseException],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """As in a callback of the garbage collector; of other errors Python tells."""
+    previous = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
+
+    class Broken:
+        def __del__(self) -> None:
+            raise error("here")
+
+    try:
+        interrupts.watch()
+        Broken()
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    told = capfd.readouterr().err
+    assert ("here" in told and "Traceback" in told) == (error is OSError)

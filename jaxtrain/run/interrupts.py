@@ -7,6 +7,7 @@ So the key press is noted, and asked for again between the parts of a run.
 
 import os
 import signal
+import sys
 from types import FrameType
 
 # EX_TEMPFAIL of sysexits.h: not failed, start it again.
@@ -42,12 +43,22 @@ def watch() -> None:
     global _watches
     _watches = True
     signal.signal(signal.SIGINT, _note)
+    sys.unraisablehook = _report
 
 
 def check() -> None:
     """Raise KeyboardInterrupt if Ctrl-C was pressed and the program still runs."""
     if _pressed:
         raise KeyboardInterrupt
+
+
+def _report(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Tell of what Python could not raise, unless it is a key press, which is noted.
+
+    It cannot within callbacks of its garbage collector, of which jax has one.
+    """
+    if unraisable.exc_type is not KeyboardInterrupt:
+        sys.__unraisablehook__(unraisable)
 
 
 def _note(number: int, frame: FrameType | None) -> None:
