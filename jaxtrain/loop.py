@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxtrain.batch import AnyBatch, PairBatch, rows_of
@@ -21,8 +20,6 @@ from jaxtrain.data.stream.batches import StreamIterator, join_states
 from jaxtrain.evaluation.sets import evaluate_sets
 from jaxtrain.models.load import LoadedModel
 from jaxtrain.record.throughput import ThroughputMeter
-from jaxtrain.record.usage import usage
-from jaxtrain.run.bad_steps import BadSteps, PendingSteps
 from jaxtrain.run.base_weights import check_base, identify_base
 from jaxtrain.run.callbacks import make_callbacks
 from jaxtrain.run.checkpoint import CheckpointManager, restore_newest
@@ -31,16 +28,13 @@ from jaxtrain.run.preemption import Preempted, PreemptionWatch, Watchdog
 from jaxtrain.run.preflight import explain_mismatch, refuse_never
 from jaxtrain.run.profile import StepProfiler
 from jaxtrain.run.progress import BestMetric, Progress
+from jaxtrain.run.step_log import STEPS_AHEAD, StepLog
 from jaxtrain.run.step_programs import make_programs
-from jaxtrain.run.window import MetricWindow
 from jaxtrain.step import EvalStep, TrainStep
 from jaxtrain.tree import overlay, select
-from jaxtrain.types import Metrics, Params, TrainState
+from jaxtrain.types import Params, TrainState
 
 logger = logging.getLogger(__name__)
-
-# Steps that may be on their way to the device at once: enough to keep it busy.
-_STEPS_AHEAD = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +62,12 @@ class Parts:
     @property
     def total_steps(self) -> int:
         return self.train_batches.num_steps
+
+    @property
+    def measured(self) -> dict[str, Any]:
+        """What sums become besides means, of steps as of evaluations."""
+        is_likelihood = self.run.objective == "next_token"
+        return {"with_perplexity": is_likelihood, "added_losses": self.added_losses}
 
     def where(self, step: int) -> dict[str, Any]:
         """What a checkpoint's record keeps of the data and the weights before it."""
@@ -148,10 +148,8 @@ class Loop:
             self.run.profile, checkpoints.beside("profile"), self._meter, done=self.step
         )
         self._watchdog = Watchdog(self.settings.step_timeout_secs)
-        self._pending = PendingSteps(_STEPS_AHEAD)
-        self._bad_steps = BadSteps(self.settings, checkpoints.directory)
+        self._log = StepLog(parts, progress, checkpoints.directory, writer)
         self._has_stepped = self._has_synced = False
-        self._unwritten: tuple[int, dict[str, Any]] | None = None  # the last log
         self._programs = make_programs(parts.train_step, parts.model.plan)
 
     @property
@@ -165,9 +163,9 @@ class Loop:
         """Start to save this step; the loop goes on meanwhile."""
         if self.checkpoints.latest_step() == self.step:
             return
-        self._write_logged()  # a run that goes on from here does not log it again
+        self._log.write()  # a run that goes on from here does not log it again
         with self._meter.paused():
-            self._fetch_pending()  # raises before a broken state is saved
+            self._log.fetch()  # raises before a broken state is saved
             self.progress.callbacks.on_save(self.step)
             self.checkpoints.save(
                 self.step,
@@ -198,7 +196,7 @@ class Loop:
             try:
                 return self._run_to_end(preemption)
             finally:
-                self._write_logged()
+                self._log.write()
 
     def _run_to_end(self, preemption: PreemptionWatch) -> dict[str, Any]:
         if self.settings.eval_on_start and self.step == 0:
@@ -239,7 +237,7 @@ class Loop:
         the run that goes on from it.
         """
         if self._is_due(self.settings.logging_steps):
-            self.log()
+            self._log.ask(is_last=self.step == self.parts.total_steps)
         sync_reference, dpo = self.parts.sync_reference, self.run.dpo
         if sync_reference and dpo and self.step % dpo.ref_model_sync_steps == 0:
             # The first call compiles, and so counts in no rate.
@@ -249,7 +247,7 @@ class Loop:
         if self._is_due(self.settings.eval_steps):
             self.evaluate()
         if self.progress.should_stop:
-            self._log_the_rest()
+            self._log.take_rest()
         if self._is_due(self.settings.save_steps):
             self.save()
 
@@ -262,7 +260,7 @@ class Loop:
 
     def _finish(self, ending: str) -> dict[str, Any]:
         settings = self.settings
-        self._log_the_rest()
+        self._log.take_rest()
         if settings.eval_steps != 0 and self.evaluated_step != self.step:
             self.evaluate()
         if settings.save_steps != 0:
@@ -305,7 +303,7 @@ class Loop:
             yield queue.popleft()
 
     def _start_step(self, placed: Any, batch: AnyBatch) -> None:
-        """Hand one step to the device, and wait for the one `_STEPS_AHEAD` before it.
+        """Hand one step to the device, and wait for the one `STEPS_AHEAD` before it.
 
         The first step compiles, and so does one whose batch has a new shape: these
         count in no rate.
@@ -315,14 +313,15 @@ class Loop:
         with self._profiler.step(self.step + 1) as is_profiled:
             self.state, metrics = self._programs(self.state, placed)
         self.progress.step += 1
-        self._pending.add(self.step, metrics, batch)
+        scaling = self.state.loss_scale
+        self._log.add(metrics, batch, scaling and scaling.scale)
         self._meter.dispatched(
             metrics["loss"].total,
             **_count(batch, self.parts.feed),
             counts=not (compiles or is_profiled),
         )
-        self._write_logged()
-        self._meter.wait(ahead=0 if is_first else _STEPS_AHEAD)
+        self._log.catch_up()
+        self._meter.wait(ahead=0 if is_first else STEPS_AHEAD)
         if is_first:
             seconds = time.perf_counter() - started
             included = ", compilation included" if compiles else ""
@@ -336,72 +335,19 @@ class Loop:
         is_end = self.step == self.parts.total_steps or self.progress.should_stop
         return is_end or self.step % (every or self.parts.steps_per_epoch) == 0
 
-    # --- metrics -------------------------------------------------------------------
-
-    def _log_the_rest(self) -> None:
-        if self._pending or self.progress.window:
-            self.log()
-
-    def log(self) -> None:
-        """Take the means since the last log, and rates, to be written by and by."""
-        self._fetch_pending()
-        window, self.progress.window = self.progress.window, MetricWindow()
-        record = window.means(**self._measured) if window.steps else {}
-        record["epoch"] = self.parts.epochs_done(self.step)
-        record["num_tokens"] = self.progress.num_tokens
-        record |= self.progress.callbacks.take_logged()
-        if window.skipped:
-            record["skipped_steps"] = window.skipped
-        if window.steps:
-            self.progress.logged = record
-        self._unwritten = (self.step, record | self._meter.report())
-
-    def _write_logged(self) -> None:
-        """Once the next step runs, where one comes: the devices do not wait for it."""
-        if self._unwritten is not None:
-            (step, record), self._unwritten = self._unwritten, None
-            share = {"goodput_share": self.progress.goodput.share()}
-            self.writer.write(step, record | share | usage(jax.local_devices()[0]))
-
-    @property
-    def _measured(self) -> dict[str, Any]:
-        """What sums become besides means, of steps as of evaluations."""
-        is_likelihood = self.run.objective == "next_token"
-        added = self.parts.added_losses
-        return {"with_perplexity": is_likelihood, "added_losses": added}
-
-    def _fetch_pending(self) -> None:
-        """Wait for the steps in flight and bring their metrics to the host.
-
-        Raises:
-            FloatingPointError: see `BadSteps.judge`.
-        """
-        self._meter.wait()
-        pending = self._pending.take()
-        scales = _next_scales([sums for _, sums, _ in pending], self.state)
-        for (step, sums, batch), scale in zip(pending, scales, strict=True):
-            if "num_tokens" in sums:
-                self.progress.num_tokens += float(sums["num_tokens"].total)
-            skipped, measured = self._bad_steps.judge(step, sums, batch, scale)
-            self.progress.window.skipped += skipped
-            self.progress.skipped_steps += skipped
-            if measured:
-                self.progress.window.add(sums)
-                self.progress.callbacks.after_step(step, sums)
-
     def evaluate(self) -> None:
         """Evaluate, log the result and see whether it is the best so far."""
         sets = self.parts.eval_data.items()
         if not sets:
             return
-        self._write_logged()
+        self._log.write()
         with self._meter.paused():
-            self._fetch_pending()
+            self._log.fetch()
             self.evaluated = evaluate_sets(
                 self.parts.eval_step,
                 self.state,
                 {name: self._placed_eval_batches(data) for name, data in sets},
-                **self._measured,
+                **self.parts.measured,
             )
             if self.parts.sampler is not None:
                 self._watchdog.feed()
@@ -434,14 +380,6 @@ def _say_nothing_is_left(step: int, parts: Parts) -> None:
         *(step, parts.total_steps),
         "max_steps" if by_steps else "num_train_epochs",
     )
-
-
-def _next_scales(fetched: list[Metrics], state: TrainState) -> list[float | None]:
-    """The loss scale after each of these steps, of which `state` is the last one's."""
-    if state.loss_scale is None or not fetched:
-        return [None] * len(fetched)
-    scales = [sums["loss_scale"].total for sums in fetched[1:]]
-    return [float(scale) for scale in (*scales, state.loss_scale.scale)]
 
 
 def _count(batch: AnyBatch, feed: Feed) -> dict[str, float]:

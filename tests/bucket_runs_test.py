@@ -14,7 +14,7 @@ import urllib.parse
 import pytest
 
 import jaxtrain
-from jaxtrain.loop import Loop
+from jaxtrain.run.step_log import StepLog
 from jaxtrain.storage import errors, folders
 from jaxtrain.storage.address import as_path
 
@@ -28,6 +28,7 @@ from buckets import (
     serve,
     skip_unless_installed,
 )
+from runs import act_at_log, interrupt
 
 __all__ = ["gs_bucket", "s3_bucket"]
 TREE = str(pathlib.Path(jaxtrain.__file__).parent.parent)
@@ -77,23 +78,11 @@ def test_a_run_on_s3_is_one_on_a_disk(s3_bucket, tmp_path, monkeypatch):
     _compare("lora", s3_bucket, tmp_path, monkeypatch)
 
 
-def stop_at(step):
-    """`Loop.log` that ends the run right after it has logged a step."""
-    log = Loop.log
-
-    def log_and_stop(self):
-        log(self)
-        if self.step == step:
-            raise KeyboardInterrupt
-
-    return log_and_stop
-
-
 def _compare(kind, bucket, tmp_path, monkeypatch):
     """Start, stop, go on with nothing but the bucket; the same bits as on a disk."""
     expected = checkpoint_runs.train(config_of(kind), tmp_path / "disk")
     with monkeypatch.context() as patch:
-        patch.setattr(Loop, "log", stop_at(5))
+        patch.setattr(StepLog, "ask", act_at_log(5, interrupt))
         with pytest.raises(KeyboardInterrupt):
             checkpoint_runs.train(config_of(kind), bucket)
     shutil.rmtree(tmp_path / "cache")

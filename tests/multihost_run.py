@@ -18,24 +18,22 @@ import jax
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
 
-from runs import tiny_config, train  # noqa: E402
+from runs import act_at_log, tiny_config, train  # noqa: E402
 
-from jaxtrain.loop import Loop  # noqa: E402
 from jaxtrain.run import distributed  # noqa: E402
+from jaxtrain.run.step_log import StepLog  # noqa: E402
 
 
 def happen(event: str, rank: int, step: int) -> None:
     """Let `event` strike process `rank` as it logs `step`."""
-    log = Loop.log
 
-    def log_and_suffer(self: Loop) -> None:
-        log(self)
-        if (self.step, jax.process_index()) == (step, rank):
+    def suffer() -> None:
+        if jax.process_index() == rank:
             if event == "hang":
                 time.sleep(600)
             os.kill(os.getpid(), signal.Signals[event])
 
-    Loop.log = log_and_suffer  # type: ignore[method-assign]
+    StepLog.ask = act_at_log(step, suffer)  # type: ignore[method-assign]
 
 
 def main(training_type: str, workdir: str, *event: str) -> None:

@@ -14,14 +14,14 @@ import safetensors.numpy
 
 from jaxtrain import assets
 from jaxtrain.config import ConfigError, resolve
-from jaxtrain.loop import Loop
 from jaxtrain.models import load
 from jaxtrain.optimizers.configured import make_optimizer
 from jaxtrain.optimizers.multipliers import make_multipliers, without_frozen
+from jaxtrain.run.step_log import StepLog
 from jaxtrain.trainer import TrainingOrchestrator
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
-from runs import records, tiny_config, train, weights
+from runs import act_at_log, interrupt, records, tiny_config, train, weights
 
 MY_PARTS = """
 import jax.numpy as jnp
@@ -511,15 +511,8 @@ def test_a_stopped_run_with_own_parts_and_multipliers_resumes_to_the_bit(
         "save_steps": 3,
     }
     train_and_save(config_of("from_scratch", **keys), tmp_path / "whole")
-    log = Loop.log
-
-    def log_and_stop(self: Loop) -> None:
-        log(self)
-        if self.step == 5:
-            raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr(Loop, "log", log_and_stop)
+        patch.setattr(StepLog, "ask", act_at_log(5, interrupt))
         with pytest.raises(KeyboardInterrupt):
             train_and_save(config_of("from_scratch", **keys), tmp_path / "parts")
     assert [path.name for path in (tmp_path / "parts/checkpoints").iterdir()] == ["3"]

@@ -10,24 +10,21 @@ import threading
 
 import pytest
 
-from jaxtrain.loop import Loop
 from jaxtrain.record.goodput import Goodput
 from jaxtrain.run.preemption import EXIT_CODE, Preempted, PreemptionWatch, Watchdog
+from jaxtrain.run.step_log import StepLog
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
-from runs import STEPS, tiny_config, train
+from runs import STEPS, act_at_log, tiny_config, train
 
 
 def sigterm_at(monkeypatch, step):
     """The signal arrives as `step` is logged."""
-    log = Loop.log
 
-    def log_and_signal(self):
-        log(self)
-        if self.step == step:
-            os.kill(os.getpid(), signal.SIGTERM)
+    def send():
+        os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(Loop, "log", log_and_signal)
+    monkeypatch.setattr(StepLog, "ask", act_at_log(step, send))
 
 
 def losses(workdir):

@@ -12,6 +12,8 @@ import pathlib
 import types
 from unittest import mock
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -22,8 +24,11 @@ from jaxtrain.batch import Batch
 from jaxtrain.config import default_config, resolve
 from jaxtrain.record.goodput import Goodput
 from jaxtrain.record.throughput import ThroughputMeter
+from jaxtrain.run.bad_steps import BadSteps, PendingSteps
+from jaxtrain.run.callbacks import Callbacks
 from jaxtrain.run.preemption import Preempted
 from jaxtrain.run.step_programs import StepPrograms
+from jaxtrain.run.window import MetricWindow
 from jaxtrain.types import TrainState, WeightedSum
 
 COMPILE_SECS, EVAL_SECS, SAVE_SECS = 50.0, 7.25, 3.5
@@ -455,7 +460,7 @@ def test_steps_that_are_skipped_were_computed_and_count():
 
 @pytest.fixture(autouse=True)
 def no_bad_batches(monkeypatch):
-    monkeypatch.setattr(loop.BadSteps, "_save_batch", lambda *_: pathlib.Path("x.npz"))
+    monkeypatch.setattr(BadSteps, "_save_batch", lambda *_: pathlib.Path("x.npz"))
 
 
 def test_a_run_that_is_preempted_or_stops_early_ends_with_exact_rates(monkeypatch):
@@ -484,8 +489,8 @@ def test_profiled_steps_are_waited_for_and_count_in_no_rate(monkeypatch):
         world.clock.now += 9.0
         world.pauses.append((start, world.clock.now))
 
-    monkeypatch.setattr(loop.jax.profiler, "start_trace", take_time)
-    monkeypatch.setattr(loop.jax.profiler, "stop_trace", take_time)
+    monkeypatch.setattr(jax.profiler, "start_trace", take_time)
+    monkeypatch.setattr(jax.profiler, "stop_trace", take_time)
     run_loop(world)
     # It starts after step 3 and stops after step 7, with nothing in flight.
     assert busy == [(3, False), (7, False)]
@@ -494,6 +499,54 @@ def test_profiled_steps_are_waited_for_and_count_in_no_rate(monkeypatch):
     assert rated == [2, 4, 8, 10, 11]
     for _, _, record in world.records:
         assert record.get("step_time_p99_secs", 2.0) == pytest.approx(2.0)
+
+
+def test_the_device_has_work_while_the_host_takes_a_record(monkeypatch):
+    """The host takes 0.2 s for the metrics of a step, and records come every three."""
+    world = World(Scenario((1.0,) * 12, (4,) * 12, logging_steps=3, write_secs=0.3))
+    add = MetricWindow.add
+
+    def add_slowly(self, sums):
+        world.clock.now += 0.2
+        add(self, sums)
+
+    monkeypatch.setattr(MetricWindow, "add", add_slowly)
+    run_loop(world)
+    check_records(world, until=12)
+    idle = [
+        later[0] - before[1]
+        for before, later in itertools.pairwise(world.steps[1:])  # the first compiles
+    ]
+    assert idle == [0.0] * 10
+    # A record is there one step late; the last one waits for nothing.
+    ends = {number + 1: step[1] for number, step in enumerate(world.steps)}
+    for step, now, _ in world.records:
+        assert ends[step] <= now < ends[step] + 1.0 + 0.6
+
+
+def test_metrics_of_steps_that_are_done_are_on_the_host_before_a_record_is_due():
+    pending = PendingSteps(ahead=1)
+    steps = [{"nonfinite": WeightedSum(jnp.zeros(()), jnp.ones(()))} for _ in range(5)]
+    for step in steps:
+        pending.add(0, step, None)
+    for number in jax.tree.leaves(steps[:3]):
+        number.delete()  # with ahead = 1 the last two may be in flight
+    assert len(pending.take()) == 5
+
+
+def test_a_callback_that_may_stop_the_run_hears_of_each_record_at_once(monkeypatch):
+    world, told = World(Scenario((1.0,) * 6, (4,) * 6, logging_steps=2)), []
+
+    class Watching:
+        def after_step(self, moment):
+            told.append((moment.step, len(world.steps)))
+
+    made = Callbacks({"mine": Watching()})
+    monkeypatch.setattr(
+        loop, "Progress", functools.partial(loop.Progress, callbacks=made)
+    )
+    run_loop(world)
+    assert told == [(1, 2), (2, 2), (3, 4), (4, 4), (5, 6), (6, 6)]
 
 
 def test_the_median_of_all_records_is_in_the_results():

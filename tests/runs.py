@@ -5,12 +5,13 @@ import os
 import pathlib
 import signal
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import safetensors.numpy
 
 from jaxtrain.config import default_config
-from jaxtrain.loop import Loop
+from jaxtrain.run.step_log import StepLog
 from jaxtrain.trainer import TrainingOrchestrator
 
 STEPS = 8
@@ -87,17 +88,35 @@ def weights(workdir: pathlib.Path) -> dict[str, Any]:
     return safetensors.numpy.load_file(workdir / "model" / "model.safetensors")
 
 
+def act_at_log(step: int, act: Callable[[], None]) -> Any:
+    """`StepLog.ask` that does something once a record of `step` is due."""
+    ask = StepLog.ask
+
+    def ask_and_act(self: StepLog, *, is_last: bool) -> None:
+        ask(self, is_last=is_last)
+        if self._progress.step == step:
+            act()
+
+    return ask_and_act
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
 def _train_and_die(training_type: str, model: str, workdir: str) -> None:
     """Run as a subprocess: a run that SIGKILLs itself as it logs step 6."""
-    write = Loop._write_logged
+    write = StepLog.write
 
-    def write_or_die(self: Loop) -> None:
+    def write_or_die(self: StepLog) -> None:
+        if self._is_owed:
+            self.take()
         logged = self._unwritten
         write(self)
         if logged is not None and logged[0] == 6:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    Loop._write_logged = write_or_die  # type: ignore[method-assign]
+    StepLog.write = write_or_die  # type: ignore[method-assign]
     train(tiny_config(training_type, model), pathlib.Path(workdir))
 
 

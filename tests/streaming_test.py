@@ -11,11 +11,11 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from jaxtrain.config import ConfigError, default_config, resolve
-from jaxtrain.loop import Loop
+from jaxtrain.run.step_log import StepLog
 from jaxtrain.trainer import TrainingOrchestrator
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
-from runs import records, tiny_config, train, weights
+from runs import act_at_log, interrupt, records, tiny_config, train, weights
 
 
 def streaming_config(training_type, **training):
@@ -33,15 +33,8 @@ def test_a_run_that_dies_and_resumes_is_the_run_that_did_not(tmp_path, monkeypat
     whole = train(config, tmp_path / "whole")
     assert whole["global_step"] == 6 and np.isfinite(whole["final_loss"])
     assert whole["epoch"] >= 1
-    log = Loop.log
-
-    def log_or_die(self):
-        log(self)
-        if self.step == 5:
-            raise KeyboardInterrupt
-
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Loop, "log", log_or_die)
+        patch.setattr(StepLog, "ask", act_at_log(5, interrupt))
         train(config, tmp_path / "killed")
     assert not (tmp_path / "killed" / "model").exists()
     names = [thread.name for thread in threading.enumerate()]

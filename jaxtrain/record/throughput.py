@@ -178,17 +178,17 @@ class ThroughputMeter:
         finally:
             self._paused_secs += self._clock() - start
 
-    def report(self) -> dict[str, float]:
+    def report(self, ahead: int = 0) -> dict[str, float]:
         """Metrics of the steps since the last report; empty if none of them counts.
 
-        Waits for the steps in flight. `tokens_per_sec`, `samples_per_sec`,
-        `step_time_{p50,p90,p99}_secs`, `data_wait_share` (0 to 1: the share of time in
-        which the devices had nothing to do because rows were not there),
-        `useful_token_share` (0 to 1: of the computed tokens, those that are not
-        padding), and `mfu` =
+        Waits for all steps but the newest `ahead`, which the next report has.
+        `tokens_per_sec`, `samples_per_sec`, `step_time_{p50,p90,p99}_secs`,
+        `data_wait_share` (0 to 1: the share of time in which the devices had nothing to
+        do because rows were not there), `useful_token_share` (0 to 1: of the computed
+        tokens, those that are not padding), and `mfu` =
         tokens/s * FLOPs a token / peak FLOP/s (0 to 1, arXiv:2204.02311).
         """
-        self.wait()
+        self.wait(ahead)
         counted, self._counted = self._counted, []
         if not counted:
             return {}

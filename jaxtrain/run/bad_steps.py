@@ -51,13 +51,22 @@ class PendingSteps:
             number.copy_to_host_async()  # one by one, later, the devices would wait
         self._steps.append((step, metrics, batch))
         at = len(self._steps) - 2 - self._ahead
-        if at >= 0 and not _is_bad(self._steps[at][1]):
-            self._steps[at] = (*self._steps[at][:2], None)
+        if at >= 0:  # it is done: at a log the devices need not wait for many of them
+            self._steps[at] = _fetch(*self._steps[at])
 
-    def take(self) -> list[tuple[int, Metrics, AnyBatch | None]]:
-        """All of them, their metrics on the host, once they are done; none stays."""
-        taken, self._steps = self._steps, []
+    def take(self, ahead: int = 0) -> list[tuple[int, Metrics, AnyBatch | None]]:
+        """All but the newest `ahead`, their metrics on the host, once they are done."""
+        end = len(self._steps) - ahead
+        taken, self._steps = self._steps[:end], self._steps[end:]
         return [(step, jax.device_get(dict(m)), batch) for step, m, batch in taken]
+
+
+def _fetch(
+    step: int, metrics: Metrics, batch: AnyBatch | None
+) -> tuple[int, Metrics, AnyBatch | None]:
+    """A step that is done, with its rows only if they may be saved."""
+    fetched: Metrics = jax.device_get(dict(metrics))
+    return step, fetched, batch if _is_bad(fetched) else None
 
 
 def _is_bad(metrics: Metrics) -> bool:

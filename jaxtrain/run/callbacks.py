@@ -97,6 +97,9 @@ class Callbacks:
         self._logged: dict[str, float] = {}
         self.reasons: list[str] = []  # reasons to stop
 
+    def __bool__(self) -> bool:
+        return bool(self._callbacks)
+
     def after_step(self, step: int, sums: Metrics) -> None:
         """Report a step to all callbacks; `sums` are its metrics, on the host."""
         if self._callbacks:
