@@ -2,7 +2,7 @@
 
 import pathlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 
@@ -12,9 +12,6 @@ from jaxtrain.run.bad_steps import BadSteps, PendingSteps
 from jaxtrain.run.progress import Progress
 from jaxtrain.run.window import MetricWindow
 from jaxtrain.types import Metrics
-
-if TYPE_CHECKING:
-    from jaxtrain.loop import Parts
 
 # Steps that may be on their way to the device at once: enough to keep it busy.
 STEPS_AHEAD = 2
@@ -30,7 +27,7 @@ class StepLog:
 
     def __init__(
         self,
-        parts: "Parts",
+        parts: Any,
         progress: Progress,
         directory: pathlib.Path,
         writer: Any,
@@ -38,6 +35,7 @@ class StepLog:
         """Start with no step.
 
         Args:
+            parts: `loop.Parts`.
             directory: of the checkpoints.
             writer: of `record.writers`.
         """
