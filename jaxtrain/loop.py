@@ -320,7 +320,7 @@ class Loop:
             **_count(batch, self.parts.feed),
             counts=not (compiles or is_profiled),
         )
-        self._log.catch_up()
+        self._log.write(ahead=1)  # while the devices work on this step
         self._meter.wait(ahead=0 if is_first else STEPS_AHEAD)
         if is_first:
             seconds = time.perf_counter() - started

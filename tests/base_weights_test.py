@@ -82,6 +82,20 @@ def cut_off_run(kind: str, base: pathlib.Path, workdir: pathlib.Path) -> Any:
     return config, rows
 
 
+def name_another_model(folder: pathlib.Path, **differences: int) -> Any:
+    """A run of whole training in `folder`, cut off, whose config names another model.
+
+    `differences`: of that model, as `write_base` takes them. Both models' folders come
+    first.
+    """
+    tokenizer = chat_tokenizer()
+    base = write_base(folder / "base", tokenizer)
+    config, rows = cut_off_run("sft", base, folder / "run")
+    other = write_base(folder / "other", tokenizer, **differences)
+    config.model.name_or_path = str(other)
+    return base, other, config, rows
+
+
 def use(config: Any, workdir: pathlib.Path, caplog: pytest.LogCaptureFixture) -> str:
     """The log of loading a checkpoint of the run to be evaluated or asked."""
     caplog.clear()
@@ -120,11 +134,7 @@ def test_whole_training_is_not_resumed_under_the_name_of_another_model(
     tmp_path, caplog
 ):
     """It read nothing of that model, and trained on with a warning."""
-    tokenizer = chat_tokenizer()
-    base = write_base(tmp_path / "base", tokenizer)
-    config, rows = cut_off_run("sft", base, tmp_path / "run")
-    other = write_base(tmp_path / "other", tokenizer, seed=1)
-    config.model.name_or_path = str(other)
+    base, other, config, rows = name_another_model(tmp_path, seed=1)
     with pytest.raises(ValueError, match="a checkpoint belong to the weights") as e:
         train(config, tmp_path / "run", train_dataset=rows)
     assert f"those of {other} have" in str(e.value) and "model.name_or" in str(e.value)
@@ -137,11 +147,7 @@ def test_whole_training_is_not_resumed_under_the_name_of_another_model(
 
 def test_a_model_of_other_sizes_is_refused_by_its_key(tmp_path):
     """A list of arrays did not say that it is the model that differs."""
-    tokenizer = chat_tokenizer()
-    base = write_base(tmp_path / "base", tokenizer)
-    config, rows = cut_off_run("sft", base, tmp_path / "run")
-    other = write_base(tmp_path / "other", tokenizer, num_hidden_layers=3)
-    config.model.name_or_path = str(other)
+    base, other, config, rows = name_another_model(tmp_path, num_hidden_layers=3)
     with pytest.raises(ValueError, match="holds step 2 of a run with other") as caught:
         train(config, tmp_path / "run", train_dataset=rows)
     changed = f"model.name_or_path: '{base}' -> '{other}'. Set them back"

@@ -372,8 +372,7 @@ def test_a_run_that_ends_early_says_why_and_how_to_go_on(
 
 def _raise_at(step: int, error: BaseException) -> Any:
     def method(self: Any, *arguments: Any, **_: Any) -> None:
-        at = arguments[0] if arguments else self.step
-        if at == step:
+        if arguments[0] == step:
             raise error
 
     return method

@@ -108,9 +108,9 @@ def _train_and_die(training_type: str, model: str, workdir: str) -> None:
     """Run as a subprocess: a run that SIGKILLs itself as it logs step 6."""
     write = StepLog.write
 
-    def write_or_die(self: StepLog) -> None:
+    def write_or_die(self: StepLog, ahead: int = 0) -> None:
         if self._is_owed:
-            self.take()
+            self.take(ahead)
         logged = self._unwritten
         write(self)
         if logged is not None and logged[0] == 6:

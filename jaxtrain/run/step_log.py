@@ -64,16 +64,10 @@ class StepLog:
         if is_last or self._progress.callbacks or self._next_scale is not None:
             self.take()
 
-    def catch_up(self) -> None:
-        """The devices work on a new step: take and write the record that is owed."""
+    def write(self, ahead: int = 0) -> None:
+        """Write the record that is owed or was taken; `ahead`: as for `take`."""
         if self._is_owed:
-            self.take(ahead=1)
-        self.write()
-
-    def write(self) -> None:
-        """Write the record that is owed, or was taken, before anything else is done."""
-        if self._is_owed:
-            self.take()
+            self.take(ahead)
         if self._unwritten is not None:
             (step, record), self._unwritten = self._unwritten, None
             share = {"goodput_share": self._progress.goodput.share()}

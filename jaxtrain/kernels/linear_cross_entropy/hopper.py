@@ -189,8 +189,8 @@ def weigh_logits(
     shift = base * LOG2_E
     *by_tile, weights = kernel(head.hidden, head.table, targets, shift, asked)
     highest, others, weighted, target, earlier, shifts = by_tile
-    is_far = shifts.max(axis=0) > shift
-    fade = jnp.exp2(shifts - shifts.max(axis=0))
+    most = shifts.max(axis=0)
+    is_far, fade = most > shift, jnp.exp2(shifts - most)
     return Weights(
         level(weights, fade, is_far, tiles.columns, interpret=tiles.interpret),
         jnp.where(is_far, highest.max(axis=0), base),

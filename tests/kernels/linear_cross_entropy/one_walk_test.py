@@ -93,8 +93,11 @@ def test_weights_and_sums_are_those_of_float64(vocab_axis):
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5)
     close(found.base, base)
     weights = np.exp(logits - base[:, None])
-    # bfloat16's rounding, of the far row twice, and exponents in float32.
-    close(np.asarray(found.weights, np.float64), weights, rtol=2**-7, atol=1e-30)
+    # bfloat16's rounding, and exponents in float32. The far row is rounded once more
+    # when its tiles are levelled, and what fades below float32's range is zero there.
+    given, near = np.asarray(found.weights, np.float64), rows != 3
+    close(given[near], weights[near], rtol=2**-8)
+    close(given[3], weights[3], rtol=2**-7, atol=1e-30)
     others = weights.copy()
     others[rows, np.asarray(targets)] = 0
     close(found.others, others.sum(1), rtol=3e-5)
