@@ -263,6 +263,7 @@ def make_steps(
         ),
         is_micro_batch_mean=functools.partial(_is_micro_batch_mean, run.objective_row),
         prepare=quantize_once if plan.fp8 else None,
+        unrolled=plan.unrolled,
     )
     options = offload(options, plan, optimizer, layouts)
     train_step = step.make_train_step(

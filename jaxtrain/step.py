@@ -58,6 +58,7 @@ class StepOptions:
     `prepare`: makes from the trained weights, once a step, what every micro-batch
     reads; it returns a function that puts this into a tree of them.
     `update`: replaces `make_whole_update`, for state that is kept in host memory.
+    `unrolled`: the program compiles each layer of the policy by itself.
     """
 
     max_grad_norm: float | None = None
@@ -72,6 +73,7 @@ class StepOptions:
     fetch: Callable[[TrainState], TrainState] = lambda state: state
     prepare: Callable[[Params], Callable[[Params], Params]] | None = None
     update: UpdateFn | None = None
+    unrolled: bool = False
 
 
 def make_train_step(
@@ -118,9 +120,11 @@ def make_train_step(
         # If a batch trains no token at all, the gradient must be zero and not NaN.
         denominator = jnp.where(weight == 0, 1, weight) * scale
         with jax.named_scope("clip"):
+            group_of = options.group_of or (lambda path: "")
+            squares = sum_squares_by_group(grads, group_of, unrolled=options.unrolled)
+            norms = {k: jnp.sqrt(v) / denominator for k, v in squares.items()}
+            grad_norm = jnp.sqrt(sum(squares.values())) / denominator
             grads = jax.tree.map(lambda g: g / denominator, grads)
-            squares = sum_squares_by_group(grads, options.group_of or (lambda path: ""))
-            grad_norm = jnp.sqrt(sum(squares.values()))
             finite = jnp.isfinite(grad_norm)
             if options.max_grad_norm:
                 grads = clip_to_norm(grads, grad_norm, options.max_grad_norm)
@@ -137,7 +141,7 @@ def make_train_step(
         if options.spike_threshold is not None:
             numbers["spike"] = is_spike.astype(jnp.float32)
         if options.group_of is not None:
-            numbers |= {f"grad_norm/{k}": jnp.sqrt(v) for k, v in squares.items()}
+            numbers |= {f"grad_norm/{k}": norm for k, norm in norms.items()}
         loss_scale = state.loss_scale
         if loss_scale is not None:
             numbers["loss_scale"] = loss_scale.scale

@@ -188,6 +188,7 @@ ALLOWED: dict[str, set[str]] = {
         "batch",
         "config.eval_sets",
         "config.own_parts",
+        "models.stacks",
         "record.logs",
         "record.safe_text",
         "run.durable",

@@ -22,6 +22,7 @@ from jaxtrain.trainer import TrainingOrchestrator
 from jaxtrain.types import Batch, PairBatch, WeightedSum
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
+from equations import equations
 from runs import tiny_config
 
 
@@ -42,6 +43,32 @@ from runs import tiny_config
 )
 def test_a_parameter_belongs_to_the_group_its_path_says(path, group):
     assert diagnostics.parameter_group(tuple(path.split("/"))) == group
+
+
+@pytest.mark.parametrize("unrolled", [False, True])
+def test_sums_of_squares_equal_numpy_and_unrolled_read_each_layer_alone(unrolled):
+    rng = np.random.default_rng(0)
+    shapes = {"mlp": (5, 6, 7), "experts": (3, 2, 4, 6), "norm": (5, 6)}
+    layers = {name: rng.normal(size=shape) for name, shape in shapes.items()}
+    grads = {"embed": rng.normal(size=(9, 6)), "layers": layers}
+
+    def sums(grads):
+        return diagnostics.sum_squares_by_group(
+            grads, lambda path: path[-1], unrolled=unrolled
+        )
+
+    narrow = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), grads)
+    for name, leaf in {**layers, "embed": grads["embed"]}.items():
+        # Up to 210 squares in float32: their roundings add up to less than 1e-5.
+        np.testing.assert_allclose(sums(narrow)[name], (leaf**2).sum(), rtol=1e-5)
+    reduced = {
+        equation.invars[0].aval.shape
+        for equation in equations(jax.make_jaxpr(sums)(narrow))
+        if equation.primitive.name == "reduce_sum"
+    }
+    of_one = {shape[1:] if len(shape) > 2 else shape for shape in shapes.values()}
+    expected = of_one if unrolled else set(shapes.values())
+    assert reduced == expected | {(9, 6)}
 
 
 def test_a_spike_lies_above_the_mean_of_a_full_window():

@@ -172,17 +172,8 @@ def _choose_blocks(kernels: Kernels, mask: Mask, length: int) -> tuple[int, int]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(
-    kernels: Kernels,
-    options: Options,
-    q: Array,
-    k: Array,
-    v: Array,
-    sinks: Array | None,
-    ids: Ids,
-    schedule: Schedule,
-) -> Array:
-    return _attend_forward(kernels, options, q, k, v, sinks, ids, schedule)[0]
+def _attend(kernels: Kernels, options: Options, *inputs: Any) -> Array:
+    return _attend_forward(kernels, options, *inputs)[0]
 
 
 def _attend_forward(
