@@ -149,6 +149,11 @@ class ShardingPlan:
         return BATCH_AXES if self.mesh.shape["expert"] > 1 else BATCH_AXES[:-1]
 
     @property
+    def weight_axes(self) -> MeshAxes:
+        """The mesh axes that may split the width of weights, if they are not whole."""
+        return self._parameter_rules["embed"]
+
+    @property
     def batch_shards(self) -> int:
         """Number of data-parallel shards that a batch's rows are split into."""
         return math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)

@@ -16,6 +16,7 @@ CASES = {
     "from_scratch": {"context": 4, "tensor": 2},
     "sft": {"data": 2, "context": 4},
     "lora": {"fsdp": 2, "context": 2, "tensor": 2},
+    "lora_whole": {"context": 4, "tensor": 2},  # weights are, on each that shares rows
     "dpo": {"fsdp": 4, "context": 2},
 }
 
@@ -23,7 +24,7 @@ CASES = {
 def run(training_type, mesh, workdir):
     """Two steps of plain gradient descent: the log and the weights."""
     config = tiny_config(
-        training_type,
+        training_type.removesuffix("_whole"),
         num_gpus=8 if mesh else 1,
         per_device_train_batch_size=ROWS // (mesh.get("data", 1) * mesh.get("fsdp", 1)),
         gradient_accumulation_steps=1,
@@ -38,7 +39,7 @@ def run(training_type, mesh, workdir):
     config.data.packing = True
     train(config, workdir)
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    folder = "adapter" if training_type == "lora" else "model"
+    folder = "adapter" if training_type.startswith("lora") else "model"
     (weights,) = (workdir / folder).glob("*.safetensors")
     return [json.loads(line) for line in lines], safetensors.numpy.load_file(weights)
 

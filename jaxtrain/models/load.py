@@ -296,7 +296,7 @@ def make_decoder(
             heads=rules["heads"],
             tokens=rules["sequence"],
             vocab=rules["vocab"],
-            weights=sharding.PARAMETER_RULES["embed"],
+            weights=plan.weight_axes,
         ),
     )
     if run.lora is None:

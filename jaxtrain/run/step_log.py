@@ -26,11 +26,7 @@ class StepLog:
     """
 
     def __init__(
-        self,
-        parts: Any,
-        progress: Progress,
-        directory: pathlib.Path,
-        writer: Any,
+        self, parts: Any, progress: Progress, directory: pathlib.Path, writer: Any
     ) -> None:
         """Start with no step.
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from jaxtrain.config import resolve
 from jaxtrain.models import Decoder
+from jaxtrain.models.gradient_layout import shares_weights
 from jaxtrain.models.load import make_decoder, make_plan
 from jaxtrain.models.recompute import LATER, Recompute, fit_layers
 from tests.equations import equations
@@ -181,6 +182,17 @@ def test_a_run_may_keep_three_quarters_of_trained_weights_and_none_of_frozen_one
 def test_devices_with_parts_of_weights_keep_twice_as_much_of_each_copy(mesh, share):
     decoder = decoder_of_run(devices=4, mesh=mesh)
     assert decoder.kept_bytes == int(share * decoder.config.num_params() * 4)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "axes"),
+    [({"data": 1, "context": 2}, ()), ({"fsdp": 2}, ("fsdp", "expert", "context"))],
+)
+def test_weights_that_devices_of_a_row_have_whole_are_not_shared(mesh, axes):
+    """Taken for shared, they would be gathered, and made again layer by layer."""
+    decoder = decoder_of_run(devices=2, mesh=mesh)
+    assert decoder.layout.weights == axes
+    assert shares_weights(decoder) == bool(axes)
 
 
 @pytest.mark.parametrize("reshards", [True, False])
