@@ -32,6 +32,7 @@ from jaxtrain.data.batches.scoring import with_scored
 from jaxtrain.data.batches.shared_prompt import share_prompts
 from jaxtrain.kernels.linear_cross_entropy import fused
 from jaxtrain.models import Decoder, ModelConfig, fp8
+from jaxtrain.models.load import JOINED_WIDTH
 from jaxtrain.models.quantization import Quantization
 from jaxtrain.models.recompute_options import room_for_layers
 from jaxtrain.models.transformer import for_reference
@@ -141,6 +142,8 @@ def make_step(name: str, options: argparse.Namespace) -> tuple[Any, TrainState, 
         packed=options.document is not None,
         quantization=Quantization(kind) if kind else None,
         fp8=options.fp8,
+        joins_products=not (case.lora or kind or options.fp8)
+        and config.hidden_size >= JOINED_WIDTH,
     )
     params = jax.jit(decoder.init)(jax.random.key(0))
     frozen: Any = {}

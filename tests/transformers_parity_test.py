@@ -116,10 +116,15 @@ def to_batch(tokens, labels, accumulation):
     return Batch(**{k: v.reshape(accumulation, -1, T) for k, v in fields.items()})
 
 
-@pytest.mark.parametrize(("accumulation", "remat"), [(1, "none"), (2, "full")])
-def test_sft_loss_and_gradients_equal_transformers(models, accumulation, remat):
+JOINED = {"scan_layers": False, "joins_products": True}
+
+
+@pytest.mark.parametrize(
+    ("accumulation", "options"), [(1, {}), (2, {"remat": "full"}), (1, JOINED)]
+)
+def test_sft_loss_and_gradients_equal_transformers(models, accumulation, options):
     theirs, ours, params = models
-    if ours.config.model_type in OWN_SIZES and remat == "none":
+    if ours.config.model_type in OWN_SIZES and accumulation == 1:
         pytest.skip("the other case shows it, and these take long to compile")
     tokens, labels = rows()
     theirs.zero_grad()
@@ -132,7 +137,7 @@ def test_sft_loss_and_gradients_equal_transformers(models, accumulation, remat):
     loss.backward()
 
     # One step of plain gradient descent at rate 1: the difference is the gradient.
-    decoder = Decoder(ours.config, compute_dtype="float32", remat=remat)
+    decoder = Decoder(ours.config, compute_dtype="float32", **options)
     optimizer = optax.sgd(1.0)
     train_step = jax.jit(
         make_train_step(

@@ -120,6 +120,8 @@ class Options:
     (balance.py).
     `reduces_in_float32`: gradients of kernels, and of the head, are never rounded to
     the compute type, so that devices add them up in float32.
+    `joins_products`: kernels that multiply the same rows do so side by side, as one,
+    where layers are compiled one by one and nothing is computed again.
     """
 
     config: ModelConfig
@@ -131,6 +133,7 @@ class Options:
     fp8: bool = False
     balances_experts: bool = False
     reduces_in_float32: bool = False
+    joins_products: bool = False
     constrain: Callable[[Array, LogicalAxes], Array] = unconstrained
     map_shards: MapShards = on_one_device
     layout: Layout | None = None
@@ -378,6 +381,13 @@ def project_all(
     Under fp8 it is quantized once for them all. What is narrow where there are adapters
     is multiplied by `multiply_each`.
     """
+    # Few rows, as in generating texts, are not worth a copy of the kernels.
+    if projections[0].options.joins_products and x[..., 0].size >= x.shape[-1]:
+        kernels = [each.kernel[...].astype(x.dtype) for each in projections]
+        product = x @ jnp.concatenate(kernels, axis=-1)
+        parts = jax.lax.split(product, [each.shape[1] for each in kernels], axis=-1)
+        pairs = zip(projections, parts, strict=True)
+        return [project(x, dropout_key, {"kernel": part}) for project, part in pairs]
     read = fp8.share(x) if projections[0].options.fp8 else x
     narrow = [each.narrow_matrices(dropout_key) for each in projections]
     matrices = [matrix for found in narrow for matrix in found.values()]

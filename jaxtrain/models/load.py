@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 # Compiling takes a time in proportion; longer stacks were not measured unrolled.
 _MOST_UNROLLED = 48
+JOINED_WIDTH = 2048  # at least
 
 
 @dataclasses.dataclass
@@ -243,6 +244,21 @@ def _unrolls_layers(
     return plan.platform == "gpu" and few and not by_layers
 
 
+def _joins_products(
+    run: RunConfig, config: ModelConfig, plan: sharding.ShardingPlan
+) -> bool:
+    """Whether a layer's kernels may act side by side: where that was measured faster.
+
+    A step of 3B takes 1.6% less on an H200, one of 0.5B (width 896) 0.4% more. Where
+    devices share weights it takes more memory. Frozen kernels, and those in few bits,
+    would be copied for it.
+    """
+    is_plain = run.lora is None and not plan.fp8
+    one_gpu = plan.platform == "gpu" and plan.mesh.size == 1
+    own_type = run.precision.reduce_dtype != "float32"
+    return is_plain and one_gpu and own_type and config.hidden_size >= JOINED_WIDTH
+
+
 def make_decoder(
     run: RunConfig, config: ModelConfig, plan: sharding.ShardingPlan
 ) -> Decoder:
@@ -290,6 +306,7 @@ def make_decoder(
         quantization=quantized,
         fp8=run.precision.fp8,
         reduces_in_float32=run.precision.reduce_dtype == "float32",
+        joins_products=_joins_products(run, config, plan),
         layout=Layout(
             plan.mesh,
             rows=plan.batch_axes,

@@ -334,8 +334,12 @@ class Decoder(Options):
     @property
     def _options(self) -> Options:
         """The options that its modules need, without those of how a batch is run."""
-        shared = [field.name for field in dataclasses.fields(Options)]
-        return Options(**{name: getattr(self, name) for name in shared})
+        names = [field.name for field in dataclasses.fields(Options)]
+        shared = {name: getattr(self, name) for name in names}
+        # In a loop kernels side by side would be a copy, and what is computed again
+        # would read more than it does apart.
+        joins = self.joins_products and self.remat == "none" and not self.scan_layers
+        return Options(**shared | {"joins_products": joins})
 
 
 def _layer_axes(options: Options) -> Params:
@@ -381,7 +385,7 @@ def _layer_steps(
         counted = counted * (1.0 + (rows.segment_ids % 3 == 1))
 
     def make_step(stack: parts.Stack) -> parts.LayerStep:
-        bind_layer = parts.layer_binder(decoder, params, stack)
+        bind_layer = parts.layer_binder(decoder._options, params, stack)
         inputs_of_layer = inputs_of_kind[stack.kind]
 
         def step(

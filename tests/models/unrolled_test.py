@@ -115,6 +115,47 @@ def test_quantized_weights_are_unrolled_too(kind):
     assert plan_of(training=training)[1].unrolled
 
 
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize(
+    ("given", "joins"),
+    [
+        ({}, True),
+        ({"training": {"reduce_dtype": "float32"}}, False),
+        ({"training": {"training_type": "lora"}}, False),
+        ({"devices": 2}, False),
+        ({"devices": 2, "fsdp": 2}, False),
+    ],
+)
+def test_wide_kernels_act_side_by_side_on_one_gpu(given, joins):
+    run, plan = plan_of(**given)
+    wide = dataclasses.replace(config_of(), hidden_size=2048)
+    assert make_decoder(run, wide, plan).joins_products is joins
+    assert not make_decoder(run, config_of(), plan).joins_products
+
+
+@pytest.mark.parametrize(
+    ("options", "joins"),
+    [({}, True), ({"scan_layers": True}, False), ({"remat": "full"}, False)],
+)
+def test_kernels_act_side_by_side_where_that_spares_reading(options, joins):
+    """Gate's and up's, of 192 columns each; q's, k's and v's, of 64 each."""
+    decoder = unrolled_decoder(1, joins_products=True)
+    decoder = dataclasses.replace(decoder, **options)
+    params = jax.eval_shape(decoder.init, jax.random.key(0))
+
+    def widths(length):
+        rows = np.zeros((1, length), np.int32)
+        program = jax.make_jaxpr(decoder.hidden_states)(params, rows, rows, rows + 1)
+        return [
+            equation.outvars[0].aval.shape[-1]
+            for equation in equations(program)
+            if equation.primitive.name == "dot_general"
+        ]
+
+    assert (2 * 192 in widths(64) and 3 * 64 in widths(64)) is joins
+    assert 2 * 192 not in widths(40)  # fewer rows than are in a column
+
+
 def test_a_key_unrolls_anywhere():
     _, plan = plan_of(model={"scan_layers": False})
     assert plan.unrolled and plan.compiler_options is None  # no GPU

@@ -202,24 +202,10 @@ def _query_gradient(
     )(*_key_lists(schedule), *inputs, *_rows_and_column(ids))
 
 
-def _query_gradient_kernel(
-    options: Options,
-    slots: int,
-    counts: Array,
-    wholes: Array,
-    blocks: Array,
-    q_ref: Array,
-    k_ref: Array,
-    v_ref: Array,
-    d_out_ref: Array,
-    lse_ref: Array,
-    delta_ref: Array,
-    query_ids: Array,
-    prompt_ids: Array,
-    key_ids: Array,
-    dq_ref: Array,
-    acc_ref: Array,
-) -> None:
+def _query_gradient_kernel(options: Options, slots: int, *refs: Array) -> None:
+    """`refs`: three lists; q, k, v, d_out, lse, delta; three of ids; dq and its sum."""
+    counts, wholes, blocks, *rest = refs
+    read, ids, (dq_ref, acc_ref) = tuple(rest[:6]), tuple(rest[6:9]), rest[9:]
     i, j = pl.program_id(2), pl.program_id(3)
     row = pl.program_id(0) * pl.num_programs(2) + i
 
@@ -230,14 +216,9 @@ def _query_gradient_kernel(
     key_block = blocks[row * slots + j]
 
     def visit(masked: bool) -> None:
-        _, slope = _weights_and_slope(
-            options,
-            masked,
-            (q_ref, k_ref, v_ref, d_out_ref, lse_ref, delta_ref),
-            (i, key_block),
-            (query_ids, prompt_ids, key_ids),
-        )
-        acc_ref[...] += _product(slope.astype(k_ref.dtype), k_ref[...], 0, 0)
+        _, slope = _weights_and_slope(options, masked, read, (i, key_block), ids)
+        k = read[1][...]
+        acc_ref[...] += _product(slope.astype(k.dtype), k, 0, 0)
 
     _visit_if_listed(j, counts[row], wholes[row], visit)
 
@@ -313,26 +294,11 @@ def _key_gradients(
     return dk, dv
 
 
-def _key_gradients_kernel(
-    options: Options,
-    slots: int,
-    counts: Array,
-    wholes: Array,
-    blocks: Array,
-    q_ref: Array,
-    k_ref: Array,
-    v_ref: Array,
-    d_out_ref: Array,
-    lse_ref: Array,
-    delta_ref: Array,
-    query_ids: Array,
-    prompt_ids: Array,
-    key_ids: Array,
-    dk_ref: Array,
-    dv_ref: Array,
-    dk_acc: Array,
-    dv_acc: Array,
-) -> None:
+def _key_gradients_kernel(options: Options, slots: int, *refs: Array) -> None:
+    """`refs`: as above; in place of the last two dk, dv and the sums of both."""
+    counts, wholes, blocks, *rest = refs
+    read, ids = tuple(rest[:6]), tuple(rest[6:9])
+    dk_ref, dv_ref, dk_acc, dv_acc = rest[9:]
     j, g, i = pl.program_id(2), pl.program_id(3), pl.program_id(4)
     column = pl.program_id(0) * pl.num_programs(2) + j
 
@@ -344,14 +310,9 @@ def _key_gradients_kernel(
     query_block = blocks[column * slots + i]
 
     def visit(masked: bool) -> None:
-        weights, slope = _weights_and_slope(
-            options,
-            masked,
-            (q_ref, k_ref, v_ref, d_out_ref, lse_ref, delta_ref),
-            (query_block, j),
-            (query_ids, prompt_ids, key_ids),
-        )
-        d_out, q = d_out_ref[...], q_ref[...]
+        place = (query_block, j)
+        weights, slope = _weights_and_slope(options, masked, read, place, ids)
+        d_out, q = read[3][...], read[0][...]
         dv_acc[...] += _product(weights.astype(d_out.dtype), d_out, 1, 0)
         dk_acc[...] += _product(slope.astype(q.dtype), q, 1, 0)
 
@@ -368,7 +329,7 @@ def _weights_and_slope(
     masked: bool,
     refs: tuple[Array, ...],
     place: tuple[Array, Array],
-    id_refs: tuple[Array, Array, Array],
+    id_refs: tuple[Array, ...],
 ) -> tuple[Array, Array]:
     """Of one tile, [keys queries]: softmax weights, d loss / d raw product / scale."""
     q_ref, k_ref, v_ref, d_out_ref, lse_ref, delta_ref = refs
