@@ -66,7 +66,14 @@ ALLOWED: dict[str, set[str]] = {
         "types",
         "cli.command",
     },
-    "cli.export": {"cli.source", "config", "run", "run.weights", "cli.command"},
+    "cli.export": {
+        "cli.source",
+        "config",
+        "run",
+        "run.preflight",
+        "run.weights",
+        "cli.command",
+    },
     "cli.push": {"cli.command", "run.hub"},
     "cli.generate": {
         "cli.source",

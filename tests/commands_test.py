@@ -435,7 +435,9 @@ def test_a_chat_remembers_is_cleared_and_stopped(trained, monkeypatch, capsys):
         (["chat", "{plain}"], "has no chat template"),
         (["export", BASE], "is a model, not a run"),
         (["export", "{run}", "--adapter"], "it has no adapter"),
+        (["export", "nope"], "'nope' is no folder here, not a run"),
         (["export", "{run}", "--output={run}/model"], "is not empty"),
+        (["export", "{run}", "--output={run}", "--force"], "work directory of a run"),
         (["export", "{run}", "--training.seed=1"], "no effect on an export"),
     ],
 )

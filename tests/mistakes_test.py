@@ -458,6 +458,27 @@ def test_a_folder_that_cannot_be_written_to_is_refused(
         preflight.check_workdir(tmp_path / "runs" / "x")
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "is_refused"),
+    [
+        ("config.json", {"model_type": "llama"}, True),
+        ("adapter_config.json", {"r": 8}, True),
+        ("config.json", {"training": {"training_type": "sft"}}, False),
+        ("tokenizer.json", {}, False),
+    ],
+)
+def test_a_run_does_not_write_over_a_model(
+    file: str, content: dict[str, Any], is_refused: bool, tmp_path: pathlib.Path
+) -> None:
+    (tmp_path / file).write_text(json.dumps(content))
+    run_config = resolve({"training": {}})
+    if not is_refused:
+        preflight.check(run_config, tmp_path)
+        return
+    with pytest.raises(ValueError, match=r"folder of a model.* give another workdir"):
+        preflight.check(run_config, tmp_path)
+
+
 @pytest.mark.parametrize("name", ["run[1]", "a*", "b?/x", "a\\b"])
 def test_a_workdir_that_orbax_reads_as_a_pattern_is_refused(
     name: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
@@ -500,6 +521,10 @@ def test_every_way_to_log_in_to_wandb_is_known(
     [
         ({"lora": {"enabled": True}}, {"lora": {"enabled": True, "r": 8}},
          "training.lora.r: 16 -> 8"),
+        ({"lora": {"enabled": True, "lora_alpha": 8}}, {"lora": {"enabled": True}},
+         "training.lora.lora_alpha: 8 -> 32"),
+        ({"lora": {"enabled": True}}, {"lora": {"enabled": True, "use_rslora": True}},
+         "training.lora.use_rslora: False -> True"),
         ({"lora": {"enabled": True}}, {}, "training.lora.enabled: True -> None"),
         ({}, {"lora": {"enabled": True}}, "training.lora.enabled: None -> True"),
         ({"per_device_train_batch_size": 4}, {"per_device_train_batch_size": 2},

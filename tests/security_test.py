@@ -484,7 +484,8 @@ def test_lines_about_another_config_hold_no_secret():
 def test_messages_hold_no_secret_and_steer_no_terminal(capsys):
     message = (
         f"training.objective_kwargs = {{'api_key': 's3cr3t'}}: no; hub_token = 's3cr3t'"
-        f" --api_key=s3cr3t {TOKEN} at {SIGNED}; eos_token = '</s>', a = 'b'{ESCAPE}"
+        f" --api_key=s3cr3t {TOKEN} at {SIGNED}; password = 4711;"
+        f" num_key_value_heads = 2; eos_token = '</s>', a = 'b'{ESCAPE}"
     )
 
     def fails(_):
@@ -498,8 +499,9 @@ def test_messages_hold_no_secret_and_steer_no_terminal(capsys):
     printed = capsys.readouterr().err
     record = logging.LogRecord("jaxtrain", logging.ERROR, "", 0, message, None, None)
     for text in (printed, logs.LineFormatter().format(record)):
-        for hidden in ("s3cr3t", TOKEN, SIGNATURE, "\x1b", "\x07", "\x9b"):
+        for hidden in ("s3cr3t", "4711", TOKEN, SIGNATURE, "\x1b", "\x07", "\x9b"):
             assert hidden not in text
+        assert "num_key_value_heads = 2;" in text
         assert "eos_token = '</s>', a = 'b'\\x1b]0;owned" in text
 
 

@@ -15,6 +15,7 @@ from jaxtrain.cli.source import (
 )
 from jaxtrain.config import RunConfig, resolve
 from jaxtrain.config.flags import Flag, override
+from jaxtrain.run.preflight import owner_of
 
 _EXAMPLES = """\
 Write a checkpoint of a run as a directory that transformers and PEFT load:
@@ -85,13 +86,18 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def check_target(target: pathlib.Path, *, force: bool) -> None:
-    """Refuse a file, and unless `force` a directory that holds something.
+    """Refuse a file, a run's directory and, unless `force`, any that is not empty.
 
     Raises:
         ValueError: says so.
     """
     if target.exists() and not target.is_dir():
         raise ValueError(f"--output={target} is a file; name a directory")
+    if owner_of(target) == "run":
+        raise ValueError(
+            f"--output={target} is the work directory of a run, whose config.json would"
+            " be written over; name another"
+        )
     if target.is_dir() and any(target.iterdir()) and not force:
         raise ValueError(
             f"{target} is not empty: name another --output, or add --force to write"

@@ -207,7 +207,8 @@ class SourceParser(Parser):
         options = self.parse(rest)
         source = find(options.source)
         if self._only_runs and source.kind != "run":
-            self.error(f"{source.name!r} is {_article(source.kind)}, not a run")
+            what = _article(source.kind) if source.path.is_dir() else "no folder here"
+            self.error(f"{source.name!r} is {what}, not a run")
         if options.step is not None:
             if source.kind != "run":
                 self.error(

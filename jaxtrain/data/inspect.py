@@ -226,6 +226,8 @@ def _read_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, RunConf
     else:
         flags, rest = split_flags(arguments)
         options = parser.parse(rest)
+        if options.model is not None:
+            flags.append(Flag("model.name_or_path", options.model))
         run = _run_of_file(path, options.max_length, flags)
     return options, run
 

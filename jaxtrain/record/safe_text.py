@@ -45,6 +45,7 @@ _BY_FORM = re.compile(
     """,
     re.VERBOSE,
 )
+_NUMBER = re.compile(r"\d{1,6}")
 _CREDENTIALS_IN_URL = re.compile(r"(?<=://)[^/@\s'\"]+(?=@)")
 _PART_OF_URL = re.compile(r"(?<=[?&;])([\w.-]+)=([^&;#\s'\"]+)")
 # `hub_token = 'x'`, `--hub_token=x`, `'api_key': 'x'`.
@@ -88,7 +89,8 @@ def mask_text(text: str) -> str:
     """
 
     def hide(found: re.Match[str]) -> str:
-        value = found["value"].strip("'\"")
+        # A number is no token, as in `num_key_value_heads = 2`.
+        value = 0 if _NUMBER.fullmatch(found["value"]) else found["value"].strip("'\"")
         if value == "None" or not is_secret(found["name"], value):
             return found[0]
         quote = found["value"][0] if found["value"][0] in "'\"" else ""

@@ -5,12 +5,13 @@ Nothing here imports jax, so that a command can look before it waits for that.
 
 import functools
 import importlib.util
+import json
 import netrc
 import os
 import pathlib
 import urllib.parse
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
@@ -40,6 +41,11 @@ _DECIDING = (
     "model.architecture.num_attention_heads",
     "model.architecture.num_key_value_heads",
 )
+# Of new adapters: their shapes, and how much of them is added.
+_OF_ADAPTERS = {
+    f"training.lora.{key}"
+    for key in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+}
 # What else makes other leaves, or does not: that is seen in the checkpoint alone.
 _OF_LEAVES = (
     "model.name_or_path:", "model.revision:", "model.tokenizer_name_or_path:",
@@ -63,6 +69,11 @@ def check(
         ValueError: the work directory, what is saved in it, or a missing login.
     """
     check_workdir(workdir)
+    if owner_of(workdir) == "model":
+        raise ValueError(
+            f"workdir = {os.fspath(workdir)!r} is the folder of a model or an adapter,"
+            " whose config.json the run would write over; give another workdir"
+        )
     _check_earlier_steps(run, workdir / "checkpoints")
     if "wandb" in run.loop.report_to:
         _check_wandb(environ)
@@ -110,6 +121,17 @@ def _check_address(workdir: str) -> None:
         )
 
 
+def owner_of(folder: Any) -> Literal["run", "model"] | None:
+    """Whose a folder's config.json is; an adapter counts as a model. None: nobody's."""
+    if (folder / "adapter_config.json").is_file():
+        return "model"
+    try:
+        content = json.loads((folder / "config.json").read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return "run" if "training" in content else "model"
+
+
 def saved_steps(directory: Any) -> list[int]:
     """The steps saved in a directory of checkpoints, ascending, read off its names.
 
@@ -138,7 +160,7 @@ def _check_earlier_steps(run: RunConfig, directory: Any) -> None:
     saved = _saved_config(directory / str(steps[-1]))
     deciding = set(_DECIDING)
     if run.lora is not None and not run.lora.init_from:
-        deciding.add("training.lora.r")
+        deciding |= _OF_ADAPTERS
     changed = [line for line in diff(saved, run) if line.partition(":")[0] in deciding]
     if saved and (
         changed := [

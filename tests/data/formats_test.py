@@ -264,6 +264,16 @@ def test_a_system_column_beside_plain_text_is_said_to_be_unread(caplog):
     assert "column 'system' is not read" in caplog.text
 
 
+def test_labels_beside_prompts_are_said_to_be_of_kto():
+    row = {"prompt": "hi", "completion": " there", "label": True}
+    with pytest.raises(ValueError, match=r"'label', set training.objective = 'kto'"):
+        detect_for("preference", [row])
+    del row["label"]
+    with pytest.raises(ValueError, match="cannot train on") as caught:
+        detect_for("preference", [row])
+    assert "set training.objective" not in str(caught.value)
+
+
 def test_sft_takes_the_messages_of_a_preference_set():
     """UltraFeedback has both, and was refused for its pairs."""
     sides = {"chosen": [USER, REPLY], "rejected": [USER, OTHER]}

@@ -45,6 +45,19 @@ def test_a_file_is_shown_with_its_trained_tokens_marked(
     assert "Where is the sun?⟦ Here.<|eos|>⟧" in out
 
 
+def test_a_model_named_beside_a_file_gives_its_tokenizer(
+    tokenizer_folder, tmp_path, capsys
+):
+    path = write(tmp_path / "train.jsonl", PAIRS)
+    _, expected, _ = inspect(capsys, path, f"--tokenizer={tokenizer_folder}")
+    _, embedded, _ = inspect(capsys, path)
+    for flag in ("--model", "--model.name_or_path"):
+        status, out, _ = inspect(capsys, path, f"{flag}={tokenizer_folder}")
+        assert status == 0 and out == expected != embedded
+    status, _, error = inspect(capsys, path, "--model=/not/there")
+    assert status == 2 and "'/not/there' is not a folder" in error
+
+
 def test_bad_rows_are_named_by_line_and_reason(tokenizer_folder, tmp_path, capsys):
     rows = [PAIRS[0], {"prompt": "a", "completion": None}, PAIRS[1]]
     path = write(tmp_path / "train.jsonl", rows, between="\n")  # blank lines between

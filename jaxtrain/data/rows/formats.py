@@ -322,11 +322,14 @@ def detect_for(
     if row_format.kind not in TRAINS_ON[objective] and kind == "auto":
         row_format = _other_format(detect, TRAINS_ON[objective]) or row_format
     if row_format.kind not in TRAINS_ON[objective]:
+        labeled = row_format.kind == "prompt_completion" and "label" in columns
+        advice = "to train on them and 'label', set training.objective = 'kto'; "
         raise ValueError(
             f"the {objective} objective cannot train on {row_format.describe()}: "
-            "preference (DPO) needs 'chosen' and 'rejected', labeled (KTO) needs "
-            "'prompt', 'completion' and 'label', next_token (from_scratch, SFT) needs "
-            "text, prompt/completion, messages or input_ids"
+            f"{advice if labeled else ''}preference (DPO) needs 'chosen' and"
+            " 'rejected', labeled (KTO) needs 'prompt', 'completion' and 'label',"
+            " next_token (from_scratch, SFT) needs text, prompt/completion, messages or"
+            " input_ids"
         )
     return row_format
 

@@ -178,22 +178,9 @@ def _query_gradient(
     )(*inputs, *_key_lists(schedule))
 
 
-def _query_kernel(
-    options: Options,
-    q_ref: Array,
-    k_ref: Array,
-    v_ref: Array,
-    d_out_ref: Array,
-    lse_ref: Array,
-    delta_ref: Array,
-    query_ids: Array,
-    prompt_ids: Array,
-    key_ids: Array,
-    counts: Array,
-    wholes: Array,
-    blocks: Array,
-    dq_ref: Array,
-) -> None:
+def _query_kernel(options: Options, *refs: Array) -> None:
+    q_ref, k_ref, v_ref, d_out_ref, lse_ref, delta_ref, *rest = refs
+    query_ids, prompt_ids, key_ids, counts, wholes, blocks, dq_ref = rest
     i = pl.program_id(0)
     q, d_out, lse, delta = q_ref[...], d_out_ref[...], lse_ref[...], delta_ref[...]
 
@@ -255,24 +242,9 @@ def _key_gradients(
     return dk, dv
 
 
-def _key_kernel(
-    options: Options,
-    group: int,
-    q_ref: Array,
-    k_ref: Array,
-    v_ref: Array,
-    d_out_ref: Array,
-    lse_ref: Array,
-    delta_ref: Array,
-    query_ids: Array,
-    prompt_ids: Array,
-    key_ids: Array,
-    counts: Array,
-    wholes: Array,
-    blocks: Array,
-    dk_ref: Array,
-    dv_ref: Array,
-) -> None:
+def _key_kernel(options: Options, group: int, *refs: Array) -> None:
+    q_ref, k_ref, v_ref, d_out_ref, lse_ref, delta_ref, *rest = refs
+    query_ids, prompt_ids, key_ids, counts, wholes, blocks, dk_ref, dv_ref = rest
     j = pl.program_id(0)
     k, v = k_ref[...], v_ref[...]
 
@@ -285,14 +257,8 @@ def _key_kernel(
             logits = scale_scores(options, _product(q, k.T))
             weights = jnp.exp2(logits - lse_ref[g, queries][:, None])
             if masked:
-                allowed = _allowed(
-                    options,
-                    query_ids[queries],
-                    prompt_ids[queries],
-                    key_ids[...],
-                    block,
-                    j,
-                )
+                ids = (query_ids[queries], prompt_ids[queries], key_ids[...])
+                allowed = _allowed(options, *ids, block, j)
                 weights = jnp.where(allowed, weights, 0.0)
             dv += _product(weights.astype(d_out.dtype).T, d_out)
             d_weights = _product(d_out, v.T)
