@@ -145,13 +145,15 @@ def test_whole_training_is_not_resumed_under_the_name_of_another_model(
     assert results["global_step"] == 4
 
 
-def test_a_model_of_other_sizes_is_refused_by_its_key(tmp_path):
+def test_a_model_of_other_sizes_is_refused_by_its_key(tmp_path, caplog):
     """A list of arrays did not say that it is the model that differs."""
     base, other, config, rows = name_another_model(tmp_path, num_hidden_layers=3)
     with pytest.raises(ValueError, match="holds step 2 of a run with other") as caught:
         train(config, tmp_path / "run", train_dataset=rows)
     changed = f"model.name_or_path: '{base}' -> '{other}'. Set them back"
     assert changed in str(caught.value) and "leaves" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"holds step 2.*\. Leave out --model$"):
+        use(config, tmp_path / "run", caplog)
     shutil.rmtree(base)
     shutil.copytree(other, base)  # no key tells of this
     config.model.name_or_path = str(base)

@@ -432,6 +432,11 @@ def test_a_chat_remembers_is_cleared_and_stopped(trained, monkeypatch, capsys):
         (["generate", BASE, "a", "--max_new_tokens=9999"], "4096 positions"),
         (["generate", BASE, "--prompts={rows}"], "line 2: a row needs a prompt"),
         (["generate", BASE, "a", "--training.max_steps=2"], "no effect on generation"),
+        (["generate", BASE, "a", "--output={plain}"], "is a directory; name a file"),
+        (["generate", BASE, "a", "--output={rows}/x/y"], "rows.jsonl is no folder to"),
+        (["eval", "{run}", "--output={rows}/x"], "rows.jsonl is no folder to write"),
+        (["report", "{run}", "--output={plain}"], "error: argument --output: "),
+        (["generate", "{bare}", "a"], "it has no model_type in its config.json"),
         (["chat", "{plain}"], "has no chat template"),
         (["export", BASE], "is a model, not a run"),
         (["export", "{run}", "--adapter"], "it has no adapter"),
@@ -450,7 +455,10 @@ def test_other_commands_refuse_in_one_message(
     for file in BASE.iterdir():
         if file.name != "chat_template.jinja":
             (plain / file.name).write_bytes(file.read_bytes())
-    places = {"{run}": trained("sft"), "{rows}": rows, "{plain}": plain}
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_text('{"hidden_size": 8}')
+    places = {"{run}": trained("sft"), "{rows}": rows, "{plain}": plain, "{bare}": bare}
     given = [str(argument) for argument in arguments]
     for name, path in places.items():
         given = [argument.replace(name, str(path)) for argument in given]

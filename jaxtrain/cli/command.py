@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -37,6 +38,22 @@ def path_argument(text: str) -> Any:
         return as_path(text) if is_remote(text) else Path(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def file_argument(text: str) -> Any:
+    """The same of a file that is to be written, in a folder that may be made.
+
+    Raises:
+        argparse.ArgumentTypeError: nothing can be written there.
+    """
+    path = path_argument(text)
+    if not is_remote(text):
+        above = next(at for at in path.absolute().parents if at.exists())
+        if path.is_dir():
+            raise argparse.ArgumentTypeError(f"{path} is a directory; name a file")
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            raise argparse.ArgumentTypeError(f"{above} is no folder to write to")
+    return path
 
 
 class Once(argparse.Action):

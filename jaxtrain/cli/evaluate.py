@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxtrain.cli.command import path_argument
+from jaxtrain.cli.command import file_argument
 from jaxtrain.cli.source import (
     COMPUTING,
     Source,
@@ -95,14 +95,12 @@ def main(arguments: Sequence[str]) -> None:
     add("--metrics", help="of generated texts: exact_match, bleu, rouge, bertscore")
     add("--reference", metavar="MODEL", help="what preferences are measured against")
     add("--config", help="settings for a model or an adapter; a run has its own")
-    add("--output", type=path_argument, help="a JSON file for the results")
+    add("--output", type=file_argument, help="a JSON file for the results")
     options, source, flags = parser.read(arguments)
     if options.reference and source.kind != "model":
         parser.error(f"--reference={options.reference}: a {source.kind} has its own")
     if options.config and source.kind == "run":
         parser.error(f"--config={options.config}: a run has its own; set keys by flags")
-    if options.output is not None and options.output.is_dir():
-        parser.error(f"--output={options.output} is a directory; name a file")
     for key, value in (
         ("data.eval", options.data),
         ("training.generation.metrics", options.metrics),

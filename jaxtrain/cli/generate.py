@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from jaxtrain.cli.command import path_argument
+from jaxtrain.cli.command import file_argument, path_argument
 from jaxtrain.cli.source import (
     COMPUTING,
     Source,
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str]) -> None:
     add("--chat", action="store_true", help="put prompts into the chat template")
     add("--system", help="with --chat: the system message")
     add("--batch_size", type=int, default=8, help="prompts at once, over all devices")
-    add("--output", type=path_argument, help="a .jsonl file for prompts and texts")
+    add("--output", type=file_argument, help="a .jsonl file for prompts and texts")
     add_sampling(parser, max_new_tokens=128)
     options, source, flags = parser.read(arguments)
     if options.system is not None and not options.chat:

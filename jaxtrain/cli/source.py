@@ -147,10 +147,12 @@ def _look_into(name: str, path: Any) -> Source:
         raise ValueError(
             f"{name!r} holds checkpoints: name the run's work directory, {above}{step}"
         )
+    lacks = "neither an adapter_config.json nor the config.json of a run or a model"
+    if content:
+        lacks = "no model_type in its config.json"
     raise ValueError(
-        f"{name!r} is not a run, a model or an adapter: it has neither an"
-        " adapter_config.json nor the config.json of a run or a model; name a directory"
-        " that has one"
+        f"{name!r} is not a run, a model or an adapter: it has {lacks}; name a"
+        " directory that has one"
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from jaxtrain.cli.command import Parser, path_argument
+from jaxtrain.cli.command import Parser, file_argument
 from jaxtrain.cli.ending import run_command
 from jaxtrain.cli.source import find
 from jaxtrain.lm_eval.model import DTYPES, JaxtrainLM
@@ -97,7 +97,7 @@ def main(arguments: Sequence[str]) -> None:
     add("--seed", type=int, default=0, help="of tasks that sample")
     add("--apply_chat_template", action="store_true", help="ask as in a chat")
     add("--log_samples", action="store_true", help="each answer into --output too")
-    add("--output", type=path_argument, help="a JSON file for the results")
+    add("--output", type=file_argument, help="a JSON file for the results")
     options = parser.parse(arguments)
     distributed.initialize()
     results = evaluate(options)

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from jaxtrain.cli.command import Parser, path_argument
+from jaxtrain.cli.command import Parser, file_argument, path_argument
 from jaxtrain.cli.ending import run_command
 from jaxtrain.report import write_report
 
@@ -17,7 +17,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = Parser("report", "Write one HTML page of one or several runs.")
     parser.add_argument("workdir", nargs="+", type=path_argument)
     parser.add_argument(
-        "--output", type=path_argument, help="default: report.html in the first workdir"
+        "--output", type=file_argument, help="default: report.html in the first workdir"
     )
     options = parser.parse(arguments)
     print(write_report(options.workdir, options.output))

@@ -172,17 +172,25 @@ def _check_earlier_steps(run: RunConfig, directory: Any) -> None:
         raise _refuse_other(directory, steps[-1], changed)
 
 
-def explain_mismatch(run: RunConfig, directory: Any, step: int) -> ValueError | None:
+def explain_mismatch(
+    run: RunConfig, directory: Any, step: int, *, trains: bool = True
+) -> ValueError | None:
     """The error of a checkpoint with other leaves; None if no setting tells why."""
     saved = _saved_config(directory / str(step))
     changed = [line for line in diff(saved, run) if line.startswith(_OF_LEAVES)]
-    return _refuse_other(directory, step, changed) if saved and changed else None
+    if not saved or not changed:
+        return None
+    return _refuse_other(directory, step, changed, trains=trains)
 
 
-def _refuse_other(directory: Any, step: int, changed: Sequence[str]) -> ValueError:
+def _refuse_other(
+    directory: Any, step: int, changed: Sequence[str], *, trains: bool = True
+) -> ValueError:
+    """`trains`: it was to be gone on from, and not only read."""
+    advice = "Set them back, or use a new workdir" if trains else "Leave out --model"
     return ValueError(
         f"{directory} holds step {step} of a run with other settings, which does not"
-        f" fit: {'; '.join(changed)}. Set them back, or use a new workdir"
+        f" fit: {'; '.join(changed)}. {advice}"
     )
 
 

@@ -18,8 +18,8 @@ from jaxtrain.models.source import read_source
 from jaxtrain.models.state import abstract_state, init_state, needs_reference
 from jaxtrain.optimizers.ema import averaged, describe_average
 from jaxtrain.run.base_weights import warn_of_other_base
-from jaxtrain.run.checkpoint import CheckpointManager
-from jaxtrain.run.preflight import saved_steps
+from jaxtrain.run.checkpoint import CheckpointManager, CheckpointMismatchError
+from jaxtrain.run.preflight import explain_mismatch, saved_steps
 from jaxtrain.sharding import layouts_of
 from jaxtrain.tree import overlay, select
 from jaxtrain.types import TrainState
@@ -111,8 +111,13 @@ def _restore(
     )
     if run.optimizer.ema_decay is not None:
         wanted = dataclasses.replace(wanted, opt_state=describe_average(state))
-    with open_checkpoints(run, checkpoint.folder) as checkpoints:
-        found = checkpoints.restore(wanted, checkpoint.step, partial=True)
+    folder, step = checkpoint.folder, checkpoint.step
+    with open_checkpoints(run, folder) as checkpoints:
+        try:
+            found = checkpoints.restore(wanted, step, partial=True)
+        except CheckpointMismatchError as error:
+            told = explain_mismatch(run, folder, step, trains=False)
+            raise told or error from error
     saved_base = (found.data_states[0] or {}).get("base_weights")
     warn_of_other_base(run, model, state, saved_base)
     restored = dataclasses.replace(averaged(found.state), opt_state=state.opt_state)

@@ -141,6 +141,9 @@ def test_shards_of_several_names_are_splits_of_these_names(load, tmp_path):
     assert len(load(folder, split="eval")) == 3  # one may be meant
     with pytest.raises(ValueError, match=r"'train': \['train_prefs', 'train_sft'\]"):
         load(folder)
+    names = r"\['test_prefs', 'train_prefs', 'train_sft'\]"
+    with pytest.raises(ValueError, match=f"no split 'train_stf', only {names}"):
+        load(folder, split="train_stf")
     write(folder / "train-00000-of-00001.jsonl", ROWS[:1] * 4)
     assert len(load(folder)) == 4
     # Several data sets in one split's folder are parts of it, as are files by name.

@@ -123,10 +123,15 @@ def choose_split(
             return by_split[alias]
     if "train" in split_aliases(split) and None in by_split:
         return by_split[None]  # "data.jsonl" beside "eval.jsonl"
-    found = sorted(name for name in by_split if name)
+    found = {
+        _own_name(file) if _is_named_shard(file, name) else name
+        for name, files in by_split.items()
+        if name
+        for file in files
+    }
     raise ValueError(
-        f"{folder} has no split {shown(split)}, only {found}: name a folder or file "
-        f"{' or '.join(split_aliases(split))}, or point at one file"
+        f"{folder} has no split {shown(split)}, only {sorted(found)}: name a folder or"
+        f" file {' or '.join(split_aliases(split))}, or point at one file"
     )
 
 

@@ -111,24 +111,9 @@ class _QuerySpecs:
         self.ids = (row, row, column)
 
 
-def _forward_kernel(
-    options: Options,
-    slots: int,
-    counts: Array,
-    wholes: Array,
-    blocks: Array,
-    q_ref: Array,
-    k_ref: Array,
-    v_ref: Array,
-    query_ids: Array,
-    prompt_ids: Array,
-    key_ids: Array,
-    out_ref: Array,
-    lse_ref: Array,
-    max_ref: Array,
-    sum_ref: Array,
-    acc_ref: Array,
-) -> None:
+def _forward_kernel(options: Options, slots: int, *refs: Array) -> None:
+    counts, wholes, blocks, q_ref, k_ref, v_ref, *rest = refs
+    query_ids, prompt_ids, key_ids, out_ref, lse_ref, max_ref, sum_ref, acc_ref = rest
     i, j = pl.program_id(2), pl.program_id(3)
     row = pl.program_id(0) * pl.num_programs(2) + i
 

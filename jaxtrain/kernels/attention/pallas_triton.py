@@ -101,20 +101,9 @@ class _QuerySpecs:
         self.lists = (count, count, listed)
 
 
-def _forward_kernel(
-    options: Options,
-    q_ref: Array,
-    k_ref: Array,
-    v_ref: Array,
-    query_ids: Array,
-    prompt_ids: Array,
-    key_ids: Array,
-    counts: Array,
-    wholes: Array,
-    blocks: Array,
-    out_ref: Array,
-    lse_ref: Array,
-) -> None:
+def _forward_kernel(options: Options, *refs: Array) -> None:
+    q_ref, k_ref, v_ref, query_ids, prompt_ids, key_ids, *rest = refs
+    counts, wholes, blocks, out_ref, lse_ref = rest
     i = pl.program_id(0)
     q = q_ref[...]
 
