@@ -3,7 +3,6 @@
 import argparse
 import difflib
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,6 +18,7 @@ from jaxtrain.config.shipped import (
     is_preset,
 )
 from jaxtrain.storage.address import as_path, is_remote
+from jaxtrain.storage.checks import find_obstacle
 
 logger = logging.getLogger(__name__)
 
@@ -48,11 +48,10 @@ def file_argument(text: str) -> Any:
     """
     path = path_argument(text)
     if not is_remote(text):
-        above = next(at for at in path.absolute().parents if at.exists())
         if path.is_dir():
             raise argparse.ArgumentTypeError(f"{path} is a directory; name a file")
-        if not above.is_dir() or not os.access(above, os.W_OK):
-            raise argparse.ArgumentTypeError(f"{above} is no folder to write to")
+        if obstacle := find_obstacle(path.absolute().parent):
+            raise argparse.ArgumentTypeError(f"{obstacle[0]} is no folder to write to")
     return path
 
 
@@ -157,6 +156,14 @@ class ConfigParser(Parser):
         key = key_ending_in(name.removeprefix("--").replace("-", "_"))
         return f"did you mean --{key}?" if key else peer_keys.advice(name)
 
+    def split(self, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[Flag]]:
+        """The command's own options, and the flags that set keys: `--model` is one."""
+        flags, rest = split_flags(arguments)
+        options = self.parse(rest)
+        if options.model is not None:
+            flags.append(Flag("model.name_or_path", options.model))
+        return options, flags
+
     def read(
         self, arguments: Sequence[str]
     ) -> tuple[argparse.Namespace, ConfigDict, RunConfig]:
@@ -165,8 +172,7 @@ class ConfigParser(Parser):
         Raises:
             ValueError: a flag, the file or the configuration; all of its problems.
         """
-        flags, rest = split_flags(arguments)
-        options = self.parse(rest)
+        options, flags = self.split(arguments)
         named = [each for each in (options.config, options.config_flag) if each]
         if len(named) != 1:
             self.error(
@@ -175,8 +181,6 @@ class ConfigParser(Parser):
                 else f"two configurations are named, {named[0]} and {named[1]}"
             )
         options.config = named[0]
-        if options.model is not None:
-            flags.append(Flag("model.name_or_path", options.model))
         config = load_config(options.config)
         keys = override(config, flags)
         if is_preset(options.config):

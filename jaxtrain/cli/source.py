@@ -25,6 +25,7 @@ from jaxtrain.config import (
     to_config_dict,
 )
 from jaxtrain.config.flags import Flag, split_flags
+from jaxtrain.config.renamed import is_recorded
 from jaxtrain.config.sections import (
     DEFAULT_MAX_LENGTH,
     GENERAL_KEYS,
@@ -134,8 +135,7 @@ def _look_into(name: str, path: Any) -> Source:
         base = _read(adapter).get("base_model_name_or_path")
         return Source(name, "adapter", base=base)
     content = _read(config) if config.is_file() else {}
-    training = content.get("training")
-    if isinstance(training, Mapping) and "training_type" in training:
+    if is_recorded(content):
         return Source(
             name, "run", {key: content[key] for key in SCHEMA if key in content}
         )

@@ -59,6 +59,12 @@ def with_current_names(given: Mapping[str, Any]) -> Mapping[str, Any]:
     return found
 
 
+def is_recorded(content: Any) -> bool:
+    """Whether a config.json is the configuration of a run, and not a model's."""
+    training = content.get("training") if isinstance(content, Mapping) else None
+    return isinstance(training, Mapping) and "training_type" in training
+
+
 def as_recorded(saved: Mapping[str, Any]) -> Mapping[str, Any]:
     """A run's saved configuration, with keys that are newer than it as they acted then.
 

@@ -224,10 +224,7 @@ def _read_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, RunConf
     if path is None:
         options, _, run = parser.read(arguments)
     else:
-        flags, rest = split_flags(arguments)
-        options = parser.parse(rest)
-        if options.model is not None:
-            flags.append(Flag("model.name_or_path", options.model))
+        options, flags = parser.split(arguments)
         run = _run_of_file(path, options.max_length, flags)
     return options, run
 

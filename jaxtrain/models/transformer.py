@@ -334,10 +334,8 @@ class Decoder(Options):
     @property
     def _options(self) -> Options:
         """The options that its modules need, without those of how a batch is run."""
-        names = [field.name for field in dataclasses.fields(Options)]
-        shared = {name: getattr(self, name) for name in names}
-        # In a loop kernels side by side would be a copy, and what is computed again
-        # would read more than it does apart.
+        shared = {f.name: getattr(self, f.name) for f in dataclasses.fields(Options)}
+        # In a loop, or where layers are computed again, that reads more and not less.
         joins = self.joins_products and self.remat == "none" and not self.scan_layers
         return Options(**shared | {"joins_products": joins})
 

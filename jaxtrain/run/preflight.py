@@ -16,12 +16,12 @@ from typing import Any, Literal
 from ml_collections import ConfigDict
 
 from jaxtrain.config import RunConfig, diff
-from jaxtrain.config.renamed import as_recorded
+from jaxtrain.config.renamed import as_recorded, is_recorded
 from jaxtrain.run import hub
 from jaxtrain.run.ledger import find_loss
 from jaxtrain.run.saved_record import is_committed, read_record
 from jaxtrain.storage.address import is_remote
-from jaxtrain.storage.checks import check_writable
+from jaxtrain.storage.checks import check_writable, find_obstacle
 
 # A change of these always makes other leaves of the train state, or another order of
 # rows. What only may do so is found when the checkpoint is read.
@@ -56,6 +56,7 @@ _KEPT = {
     "data": ("packing", "share_prompts"),
     "training.lora": ("target_parameters", "quantize_experts"),
 }
+_SET_BACK = "Set them back, or use a new workdir"
 _PATTERN = "*?[]\\"  # Orbax looks for the files of a checkpoint with glob
 _MODES_WITHOUT_LOGIN = ("offline", "disabled", "dryrun")
 
@@ -99,13 +100,9 @@ def check_workdir(workdir: str | os.PathLike[str]) -> None:
             " writes checkpoints reads as a pattern, so none could be restored; give a"
             f" workdir without any of {' '.join(_PATTERN)}"
         )
-    found = next(at for at in (absolute, *absolute.parents) if os.path.lexists(at))
-    if not found.is_dir():
-        raise ValueError(
-            f"{named}: {found} is a file, not a folder; give another workdir"
-        )
-    if not os.access(found, os.W_OK | os.X_OK):
-        raise ValueError(f"{named}: {found} cannot be written to; give another workdir")
+    if obstacle := find_obstacle(absolute):
+        at, why = obstacle
+        raise ValueError(f"{named}: {at} {why}; give another workdir")
 
 
 @functools.cache
@@ -129,7 +126,7 @@ def owner_of(folder: Any) -> Literal["run", "model"] | None:
         content = json.loads((folder / "config.json").read_text("utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
-    return "run" if "training" in content else "model"
+    return "run" if is_recorded(content) else "model"
 
 
 def saved_steps(directory: Any) -> list[int]:
@@ -173,21 +170,18 @@ def _check_earlier_steps(run: RunConfig, directory: Any) -> None:
 
 
 def explain_mismatch(
-    run: RunConfig, directory: Any, step: int, *, trains: bool = True
+    run: RunConfig, directory: Any, step: int, advice: str = _SET_BACK
 ) -> ValueError | None:
     """The error of a checkpoint with other leaves; None if no setting tells why."""
     saved = _saved_config(directory / str(step))
     changed = [line for line in diff(saved, run) if line.startswith(_OF_LEAVES)]
-    if not saved or not changed:
-        return None
-    return _refuse_other(directory, step, changed, trains=trains)
+    other = _refuse_other(directory, step, changed, advice)
+    return other if saved and changed else None
 
 
 def _refuse_other(
-    directory: Any, step: int, changed: Sequence[str], *, trains: bool = True
+    directory: Any, step: int, changed: Sequence[str], advice: str = _SET_BACK
 ) -> ValueError:
-    """`trains`: it was to be gone on from, and not only read."""
-    advice = "Set them back, or use a new workdir" if trains else "Leave out --model"
     return ValueError(
         f"{directory} holds step {step} of a run with other settings, which does not"
         f" fit: {'; '.join(changed)}. {advice}"

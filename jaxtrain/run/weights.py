@@ -116,7 +116,7 @@ def _restore(
         try:
             found = checkpoints.restore(wanted, step, partial=True)
         except CheckpointMismatchError as error:
-            told = explain_mismatch(run, folder, step, trains=False)
+            told = explain_mismatch(run, folder, step, "Leave out --model")
             raise told or error from error
     saved_base = (found.data_states[0] or {}).get("base_weights")
     warn_of_other_base(run, model, state, saved_base)

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import os
+import pathlib
 import uuid
 from collections.abc import Callable
 from typing import Any
@@ -48,6 +49,16 @@ def check_writable(address: AnyPath, key: str) -> None:
     """
     if _is_checked(address, key):
         _try(lambda: _write(address), address, key, "written to")
+
+
+def find_obstacle(folder: pathlib.Path) -> tuple[pathlib.Path, str] | None:
+    """Where, and why, no file can be made in a folder, by its absolute local path."""
+    found = next(at for at in (folder, *folder.parents) if os.path.lexists(at))
+    if not found.is_dir():
+        return found, "is a file, not a folder"
+    if not os.access(found, os.W_OK | os.X_OK):
+        return found, "cannot be written to"
+    return None
 
 
 def _is_checked(address: AnyPath, key: str) -> bool:

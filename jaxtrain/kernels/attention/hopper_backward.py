@@ -221,20 +221,11 @@ def _key_kernel(
     tiles: hopper.Tiles,
     wanted: tuple[str, ...],
     parts: int,
-    q_ref: Ref,
-    k_ref: Ref,
-    v_ref: Ref,
-    d_out_ref: Ref,
-    lse_ref: Ref,
-    delta_ref: Ref,
-    query_ids_ref: Ref,
-    prompt_ids_ref: Ref,
-    key_ids_ref: Ref,
-    counts_ref: Ref,
-    wholes_ref: Ref,
-    blocks_ref: Ref,
-    *rest: Ref,
+    *refs: Ref,
 ) -> None:
+    q_ref, k_ref, v_ref, d_out_ref, lse_ref, delta_ref = refs[:6]
+    query_ids_ref, prompt_ids_ref, key_ids_ref = refs[6:9]
+    counts_ref, wholes_ref, blocks_ref, *rest = refs[9:]
     out_refs, rest = rest[: len(wanted)], rest[len(wanted) :]
     (
         k_memory,

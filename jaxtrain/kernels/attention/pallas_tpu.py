@@ -189,8 +189,8 @@ def _query_gradient(
 
 def _query_gradient_kernel(options: Options, slots: int, *refs: Array) -> None:
     """`refs`: three lists; q, k, v, d_out, lse, delta; three of ids; dq and its sum."""
-    counts, wholes, blocks, *rest = refs
-    read, ids, (dq_ref, acc_ref) = tuple(rest[:6]), tuple(rest[6:9]), rest[9:]
+    (counts, wholes, blocks), read, ids = refs[:3], refs[3:9], refs[9:12]
+    dq_ref, acc_ref = refs[12:]
     i, j = pl.program_id(2), pl.program_id(3)
     row = pl.program_id(0) * pl.num_programs(2) + i
 
@@ -281,9 +281,8 @@ def _key_gradients(
 
 def _key_gradients_kernel(options: Options, slots: int, *refs: Array) -> None:
     """`refs`: as above; in place of the last two dk, dv and the sums of both."""
-    counts, wholes, blocks, *rest = refs
-    read, ids = tuple(rest[:6]), tuple(rest[6:9])
-    dk_ref, dv_ref, dk_acc, dv_acc = rest[9:]
+    (counts, wholes, blocks), read, ids = refs[:3], refs[3:9], refs[9:12]
+    dk_ref, dv_ref, dk_acc, dv_acc = refs[12:]
     j, g, i = pl.program_id(2), pl.program_id(3), pl.program_id(4)
     column = pl.program_id(0) * pl.num_programs(2) + j
 
