@@ -112,6 +112,12 @@ CASES = {
     "dpo_0.5b": Case(
         "0.5b", mesh="data", batch=8, checkpointing=False, steps=80, **_DPO
     ),
+    "sft_0.5b_fsdp": Case(
+        "0.5b", "sft", "fsdp", 8, 2048, checkpointing=False, steps=80
+    ),
+    "dpo_0.5b_fsdp": Case(
+        "0.5b", mesh="fsdp", batch=8, checkpointing=False, steps=80, **_DPO
+    ),
     # Texts of real lengths, packed: a step is short, and several shapes are compiled.
     "sft_0.5b_texts": Case(
         "0.5b", "sft", "data", 8, 1024, full=False, checkpointing=False, steps=80
