@@ -421,6 +421,17 @@ def test_factors_of_the_base_start_and_cross_as_in_peft(init, use_dora, tmp_path
     assert_close(our_logits(config, overlay(tree, loaded), plain), torch_logits(theirs))
 
 
+def test_adapters_that_are_no_numbers_are_refused(tmp_path):
+    tree = make_tree()
+    lora = LoraConfig(r=RANK, target_modules=("q_proj",))
+    adapters = init_adapters(jax.random.key(0), tree, lora)
+    trainable, _ = trainable_and_frozen(tree, adapters, lora)
+    bad = jax.tree.map(lambda x: x.at[(-1,) * x.ndim].set(jnp.inf), trainable)
+    save_adapter(tmp_path, bad, lora, None, tied_embeddings=False)
+    with pytest.raises(ValueError, match=r"NaN or infinity is in .*q_proj\.lora_"):
+        load_adapter(tmp_path, tree)
+
+
 def test_a_factored_adapter_is_not_saved_without_its_start(tmp_path):
     tree = make_tree()
     lora = LoraConfig(r=2, target_modules=("q_proj",), init_lora_weights="pissa")

@@ -135,7 +135,7 @@ def load_adapter(
 
     Raises:
         ValueError: no such file, an unsupported variant (by name), or weights that do
-            not fit the base.
+            not fit the base or are no numbers.
     """
     path = adapter_folder(path)
     lora = read_settings(path)
@@ -163,6 +163,9 @@ def load_adapter(
     with _of_adapter(path):
         targets.resolve_ranks(lora, base_tree)  # refuses what takes no adapter
     trainable = nest(peft_tensors.fit_to_base(path, stacks, base_tree, lora))
+    flat = flatten(trainable).items()
+    if bad := [".".join(name) for name, x in flat if not np.isfinite(x).all()]:
+        raise ValueError(f"adapter {path}: NaN or infinity is in {bad[:3]}")
     unties = targets.is_tied(base_tree) and not ties
     _check_saved_modules(path, trainable, saved, unties=unties)
     return trainable, lora

@@ -46,6 +46,7 @@ from jaxtrain.models.problems import Problems
 from jaxtrain.models.quantization import kept_as, quantize_on_device, quantizes
 from jaxtrain.models.transformer import Decoder
 from jaxtrain.record.safe_text import shown
+from jaxtrain.sharding import to_host
 from jaxtrain.storage.address import is_remote
 from jaxtrain.tree import flatten, nest
 from jaxtrain.types import Params
@@ -205,7 +206,41 @@ def load_params(
             # One after another: what is on its way to a GPU has a copy in pinned memory
             # of the host, which takes time to get and is used again for the next.
             loaded[leaf.path] = jax.block_until_ready(whole)
+    _check_numbers(path, leaves, loaded)
     return nest(loaded)
+
+
+def _check_numbers(
+    path: str | os.PathLike[str], leaves: list[Leaf], loaded: Mapping[Path, jax.Array]
+) -> None:
+    """Refuse weights that are no numbers, for all that they score would be none.
+
+    Raises:
+        ValueError: names some of the tensors.
+    """
+    near = {
+        leaf: loaded[leaf.path]
+        for leaf in leaves
+        if leaf.path in loaded
+        and loaded[leaf.path].sharding.memory_kind != "pinned_host"
+    }
+    axes = tuple(leaf.stacked_axes for leaf in near)
+    bad: list[str] = []
+    for leaf, sound in zip(near, _are_numbers([*near.values()], axes), strict=True):
+        places = zip(leaf.places, to_host(sound).flat, strict=True)
+        bad += [leaf.tensor_name(place) for place, is_sound in places if not is_sound]
+    if bad:
+        raise ValueError(
+            f"{path}: NaN or infinity is in {shorten(bad)}: the file is damaged, or the"
+            " training that saved it had diverged; take another, or an earlier one"
+        )
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _are_numbers(arrays: list[jax.Array], axes: tuple[int, ...]) -> list[jax.Array]:
+    """Whether all of each tensor is; they are stacked along so many axes."""
+    pairs = zip(arrays, axes, strict=True)
+    return [jnp.isfinite(x).all(axis=tuple(range(n, x.ndim))) for x, n in pairs]
 
 
 def match_weights(path: str | os.PathLike[str], config: ModelConfig) -> ModelConfig:

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import shutil
 
 import jax
@@ -140,6 +141,20 @@ def test_integer_weights_are_refused(copy, saved) -> None:
     save_file({**tensors, name: tensors[name].astype(np.int8)}, shard)
     with pytest.raises(ValueError, match=f"{name} has type I8, expected a float type"):
         load_params(copy, saved[1])
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_no_numbers_are_refused_by_name(copy, saved, number) -> None:
+    names = ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"]
+    for shard in copy.glob("*.safetensors"):
+        tensors = load_file(shard)
+        for name in set(names) & set(tensors):
+            tensors[name] = tensors[name].copy()
+            tensors[name].flat[-1] = number
+        save_file(tensors, shard)
+    with pytest.raises(ValueError, match="NaN or infinity is in") as caught:
+        load_params(copy, saved[1])
+    assert sorted(re.findall(r"model\.[\w.]+", str(caught.value))) == names
 
 
 @pytest.mark.parametrize("tied", [True, False])
