@@ -257,11 +257,13 @@ def test_a_system_column_is_the_first_message_of_every_conversation(row):
 
 
 def test_a_system_column_beside_plain_text_is_said_to_be_unread(caplog):
-    row = {"prompt": "a", "completion": "b"}
+    # Columns of no other test: of the same ones it is said once.
+    row = {"prompt": "a", "completion": "b", "beside_system": 1}
     detect_format([row | {"system": None}])
     assert not caplog.records
-    detect_format([row | {"system": "Be kind."}])
-    assert "column 'system' is not read" in caplog.text
+    for _ in range(2):
+        detect_format([row | {"system": "Be kind."}])
+    assert caplog.text.count("column 'system' is not read") == 1
 
 
 def test_labels_beside_prompts_are_said_to_be_of_kto():

@@ -156,6 +156,15 @@ def test_shards_of_several_names_are_splits_of_these_names(load, tmp_path):
     assert len(load(tmp_path / "files", split="train_more")) == 1
 
 
+def test_shards_that_are_not_there_are_told_of_once(load, tmp_path, caplog):
+    for name in ("train-00000-of-00003", "train-00002-of-00003", "test-00000-of-00001"):
+        write(tmp_path / "some" / f"{name}.jsonl", ROWS[:1])
+    assert len(load(tmp_path / "some")) == len(load(tmp_path / "some")) == 2
+    assert len(load(tmp_path / "some", split="test")) == 1
+    told = [message for message in caplog.messages if "only these are read" in message]
+    assert len(told) == 1 and "has 2 of the 3 files of 'train'" in told[0]
+
+
 def test_an_empty_saved_data_set_is_refused(load, tmp_path):
     datasets.Dataset.from_list(ROWS).select([]).save_to_disk(tmp_path / "saved")
     with pytest.raises(ValueError, match="saved holds no row"):

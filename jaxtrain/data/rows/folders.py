@@ -5,7 +5,9 @@ Nothing here imports `datasets`, whose import takes seconds.
 
 import difflib
 import errno
+import functools
 import itertools
+import logging
 import os
 import pathlib
 import re
@@ -17,9 +19,11 @@ from jaxtrain.data.rows.formats import UnreadableRow
 from jaxtrain.record.safe_text import shown
 from jaxtrain.storage.reading import AnyFile
 
+logger = logging.getLogger(__name__)
+
 SAVED = ("state.json", "dataset_dict.json")  # by `Dataset.save_to_disk`
 _FIRST_ROWS = 100
-_SHARD = re.compile(r"-\d{5}-of-\d{5}.*")
+_SHARD = re.compile(r"-(\d{5})-of-(\d{5}).*")
 _VALIDATION = ("validation", "valid", "val", "dev")
 # The spellings of each split. "eval", which is meant where none is named, is any that
 # is held out; whoever names one must not be given another, as test for validation.
@@ -106,6 +110,14 @@ def choose_split(
     Raises:
         ValueError: none is, or "train" may be either of these.
     """
+    chosen = _choose_split(names, split, folder)
+    _tell_missing(folder, tuple(chosen))
+    return chosen
+
+
+def _choose_split(
+    names: Iterable[pathlib.PurePath], split: str, folder: str
+) -> list[pathlib.PurePath]:
     named = sorted(name for name in names if reader_of(name))
     files = [n for n in named if not any(part.startswith(".") for part in n.parts)]
     if not files:
@@ -133,6 +145,22 @@ def choose_split(
         f"{folder} has no split {shown(split)}, only {sorted(found)}: name a folder or"
         f" file {' or '.join(split_aliases(split))}, or point at one file"
     )
+
+
+@functools.cache
+def _tell_missing(folder: str, files: Sequence[pathlib.PurePath]) -> None:
+    """Tell of shards that are not there, as after half a download; once."""
+    present: dict[tuple[pathlib.PurePath, int], set[str]] = {}
+    for file in files:
+        if shard := _SHARD.search(file.name):
+            name = file.with_name(file.name[: shard.start()])
+            present.setdefault((name, int(shard[2])), set()).add(shard[1])
+    for (name, total), numbers in present.items():
+        if len(numbers) < total:
+            logger.warning(
+                "%s has %d of the %d files of %s: only these are read",
+                *(shown(folder), len(numbers), total, shown(str(name))),
+            )
 
 
 def check_formats(files: Sequence[AnyFile], folder: str) -> None:

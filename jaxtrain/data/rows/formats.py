@@ -227,10 +227,7 @@ def detect_format(
         raise _unknown_format(readable[0], names, kind, column_map)
     ((row_format, _),) = found.most_common(1)
     if not row_format.conversational and any(row.get("system") for row in readable):
-        logger.warning(
-            "column 'system' is not read, because these rows are no conversations: make"
-            " their prompts lists of messages, or write the text into them"
-        )
+        _tell_unread_system(tuple(names))
     for row in readable:
         check_unread(
             rename(row, column_map),
@@ -238,6 +235,16 @@ def detect_format(
             finds_prompt=row_format.implicit_prompt and not row_format.conversational,
         )
     return dataclasses.replace(row_format, column_map=column_map)
+
+
+@functools.cache
+def _tell_unread_system(columns: tuple[str, ...]) -> None:
+    """Once for rows of these columns: several parts of a run look at the same ones."""
+    del columns
+    logger.warning(
+        "column 'system' is not read, because these rows are no conversations: make"
+        " their prompts lists of messages, or write the text into them"
+    )
 
 
 def _is_readable(row: Any) -> bool:
