@@ -333,25 +333,20 @@ def suggest_key(name: str, prefix: str, schema: Schema, root: Schema) -> str:
     Outside of all sections the key of this very name, in whichever section, is nearer
     than a section of another name.
     """
-    if not prefix and (leaf := find_leaf(name, root)):
+    if not prefix and (leaf := by_last_part(root).get(name)):
         return f"did you mean {leaf}?"
     close = difflib.get_close_matches(name, schema, n=1, cutoff=0.7)
     close = close or [known for known in schema if known.endswith(f"_{name}")]
     if close:
         return f"did you mean {prefix}{close[0]}?"
-    leaves = _leaves(root)
+    leaves = by_last_part(root)
     close = difflib.get_close_matches(name, leaves, n=1, cutoff=0.8)
     if close:
         return f"did you mean {leaves[close[0]]}?"
     return f"the keys here are {_names(schema)}"
 
 
-def find_leaf(name: str, root: Schema) -> str:
-    """The full key whose last part is `name`; "" if there is none."""
-    return _leaves(root).get(name, "")
-
-
-def _leaves(root: Schema) -> dict[str, str]:
+def by_last_part(root: Schema) -> dict[str, str]:
     """The full key of each last part, a general key rather than one in a block."""
     paths = sorted(dotted(root), key=lambda path: path.count("."))
     return {path.rsplit(".", 1)[-1]: path for path in reversed(paths)}

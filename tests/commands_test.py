@@ -272,6 +272,7 @@ def test_generate_says_what_transformers_says(trained, tmp_path, capsys):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     workdir = trained("sft")
+    capsys.readouterr()  # the log of the training, where this test is the first
     prompts = ["In the beginning", "And it came to pass"]
     command("generate", workdir, "--max_new_tokens=24", prompts[0])
     streamed = capsys.readouterr().out

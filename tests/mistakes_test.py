@@ -158,6 +158,9 @@ MISTAKES = [
     m(f"{TRAIN} --training.seed=-1", "[0, 4294967296)"),
     m(f"{TRAIN} --training.dpo.beta=0.3", "training_type is sft", "remove the flag"),
     m(f"{TRAIN} --learning_rate=1", "did you mean --training.learning_rate?"),
+    m(f"{TRAIN} --learning_rat 1e-4", "did you mean --training.learning_rate?"),
+    m(f"{TRAIN} --max-step=3", "did you mean --training.max_steps?"),
+    m(f"{TRAIN} --remove_unused_columns False", "nothing reads are left out"),
     m("train lora --training.lora.alpha=1", "did you mean training.lora.lora_alpha?"),
     m(f"{TRAIN} --model.expert_exchange=tokens", "model.expert_exchange",
       "mesh.expert is 1"),
@@ -525,6 +528,11 @@ def test_every_way_to_log_in_to_wandb_is_known(
          "training.lora.lora_alpha: 8 -> 32"),
         ({"lora": {"enabled": True}}, {"lora": {"enabled": True, "use_rslora": True}},
          "training.lora.use_rslora: False -> True"),
+        ({"lora": {"enabled": True}},
+         {"lora": {"enabled": True, "alpha_pattern": {"q_proj": 8}}},
+         "training.lora.alpha_pattern.q_proj: None -> 8"),
+        ({"lora": {"enabled": True, "rank_pattern": {"q_proj": 8}}},
+         {"lora": {"enabled": True}}, "training.lora.rank_pattern.q_proj: 8 -> None"),
         ({"lora": {"enabled": True}}, {}, "training.lora.enabled: True -> None"),
         ({}, {"lora": {"enabled": True}}, "training.lora.enabled: None -> True"),
         ({"per_device_train_batch_size": 4}, {"per_device_train_batch_size": 2},
@@ -539,11 +547,7 @@ def test_settings_that_no_step_can_go_on_with_are_told_from_others(
     change: str | None,
     tmp_path: pathlib.Path,
 ) -> None:
-    then = resolve({"training": saved}, device_count=1).to_dict()
-    record = tmp_path / "checkpoints" / "7" / "record"
-    record.mkdir(parents=True)
-    saved_record = {"format": 1, "step": 7, "layout": {}, "config": then}
-    (record / "metadata").write_text(json.dumps(saved_record))
+    record_step(tmp_path, {"training": saved})
     run_config = resolve({"training": now}, device_count=1)
     if change is None:
         preflight.check(run_config, tmp_path)
@@ -551,6 +555,22 @@ def test_settings_that_no_step_can_go_on_with_are_told_from_others(
     with pytest.raises(ValueError) as caught:
         preflight.check(run_config, tmp_path)
     assert change in str(caught.value) and "holds step 7" in str(caught.value)
+
+
+def record_step(workdir: pathlib.Path, config: dict[str, Any]) -> None:
+    """What tells a run from a checkpoint of step 7 by this configuration."""
+    then = resolve(config, device_count=1).to_dict()
+    record = workdir / "checkpoints" / "7" / "record"
+    record.mkdir(parents=True)
+    saved_record = {"format": 1, "step": 7, "layout": {}, "config": then}
+    (record / "metadata").write_text(json.dumps(saved_record))
+
+
+def test_another_packing_is_refused_by_its_key(tmp_path: pathlib.Path) -> None:
+    record_step(tmp_path, {"data": {"packing": True}})
+    preflight.check(resolve({"data": {"packing": True}}, device_count=1), tmp_path)
+    with pytest.raises(ValueError, match=r"data\.packing: True -> False"):
+        preflight.check(resolve({"data": {"packing": False}}, device_count=1), tmp_path)
 
 
 @pytest.mark.parametrize("objective", ["auto", "orpo", "cpo", "simpo", "kto"])

@@ -3,14 +3,14 @@
 import argparse
 import difflib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from ml_collections import ConfigDict
 
 from jaxtrain.config import RunConfig, load_config, peer_keys, resolve
-from jaxtrain.config.flags import Flag, key_ending_in, override, split_flags
+from jaxtrain.config.flags import Flag, keys_by_last_part, override, split_flags
 from jaxtrain.config.shipped import (
     config_stem,
     fit_preset_to_model,
@@ -114,9 +114,16 @@ class Parser(argparse.ArgumentParser):
         """What to do about an unknown argument, with "; " before it, or nothing."""
         if advice := self.advice(name):
             return f"; {advice}"
-        known = [flag for flag in self._option_string_actions if flag[:2] == "--"]
-        close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-        return f"; did you mean {close[0]}?" if close else ""
+        keys = {f"--{last}": f"--{key}" for last, key in self.keys().items()}
+        flags = {flag: flag for flag in self._option_string_actions if flag[1] == "-"}
+        for meant, cutoff in ((keys, 0.8), (flags, 0.6)):
+            if close := difflib.get_close_matches(name, meant, n=1, cutoff=cutoff):
+                return f"; did you mean {meant[close[0]]}?"
+        return ""
+
+    def keys(self) -> Mapping[str, str]:
+        """Keys that are flags too, by the last part of each."""
+        return {}
 
     def advice(self, name: str) -> str:
         """What takes the place of an unknown flag; "" where that is not known."""
@@ -153,8 +160,11 @@ class ConfigParser(Parser):
 
     def advice(self, name: str) -> str:
         """The key of the configuration that ends in this name, or that replaces it."""
-        key = key_ending_in(name.removeprefix("--").replace("-", "_"))
+        key = self.keys().get(name.removeprefix("--").replace("-", "_"))
         return f"did you mean --{key}?" if key else peer_keys.advice(name)
+
+    def keys(self) -> Mapping[str, str]:
+        return keys_by_last_part()
 
     def split(self, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[Flag]]:
         """The command's own options, and the flags that set keys: `--model` is one."""

@@ -192,9 +192,9 @@ def _find(key: str) -> Any:
     return entry
 
 
-def key_ending_in(name: str) -> str:
-    """The full key whose last part is `name`; "" if there is none."""
-    return schema.find_leaf(name, SCHEMA)
+def keys_by_last_part() -> dict[str, str]:
+    """Every full key, by its last part."""
+    return schema.by_last_part(SCHEMA)
 
 
 def _names_a_switch(key: str) -> bool:

@@ -101,7 +101,7 @@ ADVICE: dict[str, str] = {
     "pad_token": _TOKENIZER,
     "label_pad_token_id": _TOKENIZER,
     "padding_value": _TOKENIZER,
-    "remove_unused_columns": _ALWAYS,
+    "remove_unused_columns": "remove it: columns that nothing reads are left out",
     "label_names": _ALWAYS,
     "dataloader_drop_last": "remove it: no row is dropped",
     "dataloader_prefetch_factor": "set training.dataloader_num_workers",

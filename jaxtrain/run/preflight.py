@@ -34,6 +34,8 @@ _DECIDING = (
     "training.gradient_accumulation_steps",
     "training.seed",
     "data.shuffle",
+    "data.packing",
+    "data.share_prompts",
     "model.param_dtype",
     "model.architecture.hidden_size",
     "model.architecture.intermediate_size",
@@ -158,7 +160,8 @@ def _check_earlier_steps(run: RunConfig, directory: Any) -> None:
     deciding = set(_DECIDING)
     if run.lora is not None and not run.lora.init_from:
         deciding |= _OF_ADAPTERS
-    changed = [line for line in diff(saved, run) if line.partition(":")[0] in deciding]
+    keys = tuple(f"{key}{mark}" for key in deciding for mark in ":.")
+    changed = [line for line in diff(saved, run) if line.startswith(keys)]
     if saved and (
         changed := [
             *filter(_was_known, changed),
@@ -249,8 +252,12 @@ def _saved_config(step: Any) -> dict[str, Any]:
 
 
 def _was_known(change: str) -> bool:
-    """Not a key that an earlier version had not, nor one of a section that was off."""
-    return ": None -> " not in change or change.startswith("training.lora.enabled")
+    """Not a key that an earlier version had not, nor one of a section that was off.
+
+    Names in a pattern are the user's: that one was not there is known of every version.
+    """
+    own = ("training.lora.enabled", *(f"{key}." for key in _OF_ADAPTERS))
+    return ": None -> " not in change or change.startswith(own)
 
 
 def _batch_change(saved: Mapping[str, Any], run: RunConfig) -> list[str]:
