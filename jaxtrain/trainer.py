@@ -217,6 +217,10 @@ class TrainingOrchestrator:
             raise ValueError("this model is trained already: call prepare() again")
         with watch_disks(run, self.workdir):
             rows = self.prepare_data(train_dataset, eval_dataset)
+            if run.loop.eval_steps and not rows[1]:
+                told = "training.eval_steps = %s does nothing: there are no evaluation"
+                told += " rows; set data.eval to evaluate"
+                logger.info(told, run.loop.eval_steps)
             run = trial.choose_best_metric(run, _loss_of(self).objective, rows[1])
             with open_workdir(self.workdir) as work, explained(run, work.folder):
                 # No name for the parts here: their first state may be freed on the way.

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from jaxtrain import model_manager
+from jaxtrain import build, model_manager
 from jaxtrain.config import ConfigManager, default_config
 from jaxtrain.dpo_trainer import DPOTrainer
 from jaxtrain.sharding import ShardingPlan
@@ -171,6 +171,21 @@ def test_a_run_on_eight_devices_equals_one_on_one(
     ):
         for name in ("loss", "grad_norm", "num_tokens"):
             assert a[name] == pytest.approx(b[name], rel=2e-5), name
+
+
+def test_evaluations_without_rows_are_told_of_once(
+    base_model, tmp_path, monkeypatch, caplog
+):
+    """As the command calls it: rows are prepared first, then handed over."""
+    monkeypatch.setattr(build, "run_to_end", lambda *_: {})
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": " b"}\n' * 4)
+    config = tiny_config("sft", base_model, eval_steps=2)
+    config.data.train = str(tmp_path / "rows.jsonl")
+    orchestrator = TrainingOrchestrator(config, workdir=tmp_path / "out")
+    caplog.set_level("INFO")
+    orchestrator.prepare()
+    orchestrator.train(*orchestrator.prepare_data())
+    assert caplog.text.count("training.eval_steps = 2 does nothing") == 1
 
 
 def test_evaluation_picks_the_best_and_stops_early(base_model, tmp_path):

@@ -1,6 +1,5 @@
 """What a run's data are at a glance, before jax or `datasets` is imported."""
 
-import logging
 import pathlib
 
 from jaxtrain.config import RunConfig, eval_sets
@@ -19,8 +18,6 @@ from jaxtrain.data.rows.own_format import format_rows
 from jaxtrain.data.rows.remote import first_remote_rows
 from jaxtrain.storage.address import is_remote
 from jaxtrain.storage.checks import check_readable
-
-logger = logging.getLogger(__name__)
 
 
 def check_sources(run: RunConfig) -> None:
@@ -150,12 +147,6 @@ def check_evaluation_rows(run: RunConfig) -> None:
                 f"training.{key} = {value!r}: there are no evaluation rows; set"
                 f" data.eval, or unset {key}"
             )
-    if run.loop.eval_steps:
-        logger.info(
-            "training.eval_steps = %s does nothing: there are no evaluation rows; set"
-            " data.eval to evaluate",
-            run.loop.eval_steps,
-        )
 
 
 def names_evaluation_rows(run: RunConfig) -> bool:
