@@ -573,6 +573,26 @@ def test_another_packing_is_refused_by_its_key(tmp_path: pathlib.Path) -> None:
         preflight.check(resolve({"data": {"packing": False}}, device_count=1), tmp_path)
 
 
+def test_a_packing_that_was_the_default_once_is_gone_on_with(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record_step(tmp_path / "out", {"data": {"packing": False}})
+    (tmp_path / "sft.yaml").write_text("training: {training_type: sft}")
+
+    class Begun(Exception):
+        """Nothing was refused before the run."""
+
+    def begin(*_: Any, **__: Any) -> None:
+        raise Begun
+
+    monkeypatch.setattr(trainer, "TrainingOrchestrator", begin)
+    command = [str(tmp_path / "sft.yaml"), f"--workdir={tmp_path / 'out'}"]
+    with pytest.raises(Begun):
+        main.main(command)
+    with pytest.raises(ValueError, match=r"data\.packing: False -> True"):
+        main.main([*command, "--data.packing=true"])
+
+
 @pytest.mark.parametrize("objective", ["auto", "orpo", "cpo", "simpo", "kto"])
 def test_the_metrics_of_our_objectives_are_known_before_training(
     objective: str,
