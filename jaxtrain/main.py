@@ -10,7 +10,6 @@ from typing import Any
 
 from jaxtrain.cli.command import ConfigParser, Once, default_workdir
 from jaxtrain.cli.ending import Interrupted, run_command
-from jaxtrain.config import resolve
 from jaxtrain.data import sources
 from jaxtrain.record import logs
 from jaxtrain.run import collector, interrupts, lock, preflight
@@ -42,9 +41,7 @@ def main(arguments: Sequence[str]) -> None:
     preflight.check_workdir(named)  # as it is written: a Path shortens an address
     workdir = as_home(named)
     lock.refuse_if_held(workdir, may_wait=False)
-    if preflight.keep_recorded(config, workdir):
-        run = resolve(config)
-    preflight.check(run, workdir)
+    preflight.check(preflight.as_begun(run, config, workdir), workdir)
     sources.check_sources(run)
     if not sources.names_evaluation_rows(run):
         sources.check_evaluation_rows(run)

@@ -162,6 +162,12 @@ def test_texts_take_a_line_each_and_cannot_steer_the_terminal():
     assert one_line("short", 5) == "short"
 
 
+def test_a_sign_that_the_encoding_lacks_does_not_end_a_run():
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    logs.print_line("cut …", stream)
+    assert stream.buffer.getvalue().split() == [b"cut", b"?"]
+
+
 def test_no_bar_is_drawn_where_no_terminal_shows_it(capsys):
     writer = ConsoleWriter(10)
     writer.write(1, {"loss": 1.5})

@@ -174,6 +174,8 @@ MISTAKES = [
     m("train folder.yaml", "'folder.yaml'", "a folder; name a file"),
     m("train sft --data.train=", "--data.train=", "leave the flag out"),
     m("generate garbage --prompts=latin1.txt", "latin1.txt", "save it as UTF-8"),
+    m("generate garbage --prompts=latin1.txt --output=./latin1.txt",
+      "--output=latin1.txt is read by this command"),
     m("generate adapter hello", "its base model 'moved'", "--model"),
     m("train near.yaml", "training.lerning_rate = 0.0001", "did you mean"),
     m("train flat.yaml", "training.learning_rate?", "did you mean data.train?"),
@@ -533,6 +535,15 @@ def test_every_way_to_log_in_to_wandb_is_known(
          "training.lora.alpha_pattern.q_proj: None -> 8"),
         ({"lora": {"enabled": True, "rank_pattern": {"q_proj": 8}}},
          {"lora": {"enabled": True}}, "training.lora.rank_pattern.q_proj: 8 -> None"),
+        ({"lora": {"enabled": True}},
+         {"lora": {"enabled": True, "init_lora_weights": "pissa"}},
+         "training.lora.init_lora_weights: 'default' -> 'pissa'"),
+        ({"lora": {"enabled": True, "init_from": "."}}, {"lora": {"enabled": True}},
+         "training.lora.init_from: '.' -> None"),
+        ({"lora": {"enabled": True}}, {"lora": {"enabled": True, "init_from": "."}},
+         "training.lora.init_from: None -> '.'"),
+        ({"lora": {"enabled": True, "init_from": "moved"}},
+         {"lora": {"enabled": True, "init_from": "."}}, None),
         ({"lora": {"enabled": True}}, {}, "training.lora.enabled: True -> None"),
         ({}, {"lora": {"enabled": True}}, "training.lora.enabled: None -> True"),
         ({"per_device_train_batch_size": 4}, {"per_device_train_batch_size": 2},
@@ -591,6 +602,19 @@ def test_a_packing_that_was_the_default_once_is_gone_on_with(
         main.main(command)
     with pytest.raises(ValueError, match=r"data\.packing: False -> True"):
         main.main([*command, "--data.packing=true"])
+
+
+def test_a_run_that_ended_without_a_checkpoint_is_not_begun_anew(
+    tmp_path: pathlib.Path,
+) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "metrics.jsonl").write_text('{"step": 4}\n')
+    preflight.check(resolve({}, device_count=1), tmp_path)  # it was killed before
+    (tmp_path / "model").mkdir()
+    with pytest.raises(ValueError, match="model is of a run that ended and saved no"):
+        preflight.check(resolve({}, device_count=1), tmp_path)
+    never = {"training": {"resume_from_checkpoint": "never"}}
+    preflight.check(resolve(never, device_count=1), tmp_path)
 
 
 @pytest.mark.parametrize("objective", ["auto", "orpo", "cpo", "simpo", "kto"])

@@ -485,7 +485,8 @@ def test_messages_hold_no_secret_and_steer_no_terminal(capsys):
     message = (
         f"training.objective_kwargs = {{'api_key': 's3cr3t'}}: no; hub_token = 's3cr3t'"
         f" --api_key=s3cr3t {TOKEN} at {SIGNED}; password = 4711;"
-        f" num_key_value_heads = 2; eos_token = '</s>', a = 'b'{ESCAPE}"
+        f" num_key_value_heads = 2; num_key_value_heads=-1: no; num_token = 5: no;"
+        f" eos_token = '</s>', a = 'b'{ESCAPE}"
     )
 
     def fails(_):
@@ -501,7 +502,8 @@ def test_messages_hold_no_secret_and_steer_no_terminal(capsys):
     for text in (printed, logs.LineFormatter().format(record)):
         for hidden in ("s3cr3t", "4711", TOKEN, SIGNATURE, "\x1b", "\x07", "\x9b"):
             assert hidden not in text
-        assert "num_key_value_heads = 2;" in text
+        assert "num_key_value_heads = 2; num_key_value_heads=-1: no" in text
+        assert "num_token = 5: no" in text
         assert "eos_token = '</s>', a = 'b'\\x1b]0;owned" in text
 
 

@@ -108,7 +108,18 @@ class Parser(argparse.ArgumentParser):
             flags = [name for name in names if name.startswith("-")] or names
             told = [f"unknown argument {name}{self._fix(name)}" for name in flags]
             self.error("; ".join(told))
+        self._check_output(options)
         return options
+
+    def _check_output(self, options: argparse.Namespace) -> None:
+        """Refuse an output that is a file which the command reads."""
+        output = getattr(options, "output", None)
+        if not isinstance(output, Path) or not output.is_file():
+            return
+        for name, value in vars(options).items():
+            is_path = name != "output" and isinstance(value, str | Path)
+            if is_path and Path(value).is_file() and output.samefile(value):
+                self.error(f"--output={output} is read by this command; name another")
 
     def _fix(self, name: str) -> str:
         """What to do about an unknown argument, with "; " before it, or nothing."""

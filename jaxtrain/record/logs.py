@@ -144,9 +144,12 @@ class LineFormatter(logging.Formatter):
 def print_line(line: str, file: TextIO | None = None) -> None:
     """Print on stdout at once, above the progress bar where one is drawn.
 
-    Where nobody reads any more, as behind `| head -1`, a run goes on unseen.
+    Where nobody reads any more, as behind `| head -1`, a run goes on unseen; what the
+    terminal's encoding has no sign for is a question mark.
     """
     file = file or sys.stdout
+    encoding = getattr(file, "encoding", None) or "utf-8"
+    line = line.encode(encoding, "replace").decode(encoding)
     try:
         tqdm.write(line, file=file)
         file.flush()

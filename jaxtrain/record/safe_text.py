@@ -45,7 +45,7 @@ _BY_FORM = re.compile(
     """,
     re.VERBOSE,
 )
-_NUMBER = re.compile(r"\d{1,6}")
+_NUMBER = re.compile(r"-?\d{1,6}(\.\d{1,6})?:?")
 _CREDENTIALS_IN_URL = re.compile(r"(?<=://)[^/@\s'\"]+(?=@)")
 _PART_OF_URL = re.compile(r"(?<=[?&;])([\w.-]+)=([^&;#\s'\"]+)")
 # `hub_token = 'x'`, `--hub_token=x`, `'api_key': 'x'`.

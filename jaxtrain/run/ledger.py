@@ -62,8 +62,13 @@ def find_loss(workdir: Any) -> str | None:
     # first record.
     if is_remote(workdir):
         return None
-    if not folder.exists() and _has_trained(workdir / "metrics.jsonl"):
+    if not _has_trained(workdir / "metrics.jsonl"):
+        return None
+    if not folder.exists():
         return f"{workdir / 'metrics.jsonl'} tells of training, but {folder} is gone"
+    exports = (workdir / name for name in ("model", "adapter"))
+    if made := next((str(export) for export in exports if export.is_dir()), None):
+        return f"{made} is of a run that ended and saved no checkpoint"
     return None
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
-from jaxtrain.config import RunConfig, diff
+from jaxtrain.config import RunConfig, diff, resolve
 from jaxtrain.config.renamed import as_recorded, is_recorded
 from jaxtrain.run import hub
 from jaxtrain.run.ledger import find_loss
@@ -46,7 +46,10 @@ _DECIDING = (
 # Of new adapters: their shapes, and how much of them is added.
 _OF_ADAPTERS = {
     f"training.lora.{key}"
-    for key in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+    for key in (
+        *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"),
+        "init_lora_weights",
+    )
 }
 # What else makes other leaves, or does not: that is seen in the checkpoint alone.
 _OF_LEAVES = (
@@ -166,6 +169,7 @@ def _check_earlier_steps(run: RunConfig, directory: Any) -> None:
         changed := [
             *filter(_was_known, changed),
             *_batch_change(saved, run),
+            *_start_change(saved, run),
             *_average_change(saved, run),
         ]
     ):
@@ -236,6 +240,11 @@ def keep_recorded(config: ConfigDict, workdir: Any) -> bool:
     return kept
 
 
+def as_begun(run: RunConfig, config: ConfigDict, workdir: Any) -> RunConfig:
+    """`run`, which `config` resolves to, with what `keep_recorded` sets."""
+    return resolve(config) if keep_recorded(config, workdir) else run
+
+
 def _section(config: Any, name: str) -> Mapping[str, Any]:
     """The keys of a section; none where a configuration has not got it."""
     for part in name.split("."):
@@ -272,6 +281,21 @@ def _batch_change(saved: Mapping[str, Any], run: RunConfig) -> list[str]:
     if then == now or min(then, now) < 0:
         return []
     return [f"training.{name} times data-parallel devices: {then} -> {now}"]
+
+
+def _start_change(saved: Mapping[str, Any], run: RunConfig) -> list[str]:
+    """Whether adapters began elsewhere: they are a part of the model, or its scale.
+
+    The folder of the same ones may have moved since.
+    """
+    before = _section(saved, "training.lora")
+    if run.lora is None or not before:
+        return []
+    then, now = before.get("init_from") or None, run.lora.init_from or None
+    moved = then and now and not os.path.isdir(then)
+    if then == now or moved:
+        return []
+    return [f"training.lora.init_from: {then!r} -> {now!r}"]
 
 
 def _average_change(saved: Mapping[str, Any], run: RunConfig) -> list[str]:
