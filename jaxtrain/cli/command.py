@@ -50,6 +50,8 @@ def file_argument(text: str) -> Any:
     if not is_remote(text):
         if path.is_dir():
             raise argparse.ArgumentTypeError(f"{path} is a directory; name a file")
+        if path.name in ("config.json", "metrics.jsonl") and path.exists():
+            raise argparse.ArgumentTypeError(f"{path} is a run's record; name another")
         if obstacle := find_obstacle(path.absolute().parent):
             raise argparse.ArgumentTypeError(f"{obstacle[0]} is no folder to write to")
     return path

@@ -26,6 +26,7 @@ from jaxtrain.storage.checks import check_writable, find_obstacle
 # A change of these always makes other leaves of the train state, or another order of
 # rows. What only may do so is found when the checkpoint is read.
 _DECIDING = (
+    "training.training_type",
     "training.optimizer",
     "training.moment_dtype",
     "training.fp16",
