@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from jaxtrain import assets, cli, main, trainer
-from jaxtrain.cli import ending
+from jaxtrain.cli import command, ending
 from jaxtrain.config import resolve
 from jaxtrain.models import load
 from jaxtrain.run import distributed, interrupts, preflight, trial, weights
@@ -569,6 +569,15 @@ def test_settings_that_no_step_can_go_on_with_are_told_from_others(
     with pytest.raises(ValueError) as caught:
         preflight.check(run_config, tmp_path)
     assert change in str(caught.value) and "holds step 7" in str(caught.value)
+
+
+def test_a_long_text_beside_an_output_is_no_path(tmp_path: pathlib.Path) -> None:
+    made = command.Parser("generate", "")
+    made.add_argument("--system")
+    made.add_argument("--output", type=command.file_argument)
+    (tmp_path / "out.jsonl").touch()
+    given = [f"--output={tmp_path / 'out.jsonl'}", f"--system={'be kind ' * 999}"]
+    assert made.parse(given).system.startswith("be kind")
 
 
 def record_step(workdir: pathlib.Path, config: dict[str, Any]) -> None:

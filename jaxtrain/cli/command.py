@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -120,7 +121,8 @@ class Parser(argparse.ArgumentParser):
             return
         for name, value in vars(options).items():
             is_path = name != "output" and isinstance(value, str | Path)
-            if is_path and Path(value).is_file() and output.samefile(value):
+            # Of os.path: what cannot be a path, such as a long text, is no file there.
+            if is_path and os.path.isfile(value) and output.samefile(value):
                 self.error(f"--output={output} is read by this command; name another")
 
     def _fix(self, name: str) -> str:
