@@ -122,9 +122,9 @@ class TrainingOrchestrator:
         _override(config, training_type, model_name, self.accelerator)
         if type(self).make_objective is not TrainingOrchestrator.make_objective:
             _pad_rows(config)
-        self.run = run = resolve(config, device_count=distributed.count_devices())
-        if preflight.keep_recorded(config, self.workdir):
-            self.run = run = resolve(config, device_count=distributed.count_devices())
+        count = distributed.count_devices()
+        self.run = resolve(config, device_count=count)
+        self.run = run = preflight.as_begun(self.run, config, self.workdir, count)
         compilation_cache.set_up(run.compilation_cache)
         with watch_disks(run, self.workdir):
             # These raise on what cannot work, before anything is loaded.

@@ -609,11 +609,11 @@ def test_a_packing_that_was_the_default_once_is_gone_on_with(
         raise Begun
 
     monkeypatch.setattr(trainer, "TrainingOrchestrator", begin)
-    command = [str(tmp_path / "sft.yaml"), f"--workdir={tmp_path / 'out'}"]
+    arguments = [str(tmp_path / "sft.yaml"), f"--workdir={tmp_path / 'out'}"]
     with pytest.raises(Begun):
-        main.main(command)
+        main.main(arguments)
     with pytest.raises(ValueError, match=r"data\.packing: False -> True"):
-        main.main([*command, "--data.packing=true"])
+        main.main([*arguments, "--data.packing=true"])
 
 
 def test_a_run_that_ended_without_a_checkpoint_is_not_begun_anew(

@@ -45,6 +45,7 @@ _BY_FORM = re.compile(
     """,
     re.VERBOSE,
 )
+# With the colon that may stand behind a value in a message.
 _NUMBER = re.compile(r"-?\d{1,6}(\.\d{1,6})?:?")
 _CREDENTIALS_IN_URL = re.compile(r"(?<=://)[^/@\s'\"]+(?=@)")
 _PART_OF_URL = re.compile(r"(?<=[?&;])([\w.-]+)=([^&;#\s'\"]+)")

@@ -58,8 +58,8 @@ def find_loss(workdir: Any) -> str | None:
     if step is not None:
         named = f"step {step}" if step else "a step"
         return f"{named} was saved in {folder}, and no checkpoint is there now"
-    # Versions before the ledger, which knew no bucket, made the folder before the
-    # first record.
+    # A run that saves nothing writes no ledger, and neither did versions before it,
+    # which knew no bucket and made the folder before the first record.
     if is_remote(workdir):
         return None
     if not _has_trained(workdir / "metrics.jsonl"):

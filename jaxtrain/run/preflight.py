@@ -48,10 +48,10 @@ _DECIDING = (
 _OF_ADAPTERS = {
     f"training.lora.{key}"
     for key in (
-        *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"),
+        "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern",
         "init_lora_weights",
     )
-}
+}  # fmt: skip
 # What else makes other leaves, or does not: that is seen in the checkpoint alone.
 _OF_LEAVES = (
     "model.name_or_path:", "model.revision:", "model.tokenizer_name_or_path:",
@@ -241,9 +241,12 @@ def keep_recorded(config: ConfigDict, workdir: Any) -> bool:
     return kept
 
 
-def as_begun(run: RunConfig, config: ConfigDict, workdir: Any) -> RunConfig:
+def as_begun(
+    run: RunConfig, config: ConfigDict, workdir: Any, device_count: int | None = None
+) -> RunConfig:
     """`run`, which `config` resolves to, with what `keep_recorded` sets."""
-    return resolve(config) if keep_recorded(config, workdir) else run
+    kept = keep_recorded(config, workdir)
+    return resolve(config, device_count=device_count) if kept else run
 
 
 def _section(config: Any, name: str) -> Mapping[str, Any]:
