@@ -20,7 +20,12 @@ from jaxtrain.data.stream.batches import StreamIterator, join_states
 from jaxtrain.evaluation.sets import evaluate_sets
 from jaxtrain.models.load import LoadedModel
 from jaxtrain.record.throughput import ThroughputMeter
-from jaxtrain.run.base_weights import check_base, identify_base
+from jaxtrain.run.base_weights import (
+    check_base,
+    check_model,
+    describe_model,
+    identify_base,
+)
 from jaxtrain.run.callbacks import make_callbacks
 from jaxtrain.run.checkpoint import CheckpointManager, restore_newest
 from jaxtrain.run.feed import Feed, Prepared
@@ -70,10 +75,11 @@ class Parts:
         return {"with_perplexity": is_likelihood, "added_losses": self.added_losses}
 
     def where(self, step: int) -> dict[str, Any]:
-        """What a checkpoint's record keeps of the data and the weights before it."""
+        """What a checkpoint's record keeps of the data and the model before it."""
         # Batches are read ahead; what counts is what was trained on.
         batches = self.train_batches.get_state(step)
-        return {"batches": batches, "base_weights": self.base_weights}
+        model = describe_model(self.model.config)
+        return {"batches": batches, "base_weights": self.base_weights, "model": model}
 
     def saved(self, state: TrainState) -> TrainState:
         """What a checkpoint holds: all but frozen weights that can be loaded again."""
@@ -114,6 +120,8 @@ def restore(parts: Parts, checkpoints: CheckpointManager) -> tuple[Parts, Progre
     # Whole training reads no base again, whatever became of it under the same name.
     if state.frozen or any(line.startswith(names) for line in changes):
         check_base(data_states[0].get("base_weights"), base, parts.model.directory)
+    stretched = any(line.startswith("model.rope_scaling") for line in changes)
+    check_model(data_states[0].get("model"), parts.model, stretched=stretched)
     parts.train_batches.set_state(join_states([s["batches"] for s in data_states]))
     progress.step = restored.step
     progress.set_state(data_states[0])  # all but the position is the same for all

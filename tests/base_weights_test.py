@@ -1,5 +1,6 @@
 """A run whose frozen base was replaced is refused, as one whose data were."""
 
+import json
 import logging
 import pathlib
 import shutil
@@ -16,6 +17,7 @@ from runs import tiny_config, train
 from tiny_bases import chat_tokenizer, write_base
 
 from jaxtrain.config import resolve
+from jaxtrain.models import hf
 from jaxtrain.models.fingerprint import fingerprint_files, fingerprint_model
 from jaxtrain.run import base_weights, weights
 from jaxtrain.trainer import TrainingOrchestrator
@@ -56,7 +58,7 @@ def test_a_model_in_shards_has_the_fingerprint_of_one_file(tmp_path):
     one = fingerprint_model(write_base(tmp_path / "one", tokenizer))
     other = write_base(tmp_path / "other", tokenizer, seed=1)
     assert fingerprint_model(other) != one
-    from jaxtrain.models import hf, hf_save
+    from jaxtrain.models import hf_save
     from jaxtrain.models.transformer import Decoder
 
     config = hf.load_config(tmp_path / "one")
@@ -159,6 +161,43 @@ def test_a_model_of_other_sizes_is_refused_by_its_key(tmp_path, caplog):
     config.model.name_or_path = str(base)
     with pytest.raises(ValueError, match="leaves differ"):
         train(config, tmp_path / "run", train_dataset=rows)
+
+
+@pytest.mark.parametrize("kind", ["sft", "lora"])
+def test_the_same_weights_under_another_config_are_another_model(
+    kind, tmp_path, caplog
+):
+    """Only weights were compared: the run went on with norms of another epsilon."""
+    base = write_base(tmp_path / "base", chat_tokenizer())
+    config, rows = cut_off_run(kind, base, tmp_path / "run")
+    file = base / "config.json"
+    kept = file.read_text()
+
+    def write(**options: Any) -> None:
+        file.write_text(json.dumps(json.loads(kept) | options))
+
+    write(rms_norm_eps=0.1, rope_theta=5e3, rope_parameters=None)
+    with pytest.raises(ValueError, match="cannot resume: this run began") as caught:
+        train(config, tmp_path / "run", train_dataset=rows)
+    told = str(caught.value)
+    assert f"config.json in {base}: " in told and "rms_norm_eps 1e-06 -> 0.1" in told
+    assert "rope.theta" in told and "5000.0" in told
+    assert "is not the model of the run: " in use(config, tmp_path / "run", caplog)
+    # What does not act on results may change, and so may a rope by the run's own key.
+    write(initializer_range=0.5, max_position_embeddings=4096)
+    config.model.rope_scaling = {"rope_type": "linear", "factor": 2.0}
+    assert "not the model" in use(config, tmp_path / "run", caplog)
+    assert train(config, tmp_path / "run", train_dataset=rows)["global_step"] == 4
+
+
+def test_a_description_is_the_same_when_it_was_stored():
+    """Some have nested parts: routing, ropes of two kinds, layers of their own."""
+    shapes = pathlib.Path(__file__).parent.parent / "configs" / "shapes"
+    for folder in sorted(shapes.iterdir()):
+        config = hf.load_config(folder)
+        described = base_weights.describe_model(config)
+        assert described == json.loads(json.dumps(described)), folder.name
+        assert described["rope.theta"] == config.rope.theta
 
 
 def test_a_checkpoint_without_a_fingerprint_resumes_with_a_note(caplog):

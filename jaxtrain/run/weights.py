@@ -118,8 +118,7 @@ def _restore(
         except CheckpointMismatchError as error:
             told = explain_mismatch(run, folder, step, "Leave out --model")
             raise told or error from error
-    saved_base = (found.data_states[0] or {}).get("base_weights")
-    warn_of_other_base(run, model, state, saved_base)
+    warn_of_other_base(run, model, state, found.data_states[0] or {})
     restored = dataclasses.replace(averaged(found.state), opt_state=state.opt_state)
     return dataclasses.replace(restored, frozen=overlay(frozen, restored.frozen))
 
