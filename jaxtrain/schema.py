@@ -10,7 +10,6 @@ import copy
 import dataclasses
 import difflib
 import math
-import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -76,6 +75,8 @@ class OwnName(OneOf):
         return "module:function"
 
 
+# What devices compute with: float32, and integers of 32 bits but where a bound is set.
+_MOST = {int: 2**31 - 1, float: 3.4028234663852886e38}
 Own = Annotated[str, OwnName()]
 PositiveInt = Annotated[int, Bound(1)]
 NonNegativeInt = Annotated[int, Bound(0)]
@@ -371,6 +372,10 @@ def convert(value: Any, hint: Any) -> Any:
     if _fits := _convert(value, hint):
         return _fits[0]
     wanted = describe(hint)
+    most = _MOST.get(storage_type(hint), math.inf)
+    is_number = type(value) in (int, float) and " in " not in wanted
+    if is_number and abs(value) > most:
+        raise ValueError(f"beyond {most:.10g}, as far as devices count; set less")
     number = isinstance(value, str) and storage_type(hint) in (int, float, bool)
     if number and _is_number(value):
         raise ValueError(f"a string, not {wanted}; write it without quotes")
@@ -437,6 +442,9 @@ def _convert(value: Any, hint: Any) -> tuple[Any] | None:
     if origin is Annotated:
         checks = [fact for fact in arguments[1:] if isinstance(fact, Bound | OneOf)]
         fits = _convert(value, arguments[0])
+        is_bounded = any(isinstance(c, Bound) and c.high < math.inf for c in checks)
+        if arguments[0] is int and not is_bounded:
+            checks.append(Bound(-_MOST[int], _MOST[int]))
         if fits and fits[0] is not None and any(fits[0] not in c for c in checks):
             return None
         return fits
@@ -454,7 +462,7 @@ def _convert(value: Any, hint: Any) -> tuple[Any] | None:
         is_plain = isinstance(value, Mapping) and _is_plain(value)
         return (dict(value),) if is_plain else None
     if hint is float:
-        is_number = type(value) in (int, float) and abs(value) <= sys.float_info.max
+        is_number = type(value) in (int, float) and abs(value) <= _MOST[float]
         return (float(value),) if is_number else None
     if hint is int and isinstance(value, float) and value.is_integer():
         return (int(value),)

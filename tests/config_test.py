@@ -693,6 +693,19 @@ _SCRATCH = {"training_type": "from_scratch"}
          "training.save_steps = 0"),
         ({"training": {"resume_from_checkpoint": True}},
          "training.resume_from_checkpoint = True"),
+        # numbers that no device counts to
+        ({"training": {"max_steps": 3_000_000_000}},
+         "training.max_steps = 3000000000: beyond 2147483647"),
+        ({"training": {"warmup_steps": 2**31}}, "training.warmup_steps = 2147483648"),
+        ({"training": {"learning_rate": 1e39}},
+         "training.learning_rate = 1e+39: beyond 3.402823466e+38"),
+        ({"training": {"weight_decay": -1e40}}, "training.weight_decay = -1e+40"),
+        ({"training": {"seed": 2**32}}, "training.seed = 4294967296: not an integer"),
+        ({"training": {"gradient_accumulation_steps": 2_000_000_000}},
+         "training.gradient_accumulation_steps = 2000000000: with per_device_train_"
+         "batch_size = 8 and max_length = 1024 the rows of a step do not fit"),
+        ({"training": {"per_device_train_batch_size": 2_000_000_000}},
+         "training.per_device_train_batch_size = 2000000000: with gradient_acc"),
         # devices
         ({"training": {"pin_memory": False, "dataloader_pin_memory": True}},
          "training.pin_memory = False"),

@@ -29,6 +29,7 @@ RULES = (
     optimization.check_weights,
     data.resolve_lengths,
     data.check_lengths,
+    data.check_tokens,
     model.resolve_model,
     dpo.resolve_options,
     data.resolve_data,

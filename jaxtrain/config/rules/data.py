@@ -1,5 +1,6 @@
 """Rules of the rows: their length, curriculum, format, packing and streaming."""
 
+import math
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -11,6 +12,7 @@ from jaxtrain.config.sections import DEFAULT_MAX_LENGTH, CurriculumSection
 from jaxtrain.record.safe_text import shown
 
 _END = "curriculum.end_length"
+_MOST_TOKENS = 2**36  # of a step on a device; a token takes 20 bytes of the host
 
 
 def resolve_lengths(run: Resolution) -> None:
@@ -57,6 +59,24 @@ def check_lengths(run: Resolution) -> None:
             " or raise max_position_embeddings",
             value=length,
             causes=(_END, "model.architecture.max_position_embeddings"),
+        )
+
+
+def check_tokens(run: Resolution) -> None:
+    """Refuse a step whose rows no host could hold: a digit too many somewhere."""
+    loop, length = run.loop, run.data.max_length
+    sizes = {
+        name: getattr(loop, name)
+        for name in ("gradient_accumulation_steps", "per_device_train_batch_size")
+    }
+    if math.prod(sizes.values()) * length > _MOST_TOKENS:
+        larger = max(sizes, key=lambda name: sizes[name])
+        smaller = min(sizes, key=lambda name: sizes[name])
+        run.problem(
+            larger,
+            f"with {smaller} = {sizes[smaller]} and max_length = {length} the rows of a"
+            " step do not fit a host's memory; set less",
+            causes=(smaller, "data.max_length"),
         )
 
 
