@@ -46,7 +46,7 @@ from jaxtrain.models.problems import Problems
 from jaxtrain.models.quantization import kept_as, quantize_on_device, quantizes
 from jaxtrain.models.transformer import Decoder
 from jaxtrain.record.safe_text import shown
-from jaxtrain.sharding import to_host
+from jaxtrain.sharding import on_device, to_host
 from jaxtrain.storage.address import is_remote
 from jaxtrain.tree import flatten, nest
 from jaxtrain.types import Params
@@ -194,11 +194,14 @@ def load_params(
                 " jaxtrain.models.hf.match_weights returns"
             )
         loaded: dict[Path, jax.Array] = {}
+        sound: dict[Leaf, jax.Array] = {}  # of what is not kept as it is stored
         few_bits, kernels = model.quantization, model.linear_kernels()
         for leaf in leaves:
             stored = tensors[leaf.tensor_name(leaf.places[0])].get_dtype()
             if few_bits and quantizes(leaf.path[1:], kernels, few_bits):
-                loaded |= _load_in_few_bits(leaf, tensors, targets, model, stored)
+                found = _load_in_few_bits(leaf, tensors, targets, model, stored)
+                loaded |= found[0]
+                sound[leaf] = found[1]
                 continue
             kind = NUMPY_TYPES[stored] if keep else jnp.dtype(dtype)
             kind = np.dtype(np.float32) if leaf.stays_float32 else kind
@@ -206,28 +209,41 @@ def load_params(
             # One after another: what is on its way to a GPU has a copy in pinned memory
             # of the host, which takes time to get and is used again for the next.
             loaded[leaf.path] = jax.block_until_ready(whole)
-    _check_numbers(path, leaves, loaded)
+    sound |= _find_numbers([leaf for leaf in leaves if leaf.path in loaded], loaded)
+    _check_numbers(path, sound)
     return nest(loaded)
 
 
+def _find_numbers(
+    leaves: list[Leaf], loaded: Mapping[Path, jax.Array]
+) -> dict[Leaf, jax.Array]:
+    """Whether each leaf's tensors are numbers; those of host memory one after another.
+
+    What is in device memory is one program.
+    """
+    is_far = [loaded[x.path].sharding.memory_kind == "pinned_host" for x in leaves]
+    near = [leaf for leaf, far in zip(leaves, is_far, strict=True) if not far]
+    axes = tuple(leaf.stacked_axes for leaf in near)
+    arrays = [loaded[leaf.path] for leaf in near]
+    found = dict(zip(near, _are_numbers(arrays, axes), strict=True))
+    for leaf in itertools.compress(leaves, is_far):
+        whole = loaded[leaf.path]
+        whole = jax.device_put(whole, on_device(whole.sharding))
+        (found[leaf],) = _are_numbers([whole], (leaf.stacked_axes,))
+    return found
+
+
 def _check_numbers(
-    path: str | os.PathLike[str], leaves: list[Leaf], loaded: Mapping[Path, jax.Array]
+    path: str | os.PathLike[str], sound: Mapping[Leaf, jax.Array]
 ) -> None:
     """Refuse weights that are no numbers, for all that they score would be none.
 
     Raises:
         ValueError: names some of the tensors.
     """
-    near = {
-        leaf: loaded[leaf.path]
-        for leaf in leaves
-        if leaf.path in loaded
-        and loaded[leaf.path].sharding.memory_kind != "pinned_host"
-    }
-    axes = tuple(leaf.stacked_axes for leaf in near)
     bad: list[str] = []
-    for leaf, sound in zip(near, _are_numbers([*near.values()], axes), strict=True):
-        places = zip(leaf.places, to_host(sound).flat, strict=True)
+    for leaf, each in sound.items():
+        places = zip(leaf.places, to_host(each).flat, strict=True)
         bad += [leaf.tensor_name(place) for place, is_sound in places if not is_sound]
     if bad:
         raise ValueError(
@@ -373,8 +389,8 @@ def _load_in_few_bits(
     targets: Mapping[Path, Sharding],
     model: Decoder,
     stored: str,
-) -> dict[Path, jax.Array]:
-    """The codes and scales of one kernel, from the values as stored.
+) -> tuple[dict[Path, jax.Array], jax.Array]:
+    """The codes and scales of one kernel, and whether the values as stored are numbers.
 
     No other kernel is on the device as a whole at the same time.
     """
@@ -382,13 +398,14 @@ def _load_in_few_bits(
     paths = [(*leaf.path[:-1], name) for name in kept_as(leaf.path[-1])]
     dtype = NUMPY_TYPES[stored]
     dtype = np.dtype(np.float32) if dtype.itemsize > 4 else dtype
-    on_device = targets[paths[0]].with_memory_kind("device")
-    whole = _load_leaf(leaf, tensors, on_device, dtype)
+    near = on_device(targets[paths[0]])
+    whole = _load_leaf(leaf, tensors, near, dtype)
+    (sound,) = _are_numbers([whole], (leaf.stacked_axes,))
     parts = quantize_on_device(whole, model.quantization)
     return {
         path: jax.device_put(part, targets[path])
         for path, part in zip(paths, parts, strict=True)
-    }
+    }, sound
 
 
 def _read_slice(

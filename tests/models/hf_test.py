@@ -1,5 +1,6 @@
 """Loading: slices onto a mesh, stored types, and files that are refused."""
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -21,6 +22,9 @@ from jaxtrain.models.hf import (
     resolve_model_path,
     save_pretrained,
 )
+from jaxtrain.models.quantization import Quantization
+from jaxtrain.sharding import ShardingPlan, make_mesh
+from jaxtrain.types import Params
 
 
 @pytest.fixture(scope="module")
@@ -143,8 +147,26 @@ def test_integer_weights_are_refused(copy, saved) -> None:
         load_params(copy, saved[1])
 
 
-@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
-def test_weights_that_are_no_numbers_are_refused_by_name(copy, saved, number) -> None:
+def in_host_memory(model: Decoder) -> Params:
+    """Where each leaf goes if parameters are offloaded."""
+    plan = ShardingPlan(make_mesh({}, jax.devices()[:1]), offload_params=True)
+    return plan.parameters(model.abstract_params(), model.logical_axes())
+
+
+@pytest.mark.parametrize(
+    ("number", "kept"),
+    [(np.nan, ""), (np.inf, ""), (-np.inf, ""), (np.nan, "nf4"), (np.inf, "int8"),
+     (np.nan, "pinned_host")],
+)  # fmt: skip
+def test_weights_that_are_no_numbers_are_refused_by_name(
+    copy, saved, number, kept
+) -> None:
+    """Also those that are quantized as they come, and those kept in host memory."""
+    model, wanted = saved[1], None
+    if kept == "pinned_host":
+        wanted = in_host_memory(model)
+    elif kept:
+        model = dataclasses.replace(model, quantization=Quantization(kept, 32))
     names = ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"]
     for shard in copy.glob("*.safetensors"):
         tensors = load_file(shard)
@@ -153,7 +175,7 @@ def test_weights_that_are_no_numbers_are_refused_by_name(copy, saved, number) ->
             tensors[name].flat[-1] = number
         save_file(tensors, shard)
     with pytest.raises(ValueError, match="NaN or infinity is in") as caught:
-        load_params(copy, saved[1])
+        load_params(copy, model, wanted)
     assert sorted(re.findall(r"model\.[\w.]+", str(caught.value))) == names
 
 
