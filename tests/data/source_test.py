@@ -165,6 +165,17 @@ def test_shards_that_are_not_there_are_told_of_once(load, tmp_path, caplog):
     assert len(told) == 1 and "has 2 of the 3 files of 'train'" in told[0]
 
 
+def test_files_packed_otherwise_are_told_of(load, tmp_path, caplog):
+    """They were passed over without a word, though data files stood beside them."""
+    write(tmp_path / "train-0.jsonl", ROWS)
+    for name in ("train-1.jsonl.zst", "train-2.parquet.bz2", "notes.md.zip", "a.tar"):
+        (tmp_path / name).write_bytes(b"packed")
+    for _ in range(2):
+        assert len(load(tmp_path)) == 2
+    told = [message for message in caplog.messages if "passed over" in message]
+    assert len(told) == 1 and "2 data files such as 'train-1.jsonl.zst'" in told[0]
+
+
 def test_an_empty_saved_data_set_is_refused(load, tmp_path):
     datasets.Dataset.from_list(ROWS).select([]).save_to_disk(tmp_path / "saved")
     with pytest.raises(ValueError, match="saved holds no row"):

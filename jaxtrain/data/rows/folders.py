@@ -21,6 +21,8 @@ from jaxtrain.storage.reading import AnyFile
 
 logger = logging.getLogger(__name__)
 
+# How others pack data files, beside gzip.
+_PACKED = {".zst", ".bz2", ".xz", ".lz4", ".zip"}
 SAVED = ("state.json", "dataset_dict.json")  # by `Dataset.save_to_disk`
 _FIRST_ROWS = 100
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5}).*")
@@ -110,9 +112,27 @@ def choose_split(
     Raises:
         ValueError: none is, or "train" may be either of these.
     """
+    names = tuple(names)
+    _tell_packed(folder, tuple(sorted(filter(_is_packed, names))))
     chosen = _choose_split(names, split, folder)
     _tell_missing(folder, tuple(chosen))
     return chosen
+
+
+def _is_packed(name: pathlib.PurePath) -> bool:
+    """Whether it would be a data file, were it unpacked."""
+    return name.suffix in _PACKED and reader_of(name.with_suffix("")) is not None
+
+
+@functools.cache
+def _tell_packed(folder: str, files: Sequence[pathlib.PurePath]) -> None:
+    """Tell of data files that are passed over; once."""
+    if files:
+        logger.warning(
+            "%s: %d data files such as %s are passed over, for only .gz is read packed:"
+            " unpack them",
+            *(shown(folder), len(files), shown(str(files[0]))),
+        )
 
 
 def _choose_split(
