@@ -71,6 +71,27 @@ def test_a_mask_counts_unless_it_is_told_not_to(small):
     assert row == ([1, 2], [True, True])
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_that_the_attention_mask_tells_of_is_left_out(side, small):
+    """It was trained, and attended to, as where a tokenizer pads to max_length."""
+    tokens = {"input_ids": [5, 6, 7], "completion_mask": [0, 1, 1]}
+    padding = {"input_ids": [0, 0], "completion_mask": [1, 1]}
+
+    def pad(own, added):
+        return own + added if side == "right" else added + own
+
+    row = {name: pad(tokens[name], padding[name]) for name in tokens}
+    row["attention_mask"] = pad([1, 1, 1], [0, 0])
+    assert documents([row], small) == documents([tokens], small)
+    labels = pad([-100, 6, 7], [0, 0])
+    row = {"input_ids": row["input_ids"], "labels": labels} | {
+        "attention_mask": np.array(row["attention_mask"])
+    }
+    assert documents([row], small) == [([5, 6, 7], [False, True, True])]
+    found = detect_format([row])
+    assert found.columns == ("input_ids", "labels", "attention_mask")
+
+
 def test_packing_takes_token_rows(small):
     rows = [{"input_ids": [n] * 5} for n in range(9)]
     prepared = prepare(rows, small, PrepareOptions("next_token", 16, packing="bfd"))
@@ -91,6 +112,9 @@ def test_packing_takes_token_rows(small):
         ({"input_ids": [1, 2], "labels": [1]}, "labels has 1 numbers, input_ids has 2"),
         ({"input_ids": [1, 2], "labels": [-100, 3]}, r"labels\[1\] is 3, but"),
         ({"input_ids": [1, 2], "completion_mask": [0, 2]}, "may hold only 0 and"),
+        ({"input_ids": [1, 2], "attention_mask": [1]}, "attention_mask has 1 numbers"),
+        ({"input_ids": [1, 2], "attention_mask": [0, 0]}, "the row is padding alone"),
+        ({"input_ids": [1, 2, 3], "attention_mask": [1, 0, 1]}, "0 between tokens"),
         ({"input_ids": [1], "assistant_masks": None, "labels": "x"}, "labels is 'x'"),
     ],
 )  # fmt: skip

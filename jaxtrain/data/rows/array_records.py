@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from jaxtrain.config.folders import bucket_cache
-from jaxtrain.data.rows.formats import IDS, MASKS, BadRow
+from jaxtrain.data.rows.formats import IDS, MASKS, PADDING, BadRow
 from jaxtrain.record.safe_text import shown
 from jaxtrain.storage.mirror import mirror_files
 from jaxtrain.storage.reading import AnyFile, RemoteFile
@@ -27,7 +27,7 @@ _OPEN_FILES = 8
 # No threads and no reading ahead: what is asked for is read.
 _OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 # Columns whose one number is a list of one.
-_LISTS = (IDS, "labels", *MASKS)
+_LISTS = (IDS, "labels", *MASKS, PADDING)
 
 
 def count_records(file: AnyFile) -> int:

@@ -11,6 +11,7 @@ NAMES = (
     "text", "prompt", "completion", "label", "messages", "conversations", "chosen",
     "rejected", "instruction", "input", "output", "system", "history", "tools",
     "chat_template_kwargs", "input_ids", "labels", "completion_mask", "assistant_masks",
+    "attention_mask",
 )  # fmt: skip
 # What data sets call them, to propose a map.
 _LIKELY = {

@@ -53,9 +53,10 @@ TRAINS_ON: Mapping[str, tuple[Kind, ...]] = {
     "preference": ("preference",),
     "labeled": ("labeled", "preference"),
 }
-# The columns of token ids, and the masks that may stand beside them.
+# The columns of token ids, the masks that may stand beside them, and that of padding.
 IDS = "input_ids"
 MASKS = ("completion_mask", "assistant_masks")
+PADDING = "attention_mask"
 
 _DETECTED_ROWS = 100
 # Columns that make a format where a row has a value in each.
@@ -363,7 +364,7 @@ def _possible_formats(
         yield _preference_format(first, columns)
     if IDS in columns:
         beside = ("labels",) if "labels" in columns else MASKS
-        present = tuple(name for name in beside if name in columns)
+        present = tuple(name for name in (*beside, PADDING) if name in columns)
         yield RowFormat("tokenized", False, (IDS, *present))
     read = ("prompt", "completion")
     if columns.issuperset(read):
@@ -404,7 +405,7 @@ def read_row(row: Row, row_format: RowFormat) -> dict[str, Any]:
 def _read_row(row: Row, row_format: RowFormat) -> dict[str, Any]:
     """The same where only what is foreseen raises BadRow."""
     if row_format.kind == "tokenized":
-        return {name: row.get(name) for name in (IDS, "labels", *MASKS)}
+        return {name: row.get(name) for name in (IDS, "labels", *MASKS, PADDING)}
     if row_format.kind == "text":
         (column,) = row_format.columns
         text = _plain(row.get(column), column)

@@ -1,7 +1,8 @@
 """Rows that are token ids already, as TRL's SFTTrainer takes them.
 
 `input_ids`, and where not every token is to be trained either `labels` (-100 on what is
-not) or `completion_mask` and `assistant_masks` (1 on what is).
+not) or `completion_mask` and `assistant_masks` (1 on what is). Unlike there, padding
+that an `attention_mask` tells of is left out.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxtrain.data.rows.formats import IDS, MASKS, BadRow, shown
+from jaxtrain.data.rows.formats import IDS, MASKS, PADDING, BadRow, shown
 
 _IGNORED = -100  # PyTorch's label of a token that has no loss
 
@@ -27,8 +28,8 @@ def read_tokens(
         highest_id: of the tokenizer.
 
     Raises:
-        BadRow: an id that is none, columns of several lengths, or a label that is
-            another token than the one it stands for.
+        BadRow: an id that is none, columns of several lengths, a label that is another
+            token than the one it stands for, or padding within a text.
     """
     ids = _integers(row[IDS], IDS)
     if not len(ids):
@@ -48,7 +49,24 @@ def read_tokens(
             counts = completion_only or name != "completion_mask"
             if row.get(name) is not None and counts:
                 trained &= _read_mask(row[name], name, len(ids))
-    return ids.astype(np.int32), trained
+    text = slice(None)
+    if row.get(PADDING) is not None:
+        text = _find_text(_read_mask(row[PADDING], PADDING, len(ids)))
+    return ids[text].astype(np.int32), trained[text]
+
+
+def _find_text(attended: np.ndarray) -> slice:
+    """Where the tokens between the padding on both sides are."""
+    places = np.flatnonzero(attended)
+    if not len(places):
+        raise BadRow(f"{PADDING} is 0 throughout: the row is padding alone")
+    first, last = int(places[0]), int(places[-1])
+    if last - first + 1 > len(places):
+        raise BadRow(
+            f"{PADDING} is 0 between tokens, behind {IDS}[{first}], and only padding"
+            " before or behind a text can be left out: take these tokens out"
+        )
+    return slice(first, last + 1)
 
 
 def _read_labels(value: Any, ids: np.ndarray) -> np.ndarray:
