@@ -692,6 +692,32 @@ def test_the_echo_of_a_failed_save_is_not_printed(
     assert "RuntimeError: another" in capfd.readouterr().err
 
 
+def test_a_command_tells_of_no_read_that_orbax_dropped(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What watches for Ctrl-C put Python's own hook in the place of the command's."""
+    previous = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
+    monkeypatch.setattr(sys, "argv", ["jaxtrain"])
+
+    class Dropped:
+        def __init__(self, text: str) -> None:
+            self.text = text
+
+        def __del__(self) -> None:
+            raise ValueError(self.text)
+
+    try:
+        for _ in range(2):
+            ending.run_command(lambda _: None)
+        Dropped("Encountered error while reading array index: 3")
+        assert capfd.readouterr().err == ""
+        Dropped("something else")
+        assert "something else" in capfd.readouterr().err
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
 def test_an_interrupt_that_a_library_swallows_ends_the_run_all_the_same(
     inside: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,10 +5,13 @@ while they import or load, and the program would go on as if nobody had pressed 
 So the key press is noted, and asked for again between the parts of a run.
 """
 
+import functools
 import os
 import signal
 import sys
+from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 # EX_TEMPFAIL of sysexits.h: not failed, start it again.
 TEMPORARY = 75
@@ -43,7 +46,9 @@ def watch() -> None:
     global _watches
     _watches = True
     signal.signal(signal.SIGINT, _note)
-    sys.unraisablehook = _report
+    hook = sys.unraisablehook
+    if getattr(hook, "func", None) is not _report:
+        sys.unraisablehook = functools.partial(_report, hook)
 
 
 def check() -> None:
@@ -52,13 +57,19 @@ def check() -> None:
         raise KeyboardInterrupt
 
 
-def _report(unraisable: "sys.UnraisableHookArgs") -> None:
+def _report(
+    others: Callable[["sys.UnraisableHookArgs"], Any],
+    unraisable: "sys.UnraisableHookArgs",
+) -> None:
     """Tell of what Python could not raise, unless it is a key press, which is noted.
 
     It cannot within callbacks of its garbage collector, of which jax has one.
+
+    Args:
+        others: tells of anything else; the hook that there was before.
     """
     if unraisable.exc_type is not KeyboardInterrupt:
-        sys.__unraisablehook__(unraisable)
+        others(unraisable)
 
 
 def _note(number: int, frame: FrameType | None) -> None:
