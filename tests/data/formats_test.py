@@ -1,3 +1,5 @@
+import json
+
 import datasets
 import pytest
 from hypothesis import given
@@ -104,6 +106,15 @@ def test_sharegpt_preference_rows_are_read():
     assert (read_back["chosen"], read_back["rejected"]) == ([REPLY], [OTHER])
 
 
+@pytest.mark.parametrize("name", ["messages", "conversations"])
+@pytest.mark.parametrize("keys", [("role", "content"), ("from", "value")])
+def test_a_conversation_may_be_the_text_of_its_json(name, keys):
+    """As in a CSV file, or where a tool wrote all columns as texts."""
+    turns = [dict(zip(keys, turn.values(), strict=True)) for turn in (USER, REPLY)]
+    assert read({name: json.dumps(turns)}) == read({name: turns})
+    assert detect_format([{name: json.dumps(turns)}]) == detect_format([{name: turns}])
+
+
 def test_a_string_prompt_beside_conversations_is_their_first_turn():
     full = {"prompt": "hi", "chosen": [USER, REPLY], "rejected": [USER, OTHER]}
     bare = {"prompt": "hi", "chosen": [REPLY], "rejected": [OTHER]}
@@ -137,6 +148,8 @@ def test_an_extracted_prompt_is_shared_and_leaves_completions(chosen, rejected):
         ({"text": "a"}, {"text": ""}, "text is empty"),
         ({"prompt": "a", "completion": "b"}, {"prompt": "a"}, "completion is None"),
         ({"messages": [USER]}, {"messages": []}, "non-empty message list"),
+        ({"messages": [USER]}, {"messages": str([USER])}, "not Python's text of it"),
+        ({"messages": [USER]}, {"messages": '["a"]'}, r"messages\[0\] is 'a'"),
         ({"messages": [USER]}, {"messages": [{"role": "narrator", "content": "x"}]},
          r"messages\[0\] has role 'narrator'"),
         ({"messages": [USER]}, {"messages": [{"role": "user", "content": None}]},

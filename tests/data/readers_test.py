@@ -232,6 +232,12 @@ def test_one_bad_line_is_one_bad_row(name, line, reason):
     assert list(found) == [f"{name} line {at}"] and reason in found[f"{name} line {at}"]
 
 
+def test_a_row_over_several_lines_is_told_how_it_becomes_one():
+    found = reasons("a.jsonl", json.dumps({"text": "a"}, indent=1).encode())
+    assert found["a.jsonl line 1"].endswith("; a row is one line: jq -c . OLD > NEW")
+    assert "jq" not in found["a.jsonl line 2"]
+
+
 def test_a_quote_that_is_never_closed_is_told_where_it_opens():
     found = reasons("a.csv", b'text,n\na,1\n"b,2\nc,3\nd,4\n')
     assert found == {"a.csv line 3": "opens a quote that is never closed"}

@@ -257,7 +257,10 @@ def _parse_json(line: bytes) -> dict[str, Any]:
         place = f"column {error.colno}"
         if error.lineno > 1:  # of an element of an array
             place = f"its line {error.lineno} {place}"
-        raise BadRow(f"is not JSON ({error.msg} at {place})") from None
+        hint = ""
+        if text.strip() in ("{", "["):
+            hint = "; a row is one line: jq -c . OLD > NEW"
+        raise BadRow(f"is not JSON ({error.msg} at {place}){hint}") from None
     except ValueError as error:  # an integer of too many digits
         raise BadRow(f"is not JSON ({error})") from None
     if not isinstance(row, dict):

@@ -373,7 +373,8 @@ def _possible_formats(
         yield _format("labeled", first["completion"], (*read, "label"))
     for name in ("messages", "conversations"):
         if name in columns:
-            yield RowFormat("messages", True, (name,), dialect=_dialect(first[name]))
+            dialect = _dialect(_from_json(first[name]))
+            yield RowFormat("messages", True, (name,), dialect=dialect)
     if {"instruction", "output"} <= columns:
         optional = tuple(c for c in ("input", "system", "history") if c in names)
         found = ("instruction", *optional, "output")
@@ -416,7 +417,7 @@ def _read_row(row: Row, row_format: RowFormat) -> dict[str, Any]:
         read = _read_alpaca(row)
     elif row_format.kind == "messages":
         column = row_format.columns[0]
-        messages = _messages(row.get(column), column)
+        messages = _messages(_from_json(row.get(column)), column)
         read = {"messages": _attach_system(messages, row)}
     elif row_format.kind in ("prompt_completion", "labeled"):
         names = ("prompt", "completion")
@@ -546,13 +547,25 @@ def _template_kwargs(row: Row) -> dict[str, Any]:
     return {"tools": tools, **kwargs}
 
 
+def _from_json(value: Any) -> Any:
+    """The list that a text holds as JSON, as in a CSV file; else the value itself."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+
+
 def _messages(value: Any, column: str) -> list[dict[str, Any]]:
     if isinstance(value, Mapping):  # ShareGPT preference files hold one message
         value = [value]
     if not isinstance(value, list) or not value:
         hint = ""
         if isinstance(value, str) and value.lstrip().startswith("["):
-            hint = " and not its text: keep conversations in jsonl or parquet, not csv"
+            hint = (
+                " or its JSON, not Python's text of it: write jsonl or parquet, not csv"
+            )
         raise BadRow(
             f"{column} is {shown(value)}, expected a non-empty message list{hint}"
         )
