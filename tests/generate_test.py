@@ -10,7 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxtrain.evaluation.generate import filter_logits, generate_texts, make_generate
+from jaxtrain.evaluation.generate import (
+    encode_prompt,
+    filter_logits,
+    generate_texts,
+    make_generate,
+)
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.transformer import Decoder
 
@@ -323,6 +328,16 @@ def test_an_empty_prompt_without_a_first_token_is_refused():
     generate = make_generate(CountingDecoder(), max_new_tokens=2)
     with pytest.raises(ValueError, match="prompt 1 is empty"):
         generate_texts(generate, {}, tokenizer, ["3", ""], key=jax.random.key(0))
+
+
+def test_a_token_that_the_model_does_not_know_is_refused_by_name():
+    """Its embedding is NaN, so that the answer was empty, without a word."""
+    tokenizer = NumberTokenizer()
+    tokenizer.convert_ids_to_tokens = lambda token: f"<{token}>"
+    for prompt in ("3 9", [3, 9]):
+        with pytest.raises(ValueError, match=r"prompt 1 holds '<9>', token 9, for whi"):
+            encode_prompt(tokenizer, prompt, 1, 9)
+        assert encode_prompt(tokenizer, prompt, 1, 10)[-2:] == [3, 9]
 
 
 def test_a_prompt_that_is_no_unicode_text_is_refused():

@@ -203,8 +203,9 @@ def encode(model: "LoadedModel", prompt: Prompt, number: int, room: int) -> list
 
     if not isinstance(prompt, str):
         require_template(model)
-    tokens = encode_prompt(model.tokenizer, prompt, number)
-    limit = model.config.longest_text
+    config = model.config
+    tokens = encode_prompt(model.tokenizer, prompt, number, config.vocab_size)
+    limit = config.longest_text
     if len(tokens) + room > limit:
         raise ValueError(
             f"prompt {number} has {len(tokens)} tokens: with --max_new_tokens={room}"

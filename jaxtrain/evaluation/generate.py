@@ -237,6 +237,7 @@ def generate_texts(
     *,
     key: Key[Array, ""],
     batch_size: int = 8,
+    vocab_size: int | None = None,
 ) -> list[str]:
     """Continue each prompt; one text each, in their order, special tokens left out.
 
@@ -248,11 +249,16 @@ def generate_texts(
         prompts: strings, lists of messages for the tokenizer's chat template, or
             lists of token ids.
         batch_size: a multiple of the mesh's data-parallel size.
+        vocab_size: the model's, where a tokenizer may have more tokens.
 
     Raises:
-        ValueError: a prompt is empty and the tokenizer has no token to begin with.
+        ValueError: a prompt is empty and the tokenizer has no token to begin with, or
+            it has a token that the model does not know.
     """
-    encoded = [encode_prompt(tokenizer, prompt, i) for i, prompt in enumerate(prompts)]
+    encoded = [
+        encode_prompt(tokenizer, prompt, index, vocab_size)
+        for index, prompt in enumerate(prompts)
+    ]
     rows = generate_tokens(generate, params, encoded, key=key, batch_size=batch_size)
     return [
         tokenizer.decode(until_end(row, generate.eos_ids), skip_special_tokens=True)
@@ -288,17 +294,22 @@ def generate_tokens(
 
 
 def encode_prompt(
-    tokenizer: Any, prompt: str | Sequence[Message] | Sequence[int], index: int
+    tokenizer: Any,
+    prompt: str | Sequence[Message] | Sequence[int],
+    index: int,
+    vocab_size: int | None = None,
 ) -> list[int]:
     """The tokens of a text, of a conversation to be answered, or as they are given.
 
     Raises:
-        ValueError: the prompt is empty and the tokenizer has no token to begin with, or
-            the chat template refuses the conversation.
+        ValueError: the prompt is empty and the tokenizer has no token to begin with,
+            the chat template refuses the conversation, or the model, of `vocab_size`
+            tokens, does not know one of them.
     """
+    ids: Sequence[int]
     if not isinstance(prompt, str) and len(prompt) and isinstance(prompt[0], int):
-        return list(prompt)  # type: ignore[arg-type]
-    if isinstance(prompt, str):
+        ids = prompt  # type: ignore[assignment]
+    elif isinstance(prompt, str):
         _refuse_surrogates(prompt, index)
         ids = tokenizer(prompt)["input_ids"]
     else:
@@ -320,7 +331,25 @@ def encode_prompt(
             f"prompt {index} is empty and the tokenizer has neither a bos nor an eos "
             "token to begin with: give it a text"
         )
+    if vocab_size is not None:
+        refuse_unknown(tokenizer, ids, f"prompt {index}", vocab_size)
     return list(ids)
+
+
+def refuse_unknown(
+    tokenizer: Any, ids: Sequence[int], where: str, vocab_size: int
+) -> None:
+    """Refuse a token that a model of so many has no embedding for: all would be NaN.
+
+    Raises:
+        ValueError: names the token and `where` it is.
+    """
+    if (token := max(ids, default=0)) >= vocab_size:
+        raise ValueError(
+            f"{where} holds {tokenizer.convert_ids_to_tokens(token)!r}, token {token},"
+            f" for which the model has no embedding (vocab_size = {vocab_size}); take"
+            " it out, or give the tokenizer that the model was trained with"
+        )
 
 
 def _refuse_surrogates(text: str, index: int) -> None:

@@ -109,6 +109,7 @@ class Inference(abc.ABC):
             prompts,
             key=jax.random.key(seed),
             batch_size=self.plan.fill_up(batch_size),
+            vocab_size=self.decoder.config.vocab_size,
         )
 
     @functools.cached_property

@@ -156,7 +156,9 @@ class JaxtrainLM(TemplateLM):
             first = self.tokenizer.decode([self.prefix_token_id])
             add_special_tokens = not string.startswith(first)
         encoded = self.tokenizer(string, add_special_tokens=add_special_tokens)
-        return list(encoded["input_ids"])
+        known, ids = self.model.config.vocab_size, list(encoded["input_ids"])
+        generate.refuse_unknown(self.tokenizer, ids, "a text of the task", known)
+        return ids
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
