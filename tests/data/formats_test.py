@@ -95,6 +95,23 @@ def test_sharegpt_roles_become_chat_roles():
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("as_list", [False, True])
+@pytest.mark.parametrize("as_text", [False, True])
+def test_a_function_call_of_sharegpt_is_a_tool_call(as_list, as_text):
+    """It was trained as the text of an answer, by another form than templates have."""
+    call = {"name": "add", "arguments": {"a": 1}}
+    value = [call, call] if as_list else call
+    value = json.dumps(value) if as_text else value
+    turns = [("human", "h"), ("function_call", value), ("observation", "2")]
+    row = {"conversations": [{"from": f, "value": v} for f, v in turns]}
+    called = {"type": "function", "function": call}
+    assert read(row)["messages"] == [
+        {"role": "user", "content": "h"},
+        {"role": "assistant", "tool_calls": [called] * (1 + as_list)},
+        {"role": "tool", "content": "2"},
+    ]
+
+
 def test_sharegpt_preference_rows_are_read():
     row = {
         "conversations": [{"from": "human", "value": "hi"}],
@@ -148,6 +165,9 @@ def test_an_extracted_prompt_is_shared_and_leaves_completions(chosen, rejected):
         ({"text": "a"}, {"text": ""}, "text is empty"),
         ({"prompt": "a", "completion": "b"}, {"prompt": "a"}, "completion is None"),
         ({"messages": [USER]}, {"messages": []}, "non-empty message list"),
+        ({"messages": [USER]},
+         {"messages": [USER, {"from": "function_call", "value": "add(1)"}]},
+         r"messages\[1\] is a function_call of 'add\(1\)', expected JSON"),
         ({"messages": [USER]}, {"messages": str([USER])}, "not Python's text of it"),
         ({"messages": [USER]}, {"messages": '["a"]'}, r"messages\[0\] is 'a'"),
         ({"messages": [USER]}, {"messages": [{"role": "narrator", "content": "x"}]},

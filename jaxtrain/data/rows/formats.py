@@ -581,6 +581,8 @@ def _message(item: Any, where: str) -> dict[str, Any]:
         message["role"] = message.pop("from")
         message["content"] = message.pop("value")
     role = message.get("role")
+    if role == "function_call":
+        message["tool_calls"] = _tool_calls(message.pop("content", None), where)
     if not isinstance(role, str) or role not in ROLES:
         message["role"] = ROLE_ALIASES.get(role, "") if isinstance(role, str) else ""
         if not message["role"]:
@@ -594,6 +596,26 @@ def _message(item: Any, where: str) -> dict[str, Any]:
     elif content is not None and not isinstance(content, str):
         raise BadRow(f"{where} has content {shown(content)}, expected a string")
     return message
+
+
+def _tool_calls(value: Any, where: str) -> list[dict[str, Any]]:
+    """The calls of a ShareGPT turn "function_call": JSON of one, or of several."""
+    with contextlib.suppress(ValueError, RecursionError):
+        value = json.loads(value) if isinstance(value, str) else value
+    calls = value if isinstance(value, list) else [value]
+    for call in calls:
+        if not isinstance(call, Mapping) or not isinstance(call.get("name"), str):
+            raise BadRow(
+                f"{where} is a function_call of {shown(value)}, expected JSON of"
+                " {'name', 'arguments'}"
+            )
+    return [
+        {
+            "type": "function",
+            "function": {"name": call["name"], "arguments": call.get("arguments", {})},
+        }
+        for call in calls
+    ]
 
 
 def _check_parts(parts: Sequence[Any], where: str) -> None:
