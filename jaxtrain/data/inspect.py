@@ -10,11 +10,13 @@ green on a terminal). It exits with 1 if any row is bad.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import os
+import pathlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -31,7 +33,7 @@ from jaxtrain.data.batches.mixture import Mixture
 from jaxtrain.data.loading import (
     load_run_tokenizer,
     load_training_rows,
-    prepare_options,
+    options_for,
     take_kind_of,
 )
 from jaxtrain.data.prepare.prepare import Rows, detect_row_format, prepare
@@ -55,16 +57,19 @@ def report(
     *,
     shown: int = 3,
     color: bool = False,
+    vocab_size: int | None = None,
 ) -> tuple[list[str], int]:
     """The report on raw rows in lines, and how many rows are bad.
 
     Args:
         shown: rows rendered, and bad rows listed in full (at least 10 of these).
+        vocab_size: the model's, if it is known: rows with other tokens are bad.
 
     Raises:
         ValueError: the rows are of no known format, or none of them can be used.
     """
-    options = dataclasses.replace(prepare_options(run), on_bad_row="skip")
+    options = options_for(run, tokenizer, vocab_size)
+    options = dataclasses.replace(options, on_bad_row="skip")
     if run.data.format_row:
         rows = format_rows(rows, run.data.format_row, run.loop.function_kwargs)
     row_format = detect_row_format(rows, options)
@@ -167,12 +172,10 @@ def _lengths(lengths: np.ndarray, max_length: int) -> Iterator[str]:
         yield f"  {index * width + 1:>7}-{(index + 1) * width:<7} {count:>8} {bar}"
 
 
-def _run_of_file(path: str, max_length: int | None, flags: Sequence[Flag]) -> RunConfig:
+def _run_of_file(path: str, flags: Sequence[Flag]) -> RunConfig:
     """The configuration that trains on a file, of the kind that its rows are."""
     config = default_config()
     config.data.train = path
-    if max_length:
-        config.data.max_length = max_length
     config, run = resolve_flags(config, flags)
     take_kind_of(next(iter(_parts(run, load_training_rows(run)).values())), config)
     return resolve_flags(config, flags)[1]
@@ -195,11 +198,26 @@ def main(arguments: Sequence[str]) -> int:
         if isinstance(rows, Mixture | StreamRows):
             print(f"===== {name}")
         lines, count = report(
-            run, part, tokenizer, shown=options.rows, color=options.color
+            *(run, part, tokenizer),
+            shown=options.rows,
+            color=options.color,
+            vocab_size=None if options.tokenizer else _vocab_size(run),
         )
         print("\n".join(lines))
         bad += count
     return 1 if bad else 0
+
+
+def _vocab_size(run: RunConfig) -> int | None:
+    """The tokens that the model named has; None if it tells of none here, or grows."""
+    file = pathlib.Path(run.model.name_or_path or "", "config.json")
+    if run.model.grow_vocabulary or not file.is_file():
+        return None
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # training tells
+        config = json.loads(file.read_text("utf-8"))
+        size = config.get("text_config", config).get("vocab_size")
+        return size if isinstance(size, int) else None
+    return None
 
 
 def _read_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, RunConfig]:
@@ -220,13 +238,21 @@ def _read_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, RunConf
         default=sys.stdout.isatty(),
         help="mark trained tokens by color",
     )
+    if (length := parser.split(arguments)[0].max_length) is not None:
+        arguments = [*arguments, f"--data.max_length={length}"]
     path = _data_path(parser, arguments)
-    if path is None:
-        options, _, run = parser.read(arguments)
-    else:
-        options, flags = parser.split(arguments)
-        run = _run_of_file(path, options.max_length, flags)
-    return options, run
+    options, flags = parser.split(arguments)
+    for key, given in {
+        "data.train": path,
+        "model.tokenizer_name_or_path": options.tokenizer,
+    }.items():
+        if given and any(flag.key == key for flag in flags):
+            parser.error(f"{given} is named beside --{key}: leave one of the two out")
+    if options.rows < 0:
+        parser.error(f"--rows={options.rows}: give 0 or more")
+    if path is not None:
+        return options, _run_of_file(path, flags)
+    return options, parser.read(arguments)[2]
 
 
 def _data_path(parser: ConfigParser, arguments: Sequence[str]) -> str | None:

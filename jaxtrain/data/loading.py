@@ -130,9 +130,7 @@ def prepare_rows(
         rows = StreamRows((source,))
     elif not isinstance(rows, StreamRows | Mixture):
         rows = _hold(rows)
-    options = prepare_options(run)
-    if vocab_size is not None and highest_id(tokenizer) >= vocab_size:
-        options = dataclasses.replace(options, vocab_size=vocab_size)
+    options = options_for(run, tokenizer, vocab_size)
     if isinstance(rows, Mixture):
         return _prepare_mixture(run, rows, tokenizer, options)
     if not isinstance(rows, StreamRows):
@@ -145,6 +143,16 @@ def prepare_rows(
         )
     sizes = StreamSizes(run.data.stream_window_rows, run.data.shuffle_buffer_size)
     return prepare_stream(rows, tokenizer, options, sizes)
+
+
+def options_for(
+    run: RunConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None
+) -> PrepareOptions:
+    """The run's, with the vocabulary of its model where a row may go beyond it."""
+    options = prepare_options(run)
+    if vocab_size is not None and highest_id(tokenizer) >= vocab_size:
+        options = dataclasses.replace(options, vocab_size=vocab_size)
+    return options
 
 
 def _hold(rows: Any) -> Rows:

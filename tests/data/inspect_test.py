@@ -1,9 +1,11 @@
 import gzip
 import json
+import pathlib
 
 import numpy as np
 import pytest
 
+from jaxtrain import assets
 from jaxtrain.cli.ending import run_command
 from jaxtrain.data.batches.dataset import TokenStore
 from jaxtrain.data.inspect import count_duplicates, main, render
@@ -56,6 +58,43 @@ def test_a_model_named_beside_a_file_gives_its_tokenizer(
         assert status == 0 and out == expected != embedded
     status, _, error = inspect(capsys, path, "--model=/not/there")
     assert status == 2 and "'/not/there' is not a folder" in error
+
+
+def test_tokens_that_the_model_does_not_know_are_bad_rows(
+    tokenizer_folder, tmp_path, capsys
+):
+    """Training refused what this had called right."""
+    path = write(tmp_path / "train.jsonl", PAIRS)
+    folder = pathlib.Path(tokenizer_folder)
+    config = json.loads((assets.asset_path(assets.MODEL) / "config.json").read_text())
+    limit = 20
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": limit}))
+    status, out, _ = inspect(capsys, path, f"--model={folder}")
+    assert status == 1 and f"no embedding (vocab_size = {limit})" in out
+    growing = ("--model.grow_vocabulary=true", "--training.bf16=false")
+    for beside in ([f"--tokenizer={folder}"], [f"--model={folder}", *growing]):
+        assert inspect(capsys, path, *beside)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["{path}", "--data.train=b.jsonl"], "a.jsonl is named beside --data.train"),
+        (["sft", "--tokenizer=a", "--model.tokenizer_name_or_path=b"], "a is named be"),
+        (["{path}", "--max_length=9", "--data.max_length=8"], "is given twice, as 8 a"),
+        (["sft", "--rows=-1"], "--rows=-1: give 0 or more"),
+    ],
+)
+def test_what_is_named_twice_is_refused(given, message, tmp_path, capsys):
+    """The file of a flag took the place of the one that was named."""
+    path = write(tmp_path / "a.jsonl", PAIRS)
+    status, _, error = inspect(capsys, *(each.format(path=path) for each in given))
+    assert status == 2 and message in error
+
+
+def test_a_length_acts_on_a_configuration_too(capsys):
+    _, out, _ = inspect(capsys, "sft", "--max_length=20", "--rows=0")
+    assert "longer than max_length = 20: " in out
 
 
 def test_bad_rows_are_named_by_line_and_reason(tokenizer_folder, tmp_path, capsys):
