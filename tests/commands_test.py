@@ -192,6 +192,19 @@ def test_eval_of_a_model_takes_the_rows_kind_and_any_mesh(tmp_path, caplog):
     assert spread == pytest.approx(one, rel=1e-4)
 
 
+def test_eval_tells_of_rows_that_it_cut(tmp_path, capsys):
+    """Their ends were left out of the loss without a word."""
+    rows = [{"text": "In the beginning " * times} for times in (2, 30, 40)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    for length, cut in ((64, 2), (1024, None)):
+        evaluate(tmp_path, BASE, f"--data={file}", f"--data.max_length={length}")
+        told = "2 rows are cut to 64 tokens; --data.max_length sets more"
+        assert (told in capsys.readouterr().out) == bool(cut)
+        found = json.loads((tmp_path / "results.json").read_text())
+        assert found.get("truncated") == cut
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -236,6 +236,10 @@ def evaluate(task: Task) -> dict[str, Any]:
     )
     counts = {name: len(each) for name, each in data.items()}
     results: dict[str, Any] = {"weights": task.shown, "rows": counts.get("", counts)}
+    cut = {name: each.stats.truncated for name, each in data.items()}
+    if any(cut.values()):
+        results["truncated"] = cut.get("", cut)
+        results["max_length"] = run.data.max_length
     results["data"] = _name_data(run)
     if task.step is not None:
         results["step"] = task.step
@@ -415,6 +419,9 @@ def _show(results: dict[str, Any], output: pathlib.Path | None) -> None:
         for name, count in rows.items()
     )
     print(f"{results['weights']}: {', '.join(told)}")
+    if cut := sum(by_name(results.get("truncated")).values()):
+        longest = results["max_length"]
+        print(f"  {cut} rows are cut to {longest} tokens; --data.max_length sets more")
     width = max(map(len, metrics))
     for name, value in metrics.items():
         print(f"  {name:{width}}  {value:.6g}")
