@@ -49,9 +49,11 @@ logger = logging.getLogger(__name__)
 Path = str | os.PathLike[str]
 EvalRows = Rows | PreparedDataset | Mapping[str, Any]
 
+# Methods by which others' trainers are changed.
+_OTHERS = ("custom_training_step", "training_step", "compute_loss")
 _NEVER_RUN = (
-    "custom_training_step would never run: a step is compiled as a whole here, backward"
-    " pass and update included. Override compute_auxiliary_loss(outputs, batch) and set"
+    " would never run: a step is compiled as a whole here, backward pass and update"
+    " included. Override compute_auxiliary_loss(outputs, batch) and set"
     " training.use_auxiliary_loss = True to add a loss, make_objective() to replace it,"
     " prepare_rows(rows) to preprocess the data"
 )
@@ -70,8 +72,8 @@ class TrainingOrchestrator:
     def __init_subclass__(cls, **options: Any) -> None:
         """Refuse a PyTorch training step: it would never be called."""
         super().__init_subclass__(**options)
-        if "custom_training_step" in vars(cls):
-            raise TypeError(f"{cls.__name__}.{_NEVER_RUN}")
+        if found := [name for name in _OTHERS if name in vars(cls)]:
+            raise TypeError(f"{cls.__name__}.{found[0]}{_NEVER_RUN}")
 
     def __init__(
         self, config: Any, accelerator: Any = None, *, workdir: Path | None = None
@@ -178,8 +180,19 @@ class TrainingOrchestrator:
                 eval_dataset = self.load_evaluation_data()
         if eval_dataset is None or eval_dataset == {}:
             sources.check_evaluation_rows(self._prepared_run())
-        prepared = self.prepare_rows(train_dataset)
-        return prepared, prepare_evaluation_rows(eval_dataset, self.prepare_rows)
+        prepared = self._prepare_rows(train_dataset)
+        return prepared, prepare_evaluation_rows(eval_dataset, self._prepare_rows)
+
+    def _prepare_rows(self, rows: Rows | Prepared) -> Any:
+        """`prepare_rows`, which a subclass may have overridden without its return."""
+        prepared = self.prepare_rows(rows)
+        if not isinstance(prepared, PreparedDataset | StreamDataset):
+            raise ValueError(
+                f"{type(self).__name__}.prepare_rows returned a"
+                f" {type(prepared).__name__}: change the rows, and"
+                " return super().prepare_rows(rows)"
+            )
+        return prepared
 
     def make_objective(self) -> Objective:
         """The loss and its metrics, a pure function of log-probs. Override freely."""
@@ -238,9 +251,15 @@ def _loss_of(orchestrator: TrainingOrchestrator) -> build.Loss:
     """Its objective, and its auxiliary loss if the run uses one."""
     run, own = orchestrator.run, type(orchestrator).compute_auxiliary_loss
     assert run is not None  # `prepare` has set it
-    auxiliary = None
+    auxiliary, has_own = None, own is not TrainingOrchestrator.compute_auxiliary_loss
+    if has_own and not run.loop.use_auxiliary_loss:
+        logger.warning(
+            "%s.compute_auxiliary_loss does nothing: training.use_auxiliary_loss is"
+            " False; set it True",
+            type(orchestrator).__name__,
+        )
     if run.loop.use_auxiliary_loss:
-        if own is TrainingOrchestrator.compute_auxiliary_loss:
+        if not has_own:
             raise ValueError(
                 "training.use_auxiliary_loss = True: there is none to use; override"
                 " compute_auxiliary_loss in a subclass of TrainingOrchestrator"

@@ -490,6 +490,12 @@ def test_a_torch_training_step_is_refused_with_what_to_override(project):
         run_snippet(CUSTOM, TrainingOrchestrator=TrainingOrchestrator)
 
 
+@pytest.mark.parametrize("name", ["training_step", "compute_loss"])
+def test_so_are_the_methods_of_other_trainers(name):
+    with pytest.raises(TypeError, match=rf"Own\.{name} would never run"):
+        type("Own", (TrainingOrchestrator,), {name: lambda self, *arguments: None})
+
+
 @pytest.mark.slow
 def test_the_custom_trainer_in_its_jax_form(project):
     """The documented loss + 0.1 * auxiliary loss, as one pure method."""

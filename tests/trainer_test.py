@@ -357,6 +357,26 @@ def test_an_auxiliary_loss_is_one_overridden_method(whole_runs, tmp_path):
     assert extended["grad_norm"] != plain["grad_norm"]
 
 
+def test_an_auxiliary_loss_that_is_not_asked_for_is_told_of(tmp_path, caplog):
+    class Added(TrainingOrchestrator):
+        def compute_auxiliary_loss(self, outputs, batch):
+            raise AssertionError
+
+    config = tiny_config("from_scratch", max_steps=1, save_steps=0)
+    Added(config, workdir=tmp_path).train()
+    assert "Added.compute_auxiliary_loss does nothing: training.use_aux" in caplog.text
+
+
+def test_preparing_rows_without_a_return_is_told(tmp_path):
+    class Forgetful(TrainingOrchestrator):
+        def prepare_rows(self, rows):
+            super().prepare_rows(rows)
+
+    config = tiny_config("from_scratch", max_steps=1, save_steps=0)
+    with pytest.raises(ValueError, match=r"Forgetful\.prepare_rows returned a None"):
+        Forgetful(config, workdir=tmp_path).train()
+
+
 def test_an_auxiliary_loss_without_one_is_refused(tmp_path):
     config = tiny_config("from_scratch", use_auxiliary_loss=True)
     with pytest.raises(ValueError, match="compute_auxiliary_loss"):
