@@ -1,6 +1,8 @@
 """What a command prints: metrics, log lines and the bar, and nothing of libraries."""
 
+import asyncio
 import fcntl
+import gc
 import io
 import logging
 import math
@@ -254,7 +256,7 @@ def test_in_a_file_there_is_no_bar_and_no_control_character():
 @pytest.fixture
 def logging_as_it_was():
     root = logging.getLogger()
-    names = ("", "jaxtrain", "orbax.b", *logs._LIBRARIES)
+    names = ("", "jaxtrain", "orbax.b", *logs._LIBRARIES, *logs._NOISY)
     levels = {name: logging.getLogger(name).level for name in names}
     handlers = list(root.handlers)
     yield
@@ -300,6 +302,25 @@ def test_ours_are_shown_and_of_libraries_errors_only(
         assert environ["TF_CPP_MIN_LOG_LEVEL"] == "2"
     if environ.get("JAXTRAIN_LOG_LEVEL") == "debug":
         assert len(environ) == 1  # nothing is hushed
+
+
+def test_what_orbax_drops_of_a_damaged_checkpoint_is_not_told(
+    logging_as_it_was, capsys, recwarn
+):
+    """asyncio dumped the task, seconds behind our own line about that checkpoint."""
+    logs.set_up(environ={})
+
+    async def read() -> None:
+        raise ValueError("the manifest is cut off")
+
+    async def drop() -> None:
+        dropped = asyncio.ensure_future(read())
+        await asyncio.sleep(0)
+        del dropped
+
+    asyncio.run(drop())
+    gc.collect()
+    assert capsys.readouterr() == ("", "")
 
 
 def test_what_the_environment_says_of_a_library_stays(logging_as_it_was, recwarn):

@@ -22,14 +22,17 @@ _LEVEL_KEY = "JAXTRAIN_LOG_LEVEL"
 _INDENT = " " * len("00:00:00 ")
 # Below an error, what these log is of no use to someone who trains a model.
 _LIBRARIES = (
-    *("absl", "asyncio", "datasets", "etils", "filelock", "flax", "fsspec", "grain"),
+    *("absl", "datasets", "etils", "filelock", "flax", "fsspec", "grain"),
     *("httpcore", "httpx", "huggingface_hub", "jax", "jaxlib", "ml_collections"),
     *("optax", "orbax", "tensorboardX", "tensorstore", "tokenizers", "torch"),
     *("transformers", "urllib3"),
 )
 # They log a traceback of what they raise too, or of a device that is not there; our
 # message follows.
-_NOISY = ("jax._src.xla_bridge", "gcsfs", "google.auth", "s3fs", "botocore")
+_NOISY = (
+    *("jax._src.xla_bridge", "gcsfs", "google.auth", "s3fs", "botocore"),
+    "asyncio",  # what Orbax dropped of a damaged checkpoint
+)
 # How much libraries say for which Python's logging and warnings are not asked.
 _QUIET: Mapping[str, str] = {
     "TF_CPP_MIN_LOG_LEVEL": "2",  # XLA's own lines: errors only
