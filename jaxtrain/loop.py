@@ -20,12 +20,7 @@ from jaxtrain.data.stream.batches import StreamIterator, join_states
 from jaxtrain.evaluation.sets import evaluate_sets
 from jaxtrain.models.load import LoadedModel
 from jaxtrain.record.throughput import ThroughputMeter
-from jaxtrain.run.base_weights import (
-    check_base,
-    check_model,
-    describe_model,
-    identify_base,
-)
+from jaxtrain.run import base_weights
 from jaxtrain.run.callbacks import make_callbacks
 from jaxtrain.run.checkpoint import CheckpointManager, restore_newest
 from jaxtrain.run.feed import Feed, Prepared
@@ -78,7 +73,7 @@ class Parts:
         """What a checkpoint's record keeps of the data and the model before it."""
         # Batches are read ahead; what counts is what was trained on.
         batches = self.train_batches.get_state(step)
-        model = describe_model(self.model.config)
+        model = base_weights.describe_model(self.model.config)
         return {"batches": batches, "base_weights": self.base_weights, "model": model}
 
     def saved(self, state: TrainState) -> TrainState:
@@ -99,7 +94,7 @@ def restore(parts: Parts, checkpoints: CheckpointManager) -> tuple[Parts, Progre
             does not fit the model, its frozen weights or the data.
     """
     settings, state = parts.run.loop, parts.state
-    base = identify_base(parts.run, parts.model)
+    base = base_weights.identify_base(parts.run, parts.model)
     parts = dataclasses.replace(parts, base_weights=base)
     threshold = settings.early_stopping_threshold
     patience = settings.early_stopping_patience
@@ -116,15 +111,16 @@ def restore(parts: Parts, checkpoints: CheckpointManager) -> tuple[Parts, Progre
     for line in changes:
         logger.warning("resuming with another config: %s", line)
     data_states = [state or {} for state in restored.data_states]
+    recorded, model = data_states[0], parts.model
     names = ("model.name_or_path:", "model.revision:")
     # Whole training reads no base again, whatever became of it under the same name.
     if state.frozen or any(line.startswith(names) for line in changes):
-        check_base(data_states[0].get("base_weights"), base, parts.model.directory)
+        base_weights.check_base(recorded.get("base_weights"), base, model.directory)
     stretched = any(line.startswith("model.rope_scaling") for line in changes)
-    check_model(data_states[0].get("model"), parts.model, stretched=stretched)
+    base_weights.check_model(recorded.get("model"), model, stretched=stretched)
     parts.train_batches.set_state(join_states([s["batches"] for s in data_states]))
     progress.step = restored.step
-    progress.set_state(data_states[0])  # all but the position is the same for all
+    progress.set_state(recorded)  # all but the position is the same for all
     progress.goodput.set_state(restored.clock)
     progress.heed_changes(restored.config.get("training", {}), settings)
     if not any(line.startswith(("data.", "training.generation.")) for line in changes):
