@@ -225,3 +225,32 @@ def test_the_adapter_of_a_reference_is_a_part_of_it(tmp_path):
     assert first == fingerprint_model(base)
     file = tmp_path / "first" / "adapter" / "adapter_model.safetensors"
     assert adapter == fingerprint_files([file])
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"target_modules": r".*layers\.[02]\..*q_proj"},
+        {"target_modules": ["q_proj"], "rank_pattern": {r"layers\.1\..*q_proj": 4}},
+    ],
+    ids=lambda setting: [*setting][-1],
+)
+def test_a_trained_adapter_of_some_layers_is_told_to_be_merged(setting, tmp_path):
+    """The advice was to write another pattern, which does not help a trained one."""
+    base = write_base(tmp_path / "base", chat_tokenizer(), num_hidden_layers=3)
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    options = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, **setting}
+    (folder / "adapter_config.json").write_text(json.dumps(options))
+    name = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
+    tensors = {
+        name.format(layer, side): np.zeros((2, 32) if side == "A" else (32, 2))
+        for layer in ([0, 2] if "rank_pattern" not in setting else [0, 1, 2])
+        for side in "AB"
+    }
+    safetensors.numpy.save_file(tensors, folder / "adapter_model.safetensors")
+    config = tiny_config("lora", str(base), max_steps=1, save_steps=0)
+    config.training.lora.init_from = str(folder)
+    message = f"adapter {folder}: .* train alike: merge it with PEFT"
+    with pytest.raises(ValueError, match=message):
+        TrainingOrchestrator(config, workdir=tmp_path / "run").prepare()

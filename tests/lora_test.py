@@ -881,6 +881,7 @@ def rewrite_config(path, **entries):
         {"trainable_token_indices": [3]},
         {"init_lora_weights": "pissa"},
         {"peft_type": "IA3"},
+        {"task_type": "SEQ_CLS"},
         {"a_variant_of_tomorrow": True},
     ],
     ids=lambda entries: next(iter(entries)),
@@ -890,6 +891,13 @@ def test_an_unsupported_variant_is_refused_by_name(entries, tmp_path):
     rewrite_config(tmp_path, **entries)
 
     with pytest.raises(ValueError, match=f"{next(iter(entries))}.*not supported"):
+        load_adapter(tmp_path, tree)
+
+
+def test_prompts_that_were_learned_cannot_be_merged(tmp_path):
+    tree, _, _ = save_example(tmp_path)
+    rewrite_config(tmp_path, peft_type="PREFIX_TUNING")
+    with pytest.raises(ValueError, match="only LORA: train an adapter of LORA anew"):
         load_adapter(tmp_path, tree)
 
 

@@ -3,9 +3,15 @@
 from jaxtrain.lora.adapters import init_adapters, merge_into_base, trainable_and_frozen
 from jaxtrain.lora.peft_config import has_own_ends, settings_from
 from jaxtrain.lora.peft_files import load_adapter, save_adapter
-from jaxtrain.lora.targets import LoraConfig, make_shape, resolve_targets
+from jaxtrain.lora.targets import (
+    LayersDifferError,
+    LoraConfig,
+    make_shape,
+    resolve_targets,
+)
 
 __all__ = [
+    "LayersDifferError",
     "LoraConfig",
     "has_own_ends",
     "init_adapters",

@@ -247,11 +247,25 @@ _VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 
 
+# Kinds that learn prompts, which no weights can hold; and tasks of other models.
+_PROMPTS = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING")
+_OTHER_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "SEQ_2_SEQ_LM")
+
+
 def _refuse_variants(path: pathlib.Path, config: Mapping[str, Any]) -> None:
-    if config.get("peft_type") != "LORA":
+    kind, task = config.get("peft_type"), config.get("task_type")
+    if kind != "LORA":
+        advice = "train an adapter of LORA anew"
+        if kind not in _PROMPTS:
+            advice = "merge it with PEFT and load the merged model"
         raise ValueError(
-            f"adapter {path}: peft_type = {shown(config.get('peft_type'))} is not"
-            " supported, only LORA: merge it with PEFT and load the merged model"
+            f"adapter {path}: peft_type = {shown(kind)} is not supported, only LORA:"
+            f" {advice}"
+        )
+    if task in _OTHER_TASKS:
+        raise ValueError(
+            f"adapter {path}: task_type = {shown(task)} is not supported, only models"
+            " that continue texts (CAUSAL_LM): give another adapter"
         )
     variants = {
         key: value

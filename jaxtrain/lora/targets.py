@@ -35,6 +35,14 @@ PROJECTION: TreePath = ("per_layer_model_projection",)  # Gemma 4's
 _PATTERNS = ("target_modules", "modules_to_save", "rank_pattern", "alpha_pattern")
 
 
+class LayersDifferError(ValueError):
+    """A setting tells layers apart; `problem` is without the advice to who sets it."""
+
+    def __init__(self, problem: str, advice: str) -> None:
+        self.problem = f"{problem}, but layers are stacked and train alike"
+        super().__init__(f"{self.problem}: {advice}")
+
+
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
     """PEFT's LoraConfig, the part of it that is supported.
@@ -124,10 +132,10 @@ class LoraConfig:
                 for name in names
             ]
             if len(set(values)) > 1:
-                raise ValueError(
+                raise LayersDifferError(
                     f"lora.{key} = {shown(dict(patterns))} gives {names[0]} and its"
-                    f" like in other layers {values}, but layers are stacked: write"
-                    " patterns without layer numbers"
+                    f" like in other layers {values}",
+                    "write patterns without layer numbers",
                 )
             chosen.append(values[0])
         return chosen[0], self.scaling(*chosen)
@@ -230,10 +238,10 @@ def _in_every_layer(key: str, module: Module, matches: Callable[[str], bool]) ->
     if any(matched) and not all(matched):
         numbers = layer_numbers(split_path(module.path)[0], len(matched))
         layers = [i for i, hit in zip(numbers, matched, strict=True) if hit]
-        raise ValueError(
-            f"{key} selects {module.label} in layers {layers} of {len(matched)} only,"
-            " but layers are stacked and train alike: write a pattern that matches it"
-            r" in every layer, such as .*\.layers\.\d+\..*"
+        raise LayersDifferError(
+            f"{key} selects {module.label} in layers {layers} of {len(matched)} only",
+            "write a pattern that matches it in every layer, such as"
+            r" .*\.layers\.\d+\..*",
         )
     return all(matched)
 
