@@ -18,6 +18,7 @@ from jaxtrain.lora.peft_tensors import WEIGHTS_FILE
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.fingerprint import fingerprint_files
 from jaxtrain.models.load import LoadedModel
+from jaxtrain.record.safe_text import shown
 from jaxtrain.tree import dotted
 from jaxtrain.types import TrainState
 
@@ -64,7 +65,7 @@ def find_changes(
     """
     present = describe_model(model.config)
     return ", ".join(
-        f"{name} {then} -> {present[name]}"
+        f"{name} {shown(then, 60)} -> {shown(present[name], 60)}"
         for name, then in (saved or {}).items()
         if name in present and present[name] != then
         if not (stretched and name.startswith(_ROPES))
