@@ -28,6 +28,7 @@ from jaxtrain.evaluation.generate import generate_tokens, make_generate
 from jaxtrain.evaluation.stream import make_stream, text_pieces
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.transformer import Decoder
+from jaxtrain.run.saved_record import read_record
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BASE = assets.asset_path(assets.MODEL)
@@ -203,6 +204,21 @@ def test_eval_tells_of_rows_that_it_cut(tmp_path, capsys):
         assert (told in capsys.readouterr().out) == bool(cut)
         found = json.loads((tmp_path / "results.json").read_text())
         assert found.get("truncated") == cut
+
+
+def test_eval_tells_where_the_best_step_is_no_checkpoint(trained, caplog, monkeypatch):
+    """Another step was taken for the best one without a word."""
+    run = trained("sft")
+    command("eval", run, "--step=best", "--data.max_eval_rows=2")
+    assert "there is no checkpoint" not in caplog.text
+
+    def read(checkpoint: pathlib.Path) -> Any:
+        best = {"value": 1.0, "step": 3}
+        return read_record(checkpoint) | {"data_states": [{"best": best}]}
+
+    monkeypatch.setattr("jaxtrain.run.weights.read_record", read)
+    command("eval", run, "--step=best", "--data.max_eval_rows=2")
+    assert "best at step 3, of which there is no checkpoint; of those" in caplog.text
 
 
 @pytest.mark.parametrize(

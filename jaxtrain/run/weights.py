@@ -5,6 +5,7 @@ steps and the export can use. They need no training data.
 """
 
 import dataclasses
+import logging
 import pathlib
 
 import jax
@@ -20,9 +21,12 @@ from jaxtrain.optimizers.ema import averaged, describe_average
 from jaxtrain.run.base_weights import warn_of_other_base
 from jaxtrain.run.checkpoint import CheckpointManager, CheckpointMismatchError
 from jaxtrain.run.preflight import explain_mismatch, saved_steps
+from jaxtrain.run.saved_record import read_record
 from jaxtrain.sharding import layouts_of
 from jaxtrain.tree import overlay, select
 from jaxtrain.types import TrainState
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,4 +168,20 @@ def choose_checkpoint(
                 f" {run.loop.best_metric}; let training.save_steps be a multiple of"
                 " training.eval_steps"
             )
+        if step == "best" and best is not None:
+            _tell_of_a_better(folder, saved, best)
     return Checkpoint(folder, saved[-1] if best is None else best)
+
+
+def _tell_of_a_better(folder: pathlib.Path, saved: list[int], best: int) -> None:
+    """Tell if the run's best evaluation was at a step that is no checkpoint."""
+    try:
+        found = read_record(folder / str(saved[-1]))["data_states"][0]["best"]["step"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return  # restoring it says what is wrong
+    if found not in saved:
+        logger.warning(
+            "--step=best: the run was best at step %d, of which there is no checkpoint;"
+            " of those that are there step %d is the best",
+            *(found, best),
+        )
