@@ -206,6 +206,16 @@ def test_eval_tells_of_rows_that_it_cut(tmp_path, capsys):
         assert found.get("truncated") == cut
 
 
+def test_eval_of_a_run_by_another_type_drops_what_its_own_settled(trained, tmp_path):
+    """It was told that share_prompts, which nobody had set, is of pairs alone."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"prompt": "Let there", "completion": " be light"}))
+    run = trained("dpo")
+    assert json.loads((run / "config.json").read_text())["data"]["share_prompts"]
+    found = evaluate(tmp_path, run, f"--data={file}", "--training.training_type=sft")
+    assert found["eval_perplexity"] > 1
+
+
 def test_eval_tells_where_the_best_step_is_no_checkpoint(trained, caplog, monkeypatch):
     """Another step was taken for the best one without a word."""
     run = trained("sft")

@@ -396,7 +396,11 @@ def _base_as_reference(run: RunConfig) -> RunConfig:
 
 
 def _override(config: ConfigDict, flags: Sequence[Flag]) -> frozenset[str]:
+    before = config.training.training_type
     keys = override(config, flags)
+    if config.training.training_type != before and "data.share_prompts" not in keys:
+        with config.unlocked():
+            config.data.share_prompts = None  # the run's own type had settled it
     check_acting(keys, _ACTING, "an evaluation")
     return keys
 
