@@ -699,6 +699,9 @@ def test_a_command_tells_of_no_read_that_orbax_dropped(
     previous = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
     monkeypatch.setattr(sys, "argv", ["jaxtrain"])
+    # It would stay for the tests that come after.
+    monkeypatch.setattr(ending.logs, "set_up", lambda **_: None)
+    monkeypatch.setattr(interrupts, "_watches", interrupts._watches)
 
     class Dropped:
         def __init__(self, text: str) -> None:

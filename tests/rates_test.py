@@ -19,9 +19,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxtrain import loop
+from jaxtrain import assets, loop
 from jaxtrain.batch import Batch
 from jaxtrain.config import default_config, resolve
+from jaxtrain.models.hf import load_config
 from jaxtrain.record.goodput import Goodput
 from jaxtrain.record.throughput import ThroughputMeter
 from jaxtrain.run.bad_steps import BadSteps, PendingSteps
@@ -30,6 +31,8 @@ from jaxtrain.run.preemption import Preempted
 from jaxtrain.run.step_programs import StepPrograms
 from jaxtrain.run.window import MetricWindow
 from jaxtrain.types import TrainState, WeightedSum
+
+CONFIG = load_config(assets.asset_path(assets.MODEL))
 
 COMPILE_SECS, EVAL_SECS, SAVE_SECS = 50.0, 7.25, 3.5
 FLOPS_PER_TOKEN, PEAK_FLOPS = 6e3, 1e6
@@ -247,7 +250,7 @@ def run_loop(world):
     eval_batch = Batch(*np.zeros((5, 1, 4)))
     parts = loop.Parts(
         run=run,
-        model=types.SimpleNamespace(plan=None),
+        model=types.SimpleNamespace(plan=None, config=CONFIG),
         state=TrainState(0, {}, {}, None, None),
         train_step=world.train_step,
         eval_step=world.eval_step,

@@ -182,9 +182,10 @@ def test_rows_with_images_are_refused_and_empty_columns_are_not(column):
         assert detect_format([row | {column: empty}]).kind == "prompt_completion"
 
 
-def test_a_conversation_in_a_cell_is_refused_with_the_reason():
-    cell = json.dumps([{"role": "user", "content": "a"}])
-    with pytest.raises(BadRow, match="jsonl or parquet, not csv"):
+def test_pythons_text_of_a_conversation_is_refused_with_the_reason():
+    """As pandas writes it to a csv file; JSON is read."""
+    cell = str([{"role": "user", "content": "a"}])
+    with pytest.raises(BadRow, match="its JSON, not Python's text of it"):
         read_row({"messages": cell}, detect_format([{"messages": cell}]))
 
 
