@@ -267,6 +267,7 @@ ALLOWED: dict[str, set[str]] = {
         "optimizers",
         "run",
         "run.preflight",
+        "run.saved_record",
         "sharding",
         "tree",
         "types",

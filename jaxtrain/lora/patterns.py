@@ -1,7 +1,34 @@
 """Regular expressions of module names, as PEFT's settings hold them."""
 
+import contextlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+
+
+class LayersDifferError(ValueError):
+    """A setting tells layers apart; `problem` is without the advice to who sets it."""
+
+    def __init__(self, problem: str, advice: str) -> None:
+        self.problem = f"{problem}, but layers are stacked and train alike"
+        super().__init__(f"{self.problem}: {advice}")
+
+
+@contextlib.contextmanager
+def explained(adapter: str | None) -> Iterator[None]:
+    """Say of an adapter that is trained, and has such a setting, what can be done.
+
+    Args:
+        adapter: its folder; None where adapters are new.
+    """
+    try:
+        yield
+    except LayersDifferError as error:
+        if not adapter:
+            raise
+        raise ValueError(
+            f"adapter {adapter}: {error.problem}: merge it with PEFT"
+            " (merge_and_unload) and load the merged model"
+        ) from error
 
 
 def ends_one(pattern: str, names: Iterable[str]) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from jaxtrain.lora import parameters
-from jaxtrain.lora.patterns import ends_one, why_none
+from jaxtrain.lora.patterns import LayersDifferError, ends_one, why_none
 from jaxtrain.models.layers import LoraShape
 from jaxtrain.models.quantization import CODES, kernel_shape
 from jaxtrain.models.stacks import LAYERS, layer_numbers, split_path
@@ -33,14 +33,6 @@ HEAD: TreePath = ("lm_head",)
 PROJECTION: TreePath = ("per_layer_model_projection",)  # Gemma 4's
 # Settings that hold regular expressions.
 _PATTERNS = ("target_modules", "modules_to_save", "rank_pattern", "alpha_pattern")
-
-
-class LayersDifferError(ValueError):
-    """A setting tells layers apart; `problem` is without the advice to who sets it."""
-
-    def __init__(self, problem: str, advice: str) -> None:
-        self.problem = f"{problem}, but layers are stacked and train alike"
-        super().__init__(f"{self.problem}: {advice}")
 
 
 @dataclasses.dataclass(frozen=True)

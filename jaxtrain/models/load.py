@@ -318,15 +318,8 @@ def make_decoder(
     )
     if run.lora is None:
         return decoder
-    try:
+    with lora.explained(run.lora.init_from):
         shape = lora.make_shape(lora_config(run, config), decoder.abstract_params())
-    except lora.LayersDifferError as error:
-        if not run.lora.init_from:
-            raise
-        raise ValueError(
-            f"adapter {run.lora.init_from}: {error.problem}: merge it with PEFT"
-            " (merge_and_unload) and load the merged model"
-        ) from error
     if run.lora.ensure_weight_tying and not run.lora.init_from and not shape.ties_head:
         raise ValueError(
             "training.lora.ensure_weight_tying = True: this run gives no adapter to an"
