@@ -511,6 +511,12 @@ def test_other_commands_refuse_in_one_message(
 # --- export ------------------------------------------------------------------------
 
 
+def card_of(folder: pathlib.Path) -> list[str]:
+    """A model card's lines, but for torch: another test may have loaded it between."""
+    lines = (folder / "README.md").read_text().splitlines()
+    return [line for line in lines if not line.startswith("- torch ")]
+
+
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "dpo_sums"])
 def test_an_exported_checkpoint_is_what_the_run_exported_itself(
     kind, trained, tmp_path, monkeypatch
@@ -523,8 +529,7 @@ def test_an_exported_checkpoint_is_what_the_run_exported_itself(
     earlier = tensors(tmp_path / "second")
     card = (tmp_path / "second" / "README.md").read_text()
     assert "library_name: transformers" in card and "optimizer step 2." in card
-    cards = (d / "README.md" for d in (tmp_path / "last", workdir / "model"))
-    assert next(cards).read_text() == next(cards).read_text()
+    assert card_of(tmp_path / "last") == card_of(workdir / "model")
     assert any((earlier[n] != x).any() for n, x in tensors(workdir / "model").items())
     if "lora" in kind:
         command("export", workdir, "--adapter", f"--output={tmp_path / 'adapter'}")
@@ -535,8 +540,8 @@ def test_an_exported_checkpoint_is_what_the_run_exported_itself(
         )
         left, right = (json.loads(file.read_text()) for file in configs)
         assert left == right
-        card = (tmp_path / "adapter" / "README.md").read_text()
-        assert card == (workdir / "adapter" / "README.md").read_text()
+        card = card_of(tmp_path / "adapter")
+        assert card == card_of(workdir / "adapter")
         assert "library_name: peft" in card
     else:
         held = _read_checkpoint(workdir / "checkpoints" / "2")
