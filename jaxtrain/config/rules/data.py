@@ -70,8 +70,7 @@ def check_tokens(run: Resolution) -> None:
         for name in ("gradient_accumulation_steps", "per_device_train_batch_size")
     }
     if math.prod(sizes.values()) * length > _MOST_TOKENS:
-        larger = max(sizes, key=lambda name: sizes[name])
-        smaller = min(sizes, key=lambda name: sizes[name])
+        smaller, larger = sorted(sizes, key=lambda name: sizes[name])
         run.problem(
             larger,
             f"with {smaller} = {sizes[smaller]} and max_length = {length} the rows of a"
