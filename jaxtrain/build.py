@@ -24,9 +24,9 @@ from jaxtrain import loop, objectives, sharding, step
 from jaxtrain.config import RunConfig
 from jaxtrain.data.batches.dataset import PreparedDataset
 from jaxtrain.models.config import ModelConfig
-from jaxtrain.models.fp8 import quantize_once
 from jaxtrain.models.load import LoadedModel
 from jaxtrain.models.mixture_options import router_loss_coefficient, with_router_report
+from jaxtrain.models.parted import preparation
 from jaxtrain.models.state import init_state, needs_reference
 from jaxtrain.models.transformer import for_reference
 from jaxtrain.models.z_loss import with_z_loss
@@ -262,7 +262,7 @@ def make_steps(
             diagnostics.parameter_group if run.loop.log_grad_norm_by_group else None
         ),
         is_micro_batch_mean=functools.partial(_is_micro_batch_mean, run.objective_row),
-        prepare=quantize_once if plan.fp8 else None,
+        prepare=preparation(run, plan, layouts.trainable),
         unrolled=plan.unrolled,
     )
     options = offload(options, plan, optimizer, layouts)

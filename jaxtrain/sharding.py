@@ -130,8 +130,8 @@ class ShardingPlan:
     """How one run lays out parameters, optimizer state, batches and activations.
 
     `zero_stage`: see the module's docstring. `offload_*` keep that state in pinned
-    host memory between steps; the step brings it to the device while it needs it.
-    `unrolled`: its programs compile each layer on its own. `fp8`: they multiply so.
+    host memory between steps, and steps fetch it. `unrolled`: programs compile each
+    layer on its own. `fp8`: they multiply so. `parted`: see models/parted.py.
     """
 
     mesh: Mesh
@@ -140,6 +140,7 @@ class ShardingPlan:
     offload_params: bool = False
     unrolled: bool = False
     fp8: bool = False
+    parted: bool = False
     deterministic: bool = False
     adapters: bool = False
 

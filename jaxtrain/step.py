@@ -71,7 +71,7 @@ class StepOptions:
     group_of: GroupOf | None = None
     is_micro_batch_mean: Callable[[str], bool] = lambda name: False
     fetch: Callable[[TrainState], TrainState] = lambda state: state
-    prepare: Callable[[Params], Callable[[Params], Params]] | None = None
+    prepare: Callable[[Params], Callable[[Params], Params]] = lambda p: lambda t: t
     update: UpdateFn | None = None
     unrolled: bool = False
 
@@ -101,7 +101,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         fetched = options.fetch(state)
-        read = (options.prepare or (lambda _: lambda tree: tree))(fetched.trainable)
+        read = options.prepare(fetched.trainable)
         key = jax.random.fold_in(state.rng, state.step)
         scale = 1.0 if state.loss_scale is None else state.loss_scale.scale
 
@@ -269,7 +269,8 @@ def make_eval_step(
 
     def eval_step(state: TrainState, batch: Any) -> Metrics:
         fetched = options.fetch(state)
-        return measure(fetched.trainable, fetched.frozen, batch, None)
+        read = options.prepare(fetched.trainable)
+        return measure(read(fetched.trainable), fetched.frozen, batch, None)
 
     return eval_step
 

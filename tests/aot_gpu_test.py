@@ -10,6 +10,7 @@ import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.experimental import topologies
 
@@ -167,11 +168,11 @@ def test_a_step_compiles_for_sixteen_gpus_with_our_kernel_and_tells_the_network(
     assert "FITS" in done.stdout.splitlines()
 
 
-def compiled_step(count=1):
-    """The text of a step of three wide layers, whose weights so many H100 share."""
+def compiled_step(count=1, axis="fsdp"):
+    """The text of a step of three wide layers, on so many H100 along an axis."""
     keys = {"num_gpus": count, "gradient_accumulation_steps": 1}
     config = tiny_config("from_scratch", bf16=True, **keys)
-    config.mesh.fsdp = count
+    config.mesh[axis] = count
     sizes = config.model.architecture
     sizes.hidden_size, sizes.intermediate_size, sizes.num_hidden_layers = 1024, 1536, 3
     run = resolve(config, device_count=count)
@@ -199,6 +200,25 @@ def test_gpus_that_share_weights_update_them_where_they_lie():
     copied = re.findall(r"= (f32\[[\d,]+\])\S* copy\(", text)
     assert "f32[3,1536,512]" in text  # the down projections
     assert not [shape for shape in copied if shape.count(",") > 0], copied
+
+
+@needs_plugin
+def test_weights_in_parts_are_gathered_in_few_bits_and_gradients_scattered():
+    """Matrices travel in bfloat16 each way; vectors alone are added up whole."""
+    text = compiled_step(count=2, axis="data")
+    kinds = "all-gather|reduce-scatter|all-reduce"
+    found = re.findall(rf"= (\(.*?\)|\S+) ({kinds})(?:-start)?\(", text)
+    moved = {
+        (kind, *shape)
+        for shapes, kind in found
+        for shape in re.findall(r"(\w+)\[([\d,]+)\]", shapes)
+        if np.prod([int(size) for size in shape[1].split(",")]) >= 2**18
+    }
+    assert {kind for kind, *_ in moved} == {"all-gather", "reduce-scatter"}
+    # Its head has no kernel, and adds up the slices of its gradient in float32.
+    head = {"2048,1024", "1024,1024"}
+    assert {dtype for _, dtype, shape in moved if shape not in head} == {"bf16"}, moved
+    assert "f32[3,512,1536]" in text and "f32[3,1024,1536]" not in text  # as kept
 
 
 @needs_plugin

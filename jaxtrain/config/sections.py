@@ -667,9 +667,11 @@ class DeepspeedSection:
     """What is split over devices, and what rests in host memory."""
 
     zero_stage: Literal[0, 1, 2, 3] = DERIVED
-    """What is split over devices. 0: nothing; 1, 2: optimizer state (XLA scatters
-    gradients in either); 3: parameters too, over mesh.fsdp and mesh.expert. Unset: 3
-    if mesh.fsdp is above 1, else 0, where mesh.expert splits experts alone."""
+    """What is split over devices. 0: nothing that a step needs; 1, 2: optimizer state
+    (XLA scatters gradients in either); 3: parameters too, over mesh.fsdp and
+    mesh.expert. Unset: 3 if mesh.fsdp is above 1, else 0, where mesh.expert splits
+    experts alone. Below 3, GPUs of one host that share mesh.data keep and update
+    weights in parts (docs/scaling.md)."""
     offload_optimizer: bool = DERIVED
     """Keep optimizer state in pinned host memory between steps. Unset: as
     cpu_offload."""

@@ -33,7 +33,9 @@ class Inference(abc.ABC):
         """The weights, in device memory or in the host memory they are offloaded to."""
 
     def on_device(self, params: Params) -> Params:
-        """Return the weights in device memory, copying them if they are offloaded."""
+        """Return the weights whole in device memory: copies of what is not kept so."""
+        if self.plan.parted:
+            return jax.device_put(params, self.plan.replicated)
         if not self.plan.offload_params:
             return params
         layouts = sharding.layouts_of(params)

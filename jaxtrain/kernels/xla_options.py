@@ -34,6 +34,7 @@ _UNHIDDEN: Options = {"xla_gpu_enable_latency_hiding_scheduler": False}
 # arrays is not worth copying them into one and out again.
 _LARGE_SUMS: Options = {
     "xla_gpu_all_reduce_combine_threshold_bytes": "125000000",
+    "xla_gpu_reduce_scatter_combine_threshold_bytes": "125000000",
     _PASSES_OFF: f"{_UNROLLED[_PASSES_OFF]},all-reduce-contiguous",
 }
 # Kernels are else chosen by timing them, which is another choice each time, and cuDNN's

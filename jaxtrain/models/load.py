@@ -13,7 +13,7 @@ from jaxtrain.config import RunConfig
 from jaxtrain.evaluation.inference import Inference
 from jaxtrain.kernels.attention import Layout
 from jaxtrain.kernels.attention.api import PLATFORM_OF
-from jaxtrain.models import bucket, ends, fp8, hf, quantization, vocabulary
+from jaxtrain.models import bucket, ends, fp8, hf, parted, quantization, vocabulary
 from jaxtrain.models.config import ModelConfig
 from jaxtrain.models.fingerprint import fingerprint_model
 from jaxtrain.models.generation_config import GenerationConfig
@@ -220,7 +220,8 @@ def make_plan(
     unrolled, in_fp8 = _unrolls_layers(run, config, plan), run.precision.fp8
     if in_fp8:
         fp8.check(config, plan.mesh.devices.flat[0])
-    return dataclasses.replace(plan, unrolled=unrolled, fp8=in_fp8)
+    in_parts = parted.serves(run, plan)
+    return dataclasses.replace(plan, unrolled=unrolled, fp8=in_fp8, parted=in_parts)
 
 
 def _unrolls_layers(
@@ -314,6 +315,7 @@ def make_decoder(
             tokens=rules["sequence"],
             vocab=rules["vocab"],
             weights=plan.weight_axes,
+            parts=(parted.AXIS,) if plan.parted else (),
         ),
     )
     if run.lora is None:

@@ -35,7 +35,8 @@ def look_up(
 ) -> Float[Array, "B T D"]:
     """The table's row of each token, in `dtype`."""
     layout = layout or Layout()
-    if _on_gpu(layout) or _is_exchanged(layout, table, tokens, dtype):
+    exchanged = _is_exchanged(layout, table, tokens, dtype)
+    if _on_gpu(layout) or exchanged or layout.parts:
         return _look_up(layout, dtype, table, tokens)
     return jnp.take(table, tokens, axis=0).astype(dtype)
 
@@ -84,8 +85,12 @@ def _backward(
     layout: Layout, dtype: str, kept: tuple[Array, Array], gradient: Array
 ) -> tuple[Array, None]:
     (table, tokens), mesh = kept, layout.mesh
+    # A table in parts is read in the compute type, in which sums would be rounded.
+    summed = jax.ShapeDtypeStruct(
+        table.shape, jnp.float32 if layout.parts else table.dtype
+    )
     add_up: _AddUp = functools.partial(
-        _sum_exactly if _on_gpu(layout) else _transposed, table
+        _sum_exactly if _on_gpu(layout) else _transposed, summed
     )
     if mesh is None or mesh.size == 1:
         return add_up(gradient, tokens), None
@@ -101,22 +106,24 @@ def _backward(
     gradient, tokens = pin(gradient, rows, along, width), pin(tokens, rows, along)
     if rows or along:
         add_up = _on_shards(add_up, layout, (rows, along, width))
-    return pin(add_up(gradient, tokens), None, width), None
+    parts = layout.fitting(layout.parts, table.shape[0]) or None
+    of_table = pin(add_up(gradient, tokens), parts, width)
+    return of_table.astype(table.dtype), None
 
 
 _look_up.defvjp(_forward, _backward)
 
 
-def _transposed(table: Array, gradient: Array, tokens: Array) -> Array:
+def _transposed(table: jax.ShapeDtypeStruct, gradient: Array, tokens: Array) -> Array:
     """XLA's own sum."""
     add_up = jax.linear_transpose(lambda rows: jnp.take(rows, tokens, axis=0), table)
     (found,) = add_up(gradient.astype(table.dtype))
     return found
 
 
-def _sum_exactly(table: Array, gradient: Array, tokens: Array) -> Array:
+def _sum_exactly(table: jax.ShapeDtypeStruct, gradient: Array, tokens: Array) -> Array:
     vectors = gradient.reshape(-1, gradient.shape[-1])
-    return sum_rows(vectors, tokens.reshape(-1), len(table), table.dtype)
+    return sum_rows(vectors, tokens.reshape(-1), table.shape[0], table.dtype)
 
 
 def _on_shards(add_up: _AddUp, layout: Layout, axes: tuple[Axes | None, ...]) -> _AddUp:

@@ -9,7 +9,7 @@ import optax
 
 from jaxtrain import lora, sharding
 from jaxtrain.config import RunConfig
-from jaxtrain.models import reference
+from jaxtrain.models import parted, reference
 from jaxtrain.models.load import LoadedModel, lora_config
 from jaxtrain.optimizers import optim
 from jaxtrain.record.diagnostics import init_loss_window
@@ -71,12 +71,10 @@ def _layouts(
     model: LoadedModel, optimizer: optax.GradientTransformation, trainable: Params
 ) -> tuple[Any, Any]:
     """Where the trainable parameters and the optimizer's state are kept."""
-    plan = model.plan
-    axes = select(model.decoder.logical_axes(), trainable)
-    moments = optim.state_shardings(
-        optimizer, trainable, plan.optimizer_moments(trainable, axes), plan.replicated
-    )
-    return plan.parameters(trainable, axes), plan.store_optimizer(moments)
+    plan, axes = model.plan, model.decoder.logical_axes()
+    parameters, moments = parted.lay_out(plan, trainable, select(axes, trainable))
+    moments = optim.state_shardings(optimizer, trainable, moments, plan.replicated)
+    return parameters, plan.store_optimizer(moments)
 
 
 def _laid_out(tree: Any, layouts: Any) -> Any:

@@ -102,6 +102,8 @@ def estimate_memory(parts: loop.Parts) -> memory.Estimate:
     }
     axes = select(parts.model.decoder.logical_axes(), state.trainable)
     layouts = plan.optimizer_moments(state.trainable, axes)
+    if plan.parted:  # as it is updated, in parts
+        layouts = jax.tree.map(lambda leaf: leaf.sharding, state.trainable)
     adds_up = parts.run.loop.gradient_accumulation_steps > 1
     gradients = sum(
         memory.shard_size(leaf.shape, layout) * (4 if adds_up else leaf.dtype.itemsize)
@@ -111,6 +113,10 @@ def estimate_memory(parts: loop.Parts) -> memory.Estimate:
     )
     device = {name: own for name, (own, _) in found.items() if own}
     device |= {"gradients": gradients, "layer inputs": _layer_inputs(parts)}
+    if plan.parted:
+        width = jax.numpy.dtype(parts.run.precision.compute_dtype).itemsize
+        weights = sum(leaf.size for leaf in jax.tree.leaves(state.trainable))
+        device["gathered weights"] = weights * width
     return memory.Estimate(device, sum(host for _, host in found.values()))
 
 
@@ -249,6 +255,8 @@ def _devices(parts: loop.Parts) -> str:
     split = {1: "optimizer state", 2: "optimizer state", 3: "parameters and optimizer"}
     if plan.batch_shards > 1 and plan.zero_stage in split:
         text += f"; {split[plan.zero_stage]} split (stage {plan.zero_stage})"
+    elif plan.parted:
+        text += "; weights and optimizer state kept in parts"
     return text
 
 

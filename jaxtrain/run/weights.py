@@ -66,11 +66,11 @@ def load_state(
     # Nothing is trained: no moments are made or read.
     optimizer = optax.identity()
     if policy is None or run.lora is not None or needs_reference(run):
-        model = load_model(run)
+        model = _kept_whole(load_model(run))
         state = init_state(model, run, optimizer)
     else:
         source = read_source(run, needs_weights=False)
-        described = load_abstract_model(run, jax.devices(), source)
+        described = _kept_whole(load_abstract_model(run, jax.devices(), source))
         state = abstract_state(described, run, optimizer)
         model = dataclasses.replace(described, weights=None)
     replicated = model.plan.replicated
@@ -91,6 +91,12 @@ def load_state(
     layouts = layouts_of(state.trainable)
     weights = hf.load_params(policy, base, layouts, dtype=run.model.param_dtype)
     return model, dataclasses.replace(state, trainable=weights)
+
+
+def _kept_whole(model: LoadedModel) -> LoadedModel:
+    """The model with weights that are not updated, and so need not be in parts."""
+    plan = dataclasses.replace(model.plan, parted=False)
+    return dataclasses.replace(model, plan=plan)
 
 
 def as_model(model: LoadedModel, state: TrainState) -> LoadedModel:

@@ -29,7 +29,8 @@ class Layout:
     """Which axes of a mesh split rows, heads, tokens, vocabulary. None: one device.
 
     `weights`: those that may split the width of weights. A size that does not divide is
-    kept whole on every device, as activations are.
+    kept whole on every device, as activations are. `parts`: those over which gradients
+    of tables are wanted in parts, by rows.
     """
 
     mesh: Mesh | None = None
@@ -38,6 +39,7 @@ class Layout:
     tokens: Axes = ()
     vocab: Axes = ()
     weights: Axes = ()
+    parts: Axes = ()
 
     @property
     def platform(self) -> str:
