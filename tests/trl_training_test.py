@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.torch, pytest.mark.slow]
 
 ROWS, EVAL_ROWS, STEPS = 17, 12, 20
 FAMILIES = ("llama", "qwen2")
-METHODS = ("sft", "lora-sft", "dpo", "lora-dpo")
+METHODS = ("sft", "lora-sft", "dpo", "lora-dpo", "kto")
 # By the names that the two trainers share. What else they log are clocks and, of ours,
 # what TRL does not have.
 SFT_METRICS = (
@@ -35,6 +35,14 @@ DPO_METRICS = (
     "rewards/accuracies", "logps/chosen", "logps/rejected", "logits/chosen",
     "logits/rejected",
 )  # fmt: skip
+METRICS = {
+    "sft": SFT_METRICS,
+    "dpo": DPO_METRICS,
+    "kto": (
+        *sorted({*DPO_METRICS} - {"mean_token_accuracy", "rewards/accuracies"}),
+        "kl",
+    ),
+}
 NOT_EVALUATED = ("grad_norm", "learning_rate", "num_tokens", "epoch")
 
 
@@ -63,10 +71,13 @@ def make_rows(objective: str, count: int = ROWS, seed: int = 0) -> list[dict[str
         return "".join(chr(i) for i in draw.integers(97, 123, draw.integers(low, high)))
 
     sides = ("chosen", "rejected") if objective == "dpo" else ("completion",)
-    return [
+    rows: list[dict[str, Any]] = [
         {"prompt": letters(2, 8), **{side: letters(1, 18) for side in sides}}
         for _ in range(count)
     ]
+    if objective == "kto":
+        rows = [row | {"label": bool(i % 3)} for i, row in enumerate(rows)]
+    return rows
 
 
 # The router's loss shows in the fourth digit of the loss by its usual 0.001.
@@ -240,10 +251,10 @@ def train_with_trl(
     from datasets import Dataset
 
     objective = method.removeprefix("lora-")
+    kind = objective.upper()
     config_class, trainer_class = (
-        (trl.DPOConfig, trl.DPOTrainer)
-        if objective == "dpo"
-        else (trl.SFTConfig, trl.SFTTrainer)
+        getattr(trl, f"{kind}Config"),
+        getattr(trl, f"{kind}Trainer"),
     )
     with_lora = method.startswith("lora-")
     settings = LORA_SETTINGS if with_lora else SETTINGS
@@ -292,7 +303,9 @@ def train_with_jaxtrain(
     with_lora = method.startswith("lora-")
     settings = LORA_SETTINGS if with_lora else SETTINGS
     training = config.training
-    training.training_type = objective
+    training.training_type = "dpo" if objective == "kto" else objective
+    if objective == "kto":
+        training.objective = "kto"
     for name, value in (settings | options).items():
         (training if name in training else training.dpo)[name] = value
     training.num_gpus = 1
@@ -337,7 +350,7 @@ def assert_equal_trainings(
         differences, the same unless given.
     eval_rounding: of the evaluation's rewards, which may be nearly 0.
     """
-    names = DPO_METRICS if objective == "dpo" else SFT_METRICS
+    names = METRICS[objective]
     for name in names:
         first = tied_logs if name == "rewards/accuracies" else 0
         found, expected = (

@@ -285,6 +285,10 @@ def prepare_options(run: RunConfig) -> PrepareOptions:
         column_map=make_column_map(run.data.column_map),
         difficulty_column=run.curriculum.column if by_column else None,
         share_prompts=run.data.share_prompts,
+        # Rows that are shuffled meet others in a micro-batch.
+        exchange_within=0
+        if run.data.shuffle or run.objective_row.row_kind != "labeled"
+        else run.loop.per_device_train_batch_size,
     )
 
 

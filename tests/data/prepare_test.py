@@ -11,8 +11,11 @@ from jaxtrain.config import resolve
 from jaxtrain.data.batches.dataset import DataStats, PreparedDataset, TokenStore
 from jaxtrain.data.batches.pack import pack_best_fit
 from jaxtrain.data.loading import load_run_tokenizer, prepare_rows
+from jaxtrain.data.prepare.kinds import mismatch_completions
 from jaxtrain.data.prepare.options import PrepareOptions
 from jaxtrain.data.prepare.prepare import prepare
+from jaxtrain.data.prepare.sequences import Sequences
+from jaxtrain.data.rows.tokenize import Example
 from jaxtrain.record.diagnostics import named_arrays
 
 LM = {"objective": "next_token", "max_length": 64}
@@ -195,11 +198,12 @@ def test_labeled_rows_have_completions_of_other_prompts(bpe):
             ("the sky", " is blue", True),
             ("the sky", " is green", False),
             ("the dog", " is lazy", True),
+            ("the dog", " is brown", False),
         )
     ]
     data = prepare(rows, bpe, PrepareOptions(objective="labeled", max_length=64))
-    batch = data.batch(np.arange(-1, 3))
-    assert batch.desirable.tolist() == [0, 1, 0, 1]
+    batch = data.batch(np.arange(-1, 4))
+    assert batch.desirable.tolist() == [0, 1, 0, 1, 0]
 
     def texts(name):
         side = getattr(batch, name)
@@ -209,13 +213,61 @@ def test_labeled_rows_have_completions_of_other_prompts(bpe):
         ]
 
     assert texts("completions")[1:] == [
-        "the sky is blue", "the sky is green", "the dog is lazy",
+        "the sky is blue", "the sky is green", "the dog is lazy", "the dog is brown",
     ]  # fmt: skip
     assert texts("mismatched")[1:] == [
-        "the sky is lazy", "the sky is lazy", "the dog is blue",
+        "the sky is lazy", "the sky is brown", "the dog is blue", "the dog is green",
     ]  # fmt: skip
     trained = batch.mismatched.loss_mask[1:].sum(-1)
     np.testing.assert_array_equal(trained > 0, True)
+
+
+@given(
+    prompts=st.lists(st.integers(0, 3), min_size=1, max_size=12),
+    within=st.integers(0, 5),
+)
+def test_completions_change_places(prompts, within):
+    """Each is there once, so that as many are good as among the rows themselves."""
+    rows = [
+        Example(np.array([prompt, 100 + i]), np.array([False, True]))
+        for i, prompt in enumerate(prompts)
+    ]
+    answers = [Example(np.array([100 + i]), np.array([True])) for i in range(len(rows))]
+    blocks = mismatch_completions(
+        Sequences.of(rows), Sequences.of(answers), None, within
+    )
+    mixed = [example for block in blocks for example in block]
+    assert [example.ids[0] for example in mixed] == prompts
+    partners = [int(example.ids[1]) - 100 for example in mixed]
+    assert sorted(partners) == list(range(len(rows)))
+    if within > 1:  # as TRL: each block goes round by one
+        theirs = []
+        for first in range(0, len(rows), within):
+            block = list(range(len(rows)))[first : first + within]
+            theirs += [block[-1], *block[:-1]]
+        assert partners == theirs
+    elif len(rows) > 1:
+        assert all(partner != row for row, partner in enumerate(partners))
+    pairs = np.repeat(np.arange(len(prompts)), 2)  # as preferences are told apart
+    rows = [Example(np.array([p, 100]), np.array([False, True])) for p in pairs]
+    answers = [Example(np.array([p]), np.array([True])) for p in pairs]
+    blocks = mismatch_completions(Sequences.of(rows), Sequences.of(answers), None, 0)
+    own = [example.ids[0] == example.ids[1] for block in blocks for example in block]
+    assert not any(own) or len(prompts) == 1
+
+
+def test_a_shorter_prompt_leaves_more_of_the_other_completion(bpe):
+    """It is cut behind the prompt that it is put to, not behind its own."""
+    rows = [
+        {"prompt": "a", "completion": " b c d e f", "label": True},
+        {"prompt": "a b c d", "completion": " e f g h i", "label": False},
+    ]
+    data = prepare(rows, bpe, PrepareOptions(objective="labeled", max_length=8))
+    batch = data.batch(np.arange(2))
+    own = batch.completions.loss_mask.sum(-1)
+    np.testing.assert_array_equal(batch.mismatched.loss_mask.sum(-1), own)
+    assert own[0] > own[1]
+    assert (batch.mismatched.segment_ids > 0).sum(-1).tolist() == [8, 8]
 
 
 def test_a_preference_is_two_labeled_rows(bpe):

@@ -34,6 +34,7 @@ Row = Mapping[str, Any]  # canonical, as `read_row` gives it
 Sides = Mapping[str, Sequences]
 Folder = str | os.PathLike[str] | None  # for temporary files; None: the system's
 _BLOCK_ROWS = 1000  # sequences that are made in memory together
+_ANSWERS = "answers"  # completions by themselves, before rows are cut
 _Tokens = TypeVar("_Tokens", Example, Pair)
 
 
@@ -128,13 +129,24 @@ class Labeled(RowKind):
             on_bad=on_bad_side,
         )
         examples = _known_to_the_model(examples, recipe, on_bad_side)
-        return _truncated("completions", rows, examples, recipe.options.max_length)
+        whole = (example for example in examples if example is not None)
+        cut = _truncated("completions", rows, examples, recipe.options.max_length)
+        for document, example in zip(cut, whole, strict=True):
+            if document.sides is not None:
+                ids = example.ids[np.argmax(example.trained) :]
+                answer = {_ANSWERS: Example(ids, np.ones(len(ids), bool))}
+                sides = {**document.sides, **answer}
+                document = dataclasses.replace(document, sides=sides)
+            yield document
 
     def pack(
         self, sides: Sides, options: PrepareOptions, scratch: Folder = None
     ) -> dict[str, TokenStore]:
         """Add each prompt with another row's completion."""
-        blocks = mismatch_completions(sides["completions"], options.max_length)
+        sides = dict(sides)
+        found, answers = sides["completions"], sides.pop(_ANSWERS)
+        within = options.exchange_within
+        blocks = mismatch_completions(found, answers, options.max_length, within)
         mixed = write_sequences(blocks, scratch)
         return super().pack({**sides, "mismatched": mixed}, options)
 
@@ -219,34 +231,49 @@ def make_store(found: Sequences, options: PrepareOptions) -> TokenStore:
 
 
 def mismatch_completions(
-    found: Sequences, max_length: int | None
+    found: Sequences, answers: Sequences, max_length: int | None, within: int
 ) -> Iterator[Sequences]:
-    """Each prompt with the completion of the next row that has another prompt.
+    """Each prompt with the completion of another row, on which KTO estimates its KL.
 
-    KTO estimates its KL term on them. The last rows go on at the first. Where all
-    prompts are equal, the next row's completion is taken. They come in blocks.
+    The completions change places, so that the answers are the same, good and bad ones,
+    as those whose rewards the term is compared with.
+
+    Args:
+        found: prompts with their own completions.
+        answers: the completions alone, of which a shorter prompt leaves more.
+        within: rows go round among so many, each taking the completion of the one
+            before it: what TRL does in each micro-batch. 0 or 1: among all rows, and
+            past those of the same prompt, as of a preference there are two.
+
+    Yields:
+        The rows in blocks.
     """
-    count, starts, ends = len(found.lengths), found.starts, np.cumsum(found.lengths)
+    count, starts = len(found.lengths), found.starts
+    begins, ends = answers.starts, np.cumsum(answers.lengths)
     prompts = np.fromiter((np.argmax(e.trained) for e in found), np.int64, count)
 
     def prompt(row: int) -> np.ndarray:
         return found.tokens[starts[row] : starts[row] + prompts[row]]
 
-    every = range(count)
-    # The first rows of runs of equal prompts, or every row.
-    firsts = [i for i in every if not np.array_equal(prompt(i - 1), prompt(i))]
-    firsts = firsts or list(every)
-    partners = np.take(firsts, np.searchsorted(firsts, every, "right"), mode="wrap")
+    def partners() -> np.ndarray:
+        rows = np.arange(count)
+        if within > 1:
+            first = rows // within * within
+            size = np.minimum(within, count - first)
+            return first + (rows - first - 1) % size
+        is_new = [not np.array_equal(prompt(i - 1), prompt(i)) for i in range(1, count)]
+        turns = np.flatnonzero([True, *is_new, True])
+        longest = int(np.diff(turns).max(initial=1))
+        return (rows - (longest if longest < count else 1)) % max(count, 1)
 
-    def mixed(row: int) -> Example:
-        other = partners[row]
-        completion = found.tokens[starts[other] + prompts[other] : ends[other]]
+    def mixed(row: int, other: int) -> Example:
+        completion = answers.tokens[begins[other] : ends[other]]
         ids = np.concatenate([prompt(row), completion])[:max_length]
         return Example(ids, np.arange(len(ids)) >= prompts[row])
 
-    rows = iter(every)
-    while block := list(itertools.islice(rows, _BLOCK_ROWS)):
-        yield Sequences.of([mixed(row) for row in block])
+    pairs = enumerate(partners())
+    while block := list(itertools.islice(pairs, _BLOCK_ROWS)):
+        yield Sequences.of([mixed(*pair) for pair in block])
 
 
 def _known_to_the_model(

@@ -34,6 +34,8 @@ class PrepareOptions:
         difficulty_column: a column of numbers to order a curriculum by.
         share_prompts: a preference row holds its prompt once, then both completions.
             Packed rows hold up to 2 * max_length tokens of such pairs.
+        exchange_within: labeled rows take the completions for KTO's KL term from one
+            another within so many rows, see `mismatch_completions` (0: all).
         most_pairs: upper limit on the pairs in a packed row (0: no limit).
         vocab_size: rows with a token id of this or more are bad; None if the tokenizer
             has no such id.
@@ -57,6 +59,7 @@ class PrepareOptions:
     batch_size: int = 1000
     difficulty_column: str | None = None
     share_prompts: bool = False
+    exchange_within: int = 0
     most_pairs: int = 0
     vocab_size: int | None = None
     column_map: ColumnMap = ()
