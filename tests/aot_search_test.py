@@ -6,6 +6,7 @@ import math
 import pytest
 
 from jaxtrain.aot import search
+from jaxtrain.aot.__main__ import main
 from jaxtrain.aot.search import Bound, Candidate
 
 KEPT = {"none": 8.0, "minimal": 4.0, "save_attention": 2.0, "full": 1.0}
@@ -91,6 +92,28 @@ def test_the_number_of_compilations_is_capped_and_the_rest_are_counted():
     assert len(table.splitlines()) >= 4
     assert "more: not tried: --max_compiles is reached" in table
     assert "more: state and layers' inputs alone are too large" in table
+
+
+def test_a_cap_below_nothing_compiles_nothing():
+    compiled = []
+    search.search(
+        CANDIDATES, bound, compile_fake(48.0, compiled), memory_bytes=48.0,
+        max_compiles=-3,
+    )  # fmt: skip
+    assert compiled == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--search", "--max_compiles=0"], "--max_compiles=0: give 1 or more"),
+        (["--search", "--max_compiles=-3"], "--max_compiles=-3: give 1 or more"),
+        (["--max_compiles=12"], "--max_compiles: only --search has such a limit"),
+    ],
+)
+def test_a_cap_is_refused_where_it_ends_no_search(flags, told):
+    with pytest.raises(ValueError, match=told):
+        main(["from_scratch", "--topology=v5e:2x2", *flags])
 
 
 def test_where_nothing_fits_there_is_no_best():

@@ -8,16 +8,18 @@ import pathlib
 import re
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
 
 from jaxtrain import aot, assets, sharding
 from jaxtrain.aot import search
 from jaxtrain.aot.jaxpr_cost import count_flops
-from jaxtrain.aot.report import Chip
+from jaxtrain.aot.report import CHIPS, Chip
 from jaxtrain.config import resolve
 from jaxtrain.models import layers
 from jaxtrain.models.load import load_abstract_model, load_model
@@ -250,6 +252,84 @@ def test_a_topology_that_is_none_is_refused_in_words():
     done = compile_for("v5e:3x7", *TINY)
     assert done.returncode == 2
     assert "topology = 'v5e:3x7'" in done.stderr
+
+
+GPUS_AND_TPUS = (
+    "name GPUs of l4, rtx4090, a100-40, a100-80, h100, h200, as h200:8, or TPUs of v4,"
+    " v5e, v5p, v6e, tpu7x, as v5e:4x4"
+)
+
+
+@pytest.mark.parametrize(
+    ("topology", "told"),
+    [
+        ("v5e:2x2x2", "name 2 sides in chips, as v5e:4x4"),
+        ("v6e:2x2x1", "name 2 sides in chips, as v6e:4x4"),
+        ("v4:4x4", "name 3 sides in chips, as v4:2x2x1"),
+        ("v5p:2x2", "name 3 sides in chips, as v5p:2x2x1"),
+        ("tpu7x:4", "name 3 sides in chips, as tpu7x:2x2x1"),
+        ("v5e", "name 2 sides in chips, as v5e:4x4"),
+        ("v5e:-1x2", "name 2 sides in chips, as v5e:4x4"),
+        ("v5e:0x0", "name 2 sides in chips, as v5e:4x4"),
+        ("v5e:16x32", "a pod has 16x16; take several by num_slices"),
+        ("v6e:32x8", "a pod has 16x16; take several by num_slices"),
+        ("v5p:32x32x32", "a pod has 16x20x28; take several by num_slices"),
+        ("b200:4", f"no such chip is known; {GPUS_AND_TPUS}"),
+        ("h999:2", f"no such chip is known; {GPUS_AND_TPUS}"),
+        ("a100:-1", f"no such chip is known; {GPUS_AND_TPUS}"),
+    ],
+)
+def test_what_nobody_builds_is_refused_before_libtpu_is_asked(
+    monkeypatch, topology, told
+):
+    monkeypatch.setattr(topologies, "get_topology_desc", None)
+    with pytest.raises(ValueError) as error:
+        aot.describe_devices(topology)
+    name, _, shape = topology.partition(":")
+    assert str(error.value) == f"topology = '{name}:{shape}': {told}"
+
+
+@pytest.mark.parametrize("num_slices", [0, -2])
+@pytest.mark.parametrize("topology", ["v5e:2x2", "h200:8"])
+def test_there_is_at_least_one_slice(topology, num_slices):
+    with pytest.raises(ValueError, match=f"num_slices = {num_slices}: give 1 or more"):
+        aot.describe_devices(topology, num_slices)
+
+
+@pytest.mark.parametrize(
+    ("topology", "options"),
+    [
+        ("v4:2x2x1", {"chip_config_name": "megacore"}),
+        ("v4:4x4x256", {"chip_config_name": "megacore"}),  # of a torus that is joined
+        ("v5e:1x1", {"chips_per_host_bounds": (1, 1, 1)}),
+        ("v5e:16x16", {}),
+        ("v5p:4x4x8_untwisted", {}),
+    ],
+)
+def test_libtpu_is_told_what_its_names_leave_open(monkeypatch, topology, options):
+    given = []
+
+    def describe(**arguments):
+        given.append(arguments)
+        return types.SimpleNamespace(devices=[])
+
+    monkeypatch.setattr(topologies, "get_topology_desc", describe)
+    aot.describe_devices(topology)
+    assert given == [{"platform": "tpu", "topology_name": topology} | options]
+
+
+@needs_libtpu
+@pytest.mark.parametrize("topology", ["v5e:1x1", "v6e:1x1", "v4:1x1x1", "v5p:1x1x1"])
+def test_one_chip_is_a_machine(topology):
+    (device,) = aot.describe_devices(topology)
+    assert device.device_kind in CHIPS
+
+
+@needs_libtpu
+def test_a_chip_of_v4_is_one_device():
+    devices = aot.describe_devices("v4:2x2x2")
+    assert len(devices) == len({tuple(device.coords) for device in devices}) == 8
+    assert sharding.make_mesh({"data": 2, "fsdp": 4}, devices).size == 8
 
 
 @needs_libtpu

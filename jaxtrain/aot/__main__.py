@@ -38,9 +38,14 @@ def main(arguments: Sequence[str]) -> int:
         help="try mesh shapes, rematerialization and rows; print the best",
     )
     parser.add_argument(
-        "--max_compiles", type=int, default=12, help="at most, of --search"
+        "--max_compiles", type=int, help="at most, of --search (default: 12)"
     )
     options, config, _ = parser.read(arguments)
+    most = options.max_compiles
+    if most is not None and not options.search:
+        parser.error("--max_compiles: only --search has such a limit; add --search")
+    if most is not None and most < 1:
+        parser.error(f"--max_compiles={most}: give 1 or more")
     # Only now: what is wrong with a flag need not wait for jax.
     from jaxtrain.aot import compile_for, describe_devices
     from jaxtrain.aot.report import describe
@@ -48,7 +53,7 @@ def main(arguments: Sequence[str]) -> int:
     topology = options.topology
     devices = describe_devices(topology, options.num_slices)
     if options.search:
-        limits = (options.num_slices, options.max_compiles)
+        limits = (options.num_slices, most or 12)
         return _search(config, devices, topology, limits)
     report = compile_for(config, devices, topology)
     print(describe(report))

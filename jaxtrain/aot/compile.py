@@ -10,11 +10,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 from jax.interpreters import partial_eval
 
 from jaxtrain import build
-from jaxtrain.aot import gpus, search
+from jaxtrain.aot import gpus, search, tpus
 from jaxtrain.aot.hlo_cost import analyze
 from jaxtrain.aot.jaxpr_cost import count_flops
 from jaxtrain.aot.report import CHIPS, Chip, Report
@@ -294,27 +293,25 @@ def describe_devices(topology: str, num_slices: int = 1) -> list[Any]:
         num_slices: how many of them, joined by the data centre's network.
 
     Raises:
-        ValueError: the compiler knows no such topology, or is not installed.
+        ValueError: no such topology is known, or its compiler is not installed.
     """
-    if gpus.is_gpu(topology):
-        if num_slices > 1:
-            raise ValueError(
-                f"num_slices = {num_slices}: only TPUs have slices; leave it out and"
-                " name all GPUs, as h200:16"
-            )
-        return gpus.describe_gpus(topology)
-    try:
-        several = {"num_slices": num_slices} if num_slices > 1 else {}
-        description = topologies.get_topology_desc(
-            platform="tpu", topology_name=topology, **several
-        )
-    except Exception as error:  # libtpu raises several kinds
+    if num_slices < 1:
+        raise ValueError(f"num_slices = {num_slices}: give 1 or more")
+    name = topology.partition(":")[0]
+    if name in tpus.PODS:
+        return tpus.describe_tpus(topology, num_slices)
+    if name not in gpus.NAMES:
         raise ValueError(
-            f"topology = {topology!r}: {_first_lines(str(error), 2)}. Name it as"
-            " v5e:4x4, v5p:2x2x2, v6e:8x8 or tpu7x:2x2x1, with jax[tpu] installed, or"
-            " as h200:8"
-        ) from error
-    return list(description.devices)
+            f"topology = {topology!r}: no such chip is known; name GPUs of"
+            f" {', '.join(gpus.NAMES)}, as h200:8, or TPUs of {', '.join(tpus.PODS)},"
+            " as v5e:4x4"
+        )
+    if num_slices > 1:
+        raise ValueError(
+            f"num_slices = {num_slices}: only TPUs have slices; leave it out and"
+            " name all GPUs, as h200:16"
+        )
+    return gpus.describe_gpus(topology)
 
 
 def _abstract_batch(model: LoadedModel, run: RunConfig) -> Any:

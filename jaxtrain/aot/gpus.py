@@ -53,11 +53,7 @@ _KINDS = {
     "h100": _HOPPER,
     "h200": dataclasses.replace(_HOPPER, name="NVIDIA H200"),
 }
-
-
-def is_gpu(topology: str) -> bool:
-    """Whether the topology names GPUs, as in "h200:8"."""
-    return topology.split(":")[0] in _KINDS
+NAMES = tuple(_KINDS)
 
 
 def describe_gpus(topology: str) -> list[Any]:

@@ -132,7 +132,7 @@ def search(
             reason = "one that recomputes less fits"
         elif best * least.secs >= 1:
             reason = "its bound is no better than the best"
-        elif compiled == max_compiles:
+        elif compiled >= max_compiles:
             reason = "not tried: --max_compiles is reached"
         else:
             compiled += 1
