@@ -17,7 +17,7 @@ from jaxtrain.config import RunConfig, diff
 from jaxtrain.data.batches.dataset import PreparedDataset
 from jaxtrain.data.batches.pipeline import BatchIterator
 from jaxtrain.data.stream.batches import StreamIterator, join_states
-from jaxtrain.evaluation.sets import evaluate_sets
+from jaxtrain.evaluation.sets import add_scores, evaluate_sets
 from jaxtrain.models.load import LoadedModel
 from jaxtrain.record.throughput import ThroughputMeter
 from jaxtrain.run import base_weights
@@ -356,7 +356,7 @@ class Loop:
             if self.parts.sampler is not None:
                 self._watchdog.feed()
                 scores, texts = self.parts.sampler(self.state)
-                self.evaluated |= {f"eval_{name}": v for name, v in scores.items()}
+                add_scores(self.evaluated, scores)
                 self.writer.write_text(self.step, texts)
             self.progress.callbacks.after_evaluation(self.step, self.evaluated)
             self.writer.write(self.step, self.evaluated)

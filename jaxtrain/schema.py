@@ -150,6 +150,13 @@ class Unit:
     name: str
 
 
+class ForShares:
+    """The key that a share of what this one counts is set by."""
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+
+
 class ByType:
     """The default of a DERIVED key for each training type, in their order."""
 
@@ -376,6 +383,9 @@ def convert(value: Any, hint: Any) -> Any:
     is_number = type(value) in (int, float) and " in " not in wanted
     if is_number and abs(value) > most:
         raise ValueError(f"beyond {most:.10g}, as far as devices count; set less")
+    for fact in typing.get_args(hint):
+        if isinstance(fact, ForShares) and type(value) is float and 0 < value < 1:
+            raise ValueError(f"not {wanted}; for a share set {fact.key} = {value:g}")
     number = isinstance(value, str) and storage_type(hint) in (int, float, bool)
     if number and _is_number(value):
         raise ValueError(f"a string, not {wanted}; write it without quotes")

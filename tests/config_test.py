@@ -697,6 +697,8 @@ _SCRATCH = {"training_type": "from_scratch"}
         ({"training": {"max_steps": 3_000_000_000}},
          "training.max_steps = 3000000000: beyond 2147483647"),
         ({"training": {"warmup_steps": 2**31}}, "training.warmup_steps = 2147483648"),
+        # as transformers 5 writes a share
+        ({"training": {"warmup_steps": 0.1}}, "set training.warmup_ratio = 0.1"),
         ({"training": {"learning_rate": 1e39}},
          "training.learning_rate = 1e+39: beyond 3.402823466e+38"),
         ({"training": {"weight_decay": -1e40}}, "training.weight_decay = -1e+40"),

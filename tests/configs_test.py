@@ -219,6 +219,15 @@ def test_a_presets_metric_gives_way_to_a_loss_that_lacks_it(objective):
     assert run.loop.metric_for_best_model == "eval_loss"
 
 
+def test_a_presets_warm_up_gives_way_to_a_constant_rate():
+    flag = "--training.lr_scheduler_type=constant"
+    _, _, run = ConfigParser("train", "").read(["sft", flag])
+    assert (run.schedule.warmup_steps, run.schedule.warmup_ratio) == (0, 0.0)
+    asked = "--training.warmup_ratio=0.1"
+    with pytest.raises(ConfigError, match="'constant' has no warm-up"):
+        ConfigParser("train", "").read(["sft", flag, asked])
+
+
 def test_a_presets_sizes_give_way_to_a_model_that_is_named():
     """No flag unsets them, so `train from_scratch --model=...` was always refused."""
     command = ["from_scratch", "--model=owner/model", "--data.max_length=8192"]

@@ -61,6 +61,29 @@ def surprise(rows, *, above=0.0):
     return {"mine_loss": nll, "mine_rows": len(rows)}
 
 
+def wrong(rows):
+    return {"loss": -4.0}
+
+
+def also_mine(rows):
+    return {"mine_rows": 1.0}
+
+
+class Careless:
+    def __init__(self, log=None):
+        self.log = log
+
+    def after_evaluation(self, moment):
+        if self.log:
+            moment.log(*self.log)
+
+    def get_state(self):
+        return {"seen": {1, 2}}
+
+    def set_state(self, state):
+        pass
+
+
 class Recorder:
     '''Logs twice the loss, and stops at a step.'''
 
@@ -290,6 +313,39 @@ def test_an_own_metric_gets_texts_and_log_probs(tmp_path: pathlib.Path) -> None:
         resolve(config_of("dpo", **keys))
     with pytest.raises(ConfigError, match=r"row_metrics = .*never evaluates"):
         resolve(config_of(**keys | {"eval_steps": 0}))
+
+
+@pytest.mark.parametrize(
+    ("metrics", "name"),
+    [(("wrong",), "'loss'"), (("surprise", "also_mine"), "'mine_rows'")],
+)
+def test_an_own_metric_does_not_take_the_place_of_another(
+    metrics: tuple[str, ...], name: str, tmp_path: pathlib.Path
+) -> None:
+    """The best model would be chosen by it."""
+    keys = {"row_metrics": tuple(f"my_parts:{metric}" for metric in metrics)}
+    config = config_of(**keys, eval_steps=1, max_steps=1)
+    config.data.max_length = 192
+    with pytest.raises(ValueError, match=f"gave {name}, which is a metric already"):
+        train(config, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("log", "said"),
+    [
+        (("x", "abc"), r"after_evaluation: log\('x', 'abc'\): not a number"),
+        (("eval_loss", 1.0), "after_evaluation: 'eval_loss' is a metric of the run"),
+        (None, "what get_state returned has no JSON form .*set"),
+    ],
+)
+def test_what_a_callback_does_wrong_names_it(
+    log: tuple[str, Any] | None, said: str, tmp_path: pathlib.Path
+) -> None:
+    keys = {"function_kwargs": {"my_parts:Careless": {"log": log}}} if log else {}
+    keys |= {"eval_steps": 1, "save_steps": 1}
+    config = config_of(callbacks=("my_parts:Careless",), **keys)
+    with pytest.raises(ValueError, match=f"callbacks = 'my_parts:Careless'.*{said}"):
+        train(config, tmp_path)
 
 
 MLFLOW = """

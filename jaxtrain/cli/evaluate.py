@@ -199,7 +199,7 @@ def evaluate(task: Task) -> dict[str, Any]:
 
     from jaxtrain import build
     from jaxtrain.data import loading
-    from jaxtrain.evaluation.sets import evaluate_sets
+    from jaxtrain.evaluation.sets import add_scores, evaluate_sets
     from jaxtrain.run.fitting import make_feed
     from jaxtrain.run.weights import load_state
     from jaxtrain.sharding import layouts_of
@@ -245,7 +245,7 @@ def evaluate(task: Task) -> dict[str, Any]:
         results["step"] = task.step
     if run.generation.enabled or run.loop.row_metrics:
         scores, results["samples"] = _generate(run, model, state, data)
-        metrics |= {f"eval_{name}": value for name, value in scores.items()}
+        add_scores(metrics, scores)
     return results | {"metrics": metrics}
 
 

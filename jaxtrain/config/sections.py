@@ -18,6 +18,7 @@ from jaxtrain.schema import (
     DERIVED,
     Bound,
     ByType,
+    ForShares,
     Fraction,
     FractionBelowOne,
     NoEffect,
@@ -440,7 +441,9 @@ class ScheduleSection:
     """Each is as in transformers; warmup_stable_decay is wsd's other name. Your own is
     a function of (learning_rate, total_steps, warmup_steps) that returns a function of
     the step: see docs/extending.md. Unset: by type."""
-    warmup_steps: Annotated[NonNegativeInt, STEPS] = DERIVED
+    warmup_steps: Annotated[
+        NonNegativeInt, STEPS, ForShares("training.warmup_ratio")
+    ] = DERIVED
     """Above 0, it overrules warmup_ratio."""
     warmup_ratio: Annotated[Fraction, ByType(0.01, 0.0, 0.0, 0.0)] = DERIVED
     """Share of all steps. Unset: by type."""

@@ -166,8 +166,8 @@ def give_way(config: ConfigDict, flags: Collection[str]) -> None:
 
     A model that is named has sizes of its own. A limit of prompts has no place with a
     length that is no greater, nor with a loss that reads none; and such a loss has
-    other metrics. Nobody asked for these values, so nobody need be told to take them
-    away.
+    other metrics. A constant rate has no warm-up. Nobody asked for these values, so
+    nobody need be told to take them away.
 
     Args:
         config: a preset after flags were applied; it is changed in place.
@@ -177,11 +177,12 @@ def give_way(config: ConfigDict, flags: Collection[str]) -> None:
         for key, leaf in SCHEMA["model"]["architecture"].items():
             if f"model.architecture.{key}" not in flags:
                 config.model.architecture[key] = leaf.default
-    training, dpo, name = (
-        config.training,
-        config.training.dpo,
-        config.training.objective,
-    )
+    training = config.training
+    dpo, name = training.dpo, training.objective
+    if training.lr_scheduler_type == "constant":
+        for key in ("warmup_steps", "warmup_ratio"):
+            if f"training.{key}" not in flags:
+                training[key] = SCHEMA["training"][key].default
     row = objective_row(name, on_pairs=True)
     is_other = row is not None and row.row_kind != "preference"
     limit, length = dpo.max_prompt_length, dpo.max_length or config.data.max_length

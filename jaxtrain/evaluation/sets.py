@@ -41,3 +41,20 @@ def evaluate_sets(
             for metric, value in found.items()
         }
     return metrics
+
+
+def add_scores(
+    metrics: dict[str, float], scores: Mapping[str, float], prefix: str = "eval_"
+) -> None:
+    """Add what functions of the user's own, or generated texts, gave to an evaluation.
+
+    Raises:
+        ValueError: there is a metric of this name.
+    """
+    for name, value in scores.items():
+        if prefix + name in metrics:
+            raise ValueError(
+                "training.row_metrics or training.generation.metrics: one of them gave"
+                f" {name!r}, which is a metric already; give it another name"
+            )
+        metrics[prefix + name] = value

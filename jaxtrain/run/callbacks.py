@@ -8,6 +8,7 @@ nothing in it is traced or compiled.
 
 import dataclasses
 import difflib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -46,11 +47,15 @@ class Moment:
         the last save of a run is lost, because no record follows.
 
         Raises:
-            ValueError: the run already has a metric of this name.
+            ValueError: the run already has a metric of this name, or `value` is no
+                number.
         """
         if name in self.metrics:
             raise ValueError(f"{name!r} is a metric of the run: log another name")
-        self._logged[name] = float(value)
+        try:
+            self._logged[name] = float(value)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"log({name!r}, {value!r}): not a number") from error
 
     def stop(self, reason: str) -> None:
         """End the run after this step, with a last evaluation and a checkpoint."""
@@ -126,7 +131,7 @@ class Callbacks:
         if not self._callbacks:
             return {}
         states = {
-            name: callback.get_state()
+            name: _checked_state(name, callback.get_state())
             for name, callback in self._callbacks.items()
             if hasattr(callback, "get_state")
         }
@@ -148,7 +153,10 @@ class Callbacks:
                 continue
             reasons: list[str] = []
             moment = Moment(step, metrics, self._directory, self._logged, reasons)
-            method(moment)
+            try:
+                method(moment)
+            except ValueError as error:
+                raise ValueError(f"{_KEY} = {name!r}, {point}: {error}") from error
             self.reasons += [f"{name}: {reason}" for reason in reasons]
 
 
@@ -167,6 +175,18 @@ def make_callbacks(settings: LoopSection, directory: Path) -> Callbacks:
         made[path] = bind_own(_KEY, path, settings.function_kwargs)()
         _check_methods(path, made[path])
     return Callbacks(made, directory)
+
+
+def _checked_state(path: str, state: Any) -> Any:
+    """The state of a callback, which a checkpoint's record keeps as JSON."""
+    try:
+        json.dumps(state)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{_KEY} = {path!r}: what get_state returned has no JSON form ({error});"
+            " return numbers, texts, lists and dicts"
+        ) from error
+    return state
 
 
 def _check_methods(path: str, callback: Any) -> None:

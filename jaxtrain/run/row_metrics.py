@@ -16,6 +16,7 @@ from jaxtrain import sharding
 from jaxtrain.config import RunConfig
 from jaxtrain.config.own_parts import bind_own
 from jaxtrain.data.batches.dataset import PreparedDataset
+from jaxtrain.evaluation.sets import add_scores
 from jaxtrain.models.load import LoadedModel
 from jaxtrain.types import Batch, Params
 
@@ -83,7 +84,7 @@ def make_row_metrics(
             rows += _examples(batch, logps, tokenizer)
         numbers_by_name: dict[str, float] = {}
         for name, function in functions.items():
-            numbers_by_name |= _as_numbers(name, function(rows))
+            add_scores(numbers_by_name, _as_numbers(name, function(rows)), prefix="")
         return numbers_by_name
 
     return measure

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from jaxtrain.config import RunConfig, eval_sets
 from jaxtrain.data.batches.dataset import PreparedDataset
 from jaxtrain.evaluation.samples import Sampler, read_prompts
+from jaxtrain.evaluation.sets import add_scores
 from jaxtrain.evaluation.text_metrics import check_text_metric, make_text_metric
 from jaxtrain.models.load import LoadedModel
 from jaxtrain.run.row_metrics import make_row_metrics
@@ -46,7 +47,8 @@ def make_sampler(
         for name, data in sets.items():
             found, written = samplers[name](params) if samplers else ({}, {})
             if measure is not None:
-                found = found | measure(params, data)
+                found = dict(found)
+                add_scores(found, measure(params, data), prefix="")
             scores |= {f"{name}_{n}" if name else n: x for n, x in found.items()}
             texts |= {f"{name}/{n}" if name else n: x for n, x in written.items()}
         return scores, texts
