@@ -123,6 +123,7 @@ CASES = {
         "0.5b", "sft", "data", 8, 1024, full=False, checkpointing=False, steps=80
     ),
     "sft_3b": Case("3b", "sft", "fsdp", 8, 2048),
+    "sft_3b_data": Case("3b", "sft", "data", 8, 2048),
     "sft_3b_tensor": Case("3b", "sft", "fsdp_tensor", 8, 2048),
     "sft_3b_auto": Case(
         "3b", "sft", "fsdp", 8, 2048, flags=("training.remat_policy=auto",)

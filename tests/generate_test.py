@@ -2,14 +2,18 @@
 
 import functools
 import importlib
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxtrain.cli.generate import require_template
 from jaxtrain.evaluation.generate import (
     encode_prompt,
     filter_logits,
@@ -250,6 +254,27 @@ class NumberTokenizer:
     def decode(self, ids, skip_special_tokens):
         assert skip_special_tokens
         return " ".join(str(i) for i in ids)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ({"rag": "{{ messages }}"}, r"called default: .*=FILE\|rag, or continue"),
+        ("{{ messages }", r"is Jinja \(line 1: unexpected '}'\): .*=FILE, or"),
+        (None, r"has no chat template: give one by --data\.chat_template=FILE, or"),
+    ],
+)
+def test_a_chat_needs_a_template_that_can_be_used(template, message):
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(tokenizers.models.BPE()),
+        chat_template=template,
+    )
+    model = types.SimpleNamespace(tokenizer=tokenizer, directory="here")
+    with pytest.raises(ValueError, match=message):
+        require_template(model)
+    for good in ("{{ messages }}", "{{ raise_exception('no') }}"):
+        tokenizer.chat_template = good
+        require_template(model)
 
 
 def test_texts_come_in_the_order_of_their_prompts_whatever_the_batches():

@@ -103,6 +103,35 @@ def test_only_a_row_that_holds_such_a_token_is_refused(untied, tmp_path, caplog)
     assert len(prepared(config, file)) == 4
 
 
+@pytest.mark.parametrize("streams", [False, True])
+def test_an_end_of_all_rows_without_an_embedding_is_one_error(streams, tmp_path):
+    tokenizer = tokenizer_with(*ADDED)
+    tokenizer.eos_token = ADDED[1]
+    base = write_base(tmp_path / "base", tokenizer, vocab_size=OLD_ROWS)
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"text": "one"}\n{"text": "two"}\n')
+    config = config_of(base)
+    config.data.streaming, config.data.train = streams, str(file)
+    with pytest.raises(ValueError, match=r"eos_token '<\|new_b\|>'") as caught:
+        prepared(config, file)
+    assert "has id 260, but the model has vocab_size = 259: set" in str(caught.value)
+    assert "cannot be used" not in str(caught.value)
+    # Conversations have it where their template writes it, or a row does.
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    config.data.streaming = False
+    assert len(prepared(config, [{"messages": talk}])) == 1
+    said = [talk[0], {"role": "assistant", "content": ADDED[1]}]
+    with pytest.raises(ValueError, match=r"1 of 2 rows cannot be used.*take it out"):
+        prepared(config, [{"messages": talk}, {"messages": said}])
+    config.data.chat_template = (
+        "{% for m in messages %}{{ m.role + m.content + eos_token }}{% endfor %}"
+    )
+    with pytest.raises(ValueError, match=r"eos_token '<\|new_b\|>' of tokenizer"):
+        prepared(config, [{"messages": talk}])
+    config.model.grow_vocabulary = True
+    assert len(prepared(config, [{"messages": talk}])) == 1
+
+
 @pytest.mark.parametrize("objective", ["preference", "kto"])
 def test_pairs_and_labeled_rows_are_checked_too(untied, objective):
     config = config_of(untied, "dpo")

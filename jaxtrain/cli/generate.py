@@ -215,15 +215,26 @@ def encode(model: "LoadedModel", prompt: Prompt, number: int, room: int) -> list
 
 
 def require_template(model: "LoadedModel") -> None:
-    """Refuse conversations if the tokenizer has no template to write them by.
+    """Raise ValueError if the tokenizer has no template to write conversations by."""
+    import jinja2
 
-    Raises:
-        ValueError: the tokenizer has no chat template.
-    """
-    if not getattr(model.tokenizer, "chat_template", None):
+    own, lacks = getattr(model.tokenizer, "chat_template", None), ""
+    named = own if isinstance(own, dict) else {}
+    asked = [{"role": "user", "content": "?"}]
+    if named and "default" not in named:
+        lacks = " called default"
+    elif own:
+        try:
+            model.tokenizer.apply_chat_template(asked, tokenize=False)
+        except jinja2.TemplateSyntaxError as error:
+            lacks = f" that is Jinja (line {error.lineno}: {error.message})"
+        except Exception:  # of this conversation, which others need not share
+            return
+    if lacks or not own:
         raise ValueError(
-            f"the tokenizer of {model.directory} has no chat template: give one by"
-            " --data.chat_template=FILE, or continue plain text with jaxtrain generate"
+            f"the tokenizer of {model.directory} has no chat template{lacks}: give one"
+            f" by --data.chat_template={'|'.join(('FILE', *sorted(named)))}, or continue plain"
+            " text with jaxtrain generate"
         )
 
 

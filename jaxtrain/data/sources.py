@@ -32,8 +32,9 @@ def check_sources(run: RunConfig) -> None:
     """
     _check_addresses(run)
     data = run.data
-    if data.chat_template is not None:
-        read_template(data.chat_template)
+    template = data.chat_template  # a word may name one of the tokenizer's
+    if template is not None and not template.replace("-", "_").isidentifier():
+        read_template(template)
     column_map = make_column_map(data.column_map)
     parts = parse_mixture(data.train) or ((str(data.train), 1.0),)
     named = [("data.train", name, data.train_split) for name, _ in parts]

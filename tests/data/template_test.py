@@ -3,12 +3,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxtrain.data.prepare.options import PrepareOptions
+from jaxtrain.data.prepare.prepare import prepare
 from jaxtrain.data.rows.formats import BadRow
 from jaxtrain.data.rows.template import (
     mask_assistant,
     mask_tokens,
+    render_chat,
     render_with_spans,
     require_chat_template,
+    turn_end_id,
 )
 from jaxtrain.data.rows.turns import find_spans_by_beginnings
 
@@ -142,6 +146,45 @@ def test_a_tokenizer_without_template_is_refused(bpe):
     bpe.chat_template = None
     with pytest.raises(ValueError, match="no chat template"):
         require_chat_template(bpe)
+
+
+def prepare_talks(tokenizer, *rows):
+    options = PrepareOptions(objective="next_token", max_length=64)
+    return prepare(list(rows), tokenizer, options)
+
+
+def test_several_templates_without_a_default_are_one_error(bpe):
+    """Rows that name a template, or have tools where one is for these, need none."""
+    template, row = bpe.chat_template, {"messages": talk("a", "b")}
+    bpe.chat_template = {"rag": template, "other": template}
+    with pytest.raises(ValueError, match=r"no chat template called default: set"):
+        prepare_talks(bpe, row, row)
+    with pytest.raises(
+        ValueError, match=r"data\.chat_template to a name \(other, rag\)"
+    ):
+        render_chat(bpe, row["messages"], NO_KWARGS)
+    names = {"chat_template_kwargs": {"chat_template": "rag"}}
+    assert prepare_talks(bpe, row | names).stats.rows == 1
+    bpe.chat_template = {"tool_use": template}
+    tools = {"tools": [{"type": "function", "function": {"name": "f"}}]}
+    assert prepare_talks(bpe, row | tools).stats.rows == 1
+    with pytest.raises(ValueError, match="called default"):
+        prepare_talks(bpe, row | tools, row)
+
+
+def test_a_template_that_is_not_jinja_is_one_error(bpe):
+    row = {"messages": talk("a", "b")}
+    broken = "{% for m in messages %}\n{{ m.content }"
+    own = {"chat_template_kwargs": {"chat_template": broken}}
+    with pytest.raises(ValueError, match="1 of 2 rows cannot be used"):
+        prepare_talks(bpe, row, row | own)  # this row's alone
+    bpe.chat_template, bpe.name_or_path = broken, "some/folder"
+    message = "the chat template of tokenizer 'some/folder', line 2: not Jinja"
+    with pytest.raises(ValueError, match=message) as caught:
+        prepare_talks(bpe, row, row)
+    assert "rows" not in str(caught.value)
+    assert turn_end_id(bpe) is None
+    assert prepare_talks(bpe, {"text": "a"}).stats.rows == 1
 
 
 def test_tokens_overlapping_a_span_are_masked():

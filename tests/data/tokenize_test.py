@@ -9,6 +9,7 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxtrain.config import resolve
 from jaxtrain.data.rows import tokenize
 from jaxtrain.data.rows.encode import TextEncoder
 from jaxtrain.data.rows.formats import detect_format, read_row
@@ -22,6 +23,7 @@ from jaxtrain.data.rows.tokenize import (
     truncate_example,
     truncate_pair,
 )
+from jaxtrain.data.sources import check_sources
 
 
 def fail(index, reason):
@@ -180,6 +182,45 @@ def test_a_chat_template_is_given_as_text_or_file(tmp_path, bpe):
         assert loaded.chat_template == text
     with pytest.raises(ValueError, match="does not exist"):
         load_tokenizer(folder, chat_template="absent.jinja")
+
+
+TALK = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
+
+
+def test_a_chat_template_is_given_by_its_name(tmp_path, bpe):
+    bpe.chat_template = {"rag": TALK, "tool-use": f"T{TALK}"}
+    bpe.save_pretrained(tmp_path / "t")
+    folder = str(tmp_path / "t")
+    for name, text in bpe.chat_template.items():
+        assert load_tokenizer(folder, chat_template=name).chat_template == text
+        # Before there is a tokenizer, nothing is said of what may be a name.
+        run = resolve({"data": {"chat_template": name, "train": ""}})
+        check_sources(run)
+    with pytest.raises(ValueError, match=r"tokenizer's templates \(rag, tool-use\)"):
+        load_tokenizer(folder, chat_template="rug")
+
+
+@pytest.mark.parametrize(
+    ("content", "other", "is_asked"),
+    [
+        (b"\n\x0e\n\x05<unk>", None, True),
+        (b"\n\x0e\n\x05<unk>", "tokenizer.json", False),
+        (b"IQ== 0\n", None, False),  # of tiktoken
+    ],
+)
+def test_the_package_of_a_vocabulary_is_asked_for(
+    content, other, is_asked, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(transformers, "is_sentencepiece_available", lambda: False)
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    settings = {"tokenizer_class": "LlamaTokenizer", "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    if other is not None:
+        (tmp_path / other).write_text("{")
+    with pytest.raises(ValueError, match="cannot load tokenizer") as caught:
+        load_tokenizer(str(tmp_path))
+    assert ("pip install sentencepiece" in str(caught.value)) is is_asked
+    assert ("holds no tokenizer" in str(caught.value)) is not is_asked
 
 
 def test_tokenizers_that_cannot_train_are_refused(tmp_path, bpe):

@@ -131,7 +131,7 @@ class Tokenizer:
     eos_token = "</s>"
 
     def __init__(self, template: str) -> None:
-        self.chat_template = template
+        self.chat_template, self.name_or_path = template, "t"
 
     def get_chat_template(self, template: str | None, tools: Any) -> str:
         return template or self.chat_template

@@ -20,6 +20,7 @@ from jaxtrain.data.batches.dataset import TokenStore
 from jaxtrain.data.prepare.options import PrepareOptions
 from jaxtrain.data.prepare.sequences import Sequences, write_sequences
 from jaxtrain.data.rows.formats import RowFormat
+from jaxtrain.data.rows.template import turn_end_id
 from jaxtrain.data.rows.tokenize import (
     Example,
     OnBad,
@@ -29,6 +30,7 @@ from jaxtrain.data.rows.tokenize import (
     truncate_example,
     truncate_pair,
 )
+from jaxtrain.record.safe_text import shown
 
 Row = Mapping[str, Any]  # canonical, as `read_row` gives it
 Sides = Mapping[str, Sequences]
@@ -45,6 +47,17 @@ class Recipe:
     row_format: RowFormat
     tokenizer: PreTrainedTokenizerBase
     options: PrepareOptions
+
+    def __post_init__(self) -> None:
+        limit, end = self.options.vocab_size, self.tokenizer.eos_token_id
+        if limit is None or end < limit or self.row_format.kind == "tokenized":
+            return
+        if not self.row_format.conversational or turn_end_id(self.tokenizer) == end:
+            raise ValueError(
+                f"eos_token {self.tokenizer.eos_token!r} of tokenizer"
+                f" {shown(self.tokenizer.name_or_path)} has id {end}, but the model has"
+                f" vocab_size = {limit}: set model.grow_vocabulary or another eos_token"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

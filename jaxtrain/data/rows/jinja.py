@@ -16,17 +16,18 @@ def is_template_file(template: str) -> bool:
     return template.endswith((".jinja", ".j2", ".jinja2"))
 
 
-def read_template(template: str) -> str:
+def read_template(template: str, own: object = None) -> str:
     """A template's text, its syntax checked.
 
     Args:
         template: Jinja, or the path or the address of a .jinja, .jinja2 or .j2
-            file.
+            file, or the name of one of `own`, the tokenizer's.
 
     Raises:
         ValueError: there is no such file, or it is not Jinja; names the line.
     """
-    place, text = "chat_template", template
+    named = own if isinstance(own, dict) else {}
+    place, text = "chat_template", named.get(template, template)
     if is_template_file(template):
         path = pathlib.Path(template).expanduser()
         if is_remote(template):
@@ -36,16 +37,20 @@ def read_template(template: str) -> str:
                 f"chat_template {shown(template)} does not exist: give a file, or the"
                 " template itself"
             )
-        place, text = (
-            f"chat_template {shown(template)}",
-            path.read_text(encoding="utf-8"),
-        )
+        place = f"chat_template {shown(template)}"
+        text = path.read_text(encoding="utf-8")
     if "{{" not in text and "{%" not in text:
         raise ValueError(
             f"chat_template {shown(template)} would write the same text for every"
-            " conversation, as it has neither {{ nor {%: give Jinja, or the path of a"
-            " file that ends in .jinja, .jinja2 or .j2"
+            " conversation, as it has neither {{ nor {%: give Jinja, the path of a file"
+            " that ends in .jinja, .jinja2 or .j2, or the name of one of the tokenizer"
+            f"'s templates ({', '.join(sorted(named)) or 'where it has several'})"
         )
+    return checked(text, place, "unset data.chat_template to take the tokenizer's own")
+
+
+def checked(text: str, place: str, instead: str) -> str:
+    """The text. Raises ValueError with place and line where it is not Jinja."""
     try:
         compile_template(text)
     except Exception as error:  # of Jinja's parser, or of Python's on what it wrote
@@ -53,7 +58,6 @@ def read_template(template: str) -> str:
         at = f", line {line}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
         reason = getattr(error, "message", None) or f"{type(error).__name__}: {error}"
         raise ValueError(
-            f"{place}{at}: not Jinja: {reason}; mend it, or unset data.chat_template"
-            " to take the tokenizer's own"
+            f"{place}{at}: not Jinja: {reason}; mend it, or {instead}"
         ) from error
     return text

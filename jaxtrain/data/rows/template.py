@@ -20,6 +20,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from jaxtrain.data.rows.formats import BadRow, refuse_surrogates
+from jaxtrain.data.rows.jinja import checked
 from jaxtrain.data.rows.marks import (
     ALL_TURNS,
     AssistantMarks,
@@ -87,14 +88,24 @@ class _Template:
         return text
 
 
-def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise ValueError if conversations cannot be rendered."""
-    if not getattr(tokenizer, "chat_template", None):
+def require_chat_template(tokenizer: PreTrainedTokenizerBase, tools: Any = None) -> str:
+    """The tokenizer's template. Raises ValueError without one that can be used."""
+    named, own = shown(tokenizer.name_or_path), tokenizer.chat_template
+    if not own:
         raise ValueError(
-            f"the rows are conversations, but tokenizer {shown(tokenizer.name_or_path)}"
-            " has no chat template: name a file with one in data.chat_template, take an"
-            " instruction-tuned tokenizer, or give plain text rows"
+            f"the rows are conversations, but tokenizer {named} has no chat template:"
+            " name a file with one in data.chat_template, take an instruction-tuned"
+            " tokenizer, or give plain text rows"
         )
+    try:
+        text = tokenizer.get_chat_template(None, tools)
+    except ValueError as error:
+        raise ValueError(
+            f"tokenizer {named} has no chat template called default: set"
+            f" data.chat_template to a name ({', '.join(sorted(own))}) or to a file"
+        ) from error
+    place = f"the chat template of tokenizer {named}"
+    return checked(text, place, "set data.chat_template to a file with another")
 
 
 def render_chat(
@@ -126,8 +137,6 @@ def turn_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
     None if there is no template, or no special token follows the turn's text.
     """
-    if not getattr(tokenizer, "chat_template", None):
-        return None
     turns = [("user", "?"), ("assistant", STAND_IN)]
     messages = [{"role": role, "content": text} for role, text in turns]
     try:
@@ -231,10 +240,10 @@ def _template(
     variables.setdefault("tools", None)
     variables.setdefault("documents", None)
     named = variables.pop("chat_template", None)
-    try:
-        text = tokenizer.get_chat_template(named, variables["tools"])
-    except ValueError as error:
-        raise BadRow(str(error)) from error
+    if named is None:
+        text = require_chat_template(tokenizer, variables["tools"])
+    else:
+        text = tokenizer.get_chat_template(named)
     if not isinstance(text, str):
         raise BadRow(f"chat_template is {type(text).__name__}, expected a string")
     for key in ("tools", "documents"):

@@ -33,7 +33,6 @@ from jaxtrain.data.rows.template import (
     mask_assistant,
     render_chat,
     render_with_spans,
-    require_chat_template,
 )
 from jaxtrain.data.rows.tokenized import read_tokens
 from jaxtrain.record.safe_text import shown
@@ -81,8 +80,8 @@ def load_tokenizer(
     is made from lengths and never from ids.
 
     Args:
-        chat_template: a Jinja template or the path of one, which replaces the
-            tokenizer's own.
+        chat_template: a Jinja template, the path of one, or the name of one of the
+            tokenizer's, which replaces the tokenizer's own.
 
     Raises:
         ValueError: it cannot be loaded, or it has no EOS token.
@@ -127,11 +126,14 @@ def load_tokenizer(
         reason = (str(error).strip() or "no message").splitlines()[0]
         if not isinstance(error, OSError | ValueError):
             reason = f"{type(error).__name__}: {reason}"
+        if local and _lacks_sentencepiece(folder):
+            place = "its file is one that the package sentencepiece reads"
+            reason = "It is not installed: pip install sentencepiece"
         raise ValueError(
             f"cannot load tokenizer {shown(path_or_name)}: {place}. {reason:.400}"
         ) from error
     if chat_template is not None:
-        tokenizer.chat_template = read_template(chat_template)
+        tokenizer.chat_template = read_template(chat_template, tokenizer.chat_template)
     check_tokenizer(tokenizer)
     return tokenizer
 
@@ -209,6 +211,15 @@ def _check_files(folder: pathlib.Path) -> None:
 
 def _holds_tokenizer(folder: pathlib.Path) -> bool:
     return any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES)
+
+
+def _lacks_sentencepiece(folder: pathlib.Path) -> bool:
+    """Whether the folder's is of protobuf (tiktoken's is text) and that is missing."""
+    other = folder / "tokenizer.json"
+    if other.exists() or transformers.is_sentencepiece_available():
+        return False
+    files = filter(pathlib.Path.is_file, folder.glob("*.model"))
+    return any(file.read_bytes()[:1] == b"\n" for file in files)
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -379,10 +390,6 @@ class _Encoder:
     tokenizer: PreTrainedTokenizerBase
     conversational: bool
     on_bad: OnBad
-
-    def __post_init__(self) -> None:
-        if self.conversational:
-            require_chat_template(self.tokenizer)
 
     @property
     def _texts(self) -> TextEncoder:
