@@ -35,17 +35,19 @@ def serves(run: RunConfig, plan: ShardingPlan) -> bool:
     """Whether a run's weights are kept in parts: where it can be and was measured.
 
     On two GPUs of one host a step of 0.5B takes 1.8% less (benchmarks/RESULTS.md).
-    Links between hosts and TPUs were not measured. Adapters are small, and gradients
-    that are to be added up in float32 would be rounded first.
+    Links between hosts and TPUs were not measured. Adapters are small. Gradients that
+    are to be added up in float32 would be rounded first, and in float16 the sum of a
+    token's might be too large.
     """
     processes = {device.process_index for device in plan.mesh.devices.flat}
     offloads = plan.offload_params or plan.offload_optimizer
-    rounds = run.precision.reduce_dtype != "float32"
+    precision = run.precision
+    wide = precision.reduce_dtype != "float32" and not precision.fp16
     whole = plan.mesh.shape[AXIS] == plan.mesh.size > 1 and plan.zero_stage < 3
     near = plan.platform != "tpu" and len(processes) == 1
-    plain = run.lora is None and not (run.precision.fp8 or offloads)
+    plain = run.lora is None and not (precision.fp8 or offloads)
     by_number = run.optimizer.optimizer in _BY_NUMBER
-    return whole and near and plain and rounds and by_number
+    return whole and near and plain and wide and by_number
 
 
 def lay_out(

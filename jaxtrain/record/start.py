@@ -253,10 +253,10 @@ def _devices(parts: loop.Parts) -> str:
     sizes = [f"{axis} {size}" for axis, size in plan.mesh.shape.items() if size > 1]
     text += f"; mesh {' x '.join(sizes) or 'of one'}"
     split = {1: "optimizer state", 2: "optimizer state", 3: "parameters and optimizer"}
-    if plan.batch_shards > 1 and plan.zero_stage in split:
-        text += f"; {split[plan.zero_stage]} split (stage {plan.zero_stage})"
-    elif plan.parted:
+    if plan.parted:
         text += "; weights and optimizer state kept in parts"
+    elif plan.batch_shards > 1 and plan.zero_stage in split:
+        text += f"; {split[plan.zero_stage]} split (stage {plan.zero_stage})"
     return text
 
 

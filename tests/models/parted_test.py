@@ -156,6 +156,7 @@ def plan_for(shape: dict[str, int], **sections: Any) -> tuple[Any, ShardingPlan]
         ({"data": 2}, {"optimizer": "adafactor"}, False),
         ({"data": 2}, {"reduce_dtype": "float32"}, False),
         ({"data": 2}, {"cpu_offload": True}, False),
+        ({"data": 2}, {"bf16": False, "fp16": True}, False),
     ],
 )
 def test_where_weights_are_kept_in_parts(shape, training, in_parts):
