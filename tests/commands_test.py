@@ -1,11 +1,13 @@
 """eval, generate, chat and export, on runs, models and adapters."""
 
+import itertools
 import json
 import os
 import pathlib
 import shutil
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +26,7 @@ from jaxtrain.cli import chat
 from jaxtrain.cli.source import configure, find
 from jaxtrain.config import resolve
 from jaxtrain.data.rows.tokenize import load_tokenizer
+from jaxtrain.evaluation import stream
 from jaxtrain.evaluation.generate import generate_tokens, make_generate
 from jaxtrain.evaluation.stream import make_stream, text_pieces
 from jaxtrain.models.config import ModelConfig
@@ -418,6 +421,26 @@ def test_text_comes_in_whole_characters_and_adds_up():
 
 def _is_cut(tokenizer: Any, ids: list[int]) -> bool:
     return tokenizer.decode(ids).endswith("\ufffd")
+
+
+def test_a_chat_answers_in_the_room_that_its_model_has_left(monkeypatch):
+    """With 512 new tokens by default, a model of so few positions said nothing."""
+    model = types.SimpleNamespace(
+        config=types.SimpleNamespace(longest_text=10),
+        on_device=lambda params: params,
+        params=None,
+        tokenizer=None,
+    )
+    monkeypatch.setattr(
+        chat, "make_stream", lambda *_: lambda *_, key: itertools.count()
+    )
+    monkeypatch.setattr(chat, "encode", lambda *_: [1] * lengths.pop(0))
+    monkeypatch.setattr(stream, "text_pieces", lambda _, tokens: map(str, tokens))
+    answer = chat.make_answer(model, types.SimpleNamespace(seed=0, max_new_tokens=512))
+    lengths = [7, 10]
+    assert [*answer([])] == ["0", "1", "2"]
+    with pytest.raises(ValueError, match="has 10 tokens, and the model 10 positions"):
+        next(answer([]))
 
 
 def test_a_chat_remembers_is_cleared_and_stopped(trained, monkeypatch, capsys):

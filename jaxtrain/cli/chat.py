@@ -1,6 +1,7 @@
 """`jaxtrain chat`: a conversation in the terminal."""
 
 import contextlib
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -74,10 +75,17 @@ def make_answer(
     key = jax.random.key(options.seed)
 
     def answer(messages: list[Message]) -> Iterator[str]:
-        tokens = encode(model, messages, 0, options.max_new_tokens)
-        # Each turn has draws of its own.
+        tokens, limit = encode(model, messages, 0), model.config.longest_text
+        if len(tokens) >= limit:
+            raise ValueError(
+                f"the conversation has {len(tokens)} tokens, and the model {limit}"
+                " positions"
+            )
+        # Each turn has draws of its own, and what room is left.
         turn = jax.random.fold_in(key, len(messages))
-        yield from text_pieces(model.tokenizer, stream(weights, tokens, key=turn))
+        answered = stream(weights, tokens, key=turn)
+        fitting = itertools.islice(answered, limit - len(tokens))
+        yield from text_pieces(model.tokenizer, fitting)
 
     return answer
 

@@ -190,8 +190,10 @@ def make_stream(model: "LoadedModel", options: argparse.Namespace) -> "Stream":
     )
 
 
-def encode(model: "LoadedModel", prompt: Prompt, number: int, room: int) -> list[int]:
-    """Tokenize a prompt, and check that `room` new tokens still fit the model.
+def encode(
+    model: "LoadedModel", prompt: Prompt, number: int, room: int | None = None
+) -> list[int]:
+    """Tokenize a prompt, and check that `room` new tokens, if given, still fit.
 
     `number` is the prompt's number, which error texts name.
 
@@ -206,7 +208,7 @@ def encode(model: "LoadedModel", prompt: Prompt, number: int, room: int) -> list
     config = model.config
     tokens = encode_prompt(model.tokenizer, prompt, number, config.vocab_size)
     limit = config.longest_text
-    if len(tokens) + room > limit:
+    if room is not None and len(tokens) + room > limit:
         raise ValueError(
             f"prompt {number} has {len(tokens)} tokens: with --max_new_tokens={room}"
             f" that is more than the model's {limit} positions; shorten one of the two"
@@ -233,8 +235,8 @@ def require_template(model: "LoadedModel") -> None:
     if lacks or not own:
         raise ValueError(
             f"the tokenizer of {model.directory} has no chat template{lacks}: give one"
-            f" by --data.chat_template={'|'.join(('FILE', *sorted(named)))}, or continue plain"
-            " text with jaxtrain generate"
+            f" by --data.chat_template={'|'.join(('FILE', *sorted(named)))}, or"
+            " continue plain text with jaxtrain generate"
         )
 
 

@@ -309,8 +309,8 @@ class DataSection:
     the last one, so that earlier turns keep their thoughts, as in TRL's templates for
     training."""
     chat_template: str | None = None
-    """Jinja template, or a file of one, which may be in a bucket. Unset: the
-    tokenizer's."""
+    """Jinja template, a file of one, which may be in a bucket, or the name of one of
+    the tokenizer's several templates. Unset: the tokenizer's."""
     max_train_rows: Annotated[PositiveInt | None, ROWS] = None
     """Train on the first rows only. Unset: on all."""
     max_eval_rows: Annotated[PositiveInt | None, ROWS] = None
