@@ -124,6 +124,19 @@ def test_the_memory_estimate_is_what_one_device_holds_and_below_what_xla_takes(
     assert 0.3 * taken < sum(found.values()) < taken
 
 
+@pytest.mark.parametrize("width", [96, 95])
+def test_weights_are_told_to_be_in_parts_as_far_as_they_are(width):
+    """On three devices a width of 95 divides none of an MLP's axes, nor does 64."""
+    config = tiny_config("from_scratch", num_gpus=3)
+    config.model.architecture.intermediate_size = width
+    parts = make_parts(config)
+    weights = parts.state.trainable["layers"]["mlp"]
+    divided = 0 if width % 3 else sum(each["kernel"].size for each in weights.values())
+    found = start.estimate_memory(parts).device
+    assert found.get("gathered weights", 0) == divided * 4
+    assert ("kept in parts" in block(parts)["devices"]) is (divided > 0)
+
+
 def test_the_block_of_an_adapter_tells_how_little_is_trained():
     config = tiny_config("lora", lora__r=4, run_name="mine", dpo__beta=0.3)
     config.training.lora.target_modules = ["q_proj", "down_proj"]

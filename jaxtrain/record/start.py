@@ -113,11 +113,18 @@ def estimate_memory(parts: loop.Parts) -> memory.Estimate:
     )
     device = {name: own for name, (own, _) in found.items() if own}
     device |= {"gradients": gradients, "layer inputs": _layer_inputs(parts)}
-    if plan.parted:
+    if gathered := _count_in_parts(parts):
         width = jax.numpy.dtype(parts.run.precision.compute_dtype).itemsize
-        weights = sum(leaf.size for leaf in jax.tree.leaves(state.trainable))
-        device["gathered weights"] = weights * width
+        device["gathered weights"] = gathered * width
     return memory.Estimate(device, sum(host for _, host in found.values()))
+
+
+def _count_in_parts(parts: loop.Parts) -> int:
+    """Weights that devices keep in parts; axes that do not divide leave some whole."""
+    if not parts.model.plan.parted:
+        return 0
+    leaves = jax.tree.leaves(parts.state.trainable)
+    return sum(x.size for x in leaves if not x.sharding.is_fully_replicated)
 
 
 def _layer_inputs(parts: loop.Parts) -> int:
@@ -253,7 +260,7 @@ def _devices(parts: loop.Parts) -> str:
     sizes = [f"{axis} {size}" for axis, size in plan.mesh.shape.items() if size > 1]
     text += f"; mesh {' x '.join(sizes) or 'of one'}"
     split = {1: "optimizer state", 2: "optimizer state", 3: "parameters and optimizer"}
-    if plan.parted:
+    if _count_in_parts(parts):
         text += "; weights and optimizer state kept in parts"
     elif plan.batch_shards > 1 and plan.zero_stage in split:
         text += f"; {split[plan.zero_stage]} split (stage {plan.zero_stage})"
