@@ -534,3 +534,23 @@ def test_a_streams_fingerprint_has_the_options_that_make_its_rows(small, folder)
         assert stream(small, path, **options).fingerprint == fingerprint
     for options in ({"max_length": 32}, {"packing": "bfd"}, {"window_rows": 6}):
         assert stream(small, path, **options).fingerprint != fingerprint
+
+
+def test_a_streams_fingerprint_has_no_option_that_earlier_versions_had_not(
+    small, folder, monkeypatch
+):
+    """Else no checkpoint of theirs would fit: a new one counts where it is set."""
+    hashed = []
+    dumps = json.dumps
+
+    def look(described, **options):
+        hashed.extend(name for _, items in described[2] for name, _ in items)
+        return dumps(described, **options)
+
+    monkeypatch.setattr(json, "dumps", look)
+    assert stream(small, folder / "text.jsonl").fingerprint
+    assert sorted({*hashed}) == [
+        "assistant_marks", "assistant_only_loss", "batch_size",
+        "completion_only_loss", "max_length", "max_prompt_length", "objective",
+        "packing", "pad_to", "pad_to_multiple", "share_prompts",
+    ]  # fmt: skip

@@ -103,7 +103,8 @@ class StreamDataset:
         options = dataclasses.asdict(self.options)
         elsewhere = ["on_bad_row", "kind", "text_column", "difficulty_column"]
         elsewhere.append("vocab_size")
-        later = ("most_pairs", "column_map")  # keys that earlier versions had not
+        # keys that earlier versions had not
+        later = ("most_pairs", "column_map", "exchange_within")
         elsewhere += [name for name in later if not options[name]]
         items = sorted((k, v) for k, v in options.items() if k not in elsewhere)
         described = [
