@@ -5,6 +5,7 @@ Both start from one directory and, under LoRA, from the adapter that TRL made. T
 batches, the last of 2 rows. Everything is float32 without dropout.
 """
 
+import importlib
 import json
 import pathlib
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ pytestmark = [pytest.mark.torch, pytest.mark.slow]
 
 ROWS, EVAL_ROWS, STEPS = 17, 12, 20
 FAMILIES = ("llama", "qwen2")
-METHODS = ("sft", "lora-sft", "dpo", "lora-dpo", "kto")
+METHODS = ("sft", "lora-sft", "dpo", "lora-dpo", "kto", "orpo", "cpo")
 # By the names that the two trainers share. What else they log are clocks and, of ours,
 # what TRL does not have.
 SFT_METRICS = (
@@ -43,6 +44,9 @@ METRICS = {
         "kl",
     ),
 }
+# Of a last, shorter micro-batch TRL's trainers of these log other means than their own
+# loss has; their logits count prompts.
+METRICS["orpo"] = METRICS["cpo"] = ("loss", "grad_norm", "learning_rate", "epoch")
 NOT_EVALUATED = ("grad_norm", "learning_rate", "num_tokens", "epoch")
 
 
@@ -70,7 +74,8 @@ def make_rows(objective: str, count: int = ROWS, seed: int = 0) -> list[dict[str
     def letters(low: int, high: int) -> str:
         return "".join(chr(i) for i in draw.integers(97, 123, draw.integers(low, high)))
 
-    sides = ("chosen", "rejected") if objective == "dpo" else ("completion",)
+    has_pairs = objective in ("dpo", "orpo", "cpo")
+    sides = ("chosen", "rejected") if has_pairs else ("completion",)
     rows: list[dict[str, Any]] = [
         {"prompt": letters(2, 8), **{side: letters(1, 18) for side in sides}}
         for _ in range(count)
@@ -251,10 +256,11 @@ def train_with_trl(
     from datasets import Dataset
 
     objective = method.removeprefix("lora-")
-    kind = objective.upper()
+    package: Any = trl
+    if objective in ("orpo", "cpo"):
+        package = importlib.import_module(f"trl.experimental.{objective}")
     config_class, trainer_class = (
-        getattr(trl, f"{kind}Config"),
-        getattr(trl, f"{kind}Trainer"),
+        getattr(package, f"{objective.upper()}{name}") for name in ("Config", "Trainer")
     )
     with_lora = method.startswith("lora-")
     settings = LORA_SETTINGS if with_lora else SETTINGS
@@ -303,9 +309,9 @@ def train_with_jaxtrain(
     with_lora = method.startswith("lora-")
     settings = LORA_SETTINGS if with_lora else SETTINGS
     training = config.training
-    training.training_type = "dpo" if objective == "kto" else objective
-    if objective == "kto":
-        training.objective = "kto"
+    training.training_type = objective
+    if objective in ("kto", "orpo", "cpo"):
+        training.training_type, training.objective = "dpo", objective
     for name, value in (settings | options).items():
         (training if name in training else training.dpo)[name] = value
     training.num_gpus = 1
