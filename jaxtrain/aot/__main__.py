@@ -18,6 +18,7 @@ from jaxtrain.cli.command import ConfigParser
 from jaxtrain.cli.ending import run_command
 
 DOES_NOT_FIT = 3
+_MOST_COMPILES = 12
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -38,7 +39,9 @@ def main(arguments: Sequence[str]) -> int:
         help="try mesh shapes, rematerialization and rows; print the best",
     )
     parser.add_argument(
-        "--max_compiles", type=int, help="at most, of --search (default: 12)"
+        "--max_compiles",
+        type=int,
+        help=f"at most, of --search (default: {_MOST_COMPILES})",
     )
     options, config, _ = parser.read(arguments)
     most = options.max_compiles
@@ -53,7 +56,7 @@ def main(arguments: Sequence[str]) -> int:
     topology = options.topology
     devices = describe_devices(topology, options.num_slices)
     if options.search:
-        limits = (options.num_slices, most or 12)
+        limits = (options.num_slices, most or _MOST_COMPILES)
         return _search(config, devices, topology, limits)
     report = compile_for(config, devices, topology)
     print(describe(report))

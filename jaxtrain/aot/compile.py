@@ -334,5 +334,5 @@ def _abstract_batch(model: LoadedModel, run: RunConfig) -> Any:
     return PairBatch(side, side, logps, logps, shared=side if shares else None)
 
 
-def _first_lines(text: str, count: int = 6) -> str:
-    return "\n".join(text.strip().splitlines()[:count])
+def _first_lines(text: str) -> str:
+    return "\n".join(text.strip().splitlines()[:6])

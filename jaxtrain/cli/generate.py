@@ -76,6 +76,8 @@ def main(arguments: Sequence[str]) -> None:
     prepare_devices()
     run, policy = settle(source, options, flags)
     model = load(run, policy, options)
+    if not all(isinstance(prompt, str) for prompt in prompts):
+        require_template(model)
     if len(prompts) == 1 and options.file is None:
         texts = [_stream_one(model, options, prompts[0])]
     else:
@@ -203,8 +205,6 @@ def encode(
     """
     from jaxtrain.evaluation.generate import encode_prompt
 
-    if not isinstance(prompt, str):
-        require_template(model)
     config = model.config
     tokens = encode_prompt(model.tokenizer, prompt, number, config.vocab_size)
     limit = config.longest_text

@@ -267,6 +267,8 @@ def prepare_options(run: RunConfig) -> PrepareOptions:
     """Collect the options of this configuration that concern preparing rows."""
     packing = "bfd_split" if run.training_type == "from_scratch" else "bfd"
     by_column = run.curriculum.enabled and run.curriculum.column
+    # Rows that are shuffled meet others in a micro-batch.
+    meets = run.objective_row.row_kind == "labeled" and not run.data.shuffle
     return PrepareOptions(
         objective=run.objective_row.row_kind,
         max_length=run.data.max_length,
@@ -285,10 +287,7 @@ def prepare_options(run: RunConfig) -> PrepareOptions:
         column_map=make_column_map(run.data.column_map),
         difficulty_column=run.curriculum.column if by_column else None,
         share_prompts=run.data.share_prompts,
-        # Rows that are shuffled meet others in a micro-batch.
-        exchange_within=0
-        if run.data.shuffle or run.objective_row.row_kind != "labeled"
-        else run.loop.per_device_train_batch_size,
+        exchange_within=run.loop.per_device_train_batch_size if meets else 0,
     )
 
 

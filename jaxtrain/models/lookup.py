@@ -35,8 +35,7 @@ def look_up(
 ) -> Float[Array, "B T D"]:
     """The table's row of each token, in `dtype`."""
     layout = layout or Layout()
-    exchanged = _is_exchanged(layout, table, tokens, dtype)
-    if _on_gpu(layout) or exchanged or layout.parts:
+    if _on_gpu(layout) or layout.parts or _is_exchanged(layout, table, tokens, dtype):
         return _look_up(layout, dtype, table, tokens)
     return jnp.take(table, tokens, axis=0).astype(dtype)
 

@@ -100,10 +100,11 @@ def estimate_memory(parts: loop.Parts) -> memory.Estimate:
         frozen: memory.sum_bytes(state.frozen),
         "optimizer": memory.sum_bytes(state.opt_state),
     }
-    axes = select(parts.model.decoder.logical_axes(), state.trainable)
-    layouts = plan.optimizer_moments(state.trainable, axes)
     if plan.parted:  # as it is updated, in parts
         layouts = jax.tree.map(lambda leaf: leaf.sharding, state.trainable)
+    else:
+        axes = select(parts.model.decoder.logical_axes(), state.trainable)
+        layouts = plan.optimizer_moments(state.trainable, axes)
     adds_up = parts.run.loop.gradient_accumulation_steps > 1
     gradients = sum(
         memory.shard_size(leaf.shape, layout) * (4 if adds_up else leaf.dtype.itemsize)

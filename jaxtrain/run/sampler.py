@@ -47,7 +47,6 @@ def make_sampler(
         for name, data in sets.items():
             found, written = samplers[name](params) if samplers else ({}, {})
             if measure is not None:
-                found = dict(found)
                 add_scores(found, measure(params, data), prefix="")
             scores |= {f"{name}_{n}" if name else n: x for n, x in found.items()}
             texts |= {f"{name}/{n}" if name else n: x for n, x in written.items()}

@@ -4,6 +4,7 @@ The reference is the same run with whole weights, and the same on one device.
 """
 
 import dataclasses
+import math
 import pathlib
 import types
 from typing import Any
@@ -15,12 +16,10 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxtrain import loop
-from jaxtrain.config import resolve
 from jaxtrain.kernels.attention.partition import Layout
 from jaxtrain.models import lookup, parted
-from jaxtrain.models.load import make_plan
 from jaxtrain.sharding import ShardingPlan, make_mesh
-from tests.models.unrolled_test import config_of
+from tests.models.unrolled_test import plan_of
 from tests.runs import records, tiny_config, train, weights
 
 ROWS = 4  # an optimizer step's, on one device and on two
@@ -133,14 +132,6 @@ def test_each_device_keeps_a_part_of_matrices_and_of_their_moments(
     assert all({*found.values()} == {1} for found in kept.values())
 
 
-def plan_for(shape: dict[str, int], **sections: Any) -> tuple[Any, ShardingPlan]:
-    devices = int(np.prod([*shape.values()]))
-    training = {"training_type": "sft"} | sections.pop("training", {})
-    values = {"mesh": shape, "training": training}
-    run = resolve(values | sections, device_count=devices)
-    return run, make_plan(run, config_of(), jax.devices()[:devices])
-
-
 @pytest.mark.parametrize(
     ("shape", "training", "in_parts"),
     [
@@ -160,11 +151,13 @@ def plan_for(shape: dict[str, int], **sections: Any) -> tuple[Any, ShardingPlan]
     ],
 )
 def test_where_weights_are_kept_in_parts(shape, training, in_parts):
-    assert plan_for(shape, training=training)[1].parted is in_parts
+    devices = math.prod(shape.values())
+    _, plan = plan_of(devices=devices, mesh=shape, training=training)
+    assert plan.parted is in_parts
 
 
 def test_over_links_between_hosts_and_on_tpus_weights_stay_whole(monkeypatch):
-    run, plan = plan_for({"data": 2})
+    run, plan = plan_of(devices=2)
     assert parted.serves(run, plan)
     with monkeypatch.context() as patch:
         patch.setattr(ShardingPlan, "platform", "tpu")

@@ -147,8 +147,8 @@ class Labeled(RowKind):
         for document, example in zip(cut, whole, strict=True):
             if document.sides is not None:
                 ids = example.ids[np.argmax(example.trained) :]
-                answer = {_ANSWERS: Example(ids, np.ones(len(ids), bool))}
-                sides = {**document.sides, **answer}
+                answer = Example(ids, np.ones(len(ids), bool))
+                sides = {**document.sides, _ANSWERS: answer}
                 document = dataclasses.replace(document, sides=sides)
             yield document
 
